@@ -1,0 +1,1 @@
+"""What becomes of the rows: a table to read, JSON lines to keep."""

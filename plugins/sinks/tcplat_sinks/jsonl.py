@@ -1,0 +1,34 @@
+"""One JSON object per line, in the schema of docs and README."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+import msgspec
+
+from tcplat_core import Event, Loss, Output, RunReport
+
+
+@attrs.define(eq=False)
+class Jsonl:
+    """Rows as JSON lines; losses and the report as lines of their own."""
+
+    output: Output
+    _encoder: msgspec.json.Encoder = attrs.field(factory=msgspec.json.Encoder)
+
+    def write(self, batch: Sequence[Event]) -> None:
+        """One line per row."""
+        self.output.write(self._encoder.encode_lines(batch))
+
+    def lost(self, loss: Loss) -> None:
+        """A line at the place of the gap."""
+        self._line({"v": 1, "lost": attrs.asdict(loss)})
+
+    def close(self, report: RunReport) -> None:
+        """The books, as the last line."""
+        self._line({"v": 1, "report": report.as_json()})
+        self.output.close()
+
+    def _line(self, value: object) -> None:
+        self.output.write(self._encoder.encode(value) + b"\n")

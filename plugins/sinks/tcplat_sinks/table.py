@@ -1,0 +1,122 @@
+"""Aligned columns, one line per row, as wide as they need to be and no wider than the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import attrs
+
+from tcplat_core import Event, Loss, Output, RunReport
+
+
+@attrs.frozen
+class Column:
+    """One column.
+
+    Args:
+        head: Its name, as the first line shows it.
+        value: The cell of a row.
+        width: To begin with; it grows with what it has to show.
+        least: What it may be cut down to where the terminal is narrow; 0 for never.
+    """
+
+    head: str
+    value: Callable[[Event], str]
+    width: int
+    least: int = 0
+
+
+def _text(value: object) -> str:
+    return "-" if value is None else str(value)
+
+
+COLUMNS = (
+    Column("PID", lambda row: _text(row.pid), 6),
+    Column("COMM", lambda row: _text(row.comm), 7, 7),
+    Column("IP", lambda row: _text(row.ip), 2),
+    Column("SADDR", lambda row: row.saddr, 9, 14),
+    Column("SPORT", lambda row: _text(row.sport), 5),
+    Column("DADDR", lambda row: row.daddr, 9, 14),
+    Column("DPORT", lambda row: _text(row.dport), 5),
+    Column("TIMESTAMP(us)", lambda row: str(row.ts_ns // 1000), 13),
+    # The name after the colon says it all; the event keeps the tracepoint's group.
+    Column("FUNC", lambda row: row.func.rpartition(":")[2], 19, 12),
+    Column("TCP_STATE", lambda row: _text(row.state), 15),
+    Column("TCP_DESCRIPTION", lambda row: row.desc, 15, 8),
+    Column(
+        "TCP_CONNECT_TIME(us)",
+        lambda row: "" if row.connect_us is None else f"{row.connect_us:.0f}",
+        0,
+    ),
+)
+_SHRINK = ("TCP_DESCRIPTION", "FUNC", "COMM", "SADDR", "DADDR")
+"""Which columns give way first."""
+
+
+@attrs.define(eq=False)
+class Table:
+    """Rows as a table.
+
+    Args:
+        output: Where to.
+        limit: Columns of the terminal, 0 for no limit. Numbers are never cut.
+    """
+
+    output: Output
+    limit: int
+    _widths: list[int] = attrs.field(init=False, factory=lambda: [c.width for c in COLUMNS])
+    _headed: bool = attrs.field(init=False, default=False)
+
+    def write(self, batch: Sequence[Event]) -> None:
+        """One line per row; the head again where a column had to grow."""
+        cells = [[column.value(row) for column in COLUMNS] for row in batch]
+        lines = []
+        needed = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        needed[-1] = 0  # nothing comes after the last column
+        if any(need > width for need, width in zip(needed, self._widths, strict=True)):
+            self._widths = list(map(max, needed, self._widths))
+            self._headed = False
+        widths = self._fitted()
+        if not self._headed:
+            lines.append(self._line([column.head for column in COLUMNS], widths))
+            self._headed = True
+        lines += [self._line(row, widths) for row in cells]
+        self.output.write("".join(lines).encode())
+
+    def lost(self, loss: Loss) -> None:
+        """A line at the place of the gap."""
+        text = f"-- {loss.count} events lost here ({loss.probe}, {loss.point}) --\n"
+        self.output.write(text.encode())
+
+    def close(self, report: RunReport) -> None:  # noqa: ARG002 - the summary is on stderr
+        """Nothing follows the last row."""
+        self.output.close()
+
+    def _fitted(self) -> list[int]:
+        if not self.limit:
+            return self._widths
+        widths = list(self._widths)
+        # The longest connect time that is common, four digits, has to fit as well.
+        over = sum(widths) + len(widths) + 3 - self.limit
+        for head in _SHRINK:
+            index = next(i for i, column in enumerate(COLUMNS) if column.head == head)
+            give = max(0, min(over, widths[index] - COLUMNS[index].least))
+            widths[index] -= give
+            over -= give
+        return widths
+
+    def _line(self, cells: Sequence[str], widths: Sequence[int]) -> str:
+        padded = [
+            _cut(cell, width).ljust(width)
+            for cell, width in zip(cells[:-1], widths[:-1], strict=True)
+        ]
+        line = " ".join([*padded, cells[-1]]).rstrip()
+        return f"{line[: self.limit] if self.limit else line}\n"
+
+
+def _cut(cell: str, width: int) -> str:
+    """The cell, or its beginning and end around an ellipsis."""
+    if len(cell) <= width:
+        return cell
+    tail = (width - 1) // 2
+    return f"{cell[: width - 1 - tail]}…{cell[len(cell) - tail :]}"

@@ -1,0 +1,1 @@
+"""The connecting side of a TCP connection."""

@@ -1,0 +1,131 @@
+"""Where the connecting side of a TCP connection is watched, and in which words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.resources import files
+
+from tcplat_core import (
+    HookPoint,
+    Moment,
+    ProbeSpec,
+    hookimpl,
+    kentry,
+    kprobe,
+    kreturn,
+    tracepoint,
+)
+
+_SOCK = "const struct sock *"
+_CONNECT = ("sk", "uaddr", "addr_len")
+# tcp_recvmsg() lost its `nonblock` in 5.19 (ec095263a965).
+_RECV = ("sk", "msg", "len", "flags", "addr_len")
+_SEND = ("sk", "msg", "size")
+_SET_STATE = "sock:inet_sock_set_state"
+
+POINTS = (
+    HookPoint(
+        "connect",
+        (
+            kprobe(
+                kentry("tcp_v4_connect", "kp_tcp_v4_connect", *_CONNECT, quiet=True),
+                kentry("tcp_v6_connect", "kp_tcp_v6_connect", *_CONNECT, quiet=True),
+                kreturn("tcp_v4_connect", "kr_tcp_v4_connect"),
+                kreturn("tcp_v6_connect", "kr_tcp_v6_connect"),
+            ),
+            tracepoint(_SET_STATE, "tp_connect", _SOCK, "const int", "const int"),
+        ),
+    ),
+    HookPoint(
+        "state",
+        (
+            kprobe(kentry("tcp_set_state", "kp_tcp_set_state", "sk", "state")),
+            tracepoint(_SET_STATE, "tp_state", _SOCK, "const int", "const int"),
+        ),
+    ),
+    HookPoint(
+        "send",
+        (
+            kprobe(kentry("tcp_sendmsg", "kp_tcp_sendmsg", *_SEND)),
+            # Came with 6.16 (0f08335ade71).
+            tracepoint("tcp:tcp_sendmsg_locked", "tp_send", _SOCK, "const struct msghdr *"),
+        ),
+    ),
+    HookPoint(
+        "send_short",
+        (
+            kprobe(
+                kentry("tcp_sendmsg", "kp_send_short", *_SEND, quiet=True),
+                kreturn("tcp_sendmsg", "kr_tcp_sendmsg"),
+            ),
+            tracepoint("sock:sock_send_length", "tp_send_short", "struct sock *", "int", "int"),
+        ),
+    ),
+    HookPoint(
+        "recv",
+        (
+            kprobe(
+                kentry("tcp_recvmsg", "kp_tcp_recvmsg", *_RECV, quiet=True),
+                kreturn("tcp_recvmsg", "kr_tcp_recvmsg"),
+            ),
+            # Came with 6.3 (6e6eda44b939).
+            tracepoint("sock:sock_recv_length", "tp_recv", "struct sock *", "int", "int"),
+        ),
+    ),
+    HookPoint(
+        "close",
+        (
+            kprobe(kentry("tcp_v4_destroy_sock", "kp_tcp_v4_destroy_sock", "sk")),
+            tracepoint("tcp:tcp_destroy_sock", "tp_close", "struct sock *"),
+        ),
+    ),
+)
+
+_FAILED = {"ECONNREFUSED": "refused", "ETIMEDOUT": "timed out"}
+
+_REACHED = {
+    "TCP_SYN_SENT": "sending SYN",
+    "TCP_ESTABLISHED": "connected",
+    "TCP_FIN_WAIT1": "FIN sent",
+    "TCP_FIN_WAIT2": "FIN acked",
+    "TCP_CLOSE_WAIT": "peer sent FIN",
+    "TCP_LAST_ACK": "FIN sent last",
+    "TCP_CLOSING": "both sent FIN",
+    "TCP_CLOSE": "closed",
+}
+
+
+def describe(moment: Moment) -> str:
+    """A row in plain words, 15 letters at most: the table's column is no wider."""
+    if moment.point == "connect":
+        return _failure(moment) if moment.err else "SYN goes out"
+    if moment.point == "state":
+        if moment.state == "TCP_CLOSE" and moment.err:
+            return _failure(moment)
+        if moment.state == "TCP_CLOSE" and moment.old_state == "TCP_SYN_SENT":
+            return "given up"
+        return _REACHED.get(moment.state or "", "new state")
+    if moment.point == "recv":
+        return "end of stream" if moment.empty else "message read"
+    return {
+        "send": "message sent",
+        "send_short": "not all taken",
+        "close": "socket gone",
+    }[moment.point]
+
+
+def _failure(moment: Moment) -> str:
+    return _FAILED.get(moment.error, moment.error)
+
+
+@hookimpl
+def tcplat_register_probes() -> Iterator[ProbeSpec]:
+    """Offer the probe."""
+    yield ProbeSpec(
+        name="tcp_client",
+        summary="connect, states, send, recv and close of sockets that called connect()",
+        source=files(__package__).joinpath("tcp_client.bpf.c").read_text(encoding="utf-8"),
+        points=POINTS,
+        types=("tcp_sock", "msghdr"),
+        describe=describe,
+    )

@@ -1,0 +1,367 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+/*
+ * The connecting side of a TCP connection: connect, each state, send, recv, close.
+ *
+ * One body per point; below it a thin handler per mechanism.
+ */
+#include <tcplat/event.bpf.h>
+#include <tcplat/owner.bpf.h>
+
+/* recv() flags of calls that take nothing from the byte stream. */
+#define MSG_PEEK 2
+#define MSG_ERRQUEUE 0x2000
+
+/* What this probe reports is the sockets that called connect(). */
+static __always_inline bool is_client(struct tcplat_sock *s)
+{
+	return s && s->role == TCPLAT_ROLE_CLIENT;
+}
+
+static __always_inline void add_seq(struct tcplat_event *e, u32 seq, u32 bytes)
+{
+	e->seq = seq;
+	e->bytes = bytes;
+	e->has |= TCPLAT_HAS_SEQ | TCPLAT_HAS_BYTES;
+}
+
+/* --- connect: the call that sends the SYN */
+
+static __always_inline struct tcplat_sock *begin_connect(struct sock *sk, u64 now)
+{
+	struct tcplat_sock *s = tcplat_learn(sk, TCPLAT_ROLE_CLIENT);
+
+	if (s)
+		s->since_ns = now;
+	return s;
+}
+
+static __always_inline void report_connect(struct sock *sk, struct tcplat_sock *s, u8 hook, u64 ts_ns)
+{
+	struct tcplat_event *e = tcplat_reserve_for(sk, s, hook, ts_ns);
+
+	if (!e)
+		return;
+	e->state = TCP_SYN_SENT;
+	tcplat_submit(e);
+}
+
+/* tcp_v4_connect() has chosen the route by now, but not yet the source port. */
+int tp_connect(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct sock *sk = (struct sock *)ctx->args[0];
+	u64 now = bpf_ktime_get_ns();
+	struct tcplat_sock *s;
+
+	if ((int)ctx->args[2] != TCP_SYN_SENT || sk->sk_protocol != IPPROTO_TCP)
+		return 0;
+	s = begin_connect(sk, now);
+	if (s)
+		report_connect(sk, s, HOOK_tp_connect, now);
+	return 0;
+}
+
+#ifdef TCPLAT_KPROBE_connect
+struct connect_call {
+	u64 sk;
+	u64 began_ns;
+};
+
+/*
+ * pid_tgid -> the tcp_v4_connect() or tcp_v6_connect() it is in.
+ *
+ * Inserted at entry, where no address is known yet; deleted at return, where
+ * the row is made. tcp_v6_connect() of a mapped address calls tcp_v4_connect():
+ * the outer call keeps the entry.
+ */
+BPF_HASH(connects, u64, struct connect_call, 16384);
+
+static __always_inline int enter_connect(struct sock *sk)
+{
+	u64 me = bpf_get_current_pid_tgid();
+	struct connect_call call = {.sk = (u64)sk, .began_ns = bpf_ktime_get_ns()};
+
+	if (connects.lookup(&me))
+		return 0;
+	if (begin_connect(sk, call.began_ns))
+		connects.update(&me, &call);
+	return 0;
+}
+
+static __always_inline int leave_connect(int ret, u16 outer_family, u8 hook)
+{
+	u64 me = bpf_get_current_pid_tgid();
+	struct connect_call *call = connects.lookup(&me);
+	struct tcplat_event *e;
+	struct tcplat_sock *s;
+	struct sock *sk;
+	u64 began;
+
+	if (!call)
+		return 0;
+	sk = (struct sock *)call->sk;
+	began = call->began_ns;
+	if (tcplat_get(sk, __sk_common.skc_family) != outer_family)
+		return 0;
+	connects.delete(&me);
+	s = tcplat_find(sk);
+	if (!s)
+		return 0;
+	e = tcplat_reserve_for(sk, s, hook, began);
+	if (!e)
+		return 0;
+	/* On loopback the handshake is over by now; the row tells of its beginning. */
+	e->state = TCP_SYN_SENT;
+	if (ret) {
+		/* No SYN went out: no route, no free port. No state row tells of it. */
+		e->state = TCP_CLOSE;
+		e->err = -ret;
+		e->connect_ns = bpf_ktime_get_ns() - began;
+		s->since_ns = 0;
+	}
+	tcplat_submit(e);
+	return 0;
+}
+
+int kp_tcp_v4_connect(struct pt_regs *ctx, struct sock *sk)
+{
+	return enter_connect(sk);
+}
+
+int kp_tcp_v6_connect(struct pt_regs *ctx, struct sock *sk)
+{
+	return enter_connect(sk);
+}
+
+int kr_tcp_v4_connect(struct pt_regs *ctx)
+{
+	return leave_connect(PT_REGS_RC(ctx), TCPLAT_AF_INET, HOOK_kr_tcp_v4_connect);
+}
+
+int kr_tcp_v6_connect(struct pt_regs *ctx)
+{
+	return leave_connect(PT_REGS_RC(ctx), TCPLAT_AF_INET6, HOOK_kr_tcp_v6_connect);
+}
+#endif
+
+/* --- state: each transition, and with it how long the connect took */
+
+static __always_inline int report_state(struct sock *sk, int old, int new, u8 hook)
+{
+	u64 now = bpf_ktime_get_ns();
+	struct tcplat_sock *s = tcplat_find(sk);
+	struct tcplat_event *e;
+	u64 since;
+
+	if (!is_client(s))
+		return 0;
+	since = s->since_ns;
+	if (old == TCP_SYN_SENT)
+		s->since_ns = 0;
+	e = tcplat_reserve_for(sk, s, hook, now);
+	if (!e)
+		return 0;
+	e->old_state = old;
+	e->state = new;
+	if (new == TCP_CLOSE)
+		e->err = tcplat_get(sk, sk_err);
+	if (old == TCP_SYN_SENT && since)
+		e->connect_ns = now - since;
+	tcplat_submit(e);
+	return 0;
+}
+
+int tp_state(struct bpf_raw_tracepoint_args *ctx)
+{
+	return report_state((struct sock *)ctx->args[0], ctx->args[1], ctx->args[2], HOOK_tp_state);
+}
+
+#ifdef TCPLAT_KPROBE_state
+int kp_tcp_set_state(struct pt_regs *ctx, struct sock *sk, int state)
+{
+	int old = sk->__sk_common.skc_state;
+
+	return report_state(sk, old, state, HOOK_kp_tcp_set_state);
+}
+#endif
+
+/* --- send: what the program asks to send; send_short: what of it was not taken */
+
+static __always_inline int report_send(struct sock *sk, u32 bytes, u8 hook)
+{
+	u64 now = bpf_ktime_get_ns();
+	struct tcplat_sock *s = tcplat_touch(sk);
+	struct tcplat_event *e;
+	u32 seq;
+
+	if (!is_client(s) || !bytes)
+		return 0;
+	seq = tcplat_get((struct tcp_sock *)sk, write_seq);
+	/*
+	 * The tracepoint sits in the copying loop; only the first round of a call
+	 * counts. In a later one, what is left and what was queued make up the whole.
+	 * (Two threads blocked in send() on one socket are one too many for this.)
+	 */
+	if (s->send_tid == s->tid && bytes + (seq - s->send_seq) == s->send_bytes)
+		return 0;
+	s->send_tid = s->tid;
+	s->send_seq = seq;
+	s->send_bytes = bytes;
+	e = tcplat_reserve_for(sk, s, hook, now);
+	if (!e)
+		return 0;
+	add_seq(e, seq, bytes);
+	tcplat_submit(e);
+	return 0;
+}
+
+static __always_inline int report_short(struct sock *sk, struct tcplat_sock *s, int ret, u8 hook)
+{
+	struct tcplat_event *e;
+	u32 taken = ret > 0 ? ret : 0;
+
+	if (!is_client(s) || !s->send_tid)
+		return 0;
+	s->send_tid = 0;
+	/* With kTLS the socket carries more than the program sent: no comparison then. */
+	if (taken >= s->send_bytes || tcplat_get((struct tcp_sock *)sk, write_seq) != s->send_seq + taken)
+		return 0;
+	e = tcplat_reserve_for(sk, s, hook, bpf_ktime_get_ns());
+	if (!e)
+		return 0;
+	add_seq(e, s->send_seq + taken, s->send_bytes - taken);
+	if (ret < 0)
+		e->err = -ret;
+	tcplat_submit(e);
+	return 0;
+}
+
+int tp_send(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct msghdr *msg = (struct msghdr *)ctx->args[1];
+
+	return report_send((struct sock *)ctx->args[0], msg->msg_iter.count, HOOK_tp_send);
+}
+
+int tp_send_short(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct sock *sk = (struct sock *)ctx->args[0];
+
+	return report_short(sk, tcplat_find(sk), ctx->args[1], HOOK_tp_send_short);
+}
+
+#ifdef TCPLAT_KPROBE_send
+int kp_tcp_sendmsg(struct pt_regs *ctx, struct sock *sk, struct msghdr *msg, size_t size)
+{
+	return report_send(sk, size, HOOK_kp_tcp_sendmsg);
+}
+#endif
+
+/* --- recv: what the program was given */
+
+static __always_inline int report_recv(struct sock *sk, int ret, u8 hook)
+{
+	u64 now = bpf_ktime_get_ns();
+	struct tcplat_sock *s = tcplat_touch(sk);
+	struct tcplat_event *e;
+
+	if (!is_client(s) || ret < 0)
+		return 0;
+	e = tcplat_reserve_for(sk, s, hook, now);
+	if (!e)
+		return 0;
+	add_seq(e, tcplat_get((struct tcp_sock *)sk, copied_seq) - ret, ret);
+	tcplat_submit(e);
+	return 0;
+}
+
+int tp_recv(struct bpf_raw_tracepoint_args *ctx)
+{
+	if (ctx->args[2] & (MSG_PEEK | MSG_ERRQUEUE))
+		return 0;
+	return report_recv((struct sock *)ctx->args[0], ctx->args[1], HOOK_tp_recv);
+}
+
+#if defined(TCPLAT_KPROBE_recv) || defined(TCPLAT_KPROBE_send_short)
+/*
+ * pid_tgid -> the socket whose tcp_sendmsg() or tcp_recvmsg() it is in.
+ *
+ * Inserted at entry, deleted at return: a return probe sees no arguments.
+ */
+BPF_HASH(calls, u64, u64, 16384);
+#endif
+
+#ifdef TCPLAT_KPROBE_recv
+int kp_tcp_recvmsg(struct pt_regs *ctx, struct sock *sk, struct msghdr *msg, size_t len, int flags)
+{
+	u64 me = bpf_get_current_pid_tgid(), key = (u64)sk;
+
+	if (!(flags & (MSG_PEEK | MSG_ERRQUEUE)) && is_client(tcplat_touch(sk)))
+		calls.update(&me, &key);
+	return 0;
+}
+
+int kr_tcp_recvmsg(struct pt_regs *ctx)
+{
+	u64 me = bpf_get_current_pid_tgid();
+	u64 *key = calls.lookup(&me);
+	struct sock *sk;
+
+	if (!key)
+		return 0;
+	sk = (struct sock *)*key;
+	calls.delete(&me);
+	return report_recv(sk, PT_REGS_RC(ctx), HOOK_kr_tcp_recvmsg);
+}
+#endif
+
+#ifdef TCPLAT_KPROBE_send_short
+int kp_send_short(struct pt_regs *ctx, struct sock *sk)
+{
+	u64 me = bpf_get_current_pid_tgid(), key = (u64)sk;
+
+	if (is_client(tcplat_find(sk)))
+		calls.update(&me, &key);
+	return 0;
+}
+
+int kr_tcp_sendmsg(struct pt_regs *ctx)
+{
+	u64 me = bpf_get_current_pid_tgid();
+	u64 *key = calls.lookup(&me);
+	struct sock *sk;
+
+	if (!key)
+		return 0;
+	sk = (struct sock *)*key;
+	calls.delete(&me);
+	return report_short(sk, tcplat_find(sk), PT_REGS_RC(ctx), HOOK_kr_tcp_sendmsg);
+}
+#endif
+
+/* --- close: the kernel lets go of the socket */
+
+static __always_inline int report_close(struct sock *sk, u8 hook)
+{
+	struct tcplat_sock *s = tcplat_find(sk);
+	struct tcplat_event *e;
+
+	if (!is_client(s))
+		return 0;
+	e = tcplat_reserve_for(sk, s, hook, bpf_ktime_get_ns());
+	if (e)
+		tcplat_submit(e);
+	return 0;
+}
+
+int tp_close(struct bpf_raw_tracepoint_args *ctx)
+{
+	return report_close((struct sock *)ctx->args[0], HOOK_tp_close);
+}
+
+#ifdef TCPLAT_KPROBE_close
+/* tcp_v6_destroy_sock() ends in this one as well. */
+int kp_tcp_v4_destroy_sock(struct pt_regs *ctx, struct sock *sk)
+{
+	return report_close(sk, HOOK_kp_tcp_v4_destroy_sock);
+}
+#endif

@@ -1,0 +1,5 @@
+"""``python -m tcplat_core`` is ``tcplat``."""
+
+from .cli import main
+
+main()

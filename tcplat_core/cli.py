@@ -1,0 +1,276 @@
+"""The command line. Thin: it turns words into values and errors into exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from .errors import EventsLostError, PluginError, TcplatError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .model import RunReport, Sink
+    from .plugins import Plugins
+
+# What a command needs is imported when it is called: `plugins list` and --help
+# have to answer at once, and must not need what only `run` does.
+
+
+class _Duration(click.ParamType[float]):
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h)?", value)
+        if not found or float(found[1]) == 0:
+            self.fail(f"{value!r} is not a time; write 5, 500ms, 30s, 2m or 1h", param, ctx)
+        return float(found[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[found[2] or "s"]
+
+
+class _Size(click.ParamType[int]):
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+)([KMG]?)", value)
+        size = int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]] if found else 0
+        if size & (size - 1) or not 1 << 12 <= size <= 1 << 30:
+            self.fail(f"{value!r} is not a power of two from 4K to 1G", param, ctx)
+        return size
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="tcplat")
+def cli() -> None:
+    """Where does the time go in a TCP connection?
+
+    \b
+    sudo tcplat run --probe tcp_client -p PID
+    sudo tcplat run --probe tcp_client --sink jsonl --duration 5 > out.jsonl
+    sudo tcplat run --probe tcp_client -- curl -s http://127.0.0.1:9999/
+    tcplat plugins list
+    """  # noqa: D301 - \b is click's own
+
+
+@cli.command()
+@click.option("--probe", "probes", multiple=True, required=True, metavar="NAME[:k=v,...]",
+              help="What to observe; repeatable.")
+@click.option("--sink", "sinks", multiple=True, default=["table"], metavar="NAME[:k=v,...]",
+              help="What becomes of the rows; repeatable.  [default: table]")
+@click.option("-p", "--pid", "pids", multiple=True, metavar="PID",
+              help="Only sockets of this process; repeatable, or a list: 12,34.")
+@click.option("--attach", type=click.Choice(["auto", "fentry", "kprobe", "tracepoint"]),
+              default="auto", show_default=True,
+              help="How to listen; anything but auto is mandatory.")
+@click.option("-d", "--duration", type=_Duration(), default=0.0, help="End after so long.")
+@click.option("-n", "--count", type=click.IntRange(min=1), default=None,
+              help="End after so many rows.")
+@click.option("--ready-file", metavar="PATH", help="Made once everything is attached.")
+@click.option("--ring-size", type=_Size(), default=1 << 24, metavar="BYTES",
+              help="Of each probe's ring, a power of two: 4K to 1G.  [default: 16M]")
+@click.option("--fail-on-loss", is_flag=True, help="Exit 5 if an event was lost.")
+@click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
+@click.option("--debug", is_flag=True, help="Show what compiler and verifier say.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def run(**arguments: Any) -> None:
+    """Attach probes and deliver what they see to sinks.
+
+    After -- comes a command to trace, with its children: the run ends with it,
+    and has its exit status.
+    """
+    sys.exit(_run(**arguments))
+
+
+def _run(
+    *,
+    probes: Sequence[str],
+    sinks: Sequence[str],
+    pids: Sequence[str],
+    attach: str,
+    duration: float,
+    count: int | None,
+    ready_file: str | None,
+    ring_size: int,
+    fail_on_loss: bool,
+    quiet: bool,
+    debug: bool,
+    command: Sequence[str],
+) -> int:
+    from . import privileges  # noqa: PLC0415 - see the top
+    from .command import Command  # noqa: PLC0415
+    from .loader.protocol import Request  # noqa: PLC0415
+    from .plugins import Plugins  # noqa: PLC0415
+    from .session import LoaderProcess, Session, Signals  # noqa: PLC0415
+
+    wanted = _pids(pids)
+    signals = Signals()
+    signals.install()
+    child = Command.fork(command) if command else None
+    loader = None
+    try:
+        loader = LoaderProcess.start()
+        privileges.drop()
+        # Third-party Python runs from here on, and root is gone.
+        plugins = Plugins.load()
+        chosen = [_probe(plugins, text) for text in probes]
+        request = Request(
+            probes=(),
+            attach=attach,
+            pids=(*wanted, *([child.pid] if child else [])) or None,
+            follow=child is not None,
+            ring_bytes=ring_size,
+        )
+        session = Session(
+            loader=loader,
+            probes=chosen,
+            sinks=_sinks(plugins, sinks, [spec.name for spec, _ in chosen], signals.stopping),
+            request=request,
+            duration_s=duration,
+            count=count or 0,
+            ready_file=ready_file,
+            command=child,
+            signals=signals,
+        )
+        try:
+            report = session.run()
+        finally:
+            if debug:
+                click.echo(loader.output(), err=True)
+        if child:
+            child.stop()
+    except TcplatError as error:
+        if debug:
+            click.echo("\n".join(getattr(error, "__notes__", [])), err=True)
+        raise
+    finally:
+        if loader:
+            loader.close()
+        if child and child.status is None:
+            child.stop()
+    if not quiet:
+        _summary(report)
+    if report.switched_off and not report.probes:
+        return TcplatError.exit_code
+    if fail_on_loss and report.dropped:
+        raise EventsLostError(f"{report.dropped} events were lost; a larger --ring-size may help")
+    return child.status or 0 if child else 0
+
+
+def _pids(texts: Sequence[str]) -> list[int]:
+    pids = []
+    for text in ",".join(texts).split(",") if texts else ():
+        if not text.isdigit():
+            raise UsageError(f"-p {text!r} is not a process id")
+        if not Path(f"/proc/{text}/fd").exists():
+            raise UsageError(f"there is no process {text}")
+        pids.append(int(text))
+    if pids and os.readlink("/proc/self/ns/pid") != "pid:[4026531836]":
+        from .errors import CannotRunError  # noqa: PLC0415 - rare
+
+        raise CannotRunError(
+            "-p means a process of the host, and this is a pid namespace of its own; "
+            "run tcplat on the host or in a container with --pid=host"
+        )
+    return pids
+
+
+def _probe(plugins: Plugins, text: str) -> tuple[Any, Any]:
+    from .model import parse_choice, read_options  # noqa: PLC0415 - see the top
+
+    name, given = parse_choice(text)
+    spec = plugins.probe(name)
+    return spec, read_options(f"probe {name}", spec.options, given)
+
+
+def _sinks(
+    plugins: Plugins, texts: Sequence[str], probes: Sequence[str], stopping: Callable[[], bool]
+) -> dict[str, Sink]:
+    from .model import RunInfo, parse_choice, read_options  # noqa: PLC0415 - see the top
+
+    made: dict[str, Sink] = {}
+    for text in texts:
+        name, given = parse_choice(text)
+        spec = plugins.sink(name)
+        if text in made:
+            raise UsageError(f"--sink {text} is given twice")
+        options = read_options(f"sink {name}", spec.options, given)
+        made[text] = spec.factory(options, RunInfo(tuple(probes), stopping))
+    return made
+
+
+def _summary(report: RunReport) -> None:
+    for name, probe in report.probes.items():
+        by_point: dict[str, int] = {}
+        for hook in probe.hooks:
+            by_point[hook.point] = by_point.get(hook.point, 0) + hook.delivered
+        points = ", ".join(f"{point} {n}" for point, n in by_point.items())
+        _say(f"{name}: {probe.delivered} rows, {probe.dropped} lost ({points})")
+        for point, reason in probe.missing.items():
+            _say(f"{name}: no {point} rows: {reason}")
+        if probe.untracked:
+            _say(f"{name}: {probe.untracked} sockets could not be remembered; their rows are missing")
+        unread = sum(hook.unread for hook in probe.hooks)
+        if unread:
+            _say(f"{name}: {unread} more were seen when the run ended")
+    if report.late:
+        _say(f"{report.late} rows came out of order")
+    for sink, reason in report.switched_off.items():
+        _say(f"sink {sink} was switched off: {reason}")
+
+
+def _say(sentence: str) -> None:
+    click.echo(f"tcplat: {sentence}", err=True)
+
+
+@cli.group()
+def plugins() -> None:
+    """What there is to choose from."""
+
+
+@plugins.command("list")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def plugins_list(*, as_json: bool) -> None:
+    """All probes and sinks, broken ones included."""
+    from .plugins import Plugins  # noqa: PLC0415 - see the top
+
+    found = sorted(Plugins.load().found, key=lambda one: (one.kind, one.name))
+    names = ("name", "kind", "version", "distribution", "status", "summary")
+    rows = [{name: getattr(one, name) for name in names} for one in found]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    widths = [max([len(name), *(len(row[name]) for row in rows)]) for name in names]
+    for cells in ([name.upper() for name in names], *([row[name] for name in names] for row in rows)):
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        click.echo(" ".join(padded).rstrip())
+
+
+def main() -> NoReturn:
+    """The command ``tcplat``."""
+    if os.geteuid() == 0 and not sys.flags.isolated:
+        # As root no module may come from PYTHONPATH, the user's site or this folder.
+        os.execv(sys.executable, [sys.executable, "-I", "-m", "tcplat_core", *sys.argv[1:]])
+    try:
+        cli.main(prog_name="tcplat", standalone_mode=False)
+    except TcplatError as error:
+        _say(str(error))
+        sys.exit(error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(UsageError.exit_code)
+    except click.ClickException as error:
+        _say(f"{error.format_message()} (tcplat --help)")
+        sys.exit(UsageError.exit_code)
+    except click.Abort:
+        sys.exit(0)
+    sys.exit(0)

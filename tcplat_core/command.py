@@ -1,0 +1,77 @@
+"""The command behind ``--``: started stopped, let go once everything is attached."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Sequence
+
+import attrs
+
+from .errors import UsageError
+
+
+@attrs.define(eq=False)
+class Command:
+    """A child that waits for :meth:`go` before it becomes the command.
+
+    It is forked before tcplat gives up root, and runs as tcplat was started: what
+    ``sudo tcplat run -- CMD`` traces is what ``sudo CMD`` would do.
+    """
+
+    pid: int
+    _gate: int
+    status: int | None = None
+    """The shell's exit status (128 + signal), once it has ended."""
+
+    @classmethod
+    def fork(cls, arguments: Sequence[str]) -> Command:
+        """Prepare to run `arguments`.
+
+        Raises:
+            UsageError: There is no such program.
+        """
+        path = shutil.which(arguments[0])
+        if path is None:
+            raise UsageError(f"there is no program {arguments[0]!r} to run")
+        wait, gate = os.pipe()
+        pid = os.fork()
+        if pid:
+            os.close(wait)
+            return cls(pid, gate)
+        try:
+            os.close(gate)
+            if os.read(wait, 1) == b"!":
+                # Python ignores SIGPIPE, and an ignored signal stays so across exec.
+                signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+                os.execv(path, list(arguments))
+        finally:
+            os._exit(127)
+
+    def go(self) -> None:
+        """Let it run."""
+        os.write(self._gate, b"!")
+        os.close(self._gate)
+        self._gate = -1
+
+    def ended(self) -> bool:
+        """Whether it has ended; never waits."""
+        if self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                code = os.waitstatus_to_exitcode(status)
+                self.status = code if code >= 0 else 128 - code
+        return self.status is not None
+
+    def stop(self) -> None:
+        """End it: unstarted it goes by itself, started it gets SIGTERM and is waited for."""
+        if self._gate >= 0:
+            os.close(self._gate)
+            self._gate = -1
+        elif not self.ended():
+            os.kill(self.pid, signal.SIGTERM)
+        if self.status is None:
+            _, status = os.waitpid(self.pid, 0)
+            code = os.waitstatus_to_exitcode(status)
+            self.status = code if code >= 0 else 128 - code

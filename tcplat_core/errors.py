@@ -1,0 +1,39 @@
+"""Errors that a user can cause, each with its exit code. One sentence, no traceback."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class TcplatError(Exception):
+    """Something went wrong while it ran."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(TcplatError):
+    """The command line does not make sense."""
+
+    exit_code = 2
+
+
+class CannotRunError(TcplatError):
+    """This host cannot do it: the sentence names what is missing and what mends it."""
+
+    exit_code = 3
+
+
+class PluginError(TcplatError):
+    """A plugin that was asked for is missing or broken."""
+
+    exit_code = 4
+
+
+class EventsLostError(TcplatError):
+    """Events were lost, and --fail-on-loss was given."""
+
+    exit_code = 5
+
+
+class ReaderGoneError(Exception):
+    """Nobody reads our output any more (EPIPE): the end of the run, not an error."""

@@ -1,0 +1,57 @@
+"""Everything that a plugin may implement.
+
+A plugin is a module named by an entry point in the group ``tcplat``. There is no
+hook per event: a pluggy call costs more than all the rest of an event's way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pluggy
+
+from .model import ProbeSpec, SinkSpec
+
+hookspec = pluggy.HookspecMarker("tcplat")
+hookimpl = pluggy.HookimplMarker("tcplat")
+
+
+@hookspec
+def tcplat_register_probes() -> Iterable[ProbeSpec]:
+    """Offer probes to ``tcplat run --probe NAME``.
+
+    Called once, as an unprivileged user. Nothing may be loaded or attached here.
+
+    Example::
+
+        @hookimpl
+        def tcplat_register_probes():
+            yield ProbeSpec(
+                name="tcp_retransmit",
+                summary="each segment that is sent again",
+                source=files(__package__).joinpath("tcp_retransmit.bpf.c").read_text(),
+                points=(
+                    HookPoint("retransmit", (tracepoint("tcp:tcp_retransmit_skb", "tp_retrans"),)),
+                ),
+            )
+    """
+    return ()
+
+
+@hookspec
+def tcplat_register_sinks() -> Iterable[SinkSpec]:
+    """Offer sinks to ``tcplat run --sink NAME``.
+
+    Called once, as an unprivileged user. Nothing may be opened here.
+
+    Example::
+
+        @hookimpl
+        def tcplat_register_sinks():
+            yield SinkSpec(
+                name="count",
+                summary="how many rows there were",
+                factory=lambda options, run: Count(),
+            )
+    """
+    return ()

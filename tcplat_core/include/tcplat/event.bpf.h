@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+/*
+ * The record that a handler fills, and the books that are kept of it.
+ *
+ * struct tcplat_event, TCPLAT_HOOKS, TCPLAT_RING_PAGES and HOOK_<program> come
+ * in front of this text: they are made from the probe's schema and hook points.
+ * The text is pasted into the probe's own file, because bcc rewrites map calls
+ * nowhere else.
+ */
+
+#ifndef __always_inline
+#define __always_inline inline __attribute__((always_inline))
+#endif
+#ifndef IPPROTO_TCP
+#define IPPROTO_TCP 6
+#endif
+#define TCPLAT_AF_INET 2
+#define TCPLAT_AF_INET6 10
+
+/* What the nullable fields of a record hold: bits of tcplat_event.has. */
+#define TCPLAT_HAS_SEQ 1
+#define TCPLAT_HAS_BYTES 2
+#define TCPLAT_HAS_FLAGS 4
+
+enum {
+	TCP_ESTABLISHED = 1, TCP_SYN_SENT, TCP_SYN_RECV, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_TIME_WAIT,
+	TCP_CLOSE, TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_LISTEN, TCP_CLOSING, TCP_NEW_SYN_RECV,
+};
+
+/*
+ * A field of a kernel object, read safely. For static helpers: bcc makes
+ * `sk->field` safe only in the handlers themselves.
+ */
+#define tcplat_get(ptr, field)                                                      \
+	({                                                                          \
+		__typeof__((ptr)->field) _value; /* zeroed if the read fails */         \
+		bpf_probe_read_kernel((void *)&_value, sizeof(_value),                 \
+				      (const void *)&(ptr)->field);                    \
+		_value;                                                             \
+	})
+
+/* The ring. A record is submitted without a wake-up (5 us each); the session polls. */
+BPF_RINGBUF_OUTPUT(events, TCPLAT_RING_PAGES);
+
+/*
+ * (cpu * hooks + hook) * 2 + {0: produced, 1: of these dropped} -> how many.
+ * The last entry -> sockets that could not be remembered: tcplat_socks was full.
+ *
+ * All entries exist from the start. The session maps the array and reads it.
+ */
+BPF_F_TABLE("array", u32, u64, books, TCPLAT_BOOKS, BPF_F_MMAPABLE);
+
+/* Slot 0 -> 1 once the owners of older sockets are known; nothing is reported before. */
+TCPLAT_SHARED("array", u32, u32, tcplat_gate, 1);
+
+/*
+ * A record to fill, or NULL where nobody listens yet or the ring is full.
+ *
+ * The caller must hand it to tcplat_submit() on every path. ts_ns is the
+ * instant that the row will carry: normally bpf_ktime_get_ns().
+ */
+static __always_inline struct tcplat_event *tcplat_reserve(u8 hook, u64 ts_ns)
+{
+	u32 cpu = bpf_get_smp_processor_id();
+	u32 zero = 0, slot = (cpu * TCPLAT_HOOKS + hook) * 2;
+	struct tcplat_event *e;
+	u32 *open;
+	u64 *count;
+
+	open = tcplat_gate.lookup(&zero);
+	if (!open || !*open)
+		return NULL;
+	/* Atomic: softirq may interrupt a handler on the same CPU. */
+	count = books.lookup(&slot);
+	if (count)
+		lock_xadd(count, 1);
+	e = events.ringbuf_reserve(sizeof(*e));
+	if (!e) {
+		slot++;
+		count = books.lookup(&slot);
+		if (count)
+			lock_xadd(count, 1);
+		return NULL;
+	}
+	__builtin_memset(e, 0, sizeof(*e));
+	e->ts_ns = ts_ns;
+	e->hook = hook;
+	e->cpu = cpu;
+	return e;
+}
+
+static __always_inline void tcplat_submit(struct tcplat_event *e)
+{
+	events.ringbuf_submit(e, BPF_RB_NO_WAKEUP);
+}
+
+/* IPv4 addresses are kept as ::ffff:a.b.c.d, so that 16 bytes say all. */
+static __always_inline void tcplat_map_v4(u8 *to, u32 addr_be)
+{
+	__builtin_memset(to, 0, 10);
+	to[10] = to[11] = 0xff;
+	__builtin_memcpy(to + 12, &addr_be, 4);
+}
+
+/* Addresses, ports and namespace of a full socket: local, then remote. */
+static __always_inline void tcplat_fill_addrs(struct tcplat_event *e, struct sock *sk)
+{
+	struct net *net = tcplat_get(sk, __sk_common.skc_net.net);
+
+	e->netns = tcplat_get(net, ns.inum);
+	e->sport = tcplat_get(sk, __sk_common.skc_num);
+	e->dport = bpf_ntohs(tcplat_get(sk, __sk_common.skc_dport));
+	if (tcplat_get(sk, __sk_common.skc_family) == TCPLAT_AF_INET) {
+		e->ip = 4;
+		tcplat_map_v4(e->saddr, tcplat_get(sk, __sk_common.skc_rcv_saddr));
+		tcplat_map_v4(e->daddr, tcplat_get(sk, __sk_common.skc_daddr));
+		return;
+	}
+	bpf_probe_read_kernel(e->saddr, 16, &sk->__sk_common.skc_v6_rcv_saddr);
+	bpf_probe_read_kernel(e->daddr, 16, &sk->__sk_common.skc_v6_daddr);
+	/* A dual-stack socket that speaks IPv4 has a mapped remote address. */
+	e->ip = e->daddr[10] == 0xff && e->daddr[11] == 0xff && e->daddr[0] == 0 ? 4 : 6;
+}

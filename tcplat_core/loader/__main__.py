@@ -1,0 +1,46 @@
+"""``python -I -m tcplat_core.loader FD``: a request on standard input, the answer on FD."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import traceback
+
+from tcplat_core.errors import TcplatError
+
+from .attach import Loader, refuse_without_capabilities
+from .compile import import_bcc
+from .host import Host
+from .protocol import Answer, Refusal, Request, send_answer
+
+
+def main() -> None:
+    """Answer one request and end, whatever happens, without Python's or bcc's clean-up."""
+    to = socket.socket(fileno=int(sys.argv[1]))
+    answer: Answer | Refusal
+    try:
+        refuse_without_capabilities()
+        bcc = import_bcc()
+        host = Host.here()
+        # Only now: the session finds plugins while bcc and the BTF load here.
+        data = sys.stdin.buffer.read()
+        if not data:  # the session gave up
+            os._exit(0)
+        answer = Loader(bcc, Request.unpack(data), host).run()
+    except TcplatError as error:
+        answer = Refusal(str(error), error.exit_code, _log(error))
+    except Exception as error:  # noqa: BLE001 - a bug of ours; the session shows it
+        answer = Refusal(f"the loader failed: {error!r}", 1, _log(error))
+    send_answer(to, answer)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # bcc's atexit handler would disable the perf events that the session now holds.
+    os._exit(0)
+
+
+def _log(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))
+
+
+main()

@@ -1,0 +1,777 @@
+"""Writes the kernel's types as C, and the small kernel tree in which bcc finds them.
+
+bcc compiles against kernel headers, which most hosts lack. It needs little of them: with the types
+that a program reads (taken from BTF, so they are this kernel's) and a dozen tiny files, it compiles
+anything. `BCC_KERNEL_SOURCE` names the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import attrs
+
+from tcplat_core.loader.btf import (
+    ENUMS,
+    MAX_DEPTH,
+    QUALIFIERS,
+    RECORDS,
+    VMLINUX,
+    Btf,
+    BtfError,
+    Kind,
+    Type,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Self
+
+    from tcplat_core.loader.btf import Member
+
+CACHE_ENTRIES = 16
+
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_KEYWORDS: dict[int, str] = {Kind.STRUCT: "struct", Kind.UNION: "union"}
+
+# Structs and unions that bcc's own copy of <linux/bpf.h> and helpers.h define (0.26, and what
+# later kernels' uapi added). Ours come first, so a second definition under the same name would not
+# compile: one that is asked for is left to bcc, one that another type holds gets a new name.
+BCC_TAGS = frozenset(
+    {
+        "__sk_buff",
+        "bpf_attr",
+        "bpf_btf_info",
+        "bpf_cgroup_dev_ctx",
+        "bpf_cgroup_storage_key",
+        "bpf_core_relo",
+        "bpf_cpumap_val",
+        "bpf_devmap_val",
+        "bpf_dynptr",
+        "bpf_fib_lookup",
+        "bpf_flow_keys",
+        "bpf_func_info",
+        "bpf_insn",
+        "bpf_iter_link_info",
+        "bpf_iter_num",
+        "bpf_line_info",
+        "bpf_link_info",
+        "bpf_list_head",
+        "bpf_list_node",
+        "bpf_lpm_trie_key",
+        "bpf_lpm_trie_key_hdr",
+        "bpf_lpm_trie_key_u8",
+        "bpf_map_def",
+        "bpf_map_info",
+        "bpf_perf_event_value",
+        "bpf_pidns_info",
+        "bpf_prog_info",
+        "bpf_raw_tracepoint_args",
+        "bpf_rb_node",
+        "bpf_rb_root",
+        "bpf_redir_neigh",
+        "bpf_refcount",
+        "bpf_sk_lookup",
+        "bpf_sock",
+        "bpf_sock_addr",
+        "bpf_sock_ops",
+        "bpf_sock_tuple",
+        "bpf_sockopt",
+        "bpf_spin_lock",
+        "bpf_stack_build_id",
+        "bpf_stacktrace",
+        "bpf_stacktrace_buildid",
+        "bpf_sysctl",
+        "bpf_task_work",
+        "bpf_tcp_sock",
+        "bpf_timer",
+        "bpf_token_info",
+        "bpf_tunnel_key",
+        "bpf_wq",
+        "bpf_xdp_sock",
+        "bpf_xfrm_state",
+        "btf_ptr",
+        "sk_msg_md",
+        "sk_reuseport_md",
+        "xdp_md",
+    }
+)
+
+_C_INTS = {
+    "char": 1,
+    "signed char": 1,
+    "unsigned char": 1,
+    "short int": 2,
+    "short unsigned int": 2,
+    "int": 4,
+    "unsigned int": 4,
+    "long int": 8,
+    "long unsigned int": 8,
+    "long long int": 8,
+    "long long unsigned int": 8,
+    "_Bool": 1,
+}
+_INT_BY_SIZE = {1: "char", 2: "short", 4: "int", 8: "long long"}
+_SIGNED, _BOOL = 1 << 24, 1 << 26
+_POINTER_SIZE = 8  # BPF's own; 32-bit kernels are not served
+
+
+@attrs.frozen
+class Tree:
+    """A folder for BCC_KERNEL_SOURCE; leaving the `with` block removes it if it is temporary."""
+
+    folder: Path
+    temporary: bool
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the folder if it was made for this run alone."""
+        if self.temporary:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def generate(btf: Btf, wanted: Iterable[str]) -> str:
+    """Write C declarations of kernel types, laid out exactly as BTF says.
+
+    What a type holds by value is defined too, what it points to is declared. Assertions at the end
+    make the compiler check every size and offset. The text uses no header.
+
+    Args:
+        btf: The kernel's types.
+        wanted: Entries such as
+            "sock", a struct or union with everything it holds by value;
+            "net:ns.inum,ipv4", only these members at their offsets, and the right size
+            (of a dotted path, the whole first member); asked for both ways, a type is whole;
+            "enum:tcp_ca_state", an enum with its constants.
+            A "?" after a type or a member leaves it out where the kernel does not have it.
+
+    Raises:
+        BtfError: The kernel lacks a type or member, or its BTF is damaged.
+    """
+    writer = _Writer(btf)
+    whole: dict[int, Type] = {}
+    trimmed: dict[int, tuple[Type, frozenset[str]]] = {}
+    for entry in sorted(set(wanted)):
+        name, colon, rest = entry.partition(":")
+        if name == "enum":
+            _want_enum(writer, rest)
+            continue
+        optional, name = name.endswith("?"), name.removesuffix("?")
+        record_id = btf.find(name, Kind.STRUCT, Kind.UNION)
+        if name in BCC_TAGS or (record_id is None and optional):
+            continue
+        record = btf.type(btf.record(name) if record_id is None else record_id)
+        writer.claim(record)
+        if colon:
+            before = trimmed[record.id][1] if record.id in trimmed else frozenset[str]()
+            trimmed[record.id] = record, before | _first_names(btf, record, rest)
+        else:
+            whole[record.id] = record
+    for record in whole.values():
+        writer.define(record)
+    # First what the trimmed ones hold: if that is one of the trimmed, it is then defined whole.
+    for record, keep in trimmed.values():
+        writer.define_held(record, keep)
+    for record, keep in trimmed.values():
+        writer.define(record, keep)
+    return writer.text()
+
+
+def write_tree(folder: Path, header_text: str) -> None:
+    """Write the kernel tree that bcc compiles against.
+
+    Args:
+        folder: Where; made if missing. It becomes BCC_KERNEL_SOURCE.
+        header_text: What `generate` returned. Programs get it without any #include.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    for name, text in _tree_files(header_text).items():
+        path = folder / "include" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def cached_tree(
+    btf_path: Path | str = VMLINUX, wanted: Iterable[str] = (), cache_root: Path | None = None
+) -> Tree:
+    """Return a kernel tree with these types, from the cache when it was made before.
+
+    The cache is /var/cache/tcplat for root, else $XDG_CACHE_HOME/tcplat or ~/.cache/tcplat. It is
+    used only if nobody else can write to it, since its content gets compiled and run by the kernel;
+    otherwise the tree is made in a temporary folder.
+
+    Args:
+        btf_path: The BTF file.
+        wanted: As for `generate`.
+        cache_root: Another folder for the cache.
+
+    Raises:
+        BtfError: As `generate`.
+        OSError: Not even a temporary folder can be written.
+    """
+    entries = sorted(set(wanted))
+    place: Path | None = None
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home
+        root = cache_root or _default_root()
+        _own_folder(root)
+        place = root / _key(btf_path, entries)
+        if _is_complete(place):
+            os.utime(place)  # the newest stay
+            return Tree(place, temporary=False)
+    header = generate(Btf.from_file(btf_path), entries)
+    if place:
+        with contextlib.suppress(OSError):
+            _store(place, header)
+            return Tree(place, temporary=False)
+    folder = Path(tempfile.mkdtemp(prefix="tcplat-"))
+    try:
+        write_tree(folder, header)
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return Tree(folder, temporary=True)
+
+
+@attrs.frozen
+class _Body:
+    """The inside of a struct or union.
+
+    `checks` are the path and the offset, in bytes from its start, of all that has an offset.
+    """
+
+    text: str
+    align: int
+    packed: bool
+    checks: list[tuple[str, int]]
+
+    def braces(self, name: str) -> str:
+        """Return `name { ... }`."""
+        attribute = " __attribute__((packed))" if self.packed else ""
+        return f"{name} {{\n{self.text}}}{attribute}"
+
+
+@attrs.frozen
+class _Spelling:
+    """How C spells a type before and after a member's name; `checks` as in `_Body`."""
+
+    before: str
+    align: int
+    after: str = ""
+    checks: list[tuple[str, int]] = attrs.Factory(list)
+
+
+@attrs.define(eq=False)
+class _Writer:
+    """Collects definitions, each one after those that it holds by value."""
+
+    btf: Btf
+    _forwards: dict[str, None] = attrs.Factory(dict)
+    _definitions: list[str] = attrs.Factory(list)
+    _checks: list[str] = attrs.Factory(list)
+    # Type id -> how C calls it and its alignment; None while its definition is being written.
+    _done: dict[int, _Spelling | None] = attrs.Factory(dict)
+    # Tag -> (struct, union or enum; id of its type, 0 if only pointed to). C has one namespace for
+    # the three, BTF may know several types of one name. "" is what bcc will define.
+    _tags: dict[str, tuple[str, int]] = attrs.Factory(lambda: dict.fromkeys(BCC_TAGS, ("", -1)))
+    _typedefs: dict[str, int] = attrs.Factory(dict)
+    _pads: int = 0
+
+    def claim(self, record: Type) -> None:
+        """Keep the name for this type, whatever other types have the same."""
+        self._tags[record.name] = (_KEYWORDS[record.kind], record.id)
+
+    def define(self, record: Type, keep: frozenset[str] | None = None) -> _Spelling:
+        """Define a named struct or union, once; with `keep`, only the members of these names."""
+        keyword = _KEYWORDS[record.kind]
+        if record.id not in self._done:
+            tag, number = _identifier(record.name), 1
+            while self._tags.get(tag, (keyword, 0)) not in {(keyword, 0), (keyword, record.id)}:
+                number += 1
+                tag = f"{record.name}___{number}"
+            self._tags[tag] = (keyword, record.id)
+            self._define(record.id, record, f"{keyword} {tag}", keep)
+        return self._finished(record.id)
+
+    def define_held(self, record: Type, keep: frozenset[str]) -> None:
+        """Define what these members of a record hold by value."""
+        if record.id not in self._done:
+            self._body(record, keep)
+
+    def define_enum(self, enum: Type) -> None:
+        """Define an enum with its constants."""
+        if self._tags.setdefault(enum.name, ("enum", enum.id)) == ("enum", enum.id):
+            values = self.btf.enumerators(enum)
+            lines = [f"\t{_identifier(name)} = {_constant(value)},\n" for name, value in values]
+            self._definitions.append(f"enum {_identifier(enum.name)} {{\n{''.join(lines)}}};\n")
+
+    def text(self) -> str:
+        """Return all that was defined."""
+        return _HEADER.format(
+            forwards="".join(f"{forward};\n" for forward in self._forwards),
+            definitions="\n".join(self._definitions),
+            checks="".join(self._checks),
+        )
+
+    def _define(
+        self,
+        key: int,
+        record: Type,
+        name: str,
+        keep: frozenset[str] | None,
+        *,
+        typedef: bool = False,
+    ) -> None:
+        self._done[key] = None
+        body = self._body(record, keep)
+        if typedef:
+            text = f"typedef {body.braces(_KEYWORDS[record.kind])} {name};\n"
+        else:
+            text = f"{body.braces(name)};\n"
+        self._definitions.append(text)
+        self._checks.append(f"TCPLAT_SIZE({name}, {record.size});\n")
+        self._checks += [f"TCPLAT_AT({name}, {path}, {at});\n" for path, at in body.checks]
+        self._done[key] = _Spelling(name, body.align)
+
+    def _finished(self, key: int) -> _Spelling:
+        done = self._done[key]
+        if done is None:
+            raise BtfError(f"BTF type {key} holds itself by value")
+        return done
+
+    def _define_typedef(self, typedef: Type, record: Type) -> _Spelling:
+        if typedef.id not in self._done:
+            name, number = _identifier(typedef.name), 1
+            while self._typedefs.setdefault(name, typedef.id) != typedef.id:
+                number += 1
+                name = f"{typedef.name}___{number}"
+            self._define(typedef.id, record, name, None, typedef=True)
+        return self._finished(typedef.id)
+
+    def _body(self, record: Type, keep: frozenset[str] | None, depth: int = 0) -> _Body:
+        """Lay out a record's members.
+
+        All holes are filled by hand, so C puts each member where BTF says, unless that is against
+        the member's alignment: then the kernel's record was packed, and ours is too. The kernel's
+        own `aligned` attributes need not be known: they show as holes and in the size.
+        """
+        if depth > MAX_DEPTH:
+            raise BtfError(f"BTF type {record.id} is nested without end")
+        union = record.kind == Kind.UNION
+        lines: list[str] = []
+        checks: list[tuple[str, int]] = []
+        align, packed, at, end = 1, False, 0, 0  # at: the first free bit; end: the last used
+        for member in self.btf.members(record):
+            if keep is not None and not self._is_kept(member, keep):
+                continue
+            offset, size = member.bit_offset, self.btf.size_of(member.type_id) * 8
+            spelling = self._spell(member, None if member.name else keep, depth)
+            if offset < at or (union and offset) or (offset % 8 and not member.bits):
+                raise BtfError(f"BTF type {record.id}: member {member.name} is misplaced")
+            lines += self._padding(at, offset)
+            space = "" if spelling.before.endswith("*") or not member.name else " "
+            declaration = f"{spelling.before}{space}{member.name}{spelling.after}"
+            if member.bits:
+                packed |= offset % size + member.bits > size
+                declaration += f" : {member.bits}"
+            else:
+                packed |= offset % (spelling.align * 8) != 0
+                checks += [(path, offset // 8 + inner) for path, inner in spelling.checks]
+            lines.append(f"{declaration};\n")
+            align = max(align, spelling.align)
+            end = max(end, offset + (member.bits or size))
+            at = 0 if union else end
+        total = record.size * 8
+        if end > total:
+            raise BtfError(f"BTF type {record.id} is smaller than its members")
+        if end < total:
+            lines += self._padding(at, total)
+        text = "".join(f"\t{line}\n" for part in lines for line in part.splitlines())
+        packed |= record.size % align != 0
+        return _Body(text, 1 if packed else align, packed, checks)
+
+    def _padding(self, at: int, to: int) -> list[str]:
+        """Return members that fill the bits from `at` up to `to`."""
+        lines = []
+        if at % 8 and at < to:
+            bits = min(8 - at % 8, to - at)
+            lines.append(f"unsigned char : {bits};\n")
+            at += bits
+        if to - at >= 8:  # noqa: PLR2004 - bits in a byte
+            self._pads += 1
+            lines.append(f"char __tcplat_pad{self._pads}[{(to - at) // 8}];\n")
+            at += (to - at) // 8 * 8
+        if at < to:
+            lines.append(f"unsigned char : {to - at};\n")
+        return lines
+
+    def _is_kept(self, member: Member, keep: frozenset[str]) -> bool:
+        if member.name:
+            return member.name in keep
+        return any(self.btf.locate(member.type_id, name) for name in keep)
+
+    def _spell(self, member: Member, keep: frozenset[str] | None, depth: int) -> _Spelling:
+        """Spell a member's type, after defining what it holds by value."""
+        name = _identifier(member.name) if member.name else ""
+        type_id, dimensions, found = member.type_id, "", self.btf.type(member.type_id)
+        for _ in range(MAX_DEPTH):
+            found = self.btf.type(type_id)
+            if found.kind == Kind.ARRAY:
+                type_id, count = self.btf.array(found)
+                dimensions += f"[{count}]"
+            elif found.kind in QUALIFIERS or (
+                found.kind == Kind.TYPEDEF and not self._is_anonymous(found)
+            ):
+                type_id = found.target
+            else:
+                break
+        if found.kind in RECORDS and not found.name:
+            body = self._body(found, keep, depth + 1)
+            inside = f"{name}{'[0]' * dimensions.count('[')}." if name else ""
+            checks = [(inside + path, at) for path, at in body.checks]
+            spelling = _Spelling(body.braces(_KEYWORDS[found.kind]), body.align, checks=checks)
+        else:
+            spelling = self._spell_base(found)
+        own = [(name, 0)] if name else []
+        return attrs.evolve(
+            spelling, after=dimensions + spelling.after, checks=own + spelling.checks
+        )
+
+    def _spell_base(self, found: Type) -> _Spelling:
+        if found.kind == Kind.TYPEDEF:
+            return self._define_typedef(found, self.btf.resolve(found.id))
+        if found.kind in RECORDS:
+            return self.define(found)
+        if found.kind == Kind.PTR:
+            return _Spelling(self._pointer(found), _POINTER_SIZE)
+        if found.kind == Kind.INT and found.size == 16:  # noqa: PLR2004 - __int128
+            return _Spelling("unsigned long long", 8, "[2]")
+        if found.kind == Kind.INT or found.kind in ENUMS:
+            return _Spelling(self._integer(found), found.size)
+        if found.kind == Kind.FLOAT:
+            name = {4: "float", 8: "double"}.get(found.size)
+            return _Spelling(name, found.size) if name else _Spelling("char", 1, f"[{found.size}]")
+        raise BtfError(f"BTF type {found.id} cannot be held by value")
+
+    def _is_anonymous(self, typedef: Type) -> bool:
+        found = self.btf.resolve(typedef.id)
+        return found.kind in RECORDS and not found.name
+
+    def _integer(self, found: Type) -> str:
+        """Return C's name for an integer, or for the one that is as wide as an enum."""
+        if _C_INTS.get(found.name) == found.size and found.kind == Kind.INT:
+            return found.name
+        encoding = self.btf.int_encoding(found) if found.kind == Kind.INT else 0
+        if encoding & _BOOL and found.size == 1:
+            return "_Bool"
+        if found.size not in _INT_BY_SIZE:
+            raise BtfError(f"BTF type {found.id} is an integer of {found.size} bytes")
+        signed = encoding & _SIGNED if found.kind == Kind.INT else found.flag
+        return f"{'signed' if signed else 'unsigned'} {_INT_BY_SIZE[found.size]}"
+
+    def _pointer(self, found: Type) -> str:
+        """Return a pointer's type, `void *` where C would need a definition or a prototype."""
+        stars = "*"
+        for _ in range(MAX_DEPTH):
+            found = self.btf.resolve(found.target)
+            if found.kind != Kind.PTR:
+                break
+            stars += "*"
+        if found.kind in RECORDS or found.kind == Kind.FWD:
+            union = found.flag if found.kind == Kind.FWD else found.kind == Kind.UNION
+            name = self._forward("union" if union else "struct", found.name)
+        elif found.kind == Kind.INT and found.size in _INT_BY_SIZE:
+            name = self._integer(found)
+        else:
+            name = "void"
+        return f"{name} {stars}"
+
+    def _forward(self, keyword: str, tag: str) -> str:
+        if not tag or self._tags.setdefault(_identifier(tag), (keyword, 0))[0] not in {"", keyword}:
+            return "void"
+        self._forwards[f"{keyword} {tag}"] = None
+        return f"{keyword} {tag}"
+
+
+def _want_enum(writer: _Writer, entry: str) -> None:
+    name = entry.removesuffix("?")
+    enum_id = writer.btf.find(name, Kind.ENUM, Kind.ENUM64)
+    if enum_id is not None:
+        writer.define_enum(writer.btf.type(enum_id))
+    elif name == entry:
+        raise BtfError(f"this kernel has no enum {name}")
+
+
+def _first_names(btf: Btf, record: Type, paths: str) -> frozenset[str]:
+    """Return the first names of a comma-separated list of member paths.
+
+    Raises:
+        BtfError: A path is not in the record and has no `?`.
+    """
+    names = set()
+    for path in filter(None, paths.split(",")):
+        if btf.locate(record.id, path.removesuffix("?")):
+            names.add(path.removesuffix("?").partition(".")[0])
+        elif not path.endswith("?"):
+            raise BtfError(f"this kernel's {record.name} has no member {path}")
+    return frozenset(names)
+
+
+def _identifier(name: str) -> str:
+    """Return a name that is safe to write into C; Rust's, and a damaged BTF's, are not."""
+    if not _IDENTIFIER.fullmatch(name):
+        raise BtfError(f"the BTF name {name!r} is no C identifier")
+    return name
+
+
+def _constant(value: int) -> str:
+    if value >= 1 << 31:
+        return f"{value}ULL"
+    # C has no negative literals: -2147483648 is minus a number that is too large.
+    return f"-{-value - 1}LL - 1" if value < 0 else str(value)
+
+
+_HEADER = """\
+/* Kernel types, written from this kernel's BTF by tcplat. */
+{forwards}
+{definitions}
+#define TCPLAT_SIZE(type, size) _Static_assert(sizeof(type) == (size), #type ": BTF says " #size)
+#define TCPLAT_AT(type, path, at) \\
+	_Static_assert(__builtin_offsetof(type, path) == (at), #type "." #path ": BTF says " #at)
+{checks}#undef TCPLAT_SIZE
+#undef TCPLAT_AT
+"""
+
+_TYPES_H = """\
+#ifndef TCPLAT_LINUX_TYPES_H
+#define TCPLAT_LINUX_TYPES_H
+typedef signed char __s8;
+typedef unsigned char __u8;
+typedef short __s16;
+typedef unsigned short __u16;
+typedef int __s32;
+typedef unsigned int __u32;
+typedef long long __s64;
+typedef unsigned long long __u64;
+typedef __s8 s8;
+typedef __u8 u8;
+typedef __s16 s16;
+typedef __u16 u16;
+typedef __s32 s32;
+typedef __u32 u32;
+typedef __s64 s64;
+typedef __u64 u64;
+typedef __s8 int8_t;
+typedef __u8 uint8_t;
+typedef __s16 int16_t;
+typedef __u16 uint16_t;
+typedef __s32 int32_t;
+typedef __u32 uint32_t;
+typedef __s64 int64_t;
+typedef __u64 uint64_t;
+typedef __u16 __le16, __be16, __sum16;
+typedef __u32 __le32, __be32, __wsum;
+typedef __u64 __le64, __be64;
+typedef __u64 __aligned_u64 __attribute__((aligned(8)));
+typedef __SIZE_TYPE__ size_t;
+typedef long ssize_t;
+typedef __UINTPTR_TYPE__ uintptr_t;
+typedef int pid_t;
+#if !defined(__STDC_VERSION__) || __STDC_VERSION__ < 202311L
+typedef _Bool bool;
+enum { false, true };
+#endif
+#ifndef NULL
+#define NULL ((void *)0)
+#endif
+#endif
+"""
+
+_KCONFIG_H = """\
+#ifndef TCPLAT_LINUX_KCONFIG_H
+#define TCPLAT_LINUX_KCONFIG_H
+#define CONFIG_BPF_SYSCALL 1
+#include <linux/types.h>
+#include <generated/tcplat_kernel.h>
+#endif
+"""
+
+_VERSION_H = """\
+#ifndef TCPLAT_LINUX_VERSION_H
+#define TCPLAT_LINUX_VERSION_H
+#define KERNEL_VERSION(a, b, c) (((a) << 16) + ((b) << 8) + ((c) > 255 ? 255 : (c)))
+#define LINUX_VERSION_CODE KERNEL_VERSION({major}, {minor}, {patch})
+#endif
+"""
+
+_PAGE_H = f"""\
+#ifndef TCPLAT_ASM_PAGE_H
+#define TCPLAT_ASM_PAGE_H
+#define PAGE_SIZE {os.sysconf("SC_PAGE_SIZE")}
+#endif
+"""
+
+# Included by bcc or, out of habit, by programs; all they would bring is there already.
+_EMPTY = (
+    "linux/bpf.h",
+    "linux/bpf_common.h",
+    "linux/compiler.h",
+    "linux/log2.h",
+    "linux/ptrace.h",
+    "linux/stddef.h",
+    "uapi/linux/bpf.h",
+    "uapi/linux/if_ether.h",
+    "uapi/linux/if_packet.h",
+    "uapi/linux/ptrace.h",
+    "uapi/linux/types.h",
+)
+_GENERATED = "generated/tcplat_kernel.h"
+# A cache entry, and the temporary folders that become one or once were one.
+_OURS = re.compile(r"[0-9a-f]{32}|\.(new|old)-\w+")
+
+
+def _fixed_files() -> dict[str, str]:
+    """Return the tree's files below include/ that do not depend on the wanted types."""
+    release = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", os.uname().release)
+    major, minor, patch = release.groups(default="0") if release else ("0", "0", "0")
+    return {
+        "linux/kconfig.h": _KCONFIG_H,
+        "linux/types.h": _TYPES_H,
+        "linux/version.h": _VERSION_H.format(major=major, minor=minor, patch=patch),
+        "asm/page.h": _PAGE_H,
+        **dict.fromkeys(_EMPTY, "/* Empty on purpose. */\n"),
+    }
+
+
+def _sealed(text: str) -> str:
+    """Return a text with its hash as last line."""
+    return f"{text}/* {_digest(text.encode())} */\n"
+
+
+def _is_sealed(text: str) -> bool:
+    at = text.rstrip("\n").rfind("\n") + 1
+    return _sealed(text[:at]) == text
+
+
+def _tree_files(header_text: str) -> dict[str, str]:
+    return {**_fixed_files(), _GENERATED: _sealed(header_text)}
+
+
+def _digest(*parts: bytes) -> str:
+    total = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        total.update(len(part).to_bytes(8, "little"))
+        total.update(part)
+    return total.hexdigest()
+
+
+def _key(btf_path: Path | str, entries: list[str]) -> str:
+    """Return the cache entry's name: it changes with kernel, wanted types and our own source."""
+    uname = os.uname()
+    kernel = b""
+    if Path(btf_path) == VMLINUX:
+        with contextlib.suppress(OSError):
+            kernel = Path("/sys/kernel/notes").read_bytes()  # holds the build-id
+    kernel = kernel or Path(btf_path).read_bytes()
+    here = Path(__file__)
+    sources = [here.read_bytes(), here.with_name("btf.py").read_bytes()]
+    names = [uname.release.encode(), uname.version.encode(), "\n".join(entries).encode()]
+    return _digest(kernel, *names, *sources)
+
+
+def _default_root() -> Path:
+    if os.geteuid() == 0:
+        return Path("/var/cache/tcplat")
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(xdg) if xdg.startswith("/") else Path.home() / ".cache") / "tcplat"
+
+
+def _check_own(folder: Path) -> None:
+    """Check that a folder is one, and that nobody but us and root can write to it.
+
+    Raises:
+        PermissionError: It is not.
+        FileNotFoundError: There is none.
+    """
+    status = folder.lstat()
+    if (
+        not stat.S_ISDIR(status.st_mode)
+        or status.st_uid != os.geteuid()
+        or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    ):
+        raise PermissionError(f"{folder} is not a folder that only we can write to")
+
+
+def _own_folder(folder: Path) -> None:
+    """Make a folder, and its parents, with mode 0700 where missing, and check it."""
+    if not folder.parent.exists():
+        _own_folder(folder.parent)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    _check_own(folder)
+
+
+def _is_complete(entry: Path) -> bool:
+    """Say whether an entry is there and all its files are as they were written.
+
+    A machine that loses power can leave a renamed folder with empty files in it.
+
+    Raises:
+        PermissionError: Somebody else could have written it.
+    """
+    try:
+        _check_own(entry)
+        include = entry / "include"
+        fixed = _fixed_files().items()
+        return _is_sealed((include / _GENERATED).read_text()) and all(
+            (include / name).read_text() == text for name, text in fixed
+        )
+    except (FileNotFoundError, UnicodeDecodeError):
+        return False
+
+
+def _store(entry: Path, header_text: str) -> None:
+    """Write an entry beside its place and rename it into it, so that two can do so at once.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=entry.parent))
+    try:
+        write_tree(fresh, header_text)
+        try:
+            fresh.rename(entry)
+        except OSError:
+            # Another start was faster, or an incomplete one is in the way.
+            if not _is_complete(entry):
+                entry.rename(tempfile.mkdtemp(prefix=".old-", dir=entry.parent))
+                fresh.rename(entry)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    _prune(entry.parent)
+
+
+def _prune(root: Path) -> None:
+    """Remove all but the newest entries, and what was replaced or left by a killed start.
+
+    Only names of our own making: the folder may have been chosen by the user.
+    """
+    with contextlib.suppress(OSError):  # another start may prune at the same time
+        ours = [path for path in root.iterdir() if _OURS.fullmatch(path.name)]
+        newest_first = sorted(ours, key=lambda path: path.lstat().st_mtime, reverse=True)
+        for old in newest_first[CACHE_ENTRIES:]:
+            shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,135 @@
+"""What the session asks of the loader, and what it answers: msgpack over pipe and socket."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import msgpack
+
+from tcplat_core.model import Hook, HookPoint, Way
+
+MAX_FDS = 253
+"""SCM_MAX_FD of the kernel: so many fds go with one message."""
+
+
+@attrs.frozen(kw_only=True)
+class ProbeRequest:
+    """One probe, as C text and data. No Python of the plugin's crosses over."""
+
+    name: str
+    source: str
+    struct: str
+    """C definition of the record."""
+    points: tuple[HookPoint, ...]
+    types: tuple[str, ...]
+    defines: Mapping[str, int]
+
+
+@attrs.frozen(kw_only=True)
+class Request:
+    """What to load.
+
+    Args:
+        probes: In the order in which they are attached.
+        attach: auto, or the one mechanism that may be used.
+        pids: Only these processes; None for all.
+        follow: Their children, too.
+        ring_bytes: Size of each probe's ring: a power of two.
+    """
+
+    probes: tuple[ProbeRequest, ...]
+    attach: str = "auto"
+    pids: tuple[int, ...] | None = None
+    follow: bool = False
+    ring_bytes: int = 1 << 24
+
+    def pack(self) -> bytes:
+        """For the loader's standard input."""
+        return bytes(msgpack.packb(attrs.asdict(self)))
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Request:
+        """The inverse of pack()."""
+        raw = msgpack.unpackb(data)
+        raw["probes"] = tuple(_probe(probe) for probe in raw["probes"])
+        raw["pids"] = None if raw["pids"] is None else tuple(raw["pids"])
+        return cls(**raw)
+
+
+def _probe(raw: dict[str, Any]) -> ProbeRequest:
+    points = tuple(
+        HookPoint(
+            point["point"],
+            tuple(
+                Way(
+                    way["mechanism"],
+                    tuple(Hook(**{**hook, "args": tuple(hook["args"])}) for hook in way["hooks"]),
+                )
+                for way in point["ways"]
+            ),
+            point["optional"],
+        )
+        for point in raw["points"]
+    )
+    return ProbeRequest(**{**raw, "points": points, "types": tuple(raw["types"])})
+
+
+@attrs.frozen(kw_only=True)
+class LoadedProbe:
+    """What the session needs of one loaded probe. The fds are the session's to close."""
+
+    ring_fd: int
+    books_fd: int
+    taken: Mapping[str, str]
+    """Point -> mechanism."""
+    missing: Mapping[str, str]
+    """Point -> why it is not served."""
+
+
+@attrs.frozen(kw_only=True)
+class Answer:
+    """All is attached: what to read from, and what to hold open."""
+
+    probes: Mapping[str, LoadedProbe]
+    holding: tuple[int, ...]
+    """Links and maps: when the last copy is closed, the kernel detaches."""
+
+
+@attrs.frozen
+class Refusal:
+    """It cannot be done: a sentence, an exit code, and what the compiler or verifier said."""
+
+    sentence: str
+    exit_code: int
+    log: str = ""
+
+
+def send_answer(to: socket.socket, answer: Answer | Refusal) -> None:
+    """From the loader to the session; fds go along in the order of the message."""
+    if isinstance(answer, Refusal):
+        to.sendall(msgpack.packb({"refusal": attrs.asdict(answer)}))
+        return
+    fds = [fd for probe in answer.probes.values() for fd in (probe.ring_fd, probe.books_fd)]
+    fds += answer.holding
+    if len(fds) > MAX_FDS:
+        raise ValueError(f"{len(fds)} file descriptors do not fit into one message")
+    socket.send_fds(to, [msgpack.packb(attrs.asdict(answer))], fds)
+
+
+def receive_answer(source: socket.socket) -> Answer | Refusal | None:
+    """In the session. None where the loader died without an answer."""
+    data, fds, _, _ = socket.recv_fds(source, 1 << 20, MAX_FDS)
+    if not data:
+        return None
+    raw = msgpack.unpackb(data)
+    if "refusal" in raw:
+        return Refusal(**raw["refusal"])
+    ours = iter(fds)
+    probes = {
+        name: LoadedProbe(**{**probe, "ring_fd": next(ours), "books_fd": next(ours)})
+        for name, probe in raw["probes"].items()
+    }
+    return Answer(probes=probes, holding=tuple(ours))

@@ -1,0 +1,308 @@
+"""What plugins declare and what a run hands them. Values are frozen, things are not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import attrs
+
+from .errors import PluginError, UsageError
+from .schema import Event, Moment
+
+MECHANISMS = ("fentry", "kprobe", "tracepoint", "xdp")
+"""In the order in which `--attach auto` prefers them."""
+
+
+def _name(_: object, attribute: attrs.Attribute[str], value: str) -> None:
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", value):
+        raise PluginError(
+            f"{attribute.name} {value!r} must be lower-case letters, digits and underscores"
+        )
+
+
+@attrs.frozen(kw_only=True)
+class Option:
+    """An option of a probe or sink, given as ``name:key=value,...``.
+
+    Args:
+        name: The key.
+        help: One line for ``tcplat plugins show``.
+        convert: Turns the text into the value; raises ValueError with what it wants.
+        default: The value when it is not given.
+    """
+
+    name: str = attrs.field(validator=_name)
+    help: str
+    convert: Callable[[str], Any] = str
+    default: Any = None
+
+
+Options = Mapping[str, Any]
+
+
+@attrs.frozen
+class Hook:
+    """One function of the kernel, and the program that listens there.
+
+    Args:
+        func: ``tcp_sendmsg``, or ``tcp:tcp_destroy_sock`` for a tracepoint.
+        program: The C function. HOOK_<program> is its number in the record.
+        mechanism: fentry, kprobe, kretprobe or tracepoint.
+        args: The kernel's own argument names (functions) or types (tracepoints).
+            Where the running kernel differs, the hook counts as missing: better
+            no row than one read from the wrong argument. Empty: not checked.
+        quiet: It only prepares for another hook and reports nothing itself.
+    """
+
+    func: str
+    program: str
+    mechanism: str
+    args: tuple[str, ...] = ()
+    quiet: bool = False
+
+
+@attrs.frozen
+class Way:
+    """The hooks that serve a hook point by one mechanism: all of them, or none."""
+
+    mechanism: str = attrs.field(validator=attrs.validators.in_(MECHANISMS))
+    hooks: tuple[Hook, ...]
+
+
+def tracepoint(func: str, program: str, *args: str) -> Way:
+    """A way through one tracepoint: ``tracepoint("tcp:tcp_destroy_sock", "tp_close")``."""
+    return Way("tracepoint", (Hook(func, program, "tracepoint", args),))
+
+
+def kprobe(*hooks: Hook) -> Way:
+    """A way through kprobes and, where only the return tells, kretprobes."""
+    return Way("kprobe", hooks)
+
+
+def kentry(func: str, program: str, *args: str, quiet: bool = False) -> Hook:
+    """A kprobe at the entry of a function."""
+    return Hook(func, program, "kprobe", args, quiet)
+
+
+def kreturn(func: str, program: str) -> Hook:
+    """A kretprobe. It costs several times a kprobe: only where nothing else gives the value."""
+    return Hook(func, program, "kretprobe")
+
+
+@attrs.frozen
+class HookPoint:
+    """One place where a probe listens, and the ways to listen there, best first.
+
+    Args:
+        point: The event's `point`, the same whatever the mechanism.
+        ways: Alternatives. `--attach auto` takes the first that this host allows.
+        optional: The probe is of use without it; the report says that it is missing.
+    """
+
+    point: str = attrs.field(validator=_name)
+    ways: tuple[Way, ...]
+    optional: bool = False
+
+
+@attrs.frozen(kw_only=True)
+class ProbeSpec:
+    """A probe: declarations and one C file. It never calls bcc.
+
+    Args:
+        name: As in ``--probe NAME``.
+        summary: One line.
+        source: The C text.
+        points: Where it listens.
+        types: Kernel types that the C needs: ``"tcp_sock"``, ``"net:ns"`` for single members.
+        event: The event's class, :class:`tcplat_core.Event` or a subclass.
+        describe: Plain words for a row, from a :class:`tcplat_core.Moment`.
+        options: What ``name:key=value`` may set.
+        defines: C constants from the options.
+    """
+
+    name: str = attrs.field(validator=_name)
+    summary: str
+    source: str
+    points: tuple[HookPoint, ...]
+    types: tuple[str, ...] = ()
+    event: type[Event] = Event
+    describe: Callable[[Moment], str] = lambda moment: moment.point
+    options: tuple[Option, ...] = ()
+    defines: Callable[[Options], Mapping[str, int]] = lambda _: {}
+
+
+class Sink(Protocol):
+    """Consumes batches. A method that raises gets the sink switched off; the run goes on."""
+
+    def write(self, batch: Sequence[Event]) -> None:
+        """Take a batch of rows, sorted by time. Output must be flushed when this returns."""
+
+    def lost(self, loss: Loss) -> None:
+        """Events were lost at this place in the stream."""
+
+    def close(self, report: RunReport) -> None:
+        """The run is over. Called once, also after a failing write."""
+
+
+@attrs.frozen(kw_only=True)
+class SinkSpec:
+    """A sink.
+
+    Args:
+        name: As in ``--sink NAME``.
+        summary: One line.
+        factory: Makes the sink from its options, before anything is attached.
+        options: What ``name:key=value`` may set.
+    """
+
+    name: str = attrs.field(validator=_name)
+    summary: str
+    factory: Callable[[Options, RunInfo], Sink]
+    options: tuple[Option, ...] = ()
+
+
+@attrs.frozen
+class RunInfo:
+    """What a sink may know of the run before it begins.
+
+    Args:
+        probes: Names of the probes.
+        stopping: Says whether the user asked to stop: a blocked write then gives up.
+    """
+
+    probes: tuple[str, ...]
+    stopping: Callable[[], bool] = lambda: False
+
+
+@attrs.frozen
+class Loss:
+    """So many events of a hook were lost since the last time this was said."""
+
+    probe: str
+    point: str
+    count: int
+
+
+@attrs.frozen
+class HookReport:
+    """The books of one hook: produced = delivered + dropped + unread."""
+
+    point: str
+    func: str
+    attach: str
+    produced: int
+    dropped: int
+    delivered: int
+
+    @property
+    def unread(self) -> int:
+        """Left in the ring because the run ended (``--count``)."""
+        return self.produced - self.dropped - self.delivered
+
+
+@attrs.frozen(kw_only=True)
+class ProbeReport:
+    """The books of one probe."""
+
+    hooks: tuple[HookReport, ...]
+    missing: Mapping[str, str] = attrs.field(factory=dict)
+    """Point -> why this host does not have it."""
+    untracked: int = 0
+    """Sockets that could not be remembered, because there were too many."""
+
+    @property
+    def delivered(self) -> int:
+        """Rows that were handed to the sinks."""
+        return sum(hook.delivered for hook in self.hooks)
+
+    @property
+    def dropped(self) -> int:
+        """Events for which the ring had no room."""
+        return sum(hook.dropped for hook in self.hooks)
+
+
+@attrs.frozen(kw_only=True)
+class RunReport:
+    """How a run went."""
+
+    probes: Mapping[str, ProbeReport]
+    duration_s: float
+    late: int = 0
+    """Rows that came after a younger one was delivered."""
+    switched_off: Mapping[str, str] = attrs.field(factory=dict)
+    """Sink -> why it was switched off."""
+
+    def as_json(self) -> dict[str, Any]:
+        """What ends a capture: ``{"v":1,"report":...}``."""
+        return {
+            "delivered": self.delivered,
+            "dropped": self.dropped,
+            "late": self.late,
+            "duration_s": round(self.duration_s, 6),
+            "probes": {
+                name: {
+                    "delivered": probe.delivered,
+                    "dropped": probe.dropped,
+                    "untracked": probe.untracked,
+                    "missing": dict(probe.missing),
+                    "hooks": [
+                        {**attrs.asdict(hook), "unread": hook.unread} for hook in probe.hooks
+                    ],
+                }
+                for name, probe in self.probes.items()
+            },
+            "switched_off": dict(self.switched_off),
+        }
+
+    @property
+    def delivered(self) -> int:
+        """Rows of all probes."""
+        return sum(probe.delivered for probe in self.probes.values())
+
+    @property
+    def dropped(self) -> int:
+        """Lost events of all probes."""
+        return sum(probe.dropped for probe in self.probes.values())
+
+
+def parse_choice(text: str) -> tuple[str, dict[str, str]]:
+    """``name:key=value,key=value`` as name and raw options.
+
+    Raises:
+        UsageError: It is not of that form.
+    """
+    name, _, rest = text.partition(":")
+    given: dict[str, str] = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UsageError(f"{text!r}: {item!r} is not of the form key=value")
+        given[key] = value
+    return name, given
+
+
+def read_options(owner: str, declared: Sequence[Option], given: Mapping[str, str]) -> Options:
+    """Check and convert what was given, and fill in defaults.
+
+    Raises:
+        UsageError: An option that is not declared, or a value that does not convert.
+    """
+    known = {option.name: option for option in declared}
+    for key in given:
+        if key not in known:
+            has = ", ".join(sorted(known)) or "no options"
+            raise UsageError(f"{owner} has no option {key!r}; it has {has}")
+    values: dict[str, Any] = {}
+    for option in declared:
+        if option.name not in given:
+            values[option.name] = option.default
+            continue
+        try:
+            values[option.name] = option.convert(given[option.name])
+        except ValueError as error:
+            raise UsageError(
+                f"{owner}: option {option.name}={given[option.name]!r}: {error}"
+            ) from error
+    return values

@@ -1,0 +1,84 @@
+"""A file, or standard output, for sinks: whole writes that Ctrl-C can end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import stat
+import sys
+from collections.abc import Callable
+
+import attrs
+
+from .errors import ReaderGoneError, TcplatError, UsageError
+
+_PIPE_BUF = select.PIPE_BUF
+"""poll(2) calls a pipe writable when this much fits, so that such a write does not block."""
+
+
+@attrs.define(eq=False)
+class Output:
+    """Where a sink writes its bytes.
+
+    Args:
+        fd: Open for writing.
+        stopping: Asked while a reader keeps us waiting: whether the user wants to end.
+    """
+
+    fd: int
+    stopping: Callable[[], bool]
+    _may_block: bool = attrs.field(init=False)
+    _owned: bool = attrs.field(default=False, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._may_block = not stat.S_ISREG(os.fstat(self.fd).st_mode)
+
+    @classmethod
+    def open(cls, path: str | None, stopping: Callable[[], bool]) -> Output:
+        """The file at `path`, truncated or made; standard output when there is none.
+
+        Raises:
+            UsageError: It cannot be written.
+        """
+        if path is None:
+            return cls(sys.stdout.fileno(), stopping)
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise UsageError(f"cannot write {path}: {error.strerror}; name another path") from error
+        output = cls(fd, stopping)
+        output._owned = True
+        return output
+
+    def write(self, data: bytes) -> None:
+        """Write all of it, now.
+
+        Raises:
+            ReaderGoneError: Nobody reads any more.
+            TcplatError: The device failed, or the user stopped a write that did not end.
+        """
+        view = memoryview(data)
+        try:
+            while view:
+                chunk = view
+                if self._may_block:
+                    chunk = view[:_PIPE_BUF]
+                    self._wait()
+                view = view[os.write(self.fd, chunk) :]
+        except BrokenPipeError as error:
+            raise ReaderGoneError from error
+        except OSError as error:
+            raise TcplatError(f"writing failed: {os.strerror(error.errno or errno.EIO)}") from error
+
+    def _wait(self) -> None:
+        poll = select.poll()
+        poll.register(self.fd, select.POLLOUT)
+        while not poll.poll(100):
+            if self.stopping():
+                raise TcplatError("its reader did not read, and the run was stopped")
+
+    def close(self) -> None:
+        """Close the file; standard output stays open."""
+        if self._owned:
+            os.close(self.fd)

@@ -1,0 +1,183 @@
+"""Maps a BPF ring buffer and a probe's books, and drains the ring in batches.
+
+Layout of the mapping (kernel/bpf/ringbuf.c): a page with the consumer's position,
+a page with the producer's, then the data, mapped twice in a row so that no record
+is ever torn by the wrap. A record is u32 length, u32 offset, then the payload,
+rounded up to 8 bytes.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from .errors import TcplatError
+
+_BUSY = 1 << 31
+_DISCARD = 1 << 30
+_HEADER = 8
+BATCH = 1024
+"""Records per batch: more of them at once would only keep the garbage collector busy."""
+
+
+class ForeignRecordError(TcplatError):
+    """The ring holds a record that the schema does not describe."""
+
+
+@attrs.define(eq=False)
+class Ring:
+    """One ring of records of one size.
+
+    Reading needs neither root nor bpf(2): only the map's fd.
+
+    Args:
+        fd: Of a BPF_MAP_TYPE_RINGBUF, or a file of the same layout.
+        size: Bytes of data; a power of two.
+        layout: The record, without the ring's own header.
+    """
+
+    fd: int
+    size: int
+    layout: struct.Struct
+    _consumer: mmap.mmap = attrs.field(init=False)
+    _rest: mmap.mmap = attrs.field(init=False)
+    _position: memoryview = attrs.field(init=False)
+    _produced: memoryview = attrs.field(init=False)
+    _data: memoryview = attrs.field(init=False)
+    _words: memoryview = attrs.field(init=False)
+    _stride: int = attrs.field(init=False)
+    _record: struct.Struct = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        page = mmap.PAGESIZE
+        self._consumer = mmap.mmap(self.fd, page)
+        self._rest = mmap.mmap(self.fd, page + 2 * self.size, prot=mmap.PROT_READ, offset=page)
+        self._position = memoryview(self._consumer)[:8].cast("Q")
+        whole = memoryview(self._rest)
+        self._produced = whole[:8].cast("Q")
+        self._data = whole[page:]
+        self._words = self._data.cast("I")
+        self._stride = _HEADER + self.layout.size + -self.layout.size % 8
+        pad = self._stride - _HEADER - self.layout.size
+        # The header is skipped here: drain() has looked at it before.
+        self._record = struct.Struct(f"={_HEADER}x{self.layout.format.removeprefix('=')}{pad}x")
+
+    def drain(self) -> Iterator[list[tuple[Any, ...]]]:
+        """Batches of committed records, oldest first, up to what was there at the call.
+
+        Each batch is a copy: its room in the ring is free when the caller gets it.
+        Stops early at a record that a handler has reserved and not yet submitted:
+        it will be there next time.
+
+        Raises:
+            ForeignRecordError: A record of another size.
+        """
+        # One aligned 8-byte load each. On x86 loads are not reordered with loads;
+        # elsewhere the interpreter's own work between them has to do.
+        end = self._produced[0]
+        here = self._position[0]
+        while here < end:
+            start = here & (self.size - 1)
+            count = min((end - here) // self._stride, BATCH)
+            words = self._words[start // 4 : (start + count * self._stride) // 4 : self._stride // 4]
+            lengths = words.tolist()
+            count = self._committed(lengths)
+            if not count:
+                return
+            del lengths[count:]
+            records = list(
+                self._record.iter_unpack(self._data[start : start + count * self._stride])
+            )
+            if lengths.count(self.layout.size) != count:
+                pairs = zip(records, lengths, strict=True)
+                records = [record for record, length in pairs if not length & _DISCARD]
+            here += count * self._stride
+            self._position[0] = here
+            yield records
+
+    def pending(self) -> bool:
+        """Whether there is more to drain."""
+        return self._produced[0] != self._position[0]
+
+    def _committed(self, lengths: list[int]) -> int:
+        """How many of the records, from the first on, are complete."""
+        if lengths.count(self.layout.size) == len(lengths):
+            return len(lengths)
+        for index, length in enumerate(lengths):
+            if length & _BUSY:
+                return index
+            if length & ~_DISCARD != self.layout.size:
+                raise ForeignRecordError(
+                    f"a record of {length & ~_DISCARD} bytes where {self.layout.size} were expected"
+                )
+        return len(lengths)
+
+    def close(self) -> None:
+        """Unmap. The fd stays the caller's."""
+        for view in (self._position, self._produced, self._words, self._data):
+            view.release()
+        self._consumer.close()
+        self._rest.close()
+
+
+def possible_cpus() -> int:
+    """CPUs that there may ever be: bpf_get_smp_processor_id() stays below it."""
+    text = Path("/sys/devices/system/cpu/possible").read_text(encoding="ascii").strip()
+    return int(text.rpartition("-")[2].rpartition(",")[2]) + 1
+
+
+def books_slots(cpus: int, hooks: int) -> int:
+    """Entries of `books` (include/tcplat/event.bpf.h): two per CPU and hook, and one more."""
+    return cpus * hooks * 2 + 1
+
+
+@attrs.define(eq=False)
+class Books:
+    """What the kernel side counted: per CPU and per hook, produced and of these dropped.
+
+    Args:
+        fd: Of the probe's `books`, an array of u64 with BPF_F_MMAPABLE.
+        cpus: Possible CPUs.
+        hooks: Hooks of the probe.
+    """
+
+    fd: int
+    cpus: int
+    hooks: int
+    _map: mmap.mmap = attrs.field(init=False)
+    _all: memoryview = attrs.field(init=False)
+    _slots: memoryview = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        slots = books_slots(self.cpus, self.hooks)
+        size = slots * 8
+        self._map = mmap.mmap(self.fd, size + -size % mmap.PAGESIZE, prot=mmap.PROT_READ)
+        self._all = memoryview(self._map).cast("Q")
+        self._slots = self._all[: slots - 1]
+
+    def read(self) -> list[tuple[int, int]]:
+        """(produced, dropped) of each hook, over all CPUs."""
+        row = self.hooks * 2
+        return [
+            (sum(self._slots[2 * hook :: row]), sum(self._slots[2 * hook + 1 :: row]))
+            for hook in range(self.hooks)
+        ]
+
+    def dropped(self) -> int:
+        """Of all hooks."""
+        return sum(self._slots[1::2])
+
+    def untracked(self) -> int:
+        """How often a socket could not be remembered, because there were too many."""
+        return int(self._all[len(self._slots)])
+
+    def close(self) -> None:
+        """Unmap. The fd stays the caller's."""
+        self._slots.release()
+        self._all.release()
+        self._map.close()

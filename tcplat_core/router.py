@@ -1,0 +1,100 @@
+"""Puts rows of all probes in order of time, and hands them to the sinks in batches."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import attrs
+
+from .errors import ReaderGoneError
+from .model import Loss, RunReport, Sink
+from .schema import Event
+
+_BY_TIME = operator.attrgetter("ts_ns")
+
+
+@attrs.define(eq=False)
+class Router:
+    """Everything downstream of the rings: needs no kernel and no root.
+
+    Args:
+        sinks: By the name the user gave them.
+        limit: End after so many rows; 0 for no limit.
+    """
+
+    sinks: dict[str, Sink]
+    limit: int = 0
+    delivered: dict[tuple[str, str, str], int] = attrs.field(factory=dict)
+    """Rows by probe, point and func."""
+    late: int = 0
+    """Rows that were older than one delivered before them."""
+    switched_off: dict[str, str] = attrs.field(factory=dict)
+    reader_gone: bool = False
+    _waiting: list[Event] = attrs.field(factory=list, init=False)
+    _last_ns: int = attrs.field(default=0, init=False)
+    _total: int = attrs.field(default=0, init=False)
+
+    @property
+    def done(self) -> bool:
+        """The limit is reached, or nobody is left to write to."""
+        return self.reader_gone or not self.sinks or (0 < self.limit <= self._total)
+
+    def feed(self, rows: Sequence[Event]) -> None:
+        """Take rows of one probe, as they came out of its ring."""
+        self._waiting += rows
+
+    def flush(self, before_ns: int | None = None) -> None:
+        """Deliver what is older than `before_ns`, or everything.
+
+        A handler stamps its record before it submits it, and may be interrupted
+        in between: what is younger waits, an older one may still turn up.
+        """
+        rows = self._waiting
+        rows.sort(key=_BY_TIME)
+        if before_ns is None:
+            ready, self._waiting = rows, []
+        else:
+            cut = _first_from(rows, before_ns)
+            ready, self._waiting = rows[:cut], rows[cut:]
+        if self.limit:
+            ready = ready[: self.limit - self._total]
+        if not ready or self.done:
+            return
+        for row in ready:
+            if row.ts_ns < self._last_ns:
+                self.late += 1
+            else:
+                self._last_ns = row.ts_ns
+            key = (row.probe, row.point, row.func)
+            self.delivered[key] = self.delivered.get(key, 0) + 1
+        self._total += len(ready)
+        self._each("write", ready)
+
+    def lost(self, loss: Loss) -> None:
+        """Say in the stream that events were lost here."""
+        self._each("lost", loss)
+
+    def close(self, report: RunReport) -> None:
+        """End every sink, those that were switched off before excepted."""
+        self._each("close", report)
+
+    def _each(self, method: str, argument: object) -> None:
+        for name, sink in list(self.sinks.items()):
+            try:
+                getattr(sink, method)(argument)
+            except ReaderGoneError:
+                self.reader_gone = True
+                del self.sinks[name]
+            except Exception as error:  # noqa: BLE001 - one sink must not stop the others
+                self.switched_off[name] = str(error) or type(error).__name__
+                del self.sinks[name]
+
+
+def _first_from(rows: list[Event], ns: int) -> int:
+    """Index of the first row that is not older than `ns`."""
+    index = len(rows)
+    while index and rows[index - 1].ts_ns >= ns:
+        index -= 1
+    return index
+

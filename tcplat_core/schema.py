@@ -1,0 +1,384 @@
+"""The event: each field declared once, and from it C struct, decoder, JSON names and docs.
+
+A field of :class:`Event` is annotated with where its value comes from:
+:class:`Wire` (a member of the record that the kernel fills), :class:`Hook`
+(follows from which hook fired) or :class:`Made` (worked out at decode time).
+msgspec makes the class, because it encodes its own structs an order of
+magnitude faster than attrs objects or dicts (see ARCHITECTURE.md).
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import socket
+import struct
+import time
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any
+
+import attrs
+import msgspec
+
+SCHEMA_VERSION = 1
+
+TCP_STATES = (
+    None,
+    "TCP_ESTABLISHED",
+    "TCP_SYN_SENT",
+    "TCP_SYN_RECV",
+    "TCP_FIN_WAIT1",
+    "TCP_FIN_WAIT2",
+    "TCP_TIME_WAIT",
+    "TCP_CLOSE",
+    "TCP_CLOSE_WAIT",
+    "TCP_LAST_ACK",
+    "TCP_LISTEN",
+    "TCP_CLOSING",
+    "TCP_NEW_SYN_RECV",
+)
+"""Index = the number in include/net/tcp_states.h."""
+
+TCP_FLAGS = ("FIN", "SYN", "RST", "PSH", "ACK", "URG", "ECE", "CWR")
+"""Index = the bit in the 14th byte of a TCP header (RFC 9293)."""
+
+_HAS = {"seq": 1, "bytes": 2, "flags": 4}
+"""Bits of the record's `has`, as in include/tcplat/event.bpf.h."""
+
+_C_TYPES = {"u64": ("Q", 8), "u32": ("I", 4), "u16": ("H", 2), "u8": ("B", 1)}
+
+
+def text(raw: bytes) -> str:
+    """Bytes from the kernel as text that is safe to print.
+
+    Ends at the first NUL. What is not UTF-8, and every character that does not
+    print (control, bidirectional, private: `str.isprintable`), becomes an
+    escape such as ``\\x1b``; so does the backslash itself. A process can choose
+    its name freely (prctl PR_SET_NAME), a terminal obeys it.
+    """
+    # surrogateescape keeps each byte that is no UTF-8 apart, as U+DC00 + byte.
+    plain = raw.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+    if plain.isprintable() and "\\" not in plain:
+        return plain
+    return "".join(map(_escaped, plain))
+
+
+def _escaped(char: str) -> str:
+    if char.isprintable() and char != "\\":
+        return char
+    if "\udc80" <= char <= "\udcff":
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    return char.encode("unicode_escape").decode("ascii")
+
+
+def name(raw: bytes) -> str | None:
+    """A process's name; None for none."""
+    return text(raw) or None
+
+
+def address(raw: bytes) -> str:
+    """16 bytes in network order as text; ``::ffff:a.b.c.d`` becomes ``a.b.c.d``."""
+    if raw.startswith(b"\0" * 10 + b"\xff\xff"):
+        return socket.inet_ntop(socket.AF_INET, raw[12:])
+    return socket.inet_ntop(socket.AF_INET6, raw)
+
+
+def flags(raw: int) -> str:
+    """TCP flags of a packet: ``SYN|ACK``."""
+    return "|".join(name for bit, name in enumerate(TCP_FLAGS) if raw >> bit & 1)
+
+
+def micros(ns: int) -> float:
+    """Nanoseconds as microseconds."""
+    return ns / 1000
+
+
+class _Memo(dict[Any, Any]):
+    """Remembers what a pure function gave, and starts afresh when it holds 65,536 answers."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def __missing__(self, key: Any) -> Any:
+        if len(self) >= 65_536:  # noqa: PLR2004 - the bound of the docstring
+            self.clear()
+        value = self[key] = self.function(key)
+        return value
+
+
+@attrs.frozen
+class Wire:
+    """A member of the kernel's record.
+
+    Args:
+        c_type: u8, u16, u32, u64, or an array of u8 or char: ``u8[16]``.
+        doc: What the value is, with its unit.
+        member: Its name in C; the field's name unless given.
+        to: Turns the raw value into the field's; must be pure, answers are remembered.
+        nullable: A raw 0 means that nobody can know: the field is None.
+        has: The field is None unless the handler set TCPLAT_HAS_<NAME>.
+    """
+
+    c_type: str
+    doc: str
+    member: str = ""
+    to: Callable[[Any], Any] | None = None
+    nullable: bool = False
+    has: bool = False
+
+
+@attrs.frozen
+class Hook:
+    """Follows from which hook fired: an attribute of :class:`FiredBy`."""
+
+    attribute: str
+    doc: str
+
+
+@attrs.frozen
+class Made:
+    """Worked out at decode time."""
+
+    by: str
+    doc: str
+
+
+@attrs.frozen
+class FiredBy:
+    """What the number in a record's `hook` member stands for."""
+
+    point: str
+    func: str
+    attach: str
+    describe: Callable[[Moment], str]
+
+
+@attrs.frozen
+class Moment:
+    """What a row's description may depend on.
+
+    Args:
+        point: The hook point.
+        state: TCP state after the event.
+        old_state: TCP state before a state change.
+        err: An errno, or 0.
+        empty: Whether `bytes` is 0; None where the row has no `bytes`.
+    """
+
+    point: str
+    state: str | None
+    old_state: str | None
+    err: int
+    empty: bool | None
+
+    @property
+    def error(self) -> str:
+        """In the kernel's words: ``ECONNREFUSED``."""
+        return errno.errorcode.get(self.err, f"errno {self.err}")
+
+
+_STATE = TCP_STATES.__getitem__
+
+
+class Event(msgspec.Struct, gc=False):
+    """One row, as sinks get it and as JSONL carries it. Never changed after it is made."""
+
+    v: Annotated[int, Made("1", "schema version")]
+    ts_ns: Annotated[int, Wire("u64", "when, CLOCK_MONOTONIC, ns since boot")]
+    time_ns: Annotated[int, Made("ts_ns + offset_ns", "Unix time of the same instant, ns")]
+    probe: Annotated[str, Made("probe", "which probe saw it")]
+    point: Annotated[str, Hook("point", "what happened: connect, state, send, recv, close ...")]
+    func: Annotated[str, Hook("func", "the very hook: tcp_sendmsg, tcp:tcp_sendmsg_locked")]
+    attach: Annotated[str, Hook("attach", "fentry, kprobe, tracepoint or xdp")]
+    pid: Annotated[int | None, Wire("u32", "process that owns the socket", nullable=True)]
+    tid: Annotated[int | None, Wire("u32", "its thread that used it last", nullable=True)]
+    comm: Annotated[
+        str | None, Wire("char[16]", "the owner's name, escaped", to=name)
+    ]
+    cpu: Annotated[int, Wire("u16", "where it happened")]
+    netns: Annotated[int | None, Wire("u32", "network namespace, inode number", nullable=True)]
+    ip: Annotated[int | None, Wire("u8", "4 or 6; a mapped IPv4 address is 4", nullable=True)]
+    saddr: Annotated[str, Wire("u8[16]", "local address; in packets the source", to=address)]
+    sport: Annotated[
+        int | None, Wire("u16", "local port; null before it is chosen", nullable=True)
+    ]
+    daddr: Annotated[str, Wire("u8[16]", "remote address; in packets the destination", to=address)]
+    dport: Annotated[int | None, Wire("u16", "remote port", nullable=True)]
+    state: Annotated[str | None, Wire("u8", "TCP state after the event", to=_STATE)]
+    old_state: Annotated[str | None, Wire("u8", "TCP state before a state change", to=_STATE)]
+    desc: Annotated[str, Made("desc", "the same in plain words")]
+    seq: Annotated[
+        int | None, Wire("u32", "first TCP sequence number of the bytes concerned", has=True)
+    ]
+    bytes: Annotated[int | None, Wire("u32", "how many bytes", has=True)]
+    flags: Annotated[str | None, Wire("u8", "TCP flags of a packet", to=flags, has=True)]
+    connect_us: Annotated[
+        float | None,
+        Wire(
+            "u64",
+            "from connect() to its completion or failure, µs",
+            member="connect_ns",
+            to=micros,
+            nullable=True,
+        ),
+    ]
+    ifname: Annotated[
+        str | None, Made("ifname", "interface of a packet")
+    ]
+    sock: Annotated[int, Wire("u64", "the same for all events of one socket, 0 for packets")]
+
+
+_HIDDEN = (
+    Wire("u8", "which hook fired", member="hook"),
+    Wire("u8", "which nullable fields are filled", member="has"),
+    Wire("u16", "an errno, 0 if none", member="err"),
+    Wire("u32", "interface index of a packet", member="ifindex"),
+)
+"""Members that reach the row only in translation."""
+
+
+def _annotations(event: type[Event]) -> list[tuple[str, Wire | Hook | Made]]:
+    hints = typing.get_type_hints(event, include_extras=True)
+    return [(name, hints[name].__metadata__[0]) for name in event.__struct_fields__]
+
+
+def documentation(event: type[Event] = Event) -> list[tuple[str, str, str]]:
+    """Name, JSON type and meaning of each field, in order."""
+    names = {int: "int", float: "float", str: "str", type(None): "null"}
+    hints = typing.get_type_hints(event)
+    rows = []
+    for name, source in _annotations(event):
+        kinds = typing.get_args(hints[name]) or (hints[name],)
+        rows.append((name, " or ".join(names[kind] for kind in kinds), source.doc))
+    return rows
+
+
+@attrs.frozen
+class Record:
+    """The layout of one probe's record: members in C order, no holes, size a multiple of 8."""
+
+    event: type[Event]
+    members: tuple[tuple[str, str], ...] = attrs.field(init=False)
+    layout: struct.Struct = attrs.field(init=False)
+
+    @members.default
+    def _members(self) -> tuple[tuple[str, str], ...]:
+        wires = [
+            (source.member or name, source.c_type)
+            for name, source in _annotations(self.event)
+            if isinstance(source, Wire)
+        ]
+        wires += [(wire.member, wire.c_type) for wire in _HIDDEN]
+        return tuple(sorted(wires, key=lambda member: -_alignment(member[1])))
+
+    @layout.default
+    def _layout(self) -> struct.Struct:
+        codes = "".join(_code(c_type) for _, c_type in self.members)
+        size = struct.calcsize("=" + codes)
+        return struct.Struct(f"={codes}{-size % 8}x")
+
+    @property
+    def size(self) -> int:
+        """Bytes of one record."""
+        return self.layout.size
+
+    def c_struct(self, name: str = "tcplat_event") -> str:
+        """The C definition, and assertions that the compiler lays it out as Python reads it."""
+        lines, asserts, offset = [f"struct {name} {{"], [], 0
+        for member, c_type in self.members:
+            base, count = _array(c_type)
+            lines.append(f"\t{base} {member}{f'[{count}]' if '[' in c_type else ''};")
+            asserts.append(
+                f"_Static_assert(__builtin_offsetof(struct {name}, {member}) == {offset}, "
+                f'"{name}.{member}: schema.py has another offset");'
+            )
+            offset += struct.calcsize("=" + _code(c_type))
+        lines.append("} __attribute__((aligned(8)));")
+        asserts.append(
+            f"_Static_assert(sizeof(struct {name}) == {self.size}, "
+            f'"{name}: schema.py has another size");'
+        )
+        return "\n".join([*lines, *asserts, ""])
+
+    def decoder(
+        self, probe: str, hooks: Sequence[FiredBy], ifname: Callable[[int], str | None]
+    ) -> Callable[[Iterable[tuple[Any, ...]], int], list[Event]]:
+        """A function from unpacked records and clock offset (ns) to rows.
+
+        A comprehension written for this very schema: at half a million events a
+        second a loop over field descriptions is what would cost most.
+        """
+        names: dict[str, Any] = {"Event": self.event, "probe": probe}
+        arguments = []
+        for field, source in _annotations(self.event):
+            if isinstance(source, Wire):
+                names[f"to_{field}"] = None if source.to is None else _Memo(source.to)
+                arguments.append(_wire_expression(field, source))
+            elif isinstance(source, Hook):
+                names[f"hook_{field}"] = [getattr(hook, source.attribute) for hook in hooks]
+                arguments.append(f"hook_{field}[hook]")
+            else:
+                arguments.append(_MADE.get(source.by, source.by))
+        names["descriptions"] = _Memo(functools.partial(_describe, hooks))
+        names["ifnames"] = _Memo(ifname)
+        targets = ", ".join(member for member, _ in self.members)
+        source_text = (
+            "def decode(records, offset_ns):\n"
+            f"    return [Event({', '.join(arguments)}) for ({targets}) in records]\n"
+        )
+        exec(source_text, names)  # noqa: S102 - made above from the schema alone
+        return typing.cast(
+            "Callable[[Iterable[tuple[Any, ...]], int], list[Event]]", names["decode"]
+        )
+
+
+_MADE = {
+    "desc": "descriptions[hook, state, old_state, err, bytes == 0 if has & 2 else None]",
+    "ifname": "ifnames[ifindex] if ifindex else None",
+}
+
+
+def _describe(hooks: Sequence[FiredBy], key: tuple[int, int, int, int, bool | None]) -> str:
+    hook, state, old_state, err, empty = key
+    moment = Moment(hooks[hook].point, TCP_STATES[state], TCP_STATES[old_state], err, empty)
+    return hooks[hook].describe(moment)
+
+
+def _wire_expression(field: str, source: Wire) -> str:
+    member = source.member or field
+    value = member if source.to is None else f"to_{field}[{member}]"
+    if source.has:
+        return f"{value} if has & {_HAS[field]} else None"
+    if source.nullable:
+        return f"{value} if {member} else None"
+    return value
+
+
+def _array(c_type: str) -> tuple[str, int]:
+    base, _, count = c_type.rstrip("]").partition("[")
+    return base, int(count or 1)
+
+
+def _alignment(c_type: str) -> int:
+    base, _ = _array(c_type)
+    return 1 if base == "char" else _C_TYPES[base][1]
+
+
+def _code(c_type: str) -> str:
+    base, count = _array(c_type)
+    return f"{count}s" if "[" in c_type else _C_TYPES[base][0]
+
+
+def clock_offset_ns() -> int:
+    """Unix time minus CLOCK_MONOTONIC, from the tightest of five readings."""
+    best = None
+    for _ in range(5):
+        before = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        wall = time.time_ns()
+        after = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        if best is None or after - before < best[0]:
+            best = (after - before, wall - (before + after) // 2)
+    assert best is not None  # noqa: S101 - five readings were taken
+    return best[1]

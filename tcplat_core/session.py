@@ -1,0 +1,402 @@
+"""One run from start to end: loader, rings, router, sinks, and the books at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any, Self
+
+import attrs
+
+from .command import Command
+from .errors import CannotRunError, PluginError, TcplatError, UsageError
+from .loader.protocol import (
+    Answer,
+    LoadedProbe,
+    ProbeRequest,
+    Refusal,
+    Request,
+    receive_answer,
+)
+from .model import HookReport, Loss, ProbeReport, ProbeSpec, RunReport, Sink
+from .ring import Books, Ring, possible_cpus
+from .router import Router
+from .schema import Event, FiredBy, Record, clock_offset_ns
+
+POLL_S = 0.003
+"""Between two looks at the rings while events come. Handlers never wake us: that costs 5 µs."""
+IDLE_POLL_S = 0.02
+"""The same while nothing comes."""
+LINGER_S = 0.1
+"""How long the run outlives what it traces: closing handshakes go on without the process."""
+SETTLE_S = 1.0
+"""How long the last records may take to turn up after everything is detached."""
+
+HELPING = 8
+"""Batches taken from one ring before the sinks get their turn: bounds memory under overload."""
+_GUARD_NS = 1_000_000
+"""Records in a ring are in order but for interrupts, which take less than this."""
+_FOREVER = 1 << 63
+
+
+@attrs.define(eq=False)
+class LoaderProcess:
+    """The privileged child, from its start to its answer."""
+
+    process: subprocess.Popen[bytes]
+    answers: socket.socket
+    log: IO[bytes]
+
+    @classmethod
+    def start(cls) -> Self:
+        """Start it while we are still root; it waits for the request."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # libbcc and clang print on standard output, too: it must not be ours.
+        log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-m", "tcplat_core.loader", str(theirs.fileno())],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            pass_fds=[theirs.fileno()],
+            # bcc hands much of its environment on to a shell and to the compiler.
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"},
+            # Ctrl-C is for the session, which then stops the loader itself.
+            start_new_session=True,
+        )
+        theirs.close()
+        return cls(process, ours, log)
+
+    def ask(self, request: Request, stopping: Callable[[], bool]) -> Answer | None:
+        """The loader's answer; None if the user wants to stop first.
+
+        Raises:
+            TcplatError: It refuses; the class tells the exit code.
+        """
+        assert self.process.stdin is not None  # noqa: S101 - it is a pipe
+        with contextlib.suppress(BrokenPipeError):  # it has refused already
+            self.process.stdin.write(request.pack())
+            self.process.stdin.close()
+        while not select.select([self.answers], [], [], 0.05)[0]:
+            if stopping():
+                return None
+        answer = receive_answer(self.answers)
+        self.process.wait()
+        if answer is None:
+            answer = Refusal(f"the loader died (status {self.process.returncode})", 1)
+        if isinstance(answer, Refusal):
+            error = _ERRORS.get(answer.exit_code, TcplatError)(answer.sentence)
+            error.add_note(answer.log)
+            raise error
+        return answer
+
+    def output(self) -> str:
+        """What libbcc, clang and the verifier printed."""
+        self.log.seek(0)
+        return self.log.read().decode(errors="backslashreplace")
+
+    def close(self) -> None:
+        """Stop it, wherever it is."""
+        self.process.kill()
+        self.process.wait()
+        if self.process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
+        self.answers.close()
+        self.log.close()
+
+
+_ERRORS: Mapping[int, type[TcplatError]] = {
+    error.exit_code: error for error in (TcplatError, UsageError, CannotRunError, PluginError)
+}
+
+
+@attrs.define(eq=False)
+class ProbeRun:
+    """One loaded probe: its ring, its books, and how to read them."""
+
+    spec: ProbeSpec
+    hooks: Sequence[FiredBy]
+    ring: Ring
+    books: Books
+    decode: Callable[[Any, int], list[Event]]
+    loaded: LoadedProbe
+    said_lost: list[int]
+    consumed: int = 0
+    """Records taken from the ring."""
+
+    @classmethod
+    def open(cls, spec: ProbeSpec, loaded: LoadedProbe, ring_bytes: int, cpus: int) -> Self:
+        """Map what the loader handed over."""
+        hooks = fired_by(spec)
+        record = Record(spec.event)
+        return cls(
+            spec,
+            hooks,
+            Ring(loaded.ring_fd, ring_bytes, record.layout),
+            Books(loaded.books_fd, cpus, len(hooks)),
+            record.decoder(spec.name, hooks, _ifname),
+            loaded,
+            [0] * len(hooks),
+        )
+
+    def settled(self) -> bool:
+        """Whether all that was produced is either dropped or here."""
+        return sum(made - lost for made, lost in self.books.read()) == self.consumed
+
+    def close(self) -> None:
+        """Unmap, and close the loader's fds."""
+        self.ring.close()
+        self.books.close()
+        os.close(self.loaded.ring_fd)
+        os.close(self.loaded.books_fd)
+
+
+def fired_by(spec: ProbeSpec) -> list[FiredBy]:
+    """What each hook number in a record stands for: hooks that report, over all ways."""
+    return [
+        FiredBy(point.point, hook.func, hook.mechanism.replace("kretprobe", "kprobe"), spec.describe)
+        for point in spec.points
+        for way in point.ways
+        for hook in way.hooks
+        if not hook.quiet
+    ]
+
+
+def probe_request(spec: ProbeSpec, options: Mapping[str, Any]) -> ProbeRequest:
+    """What the loader needs of a probe."""
+    return ProbeRequest(
+        name=spec.name,
+        source=spec.source,
+        struct=Record(spec.event).c_struct(),
+        points=spec.points,
+        types=spec.types,
+        defines=spec.defines(options),
+    )
+
+
+def _ifname(index: int) -> str:
+    try:
+        return socket.if_indextoname(index)
+    except OSError:  # it is gone by now
+        return f"if{index}"
+
+
+@attrs.define(eq=False)
+class Session:
+    """One run.
+
+    Args:
+        loader: Started before root was given up.
+        probes: With their options.
+        sinks: By name, opened.
+        request: Everything but the probes.
+        duration_s: End after so long; 0 for no limit.
+        count: End after so many rows; 0 for no limit.
+        ready_file: Made once everything is attached.
+        command: Let go then; the run ends with it.
+    """
+
+    loader: LoaderProcess
+    probes: Sequence[tuple[ProbeSpec, Mapping[str, Any]]]
+    sinks: dict[str, Sink]
+    request: Request
+    duration_s: float = 0
+    count: int = 0
+    ready_file: str | None = None
+    command: Command | None = None
+    signals: Signals = attrs.field(factory=lambda: Signals())
+
+    def run(self) -> RunReport:
+        """Run until something ends it.
+
+        Raises:
+            TcplatError: It could not start, or a probe's ring is not readable.
+        """
+        request = attrs.evolve(
+            self.request, probes=tuple(probe_request(*probe) for probe in self.probes)
+        )
+        router = Router(self.sinks, self.count)
+        began = time.monotonic()
+        with ExitStack() as stack:
+            answer = self.loader.ask(request, self.signals.stopping)
+            if answer is None:
+                report = RunReport(probes={}, duration_s=0)
+                router.close(report)
+                return report
+            held = _Fds(list(answer.holding))
+            stack.callback(held.close)
+            cpus = possible_cpus()
+            runs = []
+            for spec, _ in self.probes:
+                loaded = answer.probes[spec.name]
+                run = ProbeRun.open(spec, loaded, request.ring_bytes, cpus)
+                stack.callback(run.close)
+                runs.append(run)
+            began = time.monotonic()
+            self._ready()
+            self._loop(runs, router, began)
+            held.close()
+            _drain_rest(runs, router)
+            report = _report(runs, router, time.monotonic() - began)
+        router.close(report)
+        return attrs.evolve(report, switched_off=dict(router.switched_off))
+
+    def _ready(self) -> None:
+        if self.ready_file:
+            try:
+                Path(self.ready_file).write_text(f"{os.getpid()}\n", encoding="ascii")
+            except OSError as error:
+                raise UsageError(
+                    f"cannot write the ready file {self.ready_file}: {error.strerror}"
+                ) from error
+        if self.command:
+            self.command.go()
+
+    def _loop(self, runs: Sequence[ProbeRun], router: Router, began: float) -> None:
+        clock = _Clock()
+        pause = POLL_S
+        previous_ns = 0
+        end = began + self.duration_s if self.duration_s else None
+        while not (self.signals.stopping() or router.done):
+            now = time.monotonic()
+            if end is None and self._traced_ended():
+                end = now + LINGER_S
+            if end is not None and now >= end:
+                return
+            now_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+            came, horizon_ns = _drain(runs, router, clock, previous_ns)
+            router.flush(horizon_ns)
+            if horizon_ns < previous_ns:  # there is more than one helping
+                continue
+            previous_ns = now_ns
+            pause = POLL_S if came else min(pause * 1.5, IDLE_POLL_S)
+            time.sleep(pause)
+
+    def _traced_ended(self) -> bool:
+        if self.command:
+            return self.command.ended()
+        pids = self.request.pids
+        return pids is not None and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def _drain_rest(runs: Sequence[ProbeRun], router: Router) -> None:
+    """After detaching: what handlers have reserved must still turn up."""
+    deadline = time.monotonic() + SETTLE_S
+    clock = _Clock()
+    while not router.done:
+        _, horizon_ns = _drain(runs, router, clock, _FOREVER)
+        settled = all(run.settled() for run in runs)
+        if settled or time.monotonic() > deadline:
+            router.flush()
+            return
+        router.flush(min(horizon_ns, time.clock_gettime_ns(time.CLOCK_MONOTONIC) - _GUARD_NS))
+        time.sleep(0 if horizon_ns < _FOREVER else POLL_S)
+
+
+def _drain(
+    runs: Sequence[ProbeRun], router: Router, clock: _Clock, horizon_ns: int
+) -> tuple[bool, int]:
+    """Feed the router one helping of each ring.
+
+    Returns:
+        Whether anything came, and up to which instant the rows are complete:
+        `horizon_ns`, or earlier where a ring held more than one helping.
+    """
+    came = False
+    offset_ns = clock.offset_ns()
+    for run in runs:
+        for number, records in enumerate(run.ring.drain(), 1):
+            rows = run.decode(records, offset_ns)
+            run.consumed += len(rows)
+            router.feed(rows)
+            came = True
+            if number == HELPING and run.ring.pending():
+                horizon_ns = min(horizon_ns, rows[-1].ts_ns - _GUARD_NS)
+                break
+        for loss in _losses(run):
+            router.lost(loss)
+    return came, horizon_ns
+
+
+@attrs.define(eq=False)
+class _Clock:
+    """Unix time minus CLOCK_MONOTONIC, measured anew each second: NTP may slew one of them."""
+
+    _offset_ns: int = 0
+    _until: float = 0
+
+    def offset_ns(self) -> int:
+        now = time.monotonic()
+        if now >= self._until:
+            self._offset_ns, self._until = clock_offset_ns(), now + 1
+        return self._offset_ns
+
+
+def _losses(run: ProbeRun) -> Iterator[Loss]:
+    if run.books.dropped() == sum(run.said_lost):
+        return
+    for hook, (_, dropped) in enumerate(run.books.read()):
+        if dropped > run.said_lost[hook]:
+            yield Loss(run.spec.name, run.hooks[hook].point, dropped - run.said_lost[hook])
+            run.said_lost[hook] = dropped
+
+
+def _report(runs: Sequence[ProbeRun], router: Router, duration_s: float) -> RunReport:
+    probes = {}
+    for run in runs:
+        hooks = []
+        for fired, (produced, dropped) in zip(run.hooks, run.books.read(), strict=True):
+            if run.loaded.taken.get(fired.point) != fired.attach:
+                continue
+            delivered = router.delivered.get((run.spec.name, fired.point, fired.func), 0)
+            hooks.append(
+                HookReport(fired.point, fired.func, fired.attach, produced, dropped, delivered)
+            )
+        probes[run.spec.name] = ProbeReport(
+            hooks=tuple(hooks), missing=run.loaded.missing, untracked=run.books.untracked()
+        )
+    return RunReport(probes=probes, duration_s=duration_s, late=router.late)
+
+
+@attrs.define(eq=False)
+class _Fds:
+    """File descriptors that are closed once, on the way or at the end."""
+
+    fds: list[int]
+
+    def close(self) -> None:
+        while self.fds:
+            os.close(self.fds.pop())
+
+
+@attrs.define(eq=False)
+class Signals:
+    """SIGINT, SIGTERM and SIGHUP end the run; a second one ends the process at once."""
+
+    caught: int = 0
+
+    def install(self) -> None:
+        """Take over the signals of this process."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        if self.caught:
+            # All that is attached hangs on our file descriptors.
+            os._exit(128 + number)
+        self.caught = number
+
+    def stopping(self) -> bool:
+        """Whether one came."""
+        return bool(self.caught)
