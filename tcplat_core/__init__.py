@@ -1,26 +1,18 @@
-"""Everything that a plugin may import, and nothing else. Imports neither bcc nor pyroute2."""
+"""Everything that a plugin may import, and nothing else. Imports neither bcc nor pyroute2.
 
-from .errors import CannotRunError, PluginError, ReaderGoneError, TcplatError, UsageError
-from .hookspecs import hookimpl
-from .model import (
-    Hook,
-    HookPoint,
-    Loss,
-    Option,
-    Options,
-    ProbeSpec,
-    RunInfo,
-    RunReport,
-    Sink,
-    SinkSpec,
-    Way,
-    kentry,
-    kprobe,
-    kreturn,
-    tracepoint,
-)
-from .output import Output
-from .schema import Event, Moment, Wire
+Names are imported when they are first used: the loader and ``--help`` need few of them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import CannotRunError, PluginError, ReaderGoneError, TcplatError, UsageError
+    from .hookpoints import Hook, HookPoint, Way, kentry, kprobe, kreturn, tracepoint
+    from .hookspecs import hookimpl
+    from .model import Loss, Option, Options, ProbeSpec, RunInfo, RunReport, Sink, SinkSpec
+    from .output import Output
+    from .schema import Event, Moment, Wire
 
 __all__ = [
     "CannotRunError",
@@ -49,3 +41,14 @@ __all__ = [
     "kreturn",
     "tracepoint",
 ]
+
+_HOMES = ("errors", "hookpoints", "hookspecs", "model", "output", "schema")
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for home in _HOMES:
+            module = import_module(f".{home}", __name__)
+            if name in vars(module):
+                return vars(module)[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

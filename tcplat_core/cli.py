@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from .errors import EventsLostError, PluginError, TcplatError, UsageError
+from .errors import CannotRunError, EventsLostError, TcplatError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 class _Duration(click.ParamType[float]):
     name = "time"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
         if isinstance(value, float):
             return value
         found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h)?", value)
@@ -63,21 +65,49 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--probe", "probes", multiple=True, required=True, metavar="NAME[:k=v,...]",
-              help="What to observe; repeatable.")
-@click.option("--sink", "sinks", multiple=True, default=["table"], metavar="NAME[:k=v,...]",
-              help="What becomes of the rows; repeatable.  [default: table]")
-@click.option("-p", "--pid", "pids", multiple=True, metavar="PID",
-              help="Only sockets of this process; repeatable, or a list: 12,34.")
-@click.option("--attach", type=click.Choice(["auto", "fentry", "kprobe", "tracepoint"]),
-              default="auto", show_default=True,
-              help="How to listen; anything but auto is mandatory.")
+@click.option(
+    "--probe",
+    "probes",
+    multiple=True,
+    required=True,
+    metavar="NAME[:k=v,...]",
+    help="What to observe; repeatable.",
+)
+@click.option(
+    "--sink",
+    "sinks",
+    multiple=True,
+    default=["table"],
+    metavar="NAME[:k=v,...]",
+    help="What becomes of the rows; repeatable.  [default: table]",
+)
+@click.option(
+    "-p",
+    "--pid",
+    "pids",
+    multiple=True,
+    metavar="PID",
+    help="Only sockets of this process; repeatable, or a list: 12,34.",
+)
+@click.option(
+    "--attach",
+    type=click.Choice(["auto", "fentry", "kprobe", "tracepoint"]),
+    default="auto",
+    show_default=True,
+    help="How to listen; anything but auto is mandatory.",
+)
 @click.option("-d", "--duration", type=_Duration(), default=0.0, help="End after so long.")
-@click.option("-n", "--count", type=click.IntRange(min=1), default=None,
-              help="End after so many rows.")
+@click.option(
+    "-n", "--count", type=click.IntRange(min=1), default=None, help="End after so many rows."
+)
 @click.option("--ready-file", metavar="PATH", help="Made once everything is attached.")
-@click.option("--ring-size", type=_Size(), default=1 << 24, metavar="BYTES",
-              help="Of each probe's ring, a power of two: 4K to 1G.  [default: 16M]")
+@click.option(
+    "--ring-size",
+    type=_Size(),
+    default=1 << 24,
+    metavar="BYTES",
+    help="Of each probe's ring, a power of two: 4K to 1G.  [default: 16M]",
+)
 @click.option("--fail-on-loss", is_flag=True, help="Exit 5 if an event was lost.")
 @click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
 @click.option("--debug", is_flag=True, help="Show what compiler and verifier say.")
@@ -175,8 +205,6 @@ def _pids(texts: Sequence[str]) -> list[int]:
             raise UsageError(f"there is no process {text}")
         pids.append(int(text))
     if pids and os.readlink("/proc/self/ns/pid") != "pid:[4026531836]":
-        from .errors import CannotRunError  # noqa: PLC0415 - rare
-
         raise CannotRunError(
             "-p means a process of the host, and this is a pid namespace of its own; "
             "run tcplat on the host or in a container with --pid=host"
@@ -218,7 +246,9 @@ def _summary(report: RunReport) -> None:
         for point, reason in probe.missing.items():
             _say(f"{name}: no {point} rows: {reason}")
         if probe.untracked:
-            _say(f"{name}: {probe.untracked} sockets could not be remembered; their rows are missing")
+            _say(
+                f"{name}: {probe.untracked} sockets could not be remembered; their rows are missing"
+            )
         unread = sum(hook.unread for hook in probe.hooks)
         if unread:
             _say(f"{name}: {unread} more were seen when the run ended")
@@ -250,16 +280,16 @@ def plugins_list(*, as_json: bool) -> None:
         click.echo(json.dumps(rows, indent=2))
         return
     widths = [max([len(name), *(len(row[name]) for row in rows)]) for name in names]
-    for cells in ([name.upper() for name in names], *([row[name] for name in names] for row in rows)):
+    for cells in (
+        [name.upper() for name in names],
+        *([row[name] for name in names] for row in rows),
+    ):
         padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
         click.echo(" ".join(padded).rstrip())
 
 
 def main() -> NoReturn:
-    """The command ``tcplat``."""
-    if os.geteuid() == 0 and not sys.flags.isolated:
-        # As root no module may come from PYTHONPATH, the user's site or this folder.
-        os.execv(sys.executable, [sys.executable, "-I", "-m", "tcplat_core", *sys.argv[1:]])
+    """Run the command line; every error that a user can cause is one sentence."""
     try:
         cli.main(prog_name="tcplat", standalone_mode=False)
     except TcplatError as error:

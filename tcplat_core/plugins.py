@@ -48,7 +48,7 @@ class Plugins:
         # The same plugin may be installed twice: in tcplat's wheel and by itself.
         unique = {(entry.name, entry.value): entry for entry in entry_points}
         for _, entry in sorted(unique.items()):
-            plugins._load_one(entry)  # noqa: SLF001 - its own class
+            plugins._load_one(entry)
         return plugins
 
     def probe(self, name: str) -> ProbeSpec:

@@ -45,9 +45,7 @@ def _can_read_python(uid: int, gid: int) -> bool:
     os.setegid(gid)
     os.seteuid(uid)
     try:
-        return all(
-            os.access(path, os.R_OK, effective_ids=True) for path in (os.__file__, __file__)
-        )
+        return all(os.access(path, os.R_OK, effective_ids=True) for path in (os.__file__, __file__))
     finally:
         os.seteuid(0)
         os.setegid(0)

@@ -84,7 +84,9 @@ class Ring:
         while here < end:
             start = here & (self.size - 1)
             count = min((end - here) // self._stride, BATCH)
-            words = self._words[start // 4 : (start + count * self._stride) // 4 : self._stride // 4]
+            words = self._words[
+                start // 4 : (start + count * self._stride) // 4 : self._stride // 4
+            ]
             lengths = words.tolist()
             count = self._committed(lengths)
             if not count:

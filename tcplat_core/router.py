@@ -97,4 +97,3 @@ def _first_from(rows: list[Event], ns: int) -> int:
     while index and rows[index - 1].ts_ns >= ns:
         index -= 1
     return index
-

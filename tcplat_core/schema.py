@@ -50,11 +50,11 @@ _C_TYPES = {"u64": ("Q", 8), "u32": ("I", 4), "u16": ("H", 2), "u8": ("B", 1)}
 
 
 def text(raw: bytes) -> str:
-    """Bytes from the kernel as text that is safe to print.
+    r"""Bytes from the kernel as text that is safe to print.
 
     Ends at the first NUL. What is not UTF-8, and every character that does not
     print (control, bidirectional, private: `str.isprintable`), becomes an
-    escape such as ``\\x1b``; so does the backslash itself. A process can choose
+    escape such as ``\x1b``; so does the backslash itself. A process can choose
     its name freely (prctl PR_SET_NAME), a terminal obeys it.
     """
     # surrogateescape keeps each byte that is no UTF-8 apart, as U+DC00 + byte.
@@ -194,16 +194,12 @@ class Event(msgspec.Struct, gc=False):
     attach: Annotated[str, Hook("attach", "fentry, kprobe, tracepoint or xdp")]
     pid: Annotated[int | None, Wire("u32", "process that owns the socket", nullable=True)]
     tid: Annotated[int | None, Wire("u32", "its thread that used it last", nullable=True)]
-    comm: Annotated[
-        str | None, Wire("char[16]", "the owner's name, escaped", to=name)
-    ]
+    comm: Annotated[str | None, Wire("char[16]", "the owner's name, escaped", to=name)]
     cpu: Annotated[int, Wire("u16", "where it happened")]
     netns: Annotated[int | None, Wire("u32", "network namespace, inode number", nullable=True)]
     ip: Annotated[int | None, Wire("u8", "4 or 6; a mapped IPv4 address is 4", nullable=True)]
     saddr: Annotated[str, Wire("u8[16]", "local address; in packets the source", to=address)]
-    sport: Annotated[
-        int | None, Wire("u16", "local port; null before it is chosen", nullable=True)
-    ]
+    sport: Annotated[int | None, Wire("u16", "local port; null before it is chosen", nullable=True)]
     daddr: Annotated[str, Wire("u8[16]", "remote address; in packets the destination", to=address)]
     dport: Annotated[int | None, Wire("u16", "remote port", nullable=True)]
     state: Annotated[str | None, Wire("u8", "TCP state after the event", to=_STATE)]
@@ -224,9 +220,7 @@ class Event(msgspec.Struct, gc=False):
             nullable=True,
         ),
     ]
-    ifname: Annotated[
-        str | None, Made("ifname", "interface of a packet")
-    ]
+    ifname: Annotated[str | None, Made("ifname", "interface of a packet")]
     sock: Annotated[int, Wire("u64", "the same for all events of one socket, 0 for packets")]
 
 
@@ -289,7 +283,10 @@ class Record:
         lines, asserts, offset = [f"struct {name} {{"], [], 0
         for member, c_type in self.members:
             base, count = _array(c_type)
-            lines.append(f"\t{base} {member}{f'[{count}]' if '[' in c_type else ''};")
+            array = f"[{count}]" if "[" in c_type else ""
+            # Without it the compiler copies an address byte by byte.
+            aligned = " __attribute__((aligned(8)))" if count > 1 and count % 8 == 0 else ""
+            lines.append(f"\t{base} {member}{array}{aligned};")
             asserts.append(
                 f"_Static_assert(__builtin_offsetof(struct {name}, {member}) == {offset}, "
                 f'"{name}.{member}: schema.py has another offset");'
@@ -362,7 +359,9 @@ def _array(c_type: str) -> tuple[str, int]:
 
 
 def _alignment(c_type: str) -> int:
-    base, _ = _array(c_type)
+    base, count = _array(c_type)
+    if count > 1 and count % 8 == 0:
+        return 8
     return 1 if base == "char" else _C_TYPES[base][1]
 
 

@@ -165,7 +165,9 @@ class ProbeRun:
 def fired_by(spec: ProbeSpec) -> list[FiredBy]:
     """What each hook number in a record stands for: hooks that report, over all ways."""
     return [
-        FiredBy(point.point, hook.func, hook.mechanism.replace("kretprobe", "kprobe"), spec.describe)
+        FiredBy(
+            point.point, hook.func, hook.mechanism.replace("kretprobe", "kprobe"), spec.describe
+        )
         for point in spec.points
         for way in point.ways
         for hook in way.hooks
@@ -193,6 +195,28 @@ def _ifname(index: int) -> str:
 
 
 @attrs.define(eq=False)
+class Signals:
+    """SIGINT, SIGTERM and SIGHUP end the run; a second one ends the process at once."""
+
+    caught: int = 0
+
+    def install(self) -> None:
+        """Take over the signals of this process."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        if self.caught:
+            # All that is attached hangs on our file descriptors.
+            os._exit(128 + number)
+        self.caught = number
+
+    def stopping(self) -> bool:
+        """Whether one came."""
+        return bool(self.caught)
+
+
+@attrs.define(eq=False)
 class Session:
     """One run.
 
@@ -215,7 +239,7 @@ class Session:
     count: int = 0
     ready_file: str | None = None
     command: Command | None = None
-    signals: Signals = attrs.field(factory=lambda: Signals())
+    signals: Signals = attrs.field(factory=Signals)
 
     def run(self) -> RunReport:
         """Run until something ends it.
@@ -378,25 +402,3 @@ class _Fds:
     def close(self) -> None:
         while self.fds:
             os.close(self.fds.pop())
-
-
-@attrs.define(eq=False)
-class Signals:
-    """SIGINT, SIGTERM and SIGHUP end the run; a second one ends the process at once."""
-
-    caught: int = 0
-
-    def install(self) -> None:
-        """Take over the signals of this process."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, _frame: object) -> None:
-        if self.caught:
-            # All that is attached hangs on our file descriptors.
-            os._exit(128 + number)
-        self.caught = number
-
-    def stopping(self) -> bool:
-        """Whether one came."""
-        return bool(self.caught)

@@ -10,8 +10,8 @@ import traceback
 from tcplat_core.errors import TcplatError
 
 from .attach import Loader, refuse_without_capabilities
-from .compile import import_bcc
-from .host import Host
+from .bpf import lift_memory_limit
+from .cache import Cache
 from .protocol import Answer, Refusal, Request, send_answer
 
 
@@ -21,13 +21,11 @@ def main() -> None:
     answer: Answer | Refusal
     try:
         refuse_without_capabilities()
-        bcc = import_bcc()
-        host = Host.here()
-        # Only now: the session finds plugins while bcc and the BTF load here.
+        lift_memory_limit()
         data = sys.stdin.buffer.read()
         if not data:  # the session gave up
             os._exit(0)
-        answer = Loader(bcc, Request.unpack(data), host).run()
+        answer = Loader(Request.unpack(data), Cache.open()).run()
     except TcplatError as error:
         answer = Refusal(str(error), error.exit_code, _log(error))
     except Exception as error:  # noqa: BLE001 - a bug of ours; the session shows it

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import attrs
 
 from tcplat_core import owners
-from tcplat_core.errors import CannotRunError, PluginError, TcplatError
-from tcplat_core.model import Hook, Way
+from tcplat_core.errors import CannotRunError, PluginError
+from tcplat_core.hookpoints import Hook, Way
 from tcplat_core.ring import books_slots, possible_cpus
 
-from . import kheaders
-from .compile import CORE_TYPES, kernel_source, program_text, reporting
-from .host import BTF_PATH, Choice, Host, choose
+from . import bpf, kheaders
+from .btf import BtfError
+from .cache import Cache, digest, kernel_identity
+from .compile import (
+    CORE_TYPES,
+    SHARED_PREFIX,
+    Compiled,
+    compile_text,
+    compiler_identity,
+    program_text,
+    reporting,
+)
+from .host import BTF_PATH, KPROBE_PMU, Choice, Host, choose
 from .protocol import Answer, LoadedProbe, ProbeRequest, Request
 
-_PAGE = os.sysconf("SC_PAGE_SIZE")
+_PROGRAM_TYPES = {
+    "kprobe": bpf.ProgramType.KPROBE,
+    "kretprobe": bpf.ProgramType.KPROBE,
+    "tracepoint": bpf.ProgramType.RAW_TRACEPOINT,
+}
 
 
 class WayClosedError(Exception):
@@ -38,147 +50,187 @@ class Loader:
     """One request, from C text to file descriptors.
 
     Args:
-        bcc: The module.
         request: What to load.
-        host: The running kernel.
+        cache: Programs and facts from before.
     """
 
-    bcc: Any
     request: Request
-    host: Host
+    cache: Cache
+    _kernel: str = attrs.field(init=False)
+    _host: Host = attrs.field(init=False)
     _closed: dict[Way, str] = attrs.field(factory=dict, init=False)
-    _links: list[int] = attrs.field(factory=list, init=False)
+    _fds: list[int] = attrs.field(factory=list, init=False)
+    """All that was opened, to be closed should another way be tried."""
+    _shared: dict[str, int] = attrs.field(factory=dict, init=False)
+    """Maps that the probes have in common: name -> fd."""
+
+    def __attrs_post_init__(self) -> None:
+        self._kernel = kernel_identity().decode()
+        known = self.cache.read(f"{self._kernel}.facts")
+        self._host = Host(KPROBE_PMU.exists(), facts=dict(known or {}))
 
     def run(self) -> Answer:
         """Compile, load, attach, seed the owners, open the gate.
 
         Raises:
             CannotRunError: A point that a probe needs is not to be had here.
-            PluginError: A probe's C does not compile, or the verifier refuses it.
+            PluginError: A probe's C does not compile.
         """
+        known = len(self._host.facts)
         while True:
             choices = [
                 choose(probe.points, self.request.attach, self._why_not, probe.name)
                 for probe in self.request.probes
             ]
+            if len(self._host.facts) > known:
+                self.cache.write(f"{self._kernel}.facts", self._host.facts)
             try:
                 return self._attempt(choices)
             except WayClosedError as closed:
                 self._closed[closed.way] = closed.reason
-                self._detach()
+                self._undo()
 
     def _why_not(self, way: Way) -> str | None:
-        return self._closed.get(way) or self.host.way(way)
+        return self._closed.get(way) or self._host.way(way)
 
     def _attempt(self, choices: Sequence[Choice]) -> Answer:
-        types = sorted({*CORE_TYPES, *(t for probe in self.request.probes for t in probe.types)})
-        modules: list[Any] = []
-        with ExitStack() as stack:
-            tree = stack.enter_context(kheaders.cached_tree(BTF_PATH, types)).folder
-            stack.enter_context(kernel_source(tree))
-            max_socks = _room_for_sockets()
-            for probe, choice in zip(self.request.probes, choices, strict=True):
-                modules.append(self._compile(probe, choice, not modules, max_socks))
+        room = _room_for_sockets()
+        modules = [
+            self._open(probe, choice, room)
+            for probe, choice in zip(self.request.probes, choices, strict=True)
+        ]
         core = modules[0]
         if self.request.pids is not None:
-            one = ctypes.c_uint(1)
             for pid in self.request.pids:
-                core["tcplat_pids"][ctypes.c_uint(pid)] = one
-            self._raw(core, "tcplat_on_exit", "sched_process_exit")
+                bpf.map_update(self._shared["tcplat_pids"], _u32(pid), _u32(1))
+            self._core(core, "tcplat_on_exit", "sched:sched_process_exit")
         if self.request.follow:
-            self._raw(core, "tcplat_on_fork", "sched_process_fork")
+            self._core(core, "tcplat_on_fork", "sched:sched_process_fork")
         for module, choice in zip(modules, choices, strict=True):
             for way in choice.taken.values():
                 for hook in way.hooks:
                     self._attach(module, way, hook)
         # Last, so that on one tracepoint it runs after the probes' own handlers.
-        self._raw(core, "tcplat_on_destroy", "tcp_destroy_sock")
+        self._core(core, "tcplat_on_destroy", "tcp:tcp_destroy_sock")
         # From here on new sockets are seen; now the older ones.
-        seeds = owners.find(self.request.pids)
-        _seed(self.bcc.lib, _fd(core, "tcplat_seeds"), seeds[:max_socks])
-        core["tcplat_gate"][ctypes.c_uint(0)] = ctypes.c_uint(1)
+        seeds = list(_seeds(self.request.pids))[:room]
+        bpf.map_update_many(self._shared["tcplat_seeds"], seeds)
+        bpf.map_update(self._shared["tcplat_gate"], _u32(0), _u32(1))
+        handed = {fd for module in modules for fd in (module.fd("events"), module.fd("books"))}
         return Answer(
             probes={
                 probe.name: LoadedProbe(
-                    ring_fd=_fd(module, "events"),
-                    books_fd=_fd(module, "books"),
+                    ring_fd=module.fd("events"),
+                    books_fd=module.fd("books"),
                     taken={point: way.mechanism for point, way in choice.taken.items()},
                     missing=choice.missing,
                 )
                 for probe, module, choice in zip(self.request.probes, modules, choices, strict=True)
             },
-            holding=tuple(self._links),
+            holding=tuple(fd for fd in self._fds if fd not in handed),
         )
 
-    def _compile(self, probe: ProbeRequest, choice: Choice, first: bool, max_socks: int) -> Any:  # noqa: FBT001 - private
+    def _open(self, probe: ProbeRequest, choice: Choice, room: int) -> _Module:
+        """Compile a probe, or take it from the cache, and create its maps."""
         hooks = len(reporting(probe))
         defines = {
             "TCPLAT_HOOKS": hooks,
-            "TCPLAT_RING_PAGES": self.request.ring_bytes // _PAGE,
             "TCPLAT_BOOKS": books_slots(possible_cpus(), hooks),
-            "TCPLAT_MAX_SOCKS": max_socks,
             "TCPLAT_CPU_BITS": possible_cpus().bit_length(),
         }
         if self.request.pids is not None:
             defines["TCPLAT_FILTER_PID"] = 1
         taken = {point: way.mechanism for point, way in choice.taken.items()}
-        text = program_text(probe, first=first, taken=taken, defines=defines)
-        try:
-            return self.bcc.BPF(text=text.encode())
-        except Exception as error:
-            raise PluginError(
-                f"the C of probe {probe.name} does not compile for this kernel; "
-                "--debug shows the compiler's words"
-            ) from error
-
-    def _attach(self, module: Any, way: Way, hook: Hook) -> None:
-        try:
-            if hook.mechanism == "tracepoint":
-                self._raw(module, hook.program, hook.func.rpartition(":")[2])
-                return
-            function = self._load(module, hook.program, self.bcc.BPF.KPROBE)
-            kind = 1 if hook.mechanism == "kretprobe" else 0
-            # The name is used only where the kernel is too old for nameless kprobes.
-            name = f"tcplat_{os.getpid()}_{hook.program}".encode()
-            fd = self.bcc.lib.bpf_attach_kprobe(function.fd, kind, name, hook.func.encode(), 0, 0)
-            if fd < 0:
-                raise TcplatError(os.strerror(ctypes.get_errno()))
-            self._links.append(fd)
-        except TcplatError as error:
-            raise WayClosedError(way, f"{hook.mechanism}:{hook.func} refused: {error}") from error
-
-    def _raw(self, module: Any, program: str, tracepoint: str) -> None:
-        function = self._load(module, program, self.bcc.BPF.RAW_TRACEPOINT)
-        fd = self.bcc.lib.bpf_attach_raw_tracepoint(function.fd, tracepoint.encode())
-        if fd < 0:
-            raise TcplatError(os.strerror(ctypes.get_errno()))
-        self._links.append(fd)
-
-    def _load(self, module: Any, program: str, kind: int) -> Any:
-        try:
-            return module.load_func(program.encode(), kind)
-        except Exception as error:
-            raise TcplatError("the kernel's verifier; --debug shows its words") from error
-
-    def _detach(self) -> None:
-        for fd in self._links:
-            os.close(fd)
-        self._links.clear()
-
-
-def _fd(module: Any, table: str) -> int:
-    return int(module[table].map_fd)
-
-
-def _seed(lib: Any, map_fd: int, seeds: Iterable[owners.Seed]) -> None:
-    """Fill tcplat_seeds: u64 cookie -> struct tcplat_seed (include/tcplat/owner.bpf.h)."""
-    for seed in seeds:
-        leaf = (
-            seed.pid.to_bytes(4, "little")
-            + bytes([seed.role, 0, 0, 0])
-            + seed.comm[:15].ljust(16, b"\0")
+        text = program_text(probe, taken=taken, defines=defines)
+        types = sorted({*CORE_TYPES, *probe.types})
+        name = digest(
+            self._kernel.encode(), compiler_identity(), text.encode(), *map(str.encode, types)
         )
-        lib.bpf_update_elem(map_fd, seed.cookie.to_bytes(8, "little"), leaf, 0)
+        known = self.cache.read(f"{name}.program")
+        if known is None:
+            compiled = self._compile(probe, text, types)
+            self.cache.write(f"{name}.program", compiled.pack())
+        else:
+            compiled = Compiled.unpack(known)
+        sizes = {"events": self.request.ring_bytes, "tcplat_socks": room, "tcplat_seeds": room}
+        fds = []
+        for one in compiled.maps:
+            fd = self._shared.get(one.name)
+            if fd is None:
+                entries = sizes.get(one.name, one.entries)
+                fd = bpf.map_create(one.name, one.kind, one.key, one.value, entries, one.flags)
+                self._fds.append(fd)
+                if one.name.startswith(SHARED_PREFIX):
+                    self._shared[one.name] = fd
+            fds.append(fd)
+        return _Module(compiled, fds)
+
+    def _compile(self, probe: ProbeRequest, text: str, types: Sequence[str]) -> Compiled:
+        try:
+            with kheaders.cached_tree(BTF_PATH, types, self.cache.root) as tree:
+                return compile_text(text, tree.folder)
+        except (BtfError, PluginError) as error:
+            raise PluginError(f"the C of probe {probe.name}: {error}") from error
+
+    def _attach(self, module: _Module, way: Way, hook: Hook) -> None:
+        try:
+            program = bpf.program_load(
+                hook.program, _PROGRAM_TYPES[hook.mechanism], module.code(hook.program)
+            )
+            self._fds.append(program)
+            if hook.mechanism == "tracepoint":
+                link = bpf.attach_raw_tracepoint(program, hook.func.rpartition(":")[2])
+            else:
+                at_return = hook.mechanism == "kretprobe"
+                link = bpf.attach_kprobe(program, hook.func, at_return=at_return)
+            self._fds.append(link)
+        except bpf.RefusedError as error:
+            # To the log: --debug shows it.
+            sys.stderr.write(f"{hook.program}:\n{error.log}\n")
+            reason = f"the verifier refused {hook.program} ({error.strerror}); --debug shows why"
+            raise WayClosedError(way, reason) from error
+        except OSError as error:
+            reason = f"{hook.mechanism}:{hook.func}: {error.strerror}"
+            raise WayClosedError(way, reason) from error
+
+    def _core(self, module: _Module, program: str, tracepoint: str) -> None:
+        way = Way("tracepoint", (Hook(tracepoint, program, "tracepoint"),))
+        try:
+            self._attach(module, way, way.hooks[0])
+        except WayClosedError as error:
+            raise CannotRunError(f"this kernel cannot serve the core: {error.reason}") from error
+
+    def _undo(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
+        self._fds.clear()
+        self._shared.clear()
+
+
+@attrs.frozen
+class _Module:
+    """A compiled probe and the fds of its maps."""
+
+    compiled: Compiled
+    fds: Sequence[int]
+
+    def code(self, function: str) -> bytes:
+        return self.compiled.code(function, self.fds)
+
+    def fd(self, name: str) -> int:
+        return self.fds[[one.name for one in self.compiled.maps].index(name)]
+
+
+def _seeds(pids: Sequence[int] | None) -> Iterator[tuple[bytes, bytes]]:
+    """Cookie and struct tcplat_seed (include/tcplat/owner.bpf.h) of each older socket."""
+    for seed in owners.find(pids):
+        comm = seed.comm[:15].ljust(16, b"\0")
+        value = _u32(seed.pid) + bytes([seed.role, 0, 0, 0]) + comm
+        yield seed.cookie.to_bytes(8, sys.byteorder), value
+
+
+def _u32(value: int) -> bytes:
+    return value.to_bytes(4, sys.byteorder)
 
 
 def _room_for_sockets() -> int:
@@ -187,7 +239,7 @@ def _room_for_sockets() -> int:
     for name in ("sockstat", "sockstat6"):
         path = Path("/proc/net") / name
         if path.exists():
-            for line in path.read_text().splitlines():
+            for line in path.read_text(encoding="ascii").splitlines():
                 words = line.split()
                 if words[0] in ("TCP:", "TCP6:"):
                     in_use += int(words[words.index("inuse") + 1])
@@ -195,13 +247,13 @@ def _room_for_sockets() -> int:
 
 
 def refuse_without_capabilities() -> None:
-    """Say what is missing before libbcc says it in its own words.
+    """Say what is missing before the kernel says EPERM.
 
     Raises:
         CannotRunError: Not allowed to load programs.
     """
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="ascii")
     effective = int(status.split("CapEff:")[1].split()[0], 16)
-    sys_admin, perfmon, bpf = (1 << 21), (1 << 38), (1 << 39)
-    if not effective & sys_admin and effective & (perfmon | bpf) != perfmon | bpf:
+    sys_admin, perfmon, bpf_bit = (1 << 21), (1 << 38), (1 << 39)
+    if not effective & sys_admin and effective & (perfmon | bpf_bit) != perfmon | bpf_bit:
         raise CannotRunError("loading BPF programs needs root: run it with sudo")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
+import platform
 import re
 import stat
+import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tcplat_core.errors import CannotRunError
+import attrs
+
+from tcplat_core.errors import CannotRunError, PluginError
 
 from .protocol import ProbeRequest
 
@@ -24,20 +29,135 @@ SYSTEM_FOLDERS = (
 )
 """Where Debian and Ubuntu, then Fedora and its kin, keep python3-bpfcc or python3-bcc."""
 
-CORE_TYPES = ("sock", "net:ns", "task_struct:tgid,signal", "signal_struct:live", "pt_regs")
+CORE_TYPES = (
+    "sock",
+    "inet_sock",
+    "net:ns",
+    "task_struct:tgid,signal",
+    "signal_struct:live",
+    "pt_regs",
+)
 """Kernel types that the shared headers use."""
 
 ALWAYS = ("event.bpf.h", "owner.bpf.h")
 """Headers that every probe gets: the shared maps are in them."""
 
+SHARED_PREFIX = "tcplat_"
+"""Maps of such a name are made once per run; every other map is its probe's own."""
+
 _INSTALL = "apt install python3-bpfcc (Fedora: dnf install python3-bcc)"
 _INCLUDE = re.compile(r"^\s*#\s*include\s+<tcplat/([a-z_]+\.bpf\.h)>\s*$", re.MULTILINE)
-_SHARED = {
-    True: "#define TCPLAT_SHARED(kind, key, leaf, name, size) "
-    "BPF_TABLE_PUBLIC(kind, key, leaf, name, size)",
-    False: "#define TCPLAT_SHARED(kind, key, leaf, name, size) "
-    'BPF_TABLE("extern", key, leaf, name, size)',
-}
+_INSTRUCTION = struct.Struct("=BBhi")
+_LOAD_64, _MAP_FD = 0x18, 1
+"""BPF_LD | BPF_DW | BPF_IMM, and BPF_PSEUDO_MAP_FD in its source register."""
+
+
+@attrs.frozen
+class Map:
+    """A map as bcc compiled it: sizes in bytes."""
+
+    name: str
+    kind: int
+    key: int
+    value: int
+    entries: int
+    flags: int
+
+
+@attrs.frozen
+class Compiled:
+    """One text, compiled: needs nothing but the kernel it was compiled for.
+
+    Args:
+        functions: Name -> instructions, in which a map is named by its index in `maps`.
+        maps: The maps.
+    """
+
+    functions: dict[str, bytes]
+    maps: tuple[Map, ...]
+
+    def pack(self) -> dict[str, Any]:
+        """For the cache."""
+        return attrs.asdict(self)
+
+    @classmethod
+    def unpack(cls, raw: dict[str, Any]) -> Compiled:
+        """The inverse of pack()."""
+        return cls(raw["functions"], tuple(Map(**one) for one in raw["maps"]))
+
+    def code(self, function: str, fds: Sequence[int]) -> bytes:
+        """The instructions of a function, with the maps' fds in place of their indices."""
+        return _renumbered(self.functions[function], dict(enumerate(fds)))
+
+
+def _renumbered(code: bytes, numbers: Mapping[int, int]) -> bytes:
+    out = bytearray(code)
+    for at in range(0, len(code), 8):
+        op, registers, offset, number = _INSTRUCTION.unpack_from(code, at)
+        if op == _LOAD_64 and registers >> 4 == _MAP_FD:
+            _INSTRUCTION.pack_into(out, at, op, registers, offset, numbers[number])
+    return bytes(out)
+
+
+def compile_text(text: str, tree: Path) -> Compiled:
+    """Compile with bcc, against the kernel tree.
+
+    Raises:
+        PluginError: It does not compile. The compiler's words are on standard error.
+        CannotRunError: There is no bcc.
+    """
+    bcc = import_bcc()
+    with kernel_source(tree):
+        try:
+            module = bcc.BPF(text=text.encode())
+        except Exception as error:
+            raise PluginError("it does not compile; --debug shows the compiler's words") from error
+    lib, handle = bcc.lib, module.module
+    for query in ("num_functions", "num_tables"):
+        getattr(lib, f"bpf_{query}").argtypes = [ctypes.c_void_p]
+        getattr(lib, f"bpf_{query}").restype = ctypes.c_size_t
+    queries = {
+        "function_name": ctypes.c_char_p,
+        "table_name": ctypes.c_char_p,
+        "table_fd_id": ctypes.c_int,
+        "table_type_id": ctypes.c_int,
+        "table_key_size_id": ctypes.c_size_t,
+        "table_leaf_size_id": ctypes.c_size_t,
+        "table_max_entries_id": ctypes.c_size_t,
+        "table_flags_id": ctypes.c_int,
+    }
+    for query, result in queries.items():
+        getattr(lib, f"bpf_{query}").argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        getattr(lib, f"bpf_{query}").restype = result
+    maps, index = [], {}
+    for number in range(lib.bpf_num_tables(handle)):
+        index[lib.bpf_table_fd_id(handle, number)] = number
+        maps.append(
+            Map(
+                lib.bpf_table_name(handle, number).decode(),
+                lib.bpf_table_type_id(handle, number),
+                lib.bpf_table_key_size_id(handle, number),
+                lib.bpf_table_leaf_size_id(handle, number),
+                lib.bpf_table_max_entries_id(handle, number),
+                lib.bpf_table_flags_id(handle, number),
+            )
+        )
+    functions = {}
+    for number in range(lib.bpf_num_functions(handle)):
+        name = lib.bpf_function_name(handle, number)
+        functions[name.decode()] = _renumbered(module.dump_func(name), index)
+    module.cleanup()
+    return Compiled(functions, tuple(maps))
+
+
+def compiler_identity() -> bytes:
+    """What changes when bcc does: the file that /usr/lib's libbcc.so.0 stands for."""
+    for folder in ("/usr/lib", "/usr/lib64", f"/usr/lib/{platform.machine()}-linux-gnu"):
+        library = Path(folder) / "libbcc.so.0"
+        if library.exists():
+            there = library.resolve()
+            return f"{there} {there.stat().st_size} {there.stat().st_mtime_ns}".encode()
+    return b""
 
 
 def find_bcc() -> Path:
@@ -86,19 +206,14 @@ def import_bcc() -> Any:
 
 
 def program_text(
-    probe: ProbeRequest,
-    *,
-    first: bool,
-    taken: Mapping[str, str],
-    defines: Mapping[str, int],
+    probe: ProbeRequest, *, taken: Mapping[str, str], defines: Mapping[str, int]
 ) -> str:
-    """The whole C text of one probe, headers pasted in.
+    """The whole C text of one probe, headers and the core's own programs pasted in.
 
     bcc rewrites map calls in the main file only, so a header cannot stay one.
 
     Args:
         probe: Its C and its record.
-        first: Whether this text defines the shared maps and the core's programs.
         taken: Point -> mechanism: becomes TCPLAT_<MECHANISM>_<point>.
         defines: Constants.
     """
@@ -110,9 +225,8 @@ def program_text(
     ]
     prelude = "".join(map(_header, ALWAYS))
     body = _INCLUDE.sub(lambda found: "" if found[1] in ALWAYS else _header(found[1]), probe.source)
-    tail = _header("core.bpf.h") if first else ""
     name = f'#line 1 "{probe.name}.bpf.c"'
-    return "\n".join([*head, _SHARED[first], probe.struct, prelude, name, body, tail])
+    return "\n".join([*head, probe.struct, prelude, name, body, _header("core.bpf.h")])
 
 
 def reporting(probe: ProbeRequest) -> list[Any]:

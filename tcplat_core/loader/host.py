@@ -8,7 +8,7 @@ from pathlib import Path
 import attrs
 
 from tcplat_core.errors import CannotRunError
-from tcplat_core.model import MECHANISMS, Hook, HookPoint, Way
+from tcplat_core.hookpoints import MECHANISMS, Hook, HookPoint, Way
 
 from .btf import Btf, BtfError
 
@@ -21,30 +21,33 @@ class Host:
     """The running kernel.
 
     Args:
-        btf: Its types, functions and tracepoints.
         kprobes: Whether it takes kprobes (CONFIG_KPROBE_EVENTS).
         fentry: Whether it takes fentry programs: tried, not guessed.
+        facts: What the BTF said before: hook -> its arguments, None for a hook
+            that it does not have. Grows; worth keeping per kernel.
     """
 
-    btf: Btf
     kprobes: bool
     fentry: bool = False
+    facts: dict[str, list[str] | None] = attrs.field(factory=dict)
+    _btf: Btf | None = None
 
-    @classmethod
-    def here(cls) -> Host:
-        """The kernel we run on.
+    @property
+    def btf(self) -> Btf:
+        """Types, functions and tracepoints; read when first asked for, which takes 80 ms.
 
         Raises:
-            CannotRunError: It has no BTF.
+            CannotRunError: The kernel has none.
         """
-        try:
-            btf = Btf.from_file(str(BTF_PATH))
-        except (OSError, BtfError) as error:
-            raise CannotRunError(
-                f"this kernel does not describe its types in {BTF_PATH} ({error}); "
-                "boot one with CONFIG_DEBUG_INFO_BTF=y, as every distribution's is since 2021"
-            ) from error
-        return cls(btf, KPROBE_PMU.exists())
+        if self._btf is None:
+            try:
+                self._btf = Btf.from_file(str(BTF_PATH))
+            except (OSError, BtfError) as error:
+                raise CannotRunError(
+                    f"this kernel does not describe its types in {BTF_PATH} ({error}); "
+                    "boot one with CONFIG_DEBUG_INFO_BTF=y, as every distribution's is since 2021"
+                ) from error
+        return self._btf
 
     def mechanism(self, name: str) -> str | None:
         """None if the mechanism works here, else why not."""
@@ -56,17 +59,24 @@ class Host:
 
     def hook(self, hook: Hook) -> str | None:
         """None if the kernel has what the hook wants, else what is different."""
-        if hook.mechanism == "tracepoint":
-            have = self.btf.tracepoint_args(hook.func.rpartition(":")[2])
-            if have is None:
-                return f"this kernel has no tracepoint {hook.func}"
-        else:
-            if not self.btf.has_func(hook.func):
-                return f"this kernel has no function {hook.func}"
-            have = [name for name, _ in self.btf.func_args(hook.func)]
+        have = self._arguments(hook)
+        if have is None:
+            kind = "tracepoint" if hook.mechanism == "tracepoint" else "function"
+            return f"this kernel has no {kind} {hook.func}"
         if hook.args and list(hook.args) != have[: len(hook.args)]:
             return f"{hook.func} takes ({', '.join(have)}) here, not ({', '.join(hook.args)})"
         return None
+
+    def _arguments(self, hook: Hook) -> list[str] | None:
+        if hook.func not in self.facts:
+            if hook.mechanism == "tracepoint":
+                found = self.btf.tracepoint_args(hook.func.rpartition(":")[2])
+            elif self.btf.has_func(hook.func):
+                found = [name for name, _ in self.btf.func_args(hook.func)]
+            else:
+                found = None
+            self.facts[hook.func] = found
+        return self.facts[hook.func]
 
     def way(self, way: Way) -> str | None:
         """None if the way is open, else why it is not."""

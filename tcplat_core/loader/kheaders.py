@@ -8,11 +8,9 @@ anything. `BCC_KERNEL_SOURCE` names the folder.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import shutil
-import stat
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +28,7 @@ from tcplat_core.loader.btf import (
     Kind,
     Type,
 )
+from tcplat_core.loader.cache import check_own, default_root, digest, kernel_identity, own_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -227,8 +226,8 @@ def cached_tree(
     entries = sorted(set(wanted))
     place: Path | None = None
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home
-        root = cache_root or _default_root()
-        _own_folder(root)
+        root = cache_root or default_root()
+        own_folder(root)
         place = root / _key(btf_path, entries)
         if _is_complete(place):
             os.utime(place)  # the newest stay
@@ -659,7 +658,7 @@ def _fixed_files() -> dict[str, str]:
 
 def _sealed(text: str) -> str:
     """Return a text with its hash as last line."""
-    return f"{text}/* {_digest(text.encode())} */\n"
+    return f"{text}/* {digest(text.encode())} */\n"
 
 
 def _is_sealed(text: str) -> bool:
@@ -671,58 +670,11 @@ def _tree_files(header_text: str) -> dict[str, str]:
     return {**_fixed_files(), _GENERATED: _sealed(header_text)}
 
 
-def _digest(*parts: bytes) -> str:
-    total = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        total.update(len(part).to_bytes(8, "little"))
-        total.update(part)
-    return total.hexdigest()
-
-
 def _key(btf_path: Path | str, entries: list[str]) -> str:
     """Return the cache entry's name: it changes with kernel, wanted types and our own source."""
-    uname = os.uname()
-    kernel = b""
-    if Path(btf_path) == VMLINUX:
-        with contextlib.suppress(OSError):
-            kernel = Path("/sys/kernel/notes").read_bytes()  # holds the build-id
-    kernel = kernel or Path(btf_path).read_bytes()
     here = Path(__file__)
     sources = [here.read_bytes(), here.with_name("btf.py").read_bytes()]
-    names = [uname.release.encode(), uname.version.encode(), "\n".join(entries).encode()]
-    return _digest(kernel, *names, *sources)
-
-
-def _default_root() -> Path:
-    if os.geteuid() == 0:
-        return Path("/var/cache/tcplat")
-    xdg = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(xdg) if xdg.startswith("/") else Path.home() / ".cache") / "tcplat"
-
-
-def _check_own(folder: Path) -> None:
-    """Check that a folder is one, and that nobody but us and root can write to it.
-
-    Raises:
-        PermissionError: It is not.
-        FileNotFoundError: There is none.
-    """
-    status = folder.lstat()
-    if (
-        not stat.S_ISDIR(status.st_mode)
-        or status.st_uid != os.geteuid()
-        or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    ):
-        raise PermissionError(f"{folder} is not a folder that only we can write to")
-
-
-def _own_folder(folder: Path) -> None:
-    """Make a folder, and its parents, with mode 0700 where missing, and check it."""
-    if not folder.parent.exists():
-        _own_folder(folder.parent)
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    _check_own(folder)
+    return digest(kernel_identity(btf_path), "\n".join(entries).encode(), *sources)
 
 
 def _is_complete(entry: Path) -> bool:
@@ -734,7 +686,7 @@ def _is_complete(entry: Path) -> bool:
         PermissionError: Somebody else could have written it.
     """
     try:
-        _check_own(entry)
+        check_own(entry)
         include = entry / "include"
         fixed = _fixed_files().items()
         return _is_sealed((include / _GENERATED).read_text()) and all(
@@ -758,7 +710,9 @@ def _store(entry: Path, header_text: str) -> None:
         except OSError:
             # Another start was faster, or an incomplete one is in the way.
             if not _is_complete(entry):
-                entry.rename(tempfile.mkdtemp(prefix=".old-", dir=entry.parent))
+                old = tempfile.mkdtemp(prefix=".old-", dir=entry.parent)
+                entry.rename(old)
+                shutil.rmtree(old, ignore_errors=True)
                 fresh.rename(entry)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 import msgpack
 
-from tcplat_core.model import Hook, HookPoint, Way
+from tcplat_core.hookpoints import Hook, HookPoint, Way
 
 MAX_FDS = 253
 """SCM_MAX_FD of the kernel: so many fds go with one message."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import struct
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,12 @@ from tcplat_core.loader.kheaders import generate
 
 SMALL = (Path(__file__).parent / "data" / "small.btf").read_bytes()
 
+Encodable = tuple[Kind, str, int, int, Sequence[int | str]]
+
 needs_kernel = pytest.mark.skipif(not VMLINUX.exists(), reason="this kernel has no BTF")
 
 
-def encode(types: list[tuple[Kind, str, int, int, list[int | str]]]) -> bytes:
+def encode(types: Sequence[Encodable]) -> bytes:
     """Make BTF from (kind, name, vlen | kind_flag << 31, size or target, more words or names).
 
     A name that is the tail of an earlier one shares its bytes.
@@ -39,7 +43,7 @@ def encode(types: list[tuple[Kind, str, int, int, list[int | str]]]) -> bytes:
     return head + body + bytes(strings)
 
 
-INT = (Kind.INT, "int", 0, 4, [1 << 24 | 32])
+INT: Encodable = (Kind.INT, "int", 0, 4, [1 << 24 | 32])
 
 
 @pytest.fixture
@@ -66,7 +70,7 @@ def test_a_path_that_is_not_there_is_absent(small: Btf) -> None:
     assert not small.has_member("outer", "nothing")
     assert not small.has_member("outer", "list.next.next")  # a pointer is not walked through
     assert not small.has_member("nothing", "pair")
-    with pytest.raises(BtfError, match="outer has no member saddr.x"):
+    with pytest.raises(BtfError, match=r"outer has no member saddr\.x"):
         small.member_offset("outer", "saddr.x")
     with pytest.raises(BtfError, match="no struct or union nothing"):
         small.sizeof("nothing")
@@ -217,7 +221,7 @@ def test_a_kind_from_the_future_is_named() -> None:
     ids=["typedef", "array", "loop", "anonymous", "missing", "func", "overlap", "size", "name"],
 )
 def test_nonsense_is_an_error_of_one_sentence(
-    types: list[tuple[Kind, str, int, int, list[int | str]]],
+    types: Sequence[Encodable],
 ) -> None:
     with pytest.raises(BtfError, match=r"^[^\n]+$"):
         generate(Btf.from_bytes(encode(types)), ["s", "x?"])
@@ -229,18 +233,18 @@ def use(data: bytes) -> bool:
         btf = Btf.from_bytes(data)
     except BtfError:
         return False
-    questions = [
+    questions: list[Callable[[], object]] = [
         lambda: generate(btf, ["outer?", "aligned?:last?", "enum:color?"]),
         lambda: btf.member_offset("outer", "bits.e"),
         lambda: btf.func_args("takes"),
         lambda: btf.tracepoint_args("hello"),
-        *(lambda i=i: btf.type_text(i) for i in range(70)),
-        *(lambda i=i: btf.size_of(i) for i in range(70)),
+        *(partial(btf.type_text, i) for i in range(70)),
+        *(partial(btf.size_of, i) for i in range(70)),
     ]
     for question in questions:
         try:
             question()
-        except BtfError:  # noqa: PERF203 - each question may fail by itself
+        except BtfError:
             continue
     return True
 
@@ -250,6 +254,18 @@ def test_btf_cut_short_anywhere_is_an_error() -> None:
     for length in range(len(SMALL)):
         with pytest.raises(BtfError):
             Btf.from_bytes(SMALL[:length])
+
+
+def test_a_type_section_cut_short_is_an_error() -> None:
+    head = struct.unpack_from("=HBBIIIII", SMALL)
+    kept = head[5]
+    ends_well = 0
+    for length in range(0, kept, 4):
+        data = bytearray(SMALL)
+        struct.pack_into("=I", data, 12, length)
+        ends_well += use(bytes(data))
+    # Only where a type ends; the rest ends inside one.
+    assert 0 < ends_well < kept // 4 // 2
 
 
 def test_damaged_btf_never_fails_otherwise() -> None:

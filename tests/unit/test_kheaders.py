@@ -9,6 +9,7 @@ import struct
 import subprocess
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,11 +17,36 @@ from tcplat_core.loader import kheaders
 from tcplat_core.loader.btf import VMLINUX, Btf, BtfError, Kind
 from tcplat_core.loader.kheaders import BCC_TAGS, cached_tree, generate, write_tree
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 SMALL_BTF = Path(__file__).parent / "data" / "small.btf"
-SMALL_WANTED = ["outer", "bits", "aligned", "packed"]
+SMALL_WANTED = [
+    "outer",
+    "bits",
+    "aligned",
+    "packed",
+    "packed_size",
+    "packed_offset",
+    "packed_bits",
+]
 NETWORK = [
-    *"pt_regs iphdr ipv6hdr tcphdr ethhdr sk_buff sock sock_common tcp_sock inet_sock".split(),
-    *"inet_connection_sock request_sock msghdr iov_iter socket mptcp_sock?".split(),
+    "pt_regs",
+    "iphdr",
+    "ipv6hdr",
+    "tcphdr",
+    "ethhdr",
+    "sk_buff",
+    "sock",
+    "sock_common",
+    "tcp_sock",
+    "inet_sock",
+    "inet_connection_sock",
+    "request_sock",
+    "msghdr",
+    "iov_iter",
+    "socket",
+    "mptcp_sock?",
     "net:ns.inum",
     "task_struct:pid,tgid,group_leader,comm",
     "enum:tcp_ca_state",
@@ -186,7 +212,9 @@ def test_all_that_bcc_defines_is_known() -> None:
     if not library.exists():
         pytest.skip("bcc's library is not here")
     text = library.read_bytes()
-    found = re.findall(rb"^(?:struct|union) ((?:bpf_|btf_|xdp_|sk_|__sk_)\w+) \{$", text, re.M)
+    found = re.findall(
+        rb"^(?:struct|union) ((?:bpf_|btf_|xdp_|sk_|__sk_)\w+) \{$", text, re.MULTILINE
+    )
     assert found
     assert {name.decode() for name in found} <= BCC_TAGS
 
@@ -232,6 +260,13 @@ def test_a_second_start_does_not_read_btf(tmp_path: Path, monkeypatch: pytest.Mo
     assert (first.folder / "include/linux/kconfig.h").exists()
 
 
+def test_an_entry_in_use_counts_as_new(tmp_path: Path) -> None:
+    folder = cached_tree(SMALL_BTF, ["outer"], tmp_path).folder
+    os.utime(folder, (1000, 1000))
+    cached_tree(SMALL_BTF, ["outer"], tmp_path)
+    assert folder.stat().st_mtime > 1000
+
+
 def test_other_types_and_other_kernels_have_other_entries(tmp_path: Path) -> None:
     other = tmp_path / "other.btf"
     other.write_bytes(SMALL_BTF.read_bytes() + b"\0")
@@ -267,11 +302,10 @@ def unsafe_file(folder: Path) -> None:
 @pytest.mark.parametrize("spoil", [unsafe_mode, unsafe_link, unsafe_file])
 @pytest.mark.parametrize("level", ["root", "entry"])
 def test_a_folder_that_others_could_write_is_not_used(
-    tmp_path: Path, spoil: object, level: str
+    tmp_path: Path, spoil: Callable[[Path], None], level: str
 ) -> None:
     root = tmp_path / "cache"
     entry = cached_tree(SMALL_BTF, ["outer"], root).folder
-    assert callable(spoil)
     spoil(root if level == "root" else entry)
     with cached_tree(SMALL_BTF, ["outer"], root) as tree:
         assert tree.temporary
@@ -299,7 +333,8 @@ def test_a_damaged_entry_is_made_anew(tmp_path: Path, file: str, content: str | 
     path.unlink() if content is None else path.write_text(content)
     assert cached_tree(SMALL_BTF, ["outer"], tmp_path) == first
     assert path.read_text() == before
-    assert sorted(p.name for p in first.folder.iterdir()) == ["include"]
+    assert list(tmp_path.iterdir()) == [first.folder]
+    assert [path.name for path in first.folder.iterdir()] == ["include"]
 
 
 def test_the_cache_stays_small_and_touches_only_its_own(tmp_path: Path) -> None:

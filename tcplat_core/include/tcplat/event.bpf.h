@@ -2,8 +2,8 @@
 /*
  * The record that a handler fills, and the books that are kept of it.
  *
- * struct tcplat_event, TCPLAT_HOOKS, TCPLAT_RING_PAGES and HOOK_<program> come
- * in front of this text: they are made from the probe's schema and hook points.
+ * struct tcplat_event, TCPLAT_HOOKS, TCPLAT_BOOKS and HOOK_<program> come in front
+ * of this text: they are made from the probe's schema and hook points.
  * The text is pasted into the probe's own file, because bcc rewrites map calls
  * nowhere else.
  */
@@ -39,8 +39,11 @@ enum {
 		_value;                                                             \
 	})
 
-/* The ring. A record is submitted without a wake-up (5 us each); the session polls. */
-BPF_RINGBUF_OUTPUT(events, TCPLAT_RING_PAGES);
+/*
+ * The ring; the loader gives it its size (--ring-size). A record is submitted
+ * without a wake-up, which would cost 5 us: the session polls.
+ */
+BPF_RINGBUF_OUTPUT(events, 8);
 
 /*
  * (cpu * hooks + hook) * 2 + {0: produced, 1: of these dropped} -> how many.
@@ -51,7 +54,7 @@ BPF_RINGBUF_OUTPUT(events, TCPLAT_RING_PAGES);
 BPF_F_TABLE("array", u32, u64, books, TCPLAT_BOOKS, BPF_F_MMAPABLE);
 
 /* Slot 0 -> 1 once the owners of older sockets are known; nothing is reported before. */
-TCPLAT_SHARED("array", u32, u32, tcplat_gate, 1);
+BPF_TABLE("array", u32, u32, tcplat_gate, 1);
 
 /*
  * A record to fill, or NULL where nobody listens yet or the ring is full.
@@ -97,27 +100,15 @@ static __always_inline void tcplat_submit(struct tcplat_event *e)
 /* IPv4 addresses are kept as ::ffff:a.b.c.d, so that 16 bytes say all. */
 static __always_inline void tcplat_map_v4(u8 *to, u32 addr_be)
 {
-	__builtin_memset(to, 0, 10);
-	to[10] = to[11] = 0xff;
-	__builtin_memcpy(to + 12, &addr_be, 4);
+	((u64 *)to)[0] = 0;
+	((u32 *)to)[2] = bpf_htonl(0xffff);
+	((u32 *)to)[3] = addr_be;
 }
 
-/* Addresses, ports and namespace of a full socket: local, then remote. */
-static __always_inline void tcplat_fill_addrs(struct tcplat_event *e, struct sock *sk)
+static __always_inline bool tcplat_is_mapped(const u8 *addr)
 {
-	struct net *net = tcplat_get(sk, __sk_common.skc_net.net);
+	const u64 *high = (const u64 *)addr;
+	const u32 *middle = (const u32 *)(addr + 8);
 
-	e->netns = tcplat_get(net, ns.inum);
-	e->sport = tcplat_get(sk, __sk_common.skc_num);
-	e->dport = bpf_ntohs(tcplat_get(sk, __sk_common.skc_dport));
-	if (tcplat_get(sk, __sk_common.skc_family) == TCPLAT_AF_INET) {
-		e->ip = 4;
-		tcplat_map_v4(e->saddr, tcplat_get(sk, __sk_common.skc_rcv_saddr));
-		tcplat_map_v4(e->daddr, tcplat_get(sk, __sk_common.skc_daddr));
-		return;
-	}
-	bpf_probe_read_kernel(e->saddr, 16, &sk->__sk_common.skc_v6_rcv_saddr);
-	bpf_probe_read_kernel(e->daddr, 16, &sk->__sk_common.skc_v6_daddr);
-	/* A dual-stack socket that speaks IPv4 has a mapped remote address. */
-	e->ip = e->daddr[10] == 0xff && e->daddr[11] == 0xff && e->daddr[0] == 0 ? 4 : 6;
+	return !*high && *middle == bpf_htonl(0xffff);
 }

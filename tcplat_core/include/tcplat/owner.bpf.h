@@ -10,6 +10,15 @@
 #define TCPLAT_ROLE_CLIENT 1
 #define TCPLAT_ROLE_SERVER 2
 
+/* Both ends, as a record has them: local, then remote. */
+struct tcplat_addrs {
+	u8 saddr[16], daddr[16];
+	u32 netns;
+	u16 sport, dport;
+	u8 ip;
+	u8 pad[7];
+} __attribute__((aligned(8)));
+
 struct tcplat_sock {
 	u64 id;         /* the event's `sock`: when it was first seen, and on which CPU */
 	u64 since_ns;   /* when the connect that is under way began, else 0 */
@@ -20,7 +29,8 @@ struct tcplat_sock {
 	u8 role;
 	u8 wanted;      /* its owner passes the filters */
 	u8 pad[2];
-	char comm[16];
+	char comm[16] __attribute__((aligned(8)));
+	struct tcplat_addrs addrs; /* once the source port is chosen: the kernel forgets it first */
 };
 
 /* What is known of a socket that is older than the run: filled in from user space. */
@@ -28,7 +38,7 @@ struct tcplat_seed {
 	u32 pid;
 	u8 role;
 	u8 pad[3];
-	char comm[16];
+	char comm[16] __attribute__((aligned(8)));
 };
 
 /*
@@ -38,7 +48,7 @@ struct tcplat_seed {
  * tcplat_find() when a seeded one is seen for the first time.
  * Deleted by tcplat_on_destroy, which runs after every probe's handlers.
  */
-TCPLAT_SHARED("hash", u64, struct tcplat_sock, tcplat_socks, TCPLAT_MAX_SOCKS);
+BPF_TABLE("hash", u64, struct tcplat_sock, tcplat_socks, 1024);
 
 /*
  * Socket cookie -> struct tcplat_seed.
@@ -47,7 +57,7 @@ TCPLAT_SHARED("hash", u64, struct tcplat_sock, tcplat_socks, TCPLAT_MAX_SOCKS);
  * Deleted by tcplat_find() when the entry moves to tcplat_socks; the rest are
  * of sockets that never stir.
  */
-TCPLAT_SHARED("hash", u64, struct tcplat_seed, tcplat_seeds, TCPLAT_MAX_SOCKS);
+BPF_TABLE("hash", u64, struct tcplat_seed, tcplat_seeds, 1024);
 
 /*
  * pid -> 1, for each process that -p or the traced command names.
@@ -55,7 +65,7 @@ TCPLAT_SHARED("hash", u64, struct tcplat_seed, tcplat_seeds, TCPLAT_MAX_SOCKS);
  * Inserted by the loader, and by tcplat_on_fork for children of a command.
  * Deleted by tcplat_on_exit, so that a reused pid is not taken for the old one.
  */
-TCPLAT_SHARED("hash", u32, u32, tcplat_pids, 16384);
+BPF_TABLE("hash", u32, u32, tcplat_pids, 16384);
 
 static __always_inline bool tcplat_wanted_pid(u32 pid)
 {
@@ -161,23 +171,56 @@ static __always_inline void tcplat_fill_owner(struct tcplat_event *e, struct tcp
 	__builtin_memcpy(e->comm, s->comm, sizeof(e->comm));
 }
 
+/* The ends of a socket, as far as the kernel still knows: a failed connect forgets them. */
+static __always_inline void tcplat_read_addrs(struct tcplat_addrs *to, const struct sock *sk)
+{
+	struct net *net = tcplat_get(sk, __sk_common.skc_net.net);
+	u16 dport = tcplat_get(sk, __sk_common.skc_dport);
+
+	if (!dport && to->dport)
+		return;
+	to->netns = tcplat_get(net, ns.inum);
+	to->dport = bpf_ntohs(dport);
+	/* skc_num is cleared before the change to TCP_CLOSE, inet_sport is not. */
+	to->sport = tcplat_get(sk, __sk_common.skc_num);
+	if (!to->sport)
+		to->sport = bpf_ntohs(tcplat_get((const struct inet_sock *)sk, inet_sport));
+	if (tcplat_get(sk, __sk_common.skc_family) == TCPLAT_AF_INET) {
+		to->ip = 4;
+		tcplat_map_v4(to->saddr, tcplat_get(sk, __sk_common.skc_rcv_saddr));
+		tcplat_map_v4(to->daddr, tcplat_get(sk, __sk_common.skc_daddr));
+		return;
+	}
+	bpf_probe_read_kernel(to->saddr, 16, (const void *)&sk->__sk_common.skc_v6_rcv_saddr);
+	bpf_probe_read_kernel(to->daddr, 16, (const void *)&sk->__sk_common.skc_v6_daddr);
+	/* A dual-stack socket that speaks IPv4 has a mapped remote address. */
+	to->ip = tcplat_is_mapped(to->daddr) ? 4 : 6;
+}
+
 /*
  * A record of the socket's, owner and addresses filled in.
  *
  * NULL where nobody asked for this socket, nobody listens yet or the ring is full.
  */
 static __always_inline struct tcplat_event *
-tcplat_reserve_for(struct sock *sk, struct tcplat_sock *s, u8 hook, u64 ts_ns)
+tcplat_reserve_for(const struct sock *sk, struct tcplat_sock *s, u8 hook, u64 ts_ns)
 {
 	struct tcplat_event *e;
 
 	if (!s->wanted)
 		return NULL;
+	if (!s->addrs.sport)
+		tcplat_read_addrs(&s->addrs, sk);
 	e = tcplat_reserve(hook, ts_ns);
 	if (!e)
 		return NULL;
 	tcplat_fill_owner(e, s);
-	tcplat_fill_addrs(e, sk);
+	e->netns = s->addrs.netns;
+	e->ip = s->addrs.ip;
+	e->sport = s->addrs.sport;
+	e->dport = s->addrs.dport;
+	__builtin_memcpy(e->saddr, s->addrs.saddr, 16);
+	__builtin_memcpy(e->daddr, s->addrs.daddr, 16);
 	e->state = tcplat_get(sk, __sk_common.skc_state);
 	return e;
 }

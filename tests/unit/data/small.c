@@ -1,6 +1,7 @@
 /*
  * The source of small.btf: every shape of type that the kernel is known to have. Made with
- *   clang -g -O2 -target bpf -c small.c -o small.o && llvm-objcopy --dump-section .BTF=small.btf small.o
+ *   clang -g -O2 -target bpf -c small.c -o small.o
+ *   llvm-objcopy --dump-section .BTF=small.btf small.o
  */
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -29,6 +30,11 @@ struct __attribute__((packed)) packed {
 	u64 when;
 	unsigned short port;
 };
+
+/* Packed for one reason each: the size, an offset, a bit-field across its unit. */
+struct __attribute__((packed)) packed_size { u32 a; unsigned char b; };
+struct __attribute__((packed)) packed_offset { unsigned char a; u32 b; unsigned char c[3]; };
+struct __attribute__((packed)) packed_bits { u32 a : 20; u32 b : 20; unsigned char c[3]; };
 
 struct aligned {
 	u32 first;
@@ -73,9 +79,13 @@ typedef void (*btf_trace_hello)(void *, const struct outer *, int, enum color, c
 
 btf_trace_hello hello;
 volatile struct aligned counters;
+struct packed_size packed_size;
+struct packed_offset packed_offset;
+struct packed_bits packed_bits;
 
 int takes(struct outer *o, const char *name)
 {
 	hello((void *)0, o, 1, RED, (void *)0);
-	return o->color + name[0] + counters.first;
+	return o->color + name[0] + counters.first + packed_size.b +
+	       packed_offset.b + packed_bits.b;
 }

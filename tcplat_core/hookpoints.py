@@ -1,0 +1,84 @@
+"""Where a probe listens: hook points, and the ways to listen there."""
+
+from __future__ import annotations
+
+import re
+
+import attrs
+
+from .errors import PluginError
+
+MECHANISMS = ("fentry", "kprobe", "tracepoint", "xdp")
+"""In the order in which `--attach auto` prefers them."""
+
+
+def checked_name(_: object, attribute: attrs.Attribute[str], value: str) -> None:
+    """Validate a name that users type and C identifiers are made of."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", value):
+        raise PluginError(
+            f"{attribute.name} {value!r} must be lower-case letters, digits and underscores"
+        )
+
+
+@attrs.frozen
+class Hook:
+    """One function of the kernel, and the program that listens there.
+
+    Args:
+        func: ``tcp_sendmsg``, or ``tcp:tcp_destroy_sock`` for a tracepoint.
+        program: The C function. HOOK_<program> is its number in the record.
+        mechanism: fentry, kprobe, kretprobe or tracepoint.
+        args: The kernel's own argument names (functions) or types (tracepoints).
+            Where the running kernel differs, the hook counts as missing: better
+            no row than one read from the wrong argument. Empty: not checked.
+        quiet: It only prepares for another hook and reports nothing itself.
+    """
+
+    func: str
+    program: str
+    mechanism: str
+    args: tuple[str, ...] = ()
+    quiet: bool = False
+
+
+@attrs.frozen
+class Way:
+    """The hooks that serve a hook point by one mechanism: all of them, or none."""
+
+    mechanism: str = attrs.field(validator=attrs.validators.in_(MECHANISMS))
+    hooks: tuple[Hook, ...]
+
+
+def tracepoint(func: str, program: str, *args: str) -> Way:
+    """A way through one tracepoint: ``tracepoint("tcp:tcp_destroy_sock", "tp_close")``."""
+    return Way("tracepoint", (Hook(func, program, "tracepoint", args),))
+
+
+def kprobe(*hooks: Hook) -> Way:
+    """A way through kprobes and, where only the return tells, kretprobes."""
+    return Way("kprobe", hooks)
+
+
+def kentry(func: str, program: str, *args: str, quiet: bool = False) -> Hook:
+    """A kprobe at the entry of a function."""
+    return Hook(func, program, "kprobe", args, quiet)
+
+
+def kreturn(func: str, program: str) -> Hook:
+    """A kretprobe. It costs several times a kprobe: only where nothing else gives the value."""
+    return Hook(func, program, "kretprobe")
+
+
+@attrs.frozen
+class HookPoint:
+    """One place where a probe listens, and the ways to listen there, best first.
+
+    Args:
+        point: The event's `point`, the same whatever the mechanism.
+        ways: Alternatives. `--attach auto` takes the first that this host allows.
+        optional: The probe is of use without it; the report says that it is missing.
+    """
+
+    point: str = attrs.field(validator=checked_name)
+    ways: tuple[Way, ...]
+    optional: bool = False

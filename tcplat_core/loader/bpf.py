@@ -1,0 +1,197 @@
+"""The few bpf(2) calls that a cached program needs: maps, programs, attaching.
+
+bcc can load only what it has compiled in the same process, and compiling is nine
+tenths of a start. Layouts: union bpf_attr in include/uapi/linux/bpf.h and struct
+perf_event_attr in include/uapi/linux/perf_event.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import platform
+import resource
+import struct
+from collections.abc import Sequence
+from enum import IntEnum
+from pathlib import Path
+
+_SYSCALLS = {"x86_64": (321, 298), "aarch64": (280, 241)}
+"""Machine -> numbers of bpf and perf_event_open."""
+
+_MAP_CREATE, _MAP_UPDATE, _PROG_LOAD, _RAW_TRACEPOINT_OPEN, _MAP_UPDATE_BATCH = 0, 2, 5, 17, 26
+_PERF_SET_BPF, _PERF_ENABLE = 0x40042408, 0x2400
+_KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe")
+_LOG_SIZE = 1 << 22
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class ProgramType(IntEnum):
+    """enum bpf_prog_type."""
+
+    KPROBE = 2
+    XDP = 6
+    RAW_TRACEPOINT = 17
+    TRACING = 26
+
+
+class AttachType(IntEnum):
+    """enum bpf_attach_type; for TRACING programs."""
+
+    NONE = 0
+    FENTRY = 24
+    FEXIT = 25
+
+
+RINGBUF = 27
+"""BPF_MAP_TYPE_RINGBUF."""
+
+
+class RefusedError(OSError):
+    """The verifier refused a program; `log` holds its words."""
+
+    def __init__(self, number: int, log: str) -> None:
+        super().__init__(number, os.strerror(number))
+        self.log = log
+
+
+def _syscall(which: int, *arguments: object) -> int:
+    number = _SYSCALLS[platform.machine()][which]
+    result = int(_libc.syscall(number, *arguments))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+def _bpf(command: int, attr: bytes) -> int:
+    return _syscall(0, command, attr, len(attr))
+
+
+def _pointer(data: bytes | ctypes.Array[ctypes.c_char]) -> int:
+    """The address of an object that the caller keeps alive across the call."""
+    return ctypes.cast(data, ctypes.c_void_p).value or 0  # type: ignore[arg-type]  # bytes do
+
+
+def lift_memory_limit() -> None:
+    """Before 5.11 maps counted as locked memory."""
+    try:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY,) * 2)
+    except (ValueError, OSError):
+        return  # a newer kernel does not care, an older one will say so itself
+
+
+def map_create(name: str, kind: int, key: int, value: int, entries: int, flags: int) -> int:
+    """A map's fd: sizes in bytes, for a ring buffer `entries` is its size."""
+    attr = struct.pack("=7I16s", kind, key, value, entries, flags, 0, 0, name.encode()[:15])
+    return _bpf(_MAP_CREATE, attr)
+
+
+def map_update(fd: int, key: bytes, value: bytes) -> None:
+    """Set one entry."""
+    attr = struct.pack("=IxxxxQQQ", fd, _pointer(key), _pointer(value), 0)
+    _bpf(_MAP_UPDATE, attr)
+
+
+def map_update_many(fd: int, pairs: Sequence[tuple[bytes, bytes]]) -> None:
+    """Set many entries in one call."""
+    if not pairs:
+        return
+    keys, values = b"".join(key for key, _ in pairs), b"".join(value for _, value in pairs)
+    attr = struct.pack("=4Q2I2Q", 0, 0, _pointer(keys), _pointer(values), len(pairs), fd, 0, 0)
+    _bpf(_MAP_UPDATE_BATCH, attr)
+
+
+def program_load(
+    name: str,
+    kind: ProgramType,
+    code: bytes,
+    attach_type: AttachType = AttachType.NONE,
+    attach_btf_id: int = 0,
+) -> int:
+    """A program's fd.
+
+    Args:
+        name: At most 15 letters are kept.
+        kind: Its type.
+        code: Instructions, with the fds of maps filled in.
+        attach_type: For TRACING.
+        attach_btf_id: The function that a TRACING program is for.
+
+    Raises:
+        RefusedError: The verifier refused it; or OSError.
+    """
+    license_ = ctypes.create_string_buffer(b"GPL")
+
+    def load(level: int, log: ctypes.Array[ctypes.c_char] | None) -> int:
+        attr = struct.pack(
+            "=IIQQIIQII16sIIIIQIIQII",
+            kind,
+            len(code) // 8,
+            _pointer(code),
+            _pointer(license_),
+            level,
+            len(log) if log else 0,
+            _pointer(log) if log else 0,
+            0,
+            0,
+            name.encode()[:15],
+            0,
+            attach_type,
+            *(0,) * 7,
+            attach_btf_id,
+        )
+        return _bpf(_PROG_LOAD, attr)
+
+    try:
+        return load(0, None)
+    except OSError as error:
+        # Once more, to hear why.
+        log = ctypes.create_string_buffer(_LOG_SIZE)
+        try:
+            return load(1, log)
+        except OSError:
+            raise RefusedError(error.errno or 0, log.value.decode(errors="replace")) from None
+
+
+def attach_raw_tracepoint(program: int, tracepoint: str | None) -> int:
+    """A link's fd. `tracepoint` is None for TRACING programs, which know their function."""
+    name = None if tracepoint is None else ctypes.create_string_buffer(tracepoint.encode())
+    attr = struct.pack("=QIxxxx", _pointer(name) if name else 0, program)
+    return _bpf(_RAW_TRACEPOINT_OPEN, attr)
+
+
+def attach_kprobe(program: int, function: str, *, at_return: bool) -> int:
+    """A perf event's fd: closing it detaches, and nothing is left in tracefs.
+
+    Through the kprobe PMU, which came with 4.17 (e12f03d7031a).
+    """
+    kind = int((_KPROBE_PMU / "type").read_text())
+    # format/retprobe says which bit of config makes it a kretprobe: "config:0".
+    bit = int((_KPROBE_PMU / "format" / "retprobe").read_text().strip().rpartition(":")[2])
+    name = ctypes.create_string_buffer(function.encode())
+    # type, size, config, sample_period, sample_type, read_format, flags, wakeup, bp_type,
+    # config1 = name, config2 = offset; the rest of the 112 bytes is zero.
+    attr = struct.pack(
+        "=IIQQQQQIIQQ40x",
+        kind,
+        112,
+        int(at_return) << bit,
+        1,
+        0,
+        0,
+        0,
+        1,
+        0,
+        _pointer(name),
+        0,
+    )
+    event = _syscall(1, attr, -1, 0, -1, 8)  # every process, PERF_FLAG_FD_CLOEXEC
+    try:
+        fcntl.ioctl(event, _PERF_SET_BPF, program)
+        fcntl.ioctl(event, _PERF_ENABLE, 0)
+    except OSError:
+        os.close(event)
+        raise
+    return event

@@ -1,0 +1,129 @@
+"""What this kernel and this compiler have answered before.
+
+The content gets compiled and run by the kernel, so it is used only from folders
+that nobody but us can write to. All of it may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import attrs
+import msgpack
+
+from .btf import VMLINUX
+
+ENTRIES = 64
+"""Files kept; the oldest go first."""
+
+
+@attrs.frozen
+class Cache:
+    """Small msgpack files by name. Without a folder it remembers nothing.
+
+    A file ends in a hash of the rest: a machine that loses power can leave half of one.
+    """
+
+    root: Path | None
+
+    @classmethod
+    def open(cls, root: Path | None = None) -> Cache:
+        """The cache of this user, or one that forgets where no safe folder is to be had."""
+        try:
+            folder = root or default_root()
+            own_folder(folder)
+        except (OSError, RuntimeError):  # RuntimeError: there is no home
+            return cls(None)
+        return cls(folder)
+
+    def read(self, name: str) -> Any:
+        """What write() was given, or None."""
+        if self.root is None:
+            return None
+        try:
+            path = self.root / name
+            data = path.read_bytes()
+            body, seal = data[:-32], data[-32:]
+            if digest(body).encode() != seal:
+                return None
+            os.utime(path)
+            return msgpack.unpackb(body, strict_map_key=False)
+        except (OSError, ValueError):
+            return None
+
+    def write(self, name: str, value: Any) -> None:
+        """Remember it, if that is possible; safe against another start at the same time."""
+        if self.root is None:
+            return
+        body = msgpack.packb(value)
+        with contextlib.suppress(OSError):
+            fd, fresh = tempfile.mkstemp(prefix=".new-", dir=self.root)
+            with os.fdopen(fd, "wb") as file:
+                file.write(body + digest(body).encode())
+            Path(fresh).rename(self.root / name)
+            self._prune()
+
+    def _prune(self) -> None:
+        assert self.root is not None  # noqa: S101 - write() has looked
+        ours = [path for path in self.root.iterdir() if path.suffix in (".program", ".facts")]
+        for old in sorted(ours, key=lambda path: path.lstat().st_mtime, reverse=True)[ENTRIES:]:
+            old.unlink(missing_ok=True)
+
+
+def kernel_identity(btf_path: Path | str = VMLINUX) -> bytes:
+    """Return what no two builds of the kernel have in common."""
+    uname = os.uname()
+    notes = b""
+    if Path(btf_path) == VMLINUX:
+        with contextlib.suppress(OSError):
+            notes = Path("/sys/kernel/notes").read_bytes()  # holds the build-id
+    notes = notes or Path(btf_path).read_bytes()
+    return digest(notes, uname.release.encode(), uname.version.encode()).encode()
+
+
+def digest(*parts: bytes) -> str:
+    """Return a hash of these texts, in this order."""
+    total = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        total.update(len(part).to_bytes(8, "little"))
+        total.update(part)
+    return total.hexdigest()
+
+
+def default_root() -> Path:
+    """Return where the cache is unless somebody says otherwise."""
+    if os.geteuid() == 0:
+        return Path("/var/cache/tcplat")
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(xdg) if xdg.startswith("/") else Path.home() / ".cache") / "tcplat"
+
+
+def check_own(folder: Path) -> None:
+    """Check that a folder is one, and that nobody but us and root can write to it.
+
+    Raises:
+        PermissionError: It is not.
+        FileNotFoundError: There is none.
+    """
+    status = folder.lstat()
+    if (
+        not stat.S_ISDIR(status.st_mode)
+        or status.st_uid != os.geteuid()
+        or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    ):
+        raise PermissionError(f"{folder} is not a folder that only we can write to")
+
+
+def own_folder(folder: Path) -> None:
+    """Make a folder, and its parents, with mode 0700 where missing, and check it."""
+    if not folder.parent.exists():
+        own_folder(folder.parent)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    check_own(folder)
