@@ -122,7 +122,7 @@ def program_load(
     Raises:
         RefusedError: The verifier refused it; or OSError.
     """
-    license_ = ctypes.create_string_buffer(b"GPL")
+    license_ = ctypes.create_string_buffer(b"Dual MIT/GPL")
 
     def load(level: int, log: ctypes.Array[ctypes.c_char] | None) -> int:
         attr = struct.pack(

@@ -1,0 +1,50 @@
+# make demo, make test: each sets up what it needs, on a fresh Debian or Ubuntu, as root.
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_PACKAGES := python3-bpfcc python3-venv
+TEST_PACKAGES := $(DEMO_PACKAGES) bpftool clang curl iproute2 nftables nginx-light procps tcpdump tshark
+apt = dpkg -s $(1) >/dev/null 2>&1 || { apt-get update -qq && \
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1) >/dev/null; }
+
+.PHONY: demo test lint format bench clean
+
+demo: $(VENV)/demo
+	@$(call apt,$(DEMO_PACKAGES))
+	@mountpoint -q /sys/kernel/tracing || mount -t tracefs tracefs /sys/kernel/tracing
+	@$(BIN)/python demo/demo.py
+
+test: $(VENV)/dev
+	@$(call apt,$(TEST_PACKAGES))
+	@mountpoint -q /sys/kernel/tracing || mount -t tracefs tracefs /sys/kernel/tracing
+	$(BIN)/pytest tests/unit plugins
+	TCPLAT_REQUIRE_ROOT=1 $(BIN)/pytest tests/live
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/dev
+	@$(call apt,$(TEST_PACKAGES))
+	$(BIN)/python tests/bench/drain.py
+
+# python3-venv first: without it the line after fails on Debian.
+$(VENV)/bin/pip:
+	@python3 -c 'import ensurepip' 2>/dev/null || { $(call apt,python3-venv); }
+	python3 -m venv $(VENV)
+
+$(VENV)/demo: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/dev: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@ $(VENV)/demo
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

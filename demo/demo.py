@@ -1,0 +1,36 @@
+"""Starts the service, then tcplat on the client, and prints what tcplat prints."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TCPLAT = Path(sys.executable).parent / "tcplat"
+LIMIT_S = 10
+
+
+def main() -> int:
+    """Run the demo; the status is tcplat's, which is the client's."""
+    with tempfile.TemporaryDirectory() as folder:
+        listening = Path(folder) / "listening"
+        with subprocess.Popen([sys.executable, HERE / "service.py", listening]) as service:
+            try:
+                deadline = time.monotonic() + LIMIT_S
+                while not listening.exists():
+                    if service.poll() is not None or time.monotonic() > deadline:
+                        print("the service could not start: is port 9999 in use?", file=sys.stderr)
+                        return 1
+                    time.sleep(0.01)
+                run = [TCPLAT, "run", "--probe", "tcp_client", "--sink", "table", "--"]
+                client = [sys.executable, HERE / "client.py"]
+                return subprocess.run([*run, *client], check=False).returncode
+            finally:
+                service.terminate()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
