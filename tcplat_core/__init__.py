@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import CannotRunError, PluginError, ReaderGoneError, TcplatError, UsageError
-    from .hookpoints import Hook, HookPoint, Way, kentry, kprobe, kreturn, tracepoint
+    from .hookpoints import (
+        Hook,
+        HookPoint,
+        Way,
+        fenter,
+        fentry,
+        fexit,
+        kentry,
+        kprobe,
+        kreturn,
+        tracepoint,
+    )
     from .hookspecs import hookimpl
     from .model import Loss, Option, Options, ProbeSpec, RunInfo, RunReport, Sink, SinkSpec
     from .output import Output
@@ -35,6 +46,9 @@ __all__ = [
     "UsageError",
     "Way",
     "Wire",
+    "fenter",
+    "fentry",
+    "fexit",
     "hookimpl",
     "kentry",
     "kprobe",

@@ -27,7 +27,7 @@ class Hook:
     Args:
         func: ``tcp_sendmsg``, or ``tcp:tcp_destroy_sock`` for a tracepoint.
         program: The C function. HOOK_<program> is its number in the record.
-        mechanism: fentry, kprobe, kretprobe or tracepoint.
+        mechanism: fentry, fexit, kprobe, kretprobe, tracepoint or xdp.
         args: The kernel's own argument names (functions) or types (tracepoints).
             Where the running kernel differs, the hook counts as missing: better
             no row than one read from the wrong argument. Empty: not checked.
@@ -82,3 +82,18 @@ class HookPoint:
     point: str = attrs.field(validator=checked_name)
     ways: tuple[Way, ...]
     optional: bool = False
+
+
+def fentry(*hooks: Hook) -> Way:
+    """A way through fentry and fexit: as cheap as tracepoints, with the function's own arguments."""
+    return Way("fentry", hooks)
+
+
+def fenter(func: str, program: str, *args: str, quiet: bool = False) -> Hook:
+    """A fentry program: ``ctx->args[0]`` is the function's first argument."""
+    return Hook(func, program, "fentry", args, quiet)
+
+
+def fexit(func: str, program: str, *args: str) -> Hook:
+    """A fexit program: the result stands in ``ctx->args`` behind the arguments."""
+    return Hook(func, program, "fexit", args)

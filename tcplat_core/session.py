@@ -162,12 +162,14 @@ class ProbeRun:
         os.close(self.loaded.books_fd)
 
 
+_ATTACH = {"kretprobe": "kprobe", "fexit": "fentry"}
+"""What a row calls the hooks that are named otherwise."""
+
+
 def fired_by(spec: ProbeSpec) -> list[FiredBy]:
     """What each hook number in a record stands for: hooks that report, over all ways."""
     return [
-        FiredBy(
-            point.point, hook.func, hook.mechanism.replace("kretprobe", "kprobe"), spec.describe
-        )
+        FiredBy(point.point, hook.func, _ATTACH.get(hook.mechanism, hook.mechanism), spec.describe)
         for point in spec.points
         for way in point.ways
         for hook in way.hooks

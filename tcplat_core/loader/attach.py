@@ -26,10 +26,12 @@ from .compile import (
     program_text,
     reporting,
 )
-from .host import BTF_PATH, KPROBE_PMU, Choice, Host, choose
+from .host import BTF_PATH, Choice, Host, choose
 from .protocol import Answer, LoadedProbe, ProbeRequest, Request
 
 _PROGRAM_TYPES = {
+    "fentry": bpf.ProgramType.TRACING,
+    "fexit": bpf.ProgramType.TRACING,
     "kprobe": bpf.ProgramType.KPROBE,
     "kretprobe": bpf.ProgramType.KPROBE,
     "tracepoint": bpf.ProgramType.RAW_TRACEPOINT,
@@ -65,9 +67,11 @@ class Loader:
     """Maps that the probes have in common: name -> fd."""
 
     def __attrs_post_init__(self) -> None:
-        self._kernel = kernel_identity().decode()
+        # A new version of ours must not meet what an older one wrote.
+        ours = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+        self._kernel = digest(kernel_identity(), *ours)
         known = self.cache.read(f"{self._kernel}.facts")
-        self._host = Host(KPROBE_PMU.exists(), facts=dict(known or {}))
+        self._host = Host(facts=dict(known or {}))
 
     def run(self) -> Answer:
         """Compile, load, attach, seed the owners, open the gate.
@@ -174,11 +178,15 @@ class Loader:
 
     def _attach(self, module: _Module, way: Way, hook: Hook) -> None:
         try:
-            program = bpf.program_load(
-                hook.program, _PROGRAM_TYPES[hook.mechanism], module.code(hook.program)
-            )
+            kind = _PROGRAM_TYPES[hook.mechanism]
+            target = (bpf.AttachType.NONE, 0)
+            if kind is bpf.ProgramType.TRACING:
+                target = (bpf.AttachType[hook.mechanism.upper()], self._host.btf_id(hook.func))
+            program = bpf.program_load(hook.program, kind, module.code(hook.program), *target)
             self._fds.append(program)
-            if hook.mechanism == "tracepoint":
+            if kind is bpf.ProgramType.TRACING:
+                link = bpf.attach_raw_tracepoint(program, None)
+            elif hook.mechanism == "tracepoint":
                 link = bpf.attach_raw_tracepoint(program, hook.func.rpartition(":")[2])
             else:
                 at_return = hook.mechanism == "kretprobe"

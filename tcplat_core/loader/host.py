@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -10,10 +11,13 @@ import attrs
 from tcplat_core.errors import CannotRunError
 from tcplat_core.hookpoints import MECHANISMS, Hook, HookPoint, Way
 
-from .btf import Btf, BtfError
+from . import bpf
+from .btf import Btf, BtfError, Kind
 
 KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe")
 BTF_PATH = Path("/sys/kernel/btf/vmlinux")
+_RETURN_0 = bytes.fromhex("b7000000000000009500000000000000")
+"""r0 = 0; exit."""
 
 
 @attrs.define(eq=False)
@@ -21,16 +25,15 @@ class Host:
     """The running kernel.
 
     Args:
-        kprobes: Whether it takes kprobes (CONFIG_KPROBE_EVENTS).
-        fentry: Whether it takes fentry programs: tried, not guessed.
-        facts: What the BTF said before: hook -> its arguments, None for a hook
-            that it does not have. Grows; worth keeping per kernel.
+        facts: What the BTF said before: hook -> its BTF id and the names (functions)
+            or types (tracepoints) of its arguments, None for a hook that it does
+            not have. Grows; worth keeping per kernel.
     """
 
-    kprobes: bool
-    fentry: bool = False
-    facts: dict[str, list[str] | None] = attrs.field(factory=dict)
+    facts: dict[str, tuple[int, list[str]] | None] = attrs.field(factory=dict)
     _btf: Btf | None = None
+    _fentry: str | None = None
+    """Why not, empty if it works; None before it was tried."""
 
     @property
     def btf(self) -> Btf:
@@ -51,32 +54,63 @@ class Host:
 
     def mechanism(self, name: str) -> str | None:
         """None if the mechanism works here, else why not."""
-        if name == "kprobe" and not self.kprobes:
+        if name == "kprobe" and not KPROBE_PMU.exists():
             return "this kernel has no kprobes (CONFIG_KPROBE_EVENTS)"
-        if name == "fentry" and not self.fentry:
-            return "this kernel takes no fentry programs"
+        if name == "fentry":
+            if self._fentry is None:
+                self._fentry = self._try_fentry()
+            return self._fentry or None
         return None
+
+    def _try_fentry(self) -> str:
+        """Load, and throw away, a program that does nothing: no file tells whether that works."""
+        found = self.fact("tcp_sendmsg", is_tracepoint=False)
+        if found is None:
+            return "this kernel has no function tcp_sendmsg"
+        try:
+            fd = bpf.program_load(
+                "tcplat_try",
+                bpf.ProgramType.TRACING,
+                _RETURN_0,
+                bpf.AttachType.FENTRY,
+                found[0],
+            )
+        except OSError as error:
+            return f"this kernel refuses fentry programs ({error.strerror})"
+        os.close(fd)
+        return ""
 
     def hook(self, hook: Hook) -> str | None:
         """None if the kernel has what the hook wants, else what is different."""
-        have = self._arguments(hook)
-        if have is None:
-            kind = "tracepoint" if hook.mechanism == "tracepoint" else "function"
+        is_tracepoint = hook.mechanism == "tracepoint"
+        found = self.fact(hook.func, is_tracepoint=is_tracepoint)
+        if found is None:
+            kind = "tracepoint" if is_tracepoint else "function"
             return f"this kernel has no {kind} {hook.func}"
+        have = found[1]
         if hook.args and list(hook.args) != have[: len(hook.args)]:
             return f"{hook.func} takes ({', '.join(have)}) here, not ({', '.join(hook.args)})"
         return None
 
-    def _arguments(self, hook: Hook) -> list[str] | None:
-        if hook.func not in self.facts:
-            if hook.mechanism == "tracepoint":
-                found = self.btf.tracepoint_args(hook.func.rpartition(":")[2])
-            elif self.btf.has_func(hook.func):
-                found = [name for name, _ in self.btf.func_args(hook.func)]
-            else:
-                found = None
-            self.facts[hook.func] = found
-        return self.facts[hook.func]
+    def fact(self, func: str, *, is_tracepoint: bool) -> tuple[int, list[str]] | None:
+        """BTF id and arguments of a hook; None if the kernel does not have it."""
+        if func not in self.facts:
+            self.facts[func] = self._look_up(func, is_tracepoint)
+        return self.facts[func]
+
+    def btf_id(self, func: str) -> int:
+        """Of a function that hook() has found."""
+        found = self.fact(func, is_tracepoint=False)
+        return found[0] if found else 0
+
+    def _look_up(self, func: str, is_tracepoint: bool) -> tuple[int, list[str]] | None:  # noqa: FBT001 - private
+        if is_tracepoint:
+            types = self.btf.tracepoint_args(func.rpartition(":")[2])
+            return None if types is None else (0, types)
+        number = self.btf.find(func, Kind.FUNC)
+        if number is None:
+            return None
+        return number, [name for name, _ in self.btf.func_args(func)]
 
     def way(self, way: Way) -> str | None:
         """None if the way is open, else why it is not."""

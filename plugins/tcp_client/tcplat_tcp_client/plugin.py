@@ -9,6 +9,9 @@ from tcplat_core import (
     HookPoint,
     Moment,
     ProbeSpec,
+    fenter,
+    fentry,
+    fexit,
     hookimpl,
     kentry,
     kprobe,
@@ -27,6 +30,12 @@ POINTS = (
     HookPoint(
         "connect",
         (
+            fentry(
+                fenter("tcp_v4_connect", "fe_tcp_v4_connect", *_CONNECT, quiet=True),
+                fenter("tcp_v6_connect", "fe_tcp_v6_connect", *_CONNECT, quiet=True),
+                fexit("tcp_v4_connect", "fx_tcp_v4_connect", *_CONNECT),
+                fexit("tcp_v6_connect", "fx_tcp_v6_connect", *_CONNECT),
+            ),
             kprobe(
                 kentry("tcp_v4_connect", "kp_tcp_v4_connect", *_CONNECT, quiet=True),
                 kentry("tcp_v6_connect", "kp_tcp_v6_connect", *_CONNECT, quiet=True),
@@ -39,6 +48,7 @@ POINTS = (
     HookPoint(
         "state",
         (
+            fentry(fenter("tcp_set_state", "fe_tcp_set_state", "sk", "state")),
             kprobe(kentry("tcp_set_state", "kp_tcp_set_state", "sk", "state")),
             tracepoint(_SET_STATE, "tp_state", _SOCK, "const int", "const int"),
         ),
@@ -46,6 +56,7 @@ POINTS = (
     HookPoint(
         "send",
         (
+            fentry(fenter("tcp_sendmsg", "fe_tcp_sendmsg", *_SEND)),
             kprobe(kentry("tcp_sendmsg", "kp_tcp_sendmsg", *_SEND)),
             # Came with 6.16 (0f08335ade71).
             tracepoint("tcp:tcp_sendmsg_locked", "tp_send", _SOCK, "const struct msghdr *"),
@@ -54,6 +65,7 @@ POINTS = (
     HookPoint(
         "send_short",
         (
+            fentry(fexit("tcp_sendmsg", "fx_tcp_sendmsg", *_SEND)),
             kprobe(
                 kentry("tcp_sendmsg", "kp_send_short", *_SEND, quiet=True),
                 kreturn("tcp_sendmsg", "kr_tcp_sendmsg"),
@@ -64,6 +76,7 @@ POINTS = (
     HookPoint(
         "recv",
         (
+            fentry(fexit("tcp_recvmsg", "fx_tcp_recvmsg", *_RECV)),
             kprobe(
                 kentry("tcp_recvmsg", "kp_tcp_recvmsg", *_RECV, quiet=True),
                 kreturn("tcp_recvmsg", "kr_tcp_recvmsg"),
@@ -75,6 +88,7 @@ POINTS = (
     HookPoint(
         "close",
         (
+            fentry(fenter("tcp_v4_destroy_sock", "fe_tcp_v4_destroy_sock", "sk")),
             kprobe(kentry("tcp_v4_destroy_sock", "kp_tcp_v4_destroy_sock", "sk")),
             tracepoint("tcp:tcp_destroy_sock", "tp_close", "struct sock *"),
         ),

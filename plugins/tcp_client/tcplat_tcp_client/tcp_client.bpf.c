@@ -62,7 +62,7 @@ int tp_connect(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-#ifdef TCPLAT_KPROBE_connect
+#if defined(TCPLAT_KPROBE_connect) || defined(TCPLAT_FENTRY_connect)
 struct connect_call {
 	u64 sk;
 	u64 began_ns;
@@ -72,24 +72,24 @@ struct connect_call {
  * pid_tgid -> the tcp_v4_connect() or tcp_v6_connect() it is in.
  *
  * Inserted at entry, where no address is known yet; deleted at return, where
- * the row is made. tcp_v6_connect() of a mapped address calls tcp_v4_connect():
- * the outer call keeps the entry.
+ * the row is made.
  */
 BPF_HASH(connects, u64, struct connect_call, 16384);
 
-static __always_inline int enter_connect(struct sock *sk)
+static __always_inline int enter_connect(struct sock *sk, u16 family)
 {
 	u64 me = bpf_get_current_pid_tgid();
 	struct connect_call call = {.sk = (u64)sk, .began_ns = bpf_ktime_get_ns()};
 
-	if (connects.lookup(&me))
+	/* tcp_v6_connect() of a mapped address calls tcp_v4_connect(): the outer call counts. */
+	if (tcplat_get(sk, __sk_common.skc_family) != family)
 		return 0;
 	if (begin_connect(sk, call.began_ns))
 		connects.update(&me, &call);
 	return 0;
 }
 
-static __always_inline int leave_connect(int ret, u16 outer_family, u8 hook)
+static __always_inline int leave_connect(int ret, u16 family, u8 hook)
 {
 	u64 me = bpf_get_current_pid_tgid();
 	struct connect_call *call = connects.lookup(&me);
@@ -102,7 +102,7 @@ static __always_inline int leave_connect(int ret, u16 outer_family, u8 hook)
 		return 0;
 	sk = (struct sock *)call->sk;
 	began = call->began_ns;
-	if (tcplat_get(sk, __sk_common.skc_family) != outer_family)
+	if (tcplat_get(sk, __sk_common.skc_family) != family)
 		return 0;
 	connects.delete(&me);
 	s = tcplat_find(sk);
@@ -124,14 +124,15 @@ static __always_inline int leave_connect(int ret, u16 outer_family, u8 hook)
 	return 0;
 }
 
+#ifdef TCPLAT_KPROBE_connect
 int kp_tcp_v4_connect(struct pt_regs *ctx, struct sock *sk)
 {
-	return enter_connect(sk);
+	return enter_connect(sk, TCPLAT_AF_INET);
 }
 
 int kp_tcp_v6_connect(struct pt_regs *ctx, struct sock *sk)
 {
-	return enter_connect(sk);
+	return enter_connect(sk, TCPLAT_AF_INET6);
 }
 
 int kr_tcp_v4_connect(struct pt_regs *ctx)
@@ -143,6 +144,28 @@ int kr_tcp_v6_connect(struct pt_regs *ctx)
 {
 	return leave_connect(PT_REGS_RC(ctx), TCPLAT_AF_INET6, HOOK_kr_tcp_v6_connect);
 }
+#else
+/* fentry hands its arguments over as raw tracepoints do. */
+int fe_tcp_v4_connect(struct bpf_raw_tracepoint_args *ctx)
+{
+	return enter_connect((struct sock *)ctx->args[0], TCPLAT_AF_INET);
+}
+
+int fe_tcp_v6_connect(struct bpf_raw_tracepoint_args *ctx)
+{
+	return enter_connect((struct sock *)ctx->args[0], TCPLAT_AF_INET6);
+}
+
+int fx_tcp_v4_connect(struct bpf_raw_tracepoint_args *ctx)
+{
+	return leave_connect(ctx->args[3], TCPLAT_AF_INET, HOOK_fx_tcp_v4_connect);
+}
+
+int fx_tcp_v6_connect(struct bpf_raw_tracepoint_args *ctx)
+{
+	return leave_connect(ctx->args[3], TCPLAT_AF_INET6, HOOK_fx_tcp_v6_connect);
+}
+#endif
 #endif
 
 /* --- state: each transition, and with it how long the connect took */
@@ -183,6 +206,16 @@ int kp_tcp_set_state(struct pt_regs *ctx, struct sock *sk, int state)
 	int old = sk->__sk_common.skc_state;
 
 	return report_state(sk, old, state, HOOK_kp_tcp_set_state);
+}
+#endif
+
+#ifdef TCPLAT_FENTRY_state
+int fe_tcp_set_state(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct sock *sk = (struct sock *)ctx->args[0];
+	int old = sk->__sk_common.skc_state;
+
+	return report_state(sk, old, ctx->args[1], HOOK_fe_tcp_set_state);
 }
 #endif
 
@@ -258,6 +291,22 @@ int kp_tcp_sendmsg(struct pt_regs *ctx, struct sock *sk, struct msghdr *msg, siz
 }
 #endif
 
+#ifdef TCPLAT_FENTRY_send
+int fe_tcp_sendmsg(struct bpf_raw_tracepoint_args *ctx)
+{
+	return report_send((struct sock *)ctx->args[0], ctx->args[2], HOOK_fe_tcp_sendmsg);
+}
+#endif
+
+#ifdef TCPLAT_FENTRY_send_short
+int fx_tcp_sendmsg(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct sock *sk = (struct sock *)ctx->args[0];
+
+	return report_short(sk, tcplat_find(sk), ctx->args[3], HOOK_fx_tcp_sendmsg);
+}
+#endif
+
 /* --- recv: what the program was given */
 
 static __always_inline int report_recv(struct sock *sk, int ret, u8 hook)
@@ -283,59 +332,72 @@ int tp_recv(struct bpf_raw_tracepoint_args *ctx)
 	return report_recv((struct sock *)ctx->args[0], ctx->args[1], HOOK_tp_recv);
 }
 
-#if defined(TCPLAT_KPROBE_recv) || defined(TCPLAT_KPROBE_send_short)
-/*
- * pid_tgid -> the socket whose tcp_sendmsg() or tcp_recvmsg() it is in.
- *
- * Inserted at entry, deleted at return: a return probe sees no arguments.
- */
-BPF_HASH(calls, u64, u64, 16384);
+#ifdef TCPLAT_FENTRY_recv
+int fx_tcp_recvmsg(struct bpf_raw_tracepoint_args *ctx)
+{
+	if (ctx->args[3] & (MSG_PEEK | MSG_ERRQUEUE))
+		return 0;
+	return report_recv((struct sock *)ctx->args[0], ctx->args[5], HOOK_fx_tcp_recvmsg);
+}
 #endif
 
 #ifdef TCPLAT_KPROBE_recv
+/*
+ * pid_tgid -> the socket whose tcp_recvmsg() it is in.
+ *
+ * Inserted at entry, deleted at return: a return probe sees no arguments.
+ */
+BPF_HASH(recvs, u64, u64, 16384);
+
 int kp_tcp_recvmsg(struct pt_regs *ctx, struct sock *sk, struct msghdr *msg, size_t len, int flags)
 {
 	u64 me = bpf_get_current_pid_tgid(), key = (u64)sk;
 
+	/* So many blocked readers that the kernel could not probe the last return. */
+	if (recvs.lookup(&me))
+		tcplat_missed(HOOK_kr_tcp_recvmsg);
 	if (!(flags & (MSG_PEEK | MSG_ERRQUEUE)) && is_client(tcplat_touch(sk)))
-		calls.update(&me, &key);
+		recvs.update(&me, &key);
 	return 0;
 }
 
 int kr_tcp_recvmsg(struct pt_regs *ctx)
 {
 	u64 me = bpf_get_current_pid_tgid();
-	u64 *key = calls.lookup(&me);
+	u64 *key = recvs.lookup(&me);
 	struct sock *sk;
 
 	if (!key)
 		return 0;
 	sk = (struct sock *)*key;
-	calls.delete(&me);
+	recvs.delete(&me);
 	return report_recv(sk, PT_REGS_RC(ctx), HOOK_kr_tcp_recvmsg);
 }
 #endif
 
 #ifdef TCPLAT_KPROBE_send_short
+/* pid_tgid -> the socket whose tcp_sendmsg() it is in; as recvs. */
+BPF_HASH(sends, u64, u64, 16384);
+
 int kp_send_short(struct pt_regs *ctx, struct sock *sk)
 {
 	u64 me = bpf_get_current_pid_tgid(), key = (u64)sk;
 
 	if (is_client(tcplat_find(sk)))
-		calls.update(&me, &key);
+		sends.update(&me, &key);
 	return 0;
 }
 
 int kr_tcp_sendmsg(struct pt_regs *ctx)
 {
 	u64 me = bpf_get_current_pid_tgid();
-	u64 *key = calls.lookup(&me);
+	u64 *key = sends.lookup(&me);
 	struct sock *sk;
 
 	if (!key)
 		return 0;
 	sk = (struct sock *)*key;
-	calls.delete(&me);
+	sends.delete(&me);
 	return report_short(sk, tcplat_find(sk), PT_REGS_RC(ctx), HOOK_kr_tcp_sendmsg);
 }
 #endif
@@ -365,5 +427,12 @@ int tp_close(struct bpf_raw_tracepoint_args *ctx)
 int kp_tcp_v4_destroy_sock(struct pt_regs *ctx, struct sock *sk)
 {
 	return report_close(sk, HOOK_kp_tcp_v4_destroy_sock);
+}
+#endif
+
+#ifdef TCPLAT_FENTRY_close
+int fe_tcp_v4_destroy_sock(struct bpf_raw_tracepoint_args *ctx)
+{
+	return report_close((struct sock *)ctx->args[0], HOOK_fe_tcp_v4_destroy_sock);
 }
 #endif

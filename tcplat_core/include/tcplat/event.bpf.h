@@ -92,6 +92,20 @@ static __always_inline struct tcplat_event *tcplat_reserve(u8 hook, u64 ts_ns)
 	return e;
 }
 
+/* An event that the kernel kept from us: in the books it is produced, and dropped. */
+static __always_inline void tcplat_missed(u8 hook)
+{
+	u32 slot = (bpf_get_smp_processor_id() * TCPLAT_HOOKS + hook) * 2;
+	u64 *count = books.lookup(&slot);
+
+	if (count)
+		lock_xadd(count, 1);
+	slot++;
+	count = books.lookup(&slot);
+	if (count)
+		lock_xadd(count, 1);
+}
+
 static __always_inline void tcplat_submit(struct tcplat_event *e)
 {
 	events.ringbuf_submit(e, BPF_RB_NO_WAKEUP);
