@@ -288,6 +288,20 @@ def plugins_list(*, as_json: bool) -> None:
         click.echo(" ".join(padded).rstrip())
 
 
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def doctor(*, as_json: bool) -> None:
+    """What this host can run, and how to mend what it cannot."""
+    from . import doctor as doctor_  # noqa: PLC0415 - see the top
+
+    checks, probes = doctor_.examine()
+    if as_json:
+        click.echo(json.dumps(doctor_.as_json(checks, probes), indent=2))
+    else:
+        click.echo(doctor_.as_text(checks, probes))
+    sys.exit(0 if doctor_.healthy(checks, probes) else CannotRunError.exit_code)
+
+
 def main() -> NoReturn:
     """Run the command line; every error that a user can cause is one sentence."""
     try:

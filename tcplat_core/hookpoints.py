@@ -85,7 +85,7 @@ class HookPoint:
 
 
 def fentry(*hooks: Hook) -> Way:
-    """A way through fentry and fexit: as cheap as tracepoints, with the function's own arguments."""
+    """A way through fentry and fexit: as cheap as tracepoints, at any function."""
     return Way("fentry", hooks)
 
 

@@ -184,7 +184,7 @@ class Btf:
             BtfError: There is no such type.
         """
         if type_id == 0:
-            return Type(0, Kind.VOID, "", False, 0, 0, 0)  # noqa: FBT003 - positional for speed
+            return Type(0, Kind.VOID, "", False, 0, 0, 0)
         at = self._at(type_id)
         info, third = self._words[at + 1], self._words[at + 2]
         kind = info >> 24 & 31
