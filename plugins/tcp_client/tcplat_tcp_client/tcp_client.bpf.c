@@ -6,29 +6,16 @@
  */
 #include <tcplat/event.bpf.h>
 #include <tcplat/owner.bpf.h>
-
-/* recv() flags of calls that take nothing from the byte stream. */
-#define MSG_PEEK 2
-#define MSG_ERRQUEUE 0x2000
+#include <tcplat/stream.bpf.h>
 
 /* What this probe reports is the sockets that called connect(). */
-static __always_inline bool is_client(struct tcplat_sock *s)
-{
-	return s && s->role == TCPLAT_ROLE_CLIENT;
-}
-
-static __always_inline void add_seq(struct tcplat_event *e, u32 seq, u32 bytes)
-{
-	e->seq = seq;
-	e->bytes = bytes;
-	e->has |= TCPLAT_HAS_SEQ | TCPLAT_HAS_BYTES;
-}
+#define CLIENT TCPLAT_ROLE_CLIENT
 
 /* --- connect: the call that sends the SYN */
 
 static __always_inline struct tcplat_sock *begin_connect(struct sock *sk, u64 now)
 {
-	struct tcplat_sock *s = tcplat_learn(sk, TCPLAT_ROLE_CLIENT);
+	struct tcplat_sock *s = tcplat_learn(sk, CLIENT);
 
 	if (s) {
 		s->since_ns = now;
@@ -172,27 +159,19 @@ int fx_tcp_v6_connect(struct bpf_raw_tracepoint_args *ctx)
 
 static __always_inline int report_state(struct sock *sk, int old, int new, u8 hook)
 {
-	u64 now = bpf_ktime_get_ns();
+	u64 now = bpf_ktime_get_ns(), since;
 	struct tcplat_sock *s = tcplat_find(sk);
 	struct tcplat_event *e;
-	u64 since;
 
-	if (!is_client(s))
+	if (!tcplat_is(s, CLIENT))
 		return 0;
 	since = s->since_ns;
 	if (old == TCP_SYN_SENT)
 		s->since_ns = 0;
-	e = tcplat_reserve_for(sk, s, hook, now);
-	if (!e)
-		return 0;
-	e->old_state = old;
-	e->state = new;
-	if (new == TCP_CLOSE)
-		e->err = tcplat_get(sk, sk_err);
-	if (old == TCP_SYN_SENT && since)
+	e = tcplat_make_state(sk, s, old, new, hook, now);
+	if (e && old == TCP_SYN_SENT && since)
 		e->connect_ns = now - since;
-	tcplat_submit(e);
-	return 0;
+	return tcplat_report(e);
 }
 
 int tp_state(struct bpf_raw_tracepoint_args *ctx)
@@ -221,80 +200,34 @@ int fe_tcp_set_state(struct bpf_raw_tracepoint_args *ctx)
 
 /* --- send: what the program asks to send; send_short: what of it was not taken */
 
-static __always_inline int report_send(struct sock *sk, u32 bytes, u8 hook)
-{
-	u64 now = bpf_ktime_get_ns();
-	struct tcplat_sock *s = tcplat_touch(sk);
-	struct tcplat_event *e;
-	u32 seq;
-
-	if (!is_client(s) || !bytes)
-		return 0;
-	seq = tcplat_get((struct tcp_sock *)sk, write_seq);
-	/*
-	 * The tracepoint sits in the copying loop; only the first round of a call
-	 * counts. In a later one, what is left and what was queued make up the whole.
-	 * (Two threads blocked in send() on one socket are one too many for this.)
-	 */
-	if (s->send_tid == s->tid && bytes + (seq - s->send_seq) == s->send_bytes)
-		return 0;
-	s->send_tid = s->tid;
-	s->send_seq = seq;
-	s->send_bytes = bytes;
-	e = tcplat_reserve_for(sk, s, hook, now);
-	if (!e)
-		return 0;
-	add_seq(e, seq, bytes);
-	tcplat_submit(e);
-	return 0;
-}
-
-static __always_inline int report_short(struct sock *sk, struct tcplat_sock *s, int ret, u8 hook)
-{
-	struct tcplat_event *e;
-	u32 taken = ret > 0 ? ret : 0;
-
-	if (!is_client(s) || !s->send_tid)
-		return 0;
-	s->send_tid = 0;
-	/* With kTLS the socket carries more than the program sent: no comparison then. */
-	if (taken >= s->send_bytes || tcplat_get((struct tcp_sock *)sk, write_seq) != s->send_seq + taken)
-		return 0;
-	e = tcplat_reserve_for(sk, s, hook, bpf_ktime_get_ns());
-	if (!e)
-		return 0;
-	add_seq(e, s->send_seq + taken, s->send_bytes - taken);
-	if (ret < 0)
-		e->err = -ret;
-	tcplat_submit(e);
-	return 0;
-}
-
 int tp_send(struct bpf_raw_tracepoint_args *ctx)
 {
+	struct sock *sk = (struct sock *)ctx->args[0];
 	struct msghdr *msg = (struct msghdr *)ctx->args[1];
 
-	return report_send((struct sock *)ctx->args[0], msg->msg_iter.count, HOOK_tp_send);
+	return tcplat_report(tcplat_make_send(sk, CLIENT, msg->msg_iter.count, HOOK_tp_send));
 }
 
 int tp_send_short(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sock *sk = (struct sock *)ctx->args[0];
 
-	return report_short(sk, tcplat_find(sk), ctx->args[1], HOOK_tp_send_short);
+	return tcplat_report(tcplat_make_short(sk, CLIENT, ctx->args[1], HOOK_tp_send_short));
 }
 
 #ifdef TCPLAT_KPROBE_send
 int kp_tcp_sendmsg(struct pt_regs *ctx, struct sock *sk, struct msghdr *msg, size_t size)
 {
-	return report_send(sk, size, HOOK_kp_tcp_sendmsg);
+	return tcplat_report(tcplat_make_send(sk, CLIENT, size, HOOK_kp_tcp_sendmsg));
 }
 #endif
 
 #ifdef TCPLAT_FENTRY_send
 int fe_tcp_sendmsg(struct bpf_raw_tracepoint_args *ctx)
 {
-	return report_send((struct sock *)ctx->args[0], ctx->args[2], HOOK_fe_tcp_sendmsg);
+	struct sock *sk = (struct sock *)ctx->args[0];
+
+	return tcplat_report(tcplat_make_send(sk, CLIENT, ctx->args[2], HOOK_fe_tcp_sendmsg));
 }
 #endif
 
@@ -303,41 +236,29 @@ int fx_tcp_sendmsg(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sock *sk = (struct sock *)ctx->args[0];
 
-	return report_short(sk, tcplat_find(sk), ctx->args[3], HOOK_fx_tcp_sendmsg);
+	return tcplat_report(tcplat_make_short(sk, CLIENT, ctx->args[3], HOOK_fx_tcp_sendmsg));
 }
 #endif
 
 /* --- recv: what the program was given */
 
-static __always_inline int report_recv(struct sock *sk, int ret, u8 hook)
-{
-	u64 now = bpf_ktime_get_ns();
-	struct tcplat_sock *s = tcplat_touch(sk);
-	struct tcplat_event *e;
-
-	if (!is_client(s) || ret < 0)
-		return 0;
-	e = tcplat_reserve_for(sk, s, hook, now);
-	if (!e)
-		return 0;
-	add_seq(e, tcplat_get((struct tcp_sock *)sk, copied_seq) - ret, ret);
-	tcplat_submit(e);
-	return 0;
-}
-
 int tp_recv(struct bpf_raw_tracepoint_args *ctx)
 {
-	if (ctx->args[2] & (MSG_PEEK | MSG_ERRQUEUE))
+	struct sock *sk = (struct sock *)ctx->args[0];
+
+	if (ctx->args[2] & TCPLAT_NO_STREAM)
 		return 0;
-	return report_recv((struct sock *)ctx->args[0], ctx->args[1], HOOK_tp_recv);
+	return tcplat_report(tcplat_make_recv(sk, CLIENT, ctx->args[1], HOOK_tp_recv));
 }
 
 #ifdef TCPLAT_FENTRY_recv
 int fx_tcp_recvmsg(struct bpf_raw_tracepoint_args *ctx)
 {
-	if (ctx->args[3] & (MSG_PEEK | MSG_ERRQUEUE))
+	struct sock *sk = (struct sock *)ctx->args[0];
+
+	if (ctx->args[3] & TCPLAT_NO_STREAM)
 		return 0;
-	return report_recv((struct sock *)ctx->args[0], ctx->args[5], HOOK_fx_tcp_recvmsg);
+	return tcplat_report(tcplat_make_recv(sk, CLIENT, ctx->args[5], HOOK_fx_tcp_recvmsg));
 }
 #endif
 
@@ -356,7 +277,7 @@ int kp_tcp_recvmsg(struct pt_regs *ctx, struct sock *sk, struct msghdr *msg, siz
 	/* So many blocked readers that the kernel could not probe the last return. */
 	if (recvs.lookup(&me))
 		tcplat_missed(HOOK_kr_tcp_recvmsg);
-	if (!(flags & (MSG_PEEK | MSG_ERRQUEUE)) && is_client(tcplat_touch(sk)))
+	if (!(flags & TCPLAT_NO_STREAM) && tcplat_is(tcplat_touch(sk), CLIENT))
 		recvs.update(&me, &key);
 	return 0;
 }
@@ -371,7 +292,7 @@ int kr_tcp_recvmsg(struct pt_regs *ctx)
 		return 0;
 	sk = (struct sock *)*key;
 	recvs.delete(&me);
-	return report_recv(sk, PT_REGS_RC(ctx), HOOK_kr_tcp_recvmsg);
+	return tcplat_report(tcplat_make_recv(sk, CLIENT, PT_REGS_RC(ctx), HOOK_kr_tcp_recvmsg));
 }
 #endif
 
@@ -383,7 +304,7 @@ int kp_send_short(struct pt_regs *ctx, struct sock *sk)
 {
 	u64 me = bpf_get_current_pid_tgid(), key = (u64)sk;
 
-	if (is_client(tcplat_find(sk)))
+	if (tcplat_is(tcplat_find(sk), CLIENT))
 		sends.update(&me, &key);
 	return 0;
 }
@@ -398,41 +319,28 @@ int kr_tcp_sendmsg(struct pt_regs *ctx)
 		return 0;
 	sk = (struct sock *)*key;
 	sends.delete(&me);
-	return report_short(sk, tcplat_find(sk), PT_REGS_RC(ctx), HOOK_kr_tcp_sendmsg);
+	return tcplat_report(tcplat_make_short(sk, CLIENT, PT_REGS_RC(ctx), HOOK_kr_tcp_sendmsg));
 }
 #endif
 
 /* --- close: the kernel lets go of the socket */
 
-static __always_inline int report_close(struct sock *sk, u8 hook)
-{
-	struct tcplat_sock *s = tcplat_find(sk);
-	struct tcplat_event *e;
-
-	if (!is_client(s))
-		return 0;
-	e = tcplat_reserve_for(sk, s, hook, bpf_ktime_get_ns());
-	if (e)
-		tcplat_submit(e);
-	return 0;
-}
-
 int tp_close(struct bpf_raw_tracepoint_args *ctx)
 {
-	return report_close((struct sock *)ctx->args[0], HOOK_tp_close);
+	return tcplat_report(tcplat_make_close((struct sock *)ctx->args[0], CLIENT, HOOK_tp_close));
 }
 
 #ifdef TCPLAT_KPROBE_close
 /* tcp_v6_destroy_sock() ends in this one as well. */
 int kp_tcp_v4_destroy_sock(struct pt_regs *ctx, struct sock *sk)
 {
-	return report_close(sk, HOOK_kp_tcp_v4_destroy_sock);
+	return tcplat_report(tcplat_make_close(sk, CLIENT, HOOK_kp_tcp_v4_destroy_sock));
 }
 #endif
 
 #ifdef TCPLAT_FENTRY_close
 int fe_tcp_v4_destroy_sock(struct bpf_raw_tracepoint_args *ctx)
 {
-	return report_close((struct sock *)ctx->args[0], HOOK_fe_tcp_v4_destroy_sock);
+	return tcplat_report(tcplat_make_close((struct sock *)ctx->args[0], CLIENT, HOOK_fe_tcp_v4_destroy_sock));
 }
 #endif

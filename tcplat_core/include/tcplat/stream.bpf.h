@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+/*
+ * What both ends of a connection have in common: state, send, recv, close.
+ *
+ * Each function makes a filled record for sockets of one role, or NULL where
+ * there is nothing to report. The caller may add to it and must submit it.
+ */
+
+/* recv() flags of calls that take nothing from the byte stream. */
+#define TCPLAT_NO_STREAM (2 /* MSG_PEEK */ | 0x2000 /* MSG_ERRQUEUE */)
+
+static __always_inline bool tcplat_is(const struct tcplat_sock *s, u8 role)
+{
+	return s && s->role == role;
+}
+
+static __always_inline void tcplat_add_seq(struct tcplat_event *e, u32 seq, u32 bytes)
+{
+	e->seq = seq;
+	e->bytes = bytes;
+	e->has |= TCPLAT_HAS_SEQ | TCPLAT_HAS_BYTES;
+}
+
+/* A change of state; `s` is the socket's entry. */
+static __always_inline struct tcplat_event *
+tcplat_make_state(const struct sock *sk, struct tcplat_sock *s, int old, int new, u8 hook, u64 now)
+{
+	struct tcplat_event *e = tcplat_reserve_for(sk, s, hook, now);
+
+	if (!e)
+		return NULL;
+	e->old_state = old;
+	e->state = new;
+	if (new == TCP_CLOSE)
+		e->err = tcplat_get(sk, sk_err);
+	return e;
+}
+
+/* What the program asks to send. */
+static __always_inline struct tcplat_event *
+tcplat_make_send(const struct sock *sk, u8 role, u32 bytes, u8 hook)
+{
+	u64 now = bpf_ktime_get_ns();
+	struct tcplat_sock *s = tcplat_touch(sk);
+	struct tcplat_event *e;
+	u32 seq;
+
+	if (!tcplat_is(s, role) || !bytes)
+		return NULL;
+	seq = tcplat_get((const struct tcp_sock *)sk, write_seq);
+	/*
+	 * The tracepoint sits in the copying loop; only the first round of a call
+	 * counts. In a later one, what is left and what was queued make up the whole.
+	 * (Two threads blocked in send() on one socket are one too many for this.)
+	 */
+	if (s->send_tid == s->tid && bytes + (seq - s->send_seq) == s->send_bytes)
+		return NULL;
+	s->send_tid = s->tid;
+	s->send_seq = seq;
+	s->send_bytes = bytes;
+	e = tcplat_reserve_for(sk, s, hook, now);
+	if (e)
+		tcplat_add_seq(e, seq, bytes);
+	return e;
+}
+
+/* What of it was not taken, once the call returns: the buffer is full, or an error. */
+static __always_inline struct tcplat_event *
+tcplat_make_short(const struct sock *sk, u8 role, int ret, u8 hook)
+{
+	struct tcplat_sock *s = tcplat_find(sk);
+	struct tcplat_event *e;
+	u32 taken = ret > 0 ? ret : 0;
+
+	if (!tcplat_is(s, role) || !s->send_tid)
+		return NULL;
+	s->send_tid = 0;
+	/* With kTLS the socket carries more than the program sent: no comparison then. */
+	if (taken >= s->send_bytes)
+		return NULL;
+	if (tcplat_get((const struct tcp_sock *)sk, write_seq) != s->send_seq + taken)
+		return NULL;
+	e = tcplat_reserve_for(sk, s, hook, bpf_ktime_get_ns());
+	if (!e)
+		return NULL;
+	tcplat_add_seq(e, s->send_seq + taken, s->send_bytes - taken);
+	if (ret < 0)
+		e->err = -ret;
+	return e;
+}
+
+/* What the program was given; 0 bytes at the end of the stream. */
+static __always_inline struct tcplat_event *
+tcplat_make_recv(const struct sock *sk, u8 role, int ret, u8 hook)
+{
+	u64 now = bpf_ktime_get_ns();
+	struct tcplat_sock *s = tcplat_touch(sk);
+	struct tcplat_event *e;
+
+	if (!tcplat_is(s, role) || ret < 0)
+		return NULL;
+	e = tcplat_reserve_for(sk, s, hook, now);
+	if (e)
+		tcplat_add_seq(e, tcplat_get((const struct tcp_sock *)sk, copied_seq) - ret, ret);
+	return e;
+}
+
+/* The kernel lets go of the socket. */
+static __always_inline struct tcplat_event *
+tcplat_make_close(const struct sock *sk, u8 role, u8 hook)
+{
+	struct tcplat_sock *s = tcplat_find(sk);
+
+	return tcplat_is(s, role) ? tcplat_reserve_for(sk, s, hook, bpf_ktime_get_ns()) : NULL;
+}
+
+static __always_inline int tcplat_report(struct tcplat_event *e)
+{
+	if (e)
+		tcplat_submit(e);
+	return 0;
+}
