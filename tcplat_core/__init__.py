@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .hookpoints import (
         Hook,
         HookPoint,
+        Interfaces,
         Way,
         fenter,
         fentry,
@@ -19,17 +20,20 @@ if TYPE_CHECKING:
         kprobe,
         kreturn,
         tracepoint,
+        tracepoints,
+        xdp,
     )
     from .hookspecs import hookimpl
     from .model import Loss, Option, Options, ProbeSpec, RunInfo, RunReport, Sink, SinkSpec
     from .output import Output
-    from .schema import Event, Moment, Wire
+    from .schema import Event, Moment, Wire, micros
 
 __all__ = [
     "CannotRunError",
     "Event",
     "Hook",
     "HookPoint",
+    "Interfaces",
     "Loss",
     "Moment",
     "Option",
@@ -53,7 +57,10 @@ __all__ = [
     "kentry",
     "kprobe",
     "kreturn",
+    "micros",
     "tracepoint",
+    "tracepoints",
+    "xdp",
 ]
 
 _HOMES = ("errors", "hookpoints", "hookspecs", "model", "output", "schema")

@@ -170,6 +170,7 @@ def _run(
             ready_file=ready_file,
             command=child,
             signals=signals,
+            say=_say,
         )
         try:
             report = session.run()
@@ -189,7 +190,7 @@ def _run(
             child.stop()
     if not quiet:
         _summary(report)
-    if report.switched_off and not report.probes:
+    if (report.switched_off and not report.probes) or (report.deaf and not child):
         return TcplatError.exit_code
     if fail_on_loss and report.dropped:
         raise EventsLostError(f"{report.dropped} events were lost; a larger --ring-size may help")
@@ -245,6 +246,9 @@ def _summary(report: RunReport) -> None:
         _say(f"{name}: {probe.delivered} rows, {probe.dropped} lost ({points})")
         for point, reason in probe.missing.items():
             _say(f"{name}: no {point} rows: {reason}")
+        for interface, reason in probe.silent.items():
+            if interface not in probe.interfaces:  # else it was said when it went
+                _say(f"{name}: no rows from {interface}: {reason}")
         if probe.untracked:
             _say(
                 f"{name}: {probe.untracked} sockets could not be remembered; their rows are missing"

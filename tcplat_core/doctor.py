@@ -14,6 +14,7 @@ import attrs
 from . import privileges
 from .errors import CannotRunError
 from .hookpoints import MECHANISMS
+from .loader.bpf import tracefs
 from .loader.attach import refuse_without_capabilities
 from .loader.compile import find_bcc
 from .loader.host import Host, choose
@@ -103,10 +104,10 @@ def _lockdown() -> Check:
 
 
 def _tracefs() -> Check:
-    for folder in ("/sys/kernel/tracing", "/sys/kernel/debug/tracing"):
-        if os.access(f"{folder}/events", os.R_OK):
-            return Check("tracefs", True, folder)
-    mend = "only --debug wants it: mount -t tracefs tracefs /sys/kernel/tracing"
+    folder = tracefs()
+    if folder:
+        return Check("tracefs", True, str(folder))
+    mend = "accept rows by tracepoint want it: mount -t tracefs tracefs /sys/kernel/tracing"
     if os.geteuid() != 0:
         return Check("tracefs", None, "not mounted, or not readable without root", mend)
     return Check("tracefs", None, "not mounted", mend)

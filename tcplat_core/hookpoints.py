@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import attrs
 
@@ -54,9 +55,19 @@ def tracepoint(func: str, program: str, *args: str) -> Way:
     return Way("tracepoint", (Hook(func, program, "tracepoint", args),))
 
 
+def tracepoints(*hooks: tuple[str, str]) -> Way:
+    """A way through several tracepoints, as pairs of name and program."""
+    return Way("tracepoint", tuple(Hook(func, program, "tracepoint") for func, program in hooks))
+
+
 def kprobe(*hooks: Hook) -> Way:
     """A way through kprobes and, where only the return tells, kretprobes."""
     return Way("kprobe", hooks)
+
+
+def xdp(program: str) -> Way:
+    """A way through XDP, on the interfaces that the probe's spec names."""
+    return Way("xdp", (Hook("xdp", program, "xdp"),))
 
 
 def kentry(func: str, program: str, *args: str, quiet: bool = False) -> Hook:
@@ -67,6 +78,25 @@ def kentry(func: str, program: str, *args: str, quiet: bool = False) -> Hook:
 def kreturn(func: str, program: str) -> Hook:
     """A kretprobe. It costs several times a kprobe: only where nothing else gives the value."""
     return Hook(func, program, "kretprobe")
+
+
+XDP_MODES = ("auto", "native", "generic")
+
+
+@attrs.frozen(kw_only=True)
+class Interfaces:
+    """Where the XDP programs of a probe are attached. Only Ethernet will do.
+
+    Args:
+        names: The interfaces; none for every one that is up.
+        mode: native, generic, or auto: generic where the driver knows no XDP.
+        netns: Their network namespace: a name of ``ip netns``, a path or a
+            process id; empty for tcplat's own.
+    """
+
+    names: tuple[str, ...] = ()
+    mode: str = attrs.field(default="auto", validator=attrs.validators.in_(XDP_MODES))
+    netns: str = ""
 
 
 @attrs.frozen
@@ -97,3 +127,14 @@ def fenter(func: str, program: str, *args: str, quiet: bool = False) -> Hook:
 def fexit(func: str, program: str, *args: str) -> Hook:
     """A fexit program: the result stands in ``ctx->args`` behind the arguments."""
     return Hook(func, program, "fexit", args)
+
+
+def reporting(points: Iterable[HookPoint]) -> list[tuple[str, Hook]]:
+    """Point and hook of each program that makes rows: the index is the record's `hook`."""
+    found: dict[str, tuple[str, Hook]] = {}
+    for point in points:
+        for way in point.ways:
+            for hook in way.hooks:
+                if not hook.quiet:
+                    found.setdefault(hook.program, (point.point, hook))
+    return list(found.values())

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import attrs
 
 from .errors import UsageError
-from .hookpoints import HookPoint, checked_name
+from .hookpoints import HookPoint, Interfaces, checked_name
 from .schema import Event, Moment
 
 
@@ -46,6 +46,7 @@ class ProbeSpec:
         describe: Plain words for a row, from a :class:`tcplat_core.Moment`.
         options: What ``name:key=value`` may set.
         defines: C constants from the options.
+        interfaces: Where its XDP programs go, from the options; needed if it has any.
     """
 
     name: str = attrs.field(validator=checked_name)
@@ -56,7 +57,8 @@ class ProbeSpec:
     event: type[Event] = Event
     describe: Callable[[Moment], str] = lambda moment: moment.point
     options: tuple[Option, ...] = ()
-    defines: Callable[[Options], Mapping[str, int]] = lambda _: {}
+    defines: Callable[[Options], Mapping[str, int | str]] = lambda _: {}
+    interfaces: Callable[[Options], Interfaces] | None = None
 
 
 class Sink(Protocol):
@@ -137,6 +139,12 @@ class ProbeReport:
     """Point -> why this host does not have it."""
     untracked: int = 0
     """Sockets that could not be remembered, because there were too many."""
+    interfaces: Mapping[str, str] = attrs.field(factory=dict)
+    """Interface with an XDP program of ours -> native or generic."""
+    silent: Mapping[str, str] = attrs.field(factory=dict)
+    """Interface -> why no rows come from it, or no more."""
+    deaf: bool = False
+    """It listened on interfaces alone, and all of them are gone."""
 
     @property
     def delivered(self) -> int:
@@ -173,6 +181,8 @@ class RunReport:
                     "dropped": probe.dropped,
                     "untracked": probe.untracked,
                     "missing": dict(probe.missing),
+                    "interfaces": dict(probe.interfaces),
+                    "silent": dict(probe.silent),
                     "hooks": [
                         {**attrs.asdict(hook), "unread": hook.unread} for hook in probe.hooks
                     ],
@@ -181,6 +191,11 @@ class RunReport:
             },
             "switched_off": dict(self.switched_off),
         }
+
+    @property
+    def deaf(self) -> bool:
+        """The run ended because there was nothing left to listen to."""
+        return bool(self.probes) and all(probe.deaf for probe in self.probes.values())
 
     @property
     def delivered(self) -> int:

@@ -21,12 +21,13 @@ from pathlib import Path
 
 import attrs
 
-CLIENT, SERVER = 1, 2
+CLIENT, SERVER, LISTENER = 1, 2, 3
 """As TCPLAT_ROLE_* in include/tcplat/owner.bpf.h."""
 
 _LISTEN = 10
 _WITH_A_SOCKET = 0xFFF & ~(1 << 6)
 """inet_diag states: all but TIME_WAIT, which is no socket any more, and NEW_SYN_RECV (12)."""
+_MAPPED = bytes(10) + b"\xff\xff"
 _NLMSG = struct.Struct("=IHHII")
 _REQUEST = struct.Struct("=BBBxI48x")
 """struct inet_diag_req_v2: family, protocol, extensions, states, an empty socket id."""
@@ -38,46 +39,89 @@ _CLONE_NEWNET = 0x40000000
 
 @attrs.frozen
 class Seed:
-    """One socket: `cookie` in the kernel's words, pid 0 where no process holds it."""
+    """One socket.
+
+    Args:
+        cookie: The kernel's own number of it.
+        role: CLIENT, SERVER or LISTENER.
+        pid: Its owner; 0 where no process holds it.
+        comm: The owner's name.
+        shared: More than one process holds it.
+        netns: Inode of its network namespace.
+        local: Its address, 16 bytes; IPv4 is mapped.
+        remote: The other end's.
+        lport: Its port.
+        rport: The other end's.
+    """
 
     cookie: int
     role: int
     pid: int
     comm: bytes
+    shared: bool
+    netns: int
+    local: bytes
+    remote: bytes
+    lport: int
+    rport: int
 
 
 @attrs.frozen
 class _Diag:
     state: int
-    lport: int
     inode: int
     cookie: int
+    local: bytes
+    remote: bytes
+    lport: int
+    rport: int
 
 
-def find(pids: Iterable[int] | None = None) -> list[Seed]:
+@attrs.define
+class _Holder:
+    pid: int
+    comm: bytes
+    shared: bool = False
+
+
+def find() -> list[Seed]:
     """All TCP sockets of all network namespaces that some process lives in.
 
     Needs root: other processes' fds, and setns(2). A socket that several
     processes hold belongs to the one with the lowest pid until one of them uses
     it. A socket whose local port is listened on counts as accepted.
-
-    Args:
-        pids: Look for owners among these only; the other sockets get pid 0.
     """
-    owners: dict[int, tuple[int, bytes]] = {}
+    holders: dict[int, _Holder] = {}
     everyone = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
-    for pid in everyone if pids is None else sorted(pids):
+    for pid in everyone:
         with contextlib.suppress(OSError):  # it ended while we looked
             comm = Path(f"/proc/{pid}/comm").read_bytes().rstrip(b"\n")
             for inode in _held(pid):
-                owners.setdefault(inode, (pid, comm))
+                holder = holders.setdefault(inode, _Holder(pid, comm))
+                holder.shared |= holder.pid != pid
+    nobody = _Holder(0, b"")
     seeds = []
-    for diags in _namespaces(everyone):
+    for netns, diags in _namespaces(everyone):
         listening = {diag.lport for diag in diags if diag.state == _LISTEN}
         for diag in diags:
             role = SERVER if diag.lport in listening else CLIENT
-            pid, comm = owners.get(diag.inode, (0, b""))
-            seeds.append(Seed(diag.cookie, role, pid, comm))
+            if diag.state == _LISTEN:
+                role = LISTENER
+            holder = holders.get(diag.inode, nobody)
+            seeds.append(
+                Seed(
+                    diag.cookie,
+                    role,
+                    holder.pid,
+                    holder.comm,
+                    holder.shared,
+                    netns,
+                    diag.local,
+                    diag.remote,
+                    diag.lport,
+                    diag.rport,
+                )
+            )
     return seeds
 
 
@@ -90,10 +134,11 @@ def _held(pid: int) -> Iterator[int]:
                 yield int(link[8:-1])
 
 
-def _namespaces(pids: Iterable[int]) -> Iterator[list[_Diag]]:
-    """The sockets of each network namespace, ours first."""
-    seen = {os.stat("/proc/self/ns/net").st_ino}
-    yield list(_dump())
+def _namespaces(pids: Iterable[int]) -> Iterator[tuple[int, list[_Diag]]]:
+    """Each network namespace and its sockets, ours first."""
+    ours = os.stat("/proc/self/ns/net").st_ino
+    seen = {ours}
+    yield ours, list(_dump())
     home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         for pid in pids:
@@ -104,19 +149,20 @@ def _namespaces(pids: Iterable[int]) -> Iterator[list[_Diag]]:
                     if inode in seen:
                         continue
                     seen.add(inode)
-                    _setns(there)
+                    setns(there)
                     try:
                         diags = list(_dump())
                     finally:
-                        _setns(home)
+                        setns(home)
                 finally:
                     os.close(there)
-                yield diags
+                yield inode, diags
     finally:
         os.close(home)
 
 
-def _setns(fd: int) -> None:
+def setns(fd: int) -> None:
+    """Move this thread into the network namespace behind a file descriptor."""
     # os.setns() came with Python 3.12.
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.setns(fd, _CLONE_NEWNET):
@@ -150,8 +196,11 @@ def _answers(diag: socket.socket) -> Iterator[_Diag]:
                     return
                 raise OSError(-code, f"sock_diag: {os.strerror(-code)}")
             at = offset + _NLMSG.size
-            lport = int.from_bytes(data[at + 4 : at + 6], "big")
+            lport, rport = struct.unpack_from(">HH", data, at + 4)
+            local, remote = data[at + 8 : at + 24], data[at + 24 : at + 40]
+            if data[at] == socket.AF_INET:
+                local, remote = _MAPPED + local[:4], _MAPPED + remote[:4]
             (cookie,) = struct.unpack_from("=Q", data, at + 44)
             (inode,) = struct.unpack_from("=I", data, at + 68)
-            yield _Diag(data[at + 1], lport, inode, cookie)
+            yield _Diag(data[at + 1], inode, cookie, local, remote, lport, rport)
             offset += (length + 3) & ~3

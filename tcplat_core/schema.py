@@ -15,7 +15,7 @@ import socket
 import struct
 import time
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import attrs
@@ -44,7 +44,7 @@ TCP_FLAGS = ("FIN", "SYN", "RST", "PSH", "ACK", "URG", "ECE", "CWR")
 """Index = the bit in the 14th byte of a TCP header (RFC 9293)."""
 
 _HAS = {"seq": 1, "bytes": 2, "flags": 4}
-"""Bits of the record's `has`, as in include/tcplat/event.bpf.h."""
+"""Bits of the record's `has`, as in include/tcplat/event.bpf.h; a subclass has the other five."""
 
 _C_TYPES = {"u64": ("Q", 8), "u32": ("I", 4), "u16": ("H", 2), "u8": ("B", 1)}
 
@@ -153,6 +153,7 @@ class FiredBy:
     func: str
     attach: str
     describe: Callable[[Moment], str]
+    program: str = ""
 
 
 @attrs.frozen
@@ -165,6 +166,7 @@ class Moment:
         old_state: TCP state before a state change.
         err: An errno, or 0.
         empty: Whether `bytes` is 0; None where the row has no `bytes`.
+        flags: TCP flags of a packet, ``SYN|ACK``; None where the row has none.
     """
 
     point: str
@@ -172,6 +174,7 @@ class Moment:
     old_state: str | None
     err: int
     empty: bool | None
+    flags: str | None = None
 
     @property
     def error(self) -> str:
@@ -280,7 +283,10 @@ class Record:
 
     def c_struct(self, name: str = "tcplat_event") -> str:
         """The C definition, and assertions that the compiler lays it out as Python reads it."""
-        lines, asserts, offset = [f"struct {name} {{"], [], 0
+        bits = _has_bits(self.event).items() - _HAS.items()
+        lines = [f"#define TCPLAT_HAS_{field.upper()} {bit}" for field, bit in sorted(bits)]
+        lines.append(f"struct {name} {{")
+        asserts, offset = [], 0
         for member, c_type in self.members:
             base, count = _array(c_type)
             array = f"[{count}]" if "[" in c_type else ""
@@ -309,10 +315,11 @@ class Record:
         """
         names: dict[str, Any] = {"Event": self.event, "probe": probe}
         arguments = []
+        has = _has_bits(self.event)
         for field, source in _annotations(self.event):
             if isinstance(source, Wire):
                 names[f"to_{field}"] = None if source.to is None else _Memo(source.to)
-                arguments.append(_wire_expression(field, source))
+                arguments.append(_wire_expression(field, source, has))
             elif isinstance(source, Hook):
                 names[f"hook_{field}"] = [getattr(hook, source.attribute) for hook in hooks]
                 arguments.append(f"hook_{field}[hook]")
@@ -332,22 +339,40 @@ class Record:
 
 
 _MADE = {
-    "desc": "descriptions[hook, state, old_state, err, bytes == 0 if has & 2 else None]",
+    "desc": "descriptions[hook, state, old_state, err, bytes == 0 if has & 2 else None, "
+    "flags if has & 4 else None]",
     "ifname": "ifnames[ifindex] if ifindex else None",
 }
 
 
-def _describe(hooks: Sequence[FiredBy], key: tuple[int, int, int, int, bool | None]) -> str:
-    hook, state, old_state, err, empty = key
-    moment = Moment(hooks[hook].point, TCP_STATES[state], TCP_STATES[old_state], err, empty)
+def _describe(
+    hooks: Sequence[FiredBy], key: tuple[int, int, int, int, bool | None, int | None]
+) -> str:
+    hook, state, old_state, err, empty, raw = key
+    moment = Moment(
+        hooks[hook].point,
+        TCP_STATES[state],
+        TCP_STATES[old_state],
+        err,
+        empty,
+        None if raw is None else flags(raw),
+    )
     return hooks[hook].describe(moment)
 
 
-def _wire_expression(field: str, source: Wire) -> str:
+def _has_bits(event: type[Event]) -> dict[str, int]:
+    """Bits of the record's `has`: Event's own, and after them those of a subclass."""
+    fields = [
+        name for name, source in _annotations(event) if isinstance(source, Wire) and source.has
+    ]
+    return {name: 1 << bit for bit, name in enumerate(fields)}
+
+
+def _wire_expression(field: str, source: Wire, has: Mapping[str, int]) -> str:
     member = source.member or field
     value = member if source.to is None else f"to_{field}[{member}]"
     if source.has:
-        return f"{value} if has & {_HAS[field]} else None"
+        return f"{value} if has & {has[field]} else None"
     if source.nullable:
         return f"{value} if {member} else None"
     return value

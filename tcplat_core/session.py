@@ -20,6 +20,7 @@ import attrs
 
 from .command import Command
 from .errors import CannotRunError, PluginError, TcplatError, UsageError
+from .hookpoints import reporting
 from .loader.protocol import (
     Answer,
     LoadedProbe,
@@ -29,6 +30,7 @@ from .loader.protocol import (
     receive_answer,
 )
 from .model import HookReport, Loss, ProbeReport, ProbeSpec, RunReport, Sink
+from .netdev import is_cut
 from .ring import Books, Ring, possible_cpus
 from .router import Router
 from .schema import Event, FiredBy, Record, clock_offset_ns
@@ -37,6 +39,8 @@ POLL_S = 0.003
 """Between two looks at the rings while events come. Handlers never wake us: that costs 5 µs."""
 IDLE_POLL_S = 0.02
 """The same while nothing comes."""
+LOOK_S = 1.0
+"""Between two looks at whether interfaces are still there."""
 LINGER_S = 0.1
 """How long the run outlives what it traces: closing handshakes go on without the process."""
 SETTLE_S = 1.0
@@ -132,6 +136,8 @@ class ProbeRun:
     decode: Callable[[Any, int], list[Event]]
     loaded: LoadedProbe
     said_lost: list[int]
+    silent: dict[str, str]
+    """Interface -> why no rows come from it, or no more."""
     consumed: int = 0
     """Records taken from the ring."""
 
@@ -145,10 +151,17 @@ class ProbeRun:
             hooks,
             Ring(loaded.ring_fd, ring_bytes, record.layout),
             Books(loaded.books_fd, cpus, len(hooks)),
-            record.decoder(spec.name, hooks, _ifname),
+            record.decoder(spec.name, hooks, _ifname(loaded)),
             loaded,
             [0] * len(hooks),
+            dict(loaded.skipped),
         )
+
+    @property
+    def deaf(self) -> bool:
+        """It listened on interfaces alone, and all of them are gone."""
+        names = {one.name for one in self.loaded.interfaces}
+        return set(self.loaded.taken.values()) == {"xdp"} and names <= self.silent.keys()
 
     def settled(self) -> bool:
         """Whether all that was produced is either dropped or here."""
@@ -169,11 +182,14 @@ _ATTACH = {"kretprobe": "kprobe", "fexit": "fentry"}
 def fired_by(spec: ProbeSpec) -> list[FiredBy]:
     """What each hook number in a record stands for: hooks that report, over all ways."""
     return [
-        FiredBy(point.point, hook.func, _ATTACH.get(hook.mechanism, hook.mechanism), spec.describe)
-        for point in spec.points
-        for way in point.ways
-        for hook in way.hooks
-        if not hook.quiet
+        FiredBy(
+            point,
+            hook.func,
+            _ATTACH.get(hook.mechanism, hook.mechanism),
+            spec.describe,
+            hook.program,
+        )
+        for point, hook in reporting(spec.points)
     ]
 
 
@@ -186,14 +202,21 @@ def probe_request(spec: ProbeSpec, options: Mapping[str, Any]) -> ProbeRequest:
         points=spec.points,
         types=spec.types,
         defines=spec.defines(options),
+        interfaces=spec.interfaces(options) if spec.interfaces else None,
     )
 
 
-def _ifname(index: int) -> str:
-    try:
-        return socket.if_indextoname(index)
-    except OSError:  # it is gone by now
-        return f"if{index}"
+def _ifname(loaded: LoadedProbe) -> Callable[[int], str]:
+    """The names of interfaces: those in another network namespace only the loader can know."""
+    names = {one.index: one.name for one in loaded.interfaces}
+
+    def ifname(index: int) -> str:
+        try:
+            return names.get(index) or socket.if_indextoname(index)
+        except OSError:  # it is gone by now
+            return f"if{index}"
+
+    return ifname
 
 
 @attrs.define(eq=False)
@@ -231,6 +254,7 @@ class Session:
         count: End after so many rows; 0 for no limit.
         ready_file: Made once everything is attached.
         command: Let go then; the run ends with it.
+        say: Tells the user what happens meanwhile.
     """
 
     loader: LoaderProcess
@@ -242,6 +266,7 @@ class Session:
     ready_file: str | None = None
     command: Command | None = None
     signals: Signals = attrs.field(factory=Signals)
+    say: Callable[[str], None] = lambda _: None
 
     def run(self) -> RunReport:
         """Run until something ends it.
@@ -260,7 +285,8 @@ class Session:
                 report = RunReport(probes={}, duration_s=0)
                 router.close(report)
                 return report
-            held = _Fds(list(answer.holding))
+            links = [one.link_fd for probe in answer.probes.values() for one in probe.interfaces]
+            held = _Fds([*answer.holding, *links])
             stack.callback(held.close)
             cpus = possible_cpus()
             runs = []
@@ -272,6 +298,7 @@ class Session:
             began = time.monotonic()
             self._ready()
             self._loop(runs, router, began)
+            self._look_at_interfaces(runs)
             held.close()
             _drain_rest(runs, router)
             report = _report(runs, router, time.monotonic() - began)
@@ -294,8 +321,13 @@ class Session:
         pause = POLL_S
         previous_ns = 0
         end = began + self.duration_s if self.duration_s else None
+        look = 0.0
         while not (self.signals.stopping() or router.done):
             now = time.monotonic()
+            if now >= look:
+                look = now + LOOK_S
+                if self._look_at_interfaces(runs) and not self.command:
+                    return
             if end is None and self._traced_ended():
                 end = now + LINGER_S
             if end is not None and now >= end:
@@ -308,6 +340,15 @@ class Session:
             previous_ns = now_ns
             pause = POLL_S if came else min(pause * 1.5, IDLE_POLL_S)
             time.sleep(pause)
+
+    def _look_at_interfaces(self, runs: Sequence[ProbeRun]) -> bool:
+        """Say which interfaces have gone; whether there is nothing left to listen to."""
+        for run in runs:
+            for one in run.loaded.interfaces:
+                if one.name not in run.silent and is_cut(one.link_fd):
+                    run.silent[one.name] = "it is gone"
+                    self.say(f"{run.spec.name}: no more rows from {one.name}: it is gone")
+        return all(run.deaf for run in runs)
 
     def _traced_ended(self) -> bool:
         if self.command:
@@ -383,14 +424,19 @@ def _report(runs: Sequence[ProbeRun], router: Router, duration_s: float) -> RunR
     for run in runs:
         hooks = []
         for fired, (produced, dropped) in zip(run.hooks, run.books.read(), strict=True):
-            if run.loaded.taken.get(fired.point) != fired.attach:
+            if fired.program not in run.loaded.programs:
                 continue
             delivered = router.delivered.get((run.spec.name, fired.point, fired.func), 0)
             hooks.append(
                 HookReport(fired.point, fired.func, fired.attach, produced, dropped, delivered)
             )
         probes[run.spec.name] = ProbeReport(
-            hooks=tuple(hooks), missing=run.loaded.missing, untracked=run.books.untracked()
+            hooks=tuple(hooks),
+            missing=run.loaded.missing,
+            untracked=run.books.untracked(),
+            interfaces={one.name: one.mode for one in run.loaded.interfaces},
+            silent=run.silent,
+            deaf=run.deaf,
         )
     return RunReport(probes=probes, duration_s=duration_s, late=router.late)
 

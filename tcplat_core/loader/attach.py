@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
 
-from tcplat_core import owners
+from tcplat_core import netdev, owners
 from tcplat_core.errors import CannotRunError, PluginError
-from tcplat_core.hookpoints import Hook, Way
+from tcplat_core.hookpoints import Hook, Way, reporting
 from tcplat_core.ring import books_slots, possible_cpus
 
-from . import bpf, kheaders
+from . import bpf, kheaders, seeding, xdp
 from .btf import BtfError
 from .cache import Cache, digest, kernel_identity
 from .compile import (
@@ -24,10 +24,9 @@ from .compile import (
     compile_text,
     compiler_identity,
     program_text,
-    reporting,
 )
-from .host import BTF_PATH, Choice, Host, choose
-from .protocol import Answer, LoadedProbe, ProbeRequest, Request
+from .host import BTF_PATH, SYSCALLS, Choice, Host, choose, syscall_id
+from .protocol import Answer, Attached, LoadedProbe, ProbeRequest, Request
 
 _PROGRAM_TYPES = {
     "fentry": bpf.ProgramType.TRACING,
@@ -113,30 +112,40 @@ class Loader:
         for module, choice in zip(modules, choices, strict=True):
             for way in choice.taken.values():
                 for hook in way.hooks:
-                    self._attach(module, way, hook)
+                    if hook.mechanism != "xdp":
+                        self._attach(module, way, hook)
         # Last, so that on one tracepoint it runs after the probes' own handlers.
         self._core(core, "tcplat_on_destroy", "tcp:tcp_destroy_sock")
         # From here on new sockets are seen; now the older ones.
-        seeds = list(_seeds(self.request.pids))[:room]
-        bpf.map_update_many(self._shared["tcplat_seeds"], seeds)
+        seeding.fill(self._shared, owners.find(), room)
+        # Some network cards lose their link for a moment: no other way may close after this.
+        listening = [
+            self._listen(probe, module, choice)
+            for probe, module, choice in zip(self.request.probes, modules, choices, strict=True)
+        ]
         bpf.map_update(self._shared["tcplat_gate"], _u32(0), _u32(1))
-        handed = {fd for module in modules for fd in (module.fd("events"), module.fd("books"))}
-        return Answer(
-            probes={
-                probe.name: LoadedProbe(
-                    ring_fd=module.fd("events"),
-                    books_fd=module.fd("books"),
-                    taken={point: way.mechanism for point, way in choice.taken.items()},
-                    missing=choice.missing,
-                )
-                for probe, module, choice in zip(self.request.probes, modules, choices, strict=True)
-            },
-            holding=tuple(fd for fd in self._fds if fd not in handed),
-        )
+        probes = {
+            probe.name: LoadedProbe(
+                ring_fd=module.fd("events"),
+                books_fd=module.fd("books"),
+                taken={point: way.mechanism for point, way in choice.taken.items()},
+                programs=tuple(
+                    hook.program for way in choice.taken.values() for hook in way.hooks
+                ),
+                missing=choice.missing,
+                interfaces=tuple(attached),
+                skipped=skipped,
+            )
+            for probe, module, choice, (attached, skipped) in zip(
+                self.request.probes, modules, choices, listening, strict=True
+            )
+        }
+        handed = {fd for probe in probes.values() for fd in probe.fds}
+        return Answer(probes=probes, holding=tuple(fd for fd in self._fds if fd not in handed))
 
     def _open(self, probe: ProbeRequest, choice: Choice, room: int) -> _Module:
         """Compile a probe, or take it from the cache, and create its maps."""
-        hooks = len(reporting(probe))
+        hooks = len(reporting(probe.points))
         defines = {
             "TCPLAT_HOOKS": hooks,
             "TCPLAT_BOOKS": books_slots(possible_cpus(), hooks),
@@ -156,7 +165,8 @@ class Loader:
             self.cache.write(f"{name}.program", compiled.pack())
         else:
             compiled = Compiled.unpack(known)
-        sizes = {"events": self.request.ring_bytes, "tcplat_socks": room, "tcplat_seeds": room}
+        sizes = dict.fromkeys(("tcplat_socks", "tcplat_seeds", "tcplat_flows"), room)
+        sizes["events"] = self.request.ring_bytes
         fds = []
         for one in compiled.maps:
             fd = self._shared.get(one.name)
@@ -179,12 +189,17 @@ class Loader:
     def _attach(self, module: _Module, way: Way, hook: Hook) -> None:
         try:
             kind = _PROGRAM_TYPES[hook.mechanism]
+            syscall = syscall_id(hook.func) if hook.func.startswith(SYSCALLS) else None
+            if syscall:
+                kind = bpf.ProgramType.TRACEPOINT
             target = (bpf.AttachType.NONE, 0)
             if kind is bpf.ProgramType.TRACING:
                 target = (bpf.AttachType[hook.mechanism.upper()], self._host.btf_id(hook.func))
             program = bpf.program_load(hook.program, kind, module.code(hook.program), *target)
             self._fds.append(program)
-            if kind is bpf.ProgramType.TRACING:
+            if syscall:
+                link = bpf.attach_tracepoint(program, syscall)
+            elif kind is bpf.ProgramType.TRACING:
                 link = bpf.attach_raw_tracepoint(program, None)
             elif hook.mechanism == "tracepoint":
                 link = bpf.attach_raw_tracepoint(program, hook.func.rpartition(":")[2])
@@ -200,6 +215,34 @@ class Loader:
         except OSError as error:
             reason = f"{hook.mechanism}:{hook.func}: {error.strerror}"
             raise WayClosedError(way, reason) from error
+
+    def _listen(
+        self, probe: ProbeRequest, module: _Module, choice: Choice
+    ) -> tuple[list[Attached], dict[str, str]]:
+        """Put the probe's XDP programs on its interfaces."""
+        hooks = [hook for way in choice.taken.values() for hook in way.hooks]
+        programs = [hook.program for hook in hooks if hook.mechanism == "xdp"]
+        if not programs:
+            return [], {}
+        if probe.interfaces is None:
+            raise PluginError(f"probe {probe.name} has XDP programs and names no interfaces")
+        attached = []
+        with netdev.inside(probe.interfaces.netns):
+            chosen, skipped = xdp.choose(probe.interfaces, probe.name)
+            for name in programs:
+                try:
+                    program = xdp.load(name, module.code(name))
+                except bpf.RefusedError as error:
+                    sys.stderr.write(f"{name}:\n{error.log}\n")
+                    raise CannotRunError(
+                        f"the verifier refused {name} ({error.strerror}); --debug shows why"
+                    ) from error
+                self._fds.append(program)
+                for interface in chosen:
+                    one = xdp.attach(program, interface, probe.interfaces.mode, probe.name)
+                    self._fds.append(one.link_fd)
+                    attached.append(one)
+        return attached, skipped
 
     def _core(self, module: _Module, program: str, tracepoint: str) -> None:
         way = Way("tracepoint", (Hook(tracepoint, program, "tracepoint"),))
@@ -229,29 +272,16 @@ class _Module:
         return self.fds[[one.name for one in self.compiled.maps].index(name)]
 
 
-def _seeds(pids: Sequence[int] | None) -> Iterator[tuple[bytes, bytes]]:
-    """Cookie and struct tcplat_seed (include/tcplat/owner.bpf.h) of each older socket."""
-    for seed in owners.find(pids):
-        comm = seed.comm[:15].ljust(16, b"\0")
-        value = _u32(seed.pid) + bytes([seed.role, 0, 0, 0]) + comm
-        yield seed.cookie.to_bytes(8, sys.byteorder), value
-
-
 def _u32(value: int) -> bytes:
     return value.to_bytes(4, sys.byteorder)
 
 
 def _room_for_sockets() -> int:
-    """Entries for tcplat_socks: twice what is open, 65,536 at least."""
-    in_use = 0
-    for name in ("sockstat", "sockstat6"):
-        path = Path("/proc/net") / name
-        if path.exists():
-            for line in path.read_text(encoding="ascii").splitlines():
-                words = line.split()
-                if words[0] in ("TCP:", "TCP6:"):
-                    in_use += int(words[words.index("inuse") + 1])
-    return 1 << max(16, (2 * in_use).bit_length())
+    """Entries for tcplat_socks: twice what is open on the whole host, 65,536 at least."""
+    words = Path("/proc/net/sockstat").read_text(encoding="ascii").split()
+    # "TCP: inuse 4 orphan 0 tw 0 alloc 6 mem 1": alloc alone counts every namespace, and IPv6.
+    allocated = int(words[words.index("alloc", words.index("TCP:")) + 1])
+    return 1 << max(16, (2 * allocated).bit_length())
 
 
 def refuse_without_capabilities() -> None:

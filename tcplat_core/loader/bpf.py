@@ -21,6 +21,10 @@ _SYSCALLS = {"x86_64": (321, 298), "aarch64": (280, 241)}
 """Machine -> numbers of bpf and perf_event_open."""
 
 _MAP_CREATE, _MAP_UPDATE, _PROG_LOAD, _RAW_TRACEPOINT_OPEN, _MAP_UPDATE_BATCH = 0, 2, 5, 17, 26
+_PROG_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD, _LINK_CREATE = 13, 15, 28
+_XDP = 37
+"""BPF_XDP, an attach type."""
+_PERF_TYPE_TRACEPOINT = 2
 _PERF_SET_BPF, _PERF_ENABLE = 0x40042408, 0x2400
 _KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe")
 _LOG_SIZE = 1 << 22
@@ -32,6 +36,7 @@ class ProgramType(IntEnum):
     """enum bpf_prog_type."""
 
     KPROBE = 2
+    TRACEPOINT = 5
     XDP = 6
     RAW_TRACEPOINT = 17
     TRACING = 26
@@ -47,6 +52,9 @@ class AttachType(IntEnum):
 
 RINGBUF = 27
 """BPF_MAP_TYPE_RINGBUF."""
+
+XDP_HAS_FRAGS = 1 << 5
+"""BPF_F_XDP_HAS_FRAGS, for programs: packets in several buffers are welcome (5.18)."""
 
 
 class RefusedError(OSError):
@@ -109,6 +117,7 @@ def program_load(
     code: bytes,
     attach_type: AttachType = AttachType.NONE,
     attach_btf_id: int = 0,
+    flags: int = 0,
 ) -> int:
     """A program's fd.
 
@@ -118,6 +127,7 @@ def program_load(
         code: Instructions, with the fds of maps filled in.
         attach_type: For TRACING.
         attach_btf_id: The function that a TRACING program is for.
+        flags: BPF_F_*.
 
     Raises:
         RefusedError: The verifier refused it; or OSError.
@@ -135,7 +145,7 @@ def program_load(
             len(log) if log else 0,
             _pointer(log) if log else 0,
             0,
-            0,
+            flags,
             name.encode()[:15],
             0,
             attach_type,
@@ -160,6 +170,33 @@ def attach_raw_tracepoint(program: int, tracepoint: str | None) -> int:
     name = None if tracepoint is None else ctypes.create_string_buffer(tracepoint.encode())
     attr = struct.pack("=QIxxxx", _pointer(name) if name else 0, program)
     return _bpf(_RAW_TRACEPOINT_OPEN, attr)
+
+
+def attach_xdp(program: int, ifindex: int, flags: int) -> int:
+    """A link's fd. `ifindex` counts in the current network namespace; came with 5.9."""
+    return _bpf(_LINK_CREATE, struct.pack("=4I", program, ifindex, _XDP, flags))
+
+
+def program_name(number: int) -> str:
+    """The name of the program with this id; empty if it has none."""
+    fd = _bpf(_PROG_GET_FD_BY_ID, struct.pack("=4I", number, 0, 0, 0))
+    try:
+        info = ctypes.create_string_buffer(80)  # struct bpf_prog_info up to its name
+        _bpf(_OBJ_GET_INFO_BY_FD, struct.pack("=IIQ", fd, len(info), _pointer(info)))
+    finally:
+        os.close(fd)
+    return info.raw[64:].split(b"\0", 1)[0].decode(errors="replace")
+
+
+def tracefs() -> Path | None:
+    """Where the kernel's list of tracepoints is mounted, if it is."""
+    folders = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
+    return next((folder for folder in folders if os.access(folder / "events", os.R_OK)), None)
+
+
+def attach_tracepoint(program: int, number: int) -> int:
+    """A perf event's fd; `number` is the tracepoint's id in tracefs."""
+    return _perf_event(program, struct.pack("=IIQ96x", _PERF_TYPE_TRACEPOINT, 112, number))
 
 
 def attach_kprobe(program: int, function: str, *, at_return: bool) -> int:
@@ -187,6 +224,10 @@ def attach_kprobe(program: int, function: str, *, at_return: bool) -> int:
         _pointer(name),
         0,
     )
+    return _perf_event(program, attr)
+
+
+def _perf_event(program: int, attr: bytes) -> int:
     event = _syscall(1, attr, -1, 0, -1, 8)  # every process, PERF_FLAG_FD_CLOEXEC
     try:
         fcntl.ioctl(event, _PERF_SET_BPF, program)

@@ -19,6 +19,7 @@ from typing import Any
 import attrs
 
 from tcplat_core.errors import CannotRunError, PluginError
+from tcplat_core.hookpoints import reporting
 
 from .protocol import ProbeRequest
 
@@ -217,7 +218,9 @@ def program_text(
         taken: Point -> mechanism: becomes TCPLAT_<MECHANISM>_<point>.
         defines: Constants.
     """
-    numbers = {f"HOOK_{hook.program}": n for n, hook in enumerate(reporting(probe))}
+    numbers = {
+        f"HOOK_{hook.program}": number for number, (_, hook) in enumerate(reporting(probe.points))
+    }
     chosen = {f"TCPLAT_{way.upper()}_{point}": 1 for point, way in taken.items()}
     head = [
         f"#define {name} {value}"
@@ -227,13 +230,6 @@ def program_text(
     body = _INCLUDE.sub(lambda found: "" if found[1] in ALWAYS else _header(found[1]), probe.source)
     name = f'#line 1 "{probe.name}.bpf.c"'
     return "\n".join([*head, probe.struct, prelude, name, body, _header("core.bpf.h")])
-
-
-def reporting(probe: ProbeRequest) -> list[Any]:
-    """The hooks that make rows, over all ways: the index is the record's `hook`."""
-    return [
-        hook for point in probe.points for way in point.ways for hook in way.hooks if not hook.quiet
-    ]
 
 
 def _header(name: str) -> str:

@@ -16,6 +16,12 @@ from .btf import Btf, BtfError, Kind
 
 KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe")
 BTF_PATH = Path("/sys/kernel/btf/vmlinux")
+SYSCALLS = "syscalls:"
+"""Tracepoints of this group have no raw form: they are found in tracefs, not in the BTF."""
+_NO_SYSCALL = (
+    "{} is not to be had (no CONFIG_FTRACE_SYSCALLS, or tracefs is not mounted: "
+    "mount -t tracefs tracefs /sys/kernel/tracing)"
+)
 _RETURN_0 = bytes.fromhex("b7000000000000009500000000000000")
 """r0 = 0; exit."""
 
@@ -82,6 +88,10 @@ class Host:
 
     def hook(self, hook: Hook) -> str | None:
         """None if the kernel has what the hook wants, else what is different."""
+        if hook.mechanism == "xdp":
+            return None
+        if hook.func.startswith(SYSCALLS):
+            return None if syscall_id(hook.func) else _NO_SYSCALL.format(hook.func)
         is_tracepoint = hook.mechanism == "tracepoint"
         found = self.fact(hook.func, is_tracepoint=is_tracepoint)
         if found is None:
@@ -115,6 +125,17 @@ class Host:
     def way(self, way: Way) -> str | None:
         """None if the way is open, else why it is not."""
         return self.mechanism(way.mechanism) or next(filter(None, map(self.hook, way.hooks)), None)
+
+
+def syscall_id(func: str) -> int | None:
+    """The number of a tracepoint like ``syscalls:sys_exit_accept4``."""
+    folder = bpf.tracefs()
+    if folder is None:
+        return None
+    try:
+        return int((folder / "events" / func.replace(":", "/") / "id").read_text(encoding="ascii"))
+    except OSError:
+        return None
 
 
 @attrs.frozen
@@ -153,7 +174,8 @@ def choose(
         reasons = []
         # Stable: among ways of one mechanism the probe's own order holds.
         for way in sorted(point.ways, key=lambda way: MECHANISMS.index(way.mechanism)):
-            if attach not in ("auto", way.mechanism):
+            # Packets have no other way: --attach is about functions.
+            if attach not in ("auto", way.mechanism) and way.mechanism != "xdp":
                 continue
             reason = why_not(way)
             if reason is None:

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 import msgpack
 
-from tcplat_core.hookpoints import Hook, HookPoint, Way
+from tcplat_core.hookpoints import Hook, HookPoint, Interfaces, Way
 
 MAX_FDS = 253
 """SCM_MAX_FD of the kernel: so many fds go with one message."""
@@ -25,7 +25,8 @@ class ProbeRequest:
     """C definition of the record."""
     points: tuple[HookPoint, ...]
     types: tuple[str, ...]
-    defines: Mapping[str, int]
+    defines: Mapping[str, int | str]
+    interfaces: Interfaces | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -74,7 +75,29 @@ def _probe(raw: dict[str, Any]) -> ProbeRequest:
         )
         for point in raw["points"]
     )
-    return ProbeRequest(**{**raw, "points": points, "types": tuple(raw["types"])})
+    interfaces = raw["interfaces"]
+    if interfaces is not None:
+        interfaces = Interfaces(**{**interfaces, "names": tuple(interfaces["names"])})
+    return ProbeRequest(
+        **{**raw, "points": points, "types": tuple(raw["types"]), "interfaces": interfaces}
+    )
+
+
+@attrs.frozen(kw_only=True)
+class Attached:
+    """An interface with an XDP program of ours on it.
+
+    Args:
+        name: The interface's.
+        index: What it is called in records.
+        mode: native or generic.
+        link_fd: Closing it detaches; the session's to close.
+    """
+
+    name: str
+    index: int
+    mode: str
+    link_fd: int
 
 
 @attrs.frozen(kw_only=True)
@@ -85,8 +108,18 @@ class LoadedProbe:
     books_fd: int
     taken: Mapping[str, str]
     """Point -> mechanism."""
+    programs: tuple[str, ...]
+    """What is attached."""
     missing: Mapping[str, str]
     """Point -> why it is not served."""
+    interfaces: tuple[Attached, ...] = ()
+    skipped: Mapping[str, str] = attrs.field(factory=dict)
+    """Interface -> why it was left out."""
+
+    @property
+    def fds(self) -> list[int]:
+        """All its fds, in the order in which they cross over."""
+        return [self.ring_fd, self.books_fd, *(one.link_fd for one in self.interfaces)]
 
 
 @attrs.frozen(kw_only=True)
@@ -112,7 +145,7 @@ def send_answer(to: socket.socket, answer: Answer | Refusal) -> None:
     if isinstance(answer, Refusal):
         to.sendall(msgpack.packb({"refusal": attrs.asdict(answer)}))
         return
-    fds = [fd for probe in answer.probes.values() for fd in (probe.ring_fd, probe.books_fd)]
+    fds = [fd for probe in answer.probes.values() for fd in probe.fds]
     fds += answer.holding
     if len(fds) > MAX_FDS:
         raise ValueError(f"{len(fds)} file descriptors do not fit into one message")
@@ -129,7 +162,16 @@ def receive_answer(source: socket.socket) -> Answer | Refusal | None:
         return Refusal(**raw["refusal"])
     ours = iter(fds)
     probes = {
-        name: LoadedProbe(**{**probe, "ring_fd": next(ours), "books_fd": next(ours)})
+        name: LoadedProbe(
+            **{
+                **probe,
+                "ring_fd": next(ours),
+                "books_fd": next(ours),
+                "interfaces": tuple(
+                    Attached(**{**one, "link_fd": next(ours)}) for one in probe["interfaces"]
+                ),
+            }
+        )
         for name, probe in raw["probes"].items()
     }
     return Answer(probes=probes, holding=tuple(ours))

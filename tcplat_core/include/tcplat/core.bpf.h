@@ -5,7 +5,23 @@
 int tcplat_on_destroy(struct bpf_raw_tracepoint_args *ctx)
 {
 	u64 key = ctx->args[0];
+	struct tcplat_sock *s = tcplat_find((struct sock *)key);
+	struct tcplat_listener *listener;
 
+	if (!s)
+		return 0;
+	if (s->in_flows) {
+		struct tcplat_addrs addrs = s->addrs;
+
+		tcplat_flows.delete(&addrs);
+	}
+	if (s->role == TCPLAT_ROLE_LISTENER) {
+		struct tcplat_port port = {.netns = s->addrs.netns, .port = s->addrs.sport};
+
+		listener = tcplat_listeners.lookup(&port);
+		if (listener && --listener->users == 0)
+			tcplat_listeners.delete(&port);
+	}
 	tcplat_socks.delete(&key);
 	return 0;
 }

@@ -9,8 +9,9 @@
 
 #define TCPLAT_ROLE_CLIENT 1
 #define TCPLAT_ROLE_SERVER 2
+#define TCPLAT_ROLE_LISTENER 3
 
-/* Both ends, as a record has them: local, then remote. */
+/* Both ends: of a socket local, then remote; of a packet source, then destination. */
 struct tcplat_addrs {
 	u8 saddr[16], daddr[16];
 	u32 netns;
@@ -21,14 +22,15 @@ struct tcplat_addrs {
 
 struct tcplat_sock {
 	u64 id;         /* the event's `sock`: when it was first seen, and on which CPU */
-	u64 since_ns;   /* when the connect that is under way began, else 0 */
+	u64 since_ns;   /* when the connect, or the wait to be accepted, began; else 0 */
 	u32 pid, tid;   /* the process that used it last, 0 where nobody can know */
 	u32 send_tid;   /* the thread inside send(), else 0 */
 	u32 send_seq;   /* where its bytes begin */
 	u32 send_bytes; /* how many it asked to send */
 	u8 role;
 	u8 wanted;      /* its owner passes the filters */
-	u8 pad[2];
+	u8 in_flows;    /* tcplat_flows has its addresses */
+	u8 pad;
 	char comm[16] __attribute__((aligned(8)));
 	struct tcplat_addrs addrs; /* once the source port is chosen: the kernel forgets it first */
 };
@@ -66,6 +68,40 @@ BPF_TABLE("hash", u64, struct tcplat_seed, tcplat_seeds, 1024);
  * Deleted by tcplat_on_exit, so that a reused pid is not taken for the old one.
  */
 BPF_TABLE("hash", u32, u32, tcplat_pids, 16384);
+
+struct tcplat_port {
+	u32 netns;
+	u16 port;
+	u16 pad;
+};
+
+struct tcplat_listener {
+	u32 pid;   /* 0 where several processes accept: nobody can know which one will */
+	u32 users; /* sockets that listen there (SO_REUSEPORT) */
+	char comm[16] __attribute__((aligned(8)));
+};
+
+/*
+ * Namespace and local port -> struct tcplat_listener.
+ *
+ * Inserted by tcplat_listen(), and by the loader for what listened before.
+ * Deleted by tcplat_on_destroy with the last user.
+ */
+BPF_TABLE("hash", struct tcplat_port, struct tcplat_listener, tcplat_listeners, 16384);
+
+/* Where an address pair leads: to tcplat_socks, or to tcplat_seeds. */
+struct tcplat_flow {
+	u64 key;
+	u64 cookie;
+};
+
+/*
+ * Addresses of a socket, local first -> struct tcplat_flow.
+ *
+ * Inserted by tcplat_add_flow(), and by the loader for older sockets.
+ * Deleted by tcplat_on_destroy.
+ */
+BPF_TABLE("hash", struct tcplat_addrs, struct tcplat_flow, tcplat_flows, 1024);
 
 static __always_inline bool tcplat_wanted_pid(u32 pid)
 {
@@ -131,6 +167,7 @@ static __always_inline struct tcplat_sock *tcplat_find(const struct sock *sk)
 	/* Which thread it was, /proc does not tell: tid stays 0. */
 	fresh.role = seed->role;
 	fresh.wanted = tcplat_wanted_pid(seed->pid);
+	fresh.in_flows = 1;
 	__builtin_memcpy(fresh.comm, seed->comm, sizeof(fresh.comm));
 	tcplat_seeds.delete(&cookie);
 	return tcplat_insert(key, &fresh);
@@ -171,6 +208,16 @@ static __always_inline void tcplat_fill_owner(struct tcplat_event *e, struct tcp
 	__builtin_memcpy(e->comm, s->comm, sizeof(e->comm));
 }
 
+static __always_inline void tcplat_fill_addrs(struct tcplat_event *e, const struct tcplat_addrs *a)
+{
+	e->netns = a->netns;
+	e->ip = a->ip;
+	e->sport = a->sport;
+	e->dport = a->dport;
+	__builtin_memcpy(e->saddr, a->saddr, 16);
+	__builtin_memcpy(e->daddr, a->daddr, 16);
+}
+
 /* The ends of a socket, as far as the kernel still knows: a failed connect forgets them. */
 static __always_inline void tcplat_read_addrs(struct tcplat_addrs *to, const struct sock *sk)
 {
@@ -197,6 +244,82 @@ static __always_inline void tcplat_read_addrs(struct tcplat_addrs *to, const str
 	to->ip = tcplat_is_mapped(to->daddr) ? 4 : 6;
 }
 
+/* Let packets find the socket by its addresses, which must be complete. */
+static __always_inline void tcplat_add_flow(struct tcplat_sock *s, u64 key)
+{
+	struct tcplat_flow flow = {.key = key};
+	struct tcplat_addrs addrs = s->addrs;
+
+	tcplat_flows.update(&addrs, &flow);
+	s->in_flows = 1;
+}
+
+/* A socket begins to listen, in the process that asks for it. */
+static __always_inline struct tcplat_sock *tcplat_listen(const struct sock *sk)
+{
+	struct tcplat_sock *s = tcplat_learn(sk, TCPLAT_ROLE_LISTENER);
+	struct tcplat_listener *old, fresh = {.users = 1};
+	struct tcplat_port port = {};
+
+	if (!s)
+		return NULL;
+	tcplat_read_addrs(&s->addrs, sk);
+	port.netns = s->addrs.netns;
+	port.port = s->addrs.sport;
+	old = tcplat_listeners.lookup(&port);
+	if (old) {
+		lock_xadd(&old->users, 1);
+		if (old->pid != s->pid)
+			old->pid = 0;
+		return s;
+	}
+	fresh.pid = s->pid;
+	__builtin_memcpy(fresh.comm, s->comm, sizeof(fresh.comm));
+	tcplat_listeners.update(&port, &fresh);
+	return s;
+}
+
+static __always_inline struct tcplat_listener *tcplat_listener_at(u32 netns, u16 lport)
+{
+	struct tcplat_port port = {.netns = netns, .port = lport};
+
+	return tcplat_listeners.lookup(&port);
+}
+
+/* A connection is complete and waits to be accepted: its owner is the listener's, if there is one. */
+static __always_inline struct tcplat_sock *tcplat_inherit(const struct sock *sk, u64 now)
+{
+	struct tcplat_sock *s, fresh = {.id = tcplat_new_id(), .since_ns = now};
+	struct tcplat_listener *from;
+
+	fresh.role = TCPLAT_ROLE_SERVER;
+	tcplat_read_addrs(&fresh.addrs, sk);
+	from = tcplat_listener_at(fresh.addrs.netns, fresh.addrs.sport);
+	if (from && from->pid) {
+		fresh.pid = from->pid;
+		__builtin_memcpy(fresh.comm, from->comm, sizeof(fresh.comm));
+	}
+	fresh.wanted = tcplat_wanted_pid(fresh.pid);
+	s = tcplat_insert((u64)sk, &fresh);
+	if (s)
+		tcplat_add_flow(s, (u64)sk);
+	return s;
+}
+
+/* A process takes a connection over. A second one at the same port: nobody knows any more. */
+static __always_inline struct tcplat_sock *tcplat_accept(const struct sock *sk)
+{
+	struct tcplat_sock *s = tcplat_touch(sk);
+	struct tcplat_listener *from;
+
+	if (!s)
+		return NULL;
+	from = tcplat_listener_at(s->addrs.netns, s->addrs.sport);
+	if (from && from->pid && from->pid != s->pid)
+		from->pid = 0;
+	return s;
+}
+
 /*
  * A record of the socket's, owner and addresses filled in.
  *
@@ -215,12 +338,7 @@ tcplat_reserve_for(const struct sock *sk, struct tcplat_sock *s, u8 hook, u64 ts
 	if (!e)
 		return NULL;
 	tcplat_fill_owner(e, s);
-	e->netns = s->addrs.netns;
-	e->ip = s->addrs.ip;
-	e->sport = s->addrs.sport;
-	e->dport = s->addrs.dport;
-	__builtin_memcpy(e->saddr, s->addrs.saddr, 16);
-	__builtin_memcpy(e->daddr, s->addrs.daddr, 16);
+	tcplat_fill_addrs(e, &s->addrs);
 	e->state = tcplat_get(sk, __sk_common.skc_state);
 	return e;
 }

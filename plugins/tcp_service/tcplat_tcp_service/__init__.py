@@ -1,0 +1,1 @@
+"""The accepting side of a TCP connection."""

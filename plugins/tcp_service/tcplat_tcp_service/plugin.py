@@ -1,0 +1,221 @@
+"""Where the accepting side of a TCP connection is watched, and in which words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.resources import files
+from typing import Annotated
+
+from tcplat_core import (
+    Event,
+    HookPoint,
+    Moment,
+    ProbeSpec,
+    Wire,
+    fenter,
+    fentry,
+    fexit,
+    hookimpl,
+    kentry,
+    kprobe,
+    kreturn,
+    micros,
+    tracepoint,
+    tracepoints,
+)
+
+_SOCK = "const struct sock *"
+# tcp_recvmsg() lost its `nonblock` in 5.19 (ec095263a965).
+_RECV = ("sk", "msg", "len", "flags", "addr_len")
+_SEND = ("sk", "msg", "size")
+_STATES = (_SOCK, "const int", "const int")
+_SET_STATE = "sock:inet_sock_set_state"
+
+
+class ServiceEvent(Event):
+    """An event with the two times that only the accepting side has."""
+
+    call_us: Annotated[
+        float | None,
+        Wire(
+            "u64", "time inside recv, µs; null by tracepoint", "call_ns", to=micros, nullable=True
+        ),
+    ]
+    accept_us: Annotated[
+        float | None,
+        Wire("u64", "wait in the accept queue, µs", "accept_ns", to=micros, nullable=True),
+    ]
+
+
+POINTS = (
+    HookPoint(
+        "rx_ip",
+        (
+            fentry(
+                fenter("tcp_v4_rcv", "fe_tcp_v4_rcv", "skb"),
+                fenter("tcp_v6_rcv", "fe_tcp_v6_rcv", "skb"),
+            ),
+            kprobe(
+                kentry("tcp_v4_rcv", "kp_tcp_v4_rcv", "skb"),
+                kentry("tcp_v6_rcv", "kp_tcp_v6_rcv", "skb"),
+            ),
+            tracepoint("net:netif_receive_skb", "tp_rx_ip", "struct sk_buff *"),
+        ),
+    ),
+    HookPoint(
+        "rx_tcp",
+        (
+            fentry(
+                fenter("tcp_v4_do_rcv", "fe_tcp_v4_do_rcv", "sk", "skb"),
+                fenter("tcp_v6_do_rcv", "fe_tcp_v6_do_rcv", "sk", "skb"),
+            ),
+            kprobe(
+                kentry("tcp_v4_do_rcv", "kp_tcp_v4_do_rcv", "sk", "skb"),
+                kentry("tcp_v6_do_rcv", "kp_tcp_v6_do_rcv", "sk", "skb"),
+            ),
+            # In the established state only.
+            tracepoint("tcp:tcp_probe", "tp_rx_tcp", "struct sock *", "const struct sk_buff *"),
+        ),
+    ),
+    HookPoint(
+        "state",
+        (
+            fentry(
+                fenter("tcp_set_state", "fe_tcp_set_state", "sk", "state"),
+                fenter("tcp_rcv_state_process", "fe_tcp_rcv_state_process", "sk", "skb"),
+                *tracepoint(_SET_STATE, "tp_listen", *_STATES).hooks,
+            ),
+            kprobe(
+                kentry("tcp_set_state", "kp_tcp_set_state", "sk", "state"),
+                kentry("tcp_rcv_state_process", "kp_tcp_rcv_state_process", "sk", "skb"),
+                *tracepoint(_SET_STATE, "tp_listen", *_STATES).hooks,
+            ),
+            tracepoint(_SET_STATE, "tp_state", *_STATES),
+        ),
+    ),
+    HookPoint(
+        "accept",
+        (
+            fentry(fexit("inet_csk_accept", "fx_accept2", "sk", "arg")),
+            fentry(fexit("inet_csk_accept", "fx_accept4", "sk", "flags", "err", "kern")),
+            kprobe(
+                kentry("inet_csk_accept", "kp_accept", quiet=True),
+                kreturn("inet_csk_accept", "kr_accept"),
+            ),
+            tracepoints(
+                ("syscalls:sys_exit_accept", "tp_accept"),
+                ("syscalls:sys_exit_accept4", "tp_accept4"),
+            ),
+        ),
+        optional=True,
+    ),
+    HookPoint(
+        "ready",
+        (
+            fentry(fenter("sock_def_readable", "fe_ready", "sk")),
+            kprobe(kentry("sock_def_readable", "kp_ready", "sk")),
+            # Came with 6.3 (40e0b0908142).
+            tracepoint("sock:sk_data_ready", "tp_ready", _SOCK),
+        ),
+    ),
+    HookPoint(
+        "recv",
+        (
+            fentry(
+                fenter("tcp_recvmsg", "fe_tcp_recvmsg", *_RECV, quiet=True),
+                fexit("tcp_recvmsg", "fx_tcp_recvmsg", *_RECV),
+            ),
+            kprobe(
+                kentry("tcp_recvmsg", "kp_tcp_recvmsg", *_RECV, quiet=True),
+                kreturn("tcp_recvmsg", "kr_tcp_recvmsg"),
+            ),
+            # Came with 6.3 (6e6eda44b939).
+            tracepoint("sock:sock_recv_length", "tp_recv", "struct sock *", "int", "int"),
+        ),
+    ),
+    HookPoint(
+        "send",
+        (
+            fentry(fenter("tcp_sendmsg", "fe_tcp_sendmsg", *_SEND)),
+            kprobe(kentry("tcp_sendmsg", "kp_tcp_sendmsg", *_SEND)),
+            # Came with 6.16 (0f08335ade71).
+            tracepoint("tcp:tcp_sendmsg_locked", "tp_send", _SOCK, "const struct msghdr *"),
+        ),
+    ),
+    HookPoint(
+        "send_short",
+        (
+            fentry(fexit("tcp_sendmsg", "fx_tcp_sendmsg", *_SEND)),
+            kprobe(
+                kentry("tcp_sendmsg", "kp_send_short", *_SEND, quiet=True),
+                kreturn("tcp_sendmsg", "kr_tcp_sendmsg"),
+            ),
+            tracepoint("sock:sock_send_length", "tp_send_short", "struct sock *", "int", "int"),
+        ),
+    ),
+    HookPoint(
+        "close",
+        (
+            fentry(fenter("tcp_v4_destroy_sock", "fe_tcp_v4_destroy_sock", "sk")),
+            kprobe(kentry("tcp_v4_destroy_sock", "kp_tcp_v4_destroy_sock", "sk")),
+            tracepoint("tcp:tcp_destroy_sock", "tp_close", "struct sock *"),
+        ),
+    ),
+)
+
+_REACHED = {
+    "TCP_LISTEN": "listening",
+    "TCP_ESTABLISHED": "handshake done",
+    "TCP_FIN_WAIT1": "FIN sent",
+    "TCP_FIN_WAIT2": "FIN acked",
+    "TCP_CLOSE_WAIT": "client sent FIN",
+    "TCP_LAST_ACK": "FIN sent last",
+    "TCP_CLOSING": "both sent FIN",
+    "TCP_CLOSE": "closed",
+}
+_WORDS = {
+    "rx_ip": "packet arrives",
+    "rx_tcp": "reaches socket",
+    "accept": "accepted",
+    "ready": "reader woken",
+    "send": "reply sent",
+    "send_short": "not all taken",
+    "close": "socket gone",
+}
+
+
+def describe(moment: Moment) -> str:
+    """A row in plain words, 15 letters at most: the table's column is no wider."""
+    if moment.point == "state":
+        if moment.old_state is None:
+            return "segment handled"
+        if moment.state == "TCP_CLOSE" and moment.err:
+            return moment.error
+        return _REACHED.get(moment.state or "", "new state")
+    if moment.point == "recv":
+        return "end of stream" if moment.empty else "message read"
+    return _WORDS[moment.point]
+
+
+@hookimpl
+def tcplat_register_probes() -> Iterator[ProbeSpec]:
+    """Offer the probe."""
+    yield ProbeSpec(
+        name="tcp_service",
+        summary="packets, states, accept, wake-up, recv and send of sockets that were accepted",
+        source=files(__package__).joinpath("tcp_service.bpf.c").read_text(encoding="utf-8"),
+        points=POINTS,
+        types=(
+            "tcp_sock",
+            "msghdr",
+            "sk_buff",
+            "net_device:nd_net",
+            "task_struct:files",
+            "files_struct:fdt",
+            "fdtable:fd",
+            "file:private_data",
+            "socket:sk",
+        ),
+        event=ServiceEvent,
+        describe=describe,
+    )

@@ -1,0 +1,592 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+/*
+ * The accepting side of a TCP connection, from the packet to the process that reads it.
+ *
+ * One body per point; below it a thin handler per mechanism. fentry hands its
+ * arguments over as raw tracepoints do, so that one handler often serves both.
+ */
+#include <tcplat/event.bpf.h>
+#include <tcplat/owner.bpf.h>
+#include <tcplat/stream.bpf.h>
+#include <tcplat/skb.bpf.h>
+
+#define SERVER TCPLAT_ROLE_SERVER
+#define LISTENER TCPLAT_ROLE_LISTENER
+
+/* --- rx_ip: a packet for a service of this host reaches IP, or TCP's door */
+
+/* Whose packet it is: of a connection, or of whoever listens. False where it is no service's. */
+static __always_inline bool find_service(struct tcplat_addrs *local, struct tcplat_seed *who)
+{
+	struct tcplat_flow *flow = tcplat_flows.lookup(local);
+	struct tcplat_listener *listener;
+	struct tcplat_sock *s;
+	struct tcplat_seed *seed;
+	u64 key;
+
+	if (flow && flow->key) {
+		key = flow->key;
+		s = tcplat_socks.lookup(&key);
+		if (s) {
+			who->pid = s->pid;
+			__builtin_memcpy(who->comm, s->comm, sizeof(who->comm));
+			return s->role == SERVER;
+		}
+	} else if (flow) {
+		key = flow->cookie;
+		seed = tcplat_seeds.lookup(&key);
+		if (seed) {
+			*who = *seed;
+			return seed->role == SERVER;
+		}
+	}
+	listener = tcplat_listener_at(local->netns, local->sport);
+	if (!listener)
+		return false;
+	who->pid = listener->pid;
+	if (listener->pid)
+		__builtin_memcpy(who->comm, listener->comm, sizeof(who->comm));
+	return true;
+}
+
+static __always_inline int report_packet(struct sk_buff *skb, const u8 *l3, u32 length, u8 hook)
+{
+	u64 now = bpf_ktime_get_ns();
+	struct tcplat_segment segment = {};
+	struct tcplat_addrs local = {};
+	struct tcplat_seed who = {};
+	struct tcplat_event *e;
+
+	if (!tcplat_parse_ip(&segment, l3, length))
+		return 0;
+	segment.addrs.netns = tcplat_skb_netns(skb);
+	/* As the receiving socket sees it: its own end first. */
+	local.netns = segment.addrs.netns;
+	local.ip = segment.addrs.ip;
+	local.sport = segment.addrs.dport;
+	local.dport = segment.addrs.sport;
+	__builtin_memcpy(local.saddr, segment.addrs.daddr, 16);
+	__builtin_memcpy(local.daddr, segment.addrs.saddr, 16);
+	if (!find_service(&local, &who) || !tcplat_wanted_pid(who.pid))
+		return 0;
+	e = tcplat_reserve(hook, now);
+	if (!e)
+		return 0;
+	tcplat_fill_addrs(e, &segment.addrs);
+	tcplat_fill_segment(e, &segment);
+	e->pid = who.pid;
+	__builtin_memcpy(e->comm, who.comm, sizeof(e->comm));
+	return tcplat_report(e);
+}
+
+#ifdef TCPLAT_TRACEPOINT_rx_ip
+/* The device layer has pulled its own header: the data begin with IP's. */
+int tp_rx_ip(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct sk_buff *skb = (struct sk_buff *)ctx->args[0];
+
+	return report_packet(skb, skb->data, skb->len, HOOK_tp_rx_ip);
+}
+#else
+/* TCP's door: the data begin with TCP's header, IP's stands before it. */
+static __always_inline int report_at_tcp(struct sk_buff *skb, u8 hook)
+{
+	const u8 *head = tcplat_get(skb, head);
+	const u8 *l3 = head + tcplat_get(skb, network_header);
+	const u8 *data = tcplat_get(skb, data);
+
+	return report_packet(skb, l3, tcplat_get(skb, len) + (u32)(data - l3), hook);
+}
+#endif
+
+#ifdef TCPLAT_FENTRY_rx_ip
+int fe_tcp_v4_rcv(struct bpf_raw_tracepoint_args *ctx)
+{
+	return report_at_tcp((struct sk_buff *)ctx->args[0], HOOK_fe_tcp_v4_rcv);
+}
+
+int fe_tcp_v6_rcv(struct bpf_raw_tracepoint_args *ctx)
+{
+	return report_at_tcp((struct sk_buff *)ctx->args[0], HOOK_fe_tcp_v6_rcv);
+}
+#endif
+
+#ifdef TCPLAT_KPROBE_rx_ip
+int kp_tcp_v4_rcv(struct pt_regs *ctx, struct sk_buff *skb)
+{
+	return report_at_tcp(skb, HOOK_kp_tcp_v4_rcv);
+}
+
+int kp_tcp_v6_rcv(struct pt_regs *ctx, struct sk_buff *skb)
+{
+	return report_at_tcp(skb, HOOK_kp_tcp_v6_rcv);
+}
+#endif
+
+/* --- rx_tcp: the segment reaches its socket */
+
+/* The record of a segment that a socket handles; the data begin with TCP's header. */
+static __always_inline struct tcplat_event *
+make_segment(struct sock *sk, struct sk_buff *skb, u8 hook, u64 now)
+{
+	struct tcplat_sock *s = tcplat_find(sk);
+	struct tcplat_segment segment = {};
+	struct tcplat_event *e;
+
+	if (!s || (s->role != SERVER && s->role != LISTENER))
+		return NULL;
+	if (!tcplat_parse_tcp(&segment, tcplat_get(skb, data), tcplat_get(skb, len)))
+		return NULL;
+	e = tcplat_reserve_for(sk, s, hook, now);
+	if (!e)
+		return NULL;
+	tcplat_fill_segment(e, &segment);
+	/* A listener has no remote end; the segment has, and says which local address it is. */
+	if (s->role == LISTENER) {
+		const u8 *head = tcplat_get(skb, head);
+		u16 l3 = tcplat_get(skb, network_header);
+		u32 length = tcplat_get(skb, len) + (u32)(tcplat_get(skb, data) - head) - l3;
+
+		if (tcplat_parse_ip(&segment, head + l3, length)) {
+			e->ip = segment.addrs.ip;
+			e->dport = segment.addrs.sport;
+			__builtin_memcpy(e->saddr, segment.addrs.daddr, 16);
+			__builtin_memcpy(e->daddr, segment.addrs.saddr, 16);
+		}
+	}
+	return e;
+}
+
+/* tcp:tcp_probe and fentry of tcp_v4_do_rcv() have the same two arguments. */
+#if defined(TCPLAT_TRACEPOINT_rx_tcp)
+int tp_rx_tcp(struct bpf_raw_tracepoint_args *ctx)
+{
+	return tcplat_report(make_segment((struct sock *)ctx->args[0], (struct sk_buff *)ctx->args[1],
+					  HOOK_tp_rx_tcp, bpf_ktime_get_ns()));
+}
+#endif
+
+/* tcp_v6_do_rcv() hands IPv4 packets of a dual-stack socket on to tcp_v4_do_rcv(). */
+static __always_inline bool handed_on(struct sk_buff *skb)
+{
+	return tcplat_get(skb, protocol) == bpf_htons(TCPLAT_ETH_P_IP);
+}
+
+#ifdef TCPLAT_FENTRY_rx_tcp
+int fe_tcp_v4_do_rcv(struct bpf_raw_tracepoint_args *ctx)
+{
+	return tcplat_report(make_segment((struct sock *)ctx->args[0], (struct sk_buff *)ctx->args[1],
+					  HOOK_fe_tcp_v4_do_rcv, bpf_ktime_get_ns()));
+}
+
+int fe_tcp_v6_do_rcv(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct sk_buff *skb = (struct sk_buff *)ctx->args[1];
+
+	if (handed_on(skb))
+		return 0;
+	return tcplat_report(make_segment((struct sock *)ctx->args[0], skb, HOOK_fe_tcp_v6_do_rcv,
+					  bpf_ktime_get_ns()));
+}
+#endif
+
+#ifdef TCPLAT_KPROBE_rx_tcp
+int kp_tcp_v4_do_rcv(struct pt_regs *ctx, struct sock *sk, struct sk_buff *skb)
+{
+	return tcplat_report(make_segment(sk, skb, HOOK_kp_tcp_v4_do_rcv, bpf_ktime_get_ns()));
+}
+
+int kp_tcp_v6_do_rcv(struct pt_regs *ctx, struct sock *sk, struct sk_buff *skb)
+{
+	if (handed_on(skb))
+		return 0;
+	return tcplat_report(make_segment(sk, skb, HOOK_kp_tcp_v6_do_rcv, bpf_ktime_get_ns()));
+}
+#endif
+
+/* --- state: a service begins to listen, a connection is complete, and so on to its end */
+
+static __always_inline int report_state(struct sock *sk, int old, int new, u8 hook)
+{
+	u64 now = bpf_ktime_get_ns();
+	struct tcplat_sock *s;
+
+	if (new == TCP_LISTEN)
+		s = tcplat_listen(sk);
+	else
+		s = tcplat_find(sk);
+	/*
+	 * The child of a listener: an exact copy of it until its own addresses are
+	 * filled in, so that its first state, TCP_SYN_RECV, cannot be told.
+	 */
+	if (!s && old == TCP_SYN_RECV && new == TCP_ESTABLISHED)
+		s = tcplat_inherit(sk, now);
+	if (!s || (s->role != SERVER && s->role != LISTENER))
+		return 0;
+	return tcplat_report(tcplat_make_state(sk, s, old, new, hook, now));
+}
+
+int tp_state(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct sock *sk = (struct sock *)ctx->args[0];
+
+	if (sk->sk_protocol != IPPROTO_TCP)
+		return 0;
+	return report_state(sk, ctx->args[1], ctx->args[2], HOOK_tp_state);
+}
+
+/*
+ * tcp_set_state() tells each transition but that to TCP_LISTEN, which
+ * inet_csk_listen_start() makes by itself: the tracepoint tells that one.
+ */
+#if defined(TCPLAT_FENTRY_state) || defined(TCPLAT_KPROBE_state)
+int tp_listen(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct sock *sk = (struct sock *)ctx->args[0];
+
+	if ((int)ctx->args[2] != TCP_LISTEN || sk->sk_protocol != IPPROTO_TCP)
+		return 0;
+	return report_state(sk, ctx->args[1], TCP_LISTEN, HOOK_tp_listen);
+}
+
+/* A segment that is handled by the book of states (RFC 9293, 3.10.7), before it changes them. */
+static __always_inline int report_handled(struct sock *sk, struct sk_buff *skb, u8 hook)
+{
+	return tcplat_report(make_segment(sk, skb, hook, bpf_ktime_get_ns()));
+}
+#endif
+
+#ifdef TCPLAT_FENTRY_state
+int fe_tcp_set_state(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct sock *sk = (struct sock *)ctx->args[0];
+	int old = sk->__sk_common.skc_state;
+
+	return report_state(sk, old, ctx->args[1], HOOK_fe_tcp_set_state);
+}
+
+int fe_tcp_rcv_state_process(struct bpf_raw_tracepoint_args *ctx)
+{
+	return report_handled((struct sock *)ctx->args[0], (struct sk_buff *)ctx->args[1],
+			      HOOK_fe_tcp_rcv_state_process);
+}
+#endif
+
+#ifdef TCPLAT_KPROBE_state
+int kp_tcp_set_state(struct pt_regs *ctx, struct sock *sk, int state)
+{
+	int old = sk->__sk_common.skc_state;
+
+	return report_state(sk, old, state, HOOK_kp_tcp_set_state);
+}
+
+int kp_tcp_rcv_state_process(struct pt_regs *ctx, struct sock *sk, struct sk_buff *skb)
+{
+	return report_handled(sk, skb, HOOK_kp_tcp_rcv_state_process);
+}
+#endif
+
+/* --- accept: a process takes the connection */
+
+static __always_inline int report_accept(struct sock *sk, u8 hook)
+{
+	u64 now = bpf_ktime_get_ns();
+	struct tcplat_sock *s;
+	struct tcplat_event *e;
+
+	if (!sk)
+		return 0;
+	s = tcplat_accept(sk);
+	if (!tcplat_is(s, SERVER))
+		return 0;
+	e = tcplat_reserve_for(sk, s, hook, now);
+	if (e && s->since_ns)
+		e->accept_ns = now - s->since_ns;
+	s->since_ns = 0;
+	return tcplat_report(e);
+}
+
+#ifdef TCPLAT_TRACEPOINT_accept
+/* Layout of syscalls:sys_exit_*: common fields, number, result (tracefs events/.../format). */
+struct syscall_exit {
+	u64 common;
+	s64 number;
+	s64 result;
+};
+
+/* No tracepoint names the new socket; the caller's table of open files does. */
+static __always_inline int report_accepted_fd(struct syscall_exit *ctx, u8 hook)
+{
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+	struct files_struct *files = tcplat_get(task, files);
+	struct fdtable *table = tcplat_get(files, fdt);
+	struct file **open = (struct file **)tcplat_get(table, fd), *file = NULL;
+	struct socket *socket;
+
+	if (ctx->result < 0)
+		return 0;
+	bpf_probe_read_kernel(&file, sizeof(file), open + ctx->result);
+	socket = (struct socket *)tcplat_get(file, private_data);
+	return report_accept((struct sock *)tcplat_get(socket, sk), hook);
+}
+
+int tp_accept(struct syscall_exit *ctx)
+{
+	return report_accepted_fd(ctx, HOOK_tp_accept);
+}
+
+int tp_accept4(struct syscall_exit *ctx)
+{
+	return report_accepted_fd(ctx, HOOK_tp_accept4);
+}
+#endif
+
+#ifdef TCPLAT_FENTRY_accept
+/* inet_csk_accept() has two arguments since 6.10 (92ef0fd55ac8), four before. */
+int fx_accept2(struct bpf_raw_tracepoint_args *ctx)
+{
+	return report_accept((struct sock *)ctx->args[2], HOOK_fx_accept2);
+}
+
+int fx_accept4(struct bpf_raw_tracepoint_args *ctx)
+{
+	return report_accept((struct sock *)ctx->args[4], HOOK_fx_accept4);
+}
+#endif
+
+#ifdef TCPLAT_KPROBE_accept
+/*
+ * pid_tgid -> 1 while it is in inet_csk_accept().
+ *
+ * Inserted at entry, deleted at return; only to find out that a return was missed.
+ */
+BPF_HASH(accepting, u64, u8, 16384);
+
+int kp_accept(struct pt_regs *ctx)
+{
+	u64 me = bpf_get_current_pid_tgid();
+	u8 one = 1;
+
+	if (accepting.lookup(&me))
+		tcplat_missed(HOOK_kr_accept);
+	accepting.update(&me, &one);
+	return 0;
+}
+
+int kr_accept(struct pt_regs *ctx)
+{
+	u64 me = bpf_get_current_pid_tgid();
+
+	accepting.delete(&me);
+	return report_accept((struct sock *)PT_REGS_RC(ctx), HOOK_kr_accept);
+}
+#endif
+
+/* --- ready: there is something to read, and the reader is woken */
+
+static __always_inline int report_ready(struct sock *sk, u8 hook)
+{
+	u64 now = bpf_ktime_get_ns();
+	struct tcplat_sock *s = tcplat_find(sk);
+	struct tcplat_event *e;
+	u32 copied;
+
+	if (!tcplat_is(s, SERVER))
+		return 0;
+	e = tcplat_reserve_for(sk, s, hook, now);
+	if (!e)
+		return 0;
+	copied = tcplat_get((struct tcp_sock *)sk, copied_seq);
+	tcplat_add_seq(e, copied, tcplat_get((struct tcp_sock *)sk, rcv_nxt) - copied);
+	return tcplat_report(e);
+}
+
+int tp_ready(struct bpf_raw_tracepoint_args *ctx)
+{
+	return report_ready((struct sock *)ctx->args[0], HOOK_tp_ready);
+}
+
+#ifdef TCPLAT_FENTRY_ready
+int fe_ready(struct bpf_raw_tracepoint_args *ctx)
+{
+	return report_ready((struct sock *)ctx->args[0], HOOK_fe_ready);
+}
+#endif
+
+#ifdef TCPLAT_KPROBE_ready
+int kp_ready(struct pt_regs *ctx, struct sock *sk)
+{
+	return report_ready(sk, HOOK_kp_ready);
+}
+#endif
+
+/* --- recv: what the process was given, and how long it was inside */
+
+int tp_recv(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct sock *sk = (struct sock *)ctx->args[0];
+
+	if (ctx->args[2] & TCPLAT_NO_STREAM)
+		return 0;
+	return tcplat_report(tcplat_make_recv(sk, SERVER, ctx->args[1], HOOK_tp_recv));
+}
+
+#if defined(TCPLAT_KPROBE_recv) || defined(TCPLAT_FENTRY_recv)
+struct recv_call {
+	u64 sk;
+	u64 began_ns;
+};
+
+/*
+ * pid_tgid -> the tcp_recvmsg() it is in.
+ *
+ * Inserted at entry, deleted at return.
+ */
+BPF_HASH(recvs, u64, struct recv_call, 16384);
+
+static __always_inline int enter_recv(struct sock *sk, int flags, u8 hook)
+{
+	u64 me = bpf_get_current_pid_tgid();
+	struct recv_call call = {.sk = (u64)sk, .began_ns = bpf_ktime_get_ns()};
+
+	/* So many blocked readers that the kernel could not probe the last return. */
+	if (recvs.lookup(&me))
+		tcplat_missed(hook);
+	if (!(flags & TCPLAT_NO_STREAM) && tcplat_is(tcplat_touch(sk), SERVER))
+		recvs.update(&me, &call);
+	return 0;
+}
+
+static __always_inline int leave_recv(int ret, u8 hook)
+{
+	u64 me = bpf_get_current_pid_tgid(), began;
+	struct recv_call *call = recvs.lookup(&me);
+	struct tcplat_event *e;
+	struct sock *sk;
+
+	if (!call)
+		return 0;
+	sk = (struct sock *)call->sk;
+	began = call->began_ns;
+	recvs.delete(&me);
+	e = tcplat_make_recv(sk, SERVER, ret, hook);
+	if (e)
+		e->call_ns = e->ts_ns - began;
+	return tcplat_report(e);
+}
+#endif
+
+#ifdef TCPLAT_FENTRY_recv
+int fe_tcp_recvmsg(struct bpf_raw_tracepoint_args *ctx)
+{
+	return enter_recv((struct sock *)ctx->args[0], ctx->args[3], HOOK_fx_tcp_recvmsg);
+}
+
+int fx_tcp_recvmsg(struct bpf_raw_tracepoint_args *ctx)
+{
+	return leave_recv(ctx->args[5], HOOK_fx_tcp_recvmsg);
+}
+#endif
+
+#ifdef TCPLAT_KPROBE_recv
+int kp_tcp_recvmsg(struct pt_regs *ctx, struct sock *sk, struct msghdr *msg, size_t len, int flags)
+{
+	return enter_recv(sk, flags, HOOK_kr_tcp_recvmsg);
+}
+
+int kr_tcp_recvmsg(struct pt_regs *ctx)
+{
+	return leave_recv(PT_REGS_RC(ctx), HOOK_kr_tcp_recvmsg);
+}
+#endif
+
+/* --- send: the reply */
+
+int tp_send(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct sock *sk = (struct sock *)ctx->args[0];
+	struct msghdr *msg = (struct msghdr *)ctx->args[1];
+
+	return tcplat_report(tcplat_make_send(sk, SERVER, msg->msg_iter.count, HOOK_tp_send));
+}
+
+int tp_send_short(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct sock *sk = (struct sock *)ctx->args[0];
+
+	return tcplat_report(tcplat_make_short(sk, SERVER, ctx->args[1], HOOK_tp_send_short));
+}
+
+#ifdef TCPLAT_FENTRY_send
+int fe_tcp_sendmsg(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct sock *sk = (struct sock *)ctx->args[0];
+
+	return tcplat_report(tcplat_make_send(sk, SERVER, ctx->args[2], HOOK_fe_tcp_sendmsg));
+}
+#endif
+
+#ifdef TCPLAT_FENTRY_send_short
+int fx_tcp_sendmsg(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct sock *sk = (struct sock *)ctx->args[0];
+
+	return tcplat_report(tcplat_make_short(sk, SERVER, ctx->args[3], HOOK_fx_tcp_sendmsg));
+}
+#endif
+
+#ifdef TCPLAT_KPROBE_send
+int kp_tcp_sendmsg(struct pt_regs *ctx, struct sock *sk, struct msghdr *msg, size_t size)
+{
+	return tcplat_report(tcplat_make_send(sk, SERVER, size, HOOK_kp_tcp_sendmsg));
+}
+#endif
+
+#ifdef TCPLAT_KPROBE_send_short
+/* pid_tgid -> the socket whose tcp_sendmsg() it is in: a return probe sees no arguments. */
+BPF_HASH(sends, u64, u64, 16384);
+
+int kp_send_short(struct pt_regs *ctx, struct sock *sk)
+{
+	u64 me = bpf_get_current_pid_tgid(), key = (u64)sk;
+
+	if (tcplat_is(tcplat_find(sk), SERVER))
+		sends.update(&me, &key);
+	return 0;
+}
+
+int kr_tcp_sendmsg(struct pt_regs *ctx)
+{
+	u64 me = bpf_get_current_pid_tgid();
+	u64 *key = sends.lookup(&me);
+	struct sock *sk;
+
+	if (!key)
+		return 0;
+	sk = (struct sock *)*key;
+	sends.delete(&me);
+	return tcplat_report(tcplat_make_short(sk, SERVER, PT_REGS_RC(ctx), HOOK_kr_tcp_sendmsg));
+}
+#endif
+
+/* --- close: the kernel lets go of the socket */
+
+int tp_close(struct bpf_raw_tracepoint_args *ctx)
+{
+	return tcplat_report(tcplat_make_close((struct sock *)ctx->args[0], SERVER, HOOK_tp_close));
+}
+
+#ifdef TCPLAT_FENTRY_close
+int fe_tcp_v4_destroy_sock(struct bpf_raw_tracepoint_args *ctx)
+{
+	return tcplat_report(
+		tcplat_make_close((struct sock *)ctx->args[0], SERVER, HOOK_fe_tcp_v4_destroy_sock));
+}
+#endif
+
+#ifdef TCPLAT_KPROBE_close
+int kp_tcp_v4_destroy_sock(struct pt_regs *ctx, struct sock *sk)
+{
+	return tcplat_report(tcplat_make_close(sk, SERVER, HOOK_kp_tcp_v4_destroy_sock));
+}
+#endif

@@ -1,0 +1,1 @@
+"""TCP packets as the network card hands them over."""

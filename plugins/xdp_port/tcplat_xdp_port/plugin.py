@@ -1,0 +1,155 @@
+"""Which packets xdp_port reports, from which interfaces, and in which words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.resources import files
+from typing import Annotated
+
+from tcplat_core import (
+    Event,
+    HookPoint,
+    Interfaces,
+    Moment,
+    Option,
+    Options,
+    ProbeSpec,
+    UsageError,
+    Wire,
+    hookimpl,
+    xdp,
+)
+
+_MOST_PORTS = 32
+"""Each is a comparison or two per packet."""
+_HIGHEST_PORT = 65535
+
+Ports = tuple[int, ...]
+
+
+class PacketEvent(Event, gc=False):
+    """A row of xdp_port."""
+
+    ack: Annotated[
+        int | None, Wire("u32", "next sequence number the sender of a packet expects", has=True)
+    ]
+
+
+def _ports(text: str) -> Ports:
+    """Several are joined by +; none at all stands for all."""
+    if text == "all":
+        return ()
+    ports = []
+    for word in text.split("+"):
+        if not word.isdecimal() or not 0 < int(word) <= _HIGHEST_PORT:
+            raise ValueError(f"{word!r} is not a port; write 9999, 80+443 or all")
+        ports.append(int(word))
+    if len(ports) > _MOST_PORTS:
+        raise ValueError(f"{len(ports)} ports are too many; take {_MOST_PORTS}, or all")
+    return tuple(dict.fromkeys(ports))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Several are joined by +; none at all stands for every one that is up."""
+    if text == "all-up":
+        return ()
+    names = text.split("+")
+    if not all(names):
+        raise ValueError("write eth0, lo+eth0 or all-up")
+    return tuple(dict.fromkeys(names))
+
+
+def _one_of(text: str, *words: str) -> str:
+    if text not in words:
+        raise ValueError(f"it is one of {', '.join(words)}")
+    return text
+
+
+OPTIONS = (
+    Option(
+        name="iface",
+        help="interfaces, joined by +; all-up for every one that is up. Needed",
+        convert=_names,
+    ),
+    Option(name="port", help="TCP ports, joined by +; or all. Needed", convert=_ports),
+    Option(
+        name="dir",
+        help="which port of a packet has to be one of these: src, dst or either",
+        convert=lambda text: _one_of(text, "src", "dst", "either"),
+        default="either",
+    ),
+    Option(
+        name="mode",
+        help="native, generic, or auto: generic where the driver knows no XDP",
+        convert=lambda text: _one_of(text, "auto", "native", "generic"),
+        default="auto",
+    ),
+    Option(
+        name="netns",
+        help="network namespace of the interfaces: a name of ip netns, a path or a process id",
+        default="",
+    ),
+)
+
+
+def interfaces(options: Options) -> Interfaces:
+    """Where it is attached.
+
+    Raises:
+        UsageError: iface= is missing.
+    """
+    if options["iface"] is None:
+        raise UsageError("probe xdp_port needs iface=: xdp_port:iface=eth0,port=80")
+    return Interfaces(names=options["iface"], mode=options["mode"], netns=options["netns"])
+
+
+def defines(options: Options) -> dict[str, int | str]:
+    """What the C is compiled for.
+
+    Raises:
+        UsageError: port= is missing.
+    """
+    if options["port"] is None:
+        raise UsageError("probe xdp_port needs port=: xdp_port:iface=eth0,port=80+443")
+    constants: dict[str, int | str] = {
+        "XDP_SRC": int(options["dir"] != "dst"),
+        "XDP_DST": int(options["dir"] != "src"),
+    }
+    if options["port"]:
+        constants["XDP_PORTS"] = ", ".join(map(str, options["port"]))
+    return constants
+
+
+_WORDS = {
+    frozenset({"SYN"}): ("SYN", "SYN and data"),
+    frozenset({"SYN", "ACK"}): ("SYN answered", "SYN answered"),
+    frozenset({"ACK"}): ("ACK", "data"),
+    frozenset({"FIN", "ACK"}): ("FIN", "data and FIN"),
+}
+"""Flags -> what an empty packet is, and one with payload."""
+
+
+def describe(moment: Moment) -> str:
+    """A packet in plain words, 15 letters at most: the table's column is no wider."""
+    flags = frozenset((moment.flags or "").split("|")) & {"SYN", "FIN", "RST", "ACK"}
+    if "RST" in flags:
+        return "RST"
+    empty, full = _WORDS.get(flags, ("odd flags", "odd flags"))
+    return empty if moment.empty else full
+
+
+@hookimpl
+def tcplat_register_probes() -> Iterator[ProbeSpec]:
+    """Offer the probe."""
+    yield ProbeSpec(
+        name="xdp_port",
+        summary="each TCP packet of a port, as an interface receives it (XDP)",
+        source=files(__package__).joinpath("xdp_port.bpf.c").read_text(encoding="utf-8"),
+        points=(HookPoint("nic_rx", (xdp("tcplat_xdp_port"),)),),
+        types=("xdp_buff:rxq", "xdp_rxq_info:dev", "net_device:nd_net"),
+        event=PacketEvent,
+        describe=describe,
+        options=OPTIONS,
+        defines=defines,
+        interfaces=interfaces,
+    )

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+/*
+ * TCP packets of the chosen ports, as an interface receives them.
+ *
+ * Each packet passes, unchanged, whatever becomes of its row.
+ *
+ * XDP_PORTS: the ports, separated by commas; not defined for all of them.
+ * XDP_SRC, XDP_DST: which of a packet's two ports is looked at.
+ */
+#include <tcplat/parse.bpf.h>
+#include <tcplat/xdp.bpf.h>
+
+#define TCP_FLAG_ACK 0x10
+
+static __always_inline bool is_chosen(const struct tcplat_tcp *tcp)
+{
+#ifdef XDP_PORTS
+	const u16 ports[] = {XDP_PORTS};
+
+	/* Unrolled, it is comparisons with constants. */
+#pragma unroll
+	for (int i = 0; i < sizeof(ports) / sizeof(ports[0]); i++) {
+		u16 port = bpf_htons(ports[i]);
+
+		if ((XDP_SRC && tcp->sport == port) || (XDP_DST && tcp->dport == port))
+			return true;
+	}
+	return false;
+#else
+	return true;
+#endif
+}
+
+static __always_inline void report(struct xdp_md *ctx, const struct tcplat_packet *packet, u32 bytes)
+{
+	const struct tcplat_tcp *tcp = packet->tcp;
+	struct tcplat_event *e = tcplat_reserve(HOOK_tcplat_xdp_port, bpf_ktime_get_ns());
+
+	if (!e)
+		return;
+	e->netns = tcplat_xdp_netns(ctx);
+	e->ifindex = ctx->ingress_ifindex;
+	e->ip = packet->version;
+	tcplat_copy_addresses(e->saddr, e->daddr, packet);
+	e->sport = bpf_ntohs(tcp->sport);
+	e->dport = bpf_ntohs(tcp->dport);
+	e->seq = bpf_ntohl(tcp->seq);
+	e->bytes = bytes;
+	e->flags = tcp->flags;
+	e->has = TCPLAT_HAS_SEQ | TCPLAT_HAS_BYTES | TCPLAT_HAS_FLAGS;
+	/* Without the flag the field means nothing. */
+	if (tcp->flags & TCP_FLAG_ACK) {
+		e->ack = bpf_ntohl(tcp->ack);
+		e->has |= TCPLAT_HAS_ACK;
+	}
+	tcplat_submit(e);
+}
+
+int tcplat_xdp_port(struct xdp_md *ctx)
+{
+	const void *data = (const void *)(long)ctx->data;
+	const void *end = (const void *)(long)ctx->data_end;
+	struct tcplat_packet packet;
+	s64 bytes;
+
+	if (tcplat_find_tcp(data, end, &packet) && is_chosen(packet.tcp)) {
+		bytes = tcplat_payload(&packet, end);
+		if (bytes >= 0)
+			report(ctx, &packet, bytes);
+	}
+	return XDP_PASS;
+}

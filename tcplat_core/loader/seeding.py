@@ -1,0 +1,47 @@
+"""Tells the programs in the kernel about the sockets that were there before them."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping
+
+from tcplat_core.owners import LISTENER, Seed
+
+from . import bpf
+
+# Layouts of include/tcplat/owner.bpf.h.
+_SEED = struct.Struct("=IBxxx16s")
+_PORT = struct.Struct("=IHxx")
+_LISTENER = struct.Struct("=II16s")
+_ADDRS = struct.Struct("=16s16sIHHB7x")
+_FLOW = struct.Struct("=QQ")
+_MAPPED = bytes(10) + b"\xff\xff"
+
+
+def fill(maps: Mapping[str, int], seeds: Iterable[Seed], room: int) -> None:
+    """Enter the sockets into tcplat_seeds, tcplat_flows and tcplat_listeners.
+
+    Args:
+        maps: Name -> fd.
+        seeds: The sockets.
+        room: Entries that the maps have.
+    """
+    by_cookie: dict[bytes, bytes] = {}
+    flows: dict[bytes, bytes] = {}
+    listeners: dict[bytes, tuple[int, int, bytes]] = {}
+    for seed in seeds:
+        comm = seed.comm[:15]
+        by_cookie[struct.pack("=Q", seed.cookie)] = _SEED.pack(seed.pid, seed.role, comm)
+        if seed.role == LISTENER:
+            port = _PORT.pack(seed.netns, seed.lport)
+            pid = 0 if seed.shared else seed.pid
+            known, users, _ = listeners.get(port, (pid, 0, b""))
+            listeners[port] = (pid if known == pid else 0, users + 1, comm)
+            continue
+        ip = 4 if seed.remote.startswith(_MAPPED) else 6
+        addrs = (seed.local, seed.remote, seed.netns, seed.lport, seed.rport, ip)
+        flows[_ADDRS.pack(*addrs)] = _FLOW.pack(0, seed.cookie)
+    entries = [(port, _LISTENER.pack(*listener)) for port, listener in listeners.items()]
+    bpf.map_update_many(maps["tcplat_seeds"], list(by_cookie.items())[:room])
+    bpf.map_update_many(maps["tcplat_flows"], list(flows.items())[:room])
+    bpf.map_update_many(maps["tcplat_listeners"], entries)

@@ -1,0 +1,121 @@
+"""Puts XDP programs on interfaces by bpf_link, and never in the place of somebody else's."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import platform
+import re
+from collections.abc import Iterator
+
+from tcplat_core import netdev
+from tcplat_core.errors import CannotRunError, UsageError
+from tcplat_core.hookpoints import Interfaces
+from tcplat_core.netdev import Interface
+
+from . import bpf
+from .protocol import MAX_FDS, Attached
+
+_FLAGS = {"native": 1 << 2, "generic": 1 << 1}
+"""XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE."""
+_OLDEST = (5, 9)
+"""The first kernel with XDP links (aa8d3a716b59)."""
+_MOST = MAX_FDS - 100
+"""Each interface takes one of the fds that go to the session in one message."""
+
+
+def load(name: str, code: bytes) -> int:
+    """The program's fd. It takes packets in several buffers where the kernel can.
+
+    Raises:
+        bpf.RefusedError: The verifier refused it; or OSError.
+    """
+    with contextlib.suppress(OSError):
+        return bpf.program_load(name, bpf.ProgramType.XDP, code, flags=bpf.XDP_HAS_FRAGS)
+    return bpf.program_load(name, bpf.ProgramType.XDP, code)
+
+
+def choose(wanted: Interfaces, probe: str) -> tuple[list[Interface], dict[str, str]]:
+    """Which interfaces of the current network namespace are meant.
+
+    Args:
+        wanted: What the probe asks for.
+        probe: For the error.
+
+    Returns:
+        These, and interface -> why it is not among them.
+
+    Raises:
+        UsageError: There is no such interface, or too many.
+        CannotRunError: It carries no Ethernet frames.
+    """
+    have = {interface.name: interface for interface in netdev.interfaces()}
+    where = f" in network namespace {wanted.netns}" if wanted.netns else ""
+    for name in wanted.names:
+        if name not in have:
+            raise UsageError(f"there is no interface {name!r}{where}; there is {', '.join(have)}")
+        if not have[name].is_ethernet:
+            raise CannotRunError(f"probe {probe} cannot listen on {name}: {_NOT_ETHERNET}")
+    chosen = [have[name] for name in wanted.names] or [one for one in have.values() if one.is_up]
+    skipped = {one.name: _NOT_ETHERNET for one in chosen if not one.is_ethernet}
+    chosen = [one for one in chosen if one.is_ethernet]
+    if not chosen:
+        raise UsageError(f"no interface{where} is up; there is {', '.join(have)}")
+    if len(chosen) > _MOST:
+        raise UsageError(f"{len(chosen)} interfaces are too many for one run; {_MOST} are not")
+    return chosen, skipped
+
+
+_NOT_ETHERNET = "it carries no Ethernet frames"
+
+
+def attach(program: int, interface: Interface, mode: str, probe: str) -> Attached:
+    """Put the program on an interface of the current network namespace.
+
+    Args:
+        program: Its fd.
+        interface: Where to.
+        mode: auto, native or generic.
+        probe: For the error.
+
+    Raises:
+        CannotRunError: There is a program already, or the kernel refuses.
+    """
+    refusals = []
+    for candidate in ("native", "generic") if mode == "auto" else (mode,):
+        try:
+            link = bpf.attach_xdp(program, interface.index, _FLAGS[candidate])
+        except OSError as error:
+            if error.errno in (errno.EBUSY, errno.EEXIST):
+                raise CannotRunError(f"probe {probe} cannot listen on {_taken(interface)}") from error
+            refusals.append(f"{candidate} XDP: {error.strerror}")
+        else:
+            return Attached(
+                name=interface.name, index=interface.index, mode=candidate, link_fd=link
+            )
+    reason = "; ".join(refusals)
+    release = platform.release()
+    if tuple(int(part) for part in re.findall(r"\d+", release)[:2]) < _OLDEST:
+        reason = f"kernel {release} has no XDP links, which came with 5.9"
+    elif mode == "native":
+        reason += "; mode=generic works with every driver"
+    raise CannotRunError(f"probe {probe} cannot listen on {interface.name}: {reason}")
+
+
+def _taken(interface: Interface) -> str:
+    name = interface.name
+    if not interface.xdp:
+        return f"{name}: a device above or below it has an XDP program already"
+    programs = ", ".join(f"{mode} {_program(number)}" for mode, number in interface.xdp.items())
+    return (
+        f"{name}: it has an XDP program already ({programs}), which tcplat leaves alone; "
+        f"end what it belongs to, or remove it: ip link set dev {name} xdp off"
+    )
+
+
+def _program(number: int) -> str:
+    name = ""
+    with contextlib.suppress(OSError):  # it has gone, or we may not ask
+        name = bpf.program_name(number)
+    return f"{name} id {number}".lstrip()

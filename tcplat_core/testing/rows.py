@@ -1,0 +1,123 @@
+"""Rows and records to feed, and a sink that remembers what it was given."""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+from collections.abc import Sequence
+from typing import Any, TypeVar, overload
+
+import attrs
+
+from tcplat_core.model import Loss, RunReport
+from tcplat_core.schema import SCHEMA_VERSION, Event, Record
+
+_AnyEvent = TypeVar("_AnyEvent", bound=Event)
+
+_A_SEND: dict[str, Any] = {
+    "v": SCHEMA_VERSION,
+    "ts_ns": 1_000_000_000,
+    "time_ns": 1_700_000_000_000_000_000,
+    "probe": "tcp_client",
+    "point": "send",
+    "func": "tcp_sendmsg",
+    "attach": "kprobe",
+    "pid": 4711,
+    "tid": 4711,
+    "comm": "curl",
+    "cpu": 0,
+    "netns": 4_026_531_840,
+    "ip": 4,
+    "saddr": "127.0.0.1",
+    "sport": 40_000,
+    "daddr": "127.0.0.1",
+    "dport": 9999,
+    "state": "TCP_ESTABLISHED",
+    "old_state": None,
+    "desc": "message sent",
+    "seq": 1,
+    "bytes": 100,
+    "flags": None,
+    "connect_us": None,
+    "ifname": None,
+    "sock": 1,
+}
+
+
+@overload
+def make_event(**fields: Any) -> Event: ...
+@overload
+def make_event(event: type[_AnyEvent], /, **fields: Any) -> _AnyEvent: ...
+def make_event(event: type[Event] = Event, /, **fields: Any) -> Event:
+    """A row: a send of curl's to 127.0.0.1:9999, but for what `fields` say.
+
+    Args:
+        event: The row's class; the fields that it adds must all be given.
+        fields: By name.
+    """
+    return event(**{**_A_SEND, **fields})
+
+
+def make_record(event: type[Event] = Event, /, **members: int | bytes | str) -> bytes:
+    """A record as the kernel side fills it: zeros, but for `members`.
+
+    Args:
+        event: The class that describes the record.
+        members: By their names in C, raw. A str is an address, or a process's name.
+    """
+    record = _layout(event)
+    values = []
+    for member, c_type in record.members:
+        value = members.pop(member, b"" if "[" in c_type else 0)
+        values.append(_raw(value, c_type) if isinstance(value, str) else value)
+    if members:
+        raise TypeError(f"a record of {event.__name__} has no {', '.join(members)}")
+    return record.layout.pack(*values)
+
+
+_layout = functools.cache(Record)
+
+
+def _raw(value: str, c_type: str) -> bytes:
+    if c_type.startswith("char"):
+        return value.encode()
+    address = ipaddress.ip_address(value)
+    if address.version == 4:  # noqa: PLR2004 - as in IPv4
+        return b"\0" * 10 + b"\xff\xff" + address.packed
+    return address.packed
+
+
+@attrs.define(eq=False)
+class RecordingSink:
+    """Remembers everything.
+
+    Args:
+        error: What each write raises, if anything.
+    """
+
+    error: Exception | None = None
+    batches: list[list[Event]] = attrs.field(factory=list, init=False)
+    stream: list[Event | Loss] = attrs.field(factory=list, init=False)
+    """Rows and losses, each in its place."""
+    reports: list[RunReport] = attrs.field(factory=list, init=False)
+    """What close() was given: one, after a run."""
+
+    @property
+    def rows(self) -> list[Event]:
+        """Of all batches."""
+        return [row for batch in self.batches for row in batch]
+
+    def write(self, batch: Sequence[Event]) -> None:
+        """Remember the batch, or fail."""
+        if self.error is not None:
+            raise self.error
+        self.batches.append(list(batch))
+        self.stream += batch
+
+    def lost(self, loss: Loss) -> None:
+        """Remember the loss."""
+        self.stream.append(loss)
+
+    def close(self, report: RunReport) -> None:
+        """Remember the report."""
+        self.reports.append(report)
