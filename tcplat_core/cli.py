@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import re
@@ -90,6 +91,45 @@ def cli() -> None:
     help="Only sockets of this process; repeatable, or a list: 12,34.",
 )
 @click.option(
+    "--comm",
+    default="",
+    metavar="NAME",
+    help="Only sockets of processes of this name; NAME* for a beginning.",
+)
+@click.option(
+    "--cgroup",
+    default="",
+    metavar="PATH",
+    help="Only sockets of processes in this cgroup (v2) or below it.",
+)
+@click.option(
+    "--port",
+    "ports",
+    multiple=True,
+    metavar="PORT",
+    help="Only this port, on either side; repeatable, or a list.",
+)
+@click.option("--lport", "lports", multiple=True, metavar="PORT", help="Only this local port.")
+@click.option("--rport", "rports", multiple=True, metavar="PORT", help="Only this remote port.")
+@click.option(
+    "--addr",
+    "networks",
+    multiple=True,
+    metavar="CIDR",
+    help="Only this address or network, on either side; repeatable.",
+)
+@click.option(
+    "--netns",
+    default="",
+    metavar="NS",
+    help="Only this network namespace: a name, a process id or a path.",
+)
+@click.option("-4", "ip", flag_value=4, type=int, help="Only IPv4.")
+@click.option("-6", "ip", flag_value=6, type=int, help="Only IPv6.")
+@click.option(
+    "--min-latency", type=_Duration(), default=0.0, help="Leave out rows whose duration is shorter."
+)
+@click.option(
     "--attach",
     type=click.Choice(["auto", "fentry", "kprobe", "tracepoint"]),
     default="auto",
@@ -101,6 +141,13 @@ def cli() -> None:
     "-n", "--count", type=click.IntRange(min=1), default=None, help="End after so many rows."
 )
 @click.option("--ready-file", metavar="PATH", help="Made once everything is attached.")
+@click.option(
+    "--hold",
+    type=_Duration(),
+    default=0.003,
+    help="How long a row waits for an older one that an interrupt delayed; "
+    "more than the 3ms of the default on a slow virtual machine.",
+)
 @click.option(
     "--ring-size",
     type=_Size(),
@@ -126,10 +173,20 @@ def _run(
     probes: Sequence[str],
     sinks: Sequence[str],
     pids: Sequence[str],
+    comm: str,
+    cgroup: str,
+    ports: Sequence[str],
+    lports: Sequence[str],
+    rports: Sequence[str],
+    networks: Sequence[str],
+    netns: str,
+    ip: int | None,
+    min_latency: float,
     attach: str,
     duration: float,
     count: int | None,
     ready_file: str | None,
+    hold: float,
     ring_size: int,
     fail_on_loss: bool,
     quiet: bool,
@@ -138,11 +195,25 @@ def _run(
 ) -> int:
     from . import privileges  # noqa: PLC0415 - see the top
     from .command import Command  # noqa: PLC0415
+    from .filters import Filter, cgroup_path, netns_inode  # noqa: PLC0415
     from .loader.protocol import Request  # noqa: PLC0415
     from .plugins import Plugins  # noqa: PLC0415
     from .session import LoaderProcess, Session, Signals  # noqa: PLC0415
 
-    wanted = _pids(pids)
+    wanted = Filter(
+        pids=_pids(pids) or None,
+        comm=_comm(comm),
+        cgroup=cgroup and cgroup_path(cgroup),
+        cgroup_id=Path(cgroup).stat().st_ino if cgroup else 0,
+        ports=_ports(ports),
+        lports=_ports(lports),
+        rports=_ports(rports),
+        networks=_networks(networks),
+        # Another user's namespace is visible to root alone.
+        netns=netns_inode(netns) if netns else 0,
+        ip=ip or 0,
+        min_ns=round(min_latency * 1e9),
+    )
     signals = Signals()
     signals.install()
     child = Command.fork(command) if command else None
@@ -156,7 +227,7 @@ def _run(
         request = Request(
             probes=(),
             attach=attach,
-            pids=(*wanted, *([child.pid] if child else [])) or None,
+            filter=wanted if child is None else wanted.and_pid(child.pid),
             follow=child is not None,
             ring_bytes=ring_size,
         )
@@ -168,6 +239,7 @@ def _run(
             duration_s=duration,
             count=count or 0,
             ready_file=ready_file,
+            hold_s=hold,
             command=child,
             signals=signals,
             say=_say,
@@ -197,20 +269,50 @@ def _run(
     return child.status or 0 if child else 0
 
 
-def _pids(texts: Sequence[str]) -> list[int]:
-    pids = []
+def _numbers(texts: Sequence[str], option: str, top: int) -> tuple[int, ...]:
+    """``("80,443", "8080")`` as numbers from 1 to `top`."""
+    numbers = []
     for text in ",".join(texts).split(",") if texts else ():
-        if not text.isdigit():
-            raise UsageError(f"-p {text!r} is not a process id")
-        if not Path(f"/proc/{text}/fd").exists():
-            raise UsageError(f"there is no process {text}")
-        pids.append(int(text))
+        if not text.isdecimal() or not 1 <= int(text) <= top:
+            raise UsageError(f"{option} {text!r} is not a number from 1 to {top}")
+        numbers.append(int(text))
+    return tuple(numbers)
+
+
+def _ports(texts: Sequence[str]) -> tuple[int, ...]:
+    return _numbers(texts, "port", 65535)
+
+
+def _pids(texts: Sequence[str]) -> tuple[int, ...]:
+    pids = _numbers(texts, "-p", 1 << 22)
+    for pid in pids:
+        if not Path(f"/proc/{pid}/fd").exists():
+            raise UsageError(f"there is no process {pid}")
     if pids and os.readlink("/proc/self/ns/pid") != "pid:[4026531836]":
         raise CannotRunError(
             "-p means a process of the host, and this is a pid namespace of its own; "
             "run tcplat on the host or in a container with --pid=host"
         )
     return pids
+
+
+def _comm(text: str) -> str:
+    if len(text.rstrip("*").encode()) > 15:  # noqa: PLR2004 - TASK_COMM_LEN without its NUL
+        raise UsageError(
+            f"--comm {text!r}: the kernel keeps 15 bytes of a name; write their beginning and *"
+        )
+    if "*" in text[:-1]:
+        raise UsageError(f"--comm {text!r}: a * may stand at the end only")
+    return text
+
+
+def _networks(texts: Sequence[str]) -> tuple[str, ...]:
+    for text in texts:
+        try:
+            ipaddress.ip_network(text, strict=False)
+        except ValueError as error:
+            raise UsageError(f"--addr {text!r} is no address and no network: {error}") from error
+    return tuple(texts)
 
 
 def _probe(plugins: Plugins, text: str) -> tuple[Any, Any]:

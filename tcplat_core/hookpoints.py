@@ -32,7 +32,7 @@ class Hook:
         args: The kernel's own argument names (functions) or types (tracepoints).
             Where the running kernel differs, the hook counts as missing: better
             no row than one read from the wrong argument. Empty: not checked.
-        quiet: It only prepares for another hook and reports nothing itself.
+        quiet: It helps another hook, and its rows are that one's.
     """
 
     func: str
@@ -75,9 +75,9 @@ def kentry(func: str, program: str, *args: str, quiet: bool = False) -> Hook:
     return Hook(func, program, "kprobe", args, quiet)
 
 
-def kreturn(func: str, program: str) -> Hook:
+def kreturn(func: str, program: str, *, quiet: bool = False) -> Hook:
     """A kretprobe. It costs several times a kprobe: only where nothing else gives the value."""
-    return Hook(func, program, "kretprobe")
+    return Hook(func, program, "kretprobe", quiet=quiet)
 
 
 XDP_MODES = ("auto", "native", "generic")
@@ -124,9 +124,9 @@ def fenter(func: str, program: str, *args: str, quiet: bool = False) -> Hook:
     return Hook(func, program, "fentry", args, quiet)
 
 
-def fexit(func: str, program: str, *args: str) -> Hook:
+def fexit(func: str, program: str, *args: str, quiet: bool = False) -> Hook:
     """A fexit program: the result stands in ``ctx->args`` behind the arguments."""
-    return Hook(func, program, "fexit", args)
+    return Hook(func, program, "fexit", args, quiet)
 
 
 def reporting(points: Iterable[HookPoint]) -> list[tuple[str, Hook]]:

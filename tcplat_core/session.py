@@ -35,6 +35,8 @@ from .ring import Books, Ring, possible_cpus
 from .router import Router
 from .schema import Event, FiredBy, Record, clock_offset_ns
 
+HOLD_S = 0.003
+"""How long a row waits, unless told otherwise, for an older one that may still turn up."""
 POLL_S = 0.003
 """Between two looks at the rings while events come. Handlers never wake us: that costs 5 µs."""
 IDLE_POLL_S = 0.02
@@ -253,6 +255,7 @@ class Session:
         duration_s: End after so long; 0 for no limit.
         count: End after so many rows; 0 for no limit.
         ready_file: Made once everything is attached.
+        hold_s: How long a row waits for an older one that may still turn up.
         command: Let go then; the run ends with it.
         say: Tells the user what happens meanwhile.
     """
@@ -264,6 +267,7 @@ class Session:
     duration_s: float = 0
     count: int = 0
     ready_file: str | None = None
+    hold_s: float = HOLD_S
     command: Command | None = None
     signals: Signals = attrs.field(factory=Signals)
     say: Callable[[str], None] = lambda _: None
@@ -333,9 +337,10 @@ class Session:
             if end is not None and now >= end:
                 return
             now_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-            came, horizon_ns = _drain(runs, router, clock, previous_ns)
+            settled_ns = min(previous_ns, now_ns - int(self.hold_s * 1e9))
+            came, horizon_ns = _drain(runs, router, clock, settled_ns)
             router.flush(horizon_ns)
-            if horizon_ns < previous_ns:  # there is more than one helping
+            if horizon_ns < settled_ns:  # there is more than one helping
                 continue
             previous_ns = now_ns
             pause = POLL_S if came else min(pause * 1.5, IDLE_POLL_S)
@@ -353,7 +358,7 @@ class Session:
     def _traced_ended(self) -> bool:
         if self.command:
             return self.command.ended()
-        pids = self.request.pids
+        pids = self.request.filter.pids
         return pids is not None and not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 

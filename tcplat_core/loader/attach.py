@@ -103,8 +103,9 @@ class Loader:
             for probe, choice in zip(self.request.probes, choices, strict=True)
         ]
         core = modules[0]
-        if self.request.pids is not None:
-            for pid in self.request.pids:
+        pids = self.request.filter.pids
+        if pids is not None:
+            for pid in pids:
                 bpf.map_update(self._shared["tcplat_pids"], _u32(pid), _u32(1))
             self._core(core, "tcplat_on_exit", "sched:sched_process_exit")
         if self.request.follow:
@@ -117,7 +118,7 @@ class Loader:
         # Last, so that on one tracepoint it runs after the probes' own handlers.
         self._core(core, "tcplat_on_destroy", "tcp:tcp_destroy_sock")
         # From here on new sockets are seen; now the older ones.
-        seeding.fill(self._shared, owners.find(), room)
+        seeding.fill(self._shared, owners.find(), self.request.filter, room)
         # Some network cards lose their link for a moment: no other way may close after this.
         listening = [
             self._listen(probe, module, choice)
@@ -150,9 +151,8 @@ class Loader:
             "TCPLAT_HOOKS": hooks,
             "TCPLAT_BOOKS": books_slots(possible_cpus(), hooks),
             "TCPLAT_CPU_BITS": possible_cpus().bit_length(),
+            **self.request.filter.defines(),
         }
-        if self.request.pids is not None:
-            defines["TCPLAT_FILTER_PID"] = 1
         taken = {point: way.mechanism for point, way in choice.taken.items()}
         text = program_text(probe, taken=taken, defines=defines)
         types = sorted({*CORE_TYPES, *probe.types})

@@ -40,7 +40,7 @@ CORE_TYPES = (
 )
 """Kernel types that the shared headers use."""
 
-ALWAYS = ("event.bpf.h", "owner.bpf.h")
+ALWAYS = ("event.bpf.h", "filter.bpf.h", "owner.bpf.h")
 """Headers that every probe gets: the shared maps are in them."""
 
 SHARED_PREFIX = "tcplat_"
@@ -207,7 +207,7 @@ def import_bcc() -> Any:
 
 
 def program_text(
-    probe: ProbeRequest, *, taken: Mapping[str, str], defines: Mapping[str, int]
+    probe: ProbeRequest, *, taken: Mapping[str, str], defines: Mapping[str, int | str]
 ) -> str:
     """The whole C text of one probe, headers and the core's own programs pasted in.
 

@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 import msgpack
 
+from tcplat_core.filters import Filter
 from tcplat_core.hookpoints import Hook, HookPoint, Interfaces, Way
 
 MAX_FDS = 253
@@ -36,14 +37,14 @@ class Request:
     Args:
         probes: In the order in which they are attached.
         attach: auto, or the one mechanism that may be used.
-        pids: Only these processes; None for all.
+        filter: Who and what is wanted.
         follow: Their children, too.
         ring_bytes: Size of each probe's ring: a power of two.
     """
 
     probes: tuple[ProbeRequest, ...]
     attach: str = "auto"
-    pids: tuple[int, ...] | None = None
+    filter: Filter = attrs.field(factory=Filter)
     follow: bool = False
     ring_bytes: int = 1 << 24
 
@@ -56,7 +57,8 @@ class Request:
         """The inverse of pack()."""
         raw = msgpack.unpackb(data)
         raw["probes"] = tuple(_probe(probe) for probe in raw["probes"])
-        raw["pids"] = None if raw["pids"] is None else tuple(raw["pids"])
+        lists = {key: tuple(value) for key, value in raw["filter"].items() if type(value) is list}
+        raw["filter"] = Filter(**{**raw["filter"], **lists})
         return cls(**raw)
 
 

@@ -2,41 +2,48 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Iterable, Mapping
 
+from tcplat_core.filters import Filter
 from tcplat_core.owners import LISTENER, Seed
 
 from . import bpf
 
 # Layouts of include/tcplat/owner.bpf.h.
-_SEED = struct.Struct("=IBxxx16s")
+_SEED = struct.Struct("=IBBxx16s")
 _PORT = struct.Struct("=IHxx")
-_LISTENER = struct.Struct("=II16s")
+_LISTENER = struct.Struct("=IIB7x16s")
 _ADDRS = struct.Struct("=16s16sIHHB7x")
 _FLOW = struct.Struct("=QQ")
 _MAPPED = bytes(10) + b"\xff\xff"
 
 
-def fill(maps: Mapping[str, int], seeds: Iterable[Seed], room: int) -> None:
+def fill(maps: Mapping[str, int], seeds: Iterable[Seed], wanted: Filter, room: int) -> None:
     """Enter the sockets into tcplat_seeds, tcplat_flows and tcplat_listeners.
 
     Args:
         maps: Name -> fd.
         seeds: The sockets.
+        wanted: Whose sockets are wanted.
         room: Entries that the maps have.
     """
     by_cookie: dict[bytes, bytes] = {}
     flows: dict[bytes, bytes] = {}
-    listeners: dict[bytes, tuple[int, int, bytes]] = {}
+    listeners: dict[bytes, tuple[int, int, int, bytes]] = {}
+    wants = functools.cache(wanted.wants)  # a process may hold 100,000 sockets
     for seed in seeds:
         comm = seed.comm[:15]
-        by_cookie[struct.pack("=Q", seed.cookie)] = _SEED.pack(seed.pid, seed.role, comm)
+        by_cookie[struct.pack("=Q", seed.cookie)] = _SEED.pack(
+            seed.pid, seed.role, wants(seed.pid, comm), comm
+        )
         if seed.role == LISTENER:
             port = _PORT.pack(seed.netns, seed.lport)
             pid = 0 if seed.shared else seed.pid
-            known, users, _ = listeners.get(port, (pid, 0, b""))
-            listeners[port] = (pid if known == pid else 0, users + 1, comm)
+            known, users, _, _ = listeners.get(port, (pid, 0, 0, b""))
+            owner = pid if known == pid else 0
+            listeners[port] = (owner, users + 1, wants(owner, comm), comm)
             continue
         ip = 4 if seed.remote.startswith(_MAPPED) else 6
         addrs = (seed.local, seed.remote, seed.netns, seed.lport, seed.rport, ip)

@@ -31,8 +31,11 @@ def load(name: str, code: bytes) -> int:
     Raises:
         bpf.RefusedError: The verifier refused it; or OSError.
     """
-    with contextlib.suppress(OSError):
+    try:
         return bpf.program_load(name, bpf.ProgramType.XDP, code, flags=bpf.XDP_HAS_FRAGS)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
     return bpf.program_load(name, bpf.ProgramType.XDP, code)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import attrs
 
+from tcplat_core.hookpoints import reporting
 from tcplat_core.loader.protocol import Answer, LoadedProbe, Request
 from tcplat_core.model import ProbeSpec
 from tcplat_core.ring import books_slots, possible_cpus
@@ -149,7 +150,7 @@ class FakeProbe:
     Args:
         spec: The probe.
         ring_bytes: Size of its ring: the `ring_bytes` of the run's request.
-        mechanism: How every point is said to be attached.
+        mechanism: How each point is said to be attached that has such a way; others by their first.
         missing: Points that are said to be missing, and why.
     """
 
@@ -163,13 +164,7 @@ class FakeProbe:
     books: FakeBooks = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.programs = tuple(
-            hook.program
-            for point in self.spec.points
-            for way in point.ways
-            for hook in way.hooks
-            if not hook.quiet
-        )
+        self.programs = tuple(hook.program for _, hook in reporting(self.spec.points))
         self.ring = FakeRing(self.ring_bytes)
         self.books = FakeBooks(len(self.programs))
 
@@ -182,15 +177,19 @@ class FakeProbe:
 
     def loaded(self) -> LoadedProbe:
         """As the loader's answer has it, with fds of the session's own."""
+        taken = {
+            point.point: next(
+                (way for way in point.ways if way.mechanism == self.mechanism), point.ways[0]
+            )
+            for point in self.spec.points
+            if point.point not in self.missing
+        }
         return LoadedProbe(
             ring_fd=os.dup(self.ring.fd),
             books_fd=os.dup(self.books.fd),
-            taken={
-                point.point: self.mechanism
-                for point in self.spec.points
-                if point.point not in self.missing
-            },
+            taken={point: way.mechanism for point, way in taken.items()},
             missing=self.missing,
+            programs=tuple(hook.program for way in taken.values() for hook in way.hooks),
         )
 
     def close(self) -> None:

@@ -50,88 +50,112 @@ int tp_connect(struct bpf_raw_tracepoint_args *ctx)
 }
 
 #if defined(TCPLAT_KPROBE_connect) || defined(TCPLAT_FENTRY_connect)
-struct connect_call {
-	u64 sk;
-	u64 began_ns;
-};
-
 /*
- * pid_tgid -> the tcp_v4_connect() or tcp_v6_connect() it is in.
- *
- * Inserted at entry, where no address is known yet; deleted at return, where
- * the row is made.
+ * At the entry of tcp_v4_connect() no address is known; on loopback the handshake
+ * is over at its return. So the row is made in between, at the change to
+ * TCP_SYN_SENT, and stamped with the entry. The return tells of what never got there.
  */
-BPF_HASH(connects, u64, struct connect_call, 16384);
-
 static __always_inline int enter_connect(struct sock *sk, u16 family)
 {
-	u64 me = bpf_get_current_pid_tgid();
-	struct connect_call call = {.sk = (u64)sk, .began_ns = bpf_ktime_get_ns()};
-
 	/* tcp_v6_connect() of a mapped address calls tcp_v4_connect(): the outer call counts. */
-	if (tcplat_get(sk, __sk_common.skc_family) != family)
-		return 0;
-	if (begin_connect(sk, call.began_ns))
-		connects.update(&me, &call);
+	if (tcplat_get(sk, __sk_common.skc_family) == family)
+		begin_connect(sk, bpf_ktime_get_ns());
 	return 0;
 }
 
-static __always_inline int leave_connect(int ret, u16 family, u8 hook)
+static __always_inline int send_syn(struct sock *sk, int state, u8 hook_v4, u8 hook_v6)
+{
+	struct tcplat_sock *s = tcplat_find(sk);
+	u8 hook = hook_v4;
+
+	if (state != TCP_SYN_SENT || !tcplat_is(s, CLIENT) || !s->since_ns)
+		return 0;
+	if (tcplat_get(sk, __sk_common.skc_family) == TCPLAT_AF_INET6)
+		hook = hook_v6;
+	report_connect(sk, s, hook, s->since_ns);
+	return 0;
+}
+
+static __always_inline int leave_connect(struct sock *sk, int ret, u16 family, u8 hook)
+{
+	struct tcplat_sock *s = tcplat_find(sk);
+	struct tcplat_event *e;
+	u64 now = bpf_ktime_get_ns();
+
+	if (!ret || tcplat_get(sk, __sk_common.skc_family) != family)
+		return 0;
+	/* A failure after the SYN has its row from the change of state. */
+	if (!tcplat_is(s, CLIENT) || !s->since_ns)
+		return 0;
+	e = tcplat_reserve_for(sk, s, hook, now);
+	if (e) {
+		e->err = -ret;
+		e->connect_ns = now - s->since_ns;
+	}
+	s->since_ns = 0;
+	return tcplat_report(e);
+}
+#endif
+
+#ifdef TCPLAT_KPROBE_connect
+/*
+ * pid_tgid -> the socket whose tcp_v4_connect() or tcp_v6_connect() it is in.
+ *
+ * Inserted at entry, deleted at return: a return probe sees no arguments.
+ */
+BPF_HASH(connects, u64, u64, 16384);
+
+static __always_inline int kp_enter(struct sock *sk, u16 family)
+{
+	u64 me = bpf_get_current_pid_tgid(), key = (u64)sk;
+
+	connects.update(&me, &key);
+	return enter_connect(sk, family);
+}
+
+static __always_inline int kr_leave(int ret, u16 family, u8 hook)
 {
 	u64 me = bpf_get_current_pid_tgid();
-	struct connect_call *call = connects.lookup(&me);
-	struct tcplat_event *e;
-	struct tcplat_sock *s;
+	u64 *key = connects.lookup(&me);
 	struct sock *sk;
-	u64 began;
 
-	if (!call)
+	if (!key)
 		return 0;
-	sk = (struct sock *)call->sk;
-	began = call->began_ns;
+	sk = (struct sock *)*key;
+	/* The inner call of a mapped address: the outer one still needs the entry. */
 	if (tcplat_get(sk, __sk_common.skc_family) != family)
 		return 0;
 	connects.delete(&me);
-	s = tcplat_find(sk);
-	if (!s)
-		return 0;
-	e = tcplat_reserve_for(sk, s, hook, began);
-	if (!e)
-		return 0;
-	/* On loopback the handshake is over by now; the row tells of its beginning. */
-	e->state = TCP_SYN_SENT;
-	if (ret) {
-		/* No SYN went out: no route, no free port. No state row tells of it. */
-		e->state = TCP_CLOSE;
-		e->err = -ret;
-		e->connect_ns = bpf_ktime_get_ns() - began;
-		s->since_ns = 0;
-	}
-	tcplat_submit(e);
-	return 0;
+	return leave_connect(sk, ret, family, hook);
 }
 
-#ifdef TCPLAT_KPROBE_connect
 int kp_tcp_v4_connect(struct pt_regs *ctx, struct sock *sk)
 {
-	return enter_connect(sk, TCPLAT_AF_INET);
+	return kp_enter(sk, TCPLAT_AF_INET);
 }
 
 int kp_tcp_v6_connect(struct pt_regs *ctx, struct sock *sk)
 {
-	return enter_connect(sk, TCPLAT_AF_INET6);
+	return kp_enter(sk, TCPLAT_AF_INET6);
+}
+
+int kp_send_syn(struct pt_regs *ctx, struct sock *sk, int state)
+{
+	return send_syn(sk, state, HOOK_kp_tcp_v4_connect, HOOK_kp_tcp_v6_connect);
 }
 
 int kr_tcp_v4_connect(struct pt_regs *ctx)
 {
-	return leave_connect(PT_REGS_RC(ctx), TCPLAT_AF_INET, HOOK_kr_tcp_v4_connect);
+	return kr_leave(PT_REGS_RC(ctx), TCPLAT_AF_INET, HOOK_kp_tcp_v4_connect);
 }
 
 int kr_tcp_v6_connect(struct pt_regs *ctx)
 {
-	return leave_connect(PT_REGS_RC(ctx), TCPLAT_AF_INET6, HOOK_kr_tcp_v6_connect);
+	return kr_leave(PT_REGS_RC(ctx), TCPLAT_AF_INET6, HOOK_kp_tcp_v6_connect);
 }
-#else
+#endif
+
+#ifdef TCPLAT_FENTRY_connect
 /* fentry hands its arguments over as raw tracepoints do. */
 int fe_tcp_v4_connect(struct bpf_raw_tracepoint_args *ctx)
 {
@@ -143,34 +167,44 @@ int fe_tcp_v6_connect(struct bpf_raw_tracepoint_args *ctx)
 	return enter_connect((struct sock *)ctx->args[0], TCPLAT_AF_INET6);
 }
 
+int fe_send_syn(struct bpf_raw_tracepoint_args *ctx)
+{
+	return send_syn((struct sock *)ctx->args[0], ctx->args[1], HOOK_fe_tcp_v4_connect,
+			HOOK_fe_tcp_v6_connect);
+}
+
 int fx_tcp_v4_connect(struct bpf_raw_tracepoint_args *ctx)
 {
-	return leave_connect(ctx->args[3], TCPLAT_AF_INET, HOOK_fx_tcp_v4_connect);
+	return leave_connect((struct sock *)ctx->args[0], ctx->args[3], TCPLAT_AF_INET,
+			     HOOK_fe_tcp_v4_connect);
 }
 
 int fx_tcp_v6_connect(struct bpf_raw_tracepoint_args *ctx)
 {
-	return leave_connect(ctx->args[3], TCPLAT_AF_INET6, HOOK_fx_tcp_v6_connect);
+	return leave_connect((struct sock *)ctx->args[0], ctx->args[3], TCPLAT_AF_INET6,
+			     HOOK_fe_tcp_v6_connect);
 }
-#endif
 #endif
 
 /* --- state: each transition, and with it how long the connect took */
 
 static __always_inline int report_state(struct sock *sk, int old, int new, u8 hook)
 {
-	u64 now = bpf_ktime_get_ns(), since;
+	u64 now = bpf_ktime_get_ns(), took = 0;
 	struct tcplat_sock *s = tcplat_find(sk);
 	struct tcplat_event *e;
 
 	if (!tcplat_is(s, CLIENT))
 		return 0;
-	since = s->since_ns;
-	if (old == TCP_SYN_SENT)
+	if (old == TCP_SYN_SENT && s->since_ns) {
+		took = now - s->since_ns;
 		s->since_ns = 0;
+		if (tcplat_too_fast(took))
+			return 0;
+	}
 	e = tcplat_make_state(sk, s, old, new, hook, now);
-	if (e && old == TCP_SYN_SENT && since)
-		e->connect_ns = now - since;
+	if (e)
+		e->connect_ns = took;
 	return tcplat_report(e);
 }
 

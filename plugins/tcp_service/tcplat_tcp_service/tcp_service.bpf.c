@@ -29,6 +29,7 @@ static __always_inline bool find_service(struct tcplat_addrs *local, struct tcpl
 		s = tcplat_socks.lookup(&key);
 		if (s) {
 			who->pid = s->pid;
+			who->wanted = s->wanted;
 			__builtin_memcpy(who->comm, s->comm, sizeof(who->comm));
 			return s->role == SERVER;
 		}
@@ -44,6 +45,7 @@ static __always_inline bool find_service(struct tcplat_addrs *local, struct tcpl
 	if (!listener)
 		return false;
 	who->pid = listener->pid;
+	who->wanted = listener->wanted;
 	if (listener->pid)
 		__builtin_memcpy(who->comm, listener->comm, sizeof(who->comm));
 	return true;
@@ -67,7 +69,7 @@ static __always_inline int report_packet(struct sk_buff *skb, const u8 *l3, u32 
 	local.dport = segment.addrs.sport;
 	__builtin_memcpy(local.saddr, segment.addrs.daddr, 16);
 	__builtin_memcpy(local.daddr, segment.addrs.saddr, 16);
-	if (!find_service(&local, &who) || !tcplat_wanted_pid(who.pid))
+	if (!tcplat_wanted_addrs(&local) || !find_service(&local, &who) || !who.wanted)
 		return 0;
 	e = tcplat_reserve(hook, now);
 	if (!e)
@@ -290,7 +292,7 @@ int kp_tcp_rcv_state_process(struct pt_regs *ctx, struct sock *sk, struct sk_buf
 
 static __always_inline int report_accept(struct sock *sk, u8 hook)
 {
-	u64 now = bpf_ktime_get_ns();
+	u64 now = bpf_ktime_get_ns(), waited;
 	struct tcplat_sock *s;
 	struct tcplat_event *e;
 
@@ -299,10 +301,13 @@ static __always_inline int report_accept(struct sock *sk, u8 hook)
 	s = tcplat_accept(sk);
 	if (!tcplat_is(s, SERVER))
 		return 0;
-	e = tcplat_reserve_for(sk, s, hook, now);
-	if (e && s->since_ns)
-		e->accept_ns = now - s->since_ns;
+	waited = s->since_ns ? now - s->since_ns : 0;
 	s->since_ns = 0;
+	if (waited && tcplat_too_fast(waited))
+		return 0;
+	e = tcplat_reserve_for(sk, s, hook, now);
+	if (e)
+		e->accept_ns = waited;
 	return tcplat_report(e);
 }
 
@@ -459,7 +464,7 @@ static __always_inline int enter_recv(struct sock *sk, int flags, u8 hook)
 
 static __always_inline int leave_recv(int ret, u8 hook)
 {
-	u64 me = bpf_get_current_pid_tgid(), began;
+	u64 me = bpf_get_current_pid_tgid(), took;
 	struct recv_call *call = recvs.lookup(&me);
 	struct tcplat_event *e;
 	struct sock *sk;
@@ -467,11 +472,13 @@ static __always_inline int leave_recv(int ret, u8 hook)
 	if (!call)
 		return 0;
 	sk = (struct sock *)call->sk;
-	began = call->began_ns;
+	took = bpf_ktime_get_ns() - call->began_ns;
 	recvs.delete(&me);
+	if (tcplat_too_fast(took))
+		return 0;
 	e = tcplat_make_recv(sk, SERVER, ret, hook);
 	if (e)
-		e->call_ns = e->ts_ns - began;
+		e->call_ns = took;
 	return tcplat_report(e);
 }
 #endif

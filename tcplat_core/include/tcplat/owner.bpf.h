@@ -11,15 +11,6 @@
 #define TCPLAT_ROLE_SERVER 2
 #define TCPLAT_ROLE_LISTENER 3
 
-/* Both ends: of a socket local, then remote; of a packet source, then destination. */
-struct tcplat_addrs {
-	u8 saddr[16], daddr[16];
-	u32 netns;
-	u16 sport, dport;
-	u8 ip;
-	u8 pad[7];
-} __attribute__((aligned(8)));
-
 struct tcplat_sock {
 	u64 id;         /* the event's `sock`: when it was first seen, and on which CPU */
 	u64 since_ns;   /* when the connect, or the wait to be accepted, began; else 0 */
@@ -39,7 +30,8 @@ struct tcplat_sock {
 struct tcplat_seed {
 	u32 pid;
 	u8 role;
-	u8 pad[3];
+	u8 wanted;
+	u8 pad[2];
 	char comm[16] __attribute__((aligned(8)));
 };
 
@@ -61,14 +53,6 @@ BPF_TABLE("hash", u64, struct tcplat_sock, tcplat_socks, 1024);
  */
 BPF_TABLE("hash", u64, struct tcplat_seed, tcplat_seeds, 1024);
 
-/*
- * pid -> 1, for each process that -p or the traced command names.
- *
- * Inserted by the loader, and by tcplat_on_fork for children of a command.
- * Deleted by tcplat_on_exit, so that a reused pid is not taken for the old one.
- */
-BPF_TABLE("hash", u32, u32, tcplat_pids, 16384);
-
 struct tcplat_port {
 	u32 netns;
 	u16 port;
@@ -78,6 +62,8 @@ struct tcplat_port {
 struct tcplat_listener {
 	u32 pid;   /* 0 where several processes accept: nobody can know which one will */
 	u32 users; /* sockets that listen there (SO_REUSEPORT) */
+	u8 wanted;
+	u8 pad[7];
 	char comm[16] __attribute__((aligned(8)));
 };
 
@@ -103,15 +89,6 @@ struct tcplat_flow {
  */
 BPF_TABLE("hash", struct tcplat_addrs, struct tcplat_flow, tcplat_flows, 1024);
 
-static __always_inline bool tcplat_wanted_pid(u32 pid)
-{
-#ifdef TCPLAT_FILTER_PID
-	return tcplat_pids.lookup(&pid) != NULL;
-#else
-	return true;
-#endif
-}
-
 /* The current task becomes the owner. Only where the socket's own process calls. */
 static __always_inline void tcplat_own(struct tcplat_sock *s)
 {
@@ -121,8 +98,8 @@ static __always_inline void tcplat_own(struct tcplat_sock *s)
 	if (s->pid == both >> 32)
 		return;
 	s->pid = both >> 32;
-	s->wanted = tcplat_wanted_pid(s->pid);
 	bpf_get_current_comm(&s->comm, sizeof(s->comm));
+	s->wanted = tcplat_wanted_task(s->comm);
 }
 
 static __always_inline u64 tcplat_new_id(void)
@@ -166,7 +143,7 @@ static __always_inline struct tcplat_sock *tcplat_find(const struct sock *sk)
 	struct tcplat_sock fresh = {.id = tcplat_new_id(), .pid = seed->pid};
 	/* Which thread it was, /proc does not tell: tid stays 0. */
 	fresh.role = seed->role;
-	fresh.wanted = tcplat_wanted_pid(seed->pid);
+	fresh.wanted = seed->wanted;
 	fresh.in_flows = 1;
 	__builtin_memcpy(fresh.comm, seed->comm, sizeof(fresh.comm));
 	tcplat_seeds.delete(&cookie);
@@ -254,6 +231,15 @@ static __always_inline void tcplat_add_flow(struct tcplat_sock *s, u64 key)
 	s->in_flows = 1;
 }
 
+/* A second process at the same port: nobody knows any more who will accept. */
+static __always_inline void tcplat_share(struct tcplat_listener *listener, u32 pid)
+{
+	if (!listener->pid || listener->pid == pid)
+		return;
+	listener->pid = 0;
+	listener->wanted = tcplat_wanted_nobody();
+}
+
 /* A socket begins to listen, in the process that asks for it. */
 static __always_inline struct tcplat_sock *tcplat_listen(const struct sock *sk)
 {
@@ -269,11 +255,11 @@ static __always_inline struct tcplat_sock *tcplat_listen(const struct sock *sk)
 	old = tcplat_listeners.lookup(&port);
 	if (old) {
 		lock_xadd(&old->users, 1);
-		if (old->pid != s->pid)
-			old->pid = 0;
+		tcplat_share(old, s->pid);
 		return s;
 	}
 	fresh.pid = s->pid;
+	fresh.wanted = s->wanted;
 	__builtin_memcpy(fresh.comm, s->comm, sizeof(fresh.comm));
 	tcplat_listeners.update(&port, &fresh);
 	return s;
@@ -293,20 +279,21 @@ static __always_inline struct tcplat_sock *tcplat_inherit(const struct sock *sk,
 	struct tcplat_listener *from;
 
 	fresh.role = TCPLAT_ROLE_SERVER;
+	fresh.wanted = tcplat_wanted_nobody();
 	tcplat_read_addrs(&fresh.addrs, sk);
 	from = tcplat_listener_at(fresh.addrs.netns, fresh.addrs.sport);
 	if (from && from->pid) {
 		fresh.pid = from->pid;
+		fresh.wanted = from->wanted;
 		__builtin_memcpy(fresh.comm, from->comm, sizeof(fresh.comm));
 	}
-	fresh.wanted = tcplat_wanted_pid(fresh.pid);
 	s = tcplat_insert((u64)sk, &fresh);
 	if (s)
 		tcplat_add_flow(s, (u64)sk);
 	return s;
 }
 
-/* A process takes a connection over. A second one at the same port: nobody knows any more. */
+/* A process takes a connection over. */
 static __always_inline struct tcplat_sock *tcplat_accept(const struct sock *sk)
 {
 	struct tcplat_sock *s = tcplat_touch(sk);
@@ -315,8 +302,8 @@ static __always_inline struct tcplat_sock *tcplat_accept(const struct sock *sk)
 	if (!s)
 		return NULL;
 	from = tcplat_listener_at(s->addrs.netns, s->addrs.sport);
-	if (from && from->pid && from->pid != s->pid)
-		from->pid = 0;
+	if (from)
+		tcplat_share(from, s->pid);
 	return s;
 }
 
@@ -334,6 +321,8 @@ tcplat_reserve_for(const struct sock *sk, struct tcplat_sock *s, u8 hook, u64 ts
 		return NULL;
 	if (!s->addrs.sport)
 		tcplat_read_addrs(&s->addrs, sk);
+	if (!tcplat_wanted_addrs(&s->addrs))
+		return NULL;
 	e = tcplat_reserve(hook, ts_ns);
 	if (!e)
 		return NULL;

@@ -109,12 +109,12 @@ static __always_inline bool tcplat_find_in_ipv4(const void *at, const void *end,
 	return (const void *)(to->tcp + 1) <= end;
 }
 
-static __always_inline bool tcplat_find_in_ipv6(const void *at, const void *end,
+static __always_inline bool tcplat_find_in_ipv6(const void *data, const void *at, const void *end,
 						struct tcplat_packet *to)
 {
 	const struct tcplat_ipv6 *ip = at;
 	const struct tcplat_ipv6_extension *extension;
-	u32 length, size, used = 0;
+	u32 length, size, used;
 	u8 next;
 
 	at = ip + 1;
@@ -123,6 +123,14 @@ static __always_inline bool tcplat_find_in_ipv6(const void *at, const void *end,
 	length = bpf_ntohs(ip->length);
 	next = ip->next;
 	for (int i = 0; i < TCPLAT_EXTENSIONS && next != IPPROTO_TCP; i++) {
+		/*
+		 * The verifier follows each way through the loop, kinds of headers to
+		 * the power of eight, unless all of them lead to the same state. A
+		 * difference of pointers makes it forget; the compiler must not see
+		 * that it knew the difference.
+		 */
+		asm volatile("" : "+r"(at));
+		at = data + ((at - data) & 0x7fff);
 		extension = at;
 		if ((const void *)(extension + 1) > end)
 			return false;
@@ -155,8 +163,8 @@ static __always_inline bool tcplat_find_in_ipv6(const void *at, const void *end,
 		}
 		next = extension->next;
 		at += size;
-		used += size;
 	}
+	used = at - (const void *)(ip + 1);
 	if (next != IPPROTO_TCP || length < used + sizeof(*to->tcp))
 		return false;
 	to->tcp = at;
@@ -172,26 +180,26 @@ static __always_inline bool tcplat_find_tcp(const void *data, const void *end,
 {
 	const struct tcplat_eth *eth = data;
 	const struct tcplat_vlan *vlan;
+	const void *at = eth + 1;
 	u16 type;
 
-	data = eth + 1;
-	if (data > end)
+	if (at > end)
 		return false;
 	type = eth->type;
 #pragma unroll
 	for (int i = 0; i < TCPLAT_VLANS; i++) {
 		if (!tcplat_is_vlan(type))
 			break;
-		vlan = data;
-		data = vlan + 1;
-		if (data > end)
+		vlan = at;
+		at = vlan + 1;
+		if (at > end)
 			return false;
 		type = vlan->type;
 	}
 	if (type == bpf_htons(TCPLAT_ETH_IPV4))
-		return tcplat_find_in_ipv4(data, end, to);
+		return tcplat_find_in_ipv4(at, end, to);
 	if (type == bpf_htons(TCPLAT_ETH_IPV6))
-		return tcplat_find_in_ipv6(data, end, to);
+		return tcplat_find_in_ipv6(data, at, end, to);
 	return false;
 }
 

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+/*
+ * Which tasks and which addresses are wanted. Constants first, look-ups last:
+ * the TCPLAT_FILTER_* that stand in front of this text are made by filters.py.
+ */
+
+/* Both ends: of a socket local, then remote; of a packet source, then destination. */
+struct tcplat_addrs {
+	u8 saddr[16], daddr[16];
+	u32 netns;
+	u16 sport, dport;
+	u8 ip;
+	u8 pad[7];
+} __attribute__((aligned(8)));
+
+/*
+ * pid -> 1, for each process that -p or the traced command names.
+ *
+ * Inserted by the loader, and by tcplat_on_fork for children of a command.
+ * Deleted by tcplat_on_exit, so that a reused pid is not taken for the old one.
+ */
+BPF_TABLE("hash", u32, u32, tcplat_pids, 16384);
+
+/* Nobody knows whose it is: wanted unless somebody in particular is. */
+static __always_inline bool tcplat_wanted_nobody(void)
+{
+#ifdef TCPLAT_FILTER_TASK
+	return false;
+#else
+	return true;
+#endif
+}
+
+/* The current task. Only where the socket's own process calls. */
+static __always_inline bool tcplat_wanted_task(const char *comm)
+{
+#ifdef TCPLAT_FILTER_COMM
+	if (!(TCPLAT_FILTER_COMM(comm)))
+		return false;
+#endif
+#ifdef TCPLAT_FILTER_CGROUP
+	if (bpf_get_current_ancestor_cgroup_id(TCPLAT_FILTER_CGROUP_LEVEL) != TCPLAT_FILTER_CGROUP)
+		return false;
+#endif
+#ifdef TCPLAT_FILTER_PID
+	u32 pid = bpf_get_current_pid_tgid() >> 32;
+
+	if (!tcplat_pids.lookup(&pid))
+		return false;
+#endif
+	return true;
+}
+
+/* Local end first. A source port that is not chosen yet is 0, and no port that anybody names. */
+static __always_inline bool tcplat_wanted_addrs(const struct tcplat_addrs *a)
+{
+	return TCPLAT_FILTER_ADDRS(a);
+}
+
+/* --min-latency, for rows that carry a duration. */
+static __always_inline bool tcplat_too_fast(u64 took_ns)
+{
+	return took_ns < TCPLAT_MIN_NS;
+}
