@@ -18,6 +18,7 @@ from .errors import CannotRunError, EventsLostError, TcplatError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from .filters import Filter
     from .model import RunReport, Sink
     from .plugins import Plugins
 
@@ -157,7 +158,12 @@ def cli() -> None:
 )
 @click.option("--fail-on-loss", is_flag=True, help="Exit 5 if an event was lost.")
 @click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
-@click.option("--debug", is_flag=True, help="Show what compiler and verifier say.")
+@click.option("--dry-run", is_flag=True, help="Compile, load, attach, detach; say by what.")
+@click.option(
+    "--debug",
+    is_flag=True,
+    help="Show the C as compiled, what compiler and verifier say, and our programs' own lines.",
+)
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def run(**arguments: Any) -> None:
     """Attach probes and deliver what they see to sinks.
@@ -165,13 +171,18 @@ def run(**arguments: Any) -> None:
     After -- comes a command to trace, with its children: the run ends with it,
     and has its exit status.
     """
-    sys.exit(_run(**arguments))
+    wanted = _filter(**{name: arguments.pop(name) for name in _FILTERS})
+    sys.exit(_run(wanted, **arguments))
 
 
-def _run(
+_FILTERS = (
+    *("pids", "comm", "cgroup", "ports", "lports", "rports", "networks", "netns", "ip"),
+    "min_latency",
+)
+
+
+def _filter(
     *,
-    probes: Sequence[str],
-    sinks: Sequence[str],
     pids: Sequence[str],
     comm: str,
     cgroup: str,
@@ -182,25 +193,10 @@ def _run(
     netns: str,
     ip: int | None,
     min_latency: float,
-    attach: str,
-    duration: float,
-    count: int | None,
-    ready_file: str | None,
-    hold: float,
-    ring_size: int,
-    fail_on_loss: bool,
-    quiet: bool,
-    debug: bool,
-    command: Sequence[str],
-) -> int:
-    from . import privileges  # noqa: PLC0415 - see the top
-    from .command import Command  # noqa: PLC0415
-    from .filters import Filter, cgroup_path, netns_inode  # noqa: PLC0415
-    from .loader.protocol import Request  # noqa: PLC0415
-    from .plugins import Plugins  # noqa: PLC0415
-    from .session import LoaderProcess, Session, Signals  # noqa: PLC0415
+) -> Filter:
+    from .filters import Filter, cgroup_path, netns_inode  # noqa: PLC0415 - see the top
 
-    wanted = Filter(
+    return Filter(
         pids=_pids(pids) or None,
         comm=_comm(comm),
         cgroup=cgroup and cgroup_path(cgroup),
@@ -209,17 +205,44 @@ def _run(
         lports=_ports(lports),
         rports=_ports(rports),
         networks=_networks(networks),
-        # Another user's namespace is visible to root alone.
+        # Now, while we are root: another user's namespace is visible to nobody else.
         netns=netns_inode(netns) if netns else 0,
         ip=ip or 0,
         min_ns=round(min_latency * 1e9),
     )
+
+
+def _run(
+    wanted: Filter,
+    *,
+    probes: Sequence[str],
+    sinks: Sequence[str],
+    attach: str,
+    duration: float,
+    count: int | None,
+    ready_file: str | None,
+    hold: float,
+    ring_size: int,
+    fail_on_loss: bool,
+    quiet: bool,
+    dry_run: bool,
+    debug: bool,
+    command: Sequence[str],
+) -> int:
+    from . import privileges  # noqa: PLC0415 - see the top
+    from .command import Command  # noqa: PLC0415
+    from .loader.protocol import Request  # noqa: PLC0415
+    from .plugins import Plugins  # noqa: PLC0415
+    from .session import LoaderProcess, Session, Signals  # noqa: PLC0415
+    from .trace import TracePipe  # noqa: PLC0415
+
     signals = Signals()
     signals.install()
     child = Command.fork(command) if command else None
     loader = None
     try:
         loader = LoaderProcess.start()
+        trace = TracePipe.open() if debug else None
         privileges.drop()
         # Third-party Python runs from here on, and root is gone.
         plugins = Plugins.load()
@@ -229,6 +252,7 @@ def _run(
             attach=attach,
             filter=wanted if child is None else wanted.and_pid(child.pid),
             follow=child is not None,
+            debug=debug,
             ring_bytes=ring_size,
         )
         session = Session(
@@ -240,6 +264,8 @@ def _run(
             count=count or 0,
             ready_file=ready_file,
             hold_s=hold,
+            dry=dry_run,
+            trace=trace,
             command=child,
             signals=signals,
             say=_say,
@@ -260,7 +286,9 @@ def _run(
             loader.close()
         if child and child.status is None:
             child.stop()
-    if not quiet:
+    if dry_run:
+        _attached(report)
+    elif not quiet:
         _summary(report)
     if (report.switched_off and not report.probes) or (report.deaf and not child):
         return TcplatError.exit_code
@@ -337,6 +365,14 @@ def _sinks(
         options = read_options(f"sink {name}", spec.options, given)
         made[text] = spec.factory(options, RunInfo(tuple(probes), stopping))
     return made
+
+
+def _attached(report: RunReport) -> None:
+    for name, probe in report.probes.items():
+        for hook in probe.hooks:
+            click.echo(f"{name}: {hook.point} by {hook.attach}:{hook.func}", err=True)
+        for point, reason in probe.missing.items():
+            click.echo(f"{name}: no {point}: {reason}", err=True)
 
 
 def _summary(report: RunReport) -> None:

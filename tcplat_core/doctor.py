@@ -14,8 +14,8 @@ import attrs
 from . import privileges
 from .errors import CannotRunError
 from .hookpoints import MECHANISMS
-from .loader.bpf import tracefs
 from .loader.attach import refuse_without_capabilities
+from .loader.bpf import tracefs
 from .loader.compile import find_bcc
 from .loader.host import Host, choose
 from .plugins import Plugins

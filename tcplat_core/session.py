@@ -34,6 +34,7 @@ from .netdev import is_cut
 from .ring import Books, Ring, possible_cpus
 from .router import Router
 from .schema import Event, FiredBy, Record, clock_offset_ns
+from .trace import TracePipe
 
 HOLD_S = 0.003
 """How long a row waits, unless told otherwise, for an older one that may still turn up."""
@@ -256,6 +257,8 @@ class Session:
         count: End after so many rows; 0 for no limit.
         ready_file: Made once everything is attached.
         hold_s: How long a row waits for an older one that may still turn up.
+        dry: Attach, and end at once.
+        trace: Where our programs' own lines come from.
         command: Let go then; the run ends with it.
         say: Tells the user what happens meanwhile.
     """
@@ -268,6 +271,8 @@ class Session:
     count: int = 0
     ready_file: str | None = None
     hold_s: float = HOLD_S
+    dry: bool = False
+    trace: TracePipe | None = None
     command: Command | None = None
     signals: Signals = attrs.field(factory=Signals)
     say: Callable[[str], None] = lambda _: None
@@ -300,8 +305,9 @@ class Session:
                 stack.callback(run.close)
                 runs.append(run)
             began = time.monotonic()
-            self._ready()
-            self._loop(runs, router, began)
+            if not self.dry:
+                self._ready()
+                self._loop(runs, router, began)
             self._look_at_interfaces(runs)
             held.close()
             _drain_rest(runs, router)
@@ -336,6 +342,8 @@ class Session:
                 end = now + LINGER_S
             if end is not None and now >= end:
                 return
+            if self.trace:
+                self.trace.relay(self.say)
             now_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
             settled_ns = min(previous_ns, now_ns - int(self.hold_s * 1e9))
             came, horizon_ns = _drain(runs, router, clock, settled_ns)
@@ -393,7 +401,7 @@ def _drain(
             run.consumed += len(rows)
             router.feed(rows)
             came = True
-            if number == HELPING and run.ring.pending():
+            if rows and number == HELPING and run.ring.pending():
                 horizon_ns = min(horizon_ns, rows[-1].ts_ns - _GUARD_NS)
                 break
         for loss in _losses(run):

@@ -154,7 +154,11 @@ class Loader:
             **self.request.filter.defines(),
         }
         taken = {point: way.mechanism for point, way in choice.taken.items()}
+        if self.request.debug:
+            defines["TCPLAT_DEBUG"] = 1
         text = program_text(probe, taken=taken, defines=defines)
+        if self.request.debug:
+            sys.stderr.write(text)
         types = sorted({*CORE_TYPES, *probe.types})
         name = digest(
             self._kernel.encode(), compiler_identity(), text.encode(), *map(str.encode, types)

@@ -39,6 +39,7 @@ class Request:
         attach: auto, or the one mechanism that may be used.
         filter: Who and what is wanted.
         follow: Their children, too.
+        debug: Compile tcplat_debug() in, and log the C as it is compiled.
         ring_bytes: Size of each probe's ring: a power of two.
     """
 
@@ -46,6 +47,7 @@ class Request:
     attach: str = "auto"
     filter: Filter = attrs.field(factory=Filter)
     follow: bool = False
+    debug: bool = False
     ring_bytes: int = 1 << 24
 
     def pack(self) -> bytes:

@@ -17,6 +17,18 @@
 #define TCPLAT_AF_INET 2
 #define TCPLAT_AF_INET6 10
 
+/* A line for --debug, at most three numbers: tcplat_debug("socket %llx", sk). */
+#ifdef TCPLAT_DEBUG
+/* bcc has its own way with bpf_trace_printk(), which does not work in a macro. */
+#define tcplat_debug(words, ...)                                               \
+	({                                                                     \
+		char _line[] = "tcplat: " words "\n";                          \
+		bpf_trace_printk_(_line, sizeof(_line), ##__VA_ARGS__);        \
+	})
+#else
+#define tcplat_debug(words, ...)
+#endif
+
 /* What the nullable fields of a record hold: bits of tcplat_event.has. */
 #define TCPLAT_HAS_SEQ 1
 #define TCPLAT_HAS_BYTES 2

@@ -100,6 +100,7 @@ static __always_inline void tcplat_own(struct tcplat_sock *s)
 	s->pid = both >> 32;
 	bpf_get_current_comm(&s->comm, sizeof(s->comm));
 	s->wanted = tcplat_wanted_task(s->comm);
+	tcplat_debug("sock %llu belongs to pid %d, wanted %d", s->id, s->pid, s->wanted);
 }
 
 static __always_inline u64 tcplat_new_id(void)
