@@ -1,4 +1,4 @@
-"""Starts the service, then tcplat on the client, and prints what tcplat prints."""
+"""Starts the service, then tcplat on it and on the client, and prints what tcplat prints."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 TCPLAT = Path(sys.executable).parent / "tcplat"
+PROBES = ("tcp_client", "tcp_service", "xdp_port:iface=lo,port=9999")
 LIMIT_S = 10
 
 
@@ -25,9 +26,10 @@ def main() -> int:
                         print("the service could not start: is port 9999 in use?", file=sys.stderr)
                         return 1
                     time.sleep(0.01)
-                run = [TCPLAT, "run", "--probe", "tcp_client", "--sink", "table", "--"]
-                client = [sys.executable, HERE / "client.py"]
-                return subprocess.run([*run, *client], check=False).returncode
+                run = [TCPLAT, "run", "--sink", "table", "-p", str(service.pid)]
+                probes = [word for probe in PROBES for word in ("--probe", probe)]
+                client = ["--", sys.executable, HERE / "client.py"]
+                return subprocess.run([*run, *probes, *client], check=False).returncode
             finally:
                 service.terminate()
 

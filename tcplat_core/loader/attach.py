@@ -93,6 +93,12 @@ class Loader:
                 self._closed[closed.way] = closed.reason
                 self._undo()
 
+    @property
+    def _tracks(self) -> bool:
+        """Whether packets have to be told apart by process."""
+        xdp_wanted = any(probe.interfaces is not None for probe in self.request.probes)
+        return xdp_wanted and self.request.filter.by_task
+
     def _why_not(self, way: Way) -> str | None:
         return self._closed.get(way) or self._host.way(way)
 
@@ -108,6 +114,13 @@ class Loader:
             for pid in pids:
                 bpf.map_update(self._shared["tcplat_pids"], _u32(pid), _u32(1))
             self._core(core, "tcplat_on_exit", "sched:sched_process_exit")
+        if self._tracks:
+            self._core(core, "tcplat_on_state", "sock:inet_sock_set_state")
+            self._core(core, "tcplat_on_queue", "net:net_dev_queue")
+            for use in ("sock:sock_recv_length", "sock:sock_send_length"):
+                # Before 6.3 a connection's owner stays its listener's.
+                if self._host.fact(use, is_tracepoint=True):
+                    self._core(core, "tcplat_on_use", use)
         if self.request.follow:
             self._core(core, "tcplat_on_fork", "sched:sched_process_fork")
         for module, choice in zip(modules, choices, strict=True):
@@ -156,6 +169,8 @@ class Loader:
         taken = {point: way.mechanism for point, way in choice.taken.items()}
         if self.request.debug:
             defines["TCPLAT_DEBUG"] = 1
+        if self._tracks:
+            defines["TCPLAT_TRACK"] = 1
         text = program_text(probe, taken=taken, defines=defines)
         if self.request.debug:
             sys.stderr.write(text)

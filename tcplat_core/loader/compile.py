@@ -34,6 +34,7 @@ CORE_TYPES = (
     "sock",
     "inet_sock",
     "net:ns",
+    "sk_buff:sk",
     "task_struct:tgid,signal",
     "signal_struct:live",
     "pt_regs",

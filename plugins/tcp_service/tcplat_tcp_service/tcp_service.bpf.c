@@ -15,42 +15,6 @@
 
 /* --- rx_ip: a packet for a service of this host reaches IP, or TCP's door */
 
-/* Whose packet it is: of a connection, or of whoever listens. False where it is no service's. */
-static __always_inline bool find_service(struct tcplat_addrs *local, struct tcplat_seed *who)
-{
-	struct tcplat_flow *flow = tcplat_flows.lookup(local);
-	struct tcplat_listener *listener;
-	struct tcplat_sock *s;
-	struct tcplat_seed *seed;
-	u64 key;
-
-	if (flow && flow->key) {
-		key = flow->key;
-		s = tcplat_socks.lookup(&key);
-		if (s) {
-			who->pid = s->pid;
-			who->wanted = s->wanted;
-			__builtin_memcpy(who->comm, s->comm, sizeof(who->comm));
-			return s->role == SERVER;
-		}
-	} else if (flow) {
-		key = flow->cookie;
-		seed = tcplat_seeds.lookup(&key);
-		if (seed) {
-			*who = *seed;
-			return seed->role == SERVER;
-		}
-	}
-	listener = tcplat_listener_at(local->netns, local->sport);
-	if (!listener)
-		return false;
-	who->pid = listener->pid;
-	who->wanted = listener->wanted;
-	if (listener->pid)
-		__builtin_memcpy(who->comm, listener->comm, sizeof(who->comm));
-	return true;
-}
-
 static __always_inline int report_packet(struct sk_buff *skb, const u8 *l3, u32 length, u8 hook)
 {
 	u64 now = bpf_ktime_get_ns();
@@ -69,7 +33,9 @@ static __always_inline int report_packet(struct sk_buff *skb, const u8 *l3, u32 
 	local.dport = segment.addrs.sport;
 	__builtin_memcpy(local.saddr, segment.addrs.daddr, 16);
 	__builtin_memcpy(local.daddr, segment.addrs.saddr, 16);
-	if (!tcplat_wanted_addrs(&local) || !find_service(&local, &who) || !who.wanted)
+	if (!tcplat_wanted_addrs(&local) || !tcplat_whose(&local, &who) || !who.wanted)
+		return 0;
+	if (who.role != SERVER && who.role != LISTENER)
 		return 0;
 	e = tcplat_reserve(hook, now);
 	if (!e)

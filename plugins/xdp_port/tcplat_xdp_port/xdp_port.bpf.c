@@ -33,17 +33,23 @@ static __always_inline bool is_chosen(const struct tcplat_tcp *tcp)
 
 static __always_inline void report(struct xdp_md *ctx, const struct tcplat_packet *packet, u32 bytes)
 {
+	u64 now = bpf_ktime_get_ns();
 	const struct tcplat_tcp *tcp = packet->tcp;
-	struct tcplat_event *e = tcplat_reserve(HOOK_tcplat_xdp_port, bpf_ktime_get_ns());
+	struct tcplat_addrs ends = {};
+	struct tcplat_event *e;
 
+	ends.netns = tcplat_xdp_netns(ctx);
+	ends.ip = packet->version;
+	tcplat_copy_addresses(ends.saddr, ends.daddr, packet);
+	ends.sport = bpf_ntohs(tcp->sport);
+	ends.dport = bpf_ntohs(tcp->dport);
+	if (!tcplat_wanted_packet(&ends))
+		return;
+	e = tcplat_reserve(HOOK_tcplat_xdp_port, now);
 	if (!e)
 		return;
-	e->netns = tcplat_xdp_netns(ctx);
+	tcplat_fill_addrs(e, &ends);
 	e->ifindex = ctx->ingress_ifindex;
-	e->ip = packet->version;
-	tcplat_copy_addresses(e->saddr, e->daddr, packet);
-	e->sport = bpf_ntohs(tcp->sport);
-	e->dport = bpf_ntohs(tcp->dport);
 	e->seq = bpf_ntohl(tcp->seq);
 	e->bytes = bytes;
 	e->flags = tcp->flags;

@@ -51,3 +51,57 @@ int tcplat_on_exit(struct bpf_raw_tracepoint_args *ctx)
 		tcplat_pids.delete(&pid);
 	return 0;
 }
+
+#ifdef TCPLAT_TRACK
+/*
+ * Packets know no process. To follow those of one, each of its connections has
+ * to be known by its addresses, whatever the probes look at. Attached before
+ * the probes, only where packets are to be told apart by process.
+ */
+
+static __always_inline void tcplat_track(const struct sock *sk, struct tcplat_sock *s)
+{
+	if (!s || s->in_flows)
+		return;
+	tcplat_read_addrs(&s->addrs, sk);
+	if (s->addrs.sport && s->addrs.dport)
+		tcplat_add_flow(s, (u64)sk);
+}
+
+/* sock:inet_sock_set_state */
+int tcplat_on_state(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct sock *sk = (struct sock *)ctx->args[0];
+	int old = ctx->args[1], new = ctx->args[2];
+
+	if (sk->sk_protocol != IPPROTO_TCP)
+		return 0;
+	if (new == TCP_SYN_SENT)
+		tcplat_learn(sk, TCPLAT_ROLE_CLIENT);
+	else if (new == TCP_LISTEN)
+		tcplat_listen(sk);
+	else if (new == TCP_ESTABLISHED && old == TCP_SYN_SENT)
+		tcplat_track(sk, tcplat_find(sk));
+	else if (new == TCP_ESTABLISHED && old == TCP_SYN_RECV && !tcplat_find(sk))
+		tcplat_inherit(sk, bpf_ktime_get_ns());
+	return 0;
+}
+
+/* net:net_dev_queue: the SYN leaves, and with it the source port is known. */
+int tcplat_on_queue(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct sk_buff *skb = (struct sk_buff *)ctx->args[0];
+	struct sock *sk = tcplat_get(skb, sk);
+
+	if (sk && tcplat_get(sk, __sk_common.skc_state) == TCP_SYN_SENT)
+		tcplat_track(sk, tcplat_find(sk));
+	return 0;
+}
+
+/* sock:sock_recv_length, sock:sock_send_length: who uses it, owns it. */
+int tcplat_on_use(struct bpf_raw_tracepoint_args *ctx)
+{
+	tcplat_touch((struct sock *)ctx->args[0]);
+	return 0;
+}
+#endif

@@ -20,7 +20,7 @@ struct tcplat_sock {
 	u32 send_bytes; /* how many it asked to send */
 	u8 role;
 	u8 wanted;      /* its owner passes the filters */
-	u8 in_flows;    /* tcplat_flows has its addresses */
+	u8 in_flows;    /* tcplat_flows has its addresses, tcplat_listeners its port */
 	u8 pad;
 	char comm[16] __attribute__((aligned(8)));
 	struct tcplat_addrs addrs; /* once the source port is chosen: the kernel forgets it first */
@@ -250,6 +250,10 @@ static __always_inline struct tcplat_sock *tcplat_listen(const struct sock *sk)
 
 	if (!s)
 		return NULL;
+	/* In the table already: more than one program may see this happen. */
+	if (s->in_flows)
+		return s;
+	s->in_flows = 1;
 	tcplat_read_addrs(&s->addrs, sk);
 	port.netns = s->addrs.netns;
 	port.port = s->addrs.sport;
@@ -306,6 +310,47 @@ static __always_inline struct tcplat_sock *tcplat_accept(const struct sock *sk)
 	if (from)
 		tcplat_share(from, s->pid);
 	return s;
+}
+
+/*
+ * Whose packet it is, from its addresses, local end first: of a connection, or
+ * of whoever listens at its port. False where nobody is known.
+ */
+static __always_inline bool tcplat_whose(struct tcplat_addrs *local, struct tcplat_seed *who)
+{
+	struct tcplat_flow *flow = tcplat_flows.lookup(local);
+	struct tcplat_listener *listener;
+	struct tcplat_sock *s;
+	struct tcplat_seed *seed;
+	u64 key;
+
+	if (flow && flow->key) {
+		key = flow->key;
+		s = tcplat_socks.lookup(&key);
+		if (s) {
+			who->pid = s->pid;
+			who->role = s->role;
+			who->wanted = s->wanted;
+			__builtin_memcpy(who->comm, s->comm, sizeof(who->comm));
+			return true;
+		}
+	} else if (flow) {
+		key = flow->cookie;
+		seed = tcplat_seeds.lookup(&key);
+		if (seed) {
+			*who = *seed;
+			return true;
+		}
+	}
+	listener = tcplat_listener_at(local->netns, local->sport);
+	if (!listener)
+		return false;
+	who->pid = listener->pid;
+	who->role = TCPLAT_ROLE_LISTENER;
+	who->wanted = listener->wanted;
+	if (listener->pid)
+		__builtin_memcpy(who->comm, listener->comm, sizeof(who->comm));
+	return true;
 }
 
 /*

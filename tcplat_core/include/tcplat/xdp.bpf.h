@@ -14,3 +14,29 @@ static __always_inline u32 tcplat_xdp_netns(struct xdp_md *ctx)
 
 	return tcplat_get(net, ns.inum);
 }
+
+/*
+ * Whether a packet passes the filters; `ends` are its source and its destination.
+ *
+ * Which end is the local one, an interface does not say: on lo both are.
+ */
+static __always_inline bool tcplat_wanted_packet(struct tcplat_addrs *ends)
+{
+	struct tcplat_addrs turned = *ends;
+
+	__builtin_memcpy(turned.saddr, ends->daddr, 16);
+	__builtin_memcpy(turned.daddr, ends->saddr, 16);
+	turned.sport = ends->dport;
+	turned.dport = ends->sport;
+	if (!tcplat_wanted_addrs(&turned) && !tcplat_wanted_addrs(ends))
+		return false;
+#ifdef TCPLAT_FILTER_TASK
+	struct tcplat_seed to = {}, from = {};
+
+	if (tcplat_whose(&turned, &to) && to.wanted)
+		return true;
+	return tcplat_whose(ends, &from) && from.wanted;
+#else
+	return true;
+#endif
+}
