@@ -18,6 +18,7 @@ from .errors import CannotRunError, EventsLostError, TcplatError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from .command import Command
     from .filters import Filter
     from .model import RunReport, Sink
     from .plugins import Plugins
@@ -246,20 +247,19 @@ def _run(
         privileges.drop()
         # Third-party Python runs from here on, and root is gone.
         plugins = Plugins.load()
-        chosen = [_probe(plugins, text) for text in probes]
-        request = Request(
-            probes=(),
-            attach=attach,
-            filter=wanted if child is None else wanted.and_pid(child.pid),
-            follow=child is not None,
-            debug=debug,
-            ring_bytes=ring_size,
-        )
+        chosen = _probes(plugins, probes)
         session = Session(
             loader=loader,
             probes=chosen,
             sinks=_sinks(plugins, sinks, [spec.name for spec, _ in chosen], signals.stopping),
-            request=request,
+            request=Request(
+                probes=(),
+                attach=attach,
+                filter=wanted if child is None else wanted.and_pid(child.pid),
+                follow=child is not None,
+                debug=debug,
+                ring_bytes=ring_size,
+            ),
             duration_s=duration,
             count=count or 0,
             ready_file=ready_file,
@@ -270,27 +270,27 @@ def _run(
             signals=signals,
             say=_say,
         )
-        try:
-            report = session.run()
-        finally:
-            if debug:
-                click.echo(loader.output(), err=True)
-        if child:
-            child.stop()
+        report = session.run()
     except TcplatError as error:
         if debug:
             click.echo("\n".join(getattr(error, "__notes__", [])), err=True)
         raise
     finally:
         if loader:
+            if debug:
+                click.echo(loader.output(), err=True)
             loader.close()
-        if child and child.status is None:
+        if child:
             child.stop()
     if dry_run:
         _attached(report)
     elif not quiet:
         _summary(report)
-    if (report.switched_off and not report.probes) or (report.deaf and not child):
+    return _status(report, len(sinks), child, fail_on_loss=fail_on_loss)
+
+
+def _status(report: RunReport, sinks: int, child: Command | None, *, fail_on_loss: bool) -> int:
+    if len(report.switched_off) == sinks or (report.deaf and not child):
         return TcplatError.exit_code
     if fail_on_loss and report.dropped:
         raise EventsLostError(f"{report.dropped} events were lost; a larger --ring-size may help")
@@ -343,12 +343,17 @@ def _networks(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _probe(plugins: Plugins, text: str) -> tuple[Any, Any]:
+def _probes(plugins: Plugins, texts: Sequence[str]) -> list[tuple[Any, Any]]:
     from .model import parse_choice, read_options  # noqa: PLC0415 - see the top
 
-    name, given = parse_choice(text)
-    spec = plugins.probe(name)
-    return spec, read_options(f"probe {name}", spec.options, given)
+    chosen: list[tuple[Any, Any]] = []
+    for text in texts:
+        name, given = parse_choice(text)
+        spec = plugins.probe(name)
+        if any(other.name == name for other, _ in chosen):
+            raise UsageError(f"--probe {name} is given twice")
+        chosen.append((spec, read_options(f"probe {name}", spec.options, given)))
+    return chosen
 
 
 def _sinks(

@@ -75,7 +75,7 @@ class Plugins:
         version, distribution = (dist.version, dist.name) if dist else ("?", "?")
         try:
             specs = list(_specs(entry))
-        except Exception as error:  # noqa: BLE001 - whatever a plugin raises is its own fault
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a plugin raises
             summary = f"{type(error).__name__}: {error}".splitlines()[0]
             broken = Found(entry.name, "plugin", version, distribution, "broken", summary)
             self.found.append(broken)

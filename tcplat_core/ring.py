@@ -88,6 +88,8 @@ class Ring:
                 start // 4 : (start + count * self._stride) // 4 : self._stride // 4
             ]
             lengths = words.tolist()
+            if not count:  # the producer is ahead by less than a record of ours
+                self._committed(self._words[start // 4 : start // 4 + 1].tolist())
             count = self._committed(lengths)
             if not count:
                 return

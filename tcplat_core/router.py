@@ -32,6 +32,8 @@ class Router:
     switched_off: dict[str, str] = attrs.field(factory=dict)
     reader_gone: bool = False
     _waiting: list[Event] = attrs.field(factory=list, init=False)
+    _losses: list[tuple[int, Loss]] = attrs.field(factory=list, init=False)
+    """Youngest row that was here when a loss was noticed, and the loss."""
     _last_ns: int = attrs.field(default=0, init=False)
     _total: int = attrs.field(default=0, init=False)
 
@@ -59,8 +61,13 @@ class Router:
             ready, self._waiting = rows[:cut], rows[cut:]
         if self.limit:
             ready = ready[: self.limit - self._total]
-        if not ready or self.done:
-            return
+        if ready and not self.done:
+            self._deliver(ready)
+        oldest_ns = self._waiting[0].ts_ns if self._waiting else None
+        while self._losses and (oldest_ns is None or oldest_ns > self._losses[0][0]):
+            self._each("lost", self._losses.pop(0)[1])
+
+    def _deliver(self, ready: list[Event]) -> None:
         for row in ready:
             if row.ts_ns < self._last_ns:
                 self.late += 1
@@ -72,8 +79,11 @@ class Router:
         self._each("write", ready)
 
     def lost(self, loss: Loss) -> None:
-        """Say in the stream that events were lost here."""
-        self._each("lost", loss)
+        """Say in the stream that events were lost, behind the rows that are here already."""
+        if self._waiting:
+            self._losses.append((max(row.ts_ns for row in self._waiting), loss))
+        else:
+            self._each("lost", loss)
 
     def close(self, report: RunReport) -> None:
         """End every sink, those that were switched off before excepted."""

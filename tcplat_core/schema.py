@@ -69,6 +69,8 @@ def _escaped(char: str) -> str:
         return char
     if "\udc80" <= char <= "\udcff":
         return f"\\x{ord(char) - 0xDC00:02x}"
+    if "\x80" <= char <= "\xff":  # \x80 is the byte, \u0080 the character
+        return f"\\u{ord(char):04x}"
     return char.encode("unicode_escape").decode("ascii")
 
 

@@ -313,6 +313,7 @@ class Session:
             _drain_rest(runs, router)
             report = _report(runs, router, time.monotonic() - began)
         router.close(report)
+        # A sink may have failed in close(), too.
         return attrs.evolve(report, switched_off=dict(router.switched_off))
 
     def _ready(self) -> None:
@@ -451,7 +452,12 @@ def _report(runs: Sequence[ProbeRun], router: Router, duration_s: float) -> RunR
             silent=run.silent,
             deaf=run.deaf,
         )
-    return RunReport(probes=probes, duration_s=duration_s, late=router.late)
+    return RunReport(
+        probes=probes,
+        duration_s=duration_s,
+        late=router.late,
+        switched_off=dict(router.switched_off),
+    )
 
 
 @attrs.define(eq=False)

@@ -109,20 +109,7 @@ class Loader:
             for probe, choice in zip(self.request.probes, choices, strict=True)
         ]
         core = modules[0]
-        pids = self.request.filter.pids
-        if pids is not None:
-            for pid in pids:
-                bpf.map_update(self._shared["tcplat_pids"], _u32(pid), _u32(1))
-            self._core(core, "tcplat_on_exit", "sched:sched_process_exit")
-        if self._tracks:
-            self._core(core, "tcplat_on_state", "sock:inet_sock_set_state")
-            self._core(core, "tcplat_on_queue", "net:net_dev_queue")
-            for use in ("sock:sock_recv_length", "sock:sock_send_length"):
-                # Before 6.3 a connection's owner stays its listener's.
-                if self._host.fact(use, is_tracepoint=True):
-                    self._core(core, "tcplat_on_use", use)
-        if self.request.follow:
-            self._core(core, "tcplat_on_fork", "sched:sched_process_fork")
+        self._attach_core(core)
         for module, choice in zip(modules, choices, strict=True):
             for way in choice.taken.values():
                 for hook in way.hooks:
@@ -143,9 +130,7 @@ class Loader:
                 ring_fd=module.fd("events"),
                 books_fd=module.fd("books"),
                 taken={point: way.mechanism for point, way in choice.taken.items()},
-                programs=tuple(
-                    hook.program for way in choice.taken.values() for hook in way.hooks
-                ),
+                programs=tuple(hook.program for way in choice.taken.values() for hook in way.hooks),
                 missing=choice.missing,
                 interfaces=tuple(attached),
                 skipped=skipped,
@@ -156,6 +141,23 @@ class Loader:
         }
         handed = {fd for probe in probes.values() for fd in probe.fds}
         return Answer(probes=probes, holding=tuple(fd for fd in self._fds if fd not in handed))
+
+    def _attach_core(self, core: _Module) -> None:
+        """The core's own programs, but for the last one: they know first who is wanted."""
+        pids = self.request.filter.pids
+        if pids is not None:
+            for pid in pids:
+                bpf.map_update(self._shared["tcplat_pids"], _u32(pid), _u32(1))
+            self._core(core, "tcplat_on_exit", "sched:sched_process_exit")
+        if self._tracks:
+            self._core(core, "tcplat_on_state", "sock:inet_sock_set_state")
+            self._core(core, "tcplat_on_queue", "net:net_dev_queue")
+            for use in ("sock:sock_recv_length", "sock:sock_send_length"):
+                # Before 6.3 a connection's owner stays its listener's.
+                if self._host.fact(use, is_tracepoint=True):
+                    self._core(core, "tcplat_on_use", use)
+        if self.request.follow:
+            self._core(core, "tcplat_on_fork", "sched:sched_process_fork")
 
     def _open(self, probe: ProbeRequest, choice: Choice, room: int) -> _Module:
         """Compile a probe, or take it from the cache, and create its maps."""

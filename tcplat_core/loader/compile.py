@@ -228,13 +228,23 @@ def program_text(
         for name, value in {**defines, **probe.defines, **numbers, **chosen}.items()
     ]
     prelude = "".join(map(_header, ALWAYS))
-    body = _INCLUDE.sub(lambda found: "" if found[1] in ALWAYS else _header(found[1]), probe.source)
     name = f'#line 1 "{probe.name}.bpf.c"'
+
+    def pasted(found: re.Match[str]) -> str:
+        if found[1] in ALWAYS:
+            return ""
+        line = probe.source.count("\n", 0, found.end()) + 2
+        return f'{_header(found[1])}#line {line} "{probe.name}.bpf.c"'
+
+    body = _INCLUDE.sub(pasted, probe.source)
     return "\n".join([*head, probe.struct, prelude, name, body, _header("core.bpf.h")])
 
 
 def _header(name: str) -> str:
-    text = files("tcplat_core").joinpath("include", "tcplat", name).read_text()
+    try:
+        text = files("tcplat_core").joinpath("include", "tcplat", name).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise PluginError(f"there is no header <tcplat/{name}>") from error
     return f'#line 1 "tcplat/{name}"\n{text}\n'
 
 

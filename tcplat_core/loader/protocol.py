@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Mapping
 from typing import Any
@@ -159,6 +160,10 @@ def send_answer(to: socket.socket, answer: Answer | Refusal) -> None:
 def receive_answer(source: socket.socket) -> Answer | Refusal | None:
     """In the session. None where the loader died without an answer."""
     data, fds, _, _ = socket.recv_fds(source, 1 << 20, MAX_FDS)
+    for fd in fds:
+        # A program that a sink starts must not keep ours attached. (MSG_CMSG_CLOEXEC would
+        # do, but recv_fds() forgets the flags it is given, up to Python 3.13 at least.)
+        os.set_inheritable(fd, False)
     if not data:
         return None
     raw = msgpack.unpackb(data)
