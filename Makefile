@@ -7,7 +7,7 @@ TEST_PACKAGES := $(DEMO_PACKAGES) bpftool clang curl iproute2 nftables nginx-lig
 apt = dpkg -s $(1) >/dev/null 2>&1 || { apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1) >/dev/null; }
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-vm lint format bench clean
 
 demo: $(VENV)/demo
 	@$(call apt,$(DEMO_PACKAGES))
@@ -19,6 +19,12 @@ test: $(VENV)/dev
 	@mountpoint -q /sys/kernel/tracing || mount -t tracefs tracefs /sys/kernel/tracing
 	$(BIN)/pytest tests/unit plugins
 	TCPLAT_REQUIRE_ROOT=1 $(BIN)/pytest tests/live
+
+# The same traffic under Debian's 6.1 and 6.12, which have kprobes and fentry.
+test-vm: $(VENV)/dev
+	@$(call apt,$(TEST_PACKAGES))
+	$(BIN)/python tests/vm/run.py --install
+	$(BIN)/python tests/vm/matrix.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

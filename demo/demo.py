@@ -26,9 +26,9 @@ def main() -> int:
                         print("the service could not start: is port 9999 in use?", file=sys.stderr)
                         return 1
                     time.sleep(0.01)
-                run = [TCPLAT, "run", "--sink", "table", "-p", str(service.pid)]
+                run = [str(TCPLAT), "run", "--sink", "table", "-p", str(service.pid)]
                 probes = [word for probe in PROBES for word in ("--probe", probe)]
-                client = ["--", sys.executable, HERE / "client.py"]
+                client = ["--", sys.executable, str(HERE / "client.py")]
                 return subprocess.run([*run, *probes, *client], check=False).returncode
             finally:
                 service.terminate()

@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import attrs
+
 from tcplat_core.loader.btf import VMLINUX
 from tcplat_core.loader.compile import import_bcc, kernel_source
 from tcplat_core.loader.kheaders import cached_tree
@@ -72,8 +74,63 @@ def fill(program: int, repeat: int) -> None:
         raise OSError(ctypes.get_errno(), "BPF_PROG_TEST_RUN")
 
 
-def main() -> int:
-    """Print events per CPU second of each, and the ratio."""
+@attrs.define(eq=False)
+class Contest:
+    """One ring, filled by one program, drained by each in turn."""
+
+    module: Any
+    program: int
+    ring: Ring
+    decode: Callable[[Any, int], list[Event]]
+    count: int = 0
+
+    def idiom(self, _context: Any, data: Any, _size: int) -> None:
+        """Read fields as bcc's documentation has it."""
+        event = self.module[b"events"].event(data)
+        for field in FIELDS:
+            getattr(event, field)
+        self.count += 1
+
+    def tuned(self, _context: Any, data: Any, size: int) -> int:
+        """The least that a callback can do, and no exception behind it."""
+        ctypes.string_at(data, size)
+        self.count += 1
+        return 0
+
+    def by(self, callback: Callable[..., Any]) -> Callable[[], None]:
+        """Drain with bcc."""
+
+        def drain() -> None:
+            self.module.ring_buffer_consume()
+
+        self.module._ringbuf_manager = None  # a manager per callback
+        self.module[b"events"].open_ring_buffer(callback)
+        return drain
+
+    def to_records(self) -> None:
+        """Drain to tuples."""
+        for records in self.ring.drain():
+            self.count += len(records)
+
+    def to_rows(self) -> None:
+        """Drain to what sinks get."""
+        for records in self.ring.drain():
+            self.count += len(self.decode(records, 0))
+
+    def rate(self, drain: Callable[[], None]) -> float:
+        """Events per second of CPU."""
+        fill(self.program, PER_ROUND)
+        self.count = 0
+        began = time.process_time()
+        drain()
+        took = time.process_time() - began
+        if self.count != PER_ROUND:
+            raise SystemExit(f"{self.count} events came out, {PER_ROUND} went in")
+        return self.count / took
+
+
+def prepare() -> Contest:
+    """Compile the program that fills the ring."""
     bcc = import_bcc()
     record = Record(Event)
     with cached_tree(VMLINUX, ["sock"]) as tree, kernel_source(tree.folder):
@@ -81,68 +138,29 @@ def main() -> int:
     program = module.load_func(b"fill", bcc.BPF.XDP).fd
     spec = Plugins.load().probe("tcp_client")
     decode = record.decoder(spec.name, fired_by(spec), str)
-    counted = [0]
+    ring = Ring(module[b"events"].map_fd, RING_BYTES, record.layout)
+    return Contest(module, program, ring, decode)
 
-    def idiom(_context: Any, data: Any, _size: int) -> None:
-        event = module[b"events"].event(data)
-        for field in FIELDS:
-            getattr(event, field)
-        counted[0] += 1
 
-    def tuned(_context: Any, data: Any, size: int) -> int:
-        ctypes.string_at(data, size)
-        counted[0] += 1
-        return 0
-
-    def by_bcc() -> None:
-        module.ring_buffer_consume()
-
-    def to_records() -> None:
-        for records in ring.drain():
-            counted[0] += len(records)
-
-    def to_rows() -> None:
-        for records in ring.drain():
-            counted[0] += len(decode(records, 0))
-
-    results: dict[str, list[float]] = {
-        "bcc idiom": [],
-        "bcc tuned": [],
-        "tcplat records": [],
-        "tcplat rows": [],
+def main() -> None:
+    """Print events per CPU second of each, and the ratio."""
+    contest = prepare()
+    contestants: dict[str, Callable[[], Callable[[], None]]] = {
+        "bcc idiom": lambda: contest.by(contest.idiom),
+        "bcc tuned": lambda: contest.by(contest.tuned),
+        "tcplat records": lambda: contest.to_records,
+        "tcplat rows": lambda: contest.to_rows,
     }
-    events = module[b"events"]
-    ring = Ring(events.map_fd, RING_BYTES, record.layout)
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(ROUNDS):
-        for name, callback, drain in (
-            ("bcc idiom", idiom, by_bcc),
-            ("bcc tuned", tuned, by_bcc),
-            ("tcplat records", None, to_records),
-            ("tcplat rows", None, to_rows),
-        ):
-            if callback:
-                module._ringbuf_manager = None  # noqa: SLF001 - a manager per callback
-                events.open_ring_buffer(callback)
-            results[name].append(_rate(lambda: fill(program, PER_ROUND), drain, counted))
-    base = statistics.median(results["bcc idiom"])
+        for name, drain in contestants.items():
+            rates[name].append(contest.rate(drain()))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
     print(f"{'events drained per CPU second':32}{'median':>12}{'÷ bcc idiom':>14}")
-    for name, rates in results.items():
-        median = statistics.median(rates)
-        print(f"{name:32}{median:12,.0f}{median / base:14.1f}")
-    ring.close()
+    for name, median in medians.items():
+        print(f"{name:32}{median:12,.0f}{median / medians['bcc idiom']:14.1f}")
     sys.stdout.flush()
-    os._exit(0)
-
-
-def _rate(produce: Callable[[], None], drain: Callable[[], None], counted: list[int]) -> float:
-    produce()
-    counted[0] = 0
-    began = time.process_time()
-    drain()
-    took = time.process_time() - began
-    if counted[0] != PER_ROUND:
-        raise SystemExit(f"{counted[0]} events came out, {PER_ROUND} went in")
-    return counted[0] / took
+    os._exit(0)  # bcc's own clean-up is of no use here
 
 
 if __name__ == "__main__":

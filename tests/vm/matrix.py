@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""Runs the scripted traffic in each kernel with each mechanism, and prints the matrix.
+
+    python tests/vm/matrix.py [--kernel 6.1] [--timeout 1500]
+
+Exit status 0 when every cell is ok; what pytest says of the others stands above.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent.parent))
+
+from tests.vm.run import KERNELS, read_kernels  # noqa: E402 - wherever it is called from
+
+MECHANISMS = ("kprobe", "fentry")
+PROBES = ("tcp_client", "tcp_service", "xdp_port")
+VERSIONS = (4, 6)
+SLOW = 20
+"""How much slower than the machine a guest without KVM may be."""
+
+# Both mechanisms in one boot: starting Python and pytest takes longer than the tests.
+IN_THE_GUEST = """
+status=0
+for mechanism in {mechanisms}; do
+    TCPLAT_ATTACH=$mechanism TCPLAT_SLOW={slow} TCPLAT_REQUIRE_ROOT=1 \\
+        "$@" --junitxml="$TCPLAT_VM_OUT/$mechanism.xml" || status=1
+done
+exit $status
+"""
+
+
+def run(kernel: str, out: Path, timeout: float) -> int:
+    """Boot one kernel and test there; its results are in `out`/`kernel`."""
+    script = IN_THE_GUEST.format(mechanisms=" ".join(MECHANISMS), slow=SLOW)
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=900"]
+    harness = [sys.executable, str(HERE / "run.py"), "--kernel", kernel, "--out", str(out)]
+    command = ["sh", "-c", script, "sh", *pytest, "tests/live/test_matrix.py"]
+    call = [*harness, "--timeout", str(timeout), "--", *command]
+    return subprocess.run(call, check=False).returncode
+
+
+def cells(results: Path) -> dict[tuple[str, int], str]:
+    """(probe, IP version) -> ok, FAIL or skip, from pytest's XML; empty if there is none."""
+    if not results.exists():
+        return {}
+    found = {}
+    for case in ET.parse(results).iter("testcase"):  # noqa: S314 - our own file
+        name, _, version = case.attrib["name"].partition("[")
+        bad = any(case.find(kind) is not None for kind in ("failure", "error"))
+        verdict = "FAIL" if bad else "skip" if case.find("skipped") is not None else "ok"
+        found[name.removeprefix("test_"), int(version.rstrip("]"))] = verdict
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the matrix; 0 if every cell is ok."""
+    known = read_kernels(KERNELS.read_text())
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kernel", action="append", choices=known)
+    parser.add_argument("--timeout", type=float, default=1500)
+    options = parser.parse_args(arguments)
+    lines, bad = [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        for kernel in options.kernel or known:
+            status = run(kernel, Path(folder), options.timeout)
+            bad += status != 0
+            for mechanism in MECHANISMS:
+                found = cells(Path(folder) / kernel / f"{mechanism}.xml")
+                row = [found.get((p, v), "none") for p in PROBES for v in VERSIONS]
+                bad += sum(verdict != "ok" for verdict in row)
+                lines.append([kernel, mechanism, *row])
+    head = ["kernel", "mechanism", *(f"{p}/v{v}" for p in PROBES for v in VERSIONS)]
+    for line in (head, *lines):
+        print(
+            " ".join(word.ljust(max(9, len(name))) for word, name in zip(line, head, strict=True))
+        )
+    cells_ok = sum(verdict == "ok" for line in lines for verdict in line[2:])
+    print(f"{cells_ok} passed, {len(lines) * (len(head) - 2) - cells_ok} failed")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
