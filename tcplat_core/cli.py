@@ -314,8 +314,13 @@ def _ports(texts: Sequence[str]) -> tuple[int, ...]:
 def _pids(texts: Sequence[str]) -> tuple[int, ...]:
     pids = _numbers(texts, "-p", 1 << 22)
     for pid in pids:
-        if not Path(f"/proc/{pid}/fd").exists():
-            raise UsageError(f"there is no process {pid}")
+        try:
+            status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise UsageError(f"there is no process {pid}") from error
+        process = int(status.split("Tgid:")[1].split()[0])
+        if process != pid:
+            raise UsageError(f"{pid} is a thread of process {process}: -p {process}")
     if pids and os.readlink("/proc/self/ns/pid") != "pid:[4026531836]":
         raise CannotRunError(
             "-p means a process of the host, and this is a pid namespace of its own; "

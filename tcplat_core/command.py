@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -43,15 +44,20 @@ class Command:
         try:
             os.close(gate)
             if os.read(wait, 1) == b"!":
-                # Python ignores SIGPIPE, and an ignored signal stays so across exec.
+                # Python ignores these, and an ignored signal stays so across exec.
                 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
                 os.execv(path, list(arguments))
+        except OSError as error:
+            os.write(2, f"tcplat: cannot run {path}: {error.strerror}\n".encode())
+            os._exit(126)
         finally:
             os._exit(127)
 
     def go(self) -> None:
         """Let it run."""
-        os.write(self._gate, b"!")
+        with contextlib.suppress(BrokenPipeError):  # somebody has killed it
+            os.write(self._gate, b"!")
         os.close(self._gate)
         self._gate = -1
 

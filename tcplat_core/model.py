@@ -71,7 +71,7 @@ class Sink(Protocol):
         """Events were lost at this place in the stream."""
 
     def close(self, report: RunReport) -> None:
-        """The run is over. Called once, also after a failing write."""
+        """The run is over. Called once; not where a method has failed before."""
 
 
 @attrs.frozen(kw_only=True)
@@ -220,6 +220,8 @@ def parse_choice(text: str) -> tuple[str, dict[str, str]]:
         key, equals, value = item.partition("=")
         if not equals:
             raise UsageError(f"{text!r}: {item!r} is not of the form key=value")
+        if key in given:
+            raise UsageError(f"{text!r}: {key}= is given twice")
         given[key] = value
     return name, given
 

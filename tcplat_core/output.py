@@ -44,8 +44,13 @@ class Output:
         if path is None:
             return cls(sys.stdout.fileno(), stopping)
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            # Without O_NONBLOCK a FIFO that nobody reads would keep us here, deaf to Ctrl-C.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK
+            fd = os.open(path, flags, 0o644)
+            os.set_blocking(fd, True)
         except OSError as error:
+            if error.errno == errno.ENXIO:
+                raise UsageError(f"nobody reads the pipe {path}: start its reader first") from error
             raise UsageError(f"cannot write {path}: {error.strerror}; name another path") from error
         output = cls(fd, stopping)
         output._owned = True

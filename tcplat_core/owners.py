@@ -166,7 +166,7 @@ def setns(fd: int) -> None:
     # os.setns() came with Python 3.12.
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.setns(fd, _CLONE_NEWNET):
-        raise OSError(ctypes.get_errno(), "setns")
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _dump() -> Iterator[_Diag]:

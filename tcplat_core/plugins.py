@@ -66,8 +66,10 @@ class Plugins:
                     f"{found.kind} {name} (from {found.distribution}) is broken: {found.summary}"
                 )
         choice = ", ".join(sorted(have)) or "none"
+        broken = ", ".join(found.name for found in self.found if found.status != "ok")
+        besides = f", and of what is broken: {broken}" if broken else ""
         raise PluginError(
-            f"there is no {kind} named {name!r}; there is {choice} (tcplat plugins list)"
+            f"there is no {kind} named {name!r}; there is {choice}{besides} (tcplat plugins list)"
         )
 
     def _load_one(self, entry: importlib.metadata.EntryPoint) -> None:

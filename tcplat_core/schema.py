@@ -184,7 +184,9 @@ class Moment:
         return errno.errorcode.get(self.err, f"errno {self.err}")
 
 
-_STATE = TCP_STATES.__getitem__
+def state_name(number: int) -> str | None:
+    """The name of a TCP state; one that this kernel has and we do not know by its number."""
+    return TCP_STATES[number] if number < len(TCP_STATES) else f"state {number}"
 
 
 class Event(msgspec.Struct, gc=False):
@@ -207,8 +209,8 @@ class Event(msgspec.Struct, gc=False):
     sport: Annotated[int | None, Wire("u16", "local port; null before it is chosen", nullable=True)]
     daddr: Annotated[str, Wire("u8[16]", "remote address; in packets the destination", to=address)]
     dport: Annotated[int | None, Wire("u16", "remote port", nullable=True)]
-    state: Annotated[str | None, Wire("u8", "TCP state after the event", to=_STATE)]
-    old_state: Annotated[str | None, Wire("u8", "TCP state before a state change", to=_STATE)]
+    state: Annotated[str | None, Wire("u8", "TCP state after the event", to=state_name)]
+    old_state: Annotated[str | None, Wire("u8", "TCP state before a state change", to=state_name)]
     desc: Annotated[str, Made("desc", "the same in plain words")]
     seq: Annotated[
         int | None, Wire("u32", "first TCP sequence number of the bytes concerned", has=True)
@@ -353,8 +355,8 @@ def _describe(
     hook, state, old_state, err, empty, raw = key
     moment = Moment(
         hooks[hook].point,
-        TCP_STATES[state],
-        TCP_STATES[old_state],
+        state_name(state),
+        state_name(old_state),
         err,
         empty,
         None if raw is None else flags(raw),

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import platform
 import re
-from collections.abc import Iterator
 
 from tcplat_core import netdev
 from tcplat_core.errors import CannotRunError, UsageError
@@ -91,7 +89,9 @@ def attach(program: int, interface: Interface, mode: str, probe: str) -> Attache
             link = bpf.attach_xdp(program, interface.index, _FLAGS[candidate])
         except OSError as error:
             if error.errno in (errno.EBUSY, errno.EEXIST):
-                raise CannotRunError(f"probe {probe} cannot listen on {_taken(interface)}") from error
+                raise CannotRunError(
+                    f"probe {probe} cannot listen on {_taken(interface)}"
+                ) from error
             refusals.append(f"{candidate} XDP: {error.strerror}")
         else:
             return Attached(

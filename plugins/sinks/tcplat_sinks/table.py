@@ -40,13 +40,13 @@ COLUMNS = (
     Column("DPORT", lambda row: _text(row.dport), 5),
     Column("TIMESTAMP(us)", lambda row: str(row.ts_ns // 1000), 13),
     # The name after the colon says it all; the event keeps the tracepoint's group.
-    Column("FUNC", lambda row: row.func.rpartition(":")[2], 19, 12),
+    Column("FUNC", lambda row: row.func.rpartition(":")[2], 19, 11),
     Column("TCP_STATE", lambda row: _text(row.state), 15),
     Column("TCP_DESCRIPTION", lambda row: row.desc, 15, 8),
     Column(
         "TCP_CONNECT_TIME(us)",
         lambda row: "" if row.connect_us is None else f"{row.connect_us:.0f}",
-        0,
+        4,
     ),
 )
 _SHRINK = ("TCP_DESCRIPTION", "FUNC", "COMM", "SADDR", "DADDR")
@@ -59,7 +59,8 @@ class Table:
 
     Args:
         output: Where to.
-        limit: Columns of the terminal, 0 for no limit. Numbers are never cut.
+        limit: Columns of the terminal, 0 for no limit. Texts give way to it; a
+            number that does not fit is left out whole.
     """
 
     output: Output
@@ -69,19 +70,25 @@ class Table:
 
     def write(self, batch: Sequence[Event]) -> None:
         """One line per row; the head again where a column had to grow."""
+        if not batch:
+            return
         cells = [[column.value(row) for column in COLUMNS] for row in batch]
         lines = []
         needed = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        needed[-1] = 0  # nothing comes after the last column
+        if not self.limit:
+            needed[-1] = 0  # nothing comes after the last column, and nothing has to fit
         if any(need > width for need, width in zip(needed, self._widths, strict=True)):
             self._widths = list(map(max, needed, self._widths))
             self._headed = False
         widths = self._fitted()
         if not self._headed:
-            lines.append(self._line([column.head for column in COLUMNS], widths))
+            heads = [
+                _cut(column.head, width) for column, width in zip(COLUMNS, widths, strict=True)
+            ]
+            lines.append(self._line([*heads[:-1], self._last_head(widths)], widths))
             self._headed = True
         lines += [self._line(row, widths) for row in cells]
-        self.output.write("".join(lines).encode())
+        self.output.write("".join(f"{line}\n" for line in lines).encode())
 
     def lost(self, loss: Loss) -> None:
         """A line at the place of the gap."""
@@ -96,8 +103,7 @@ class Table:
         if not self.limit:
             return self._widths
         widths = list(self._widths)
-        # The longest connect time that is common, four digits, has to fit as well.
-        over = sum(widths) + len(widths) + 3 - self.limit
+        over = sum(widths) + len(widths) - 1 - self.limit
         for head in _SHRINK:
             index = next(i for i, column in enumerate(COLUMNS) if column.head == head)
             give = max(0, min(over, widths[index] - COLUMNS[index].least))
@@ -105,13 +111,23 @@ class Table:
             over -= give
         return widths
 
+    def _last_head(self, widths: Sequence[int]) -> str:
+        head = COLUMNS[-1].head
+        return (
+            head[: max(0, self.limit - sum(widths[:-1]) - len(widths) + 1)] if self.limit else head
+        )
+
     def _line(self, cells: Sequence[str], widths: Sequence[int]) -> str:
-        padded = [
-            _cut(cell, width).ljust(width)
-            for cell, width in zip(cells[:-1], widths[:-1], strict=True)
-        ]
-        line = " ".join([*padded, cells[-1]]).rstrip()
-        return f"{line[: self.limit] if self.limit else line}\n"
+        line = ""
+        for cell, width in zip(cells, widths, strict=True):
+            # The last one is as long as it is; its head is only a text.
+            shown = _cut(cell, width) if cell is not cells[-1] else cell
+            longer = f"{line} {shown}" if line else shown
+            # Half a number would be a wrong one: a column is there, or it is not.
+            if self.limit and len(longer.rstrip()) > self.limit:
+                break
+            line = longer.ljust(len(line) + bool(line) + width)
+        return line.rstrip()
 
 
 def _cut(cell: str, width: int) -> str:

@@ -1,0 +1,102 @@
+"""JSON lines: rows, losses in their place, and the books at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from tcplat_sinks.jsonl import Jsonl
+
+from tcplat_core import Event, Loss, Output, RunReport, TcplatError
+from tcplat_core.model import HookReport, ProbeReport
+from tcplat_core.testing import make_event
+
+REPORT = RunReport(
+    probes={"tcp_client": ProbeReport(hooks=(HookReport("send", "f", "kprobe", 3, 1, 2),))},
+    duration_s=1.5,
+    switched_off={"table": "disk full"},
+)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "out.jsonl"
+
+
+@pytest.fixture
+def sink(path: Path) -> Jsonl:
+    return Jsonl(Output.open(str(path), lambda: True))
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8")
+    assert text == "" or text.endswith("\n")
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def test_each_row_is_a_line_with_all_its_fields(sink: Jsonl, path: Path) -> None:
+    rows = [make_event(ts_ns=1), make_event(ts_ns=2, pid=None, comm=None, connect_us=0.5)]
+    sink.write(rows)
+    assert lines(path) == [msgspec.structs.asdict(row) for row in rows]
+
+
+def test_a_line_is_there_when_write_returns(sink: Jsonl, path: Path) -> None:
+    for count in range(1, 4):
+        sink.write([make_event()])
+        assert len(lines(path)) == count
+
+
+def test_no_text_can_break_a_line(sink: Jsonl, path: Path) -> None:
+    nasty = 'a"b\\c\n\r\u2028\x00\x1b{"v":1}'
+    sink.write([make_event(comm=nasty, desc=nasty)])
+    (line,) = lines(path)
+    assert line["comm"] == line["desc"] == nasty
+
+
+def test_a_loss_stands_in_its_place(sink: Jsonl, path: Path) -> None:
+    sink.write([make_event(ts_ns=1)])
+    sink.lost(Loss("tcp_client", "send", 3))
+    sink.write([make_event(ts_ns=2)])
+    before, loss, after = lines(path)
+    assert (before["ts_ns"], after["ts_ns"]) == (1, 2)
+    assert loss == {"v": 1, "lost": {"probe": "tcp_client", "point": "send", "count": 3}}
+
+
+def test_the_last_line_holds_the_books(sink: Jsonl, path: Path) -> None:
+    sink.write([make_event()])
+    sink.close(REPORT)
+    *_, last = lines(path)
+    assert last == {"v": 1, "report": json.loads(json.dumps(REPORT.as_json()))}
+    assert last["report"]["delivered"] == 2
+    assert last["report"]["dropped"] == 1
+    assert last["report"]["switched_off"] == {"table": "disk full"}
+
+
+def test_lines_can_be_told_apart_by_their_keys(sink: Jsonl, path: Path) -> None:
+    sink.write([make_event()])
+    sink.lost(Loss("tcp_client", "send", 1))
+    sink.close(REPORT)
+    row, loss, report = lines(path)
+    assert [line["v"] for line in (row, loss, report)] == [1, 1, 1]
+    assert "ts_ns" in row
+    assert "lost" in loss.keys() - row.keys()
+    assert "report" in report.keys() - row.keys()
+
+
+def test_a_third_partys_fields_follow_ours(sink: Jsonl, path: Path) -> None:
+    class Retransmit(Event):
+        tries: int
+
+    sink.write([make_event(Retransmit, tries=3)])
+    (line,) = lines(path)
+    assert list(line) == [*Event.__struct_fields__, "tries"]
+    assert line["tries"] == 3
+
+
+def test_a_full_disk_is_an_error_that_says_so() -> None:
+    sink = Jsonl(Output.open("/dev/full", lambda: True))
+    with pytest.raises(TcplatError, match="No space left on device"):
+        sink.write([make_event()])

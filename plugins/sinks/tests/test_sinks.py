@@ -1,0 +1,166 @@
+"""What every sink that comes with tcplat must do."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import attrs
+import pytest
+
+from tcplat_core import Loss, ReaderGoneError, RunInfo, RunReport, Sink, SinkSpec
+from tcplat_core.plugins import Plugins
+from tcplat_core.testing import make_event
+
+PLUGINS = Plugins.load()
+OURS = [
+    PLUGINS.sink(found.name)
+    for found in PLUGINS.found
+    if found.kind == "sink" and found.distribution == "tcplat"
+]
+RUN = RunInfo(("tcp_client",))
+REPORT = RunReport(probes={}, duration_s=1.5)
+CONNECTION = [
+    make_event(ts_ns=1_000, point="connect", state="TCP_SYN_SENT", sport=None),
+    make_event(ts_ns=2_000, point="state", state="TCP_ESTABLISHED", connect_us=58.4),
+    make_event(ts_ns=3_000, point="send", bytes=100),
+    make_event(ts_ns=4_000, point="recv", bytes=0, ip=6, saddr="2001:db8::1", daddr="::1"),
+    make_event(ts_ns=5_000, point="close", state="TCP_CLOSE", pid=None, tid=None, comm=None),
+]
+
+every_sink = pytest.mark.parametrize("spec", OURS, ids=lambda spec: spec.name)
+
+
+@attrs.define
+class Stdout:
+    """Standard output is a pipe."""
+
+    reader: int
+    file: TextIO
+
+    def make(self, spec: SinkSpec, **given: Any) -> Sink:
+        """A sink that writes to it, or wherever `given` says."""
+        options = {**{option.name: option.default for option in spec.options}, **given}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdout", self.file)
+            return spec.factory(options, RUN)
+
+    def written(self) -> bytes:
+        """What has come since this was asked last."""
+        try:
+            return os.read(self.reader, 1 << 16)
+        except BlockingIOError:
+            return b""
+
+
+@pytest.fixture
+def stdout() -> Iterator[Stdout]:
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    with os.fdopen(writer, "w") as file:
+        yield Stdout(reader, file)
+    os.close(reader)
+
+
+def test_there_are_sinks_to_test() -> None:
+    assert {"table", "jsonl"} <= {spec.name for spec in OURS}
+
+
+@every_sink
+def test_a_run_ends_up_on_standard_output(spec: SinkSpec, stdout: Stdout) -> None:
+    sink = stdout.make(spec)
+    sink.write(CONNECTION[:2])
+    sink.write(CONNECTION[2:])
+    sink.close(REPORT)
+    assert stdout.written() != b""
+
+
+@every_sink
+def test_a_run_without_rows_is_no_error(spec: SinkSpec, stdout: Stdout) -> None:
+    stdout.make(spec).close(REPORT)
+
+
+@every_sink
+def test_an_empty_batch_writes_nothing(spec: SinkSpec, stdout: Stdout) -> None:
+    sink = stdout.make(spec)
+    sink.write([])
+    assert stdout.written() == b""
+
+
+@every_sink
+def test_a_loss_is_no_error_at_any_time(spec: SinkSpec, stdout: Stdout) -> None:
+    sink = stdout.make(spec)
+    sink.lost(Loss("tcp_client", "send", 3))
+    sink.write(CONNECTION)
+    sink.lost(Loss("tcp_client", "send", 1))
+    sink.close(REPORT)
+
+
+@every_sink
+def test_a_reader_that_is_gone_is_told_as_such(spec: SinkSpec, stdout: Stdout) -> None:
+    """At the first write; where a sink writes at the end only, in close()."""
+    sink = stdout.make(spec)
+    with Path(os.devnull).open() as other:
+        os.dup2(other.fileno(), stdout.reader)  # the pipe has no reader any more
+    with pytest.raises(ReaderGoneError):
+        _write_and_close(sink)
+
+
+def _write_and_close(sink: Sink) -> None:
+    sink.write(CONNECTION)
+    sink.close(REPORT)
+
+
+@every_sink
+def test_names_of_processes_cannot_write_to_the_terminal(spec: SinkSpec, stdout: Stdout) -> None:
+    """Rows carry escaped names; no sink may undo that."""
+    sink = stdout.make(spec)
+    sink.write([make_event(comm=r"\x1b]0;x\x07", desc=r"\x1b[2J")])
+    sink.close(REPORT)
+    assert not set(stdout.written()) & (set(range(32)) - set(b"\n") | {127}) or spec.name in BINARY
+
+
+BINARY = {"msgpack"}
+"""Sinks whose output is not for terminals."""
+
+
+@every_sink
+def test_a_path_takes_the_place_of_standard_output(
+    spec: SinkSpec, stdout: Stdout, tmp_path: Path
+) -> None:
+    if "path" not in [option.name for option in spec.options]:
+        pytest.skip(f"{spec.name} has no option path")
+    path = tmp_path / "out"
+    sink = stdout.make(spec, path=str(path))
+    sink.write(CONNECTION)
+    before = path.read_bytes()
+    sink.close(REPORT)
+    assert path.read_bytes().startswith(before)
+    assert path.read_bytes() != b""
+    assert stdout.written() == b""
+
+
+@every_sink
+def test_a_sink_holds_no_file_open_after_its_end(
+    spec: SinkSpec, stdout: Stdout, tmp_path: Path
+) -> None:
+    if "path" not in [option.name for option in spec.options]:
+        pytest.skip(f"{spec.name} has no option path")
+    before = os.listdir("/proc/self/fd")
+    sink = stdout.make(spec, path=str(tmp_path / "out"))
+    sink.write(CONNECTION)
+    sink.close(REPORT)
+    assert sorted(os.listdir("/proc/self/fd")) == sorted(before)
+    assert stdout.written() == b""
+
+
+@every_sink
+def test_a_sink_and_its_options_are_in_the_readme(spec: SinkSpec) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (line,) = (line for line in readme.splitlines() if line.startswith(f"| `{spec.name}` |"))
+    assert all(f"`{option.name}`" in line for option in spec.options)
+    assert all(option.help for option in spec.options)
+    assert spec.summary

@@ -1,0 +1,280 @@
+"""The table: columns that line up, numbers that are whole, and nothing that a terminal obeys."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import re
+import struct
+import termios
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tcplat_sinks.table import Table
+
+from tcplat_core import Event, Loss, Output, RunInfo, RunReport, UsageError
+from tcplat_core.model import read_options
+from tcplat_core.plugins import Plugins
+from tcplat_core.schema import text
+from tcplat_core.testing import make_event
+
+HEADS = [
+    *("PID", "COMM", "IP", "SADDR", "SPORT", "DADDR", "DPORT", "TIMESTAMP(us)", "FUNC"),
+    *("TCP_STATE", "TCP_DESCRIPTION", "TCP_CONNECT_TIME(us)"),
+]
+V6 = {"ip": 6, "saddr": "2001:db8:1234:5678:9abc:def0:1234:5678", "daddr": "fe80::1ff:fe23:4567"}
+REPORT = RunReport(probes={}, duration_s=1)
+
+Write = Callable[..., list[str]]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write batches to a table of so many columns; the lines that come of it."""
+
+    def call(*batches: Sequence[Event], width: int = 0) -> list[str]:
+        path = tmp_path / "table"
+        table = Table(Output.open(str(path), lambda: True), width)
+        for batch in batches:
+            table.write(batch)
+        table.close(REPORT)
+        return path.read_text(encoding="utf-8").splitlines()
+
+    return call
+
+
+def cells(head: str, line: str) -> dict[str, str]:
+    """A line cut at where the heads begin; the last of them may not have had any room."""
+    at = [found.start() for found in re.finditer(r"\S+", head)]
+    at += [len(line) + 1] * (len(HEADS) + 1 - len(at))
+    return {name: line[at[i] : at[i + 1]].strip() for i, name in enumerate(HEADS)}
+
+
+# --- columns
+
+
+def test_columns_stand_in_this_order_and_by_these_names(write: Write) -> None:
+    head, _ = write([make_event()])
+    assert head.split() == HEADS
+
+
+def test_each_value_stands_under_its_name(write: Write) -> None:
+    head, line = write([make_event(ts_ns=1_234_567_890, connect_us=207.4)])
+    assert cells(head, line) == {
+        "PID": "4711",
+        "COMM": "curl",
+        "IP": "4",
+        "SADDR": "127.0.0.1",
+        "SPORT": "40000",
+        "DADDR": "127.0.0.1",
+        "DPORT": "9999",
+        "TIMESTAMP(us)": "1234567",
+        "FUNC": "tcp_sendmsg",
+        "TCP_STATE": "TCP_ESTABLISHED",
+        "TCP_DESCRIPTION": "message sent",
+        "TCP_CONNECT_TIME(us)": "207",
+    }
+
+
+def test_what_nobody_knows_is_a_dash(write: Write) -> None:
+    row = make_event(pid=None, comm=None, ip=None, sport=None, dport=None, state=None)
+    head, line = write([row])
+    shown = cells(head, line)
+    assert {name for name, cell in shown.items() if cell == "-"} == {
+        "PID",
+        "COMM",
+        "IP",
+        "SPORT",
+        "DPORT",
+        "TCP_STATE",
+    }
+    assert "None" not in line
+
+
+def test_a_tracepoint_is_shown_without_its_group(write: Write) -> None:
+    head, line = write([make_event(func="sock:inet_sock_set_state")])
+    assert cells(head, line)["FUNC"] == "inet_sock_set_state"
+
+
+def test_a_connect_time_is_shown_only_where_there_is_one(write: Write) -> None:
+    head, without, with_ = write([make_event(), make_event(connect_us=0.4)])
+    assert cells(head, without)["TCP_CONNECT_TIME(us)"] == ""
+    assert cells(head, with_)["TCP_CONNECT_TIME(us)"] == "0"
+    assert without == without.rstrip()
+
+
+def test_ipv6_lines_up(write: Write) -> None:
+    head, four, six = write([make_event(), make_event(**V6)])
+    assert cells(head, six)["SADDR"] == V6["saddr"]
+    assert cells(head, six)["DADDR"] == V6["daddr"]
+    assert cells(head, four)["SADDR"] == "127.0.0.1"
+    assert cells(head, six)["TCP_STATE"] == cells(head, four)["TCP_STATE"] == "TCP_ESTABLISHED"
+
+
+# --- the head
+
+
+def test_the_head_comes_once(write: Write) -> None:
+    lines = write([make_event()], [make_event()] * 3, [make_event()])
+    assert [line.startswith("PID") for line in lines] == [True, *[False] * 5]
+
+
+def test_the_head_comes_again_when_a_column_grows(write: Write) -> None:
+    lines = write([make_event()], [make_event(**V6)], [make_event()], [make_event(**V6)])
+    heads = [at for at, line in enumerate(lines) if line.startswith("PID")]
+    assert heads == [0, 2]
+    assert cells(lines[2], lines[4])["DADDR"] == "127.0.0.1"
+
+
+def test_no_rows_no_head(write: Write) -> None:
+    assert write() == []
+
+
+# --- the width
+
+
+def rows_of_all_kinds(count: int) -> Iterator[Event]:
+    chance = random.Random(20_240_503)  # noqa: S311 - reproducible on purpose
+    for _ in range(count):
+        extra: dict[str, Any] = V6 if chance.random() < 0.3 else {}
+        yield make_event(
+            pid=chance.choice((None, 1, 99_999, 4_194_304)),
+            comm=chance.choice((None, "sh", "a name of 15 b", r"\xff" * 15)),
+            ts_ns=chance.randrange(1 << 53),
+            func=chance.choice(("tcp_sendmsg", "sock:inet_sock_set_state", "xdp")),
+            state=chance.choice((None, "TCP_ESTABLISHED", "TCP_NEW_SYN_RECV")),
+            desc=chance.choice(("", "message sent", "something long enough to be cut")),
+            connect_us=chance.choice((None, 0.1, 9_999.4)),
+            **extra,
+        )
+
+
+@pytest.mark.parametrize("width", [40, 80, 100, 120, 160, 200])
+def test_no_line_is_wider_than_the_terminal(write: Write, width: int) -> None:
+    lines = write(*([row] for row in rows_of_all_kinds(300)), width=width)
+    assert max(map(len, lines)) <= width
+    assert len(lines) > 300
+
+
+def test_without_a_limit_nothing_is_cut(write: Write) -> None:
+    rows = list(rows_of_all_kinds(300))
+    lines = write(rows)
+    assert "…" not in "".join(lines)
+    for row, line in zip(rows, lines[1:], strict=True):
+        assert row.desc in line
+        assert row.saddr in line
+
+
+NUMBERS = ("PID", "IP", "SPORT", "DPORT", "TIMESTAMP(us)")
+
+
+def numbers_of(row: Event) -> list[str]:
+    shown = (row.pid, row.ip, row.sport, row.dport, row.ts_ns // 1000)
+    return ["-" if number is None else str(number) for number in shown]
+
+
+@pytest.mark.parametrize("width", [120, 160])
+def test_numbers_are_never_cut(write: Write, width: int) -> None:
+    rows = list(rows_of_all_kinds(300))
+    head, *lines = write(rows, width=width)
+    for row, line in zip(rows, lines, strict=True):
+        shown = cells(head, line)
+        assert [shown[name] for name in NUMBERS] == numbers_of(row)
+
+
+@pytest.mark.parametrize("width", [120, 130])
+@pytest.mark.parametrize("connect_us", [14_000, 3_000_000, 127_000_000])
+def test_a_connect_time_is_never_cut(write: Write, width: int, connect_us: int) -> None:
+    """A SYN that has to be sent again makes it long."""
+    rows = [
+        make_event(**V6, comm="a name of 15 b", func="sock:inet_sock_set_state"),
+        make_event(connect_us=connect_us),
+    ]
+    _, _, line = write(rows, width=width)
+    assert line.split()[-1] == str(connect_us)
+
+
+def test_on_a_narrow_terminal_a_number_is_whole_or_not_there(write: Write) -> None:
+    for width in range(20, 100):
+        _, line = write([make_event(ts_ns=1_234_567_890_123_000)], width=width)
+        numbers = [word for word in line.split() if word.isdigit()]
+        whole = ["4711", "4", "40000", "9999", "1234567890123"]
+        assert numbers == whole[: len(numbers)], width
+
+
+def test_what_is_cut_keeps_its_beginning_and_its_end(write: Write) -> None:
+    head, line = write([make_event(**V6, comm="a_name_of_15_by")], width=120)
+    shown = cells(head, line)
+    assert shown["SADDR"].startswith("2001:db")
+    assert shown["SADDR"].endswith(":5678")
+    assert "…" in shown["SADDR"]
+
+
+# --- safety
+
+
+def test_no_control_byte_of_a_name_reaches_the_terminal(write: Write) -> None:
+    rows = [make_event(comm=text(bytes([number, 65, number]))) for number in range(1, 256)]
+    lines = write(rows)
+    assert len(lines) == 256
+    assert all(line.isprintable() for line in lines)
+
+
+# --- losses
+
+
+def test_a_loss_is_a_line_of_its_own(tmp_path: Path) -> None:
+    table = Table(Output.open(str(tmp_path / "table"), lambda: True), 0)
+    table.write([make_event()])
+    table.lost(Loss("tcp_client", "send", 3))
+    table.write([make_event()])
+    table.close(REPORT)
+    lines = (tmp_path / "table").read_text().splitlines()
+    assert lines[2] == "-- 3 events lost here (tcp_client, send) --"
+    assert len(lines) == 4
+
+
+# --- options
+
+
+def factory_width(given: dict[str, str], tmp_path: Path) -> int:
+    spec = Plugins.load().sink("table")
+    options = read_options("sink table", spec.options, {**given, "path": str(tmp_path / "out")})
+    sink = spec.factory(options, RunInfo(()))
+    assert isinstance(sink, Table)
+    sink.close(REPORT)
+    return sink.limit
+
+
+def test_the_width_is_what_is_asked_for_or_the_terminals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert factory_width({"width": "99"}, tmp_path) == 99
+    assert factory_width({}, tmp_path) == 0  # a file has no width
+    monkeypatch.setenv("COLUMNS", "77")
+    assert factory_width({}, tmp_path) == 77
+    assert factory_width({"width": "0"}, tmp_path) == 0
+
+
+@pytest.mark.parametrize("width", ["-1", "wide", ""])
+def test_a_width_that_is_none_is_refused(tmp_path: Path, width: str) -> None:
+    with pytest.raises(UsageError, match="sink table: option width="):
+        factory_width({"width": width}, tmp_path)
+
+
+def test_the_width_of_a_terminal_is_asked_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    main, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 101, 0, 0))
+    spec = Plugins.load().sink("table")
+    options = read_options("sink table", spec.options, {"path": os.ttyname(terminal)})
+    sink = spec.factory(options, RunInfo(()))
+    assert isinstance(sink, Table)
+    assert sink.limit == 101
+    sink.close(REPORT)
+    os.close(main)
+    os.close(terminal)

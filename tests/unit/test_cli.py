@@ -1,0 +1,437 @@
+"""What a user types, what it answers, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import cast
+
+import pytest
+from click.testing import CliRunner
+
+from tcplat_core import privileges
+from tcplat_core.cli import cli
+from tcplat_core.cli import main as cli_main
+from tcplat_core.filters import Filter
+from tcplat_core.plugins import Plugins
+from tcplat_core.session import LoaderProcess, Signals
+from tcplat_core.testing import FakeLoader, FakeProbe
+
+ROOT = os.geteuid() == 0
+UNPRIVILEGED = ("setpriv", "--bounding-set=-all") if ROOT else ()
+"""The same user without any capability; root's files stay readable."""
+
+Tcplat = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def tcplat(tmp_path: Path) -> Tcplat:
+    """The whole program, in a process of its own that may do nothing special."""
+    if ROOT and not shutil.which("setpriv"):
+        pytest.skip("util-linux's setpriv is not installed")
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*UNPRIVILEGED, sys.executable, "-I", "-m", "tcplat_core", *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            cwd=tmp_path,
+            text=True,
+            check=False,
+            timeout=30,
+        )
+
+    return call
+
+
+Capture = pytest.CaptureFixture[str]
+
+
+def one_sentence(out: str, err: str) -> str:
+    """What a user gets who made a mistake: nothing on stdout, one line on stderr."""
+    assert out == ""
+    assert re.fullmatch(r"tcplat: [^\n]+\n", err), err
+    return err.removeprefix("tcplat: ").rstrip()
+
+
+@pytest.fixture
+def probe() -> Iterator[FakeProbe]:
+    """The probe tcp_client, whose handlers the test plays."""
+    played = FakeProbe(Plugins.load().probe("tcp_client"))
+    yield played
+    played.close()
+
+
+@pytest.fixture
+def loader(probe: FakeProbe) -> FakeLoader:
+    return FakeLoader([probe])
+
+
+@pytest.fixture
+def here(loader: FakeLoader, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The program in this process, on a kernel side that is played; its exit code."""
+    monkeypatch.setattr(LoaderProcess, "start", lambda: loader)
+    monkeypatch.setattr(Signals, "install", lambda _: None)
+    monkeypatch.setattr(privileges, "drop", lambda: None)
+
+    def call(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["tcplat", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli_main()
+        return cast("int", end.value.code)
+
+    return call
+
+
+# --- 2: usage
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("walk", "No such command 'walk'"),
+        ("run", "Missing option '--probe'"),
+        ("run --probe tcp_client:x", "'tcp_client:x': 'x' is not of the form key=value"),
+        ("run --probe tcp_client:x=1", "probe tcp_client has no option 'x'"),
+        ("run --probe tcp_client --sink table:hight=1", "sink table has no option 'hight'"),
+        ("run --probe tcp_client --sink table:width=x", "sink table: option width='x': invalid"),
+        ("run --probe tcp_client --sink table:width=-1", "option width='-1': it must be 0"),
+        ("run --probe tcp_client --probe tcp_client", "--probe tcp_client is given twice"),
+        ("run --probe tcp_client --sink table --sink table", "--sink table is given twice"),
+        ("run --probe tcp_client --sink jsonl:path=no/where", "cannot write no/where: No such"),
+        ("run --probe tcp_client --sink jsonl:path=/", "cannot write /: Is a directory"),
+        ("run --probe tcp_client -p me", "-p 'me' is not a number"),
+        ("run --probe tcp_client -p -1", "-p '-1' is not a number"),
+        ("run --probe tcp_client -p ¹", "-p '¹' is not a number"),
+        ("run --probe tcp_client -p 1,", "-p '' is not a number"),
+        ("run --probe tcp_client -p 4194304", "there is no process 4194304"),
+        ("run --probe tcp_client --comm sixteen_letters_", "the kernel keeps 15 bytes of a name"),
+        ("run --probe tcp_client --comm a*b", "a * may stand at the end only"),
+        ("run --probe tcp_client --port 0", "port '0' is not a number from 1 to 65535"),
+        ("run --probe tcp_client --lport 80,65536", "port '65536' is not a number"),
+        ("run --probe tcp_client --rport http", "port 'http' is not a number"),
+        ("run --probe tcp_client --addr 10.0.0.0/33", "--addr '10.0.0.0/33' is no address"),
+        ("run --probe tcp_client --addr localhost", "--addr 'localhost' is no address"),
+        ("run --probe tcp_client --netns no-such", "there is no network namespace 'no-such'"),
+        ("run --probe tcp_client --cgroup /etc", "/etc is no folder below a cgroup2 mount"),
+        ("run --probe tcp_client --attach uprobe", "Invalid value for '--attach'"),
+        ("run --probe tcp_client --duration 0", "'0' is not a time; write 5, 500ms"),
+        ("run --probe tcp_client --duration 5d", "'5d' is not a time"),
+        ("run --probe tcp_client --count 0", "Invalid value for '-n' / '--count'"),
+        ("run --probe tcp_client --ring-size 5000", "'5000' is not a power of two"),
+        ("run --probe tcp_client --ring-size 2K", "'2K' is not a power of two from 4K to 1G"),
+        ("run --probe tcp_client --ring-size 2G", "'2G' is not a power of two"),
+        ("run --probe tcp_client --ring-size 0", "'0' is not a power of two"),
+        ("run --probe tcp_client -- no-such-program", "there is no program 'no-such-program'"),
+        ("plugins list --xml", "No such option"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    here: Callable[..., int], capfd: Capture, arguments: str, said: str
+) -> None:
+    assert here(*arguments.split()) == 2
+    assert said in one_sentence(*capfd.readouterr())
+
+
+def test_a_process_that_has_ended_is_no_process(here: Callable[..., int], capfd: Capture) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    assert here("run", "--probe", "tcp_client", "-p", str(gone.pid)) == 2
+    assert one_sentence(*capfd.readouterr()) == f"there is no process {gone.pid}"
+
+
+def test_without_a_command_it_explains_itself(tcplat: Tcplat) -> None:
+    done = tcplat()
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Usage: tcplat" in done.stderr
+
+
+# --- 3 and 4
+
+
+def test_without_root_it_says_so(tcplat: Tcplat) -> None:
+    done = tcplat("run", "--probe", "tcp_client", "--sink", "jsonl")
+    said = one_sentence(done.stdout, done.stderr)
+    assert said == "loading BPF programs needs root: run it with sudo"
+    assert done.returncode == 3
+
+
+def test_without_root_the_command_is_not_run(tcplat: Tcplat, tmp_path: Path) -> None:
+    done = tcplat("run", "--probe", "tcp_client", "--", "touch", str(tmp_path / "mark"))
+    assert done.returncode == 3
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--probe tcp_clinet", "there is no probe named 'tcp_clinet'; there is "),
+        ("--probe tcp_client --sink tabel", "there is no sink named 'tabel'; there is "),
+        ("--probe table", "there is no probe named 'table'"),
+    ],
+)
+def test_a_plugin_that_there_is_not_is_named(
+    here: Callable[..., int], capfd: Capture, arguments: str, said: str
+) -> None:
+    assert here("run", *arguments.split()) == 4
+    sentence = one_sentence(*capfd.readouterr())
+    assert said in sentence
+    assert sentence.endswith("(tcplat plugins list)")
+
+
+@pytest.mark.parametrize(("probe", "exit_code"), [("no_such", 4), ("tcp_client:x=1", 2)])
+def test_the_whole_program_ends_with_that_code(tcplat: Tcplat, probe: str, exit_code: int) -> None:
+    done = tcplat("run", "--probe", probe)
+    assert one_sentence(done.stdout, done.stderr)
+    assert done.returncode == exit_code
+
+
+# --- what needs nothing
+
+
+def test_help_explains_every_option(tcplat: Tcplat) -> None:
+    done = tcplat("run", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for parameter in cli.commands["run"].params:
+        for option in parameter.opts:
+            assert option in done.stdout or option == "command"
+
+
+@pytest.mark.parametrize("asking", [("--help",), ("-h",), ("plugins", "--help")])
+def test_help_is_no_mistake(tcplat: Tcplat, asking: tuple[str, ...]) -> None:
+    done = tcplat(*asking)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Usage: tcplat")
+
+
+def test_it_knows_its_version(tcplat: Tcplat) -> None:
+    assert re.search(r"\b0\.\d+\.\d+\b", tcplat("--version").stdout)
+
+
+def test_plugins_are_listed_as_a_table(tcplat: Tcplat) -> None:
+    done = tcplat("plugins", "list")
+    assert (done.returncode, done.stderr) == (0, "")
+    head, *lines = done.stdout.splitlines()
+    assert head.split() == ["NAME", "KIND", "VERSION", "DISTRIBUTION", "STATUS", "SUMMARY"]
+    for line in lines:
+        for word in ("KIND", "VERSION", "DISTRIBUTION", "STATUS", "SUMMARY"):
+            at = head.index(word)
+            assert line[at - 1] == " "
+            assert line[at] != " "
+    names = [line.split()[0] for line in lines]
+    assert {"tcp_client", "table", "jsonl"} <= set(names)
+    kinds = [line.split()[1] for line in lines]
+    assert kinds == sorted(kinds)
+
+
+def test_plugins_are_listed_as_json(tcplat: Tcplat) -> None:
+    done = tcplat("plugins", "list", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert all(
+        list(one) == ["name", "kind", "version", "distribution", "status", "summary"]
+        for one in found
+    )
+    (client,) = (one for one in found if one["name"] == "tcp_client")
+    assert (client["kind"], client["distribution"], client["status"]) == ("probe", "tcplat", "ok")
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> Path:
+    """A plugin that leaves a mark when it is imported, in a folder for PYTHONPATH."""
+    folder = tmp_path / "planted"
+    info = folder / "planted-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: planted\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[tcplat]\nplanted = planted\n")
+    mark = tmp_path / "mark"
+    (folder / "planted.py").write_text(f"open({str(mark)!r}, 'w').close()\n1 / 0")
+    return folder
+
+
+@pytest.mark.skipif(not ROOT, reason="only root is protected")
+def test_root_imports_nothing_from_pythonpath(planted: Path) -> None:
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "tcplat"), "plugins", "list"],
+        env={**os.environ, "PYTHONPATH": str(planted)},
+        cwd=planted,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "tcp_client" in done.stdout
+    assert "planted" not in done.stdout
+    assert not (planted.parent / "mark").exists()
+
+
+def test_a_broken_plugin_is_listed_and_is_no_failure(
+    planted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(planted))
+    done = CliRunner().invoke(cli, ["plugins", "list"])
+    assert done.exit_code == 0
+    (line,) = (line for line in done.output.splitlines() if line.startswith("planted"))
+    assert line.split()[1:5] == ["plugin", "1.0", "planted", "broken"]
+    assert "ZeroDivisionError" in line
+
+
+# --- a run
+
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def run(here: Callable[..., int]) -> Run:
+    """``tcplat run --probe tcp_client``, and its exit code."""
+
+    def call(*arguments: str) -> int:
+        return here("run", "--probe", "tcp_client", "--ring-size", "64K", *arguments)
+
+    return call
+
+
+def test_rows_go_to_stdout_and_the_books_to_stderr(
+    run: Run, probe: FakeProbe, capfd: Capture
+) -> None:
+    probe.emit("tp_send", ts_ns=1000, pid=42, comm="curl")
+    probe.emit("tp_close", ts_ns=2000, pid=42, comm="curl")
+    assert run("--count", "2") == 0
+    out, err = capfd.readouterr()
+    head, *rows = out.splitlines()
+    assert head.split()[:2] == ["PID", "COMM"]
+    assert [row.split()[:2] for row in rows] == [["42", "curl"]] * 2
+    assert err.startswith("tcplat: tcp_client: 2 rows, 0 lost (")
+    assert "send 1" in err
+    assert "close 1" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_quiet_means_nothing_on_stderr(run: Run, probe: FakeProbe, capfd: Capture) -> None:
+    probe.emit("tp_send", ts_ns=1)
+    assert run("--count", "1", "-q") == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_jsonl_ends_with_the_report(run: Run, probe: FakeProbe, capfd: Capture) -> None:
+    probe.emit("tp_send", ts_ns=1)
+    assert run("--sink", "jsonl", "--count", "1") == 0
+    row, report = map(json.loads, capfd.readouterr().out.splitlines())
+    assert row["point"] == "send"
+    assert report["report"]["delivered"] == 1
+
+
+def test_one_run_may_have_several_sinks(
+    run: Run, probe: FakeProbe, capfd: Capture, tmp_path: Path
+) -> None:
+    path = tmp_path / "out.jsonl"
+    probe.emit("tp_send", ts_ns=1)
+    assert run("--sink", "table", "--sink", f"jsonl:path={path}", "--count", "1") == 0
+    assert len(path.read_text().splitlines()) == 2
+    assert len(capfd.readouterr().out.splitlines()) == 2
+
+
+def overflow(probe: FakeProbe) -> None:
+    while probe.emit("tp_send", ts_ns=1):
+        pass
+
+
+def test_lost_events_are_said_and_are_no_failure(
+    run: Run, probe: FakeProbe, capfd: Capture
+) -> None:
+    overflow(probe)
+    assert run("--duration", "10ms") == 0
+    assert " rows, 1 lost (" in capfd.readouterr().err
+
+
+def test_lost_events_are_a_failure_where_that_was_asked_for(
+    run: Run, probe: FakeProbe, capfd: Capture
+) -> None:
+    overflow(probe)
+    assert run("--duration", "10ms", "--fail-on-loss") == 5
+    assert capfd.readouterr().err.endswith(
+        "tcplat: 1 events were lost; a larger --ring-size may help\n"
+    )
+
+
+def test_without_a_loss_fail_on_loss_is_no_failure(run: Run, probe: FakeProbe) -> None:
+    probe.emit("tp_send", ts_ns=1)
+    assert run("--count", "1", "--fail-on-loss") == 0
+
+
+def test_the_commands_exit_status_is_ours(run: Run, loader: FakeLoader) -> None:
+    assert run("--", "sh", "-c", "exit 42") == 42
+    assert loader.requests[0].follow
+
+
+def test_a_commands_own_options_are_its_own(run: Run, capfd: Capture) -> None:
+    assert run("-q", "--", "echo", "--count", "-p", "x") == 0
+    assert "--count -p x\n" in capfd.readouterr().out
+
+
+def test_a_sink_that_fails_is_said_and_the_others_go_on(
+    run: Run, probe: FakeProbe, capfd: Capture
+) -> None:
+    probe.emit("tp_send", ts_ns=1)
+    assert run("--sink", "table", "--sink", "jsonl:path=/dev/full", "--count", "1") == 0
+    out, err = capfd.readouterr()
+    assert len(out.splitlines()) == 2
+    assert (
+        "tcplat: sink jsonl:path=/dev/full was switched off: "
+        "writing failed: No space left on device\n"
+    ) in err
+
+
+def test_with_no_sink_left_it_failed(run: Run, probe: FakeProbe, capfd: Capture) -> None:
+    probe.emit("tp_send", ts_ns=1)
+    assert run("--sink", "jsonl:path=/dev/full") == 1
+    assert "No space left on device" in capfd.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_failure(
+    run: Run, probe: FakeProbe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    probe.emit("tp_send", ts_ns=1)
+    with os.fdopen(write, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert run("-q") == 0
+
+
+@pytest.mark.skipif(
+    os.readlink("/proc/self/ns/pid") != "pid:[4026531836]",
+    reason="-p means a process of the host, and this is a pid namespace of its own",
+)
+def test_the_loader_gets_what_the_user_asked_for(run: Run, loader: FakeLoader) -> None:
+    run("--attach", "kprobe", "-p", f"{os.getpid()},{os.getppid()}", "-d", "10ms", "-q")
+    (request,) = loader.requests
+    assert [probe.name for probe in request.probes] == ["tcp_client"]
+    assert request.attach == "kprobe"
+    assert request.filter == Filter(pids=(os.getpid(), os.getppid()))
+    assert request.ring_bytes == 1 << 16
+    assert not request.follow
+
+
+def test_without_filters_everything_is_wanted(run: Run, loader: FakeLoader) -> None:
+    run("-d", "10ms", "-q")
+    assert loader.requests[0].filter == Filter()
+    assert loader.requests[0].attach == "auto"
+
+
+def test_a_bug_of_ours_is_not_hidden(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what a user can cause is one sentence."""
+
+    def broken() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(LoaderProcess, "start", broken)
+    with pytest.raises(ZeroDivisionError):
+        run()

@@ -1,0 +1,169 @@
+"""The command behind ``--``: it waits for its start, and its status is ours."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tcplat_core.command import Command
+from tcplat_core.errors import UsageError
+
+Fork = Callable[..., Command]
+
+
+@pytest.fixture
+def fork() -> Iterator[Fork]:
+    """Commands that are gone when the test is over."""
+    commands: list[Command] = []
+
+    def make(*arguments: str) -> Command:
+        commands.append(Command.fork(arguments))
+        return commands[-1]
+
+    yield make
+    for command in commands:
+        if command.status is None:
+            os.kill(command.pid, signal.SIGKILL)
+            os.waitpid(command.pid, 0)
+
+
+def wait(command: Command) -> None:
+    """Until it has ended; it stays a zombie, so that ended() can collect it."""
+    os.waitid(os.P_PID, command.pid, os.WEXITED | os.WNOWAIT)
+
+
+def state(command: Command) -> str:
+    """R, S, Z ... as in proc(5)."""
+    return Path(f"/proc/{command.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 42, 126, 127, 255])
+def test_its_exit_status_is_passed_on(fork: Fork, status: int) -> None:
+    command = fork("sh", "-c", f"exit {status}")
+    command.go()
+    wait(command)
+    assert command.ended()
+    assert command.status == status
+    command.stop()
+    assert command.status == status
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGSEGV])
+def test_a_signal_becomes_128_and_its_number(fork: Fork, number: signal.Signals) -> None:
+    command = fork("sh", "-c", f"ulimit -c 0; kill -{int(number)} $$")
+    command.go()
+    wait(command)
+    assert command.ended()
+    assert command.status == 128 + number
+
+
+def test_nothing_runs_before_it_is_let_go(fork: Fork, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    command = fork("touch", str(mark))
+    # It sleeps in read(2) on the gate: that is as far as it gets by itself.
+    while state(command) != "S":
+        assert not mark.exists()
+    assert not command.ended()
+    assert not mark.exists()
+    command.go()
+    wait(command)
+    assert mark.exists()
+
+
+def test_a_stop_before_the_start_means_that_it_never_ran(fork: Fork, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    command = fork("touch", str(mark))
+    command.stop()
+    assert command.status == 127
+    assert command.ended()
+    assert not mark.exists()
+    assert not Path(f"/proc/{command.pid}").exists()
+
+
+POLITE = """
+import os, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+os.write(int(sys.argv[1]), b"!")
+signal.pause()
+"""
+
+
+def test_a_stop_after_the_start_is_a_sigterm_and_is_waited_for(fork: Fork) -> None:
+    ready, said = os.pipe()
+    os.set_inheritable(said, True)
+    command = fork(sys.executable, "-c", POLITE, str(said))
+    command.go()
+    os.close(said)
+    assert os.read(ready, 1) == b"!"
+    os.close(ready)
+    assert not command.ended()
+    command.stop()
+    assert command.status == 7
+
+
+def test_stopping_twice_is_stopping_once(fork: Fork) -> None:
+    command = fork("sleep", "1000")
+    command.go()
+    command.stop()
+    command.stop()
+    assert command.status == 128 + signal.SIGTERM
+
+
+def test_a_program_that_there_is_not_is_named() -> None:
+    with pytest.raises(UsageError, match="there is no program 'no-such-program' to run"):
+        Command.fork(["no-such-program"])
+
+
+def test_a_file_that_is_no_program_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("not a program")
+    with pytest.raises(UsageError, match=r"there is no program '.*notes\.txt' to run"):
+        Command.fork([str(path)])
+
+
+def test_a_program_that_the_kernel_cannot_run_is_named(
+    fork: Fork, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "script_without_a_first_line"
+    path.write_text("echo hello\n")
+    path.chmod(0o755)
+    command = fork(str(path))
+    command.go()
+    wait(command)
+    assert f"cannot run {path}: Exec format error" in capfd.readouterr().err
+
+
+def test_its_arguments_are_passed_as_they_are(fork: Fork, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code = f"import sys; open({str(out)!r}, 'w').write(repr(sys.argv[1:]))"
+    command = fork(sys.executable, "-c", code, "a b", "", "$HOME", "--pid")
+    command.go()
+    wait(command)
+    assert out.read_text() == "['a b', '', '$HOME', '--pid']"
+
+
+def test_it_dies_of_a_closed_pipe_as_every_program_does(fork: Fork, tmp_path: Path) -> None:
+    """Python ignores SIGPIPE, and an ignored signal would stay so."""
+    copy = tmp_path / "status"
+    command = fork("cp", "/proc/self/status", str(copy))
+    command.go()
+    wait(command)
+    (ignored,) = (line for line in copy.read_text().splitlines() if line.startswith("SigIgn"))
+    assert not int(ignored.split()[1], 16) >> (signal.SIGPIPE - 1) & 1
+
+
+def test_it_inherits_no_file_of_ours(
+    fork: Fork, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with (tmp_path / "out.jsonl").open("w"):
+        command = fork("ls", "-l", "/proc/self/fd")
+        command.go()
+        wait(command)
+    listing = capfd.readouterr().out
+    assert " 0 -> " in listing
+    assert "out.jsonl" not in listing

@@ -1,0 +1,235 @@
+"""Who and what is wanted: the same answer in the kernel, as C, and for sockets of before."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import random
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+
+from tcplat_core.errors import UsageError
+from tcplat_core.filters import Filter, cgroup_path, netns_inode
+
+
+@attrs.frozen(kw_only=True)
+class Addrs:
+    """The struct tcplat_addrs of include/tcplat/filter.bpf.h."""
+
+    saddr: bytes = bytes(16)
+    daddr: bytes = bytes(16)
+    netns: int = 1
+    sport: int = 40_000
+    dport: int = 80
+    ip: int = 4
+
+
+def packed(address: str) -> bytes:
+    parsed = ipaddress.ip_address(address)
+    return parsed.packed if parsed.version == 6 else bytes(10) + b"\xff\xff" + parsed.packed
+
+
+def evaluate(expression: str | int, **names: Any) -> bool:
+    """A C condition of the few kinds that filters are made of, as this machine would have it."""
+    python = re.sub(r"\(\(const u64 \*\)\(a\)->(\w+)\)\[(\d)\]", r"half(a.\1, \2)", str(expression))
+    python = python.replace("(a)->", "a.").replace("(u8)(comm)", "comm")
+    python = re.sub(r"\b(0x[0-9a-f]+|\d+)(ULL|U)\b", r"\1", python)
+    python = python.replace("&&", "and").replace("||", "or")
+
+    def half(data: bytes, number: int) -> int:
+        return int.from_bytes(data[8 * number : 8 * number + 8], sys.byteorder)
+
+    return bool(eval(python, {"half": half, **names}))  # noqa: S307 - made of our own text
+
+
+def passes(wanted: Filter, addrs: Addrs) -> bool:
+    return evaluate(wanted.defines()["TCPLAT_FILTER_ADDRS(a)"], a=addrs)
+
+
+def comm_passes(pattern: str, comm: str) -> bool:
+    test = Filter(comm=pattern).defines()["TCPLAT_FILTER_COMM(comm)"]
+    return evaluate(test, comm=comm.encode().ljust(16, b"\0"))
+
+
+# --- addresses and ports, in the kernel
+
+
+def test_without_a_filter_everything_passes() -> None:
+    assert passes(Filter(), Addrs())
+    assert not Filter().by_task
+    assert set(Filter().defines()) == {"TCPLAT_MIN_NS", "TCPLAT_FILTER_ADDRS(a)"}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "sport", "dport", "expected"),
+    [
+        (Filter(ports=(80,)), 40_000, 80, True),
+        (Filter(ports=(80,)), 80, 40_000, True),
+        (Filter(ports=(80,)), 8080, 800, False),
+        (Filter(ports=(80, 443)), 40_000, 443, True),
+        (Filter(lports=(80,)), 80, 1, True),
+        (Filter(lports=(80,)), 1, 80, False),
+        (Filter(rports=(80,)), 1, 80, True),
+        (Filter(rports=(80,)), 80, 1, False),
+        (Filter(lports=(1, 2), rports=(80,)), 2, 80, True),
+        (Filter(lports=(1, 2), rports=(80,)), 2, 81, False),
+        (Filter(lports=(1, 2), rports=(80,)), 3, 80, False),
+    ],
+)
+def test_of_one_kind_any_and_of_all_kinds_each_must_hold(
+    wanted: Filter, sport: int, dport: int, *, expected: bool
+) -> None:
+    assert passes(wanted, Addrs(sport=sport, dport=dport)) == expected
+
+
+def test_namespace_and_version_must_hold() -> None:
+    assert passes(Filter(netns=4_026_531_840, ip=6), Addrs(netns=4_026_531_840, ip=6))
+    assert not passes(Filter(netns=4_026_531_840), Addrs(netns=1))
+    assert not passes(Filter(ip=6), Addrs(ip=4))
+
+
+@pytest.mark.parametrize(
+    ("network", "address", "inside"),
+    [
+        ("127.0.0.1", "127.0.0.1", True),
+        ("127.0.0.1", "127.0.0.2", False),
+        ("10.0.0.0/8", "10.255.255.255", True),
+        ("10.0.0.0/8", "11.0.0.0", False),
+        ("10.1.2.3/8", "10.0.0.1", True),
+        ("0.0.0.0/0", "203.0.113.7", True),
+        ("0.0.0.0/0", "2001:db8::1", False),
+        ("::/0", "2001:db8::1", True),
+        ("::1", "::1", True),
+        ("::1", "::2", False),
+        ("2001:db8::/65", "2001:db8::7fff:ffff:ffff:ffff", True),
+        ("2001:db8::/65", "2001:db8:0:0:8000::", False),
+        ("2001:db8::/33", "2001:db8:7fff::", True),
+        ("2001:db8::/33", "2001:db8:8000::", False),
+    ],
+)
+def test_an_address_is_in_a_network(network: str, address: str, *, inside: bool) -> None:
+    wanted, other = Filter(networks=(network,)), packed("fe80::bad")
+    assert passes(wanted, Addrs(saddr=packed(address), daddr=other)) == inside
+    assert passes(wanted, Addrs(saddr=other, daddr=packed(address))) == inside
+
+
+def test_networks_of_any_length_agree_with_pythons() -> None:
+    chance = random.Random(20_240_504)  # noqa: S311 - reproducible on purpose
+    for _ in range(2000):
+        make, bits = chance.choice(((ipaddress.IPv4Network, 32), (ipaddress.IPv6Network, 128)))
+        network = make((chance.getrandbits(bits), chance.randint(0, bits)), strict=False)
+        near = int(network.network_address) ^ (1 << chance.randrange(bits))
+        address = type(network.network_address)(near)
+        addrs = Addrs(saddr=packed(str(address)), daddr=packed(str(address)))
+        expected = address in network
+        assert passes(Filter(networks=(str(network),)), addrs) == expected, (network, address)
+
+
+# --- processes
+
+
+@pytest.mark.parametrize(
+    ("pattern", "comm", "expected"),
+    [
+        ("curl", "curl", True),
+        ("curl", "curly", False),
+        ("curl", "cur", False),
+        ("curl*", "curl", True),
+        ("curl*", "curly", True),
+        ("curl*", "cur", False),
+        ("*", "anything", True),
+        ("fifteen letters", "fifteen letters", True),
+        ("fifteen letters", "fifteen letterz", False),
+        ("Bücher", "Bücher", True),
+        ('"); x("', '"); x("', True),
+        ('"); x("', "harmless", False),
+    ],
+)
+def test_a_name_passes_in_the_kernel_as_it_does_here(
+    pattern: str, comm: str, *, expected: bool
+) -> None:
+    assert comm_passes(pattern, comm) == expected
+    assert Filter(comm=pattern).wants(1, comm.encode()) == expected
+
+
+def test_no_letter_of_a_name_gets_into_the_c() -> None:
+    test = str(Filter(comm='a"\\\n;*').defines()["TCPLAT_FILTER_COMM(comm)"])
+    assert re.fullmatch(r"[\d\s()\[\]=&u8com]+", test)
+
+
+def test_only_wanted_processes_pass() -> None:
+    wanted = Filter(pids=(10, 20))
+    assert [pid for pid in (0, 10, 15, 20) if wanted.wants(pid, b"x")] == [10, 20]
+    assert wanted.defines()["TCPLAT_FILTER_PID"] == 1
+
+
+def test_no_process_is_not_every_process() -> None:
+    assert not Filter(pids=()).wants(1, b"x")
+    assert Filter().wants(0, b"")
+
+
+def test_a_socket_that_nobody_owns_passes_no_filter_for_processes() -> None:
+    assert not Filter(comm="*").wants(0, b"")
+    assert not Filter(pids=(0,)).wants(0, b"")
+    assert Filter(ports=(80,)).wants(0, b"")
+
+
+def test_all_filters_for_processes_must_hold() -> None:
+    wanted = Filter(pids=(10,), comm="curl")
+    assert wanted.wants(10, b"curl")
+    assert not wanted.wants(10, b"wget")
+    assert not wanted.wants(11, b"curl")
+
+
+def test_a_traced_command_is_one_more_process() -> None:
+    assert Filter().and_pid(7) == Filter(pids=(7,))
+    assert Filter(pids=(3,), comm="x").and_pid(7) == Filter(pids=(3, 7), comm="x")
+
+
+def test_a_cgroup_holds_what_is_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "1:cpu:/other\n0::/a.slice/b.service\n")
+    assert Filter(cgroup="/a.slice").wants(1, b"x")
+    assert Filter(cgroup="/a.slice/b.service").wants(1, b"x")
+    assert not Filter(cgroup="/a.slice/b").wants(1, b"x")
+    assert not Filter(cgroup="/a.slice/b.service/c").wants(1, b"x")
+    assert not Filter(cgroup="/other").wants(1, b"x")
+    levels = [
+        Filter(cgroup=path, cgroup_id=5).defines()["TCPLAT_FILTER_CGROUP_LEVEL"]
+        for path in ("/a.slice", "/a.slice/b.service", "/a/b/c/")
+    ]
+    assert levels == [1, 2, 3]
+
+
+# --- what users say
+
+
+def test_a_namespace_is_named_by_process_or_path() -> None:
+    ours = os.stat("/proc/self/ns/net").st_ino
+    assert netns_inode(str(os.getpid())) == ours
+    assert netns_inode("/proc/self/ns/net") == ours
+
+
+@pytest.mark.parametrize("text", ["no-such-namespace", "4194304", "/no/where"])
+def test_a_namespace_that_there_is_not_is_named(text: str) -> None:
+    with pytest.raises(UsageError, match=f"there is no network namespace '{text}'"):
+        netns_inode(text)
+
+
+@pytest.mark.parametrize("text", ["/", "/no/where", "/etc/passwd"])
+def test_a_folder_that_is_no_cgroup_is_named(text: str) -> None:
+    with pytest.raises(UsageError, match=f"{text} is no folder below a cgroup2 mount"):
+        cgroup_path(text)
+
+
+def test_a_cgroup_is_called_as_the_kernel_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    mounts = "25 1 0:22 / {} rw shared:9 - {} none rw\n"
+    table = mounts.format("/proc", "proc") + mounts.format("/usr", "cgroup2")
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: table)
+    assert cgroup_path("/usr/bin") == "/bin"
+    assert cgroup_path("/usr/share/../bin/.") == "/bin"
+    assert cgroup_path("/usr/share/doc") == "/share/doc"

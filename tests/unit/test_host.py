@@ -1,0 +1,165 @@
+"""Which way a hook point takes, and what is said where it has none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tcplat_core.errors import CannotRunError
+from tcplat_core.hookpoints import Hook, HookPoint, Way, kentry, kprobe, kreturn, tracepoint
+from tcplat_core.loader.host import Host, choose
+
+FENTRY = Way("fentry", (Hook("tcp_sendmsg", "fe", "fentry"),))
+KPROBE = kprobe(kentry("tcp_sendmsg", "kp"))
+TRACEPOINT = tracepoint("tcp:tcp_sendmsg_locked", "tp")
+XDP = Way("xdp", (Hook("xdp", "on_packet", "xdp"),))
+
+SEND = HookPoint("send", (TRACEPOINT, KPROBE, FENTRY))
+
+
+def closed(**reasons: str) -> Callable[[Way], str | None]:
+    """A host where these mechanisms do not work."""
+    return lambda way: reasons.get(way.mechanism)
+
+
+# --- --attach auto
+
+
+@pytest.mark.parametrize(
+    ("host", "taken"),
+    [
+        (closed(), FENTRY),
+        (closed(fentry="no"), KPROBE),
+        (closed(kprobe="no"), FENTRY),
+        (closed(fentry="no", kprobe="no"), TRACEPOINT),
+    ],
+)
+def test_auto_takes_fentry_then_kprobe_then_tracepoint(
+    host: Callable[[Way], str | None], taken: Way
+) -> None:
+    assert choose([SEND], "auto", host, "p").taken == {"send": taken}
+
+
+def test_among_ways_of_one_mechanism_the_probes_order_holds() -> None:
+    older, newer = tracepoint("tcp:old", "tp_old"), tracepoint("tcp:new", "tp_new")
+    point = HookPoint("send", (newer, older))
+    assert choose([point], "auto", closed(), "p").taken == {"send": newer}
+
+    def no_newer(way: Way) -> str | None:
+        return "too old" if way is newer else None
+
+    assert choose([point], "auto", no_newer, "p").taken == {"send": older}
+
+
+def test_each_point_is_chosen_by_itself() -> None:
+    other = HookPoint("close", (TRACEPOINT,))
+    choice = choose([SEND, other], "auto", closed(), "p")
+    assert choice.taken == {"send": FENTRY, "close": TRACEPOINT}
+    assert choice.missing == {}
+
+
+# --- a mandatory mechanism
+
+
+@pytest.mark.parametrize(
+    ("attach", "taken"), [("fentry", FENTRY), ("kprobe", KPROBE), ("tracepoint", TRACEPOINT)]
+)
+def test_a_mechanism_that_is_asked_for_is_taken(attach: str, taken: Way) -> None:
+    assert choose([SEND], attach, closed(), "p").taken == {"send": taken}
+
+
+def test_a_mechanism_that_is_asked_for_is_mandatory() -> None:
+    with pytest.raises(CannotRunError) as error:
+        choose([SEND], "kprobe", closed(kprobe="this kernel has no kprobes"), "tcp_client")
+    assert str(error.value) == (
+        "probe tcp_client cannot listen at 'send': this kernel has no kprobes; "
+        "--attach auto takes what there is"
+    )
+
+
+def test_a_point_without_such_a_way_says_so() -> None:
+    with pytest.raises(CannotRunError, match="at 'close': it has no way by kprobe; --attach auto"):
+        choose([HookPoint("close", (TRACEPOINT,))], "kprobe", closed(), "p")
+
+
+def test_packets_have_no_other_way_than_xdp() -> None:
+    point = HookPoint("nic_rx", (XDP,))
+    assert choose([point], "kprobe", closed(), "p").taken == {"nic_rx": XDP}
+
+
+# --- no way
+
+
+def test_the_sentence_holds_every_reason_once_and_in_order() -> None:
+    host = closed(fentry="no fentry", kprobe="nothing new", tracepoint="nothing new")
+    with pytest.raises(CannotRunError) as error:
+        choose([SEND], "auto", host, "tcp_client")
+    assert str(error.value) == ("probe tcp_client cannot listen at 'send': no fentry; nothing new")
+
+
+def test_an_optional_point_may_be_missing_and_the_reason_is_kept() -> None:
+    optional = HookPoint("extra", (KPROBE,), optional=True)
+    choice = choose([SEND, optional], "auto", closed(kprobe="no kprobes"), "p")
+    assert choice.taken == {"send": FENTRY}
+    assert choice.missing == {"extra": "no kprobes"}
+
+
+def test_an_optional_point_may_lack_the_mechanism_that_is_asked_for() -> None:
+    optional = HookPoint("extra", (TRACEPOINT,), optional=True)
+    choice = choose([SEND, optional], "kprobe", closed(), "p")
+    assert choice.missing == {"extra": "it has no way by kprobe"}
+
+
+def test_a_point_without_any_way_is_missing() -> None:
+    choice = choose([HookPoint("never", (), optional=True)], "auto", closed(), "p")
+    assert choice.missing == {"never": "it has no way by auto"}
+
+
+# --- what the kernel has: facts from before, so that no BTF is read
+
+FACTS: dict[str, tuple[int, list[str]] | None] = {
+    "tcp_recvmsg": (7, ["sk", "msg", "len", "nonblock", "flags", "addr_len"]),
+    "tcp:tcp_destroy_sock": (0, ["struct sock *"]),
+    "tcp_sendpage": None,
+    "tcp:tcp_new": None,
+}
+
+
+OTHER_ARGUMENTS = (
+    "tcp_recvmsg takes (sk, msg, len, nonblock, flags, addr_len) here, not (sk, msg, len, flags)"
+)
+
+
+@pytest.mark.parametrize(
+    ("hook", "answer"),
+    [
+        (kentry("tcp_recvmsg", "kp"), None),
+        (kentry("tcp_recvmsg", "kp", "sk", "msg", "len"), None),
+        (
+            kentry("tcp_recvmsg", "kp", "sk", "msg", "len", "flags"),
+            OTHER_ARGUMENTS,
+        ),
+        (kreturn("tcp_recvmsg", "kr"), None),
+        (kentry("tcp_sendpage", "kp"), "this kernel has no function tcp_sendpage"),
+        (Hook("tcp:tcp_new", "tp", "tracepoint"), "this kernel has no tracepoint tcp:tcp_new"),
+        (Hook("tcp:tcp_destroy_sock", "tp", "tracepoint", ("struct sock *",)), None),
+        (
+            Hook("tcp:tcp_destroy_sock", "tp", "tracepoint", ("struct sock *", "int")),
+            "tcp:tcp_destroy_sock takes (struct sock *) here, not (struct sock *, int)",
+        ),
+    ],
+)
+def test_a_hook_is_there_if_its_arguments_are_those_that_the_probe_knows(
+    hook: Hook, answer: str | None
+) -> None:
+    assert Host(facts=dict(FACTS)).hook(hook) == answer
+
+
+def test_a_way_is_closed_if_one_of_its_hooks_is() -> None:
+    ways = (
+        Way("tracepoint", (Hook("tcp:tcp_destroy_sock", "a", "tracepoint"),)),
+        Way("tracepoint", (*TRACEPOINT.hooks, Hook("tcp:tcp_new", "b", "tracepoint"))),
+    )
+    host = Host(facts={**FACTS, "tcp:tcp_sendmsg_locked": (0, [])})
+    assert [host.way(way) for way in ways] == [None, "this kernel has no tracepoint tcp:tcp_new"]

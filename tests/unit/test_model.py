@@ -1,0 +1,173 @@
+"""What plugins declare, what a user chooses, and the report at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tcplat_core.errors import PluginError, UsageError
+from tcplat_core.hookpoints import HookPoint, Way, kentry, kprobe, kreturn, tracepoint
+from tcplat_core.model import (
+    HookReport,
+    Option,
+    ProbeReport,
+    ProbeSpec,
+    RunReport,
+    SinkSpec,
+    parse_choice,
+    read_options,
+)
+from tcplat_core.testing import RecordingSink
+
+# --- name:key=value,...
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "options"),
+    [
+        ("table", "table", {}),
+        ("table:", "table", {}),
+        ("jsonl:path=/srv/x:y", "jsonl", {"path": "/srv/x:y"}),
+        ("xdp_port:iface=lo,port=9999", "xdp_port", {"iface": "lo", "port": "9999"}),
+        ("xdp_port:iface=lo,,", "xdp_port", {"iface": "lo"}),
+        ("jsonl:path=a=b", "jsonl", {"path": "a=b"}),
+        ("jsonl:path=C:\\x", "jsonl", {"path": "C:\\x"}),
+        ("jsonl:path=", "jsonl", {"path": ""}),
+        ("", "", {}),
+    ],
+)
+def test_a_choice_is_a_name_and_its_options(given: str, name: str, options: dict[str, str]) -> None:
+    assert parse_choice(given) == (name, options)
+
+
+@pytest.mark.parametrize("given", ["table:width", "table:width=1,path", "table: "])
+def test_an_option_without_a_value_is_an_error(given: str) -> None:
+    with pytest.raises(UsageError, match="is not of the form key=value"):
+        parse_choice(given)
+
+
+def positive(given: str) -> int:
+    value = int(given)
+    if value <= 0:
+        raise ValueError("it must be positive")
+    return value
+
+
+DECLARED = (
+    Option(name="port", help="which", convert=positive, default=9999),
+    Option(name="iface", help="where"),
+)
+
+
+def test_options_are_converted_and_defaults_filled_in() -> None:
+    assert read_options("probe x", DECLARED, {}) == {"port": 9999, "iface": None}
+    assert read_options("probe x", DECLARED, {"port": "1"}) == {"port": 1, "iface": None}
+    assert read_options("probe x", DECLARED, {"iface": "lo"}) == {"port": 9999, "iface": "lo"}
+
+
+def test_an_unknown_option_is_named_with_those_that_there_are() -> None:
+    with pytest.raises(UsageError, match="probe x has no option 'prot'; it has iface, port"):
+        read_options("probe x", DECLARED, {"prot": "1"})
+    with pytest.raises(UsageError, match="sink y has no option 'a'; it has no options"):
+        read_options("sink y", (), {"a": "1"})
+
+
+def test_a_value_that_does_not_convert_says_what_is_wanted() -> None:
+    with pytest.raises(UsageError, match="probe x: option port='0': it must be positive"):
+        read_options("probe x", DECLARED, {"port": "0"})
+    with pytest.raises(UsageError, match="option port='lo': invalid literal"):
+        read_options("probe x", DECLARED, {"port": "lo"})
+
+
+# --- names
+
+
+def _sink(name: str) -> SinkSpec:
+    return SinkSpec(name=name, summary="s", factory=lambda _options, _run: RecordingSink())
+
+
+def _probe(name: str) -> ProbeSpec:
+    return ProbeSpec(name=name, summary="s", source="", points=())
+
+
+def _option(name: str) -> Option:
+    return Option(name=name, help="h")
+
+
+def _point(name: str) -> HookPoint:
+    return HookPoint(name, ())
+
+
+@pytest.mark.parametrize("make", [_sink, _probe, _option, _point])
+@pytest.mark.parametrize("name", ["", "9lives", "a-b", "A", "a b", "a:b", "ä", "_x", "a\n"])
+def test_a_name_that_nobody_can_type_is_refused(make: Callable[[str], Any], name: str) -> None:
+    with pytest.raises(PluginError, match="must be lower-case letters, digits and underscores"):
+        make(name)
+
+
+@pytest.mark.parametrize("make", [_sink, _probe, _option, _point])
+@pytest.mark.parametrize("name", ["a", "tcp_client", "x9"])
+def test_a_plain_name_is_taken(make: Callable[[str], Any], name: str) -> None:
+    make(name)
+
+
+def test_a_mechanism_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ValueError, match="mechanism"):
+        Way("uprobe", ())
+
+
+def test_ways_are_spelt_by_functions() -> None:
+    way = tracepoint("tcp:tcp_destroy_sock", "tp_close", "struct sock *")
+    assert (way.mechanism, way.hooks[0].func, way.hooks[0].args) == (
+        "tracepoint",
+        "tcp:tcp_destroy_sock",
+        ("struct sock *",),
+    )
+    way = kprobe(kentry("f", "kp_f", "sk", quiet=True), kreturn("f", "kr_f"))
+    assert way.mechanism == "kprobe"
+    assert [(hook.mechanism, hook.quiet) for hook in way.hooks] == [
+        ("kprobe", True),
+        ("kretprobe", False),
+    ]
+
+
+# --- the report
+
+
+def test_the_books_of_a_run_add_up() -> None:
+    hooks = (
+        HookReport("send", "tcp_sendmsg", "kprobe", produced=10, dropped=3, delivered=5),
+        HookReport("recv", "tcp_recvmsg", "kprobe", produced=4, dropped=0, delivered=4),
+    )
+    one = ProbeReport(hooks=hooks, missing={"nic_rx": "no interface"}, untracked=7)
+    two = ProbeReport(hooks=hooks[1:])
+    report = RunReport(
+        probes={"one": one, "two": two},
+        duration_s=1.23456789,
+        late=2,
+        switched_off={"jsonl": "disk full"},
+    )
+    assert [hook.unread for hook in hooks] == [2, 0]
+    assert (one.delivered, one.dropped) == (9, 3)
+    assert (report.delivered, report.dropped) == (13, 3)
+    read = json.loads(json.dumps(report.as_json()))
+    assert read["delivered"] == 13
+    assert read["dropped"] == 3
+    assert read["late"] == 2
+    assert read["duration_s"] == 1.234568
+    assert read["switched_off"] == {"jsonl": "disk full"}
+    assert list(read["probes"]) == ["one", "two"]
+    assert read["probes"]["one"]["missing"] == {"nic_rx": "no interface"}
+    assert read["probes"]["one"]["untracked"] == 7
+    assert read["probes"]["one"]["hooks"][0] == {
+        "point": "send",
+        "func": "tcp_sendmsg",
+        "attach": "kprobe",
+        "produced": 10,
+        "dropped": 3,
+        "delivered": 5,
+        "unread": 2,
+    }

@@ -1,0 +1,178 @@
+"""Whole writes to files and pipes, that neither a dead nor a sleeping reader can hold for ever."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tcplat_core.errors import ReaderGoneError, TcplatError, UsageError
+from tcplat_core.output import Output
+
+BIG = bytes(range(256)) * 4096
+"""A megabyte: no pipe takes it at once."""
+
+
+def never() -> bool:
+    return False
+
+
+def always() -> bool:
+    return True
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    ends = os.pipe()
+    yield ends
+    for end in ends:
+        try:
+            os.close(end)
+        except OSError:
+            continue  # the test has closed it
+
+
+def write_to_a_reader(pipe: tuple[int, int], size: int) -> bytes:
+    """Write BIG while another thread reads, so many bytes at a time; what it has got."""
+    got = bytearray()
+
+    def read() -> None:
+        while chunk := os.read(pipe[0], size):
+            got.extend(chunk)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    Output(pipe[1], never).write(BIG)
+    os.close(pipe[1])
+    thread.join()
+    return bytes(got)
+
+
+# --- files
+
+
+def test_a_file_is_made_and_gets_every_byte(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    output = Output.open(str(path), always)
+    output.write(BIG)
+    output.write(b"")
+    output.write(b"end")
+    assert path.read_bytes() == BIG + b"end"  # before it is closed
+    output.close()
+    assert path.stat().st_mode & 0o133 == 0
+
+
+def test_a_file_that_is_there_is_emptied(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.write_text("of yesterday")
+    Output.open(str(path), never).close()
+    assert path.read_bytes() == b""
+
+
+def test_a_file_is_not_handed_on_to_the_traced_command(tmp_path: Path) -> None:
+    output = Output.open(str(tmp_path / "out"), never)
+    assert not os.get_inheritable(output.fd)
+    output.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("missing/out", "No such file or directory"),
+        (".", "Is a directory"),
+        ("a_file/out", "Not a directory"),
+    ],
+)
+def test_a_path_that_cannot_be_written_is_the_users_mistake(
+    tmp_path: Path, path: str, why: str
+) -> None:
+    (tmp_path / "a_file").touch()
+    with pytest.raises(UsageError, match=f"cannot write .*{why}; name another path"):
+        Output.open(str(tmp_path / path), never)
+
+
+def test_a_full_disk_is_said_in_the_systems_words() -> None:
+    output = Output.open("/dev/full", never)
+    with pytest.raises(TcplatError, match="writing failed: No space left on device") as error:
+        output.write(b"x")
+    assert type(error.value) is TcplatError
+    output.close()
+
+
+def test_dev_null_takes_everything() -> None:
+    output = Output.open("/dev/null", always)
+    output.write(BIG)
+    output.close()
+
+
+# --- standard output
+
+
+def test_without_a_path_it_is_standard_output_and_stays_open(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with os.fdopen(os.dup(pipe[1]), "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        output = Output.open(None, never)
+        output.write(b"a row\n")
+        output.close()
+        output.write(b"another\n")
+    assert os.read(pipe[0], 100) == b"a row\nanother\n"
+
+
+# --- pipes
+
+
+@pytest.mark.parametrize("size", [100, 4096, 1 << 20])
+def test_a_slow_reader_gets_everything_in_order(pipe: tuple[int, int], size: int) -> None:
+    assert write_to_a_reader(pipe, size) == BIG
+
+
+def test_a_pipe_that_does_not_block_is_waited_for(pipe: tuple[int, int]) -> None:
+    os.set_blocking(pipe[1], False)
+    assert write_to_a_reader(pipe, 1000) == BIG
+
+
+def test_a_reader_that_is_gone_ends_the_run(pipe: tuple[int, int]) -> None:
+    os.close(pipe[0])
+    with pytest.raises(ReaderGoneError):
+        Output(pipe[1], never).write(b"a row\n")
+
+
+def test_a_reader_that_goes_during_a_write_ends_the_run(pipe: tuple[int, int]) -> None:
+    closed: list[int] = []
+
+    def leaves() -> bool:
+        if not closed:
+            closed.append(pipe[0])
+            os.close(pipe[0])
+        return False
+
+    with pytest.raises(ReaderGoneError):
+        Output(pipe[1], leaves).write(BIG)
+    assert closed
+
+
+def test_a_reader_that_does_not_read_cannot_stop_the_user_from_stopping(
+    pipe: tuple[int, int],
+) -> None:
+    asked: list[float] = []
+
+    def stopping() -> bool:
+        asked.append(time.monotonic())
+        return len(asked) == 3
+
+    began = time.monotonic()
+    with pytest.raises(TcplatError, match="its reader did not read, and the run was stopped"):
+        Output(pipe[1], stopping).write(BIG)
+    assert len(asked) == 3
+    assert time.monotonic() - began < 2
+
+
+def test_a_reader_that_reads_is_written_to_even_while_stopping(pipe: tuple[int, int]) -> None:
+    Output(pipe[1], always).write(b"the last row\n")
+    assert os.read(pipe[0], 100) == b"the last row\n"

@@ -1,0 +1,197 @@
+"""Which process owns which socket: sockets made here, found through sock_diag and /proc."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from tcplat_core import owners
+from tcplat_core.owners import CLIENT, LISTENER, SERVER, Seed
+
+SO_COOKIE = 57
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root: other processes' fds, and setns(2)"),
+]
+
+HERE = os.stat("/proc/self/ns/net").st_ino
+COMM = Path("/proc/self/comm").read_bytes().rstrip(b"\n")
+
+
+def cookie(sock: socket.socket) -> int:
+    return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8), sys.byteorder)
+
+
+def found() -> dict[int, Seed]:
+    return {seed.cookie: seed for seed in owners.find()}
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def connection(
+    stack: ExitStack, family: socket.AddressFamily, host: str, to: str | None = None
+) -> tuple[socket.socket, socket.socket, socket.socket]:
+    """A listener, an accepted and a connected socket."""
+    listener = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+    if family == socket.AF_INET6:
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    listener.bind((host, 0))
+    listener.listen()
+    client = stack.enter_context(socket.create_connection((to or host, listener.getsockname()[1])))
+    accepted = stack.enter_context(listener.accept()[0])
+    return listener, accepted, client
+
+
+@contextmanager
+def child(code: str, *fds: int, command: tuple[str, ...] = ()) -> Iterator[tuple[int, str]]:
+    """A Python in another process: its pid, and the line that it says. It ends with its stdin."""
+    with subprocess.Popen(
+        [*command, sys.executable, "-c", f"import sys\n{code}\nsys.stdin.read()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=fds,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        yield process.pid, process.stdout.readline()
+
+
+def mapped(host: str) -> bytes:
+    if ":" in host:
+        return socket.inet_pton(socket.AF_INET6, host)
+    return bytes(10) + b"\xff\xff" + socket.inet_aton(host)
+
+
+@pytest.mark.parametrize(
+    ("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
+)
+def test_each_end_is_found_with_its_role_and_owner(
+    stack: ExitStack, family: socket.AddressFamily, host: str
+) -> None:
+    listener, accepted, client = connection(stack, family, host)
+    seeds = found()
+    port, client_port = listener.getsockname()[1], client.getsockname()[1]
+    for sock, role, lport, rport in (
+        (listener, LISTENER, port, 0),
+        (accepted, SERVER, port, client_port),
+        (client, CLIENT, client_port, port),
+    ):
+        seed = seeds[cookie(sock)]
+        assert seed.role == role
+        assert (seed.pid, seed.comm, seed.shared) == (os.getpid(), COMM, False)
+        assert (seed.lport, seed.rport, seed.netns) == (lport, rport, HERE)
+        assert seed.local == mapped(host)
+    assert seeds[cookie(client)].remote == mapped(host)
+
+
+def test_a_dual_stack_socket_that_speaks_ipv4_has_mapped_addresses(stack: ExitStack) -> None:
+    listener, accepted, client = connection(stack, socket.AF_INET6, "::", "127.0.0.1")
+    seeds = found()
+    assert seeds[cookie(accepted)].local == seeds[cookie(client)].local == mapped("127.0.0.1")
+    assert seeds[cookie(listener)].local == bytes(16)
+
+
+def test_a_socket_that_is_not_connected_is_not_taken_for_one(stack: ExitStack) -> None:
+    """Neither bound nor connected: sock_diag does not know it, nor has it anything to tell."""
+    sock = stack.enter_context(socket.socket())
+    assert cookie(sock) not in found()
+
+
+def test_a_closed_socket_is_not_found(stack: ExitStack) -> None:
+    _, _, client = connection(stack, socket.AF_INET, "127.0.0.1")
+    number = cookie(client)
+    assert number in found()
+    client.close()
+    left = found().get(number)  # until the other end closes as well
+    assert left is None or left.pid == 0
+
+
+def test_udp_is_not_tcp(stack: ExitStack) -> None:
+    sock = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    sock.bind(("127.0.0.1", 0))
+    assert cookie(sock) not in found()
+
+
+def test_many_sockets_are_found_each_once(stack: ExitStack) -> None:
+    """More than one netlink message holds."""
+    listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=512))
+    clients = [
+        stack.enter_context(socket.create_connection(listener.getsockname())) for _ in range(400)
+    ]
+    seeds = owners.find()
+    ours = [seed.cookie for seed in seeds if seed.pid == os.getpid()]
+    assert {cookie(client) for client in clients} <= set(ours)
+    assert len(ours) == len(set(ours))
+
+
+def test_connections_that_nobody_has_accepted_yet_have_no_owner(stack: ExitStack) -> None:
+    listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    client = stack.enter_context(socket.create_connection(listener.getsockname()))
+    (waiting,) = [
+        seed for seed in owners.find() if seed.rport == client.getsockname()[1] and seed.lport
+    ]
+    assert (waiting.role, waiting.pid) == (SERVER, 0)
+    accepted = stack.enter_context(listener.accept()[0])
+    assert cookie(accepted) == waiting.cookie
+    assert found()[waiting.cookie].pid == os.getpid()
+
+
+def test_a_socket_that_two_processes_hold_is_shared_and_the_lowest_pids(stack: ExitStack) -> None:
+    listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    with child("print(flush=True)", listener.fileno()) as (pid, _):
+        seed = found()[cookie(listener)]
+        assert seed.shared
+        assert seed.pid == min(os.getpid(), pid)
+    assert not found()[cookie(listener)].shared
+
+
+LISTENS = f"""
+import os, socket
+listener = socket.create_server(("0.0.0.0", 0))
+cookie = listener.getsockopt(socket.SOL_SOCKET, {SO_COOKIE}, 8)
+netns = os.stat("/proc/self/ns/net").st_ino
+print(int.from_bytes(cookie, sys.byteorder), netns, flush=True)
+"""
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="util-linux's unshare is not installed")
+def test_a_socket_in_another_network_namespace_is_found() -> None:
+    """The namespace is the child's alone: it is gone when the child is, whatever happens here."""
+    with child(LISTENS, command=("unshare", "--net")) as (pid, said):
+        number, netns = map(int, said.split())
+        seed = found()[number]
+        assert (seed.role, seed.pid, seed.netns) == (LISTENER, pid, netns)
+        assert netns != HERE
+        assert os.stat("/proc/self/ns/net").st_ino == HERE  # we are back
+    assert number not in found()
+
+
+def test_a_port_that_is_listened_on_elsewhere_makes_nobody_a_server(stack: ExitStack) -> None:
+    """Each network namespace has ports of its own."""
+    _, _, client = connection(stack, socket.AF_INET, "127.0.0.1")
+    code = LISTENS.replace('"0.0.0.0", 0', f'"0.0.0.0", {client.getsockname()[1]}')
+    with child(code, command=("unshare", "--net")):
+        assert found()[cookie(client)].role == CLIENT
+
+
+def test_a_process_that_ends_meanwhile_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    everyone = os.listdir
+
+    def and_a_dead_one(path: str) -> list[str]:
+        return [*everyone(path), "4194305"] if path == "/proc" else everyone(path)
+
+    monkeypatch.setattr(os, "listdir", and_a_dead_one)
+    assert isinstance(owners.find(), list)

@@ -1,0 +1,265 @@
+"""Plugins are found, loaded one by one, and none of them stops the others."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint, entry_points
+from inspect import getdoc
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from tcplat_core import hookspecs
+from tcplat_core.errors import PluginError
+from tcplat_core.plugins import GROUP, Found, Plugins
+
+Install = Callable[..., None]
+
+HEAD = """\
+from tcplat_core import HookPoint, ProbeSpec, SinkSpec, hookimpl, tracepoint
+
+def probe(name):
+    return ProbeSpec(name=name, summary=f"watches {name}", source="", points=())
+
+def sink(name):
+    return SinkSpec(name=name, summary=f"shows {name}", factory=lambda options, run: None)
+
+"""
+GOOD = """
+@hookimpl
+def tcplat_register_probes():
+    yield probe("retransmits")
+
+@hookimpl
+def tcplat_register_sinks():
+    return [sink("count"), sink("graph")]
+"""
+BROKEN = {
+    "import_error": ("import there_is_no_such_module", "ModuleNotFoundError: No module named"),
+    "syntax_error": ("def (:", "SyntaxError: "),
+    "raises_at_import": ("raise RuntimeError('not today\\nnor tomorrow')", "RuntimeError: not"),
+    "misspelled_hook": (
+        "@hookimpl\ndef tcplat_register_probe(): return []",
+        "PluginValidationError: unknown hook 'tcplat_register_probe'",
+    ),
+    "wrong_argument": (
+        "@hookimpl\ndef tcplat_register_sinks(config): return []",
+        "PluginValidationError: ",
+    ),
+    "wrong_type": (
+        "@hookimpl\ndef tcplat_register_sinks(): return ['count']",
+        "PluginError: it offers a str as a sink",
+    ),
+    "probe_as_sink": (
+        "@hookimpl\ndef tcplat_register_sinks(): return [probe('x')]",
+        "PluginError: it offers a ProbeSpec as a sink",
+    ),
+    "no_list": (
+        "@hookimpl\ndef tcplat_register_sinks(): return 3",
+        "TypeError: 'int' object is not iterable",
+    ),
+    "raises_in_hook": (
+        "@hookimpl\ndef tcplat_register_sinks(): yield sink('x'); 1 / 0",
+        "ZeroDivisionError: division by zero",
+    ),
+    "bad_name": (
+        "@hookimpl\ndef tcplat_register_probes(): yield probe('Bad Name')",
+        "PluginError: name 'Bad Name' must be lower-case",
+    ),
+}
+"""Module -> its code, and how the reason begins."""
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Installs distributions as pip would, into a folder on sys.path."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    modules: list[str] = []
+
+    def add(code: str, module: str, entry: str | None = None, dist: str | None = None) -> None:
+        (tmp_path / f"{module}.py").write_text(HEAD + dedent(code), encoding="utf-8")
+        modules.append(module)
+        name = dist or f"tcplat-{module}"
+        info = tmp_path / f"{name.replace('-', '_')}-2.5.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 2.5\n")
+        (info / "entry_points.txt").write_text(f"[tcplat]\n{entry or module} = {module}\n")
+
+    yield add
+    for module in modules:
+        sys.modules.pop(module, None)
+
+
+def load_new() -> Plugins:
+    """Load what the test installed, and nothing of ours."""
+    return Plugins.load(
+        entry
+        for entry in entry_points(group=GROUP)
+        if entry.dist is not None and entry.dist.version == "2.5"
+    )
+
+
+def test_a_good_plugin_offers_probes_and_sinks(install: Install) -> None:
+    install(GOOD, "good")
+    plugins = load_new()
+    assert plugins.probe("retransmits").summary == "watches retransmits"
+    assert plugins.sink("graph").summary == "shows graph"
+    assert plugins.found == [
+        Found("retransmits", "probe", "2.5", "tcplat-good", "ok", "watches retransmits"),
+        Found("count", "sink", "2.5", "tcplat-good", "ok", "shows count"),
+        Found("graph", "sink", "2.5", "tcplat-good", "ok", "shows graph"),
+    ]
+
+
+def test_no_plugin_at_all_is_no_error() -> None:
+    assert Plugins.load([]).found == []
+
+
+@pytest.mark.parametrize("module", BROKEN)
+def test_a_broken_plugin_is_listed_with_the_reason_and_the_others_load(
+    install: Install, module: str
+) -> None:
+    code, reason = BROKEN[module]
+    install(code, module)
+    install(GOOD, "zz_good")
+    plugins = load_new()
+    broken, *good = plugins.found
+    assert (broken.name, broken.kind, broken.status) == (module, "plugin", "broken")
+    assert (broken.distribution, broken.version) == (f"tcplat-{module}", "2.5")
+    assert broken.summary.startswith(reason)
+    assert "\n" not in broken.summary
+    assert [found.name for found in good] == ["retransmits", "count", "graph"]
+
+
+def test_a_broken_plugin_offers_nothing(install: Install) -> None:
+    """It fails at its second sink: the first one is not half there."""
+    install(BROKEN["raises_in_hook"][0], "half")
+    assert load_new().sinks == {}
+
+
+def test_a_plugin_that_exits_at_import_is_broken_and_no_more(install: Install) -> None:
+    install("raise SystemExit('I need a newer Python')", "exits")
+    install(GOOD, "zz_good")
+    plugins = load_new()
+    assert plugins.found[0].status == "broken"
+    assert "retransmits" in plugins.probes
+
+
+@pytest.mark.parametrize("kind", ["probe", "sink"])
+def test_asking_for_a_broken_plugin_names_it_and_the_reason(install: Install, kind: str) -> None:
+    install("import there_is_no_such_module", "histogram")
+    with pytest.raises(PluginError) as error:
+        getattr(load_new(), kind)("histogram")
+    assert str(error.value) == (
+        "plugin histogram (from tcplat-histogram) is broken: "
+        "ModuleNotFoundError: No module named 'there_is_no_such_module'"
+    )
+
+
+def test_asking_for_what_there_is_not_tells_what_there_is(install: Install) -> None:
+    install(GOOD, "good")
+    plugins = load_new()
+    with pytest.raises(PluginError, match="there is no sink named 'grahp'; there is count, graph"):
+        plugins.sink("grahp")
+    with pytest.raises(PluginError, match="there is no probe named 'graph'; there is retransmits"):
+        plugins.probe("graph")
+    with pytest.raises(PluginError, match="there is no probe named 'x'; there is none"):
+        Plugins.load([]).probe("x")
+
+
+def test_of_two_plugins_of_one_name_the_first_is_taken_and_the_other_reported(
+    install: Install,
+) -> None:
+    install(GOOD, "a_first")
+    install(GOOD.replace("watches", "also watches"), "b_second")
+    plugins = load_new()
+    assert [(found.name, found.distribution, found.status) for found in plugins.found] == [
+        ("retransmits", "tcplat-a_first", "ok"),
+        ("count", "tcplat-a_first", "ok"),
+        ("graph", "tcplat-a_first", "ok"),
+        ("retransmits", "tcplat-b_second", "broken"),
+        ("count", "tcplat-b_second", "broken"),
+        ("graph", "tcplat-b_second", "broken"),
+    ]
+    assert plugins.found[3].summary == "tcplat-a_first already has a probe of this name"
+    assert plugins.probe("retransmits").name == "retransmits"
+
+
+def test_a_probe_and_a_sink_may_have_one_name(install: Install) -> None:
+    install(
+        """
+        @hookimpl
+        def tcplat_register_probes(): yield probe("latency")
+
+        @hookimpl
+        def tcplat_register_sinks(): yield sink("latency")
+        """,
+        "both",
+    )
+    assert [found.status for found in load_new().found] == ["ok", "ok"]
+
+
+def test_a_plugin_that_is_installed_twice_is_loaded_once(install: Install) -> None:
+    """Once in tcplat's wheel and once by itself: same name, same module."""
+    install(GOOD, "good", dist="tcplat-good")
+    (entry,) = [entry for entry in entry_points(group=GROUP) if entry.name == "good"]
+    twin = EntryPoint("good", "good", GROUP)
+    found = Plugins.load([entry, twin]).found
+    assert [(one.name, one.status) for one in found] == [
+        ("retransmits", "ok"),
+        ("count", "ok"),
+        ("graph", "ok"),
+    ]
+
+
+def test_an_entry_point_without_a_distribution_has_no_version(install: Install) -> None:
+    install(GOOD, "good")
+    found = Plugins.load([EntryPoint("good", "good", GROUP)]).found
+    assert {(one.version, one.distribution) for one in found} == {("?", "?")}
+
+
+def test_the_order_of_installation_does_not_matter(install: Install) -> None:
+    install(GOOD, "good")
+    install(BROKEN["import_error"][0], "bad")
+    entries = [entry for entry in entry_points(group=GROUP) if entry.name in ("good", "bad")]
+    assert Plugins.load(entries).found == Plugins.load(reversed(entries)).found
+
+
+def test_the_plugins_that_come_with_tcplat_are_whole() -> None:
+    ours = [found for found in Plugins.load().found if found.distribution == "tcplat"]
+    assert {found.status for found in ours} == {"ok"}
+    assert {("tcp_client", "probe"), ("table", "sink"), ("jsonl", "sink")} <= {
+        (found.name, found.kind) for found in ours
+    }
+
+
+def test_the_examples_of_the_hooks_are_whole_plugins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = [
+        dedent((getdoc(hook) or "").partition("Example::\n")[2])
+        for hook in (hookspecs.tcplat_register_probes, hookspecs.tcplat_register_sinks)
+    ]
+    package = tmp_path / "hook_examples"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "tcp_retransmit.bpf.c").write_text("/* C */")
+    head = "from importlib.resources import files\nfrom tcplat_core import *\n"
+    (package / "plugin.py").write_text(head + "".join(examples))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plugins = Plugins.load([EntryPoint("examples", "hook_examples.plugin", GROUP)])
+    for module in ("hook_examples.plugin", "hook_examples"):
+        sys.modules.pop(module, None)
+    assert [(found.name, found.status) for found in plugins.found] == [
+        ("tcp_retransmit", "ok"),
+        ("count", "ok"),
+    ]
+    assert plugins.probe("tcp_retransmit").source == "/* C */"
+
+
+def test_every_hook_has_an_example() -> None:
+    hooks = [name for name in vars(hookspecs) if name.startswith("tcplat_")]
+    assert len(hooks) == 2
+    assert all("Example::" in (getdoc(getattr(hookspecs, hook)) or "") for hook in hooks)

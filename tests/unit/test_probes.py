@@ -1,0 +1,121 @@
+"""What every probe that comes with tcplat must hold to, whatever kernel it meets."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tcplat_core.hookpoints import MECHANISMS, Hook, reporting
+from tcplat_core.loader.compile import program_text
+from tcplat_core.model import ProbeSpec, read_options
+from tcplat_core.plugins import Plugins
+from tcplat_core.schema import TCP_STATES, Moment
+from tcplat_core.session import probe_request
+
+PLUGINS = Plugins.load()
+OURS = [
+    PLUGINS.probe(found.name)
+    for found in PLUGINS.found
+    if found.kind == "probe" and found.distribution == "tcplat"
+]
+
+GIVEN = {"xdp_port": {"iface": "lo", "port": "9999"}}
+"""Options that a probe cannot do without."""
+
+every_probe = pytest.mark.parametrize("spec", OURS, ids=lambda spec: spec.name)
+
+
+def hooks(spec: ProbeSpec) -> Iterator[Hook]:
+    for point in spec.points:
+        for way in point.ways:
+            yield from way.hooks
+
+
+def test_there_are_probes_to_test() -> None:
+    assert "tcp_client" in {spec.name for spec in OURS}
+
+
+@every_probe
+def test_every_program_is_a_function_of_its_c(spec: ProbeSpec) -> None:
+    functions = set(re.findall(r"^(?:static )?int (\w+)\(", spec.source, re.MULTILINE))
+    assert {hook.program for hook in hooks(spec)} <= functions
+
+
+@every_probe
+def test_every_number_that_the_c_uses_is_that_of_a_hook_that_reports(spec: ProbeSpec) -> None:
+    used = set(re.findall(r"\bHOOK_(\w+)", spec.source))
+    known = {hook.program for _, hook in reporting(spec.points)}
+    assert used <= known
+    # A hook that reports says which one it was.
+    assert known <= used
+
+
+@every_probe
+def test_one_program_stands_for_one_function(spec: ProbeSpec) -> None:
+    """Its number in a record names the function and the mechanism."""
+    seen: dict[str, tuple[str, str]] = {}
+    for hook in hooks(spec):
+        assert seen.setdefault(hook.program, (hook.func, hook.mechanism)) == (
+            hook.func,
+            hook.mechanism,
+        )
+
+
+@every_probe
+def test_the_books_can_tell_the_hooks_apart(spec: ProbeSpec) -> None:
+    """Rows are counted by point and func: hooks attached together may not share both."""
+    for point in spec.points:
+        for way in point.ways:
+            funcs = [hook.func for hook in way.hooks if not hook.quiet]
+            assert len(funcs) == len(set(funcs)), point
+
+
+@every_probe
+def test_a_number_fits_into_its_byte(spec: ProbeSpec) -> None:
+    assert 0 < len(reporting(spec.points)) <= 255
+
+
+@every_probe
+def test_points_have_names_of_their_own_and_ways(spec: ProbeSpec) -> None:
+    names = [point.point for point in spec.points]
+    assert len(names) == len(set(names))
+    for point in spec.points:
+        assert point.ways
+        assert {way.mechanism for way in point.ways} <= set(MECHANISMS)
+        assert all(way.hooks for way in point.ways)
+
+
+@every_probe
+def test_no_handler_has_a_name_by_which_bcc_attaches_it_itself(spec: ProbeSpec) -> None:
+    taken = ("kprobe__", "kretprobe__", "tracepoint__", "raw_tracepoint__", "kfunc__", "lsm__")
+    assert not [hook.program for hook in hooks(spec) if hook.program.startswith(taken)]
+
+
+@every_probe
+def test_its_text_is_put_together_without_a_kernel(spec: ProbeSpec) -> None:
+    options = read_options(spec.name, spec.options, GIVEN.get(spec.name, {}))
+    taken = {point.point: point.ways[0].mechanism for point in spec.points}
+    text = program_text(probe_request(spec, options), taken=taken, defines={})
+    for _, hook in reporting(spec.points):
+        assert text.count(f"#define HOOK_{hook.program} ") == 1
+
+
+ERRORS = (0, errno.ECONNREFUSED, errno.ETIMEDOUT, errno.EADDRNOTAVAIL, errno.ENETUNREACH, 9999)
+FLAGS = (None, "", "SYN", "SYN|ACK", "FIN|SYN|RST|PSH|ACK|URG|ECE|CWR")
+
+
+@every_probe
+def test_every_row_has_a_description_that_prints(spec: ProbeSpec) -> None:
+    for point, state, old_state, error, empty, flags in itertools.product(
+        [point.point for point in spec.points], TCP_STATES, TCP_STATES, ERRORS, (None, 0, 1), FLAGS
+    ):
+        moment = Moment(
+            point, state, old_state, error, None if empty is None else bool(empty), flags
+        )
+        words = spec.describe(moment)
+        assert words
+        assert words.isprintable()

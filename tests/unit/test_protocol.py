@@ -1,0 +1,176 @@
+"""Requests and answers cross from session to loader and back whole, file descriptors included."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from tcplat_core.filters import Filter
+from tcplat_core.hookpoints import HookPoint, Interfaces, kentry, kprobe, kreturn, tracepoint
+from tcplat_core.loader.protocol import (
+    MAX_FDS,
+    Answer,
+    Attached,
+    LoadedProbe,
+    ProbeRequest,
+    Refusal,
+    Request,
+    receive_answer,
+    send_answer,
+)
+
+Ends = tuple[socket.socket, socket.socket]
+
+PROBE = ProbeRequest(
+    name="tcp_client",
+    source='/* "ü" \\ \n */',
+    struct="struct tcplat_event {};",
+    points=(
+        HookPoint(
+            "send",
+            (
+                kprobe(kentry("tcp_sendmsg", "kp", "sk", quiet=True), kreturn("tcp_sendmsg", "kr")),
+                tracepoint("tcp:tcp_sendmsg_locked", "tp", "const struct sock *"),
+            ),
+            optional=True,
+        ),
+        HookPoint("close", ()),
+    ),
+    types=("tcp_sock", "net:ns"),
+    defines={"PORT": 9999},
+)
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    """As LoaderProcess.start() makes them: the session's, the loader's."""
+    pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    yield pair
+    for end in pair:
+        end.close()
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        Request(probes=()),
+        Request(probes=(PROBE,), attach="kprobe", follow=True, ring_bytes=4096),
+        Request(probes=(PROBE,), filter=Filter(pids=(1, 2**22), comm="curl*", ports=(80, 443))),
+        Request(probes=(PROBE,), filter=Filter(pids=())),
+        Request(
+            probes=(
+                PROBE,
+                ProbeRequest(
+                    name="xdp_port",
+                    source="",
+                    struct="",
+                    points=(),
+                    types=(),
+                    defines={},
+                    interfaces=Interfaces(names=("lo", "eth0"), mode="native", netns="blue"),
+                ),
+            )
+        ),
+    ],
+)
+def test_a_request_comes_out_as_it_went_in(request_: Request) -> None:
+    assert Request.unpack(request_.pack()) == request_
+
+
+def test_a_refusal_crosses(ends: Ends) -> None:
+    session, loader = ends
+    send_answer(loader, Refusal("no BTF; boot another kernel", 3, "a log\nof lines"))
+    assert receive_answer(session) == Refusal("no BTF; boot another kernel", 3, "a log\nof lines")
+
+
+def test_a_loader_that_died_gave_no_answer(ends: Ends) -> None:
+    session, loader = ends
+    loader.close()
+    assert receive_answer(session) is None
+
+
+def test_every_fd_arrives_at_its_place(ends: Ends) -> None:
+    """Each is a pipe: what is written into the answer's fd says which one it was."""
+    session, loader = ends
+    pipes = [os.pipe() for _ in range(8)]
+    ring, books, link, ring2, books2, *held = (write for _, write in pipes)
+    send_answer(
+        loader,
+        Answer(
+            probes={
+                "one": LoadedProbe(
+                    ring_fd=ring,
+                    books_fd=books,
+                    taken={"nic_rx": "xdp"},
+                    programs=("on_packet", "on_tx"),
+                    missing={"nic_tx": "no way"},
+                    interfaces=(Attached(name="lo", index=1, mode="generic", link_fd=link),),
+                    skipped={"eth0": "busy"},
+                ),
+                "a_two": LoadedProbe(
+                    ring_fd=ring2, books_fd=books2, taken={}, programs=(), missing={}
+                ),
+            },
+            holding=tuple(held),
+        ),
+    )
+    for _, write in pipes:
+        os.close(write)  # the loader ends; only the session's copies are left
+    answer = receive_answer(session)
+    assert isinstance(answer, Answer)
+    assert list(answer.probes) == ["one", "a_two"]
+    one, two = answer.probes.values()
+    assert (one.taken, list(one.programs), one.missing, one.skipped) == (
+        {"nic_rx": "xdp"},
+        ["on_packet", "on_tx"],
+        {"nic_tx": "no way"},
+        {"eth0": "busy"},
+    )
+    assert [(face.name, face.index, face.mode) for face in one.interfaces] == [("lo", 1, "generic")]
+    received = [*one.fds, *two.fds, *answer.holding]
+    assert len(received) == 8
+    for number, fd in enumerate(received):
+        os.write(fd, bytes([number]))
+        os.close(fd)
+    for number, (read, _) in enumerate(pipes):
+        assert os.read(read, 2) == bytes([number])
+        assert os.read(read, 1) == b""  # nobody else holds it
+        os.close(read)
+
+
+def test_no_fd_is_handed_on_to_a_program_that_a_sink_starts(ends: Ends) -> None:
+    """A link that outlives the session would leave its program attached."""
+    session, loader = ends
+    send_answer(loader, _holding(3))
+    answer = receive_answer(session)
+    assert isinstance(answer, Answer)
+    fds = [*answer.probes["one"].fds, *answer.holding]
+    inherited = [fd for fd in fds if os.get_inheritable(fd)]
+    for fd in fds:
+        os.close(fd)
+    assert inherited == []
+
+
+def _holding(fds: int) -> Answer:
+    """An answer with so many fds in all."""
+    probe = LoadedProbe(ring_fd=0, books_fd=0, taken={}, programs=(), missing={})
+    return Answer(probes={"one": probe}, holding=(0,) * (fds - 2))
+
+
+def test_as_many_fds_cross_as_the_kernel_takes(ends: Ends) -> None:
+    session, loader = ends
+    send_answer(loader, _holding(MAX_FDS))
+    answer = receive_answer(session)
+    assert isinstance(answer, Answer)
+    fds = [*answer.probes["one"].fds, *answer.holding]
+    for fd in fds:
+        os.close(fd)
+    assert len(set(fds)) == MAX_FDS == 253
+
+
+def test_more_fds_are_refused_with_their_number(ends: Ends) -> None:
+    with pytest.raises(ValueError, match="254 file descriptors do not fit into one message"):
+        send_answer(ends[1], _holding(MAX_FDS + 1))

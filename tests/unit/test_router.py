@@ -1,0 +1,302 @@
+"""Rows of all probes, in order of time, to every sink that can take them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from copy import copy
+
+import attrs
+import pytest
+
+from tcplat_core.errors import ReaderGoneError, TcplatError
+from tcplat_core.model import Loss, RunReport, Sink
+from tcplat_core.router import Router
+from tcplat_core.schema import Event
+from tcplat_core.testing import RecordingSink, make_event
+
+REPORT = RunReport(probes={}, duration_s=1)
+
+
+def rows(*times: int, probe: str = "tcp_client") -> list[Event]:
+    return [make_event(ts_ns=time, probe=probe) for time in times]
+
+
+def times(batch: Sequence[Event]) -> list[int]:
+    return [row.ts_ns for row in batch]
+
+
+@pytest.fixture
+def sink() -> RecordingSink:
+    return RecordingSink()
+
+
+@pytest.fixture
+def router(sink: RecordingSink) -> Router:
+    return Router({"it": sink})
+
+
+# --- order
+
+
+def test_rows_are_sorted_across_probes(router: Router, sink: RecordingSink) -> None:
+    router.feed(rows(1, 4, 6))
+    router.feed(rows(2, 3, 5, probe="xdp_port"))
+    router.flush()
+    assert times(sink.rows) == [1, 2, 3, 4, 5, 6]
+    assert [row.probe for row in sink.rows[:3]] == ["tcp_client", "xdp_port", "xdp_port"]
+
+
+def test_rows_of_one_instant_stay_as_they_came(router: Router, sink: RecordingSink) -> None:
+    router.feed([make_event(ts_ns=1, seq=number) for number in range(100)])
+    router.flush()
+    assert [row.seq for row in sink.rows] == list(range(100))
+
+
+def test_rows_at_the_horizon_and_younger_are_held_back(router: Router, sink: RecordingSink) -> None:
+    router.feed(rows(10, 30, 20))
+    router.flush(20)
+    assert times(sink.rows) == [10]
+    router.flush(20)
+    assert times(sink.rows) == [10]
+    router.feed(rows(15, 25))  # one that took its time
+    router.flush(26)
+    assert times(sink.rows) == [10, 15, 20, 25]
+    router.flush()
+    assert times(sink.rows) == [10, 15, 20, 25, 30]
+    assert router.late == 0
+
+
+def test_nothing_to_deliver_is_no_batch(router: Router, sink: RecordingSink) -> None:
+    router.flush()
+    router.flush(100)
+    router.feed(rows(200))
+    router.flush(100)
+    assert sink.batches == []
+
+
+def test_a_row_that_comes_too_late_is_delivered_and_counted(
+    router: Router, sink: RecordingSink
+) -> None:
+    router.feed(rows(10, 20))
+    router.flush()
+    router.feed(rows(5, 15, 20, 21))
+    router.flush()
+    assert times(sink.rows) == [10, 20, 5, 15, 20, 21]
+    assert router.late == 2
+
+
+def test_one_row_too_early_does_not_make_all_others_late(router: Router) -> None:
+    router.feed(rows(10, 20))
+    router.flush()
+    router.feed(rows(5))
+    router.flush()
+    router.feed(rows(20, 30))
+    router.flush()
+    assert router.late == 1
+
+
+def test_a_million_rows_with_bounded_disorder_come_out_sorted_and_complete() -> None:
+    """Each row comes up to 1,000 rows late, in batches of any size; the horizon allows for it."""
+    chance = random.Random(20_240_502)  # noqa: S311 - reproducible on purpose
+    count, disorder = 1_000_000, 1000
+    numbers = sorted(range(count), key=lambda number: number + chance.random() * disorder)
+    row = make_event()
+
+    @attrs.define(eq=False)
+    class Checks:
+        next_ns: int = 0
+
+        def write(self, batch: Sequence[Event]) -> None:
+            assert times(batch) == list(range(self.next_ns, self.next_ns + len(batch)))
+            self.next_ns += len(batch)
+
+        def lost(self, loss: Loss) -> None:
+            raise AssertionError(loss)
+
+        def close(self, report: RunReport) -> None:
+            raise AssertionError(report)
+
+    sink = Checks()
+    router = Router({"it": sink})
+    at = 0
+    while at < count:
+        size = chance.choice((1, 10, 500, 4000))
+        router.feed([_at(row, number) for number in numbers[at : at + size]])
+        at += size
+        router.flush(at - disorder - 1)
+        assert at - sink.next_ns <= 4000 + 2 * disorder  # nothing waits for longer than it must
+    router.flush()
+    assert router.switched_off == {}
+    assert sink.next_ns == count
+    assert router.late == 0
+    assert router.delivered == {("tcp_client", "send", "tcp_sendmsg"): count}
+
+
+def _at(row: Event, time: int) -> Event:
+    row = copy(row)
+    row.ts_ns = time
+    return row
+
+
+# --- books
+
+
+def test_delivered_rows_are_counted_by_probe_point_and_func(router: Router) -> None:
+    router.feed([make_event(point="send", func="a")] * 2)
+    router.feed([make_event(point="send", func="b"), make_event(point="recv", func="b")])
+    router.feed([make_event(probe="xdp_port", point="send", func="a")])
+    assert router.delivered == {}
+    router.flush()
+    assert router.delivered == {
+        ("tcp_client", "send", "a"): 2,
+        ("tcp_client", "send", "b"): 1,
+        ("tcp_client", "recv", "b"): 1,
+        ("xdp_port", "send", "a"): 1,
+    }
+
+
+# --- the limit
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 5, 7])
+def test_the_limit_is_exact(sink: RecordingSink, limit: int) -> None:
+    router = Router({"it": sink}, limit)
+    for time in range(0, 9, 3):
+        router.feed(rows(time + 2, time + 1, time))
+        router.flush()
+    assert times(sink.rows) == list(range(limit))
+    assert router.done
+    assert sum(router.delivered.values()) == limit
+
+
+def test_below_the_limit_the_run_goes_on(sink: RecordingSink) -> None:
+    router = Router({"it": sink}, 3)
+    router.feed(rows(1, 2))
+    router.flush()
+    assert not router.done
+
+
+def test_without_a_limit_the_run_goes_on(router: Router) -> None:
+    router.feed(rows(*range(100)))
+    router.flush()
+    assert not router.done
+
+
+# --- sinks that fail
+
+
+def test_a_sink_that_fails_is_switched_off_and_the_others_go_on() -> None:
+    good, bad, last = RecordingSink(), RecordingSink(TcplatError("disk full")), RecordingSink()
+    router = Router({"good": good, "bad": bad, "last": last})
+    router.feed(rows(1))
+    router.flush()
+    bad.error = None  # too late
+    router.feed(rows(2))
+    router.flush()
+    router.close(REPORT)
+    assert times(good.rows) == times(last.rows) == [1, 2]
+    assert bad.rows == []
+    assert router.switched_off == {"bad": "disk full"}
+    assert not router.done
+
+
+def test_an_error_without_words_is_named_by_its_class() -> None:
+    router = Router({"bad": RecordingSink(ZeroDivisionError())})
+    router.feed(rows(1))
+    router.flush()
+    assert router.switched_off == {"bad": "ZeroDivisionError"}
+
+
+def test_with_no_sink_left_the_run_is_done() -> None:
+    router = Router({"bad": RecordingSink(OSError("gone"))})
+    assert not router.done
+    router.feed(rows(1))
+    router.flush()
+    assert router.done
+    assert not router.reader_gone
+
+
+def test_a_reader_that_went_away_ends_the_run_and_is_no_failure() -> None:
+    gone, good = RecordingSink(ReaderGoneError()), RecordingSink()
+    router = Router({"gone": gone, "good": good})
+    router.feed(rows(1))
+    router.flush()
+    assert router.done
+    assert router.reader_gone
+    assert router.switched_off == {}
+    assert times(good.rows) == [1]
+    router.feed(rows(2))
+    router.flush()
+    assert times(good.rows) == [1]
+
+
+@attrs.define(eq=False)
+class Fragile(RecordingSink):
+    """Fails in lost() or in close()."""
+
+    fails_in: str = ""
+
+    def lost(self, loss: Loss) -> None:
+        if self.fails_in == "lost":
+            raise TcplatError("cannot say so")
+        super().lost(loss)
+
+    def close(self, report: RunReport) -> None:
+        super().close(report)
+        if self.fails_in == "close":
+            raise TcplatError("cannot end")
+
+
+@pytest.mark.parametrize(("method", "said"), [("lost", "cannot say so"), ("close", "cannot end")])
+def test_failing_in_any_method_switches_a_sink_off(method: str, said: str) -> None:
+    bad, good = Fragile(fails_in=method), RecordingSink()
+    router = Router({"bad": bad, "good": good})
+    router.lost(Loss("tcp_client", "send", 1))
+    router.close(REPORT)
+    assert router.switched_off == {"bad": said}
+    assert good.stream == [Loss("tcp_client", "send", 1)]
+    assert good.reports == [REPORT]
+
+
+# --- losses and the end
+
+
+def test_a_loss_is_said_at_its_place(router: Router, sink: RecordingSink) -> None:
+    first, loss, second = rows(1), Loss("tcp_client", "send", 3), rows(2)
+    router.feed(first)
+    router.flush()
+    router.lost(loss)
+    router.feed(second)
+    router.flush()
+    assert sink.stream == [*first, loss, *second]
+
+
+def test_a_loss_is_said_behind_the_rows_that_were_there_before_it(
+    router: Router, sink: RecordingSink
+) -> None:
+    """The ring was full of them when there was no room."""
+    before, loss, after = rows(1, 2, 3), Loss("tcp_client", "send", 3), rows(4)
+    router.feed(before)
+    router.lost(loss)
+    router.flush(3)
+    assert sink.stream == before[:2]
+    router.flush(4)
+    assert sink.stream == [*before, loss]
+    router.feed(after)
+    router.flush()
+    assert sink.stream == [*before, loss, *after]
+
+
+def test_every_sink_that_is_left_is_closed_once() -> None:
+    sinks: dict[str, Sink] = {name: RecordingSink() for name in ("a", "b")}
+    off = RecordingSink(OSError("gone"))
+    router = Router({**sinks, "off": off})
+    router.feed(rows(1))
+    router.flush()
+    router.close(REPORT)
+    assert [sink.reports for sink in sinks.values() if isinstance(sink, RecordingSink)] == [
+        [REPORT],
+        [REPORT],
+    ]
+    assert off.reports == []

@@ -1,0 +1,410 @@
+"""The event: its record, its decoder, its JSON, and what may stand in a text."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import shutil
+import socket
+import subprocess
+import time
+import unicodedata
+from collections.abc import Callable, Iterable
+from importlib.resources import files
+from typing import Annotated, Any
+
+import msgspec
+import pytest
+
+from tcplat_core.schema import (
+    _HAS,
+    TCP_FLAGS,
+    TCP_STATES,
+    Event,
+    FiredBy,
+    Made,
+    Moment,
+    Record,
+    Wire,
+    address,
+    clock_offset_ns,
+    documentation,
+    flags,
+    name,
+    text,
+)
+from tcplat_core.testing import make_event, make_record
+
+KEYS = [
+    *("v", "ts_ns", "time_ns", "probe", "point", "func", "attach", "pid", "tid", "comm", "cpu"),
+    *("netns", "ip", "saddr", "sport", "daddr", "dport", "state", "old_state", "desc"),
+    *("seq", "bytes", "flags", "connect_us", "ifname", "sock"),
+]
+"""Of a JSON line, in this order."""
+
+HAS_SEQ, HAS_BYTES, HAS_FLAGS = 1, 2, 4
+
+TYPEDEFS = (
+    "typedef unsigned char u8; typedef unsigned short u16;"
+    "typedef unsigned int u32; typedef unsigned long long u64;\n"
+)
+
+needs_clang = pytest.mark.skipif(not shutil.which("clang"), reason="clang is not installed")
+
+
+class Retransmit(Event, gc=False):
+    """What a third party's probe may add."""
+
+    tries: Annotated[int, Wire("u8", "how often it was sent before")]
+    cause: Annotated[str | None, Wire("char[6]", "why it was sent again", to=name)]
+    rto_us: Annotated[int | None, Wire("u32", "the timer, µs", nullable=True)]
+    twice: Annotated[int, Made("tries * 2", "twice as many")]
+
+
+def words(moment: Moment) -> str:
+    return f"{moment.point} {moment.state} {moment.old_state} {moment.err} {moment.empty}"
+
+
+HOOKS = (
+    FiredBy("send", "tcp_sendmsg", "kprobe", words),
+    FiredBy("state", "sock:inet_sock_set_state", "tracepoint", words),
+)
+
+
+@functools.cache
+def decoder(event: type[Event]) -> Callable[[Iterable[tuple[Any, ...]], int], list[Event]]:
+    return Record(event).decoder("a_probe", HOOKS, lambda index: f"eth{index}")
+
+
+def decode(*raw: bytes, event: type[Event] = Event, offset_ns: int = 0) -> list[Event]:
+    records = Record(event).layout.iter_unpack(b"".join(raw))
+    return decoder(event)(records, offset_ns)
+
+
+def decode_one(event: type[Event] = Event, **members: int | bytes | str) -> Any:
+    (row,) = decode(make_record(event, **members), event=event)
+    return row
+
+
+# --- the record
+
+
+@pytest.mark.parametrize("event", [Event, Retransmit])
+def test_a_record_has_no_holes(event: type[Event]) -> None:
+    """Member after member; that the compiler sees it so as well is asserted in C, below."""
+    sizes = {"u64": 8, "u32": 4, "u16": 2, "u8": 1, "char[16]": 16, "u8[16]": 16, "char[6]": 6}
+    record = Record(event)
+    total = sum(sizes[c_type] for _, c_type in record.members)
+    assert record.size == -(-total // 8) * 8
+    assert len({member for member, _ in record.members}) == len(record.members)
+
+
+def test_a_record_becomes_a_row_field_by_field() -> None:
+    record = make_record(
+        ts_ns=5_000_000_001,
+        connect_ns=1_234_567,
+        sock=0xFFFF_FFFF_FFFF_FFFF,
+        saddr="192.0.2.1",
+        daddr="2001:db8::1",
+        comm="nginx",
+        pid=4_194_303,
+        tid=4_194_304,
+        netns=4_026_531_840,
+        seq=0xFFFF_FFFF,
+        bytes=0x8000_0000,
+        ifindex=3,
+        cpu=65_535,
+        sport=65_535,
+        dport=1,
+        err=111,
+        ip=6,
+        state=1,
+        old_state=2,
+        flags=0x12,
+        hook=1,
+        has=HAS_SEQ | HAS_BYTES | HAS_FLAGS,
+    )
+    (row,) = decode(record, offset_ns=10)
+    assert msgspec.structs.asdict(row) == {
+        "v": 1,
+        "ts_ns": 5_000_000_001,
+        "time_ns": 5_000_000_011,
+        "probe": "a_probe",
+        "point": "state",
+        "func": "sock:inet_sock_set_state",
+        "attach": "tracepoint",
+        "pid": 4_194_303,
+        "tid": 4_194_304,
+        "comm": "nginx",
+        "cpu": 65_535,
+        "netns": 4_026_531_840,
+        "ip": 6,
+        "saddr": "192.0.2.1",
+        "sport": 65_535,
+        "daddr": "2001:db8::1",
+        "dport": 1,
+        "state": "TCP_ESTABLISHED",
+        "old_state": "TCP_SYN_SENT",
+        "desc": "state TCP_ESTABLISHED TCP_SYN_SENT 111 False",
+        "seq": 0xFFFF_FFFF,
+        "bytes": 0x8000_0000,
+        "flags": "SYN|ACK",
+        "connect_us": 1234.567,
+        "ifname": "eth3",
+        "sock": 0xFFFF_FFFF_FFFF_FFFF,
+    }
+
+
+def test_what_a_hook_cannot_know_is_null() -> None:
+    row = msgspec.structs.asdict(decode_one())
+    assert [key for key, value in row.items() if value is None] == [
+        "pid",
+        "tid",
+        "comm",
+        "netns",
+        "ip",
+        "sport",
+        "dport",
+        "state",
+        "old_state",
+        "seq",
+        "bytes",
+        "flags",
+        "connect_us",
+        "ifname",
+    ]
+
+
+@pytest.mark.parametrize("bits", range(8))
+def test_zero_bytes_are_not_unknown_bytes(bits: int) -> None:
+    row = decode_one(has=bits)
+    assert row.seq == (0 if bits & HAS_SEQ else None)
+    assert row.bytes == (0 if bits & HAS_BYTES else None)
+    assert row.flags == ("" if bits & HAS_FLAGS else None)
+
+
+def test_a_description_knows_whether_there_were_bytes() -> None:
+    assert decode_one(has=HAS_BYTES).desc.endswith("True")
+    assert decode_one(has=HAS_BYTES, bytes=1).desc.endswith("False")
+    assert decode_one(bytes=1).desc.endswith("None")
+
+
+def test_every_state_of_the_kernel_has_its_name() -> None:
+    assert [decode_one(state=number).state for number in range(13)] == list(TCP_STATES)
+    for state in TCP_STATES[1:12]:  # those that Python knows
+        assert getattr(socket, str(state), TCP_STATES.index(state)) == TCP_STATES.index(state)
+
+
+def test_every_combination_of_flags_is_spelt_out() -> None:
+    for raw in range(256):
+        assert flags(raw).split("|") == [
+            name for bit, name in enumerate(TCP_FLAGS) if raw & 1 << bit
+        ] or [""]
+
+
+def test_the_decoder_keeps_order_and_count_beyond_its_memory() -> None:
+    """It remembers 65,536 answers of each function, then starts afresh."""
+    raw = [make_record(ts_ns=number, daddr=number.to_bytes(16, "big")) for number in range(70_000)]
+    rows = decode(*raw)
+    assert [row.ts_ns for row in rows] == list(range(70_000))
+    assert rows[69_999].daddr == "::0.1.17.111"
+
+
+def test_a_subclass_adds_its_fields_behind_ours() -> None:
+    row = decode_one(Retransmit, tries=3, cause="RACK", rto_us=0, pid=1)
+    assert (row.pid, row.tries, row.cause, row.rto_us, row.twice) == (1, 3, "RACK", None, 6)
+    assert list(json.loads(msgspec.json.encode(row))) == [
+        *KEYS,
+        "tries",
+        "cause",
+        "rto_us",
+        "twice",
+    ]
+
+
+# --- addresses
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [
+        ("00000000000000000000ffff7f000001", "127.0.0.1"),
+        ("00000000000000000000ffff00000000", "0.0.0.0"),
+        ("00000000000000000000ffffffffffff", "255.255.255.255"),
+        ("00000000000000000000000000000001", "::1"),
+        ("00000000000000000000000000000000", "::"),
+        ("20010db8000000000000000000000001", "2001:db8::1"),
+        ("fe8000000000000000000000000000ff", "fe80::ff"),
+        ("00000000000000000001ffff7f000001", "::1:ffff:7f00:1"),
+    ],
+)
+def test_an_address_is_text_and_a_mapped_one_is_ipv4(raw: str, shown: str) -> None:
+    assert address(bytes.fromhex(raw)) == shown
+
+
+# --- names
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [
+        (b"curl\0\0\0\0", "curl"),
+        (b"fifteen bytes !\0", "fifteen bytes !"),
+        (b"sixteen bytes !!", "sixteen bytes !!"),
+        (b"a\0b", "a"),
+        (b"\x1b]0;x\x07", r"\x1b]0;x\x07"),
+        (b"a\nb\tc", r"a\nb\tc"),
+        (b"C:\\x1b", r"C:\\x1b"),
+        ("Übergröße".encode(), "Übergröße"),
+        ("漢字".encode(), "漢字"),
+        ("漢字".encode()[:5], "漢" + r"\xe5\xad"),
+        (b"\xff\xfe", r"\xff\xfe"),
+        ("\u202egnp.exe".encode(), r"\u202egnp.exe"),
+        ("\u200b".encode(), r"\u200b"),
+        ("\U000e0041".encode(), r"\U000e0041"),
+        (b"\xed\xb2\x80", r"\xed\xb2\x80"),  # a lone surrogate is no UTF-8
+    ],
+)
+def test_a_name_is_shown_as(raw: bytes, shown: str) -> None:
+    assert text(raw) == shown
+
+
+def test_no_name_is_null() -> None:
+    assert name(bytes(16)) is None
+    assert name(b"\0hidden") is None
+
+
+SHORT = [bytes(raw) for length in (1, 2) for raw in itertools.product(range(256), repeat=length)]
+"""Every single byte and every pair."""
+
+
+def test_no_name_of_two_bytes_gets_a_character_through_that_does_not_print() -> None:
+    for raw in SHORT:
+        shown = text(raw)
+        assert shown.isprintable()
+        assert not any(unicodedata.category(char).startswith("C") for char in shown)
+
+
+def test_names_that_differ_are_shown_differently() -> None:
+    shown: dict[str, bytes] = {}
+    for raw in SHORT:
+        seen = raw.partition(b"\0")[0]
+        assert shown.setdefault(text(raw), seen) == seen
+
+
+def test_every_byte_of_a_name_survives_json() -> None:
+    names = [bytes([65, number, 66]) for number in range(1, 256)]
+    rows = decode(*(make_record(comm=raw) for raw in names))
+    for raw, row in zip(names, rows, strict=True):
+        line = msgspec.json.encode(row)
+        assert line.count(b"\n") == 0
+        assert json.loads(line)["comm"] == text(raw)
+
+
+# --- JSON
+
+
+def test_json_has_these_keys_in_this_order() -> None:
+    assert list(json.loads(msgspec.json.encode(make_event()))) == KEYS
+    assert list(json.loads(msgspec.json.encode(decode_one()))) == KEYS
+
+
+def test_one_row_is_one_line() -> None:
+    rows = [make_event(comm="\n", desc="\r\n\u2028"), make_event()]
+    lines = msgspec.json.Encoder().encode_lines(rows)
+    assert lines.count(b"\n") == 2
+    assert [json.loads(line)["comm"] for line in lines.splitlines()] == ["\n", "curl"]
+
+
+def test_json_keeps_every_digit() -> None:
+    big = (1 << 64) - 1
+    row = decode_one(sock=big, ts_ns=(1 << 63) - 1, connect_ns=1)
+    read = json.loads(msgspec.json.encode(row))
+    assert (read["sock"], read["ts_ns"], read["connect_us"]) == (big, (1 << 63) - 1, 0.001)
+
+
+@pytest.mark.parametrize("event", [Event, Retransmit])
+def test_every_field_is_documented(event: type[Event]) -> None:
+    rows = documentation(event)
+    assert [name for name, _, _ in rows] == list(event.__struct_fields__)
+    assert all(meaning and kind for _, kind, meaning in rows)
+
+
+def test_documented_types_are_those_of_the_rows() -> None:
+    kinds = {int: "int", float: "float", str: "str", type(None): "null"}
+    full = make_event(old_state="TCP_CLOSE", flags="SYN", connect_us=1.5, ifname="lo")
+    for row in (full, decode_one()):
+        values = msgspec.structs.asdict(row)
+        for field, kind, _ in documentation():
+            assert kinds[type(values[field])] in kind.split(" or "), field
+
+
+# --- C
+
+
+def compile_c(code: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [
+            "clang",
+            "-target",
+            "bpf",
+            "-x",
+            "c",
+            "-Wall",
+            "-Werror",
+            "-fsyntax-only",
+            "-",
+        ],
+        input=(TYPEDEFS + code).encode(),
+        capture_output=True,
+        check=False,
+    )
+
+
+@needs_clang
+@pytest.mark.parametrize("event", [Event, Retransmit])
+def test_the_compiler_lays_the_struct_out_as_python_reads_it(event: type[Event]) -> None:
+    code = Record(event).c_struct()
+    done = compile_c(code)
+    assert done.returncode == 0, done.stderr.decode()
+    # One assertion per member, and one for the size.
+    assert code.count("_Static_assert") == len(Record(event).members) + 1
+
+
+@needs_clang
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("u64 ts_ns;", "u64 new_in_front; u64 ts_ns;"),
+        ("u32 tid;", "u64 tid;"),
+        ("char comm[16]", "char comm[8]"),
+        ("u16 sport;", "u16 sport, other;"),
+        ("u8 has;", "u8 has; u8 other[16];"),
+    ],
+)
+def test_the_compiler_refuses_a_struct_that_differs(old: str, new: str) -> None:
+    code = Record(Event).c_struct()
+    assert old in code
+    done = compile_c(code.replace(old, new))
+    assert done.returncode != 0
+    assert b"schema.py has another" in done.stderr
+
+
+@needs_clang
+def test_the_bits_of_has_are_those_of_the_header() -> None:
+
+    header = files("tcplat_core").joinpath("include/tcplat/event.bpf.h").read_text()
+    for field, bit in _HAS.items():
+        assert f"#define TCPLAT_HAS_{field.upper()} {bit}\n" in header
+
+
+# --- the clock
+
+
+def test_the_offset_turns_monotonic_into_unix_time() -> None:
+    before = time.time_ns()
+    now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + clock_offset_ns()
+    after = time.time_ns()
+    measured_within = 5_000_000
+    assert before - measured_within < now < after + measured_within

@@ -1,0 +1,500 @@
+"""A whole run, on a kernel side that is played: rings, books and a loader in memory."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import attrs
+import pytest
+
+from tcplat_core import session as sessions
+from tcplat_core.command import Command
+from tcplat_core.errors import (
+    CannotRunError,
+    PluginError,
+    ReaderGoneError,
+    TcplatError,
+    UsageError,
+)
+from tcplat_core.filters import Filter
+from tcplat_core.hookpoints import HookPoint, kentry, kprobe, kreturn, tracepoint
+from tcplat_core.loader.protocol import Refusal, Request, send_answer
+from tcplat_core.model import Loss, Option, ProbeSpec, RunReport, Sink
+from tcplat_core.ring import BATCH
+from tcplat_core.schema import Event
+from tcplat_core.session import LoaderProcess, Session, Signals
+from tcplat_core.testing import FakeLoader, FakeProbe, RecordingSink, make_record
+
+SEND_AND_CLOSE = (
+    HookPoint(
+        "send",
+        (
+            kprobe(
+                kentry("tcp_sendmsg", "kp_enter", quiet=True), kreturn("tcp_sendmsg", "kr_send")
+            ),
+            tracepoint("tcp:tcp_sendmsg_locked", "tp_send"),
+        ),
+    ),
+    HookPoint("close", (tracepoint("tcp:tcp_destroy_sock", "tp_close"),)),
+)
+
+Play = Callable[..., FakeProbe]
+
+
+@pytest.fixture
+def play() -> Iterator[Play]:
+    """Makes probes whose handlers the test plays."""
+    with ExitStack() as stack:
+
+        def make(name: str = "one", **given: Any) -> FakeProbe:
+            spec = ProbeSpec(name=name, summary="s", source=f"/* {name} */", points=SEND_AND_CLOSE)
+            probe = FakeProbe(spec, **given)
+            stack.callback(probe.close)
+            return probe
+
+        yield make
+
+
+def run(*probes: FakeProbe, holding: tuple[int, ...] = (), **given: Any) -> RunReport:
+    """Run for ten milliseconds, or for what `given` says."""
+    given.setdefault("duration_s", 0.01)
+    sinks: dict[str, Sink] = given.pop("sinks")
+    session = Session(
+        loader=cast("LoaderProcess", FakeLoader(probes, holding)),
+        probes=[(probe.spec, {}) for probe in probes],
+        sinks=sinks,
+        request=Request(probes=(), ring_bytes=probes[0].ring_bytes),
+        **given,
+    )
+    return session.run()
+
+
+def run_into_a_sink(*probes: FakeProbe, **given: Any) -> tuple[RecordingSink, RunReport]:
+    sink = RecordingSink()
+    return sink, run(*probes, sinks={"it": sink}, **given)
+
+
+def times(rows: Sequence[Event]) -> list[int]:
+    return [row.ts_ns for row in rows]
+
+
+# --- rows
+
+
+def test_rows_of_two_probes_arrive_in_order(play: Play) -> None:
+    one, two = play("one"), play("two")
+    for number in range(1, 100, 2):
+        one.emit("tp_send", ts_ns=number)
+        two.emit("tp_close", ts_ns=number + 1)
+    sink, report = run_into_a_sink(one, two)
+    assert times(sink.rows) == list(range(1, 101))
+    assert [(row.probe, row.point) for row in sink.rows[:2]] == [("one", "send"), ("two", "close")]
+    assert report.delivered == 100
+    assert report.late == 0
+
+
+def test_a_row_says_which_hook_fired(play: Play) -> None:
+    probe = play(mechanism="kprobe")
+    probe.emit("kr_send", ts_ns=1)
+    probe.emit("tp_close", ts_ns=2)
+    sink, _ = run_into_a_sink(probe)
+    assert [(row.point, row.func, row.attach) for row in sink.rows] == [
+        ("send", "tcp_sendmsg", "kprobe"),
+        ("close", "tcp:tcp_destroy_sock", "tracepoint"),
+    ]
+
+
+def test_a_row_has_the_unix_time_of_its_instant(play: Play) -> None:
+    probe = play()
+    before = time.time_ns()
+    probe.emit("tp_send", ts_ns=time.clock_gettime_ns(time.CLOCK_MONOTONIC))
+    after = time.time_ns()
+    sink, _ = run_into_a_sink(probe)
+    measured_within = 5_000_000
+    assert before - measured_within < sink.rows[0].time_ns < after + measured_within
+
+
+def test_more_than_one_helping_arrives_whole(play: Play) -> None:
+    probe = play(ring_bytes=1 << 22)
+    count = 20_000
+    assert all(probe.emit("tp_send", ts_ns=number + 1) for number in range(count))
+    sink, report = run_into_a_sink(probe)
+    assert times(sink.rows) == list(range(1, count + 1))
+    assert report.dropped == report.late == 0
+
+
+def test_a_helping_of_discarded_records_is_no_error(play: Play) -> None:
+    probe = play(ring_bytes=1 << 22)
+    for _ in range((sessions.HELPING + 1) * BATCH):
+        position = probe.ring.reserve(make_record())
+        assert position is not None
+        probe.ring.discard(position)
+    probe.emit("tp_send", ts_ns=1)
+    sink, _ = run_into_a_sink(probe)
+    assert times(sink.rows) == [1]
+
+
+def test_rows_that_come_while_it_runs_arrive(play: Play) -> None:
+    probe = play()
+
+    @attrs.define(eq=False)
+    class Echo(RecordingSink):
+        def write(self, batch: Sequence[Event]) -> None:
+            super().write(batch)
+            last = batch[-1].ts_ns
+            if last < 20:
+                probe.emit("tp_send", ts_ns=last + 1)
+
+    sink = Echo()
+    probe.emit("tp_send", ts_ns=1)
+    run(probe, sinks={"it": sink}, count=20, duration_s=0)
+    assert times(sink.rows) == list(range(1, 21))
+
+
+# --- books
+
+
+def test_produced_is_delivered_and_dropped(play: Play) -> None:
+    probe = play(ring_bytes=4096)
+    fitted = sum(probe.emit("tp_send", ts_ns=number + 1) for number in range(100))
+    probe.emit("tp_close", ts_ns=1000)
+    assert 0 < fitted < 100
+    sink, report = run_into_a_sink(probe)
+    assert [attrs.astuple(hook) for hook in report.probes["one"].hooks] == [
+        ("send", "tcp:tcp_sendmsg_locked", "tracepoint", 100, 100 - fitted, fitted),
+        ("close", "tcp:tcp_destroy_sock", "tracepoint", 1, 1, 0),
+    ]
+    assert [hook.unread for hook in report.probes["one"].hooks] == [0, 0]
+    assert len(sink.rows) == fitted
+    assert {loss for loss in sink.stream if isinstance(loss, Loss)} == {
+        Loss("one", "send", 100 - fitted),
+        Loss("one", "close", 1),
+    }
+
+
+def test_a_loss_is_said_behind_the_rows_that_filled_the_ring(play: Play) -> None:
+    probe = play(ring_bytes=4096)
+    while probe.emit("tp_send", ts_ns=1):
+        pass
+    sink, _ = run_into_a_sink(probe)
+    assert sink.stream[-1] == Loss("one", "send", 1)
+
+
+def test_each_lost_event_is_said_once(play: Play) -> None:
+    probe, signals = play(ring_bytes=4096), Signals()
+
+    @attrs.define(eq=False)
+    class Overflows(RecordingSink):
+        def write(self, batch: Sequence[Event]) -> None:
+            super().write(batch)
+            if len(self.batches) > 3:
+                signals.caught = 2
+                return
+            while probe.emit("tp_send", ts_ns=batch[-1].ts_ns + 1):
+                pass
+
+    sink = Overflows()
+    probe.emit("tp_send", ts_ns=1)
+    report = run(probe, sinks={"it": sink}, duration_s=0, signals=signals)
+    assert [loss.count for loss in sink.stream if isinstance(loss, Loss)] == [1, 1, 1]
+    assert report.dropped == 3
+    assert report.delivered == len(sink.rows)
+
+
+def test_only_hooks_that_were_attached_are_in_the_report(play: Play) -> None:
+    by_kprobe = play("one", mechanism="kprobe")
+    without = play("two", missing={"close": "this kernel has none"})
+    _, report = run_into_a_sink(by_kprobe, without)
+    assert [hook.func for hook in report.probes["one"].hooks] == [
+        "tcp_sendmsg",
+        "tcp:tcp_destroy_sock",
+    ]
+    assert [hook.point for hook in report.probes["two"].hooks] == ["send"]
+    assert report.probes["two"].missing == {"close": "this kernel has none"}
+
+
+def test_sockets_that_were_lost_track_of_are_reported(play: Play) -> None:
+    probe = play()
+    probe.books.lose_track(3)
+    _, report = run_into_a_sink(probe)
+    assert report.probes["one"].untracked == 3
+
+
+# --- the end
+
+
+@pytest.mark.parametrize("count", [1, 7, 50])
+def test_a_count_is_exact_and_the_rest_is_unread(play: Play, count: int) -> None:
+    probe = play()
+    for number in range(50):
+        probe.emit("tp_send", ts_ns=number + 1)
+    sink, report = run_into_a_sink(probe, count=count, duration_s=0)
+    assert times(sink.rows) == list(range(1, count + 1))
+    assert report.probes["one"].hooks[0].unread == 50 - count
+
+
+def test_it_lasts_as_long_as_was_asked_for(play: Play) -> None:
+    began = time.monotonic()
+    _, report = run_into_a_sink(play(), duration_s=0.15)
+    assert 0.15 <= report.duration_s <= time.monotonic() - began
+    assert report.duration_s < 2
+
+
+def test_it_ends_with_the_processes_it_traces(play: Play) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    probe, sink = play(), RecordingSink()
+    wanted = Filter(pids=(gone.pid,))
+    request = Request(probes=(), filter=wanted, ring_bytes=probe.ring_bytes)
+    loader = FakeLoader([probe])
+    report = Session(cast("LoaderProcess", loader), [(probe.spec, {})], {"it": sink}, request).run()
+    assert report.duration_s < 2
+    assert loader.requests[0].filter == wanted
+
+
+def test_it_ends_with_its_command_and_has_its_status(play: Play, tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    command = Command.fork(["sh", "-c", f"test -s {ready} && exit 5"])
+    run_into_a_sink(play(), duration_s=0, ready_file=str(ready), command=command)
+    assert command.status == 5  # and the ready file was there when it began
+
+
+def test_it_ends_with_a_signal_after_what_is_there_was_delivered(play: Play) -> None:
+    probe, signals = play(), Signals()
+
+    @attrs.define(eq=False)
+    class Stops(RecordingSink):
+        def write(self, batch: Sequence[Event]) -> None:
+            super().write(batch)
+            if not signals.caught:
+                signals.caught = 2
+                probe.emit("tp_send", ts_ns=2)
+
+    sink = Stops()
+    probe.emit("tp_send", ts_ns=1)
+    run(probe, sinks={"it": sink}, duration_s=0, signals=signals)
+    assert times(sink.rows) == [1, 2]
+
+
+def test_stopped_before_everything_is_attached_it_reports_an_empty_run(play: Play) -> None:
+    sink, report = run_into_a_sink(play(), signals=Signals(caught=2))
+    assert report.probes == {}
+    assert sink.reports == [report]
+
+
+def test_it_ends_when_nobody_reads_any_more(play: Play) -> None:
+    probe, other = play(), RecordingSink()
+    probe.emit("tp_send", ts_ns=1)
+    report = run(
+        probe, sinks={"gone": RecordingSink(ReaderGoneError()), "other": other}, duration_s=0
+    )
+    assert report.switched_off == {}
+    assert other.reports[0].delivered == 1
+
+
+def test_a_record_that_is_not_submitted_yet_is_waited_for(play: Play) -> None:
+    probe = play()
+    probe.emit("tp_send", ts_ns=1)
+    number = probe.programs.index("tp_send")
+    busy = probe.ring.reserve(make_record(ts_ns=2, hook=number))
+    probe.books.count(number, produced=1)
+
+    @attrs.define(eq=False)
+    class Submits(RecordingSink):
+        def write(self, batch: Sequence[Event]) -> None:
+            super().write(batch)
+            if busy is not None and batch[-1].ts_ns == 1:
+                probe.ring.submit(busy)
+
+    sink = Submits()
+    report = run(probe, sinks={"it": sink}, duration_s=0, count=2)
+    assert times(sink.rows) == [1, 2]
+    assert report.delivered == 2
+
+
+def test_a_record_that_never_comes_is_waited_for_a_while_and_unread(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "SETTLE_S", 0.05)
+    probe = play()
+    probe.emit("tp_send", ts_ns=1)
+    probe.ring.reserve(make_record(ts_ns=2))
+    probe.books.count(probe.programs.index("tp_send"), produced=1)
+    sink, report = run_into_a_sink(probe)
+    assert times(sink.rows) == [1]
+    assert report.probes["one"].hooks[0].unread == 1
+
+
+def test_everything_is_detached_before_the_last_rows_are_read(play: Play) -> None:
+    read, link = os.pipe()
+    os.set_blocking(read, False)
+    probe, signals = play(), Signals()
+    held = []
+
+    @attrs.define(eq=False)
+    class Looks(RecordingSink):
+        def write(self, batch: Sequence[Event]) -> None:
+            super().write(batch)
+            try:
+                held.append(os.read(read, 1) != b"")
+            except BlockingIOError:  # somebody could still write: the link is there
+                held.append(True)
+            if not signals.caught:
+                signals.caught = 2
+                probe.emit("tp_send", ts_ns=2)
+
+    probe.emit("tp_send", ts_ns=1)
+    run(probe, sinks={"it": Looks()}, holding=(link,), duration_s=0, signals=signals)
+    assert held == [True, False]
+    os.close(read)
+
+
+def test_no_fd_stays_open(play: Play) -> None:
+    probe = play()
+    before = sorted(os.listdir("/proc/self/fd"))
+    probe.emit("tp_send", ts_ns=1)
+    run_into_a_sink(probe, holding=(os.dup(0),))
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_no_fd_stays_open_after_an_error(play: Play, tmp_path: Path) -> None:
+    probe = play()
+    before = sorted(os.listdir("/proc/self/fd"))
+    with pytest.raises(UsageError, match=r"cannot write the ready file .*: No such file"):
+        run_into_a_sink(probe, holding=(os.dup(0),), ready_file=str(tmp_path / "no" / "ready"))
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_ready_file_holds_the_pid(play: Play, tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    run_into_a_sink(play(), ready_file=str(ready))
+    assert int(ready.read_text()) == os.getpid()
+
+
+# --- the report
+
+
+def test_every_sink_gets_the_books_of_the_run(play: Play) -> None:
+    probe = play()
+    probe.emit("tp_send", ts_ns=1)
+    sink, report = run_into_a_sink(probe)
+    (given,) = sink.reports
+    assert given.delivered == report.delivered == 1
+    assert given.duration_s == report.duration_s
+
+
+def test_a_sink_that_failed_is_reported(play: Play) -> None:
+    probe = play()
+    probe.emit("tp_send", ts_ns=1)
+    sinks = {"bad": RecordingSink(TcplatError("disk full")), "good": RecordingSink()}
+    report = run(probe, sinks=sinks)
+    assert report.switched_off == {"bad": "disk full"}
+    assert report.delivered == 1
+
+
+def test_the_other_sinks_are_told_of_it(play: Play) -> None:
+    probe, good = play(), RecordingSink()
+    probe.emit("tp_send", ts_ns=1)
+    run(probe, sinks={"bad": RecordingSink(TcplatError("disk full")), "good": good})
+    assert good.reports[0].switched_off == {"bad": "disk full"}
+
+
+# --- what is asked of the loader
+
+
+def test_the_loader_is_asked_for_each_probe_with_its_constants() -> None:
+    spec = ProbeSpec(
+        name="port",
+        summary="s",
+        source="/* C */",
+        points=SEND_AND_CLOSE,
+        types=("tcp_sock",),
+        options=(Option(name="port", help="h", convert=int),),
+        defines=lambda options: {"PORT": options["port"]},
+    )
+    request = sessions.probe_request(spec, {"port": 80})
+    assert (request.name, request.source, request.points) == ("port", "/* C */", SEND_AND_CLOSE)
+    assert request.types == ("tcp_sock",)
+    assert request.defines == {"PORT": 80}
+    assert request.struct.startswith("struct tcplat_event {")
+
+
+# --- the loader's process, played by others
+
+
+@pytest.fixture
+def loader() -> Iterator[Callable[..., tuple[LoaderProcess, socket.socket]]]:
+    with ExitStack() as stack:
+
+        def make(code: str) -> tuple[LoaderProcess, socket.socket]:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            log = tempfile.TemporaryFile()  # noqa: SIM115 - the loader's to close
+            process = subprocess.Popen(
+                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=log, stderr=log
+            )
+            made = LoaderProcess(process, ours, log)
+            stack.callback(made.close)
+            stack.enter_context(theirs)
+            return made, theirs
+
+        yield make
+
+
+Loaders = Callable[..., tuple[LoaderProcess, socket.socket]]
+REQUEST = Request(probes=())
+
+
+def never() -> bool:
+    return False
+
+
+def test_a_loader_that_dies_is_an_error_with_its_status(loader: Loaders) -> None:
+    process, theirs = loader("import sys; sys.stdin.read(); sys.exit(7)")
+    theirs.close()
+    with pytest.raises(TcplatError, match=r"the loader died \(status 7\)"):
+        process.ask(REQUEST, never)
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "error"),
+    [(1, TcplatError), (2, UsageError), (3, CannotRunError), (4, PluginError), (77, TcplatError)],
+)
+def test_a_refusal_becomes_the_error_of_its_exit_code(
+    loader: Loaders, exit_code: int, error: type[TcplatError]
+) -> None:
+    process, theirs = loader("import sys; sys.stdin.read()")
+    send_answer(theirs, Refusal("no way", exit_code, "the verifier's words"))
+    with pytest.raises(TcplatError, match="no way") as raised:
+        process.ask(REQUEST, never)
+    assert type(raised.value) is error
+    assert raised.value.__notes__ == ["the verifier's words"]
+
+
+def test_a_refusal_before_the_request_was_read_is_heard(loader: Loaders) -> None:
+    process, theirs = loader("")
+    process.process.wait()
+    send_answer(theirs, Refusal("no root", 3))
+    with pytest.raises(CannotRunError, match="no root"):
+        process.ask(Request(probes=(), attach="x" * (1 << 20)), never)
+
+
+def test_stopping_does_not_wait_for_the_loader(loader: Loaders) -> None:
+    process, _ = loader("import signal; signal.pause()")
+    assert process.ask(REQUEST, lambda: True) is None
+    process.close()
+    assert process.process.returncode == -9
+
+
+def test_what_the_loader_printed_is_kept_for_debugging(loader: Loaders) -> None:
+    process, _ = loader(r"import os; os.write(1, b'clang: \xff\n'); os.write(2, b'verifier\n')")
+    process.process.wait()
+    assert process.output() == "clang: \\xff\nverifier\n"
