@@ -23,6 +23,7 @@ class Command:
 
     pid: int
     _gate: int
+    _ender: int
     status: int | None = None
     """The shell's exit status (128 + signal), once it has ended."""
 
@@ -40,7 +41,7 @@ class Command:
         pid = os.fork()
         if pid:
             os.close(wait)
-            return cls(pid, gate)
+            return cls(pid, gate, _fork_ender(pid, gate))
         try:
             os.close(gate)
             if os.read(wait, 1) == b"!":
@@ -76,8 +77,33 @@ class Command:
             os.close(self._gate)
             self._gate = -1
         elif not self.ended():
-            os.kill(self.pid, signal.SIGTERM)
+            os.write(self._ender, b"!")
+        if self._ender >= 0:
+            os.close(self._ender)
+            self._ender = -1
         if self.status is None:
             _, status = os.waitpid(self.pid, 0)
             code = os.waitstatus_to_exitcode(status)
             self.status = code if code >= 0 else 128 - code
+
+
+def _fork_ender(pid: int, gate: int) -> int:
+    """A process that keeps our rights, to end the command with: we shall have given them up.
+
+    Returns:
+        A pipe. A byte in it sends SIGTERM; closing it lets the command be. The
+        pid cannot be another's by then: we have not waited for it.
+    """
+    wait, ender = os.pipe()
+    if os.fork():
+        os.close(wait)
+        return ender
+    try:
+        os.close(ender)
+        os.close(gate)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        if os.read(wait, 1):
+            os.kill(pid, signal.SIGTERM)
+    finally:
+        os._exit(0)

@@ -62,7 +62,11 @@ class ProbeSpec:
 
 
 class Sink(Protocol):
-    """Consumes batches. A method that raises gets the sink switched off; the run goes on."""
+    """Consumes batches. A method that raises gets the sink switched off; the run goes on.
+
+    A sink may also have ``idle()``: called once a second, so that it can raise
+    ReaderGoneError while there is nothing to write.
+    """
 
     def write(self, batch: Sequence[Event]) -> None:
         """Take a batch of rows, sorted by time. Output must be flushed when this returns."""

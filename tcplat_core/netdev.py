@@ -109,7 +109,7 @@ def _known() -> str:
 def is_cut(link_fd: int) -> bool:
     """Whether the interface of an XDP link has gone. Needs neither root nor its namespace."""
     try:
-        with open(f"/proc/self/fdinfo/{link_fd}", encoding="ascii") as info:
-            return any(line.split() == ["ifindex:", "0"] for line in info)
+        info = Path(f"/proc/self/fdinfo/{link_fd}").read_text(encoding="ascii")
     except OSError:  # before 5.14 not for a process that has given up root
         return False
+    return any(line.split() == ["ifindex:", "0"] for line in info.splitlines())

@@ -42,6 +42,8 @@ class Output:
             UsageError: It cannot be written.
         """
         if path is None:
+            if sys.stdout is None:
+                raise UsageError("there is no standard output: give the sink a path=")
             return cls(sys.stdout.fileno(), stopping)
         try:
             # Without O_NONBLOCK a FIFO that nobody reads would keep us here, deaf to Ctrl-C.
@@ -75,6 +77,17 @@ class Output:
             raise ReaderGoneError from error
         except OSError as error:
             raise TcplatError(f"writing failed: {os.strerror(error.errno or errno.EIO)}") from error
+
+    def look(self) -> None:
+        """Notice a reader that has gone, without writing.
+
+        Raises:
+            ReaderGoneError: Nobody reads any more.
+        """
+        poll = select.poll()
+        poll.register(self.fd, 0)
+        if any(event & select.POLLERR for _, event in poll.poll(0)):
+            raise ReaderGoneError
 
     def _wait(self) -> None:
         poll = select.poll()

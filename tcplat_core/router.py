@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
 
@@ -85,20 +86,29 @@ class Router:
         else:
             self._each("lost", loss)
 
+    def idle(self) -> None:
+        """Let sinks notice that their reader has gone, also while nothing happens."""
+        for name, sink in list(self.sinks.items()):
+            if hasattr(sink, "idle"):
+                self._call(name, sink.idle)
+
     def close(self, report: RunReport) -> None:
         """End every sink, those that were switched off before excepted."""
         self._each("close", report)
 
     def _each(self, method: str, argument: object) -> None:
         for name, sink in list(self.sinks.items()):
-            try:
-                getattr(sink, method)(argument)
-            except ReaderGoneError:
-                self.reader_gone = True
-                del self.sinks[name]
-            except Exception as error:  # noqa: BLE001 - one sink must not stop the others
-                self.switched_off[name] = str(error) or type(error).__name__
-                del self.sinks[name]
+            self._call(name, functools.partial(getattr(sink, method), argument))
+
+    def _call(self, name: str, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except ReaderGoneError:
+            self.reader_gone = True
+            del self.sinks[name]
+        except Exception as error:  # noqa: BLE001 - one sink must not stop the others
+            self.switched_off[name] = str(error) or type(error).__name__
+            del self.sinks[name]
 
 
 def _first_from(rows: list[Event], ns: int) -> int:

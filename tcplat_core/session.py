@@ -113,13 +113,18 @@ class LoaderProcess:
         return self.log.read().decode(errors="backslashreplace")
 
     def close(self) -> None:
-        """Stop it, wherever it is."""
-        self.process.kill()
-        self.process.wait()
+        """Stop it, wherever it is.
+
+        It is root's, and we are not any more: then it ends by itself, as soon as it
+        has nobody to answer to.
+        """
         if self.process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self.process.stdin.close()
         self.answers.close()
+        with contextlib.suppress(PermissionError):
+            self.process.kill()
+        self.process.wait()
         self.log.close()
 
 
@@ -339,6 +344,7 @@ class Session:
                 look = now + LOOK_S
                 if self._look_at_interfaces(runs) and not self.command:
                     return
+                router.idle()
             if end is None and self._traced_ended():
                 end = now + LINGER_S
             if end is not None and now >= end:
@@ -368,7 +374,16 @@ class Session:
         if self.command:
             return self.command.ended()
         pids = self.request.filter.pids
-        return pids is not None and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+        return pids is not None and not any(map(_lives, pids))
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process has not ended; one that nobody has waited for has."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return False
+    return status[status.rindex(b")") + 2 :][:1] not in (b"Z", b"X")
 
 
 def _drain_rest(runs: Sequence[ProbeRun], router: Router) -> None:

@@ -25,6 +25,10 @@ class Jsonl:
         """A line at the place of the gap."""
         self._line({"v": 1, "lost": attrs.asdict(loss)})
 
+    def idle(self) -> None:
+        """Notice a reader that has gone."""
+        self.output.look()
+
     def close(self, report: RunReport) -> None:
         """The books, as the last line."""
         self._line({"v": 1, "report": report.as_json()})

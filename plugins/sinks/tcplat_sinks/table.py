@@ -95,6 +95,10 @@ class Table:
         text = f"-- {loss.count} events lost here ({loss.probe}, {loss.point}) --\n"
         self.output.write(text.encode())
 
+    def idle(self) -> None:
+        """Notice a reader that has gone."""
+        self.output.look()
+
     def close(self, report: RunReport) -> None:  # noqa: ARG002 - the summary is on stderr
         """Nothing follows the last row."""
         self.output.close()

@@ -41,7 +41,7 @@ def _ports(text: str) -> Ports:
         return ()
     ports = []
     for word in text.split("+"):
-        if not word.isdecimal() or not 0 < int(word) <= _HIGHEST_PORT:
+        if not (word.isascii() and word.isdecimal()) or not 0 < int(word) <= _HIGHEST_PORT:
             raise ValueError(f"{word!r} is not a port; write 9999, 80+443 or all")
         ports.append(int(word))
     if len(ports) > _MOST_PORTS:
@@ -92,14 +92,19 @@ OPTIONS = (
 )
 
 
+def _check(options: Options) -> None:
+    for name in ("iface", "port"):
+        if options[name] is None:
+            raise UsageError(f"probe xdp_port needs {name}=, as in xdp_port:iface=eth0,port=80+443")
+
+
 def interfaces(options: Options) -> Interfaces:
     """Where it is attached.
 
     Raises:
-        UsageError: iface= is missing.
+        UsageError: iface= or port= is missing.
     """
-    if options["iface"] is None:
-        raise UsageError("probe xdp_port needs iface=: xdp_port:iface=eth0,port=80")
+    _check(options)
     return Interfaces(names=options["iface"], mode=options["mode"], netns=options["netns"])
 
 
@@ -107,10 +112,9 @@ def defines(options: Options) -> dict[str, int | str]:
     """What the C is compiled for.
 
     Raises:
-        UsageError: port= is missing.
+        UsageError: iface= or port= is missing.
     """
-    if options["port"] is None:
-        raise UsageError("probe xdp_port needs port=: xdp_port:iface=eth0,port=80+443")
+    _check(options)
     constants: dict[str, int | str] = {
         "XDP_SRC": int(options["dir"] != "dst"),
         "XDP_DST": int(options["dir"] != "src"),

@@ -206,9 +206,12 @@ static __always_inline void tcplat_read_addrs(struct tcplat_addrs *to, const str
 		return;
 	to->netns = tcplat_get(net, ns.inum);
 	to->dport = bpf_ntohs(dport);
-	/* skc_num is cleared before the change to TCP_CLOSE, inet_sport is not. */
+	/*
+	 * skc_num is cleared before the change to TCP_CLOSE, inet_sport is not. Where
+	 * the socket is closed and begins anew, it is the one of the last time.
+	 */
 	to->sport = tcplat_get(sk, __sk_common.skc_num);
-	if (!to->sport)
+	if (!to->sport && tcplat_get(sk, __sk_common.skc_state) != TCP_CLOSE)
 		to->sport = bpf_ntohs(tcplat_get((const struct inet_sock *)sk, inet_sport));
 	if (tcplat_get(sk, __sk_common.skc_family) == TCPLAT_AF_INET) {
 		to->ip = 4;

@@ -89,6 +89,19 @@ tcplat_make_short(const struct sock *sk, u8 role, int ret, u8 hook)
 	return e;
 }
 
+#define TCPLAT_SOCK_DONE 1     /* enum sock_flags: a bit of skc_flags, set by tcp_fin() */
+#define TCPLAT_RCV_SHUTDOWN 1  /* of sk_shutdown */
+
+/* Where the next byte to be read is; a FIN that was read has a number, too, but is no byte. */
+static __always_inline u32 tcplat_next_byte(const struct tcp_sock *tp)
+{
+	const struct sock *sk = (const struct sock *)tp;
+	u32 copied = tcplat_get(tp, copied_seq);
+	bool fin = tcplat_get(sk, __sk_common.skc_flags) & (1UL << TCPLAT_SOCK_DONE);
+
+	return fin && copied == tcplat_get(tp, rcv_nxt) ? copied - 1 : copied;
+}
+
 /* What the program was given; 0 bytes at the end of the stream. */
 static __always_inline struct tcplat_event *
 tcplat_make_recv(const struct sock *sk, u8 role, int ret, u8 hook)
@@ -99,9 +112,12 @@ tcplat_make_recv(const struct sock *sk, u8 role, int ret, u8 hook)
 
 	if (!tcplat_is(s, role) || ret < 0)
 		return NULL;
+	/* Nothing was asked for: that is not the end of the stream. */
+	if (!ret && !(tcplat_get(sk, sk_shutdown) & TCPLAT_RCV_SHUTDOWN))
+		return NULL;
 	e = tcplat_reserve_for(sk, s, hook, now);
 	if (e)
-		tcplat_add_seq(e, tcplat_get((const struct tcp_sock *)sk, copied_seq) - ret, ret);
+		tcplat_add_seq(e, tcplat_next_byte((const struct tcp_sock *)sk) - ret, ret);
 	return e;
 }
 

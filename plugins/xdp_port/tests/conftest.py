@@ -1,0 +1,66 @@
+"""Packet tests: made and mutated frames through BPF_PROG_TEST_RUN. They need root, no network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from .rig import Rig
+
+_FIGURES = pytest.StashKey[list[str]]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "load" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.root)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_FIGURES] = []
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if config.stash[_FIGURES]:
+        terminalreporter.section("xdp_port", sep="-")
+        for figure in config.stash[_FIGURES]:
+            terminalreporter.write_line(figure)
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Says a figure at the end of the test run."""
+    return request.config.stash[_FIGURES].append
+
+
+@pytest.fixture(scope="session")
+def load() -> Iterator[Callable[..., Rig]]:
+    """Loads the program for these options; see Rig.load()."""
+    if os.geteuid() != 0:
+        if os.environ.get("TCPLAT_REQUIRE_ROOT") == "1":
+            pytest.fail("packet tests need root, and TCPLAT_REQUIRE_ROOT=1 is set")
+        pytest.skip("packet tests need root")
+    with ExitStack() as stack:
+
+        def load(**options: str | int) -> Rig:
+            rig = Rig.load(**options)  # type: ignore[arg-type]  # ring_bytes is the only int
+            stack.callback(rig.close)
+            return rig
+
+        yield load
+
+
+@pytest.fixture(scope="session")
+def rig(load: Callable[..., Rig]) -> Rig:
+    """The program for packets from and to port 9999."""
+    return load()
+
+
+@pytest.fixture(scope="session")
+def everything(load: Callable[..., Rig]) -> Rig:
+    """The program for all TCP packets."""
+    return load(port="all")

@@ -1,0 +1,165 @@
+"""Live tests: real TCP over `lo` and over networks of our own, seen through a real tcplat.
+
+Environment: TCPLAT_ATTACH names the mechanism (auto), TCPLAT_SLOW how many times slower
+this machine is than it might be (1), TCPLAT_REQUIRE_ROOT=1 forbids to skip for want of root.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .harness import (
+    BLACKHOLE,
+    SLOW,
+    Listener,
+    PidFile,
+    Puppet,
+    Tcplat,
+    Traffic,
+    Watched,
+    network,
+)
+
+_HERE = Path(__file__).parent
+_FIGURES = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_FIGURES] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(_HERE):
+            item.add_marker(pytest.mark.root)
+            item.add_marker(pytest.mark.timeout(120 * SLOW))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if config.stash[_FIGURES]:
+        terminalreporter.section("measured", sep="-")
+        for figure in config.stash[_FIGURES]:
+            terminalreporter.write_line(figure)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _root() -> None:
+    if os.geteuid() == 0:
+        return
+    if os.environ.get("TCPLAT_REQUIRE_ROOT") == "1":
+        pytest.fail("live tests need root, and TCPLAT_REQUIRE_ROOT=1 is set")
+    pytest.skip("live tests need root")
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Says a figure at the end of the test run."""
+    return request.config.stash[_FIGURES].append
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def start_tcplat(tmp_path: Path, stack: ExitStack) -> Callable[..., Tcplat]:
+    """Starts `tcplat run` with these arguments; see Tcplat.start()."""
+
+    def start(*arguments: str, **how: Any) -> Tcplat:
+        run = Tcplat.start(how.pop("folder", tmp_path), *arguments, **how)
+        stack.callback(run.kill)
+        return run
+
+    return start
+
+
+@pytest.fixture
+def running_tcplat(start_tcplat: Callable[..., Tcplat]) -> Callable[..., Tcplat]:
+    """The same, and waits until everything is attached."""
+    return lambda *arguments, **how: start_tcplat(*arguments, **how).wait_ready()
+
+
+@pytest.fixture
+def puppet(stack: ExitStack) -> Callable[..., Puppet]:
+    """Starts a process that does as it is told; see Puppet.start()."""
+
+    def start(**how: Any) -> Puppet:
+        one = Puppet.start(**how)
+        stack.callback(one.end)
+        return one
+
+    return start
+
+
+@pytest.fixture
+def listener(stack: ExitStack) -> Callable[..., Listener]:
+    """Opens a listening socket; see Listener.open()."""
+
+    def start(*what: Any) -> Listener:
+        one = Listener.open(*what)
+        stack.callback(one.close)
+        return one
+
+    return start
+
+
+@pytest.fixture
+def server(listener: Callable[..., Listener]) -> Listener:
+    """A listening socket on 127.0.0.1."""
+    return listener()
+
+
+@pytest.fixture
+def client(puppet: Callable[..., Puppet]) -> Puppet:
+    """A process that does as it is told."""
+    return puppet()
+
+
+@pytest.fixture(scope="session")
+def watched(_root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    """Two processes and a tcplat that watches them, for all tests that need no other."""
+    with ExitStack() as stack:
+        client, stranded = Puppet.start(), Puppet.start(alone=True)
+        stack.callback(client.end)
+        stack.callback(stranded.end)
+        network(stranded, script=BLACKHOLE)
+        run = Tcplat.start(tmp_path_factory.mktemp("watched"), "-p", f"{client.pid},{stranded.pid}")
+        stack.callback(run.kill)
+        fence = Listener.open()
+        stack.callback(fence.close)
+        yield Watched(client, stranded, run.wait_ready(), fence)
+        outcome = run.stop()
+        assert outcome.returncode == 0
+        assert outcome.report["dropped"] == 0
+        # Nobody else's rows came in between.
+        assert {row["pid"] for row in outcome.rows} <= {client.pid, stranded.pid}
+
+
+@pytest.fixture
+def traffic(watched: Watched, server: Listener) -> Traffic:
+    """What the watched processes do with `server`."""
+    return watched.to(server.port)
+
+
+@pytest.fixture
+def stranded(puppet: Callable[..., Puppet]) -> Puppet:
+    """A puppet in a network where 10.77.0.2 and fd77::2 never answer."""
+    one = puppet(alone=True)
+    network(one, script=BLACKHOLE)
+    return one
+
+
+@pytest.fixture
+def pid_file(tmp_path: Path, stack: ExitStack) -> PidFile:
+    """For a command that tcplat starts and has to end."""
+    one = PidFile(tmp_path / "pid")
+    stack.callback(one.kill)
+    return one

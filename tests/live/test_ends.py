@@ -1,0 +1,341 @@
+"""How a run ends, what it leaves behind, and how quick it is while it lasts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from .harness import (
+    SLOW,
+    TCPLAT,
+    Listener,
+    Puppet,
+    Tcplat,
+    at,
+    burst,
+    eventually,
+    loaded,
+    needs,
+    parse,
+    patience,
+    programs_of,
+    reached,
+    total,
+)
+
+Start = Callable[..., Tcplat]
+
+CLOSED_STDOUT = ("sh", "-c", 'exec "$@" >&-', "sh", *TCPLAT)
+"""Starts tcplat without a standard output."""
+
+
+def connect_often(client: Puppet, server: Listener, times: int) -> None:
+    """Make rows: seven for each time, or eight."""
+    client(f"for _ in range({times}): socket.create_connection({server.address!r}).close()")
+
+
+def test_duration(running_tcplat: Start) -> None:
+    run = running_tcplat("--duration", "300ms")
+    outcome = run.wait()
+    assert outcome.returncode == 0
+    assert 0.3 <= outcome.report["duration_s"] < 0.3 + 0.5 * SLOW
+
+
+@pytest.mark.parametrize("count", [1, 7, 100])
+def test_count(count: int, running_tcplat: Start, client: Puppet, server: Listener) -> None:
+    run = running_tcplat("-p", str(client.pid), "--count", str(count))
+    connect_often(client, server, 50)
+    outcome = run.wait()
+    assert outcome.returncode == 0
+    assert len(outcome.rows) == count
+    assert outcome.report["delivered"] == count
+
+
+def test_the_rows_of_count_are_the_first_ones(
+    running_tcplat: Start, client: Puppet, server: Listener
+) -> None:
+    run = running_tcplat("-p", str(client.pid), "--count", "20")
+    client.connect(server)
+    client("for n in range(1, 100): s.send(b'x' * n)")
+    rows = run.wait().rows
+    assert [row["bytes"] for row in at(rows, "send")] == list(range(1, 18))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals(number: int, running_tcplat: Start, client: Puppet, server: Listener) -> None:
+    run = running_tcplat("-p", str(client.pid))
+    connect_often(client, server, 10)
+    outcome = run.stop(number)
+    assert outcome.returncode == 0
+    assert len(at(outcome.rows, "connect")) == 10
+    # The whole report is the whole last line.
+    data = run.path.read_bytes()
+    assert data.endswith(b"\n")
+    assert list(json.loads(data.splitlines()[-1])) == ["v", "report"]
+    # One line of summary, nothing else.
+    assert outcome.stderr.startswith("tcplat: tcp_client: ")
+    assert outcome.stderr.count("\n") == 1
+
+
+def test_a_signal_before_it_is_ready(start_tcplat: Start) -> None:
+    run = start_tcplat()
+    # It has taken over the signals once it has a child: the loader.
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    eventually(lambda: children.exists() and children.read_text(), "the loader ran", 20)
+    assert run.process.poll() is None
+    outcome = run.stop()
+    assert outcome.returncode == 0
+    assert "Traceback" not in outcome.stderr
+
+
+@pytest.mark.parametrize("sink", ["table", "jsonl"])
+@pytest.mark.parametrize("idle", [False, True], ids=["busy", "idle"])
+def test_head(
+    sink: str,
+    idle: bool,  # noqa: FBT001 - a parameter of the test
+    running_tcplat: Start,
+    client: Puppet,
+    server: Listener,
+) -> None:
+    """`tcplat run | head -1` ends, also where nothing happens any more."""
+    read, write = os.pipe()
+    with subprocess.Popen(["head", "-1"], stdin=read, stdout=subprocess.PIPE) as head:
+        os.close(read)
+        run = running_tcplat("-p", str(client.pid), sinks=[sink], stdout=write)
+        os.close(write)
+        connect_often(client, server, 1)
+        assert head.wait(patience()) == 0
+        ended = time.monotonic()
+        while run.process.poll() is None and time.monotonic() < ended + 2 * SLOW:
+            if not idle:
+                connect_often(client, server, 1)
+                server.accept().close()
+        assert run.process.poll() == 0, "it does not notice that its reader has gone"
+        assert head.stdout
+        line = head.stdout.read()
+    assert line.startswith(b"PID" if sink == "table" else b'{"v":1,')
+    assert "Traceback" not in run.errors.read_text()
+
+
+def test_a_reader_that_does_not_read_does_not_keep_us(
+    running_tcplat: Start, client: Puppet, server: Listener
+) -> None:
+    """A full pipe blocks the sink, but not Ctrl-C."""
+    read, write = os.pipe()
+    run = running_tcplat("-p", str(client.pid), sinks=["jsonl"], stdout=write)
+    os.close(write)
+    client.connect(server)
+    client("for _ in range(2000): s.send(b'x')")
+    outcome = run.stop()
+    os.close(read)
+    assert "Traceback" not in outcome.stderr
+    assert outcome.returncode in (0, 1)
+
+
+@pytest.mark.parametrize("sink", ["table", "jsonl"])
+def test_no_standard_output(sink: str, start_tcplat: Start) -> None:
+    outcome = start_tcplat(
+        "--duration", "100ms", sinks=[sink], program=CLOSED_STDOUT, stdout=None
+    ).wait()
+    assert "Traceback" not in outcome.stderr
+    assert outcome.returncode in (0, 1, 2)
+    assert outcome.stderr.count("\n") == 1
+
+
+def test_no_standard_output_is_needed_for_a_file(
+    running_tcplat: Start, client: Puppet, server: Listener
+) -> None:
+    run = running_tcplat("-p", str(client.pid), program=CLOSED_STDOUT, stdout=None)
+    connect_often(client, server, 1)
+    run.wait_for("it was connected", reached("ESTABLISHED"))
+    outcome = run.stop()
+    assert outcome.returncode == 0
+    assert outcome.report["switched_off"] == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_nothing_stays_attached(number: int, running_tcplat: Start) -> None:
+    needs("bpftool")
+    run = running_tcplat()
+    ids = programs_of(run.pid)
+    assert len(loaded(ids)) == len(set(ids)) >= 6
+    run.process.send_signal(number)
+    run.process.wait(patience())
+    eventually(lambda: not loaded(ids), "all its programs were unloaded")
+
+
+def test_killed_while_it_loads(start_tcplat: Start) -> None:
+    """The loader has no one to answer then, and goes as well."""
+    run = start_tcplat()
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    pids = eventually(
+        lambda: children.read_text().split() if children.exists() else [], "the loader ran", 20
+    )
+    run.kill()
+    eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "the loader ended")
+
+
+def test_several_sinks_get_the_same(
+    running_tcplat: Start, client: Puppet, server: Listener, tmp_path: Path
+) -> None:
+    one, two, table = tmp_path / "one", tmp_path / "two", tmp_path / "table"
+    run = running_tcplat(
+        "-p",
+        str(client.pid),
+        sinks=[f"jsonl:path={one}", f"jsonl:path={two}", f"table:path={table}", "jsonl"],
+        stdout=subprocess.PIPE,
+    )
+    connect_often(client, server, 10)
+    outcome = run.stop()
+    assert outcome.returncode == 0
+    assert one.read_bytes() == two.read_bytes() == outcome.stdout
+    rows, _, report = parse(one.read_bytes())
+    assert report["delivered"] == len(rows)
+    lines = table.read_text().splitlines()
+    assert sum(not line.startswith("PID") for line in lines) == len(rows)
+
+
+def test_a_full_disk_switches_off_one_sink_and_no_other(
+    running_tcplat: Start, client: Puppet, server: Listener, tmp_path: Path
+) -> None:
+    good = tmp_path / "good"
+    run = running_tcplat(
+        "-p", str(client.pid), sinks=["jsonl:path=/dev/full", f"jsonl:path={good}"]
+    )
+    connect_often(client, server, 1)
+    eventually(lambda: good.read_bytes().count(b"\n") >= 3, "the first rows were written")
+    connect_often(client, server, 10)
+    outcome = run.stop()
+    rows, _, report = parse(good.read_bytes())
+    assert len(at(rows, "connect")) == 11
+    assert "sink jsonl:path=/dev/full was switched off: " in outcome.stderr
+    assert "No space left on device" in outcome.stderr
+    assert list(report["switched_off"]) == ["jsonl:path=/dev/full"]
+
+
+def test_when_all_sinks_are_switched_off_the_run_ends(
+    running_tcplat: Start, client: Puppet, server: Listener
+) -> None:
+    run = running_tcplat("-p", str(client.pid), sinks=["jsonl:path=/dev/full"])
+    connect_often(client, server, 1)
+    outcome = run.wait()
+    assert "Traceback" not in outcome.stderr
+    assert outcome.returncode == 1
+    assert "was switched off" in outcome.stderr
+
+
+# --- quick
+
+
+def test_a_row_reaches_a_pipe_at_once(
+    running_tcplat: Start,
+    client: Puppet,
+    server: Listener,
+    measured: Callable[[str], None],
+) -> None:
+    """200 ms from the event to the other end of the pipe, also where little happens."""
+    run = running_tcplat("-p", str(client.pid), sinks=["table"], stdout=subprocess.PIPE)
+    assert run.process.stdout
+    columns = run.process.stdout
+    head = b""
+    delays = []
+    for _ in range(5):
+        # By now it polls as rarely as it ever does.
+        idle = sleeps(run.pid) + 30
+        eventually(partial(slept, run.pid, idle), "it had nothing to do", 5)
+        client.connect(server)
+        line = columns.readline()
+        if line.startswith(b"PID"):
+            head, line = line, columns.readline()
+        arrived_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) / 1000
+        event_us = int(line.split()[head.split().index(b"TIMESTAMP(us)")])
+        delays.append((arrived_us - event_us) / 1000)
+        server.accept().close()
+        client("s.close()")
+        while b"socket gone" not in line:
+            line = columns.readline()
+    measured(
+        "first row of the table through a pipe: "
+        f"{min(delays):.1f} to {max(delays):.1f} ms after its event"
+    )
+    assert 0 < min(delays) <= 200 * SLOW
+
+
+def sleeps(pid: int) -> int:
+    """How often a process has gone to sleep."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("voluntary_ctxt"))
+    return int(line.split()[1])
+
+
+def slept(pid: int, often: int) -> bool:
+    return sleeps(pid) >= often
+
+
+# --- loss
+
+
+def test_what_is_lost_is_counted(
+    running_tcplat: Start,
+    client: Puppet,
+    server: Listener,
+    measured: Callable[[str], None],
+) -> None:
+    run = running_tcplat("-p", str(client.pid), "--ring-size", "4K")
+    assert burst(client, server, 20_000) == 20_000
+    outcome = run.stop()
+    assert outcome.returncode == 0
+    dropped = outcome.report["dropped"]
+    assert dropped > 0
+    assert sum(loss["count"] for loss in outcome.losses) == dropped
+    assert {loss["probe"] for loss in outcome.losses} == {"tcp_client"}
+    # Exactly what happened is what is delivered or counted.
+    hooks = outcome.report["probes"]["tcp_client"]["hooks"]
+    (sends,) = (hook for hook in hooks if hook["point"] == "send" and hook["produced"])
+    assert sends["produced"] == 20_000
+    assert sends["delivered"] == len(at(outcome.rows, "send"))
+    assert outcome.hook_total("produced") == (
+        len(outcome.rows) + dropped + outcome.hook_total("unread")
+    )
+    assert f"{dropped} lost" in outcome.stderr
+    measured(f"4K ring, 20,000 sends in a burst: {len(outcome.rows)} rows, {dropped} lost")
+
+
+def test_nothing_is_lost_with_the_ordinary_ring(
+    running_tcplat: Start, client: Puppet, server: Listener
+) -> None:
+    run = running_tcplat("-p", str(client.pid), "--fail-on-loss")
+    assert burst(client, server, 100_000) == 100_000
+    outcome = run.stop()
+    assert outcome.returncode == 0
+    assert outcome.report["dropped"] == 0
+    assert total(outcome.rows, "send") - total(outcome.rows, "send_short") == 100_000
+
+
+def test_fail_on_loss(running_tcplat: Start, client: Puppet, server: Listener) -> None:
+    run = running_tcplat("-p", str(client.pid), "--ring-size", "4K", "--fail-on-loss")
+    burst(client, server, 20_000)
+    outcome = run.stop()
+    assert outcome.report["dropped"] > 0
+    assert outcome.returncode == 5
+    assert "Traceback" not in outcome.stderr
+
+
+def test_loss_and_count(running_tcplat: Start, client: Puppet, server: Listener) -> None:
+    """The books balance also where the run ends before the rows do."""
+    run = running_tcplat("-p", str(client.pid), "--ring-size", "4K", "--count", "50")
+    burst(client, server, 20_000)
+    outcome = run.wait()
+    assert outcome.returncode == 0
+    assert len(outcome.rows) == 50
+    assert outcome.hook_total("produced") == (
+        50 + outcome.report["dropped"] + outcome.hook_total("unread")
+    )

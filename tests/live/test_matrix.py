@@ -1,0 +1,154 @@
+"""The same scripted traffic, the same rows: whatever the kernel and the mechanism.
+
+One test per probe and IP version. `make test-vm` runs this file in each kernel
+with each mechanism and prints the matrix.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .harness import ATTACH, Puppet, Row, Tcplat, at, completes, free_port
+
+CONNECTIONS = 5
+MESSAGES = 3
+SIZE = 3000
+
+_SERVE = """
+family = socket.AF_INET if {ip} == 4 else socket.AF_INET6
+host = "127.0.0.1" if {ip} == 4 else "::1"
+listening = socket.create_server((host, {port}), family=family)
+def serve():
+    for _ in range({connections}):
+        peer, _ = listening.accept()
+        while message := peer.recv({size}, socket.MSG_WAITALL):
+            peer.sendall(message)
+        peer.close()
+threading.Thread(target=serve, daemon=True).start()
+"""
+_CALL = """
+host = "127.0.0.1" if {ip} == 4 else "::1"
+for _ in range({connections}):
+    s = socket.create_connection((host, {port}))
+    for _ in range({messages}):
+        s.sendall(bytes({size}))
+        assert len(s.recv({size}, socket.MSG_WAITALL)) == {size}
+    s.close()
+r = socket.socket(socket.AF_INET if {ip} == 4 else socket.AF_INET6)
+r.connect_ex((host, {closed})), r.close()
+"""
+
+
+@functools.cache
+def _folder(base: str, ip: int) -> Path:
+    """One per IP version: the three probes look at the same traffic."""
+    folder = Path(base) / f"matrix{ip}"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def traffic(
+    request: pytest.FixtureRequest,
+    ip: int,
+    tmp_path_factory: pytest.TempPathFactory,
+    running_tcplat: Callable[..., Tcplat],
+    puppet: Callable[..., Puppet],
+) -> tuple[list[Row], int, int]:
+    """The rows of the script, its port, and the port where nobody listens."""
+    known = request.config.stash.setdefault(_SEEN, {})
+    if ip not in known:
+        port, closed = free_port(ip), free_port(ip)
+        run = running_tcplat(
+            *("--probe", "tcp_service", "--probe", f"xdp_port:iface=lo,port={port}"),
+            *("--hold", "200ms"),
+            folder=_folder(str(tmp_path_factory.getbasetemp()), ip),
+        )
+        server, client = puppet(), puppet()
+        values = {"ip": ip, "port": port, "closed": closed, "connections": CONNECTIONS}
+        server(_SERVE.format(**values, size=SIZE))
+        client(_CALL.format(**values, size=SIZE, messages=MESSAGES))
+        run.wait_for(
+            "all sockets were gone",
+            lambda rows: (
+                len([r for r in at(rows, "close") if {port, closed} & {r["sport"], r["dport"]}])
+                > 2 * CONNECTIONS
+            ),
+        )
+        outcome = run.stop()
+        assert outcome.report["dropped"] == 0
+        known[ip] = (outcome.rows, port, closed)
+    return known[ip]
+
+
+_SEEN = pytest.StashKey[dict[int, tuple[list[Row], int, int]]]()
+
+both = pytest.mark.parametrize("ip", [4, 6])
+
+
+def counts(rows: list[Row]) -> Counter[str]:
+    return Counter(row["point"] for row in rows)
+
+
+@both
+def test_tcp_client(traffic: tuple[list[Row], int, int], ip: int) -> None:
+    rows, port, closed = traffic
+    ours = [row for row in rows if row["probe"] == "tcp_client" and row["dport"] in (port, closed)]
+    assert {row["ip"] for row in ours} == {ip}
+    found = counts(ours)
+    assert found["connect"] == CONNECTIONS + 1
+    assert found["send"] == found["recv"] == CONNECTIONS * MESSAGES
+    assert found["close"] == CONNECTIONS + 1
+    assert found["send_short"] == 0
+    assert sum(map(completes, ours)) == CONNECTIONS
+    (refused,) = [row for row in ours if row["desc"] == "refused"]
+    assert refused["dport"] == closed
+    assert refused["connect_us"] > 0
+    assert sum(row["bytes"] for row in at(ours, "send")) == CONNECTIONS * MESSAGES * SIZE
+    assert sum(row["bytes"] for row in at(ours, "recv")) == CONNECTIONS * MESSAGES * SIZE
+    _named(ours)
+
+
+@both
+def test_tcp_service(traffic: tuple[list[Row], int, int], ip: int) -> None:
+    rows, port, _ = traffic
+    ours = [row for row in rows if row["probe"] == "tcp_service"]
+    ours = [row for row in ours if port in (row["sport"], row["dport"])]
+    assert {row["ip"] for row in ours if row["old_state"] != "TCP_CLOSE"} == {ip}
+    found = counts(ours)
+    assert found["accept"] == CONNECTIONS
+    assert found["recv"] == CONNECTIONS * (MESSAGES + 1)  # one more for the end of the stream
+    assert found["send"] == CONNECTIONS * MESSAGES
+    assert found["close"] == CONNECTIONS
+    assert found["send_short"] == 0
+    assert sum(row["bytes"] for row in at(ours, "recv")) == CONNECTIONS * MESSAGES * SIZE
+    assert sum(row["bytes"] for row in at(ours, "rx_ip")) == CONNECTIONS * MESSAGES * SIZE
+    assert sum(row["bytes"] for row in at(ours, "rx_tcp")) >= CONNECTIONS * MESSAGES * SIZE
+    assert found["ready"] >= CONNECTIONS * MESSAGES
+    done = [row for row in at(ours, "state") if row["old_state"] == "TCP_SYN_RECV"]
+    assert [row["state"] for row in done] == ["TCP_ESTABLISHED"] * CONNECTIONS
+    _named([row for row in ours if row["state"] != "TCP_LISTEN"])
+
+
+@both
+def test_xdp_port(traffic: tuple[list[Row], int, int], ip: int) -> None:
+    rows, port, _ = traffic
+    ours = [row for row in rows if row["probe"] == "xdp_port"]
+    assert {row["ip"] for row in ours} == {ip}
+    to, back = ([row for row in ours if row[side] == port] for side in ("dport", "sport"))
+    assert len(to) + len(back) == len(ours)
+    assert Counter(row["flags"] for row in ours)["SYN"] == CONNECTIONS
+    assert Counter(row["flags"] for row in ours)["SYN|ACK"] == CONNECTIONS
+    for packets in (to, back):
+        assert sum(row["bytes"] for row in packets) == CONNECTIONS * MESSAGES * SIZE
+        assert sum("FIN" in row["flags"] for row in packets) == CONNECTIONS
+
+
+def _named(rows: list[Row]) -> None:
+    if ATTACH != "auto":
+        assert {row["attach"] for row in rows} == {ATTACH}

@@ -1,0 +1,467 @@
+"""Whose socket it is: -p means all of that process's sockets, whenever they move, and no other."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .harness import (
+    Listener,
+    Puppet,
+    Tcplat,
+    assert_tiles,
+    at,
+    by_sock,
+    of_port,
+    reached,
+    read_exactly,
+    story,
+    total,
+)
+
+Start = Callable[..., Tcplat]
+StartPuppet = Callable[..., Puppet]
+Listen = Callable[..., Listener]
+
+
+def exchange(client: Puppet, peer: socket.socket, name: str = "s") -> None:
+    """Send 10 bytes, get 20."""
+    client(f"{name}.sendall(b'x' * 10)")
+    read_exactly(peer, 10)
+    peer.sendall(b"y" * 20)
+    client(f"{name}.recv(100)")
+
+
+def test_only_the_traced_process(
+    running_tcplat: Start, puppet: StartPuppet, server: Listener
+) -> None:
+    mine, other = puppet(), puppet()
+    run = running_tcplat("-p", str(mine.pid))
+    for one in (mine, other, mine, other):
+        one.connect(server)
+        exchange(one, server.accept())
+        one("s.close()")
+    for peer in server.accepted:
+        peer.close()
+    run.wait_for("both sockets were gone", lambda rows: len(at(rows, "close")) == 2)
+    rows = run.stop().rows
+    assert len(by_sock(rows)) == 2
+    for connection in by_sock(rows).values():
+        assert story(connection) == [
+            "connect",
+            "SYN_SENT",
+            "ESTABLISHED",
+            "send",
+            "recv",
+            "FIN_WAIT1",
+            "FIN_WAIT2",
+            "CLOSE",
+            "close",
+        ]
+    assert {(row["pid"], row["dport"]) for row in rows} == {(mine.pid, server.port)}
+
+
+def test_without_p_everybody(running_tcplat: Start, puppet: StartPuppet, server: Listener) -> None:
+    one, two = puppet(), puppet()
+    run = running_tcplat()
+    one.connect(server)
+    two.connect(server)
+    run.wait_for(
+        "both were connected", lambda rows: reached("ESTABLISHED", 2)(of_port(rows, server.port))
+    )
+    mine = of_port(run.stop().rows, server.port)
+    assert {row["pid"] for row in mine} == {one.pid, two.pid}
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_two_processes(
+    together: bool,  # noqa: FBT001 - a parameter of the test
+    running_tcplat: Start,
+    puppet: StartPuppet,
+    server: Listener,
+) -> None:
+    one, two, other = puppet(), puppet(), puppet()
+    pids = f"{one.pid},{two.pid}"
+    arguments = ("-p", pids) if together else ("-p", str(one.pid), "-p", str(two.pid))
+    run = running_tcplat(*arguments)
+    for client in (one, other, two):
+        client.connect(server)
+    run.wait_for("both were connected", reached("ESTABLISHED", 2))
+    rows = run.stop().rows
+    assert [row["pid"] for row in at(rows, "connect")] == [one.pid, two.pid]
+    assert {row["pid"] for row in rows} == {one.pid, two.pid}
+
+
+@pytest.mark.parametrize("ip", [4, 6])
+def test_a_socket_older_than_the_run(
+    ip: int, running_tcplat: Start, client: Puppet, listener: Listen
+) -> None:
+    server = listener(ip)
+    client.connect(server)
+    sport = client("s.getsockname()[1]")
+    peer = server.accept()
+    exchange(client, peer)
+    run = running_tcplat("-p", str(client.pid))
+    exchange(client, peer)
+    peer.close()
+    run.wait_for("the peer's FIN was there", reached("CLOSE_WAIT"))
+    client("s.close()")
+    run.wait_for("the socket was gone", lambda rows: bool(at(rows, "close")))
+    rows = run.stop().rows
+    assert story(rows) == ["send", "recv", "CLOSE_WAIT", "LAST_ACK", "CLOSE", "close"]
+    assert len({row["sock"] for row in rows}) == 1
+    for row in rows:
+        assert (row["ip"], row["daddr"], row["dport"], row["sport"]) == (
+            ip,
+            *server.address,
+            sport,
+        )
+        assert row["pid"] == client.pid
+        assert row["comm"] == Path(f"/proc/{client.pid}/comm").read_text().strip()
+
+
+def test_softirq_rows_of_an_older_socket_that_its_process_does_not_touch(
+    running_tcplat: Start, client: Puppet, server: Listener
+) -> None:
+    """Nothing but the peer's FIN: nobody calls in whose name the row could be."""
+    client.connect(server)
+    peer = server.accept()
+    run = running_tcplat("-p", str(client.pid))
+    peer.close()
+    run.wait_for("the peer's FIN was there", reached("CLOSE_WAIT"))
+    rows = run.stop().rows
+    assert story(rows) == ["CLOSE_WAIT"]
+    assert rows[0]["pid"] == client.pid
+    assert rows[0]["dport"] == server.port
+    assert rows[0]["sport"]
+
+
+def test_an_older_socket_whose_process_ends(
+    running_tcplat: Start, client: Puppet, server: Listener
+) -> None:
+    """The kernel closes it on the way out, and that is still the process's doing."""
+    client.connect(server)
+    server.accept()
+    run = running_tcplat("-p", str(client.pid))
+    client.process.kill()
+    client.process.wait()
+    read = server.accepted[0].recv(1)
+    assert read == b""
+    server.accepted[0].close()
+    outcome = run.wait()
+    assert outcome.returncode == 0
+    assert story(outcome.rows) == ["FIN_WAIT1", "FIN_WAIT2", "CLOSE", "close"]
+    assert {row["pid"] for row in outcome.rows} == {client.pid}
+
+
+def test_an_older_connect_that_is_still_under_way(running_tcplat: Start, stranded: Puppet) -> None:
+    stranded("s = socket.socket(); s.setblocking(False); s.connect_ex(('10.77.0.2', 7777))")
+    run = running_tcplat("-p", str(stranded.pid))
+    stranded("s.close()")
+    run.wait_for("the socket was gone", lambda rows: bool(at(rows, "close")))
+    rows = run.stop().rows
+    assert story(rows) == ["CLOSE", "close"]
+    # When it began, nobody saw: no time is better than a wrong one.
+    assert [row["connect_us"] for row in rows] == [None, None]
+    assert rows[0]["old_state"] == "TCP_SYN_SENT"
+    assert rows[0]["dport"] == 7777
+
+
+def test_older_sockets_of_others_stay_out(
+    running_tcplat: Start, puppet: StartPuppet, server: Listener
+) -> None:
+    mine, other = puppet(), puppet()
+    for one in (mine, other):
+        one.connect(server)
+    peers = server.accept(), server.accept()
+    run = running_tcplat("-p", str(mine.pid))
+    for one in (mine, other):
+        one("s.sendall(b'x' * 10)")
+    for peer in peers:
+        read_exactly(peer, 10)
+        peer.sendall(b"y")
+        peer.close()
+    run.wait_for("a peer's FIN was there", reached("CLOSE_WAIT"))
+    rows = run.stop().rows
+    assert len(by_sock(rows)) == 1
+    assert {row["sport"] for row in rows} == {mine("s.getsockname()[1]")}
+
+
+def test_an_older_accepted_socket_is_no_client(running_tcplat: Start, client: Puppet) -> None:
+    port = client("l = socket.create_server(('127.0.0.1', 0)); l.getsockname()[1]")
+    with socket.create_connection(("127.0.0.1", port)) as other:
+        client("a, _ = l.accept()")
+        run = running_tcplat("-p", str(client.pid))
+        client("a.sendall(b'hello')")
+        assert other.recv(100) == b"hello"
+        client("a.close()")
+        assert other.recv(100) == b""
+    assert run.stop().rows == []
+
+
+def test_a_socket_in_another_network_namespace(running_tcplat: Start, puppet: StartPuppet) -> None:
+    """Before and after the start of the run, both ends over there."""
+    there = puppet(alone=True)
+    server = puppet(within=there)
+    port = server("l = socket.create_server(('127.0.0.1', 0)); l.getsockname()[1]")
+    there(f"old = socket.create_connection(('127.0.0.1', {port}))")
+    server("old, _ = l.accept()")
+    run = running_tcplat("-p", str(there.pid))
+    there(f"new = socket.create_connection(('127.0.0.1', {port}))")
+    there("old.sendall(b'x' * 10); new.sendall(b'y' * 20)")
+    server("old.recv(10); old.close()")
+    run.wait_for("the peer's FIN was there", reached("CLOSE_WAIT"))
+    rows = run.stop().rows
+    assert sorted(map(story, by_sock(rows).values())) == [
+        ["connect", "SYN_SENT", "ESTABLISHED", "send"],
+        ["send", "CLOSE_WAIT"],
+    ]
+    inode = there("os.stat('/proc/self/ns/net').st_ino")
+    assert inode != os.stat("/proc/self/ns/net").st_ino
+    assert {row["netns"] for row in rows} == {inode}
+
+
+def test_over_veth_between_two_networks(running_tcplat: Start, puppet: StartPuppet) -> None:
+    """Not only loopback: the answer comes in an interrupt that is nobody's."""
+    here, there = puppet(alone=True), puppet(alone=True)
+    nsenter = ["nsenter", f"--net=/proc/{here.pid}/ns/net", "ip"]
+    peer = ["name", "veth1", "netns", str(there.pid)]
+    subprocess.run([*nsenter, "link", "add", "veth0", "type", "veth", "peer", *peer], check=True)
+    for one, name, last in ((here, "veth0", 1), (there, "veth1", 2)):
+        for line in (
+            f"address add 10.77.1.{last}/24 dev {name}",
+            f"address add fd77:1::{last}/64 dev {name} nodad",
+            f"link set {name} up",
+        ):
+            one(f"subprocess.run({['ip', *line.split()]!r}, check=True)")
+    there("l = socket.create_server(('::', 7777), family=socket.AF_INET6, dualstack_ipv6=True)")
+    run = running_tcplat("-p", str(here.pid))
+    for address in ("10.77.1.2", "fd77:1::2"):
+        here(f"s = socket.create_connection(({address!r}, 7777)); s.sendall(b'x' * 10)")
+        there("a, _ = l.accept(); a.recv(10); a.sendall(b'y' * 20); a.close()")
+        here("s.recv(100), s.recv(100); s.close()")
+    run.wait_for("both sockets were gone", lambda rows: len(at(rows, "close")) == 2)
+    rows = run.stop().rows
+    ends = {(row["ip"], row["saddr"], row["daddr"]) for row in rows}
+    assert ends == {(4, "10.77.1.1", "10.77.1.2"), (6, "fd77:1::1", "fd77:1::2")}
+    for connection in by_sock(rows).values():
+        assert (total(connection, "send"), total(connection, "recv")) == (10, 20)
+        assert connection[2]["connect_us"] > 0
+    assert {row["pid"] for row in rows} == {here.pid}
+
+
+def test_pid_is_the_process_and_tid_the_thread(
+    running_tcplat: Start, client: Puppet, server: Listener
+) -> None:
+    run = running_tcplat("-p", str(client.pid))
+    tid = client(f"""
+def work():
+    global s, tid
+    tid = threading.get_native_id()
+    s = socket.create_connection({server.address!r})
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+tid
+""")
+    assert tid != client.pid
+    server.accept().close()
+    run.wait_for("the peer's FIN was there", reached("CLOSE_WAIT"))
+    client("s.send(b'x')")
+    rows = run.wait_for("it was used by the other thread", lambda rows: bool(at(rows, "send")))
+    assert story(rows)[:4] == ["connect", "SYN_SENT", "ESTABLISHED", "CLOSE_WAIT"]
+    assert {row["pid"] for row in rows} == {client.pid}
+    assert {row["tid"] for row in rows[:4]} == {tid}
+    (sent,) = at(rows, "send")
+    assert sent["tid"] == client.pid
+
+
+FORK = """
+import ctypes
+r, w = os.pipe()
+child = os.fork()
+if not child:
+    # The parent's death is the child's.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    os.read(r, 1)
+    s.sendall(b"child")
+    os.close(r)
+    signal.pause()
+child
+"""
+
+
+def test_a_child_that_uses_the_socket_becomes_its_owner(
+    running_tcplat: Start, client: Puppet, server: Listener
+) -> None:
+    run = running_tcplat()
+    client.connect(server)
+    peer = server.accept()
+    child = client(FORK)
+    client("os.write(w, b'!')")
+    read_exactly(peer, 5)
+    peer.shutdown(socket.SHUT_WR)
+    run.wait_for(
+        "the peer's FIN was there", lambda rows: reached("CLOSE_WAIT")(of_port(rows, server.port))
+    )
+    rows = of_port(run.stop().rows, server.port)
+    assert story(rows) == ["connect", "SYN_SENT", "ESTABLISHED", "send", "CLOSE_WAIT"]
+    assert [row["pid"] for row in rows] == [client.pid] * 3 + [child] * 2
+    client("os.kill(child, signal.SIGKILL); os.waitpid(child, 0)")
+
+
+def test_a_child_of_the_traced_process_is_not_the_traced_process(
+    running_tcplat: Start, client: Puppet, server: Listener
+) -> None:
+    """-p names a process; only a command after -- is followed."""
+    run = running_tcplat("-p", str(client.pid))
+    client(f"""
+child = os.fork()
+if not child:
+    socket.create_connection({server.address!r}).close()
+    os._exit(0)
+os.waitpid(child, 0)
+""")
+    client.connect(server)
+    run.wait_for("it was connected", reached("ESTABLISHED"))
+    rows = run.stop().rows
+    assert len(by_sock(rows)) == 1
+    assert {row["pid"] for row in rows} == {client.pid}
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_a_socket_that_is_handed_to_the_traced_process(
+    older: bool,  # noqa: FBT001 - a parameter of the test
+    running_tcplat: Start,
+    puppet: StartPuppet,
+    server: Listener,
+) -> None:
+    """By SCM_RIGHTS, from a process that nobody traces."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        receiver = puppet(pass_fds=[theirs.fileno()])
+        arguments = ("-p", str(receiver.pid))
+        run = None if older else running_tcplat(*arguments)
+        handed = socket.create_connection(server.address)
+        peer = server.accept()
+        with handed:
+            handed.sendall(b"x" * 10)
+            read_exactly(peer, 10)
+            run = run or running_tcplat(*arguments)
+            handed.sendall(b"x" * 10)
+            read_exactly(peer, 10)
+            socket.send_fds(ours, [b"!"], [handed.fileno()])
+        receiver(f"""
+way = socket.socket(fileno={theirs.fileno()})
+(_, (fd,), *_) = socket.recv_fds(way, 1, 1)
+s = socket.socket(fileno=fd)
+s.sendall(b"y" * 20)
+""")
+        read_exactly(peer, 20)
+        peer.close()
+        run.wait_for("the peer's FIN was there", reached("CLOSE_WAIT"))
+        rows = run.stop().rows
+        receiver("way.detach()")
+    assert story(rows) == ["send", "CLOSE_WAIT"]
+    assert rows[0]["bytes"] == 20
+    assert {row["pid"] for row in rows} == {receiver.pid}
+    assert {(row["daddr"], row["dport"]) for row in rows} == {server.address}
+
+
+def test_a_socket_that_the_traced_process_hands_away(
+    running_tcplat: Start, puppet: StartPuppet, server: Listener
+) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        giver = puppet(pass_fds=[theirs.fileno()])
+        run = running_tcplat("-p", str(giver.pid))
+        giver.connect(server)
+        peer = server.accept()
+        giver(f"way = socket.socket(fileno={theirs.fileno()})")
+        giver("socket.send_fds(way, [b'!'], [s.fileno()]); s.close(); way.detach()")
+        _, (fd,), *_ = socket.recv_fds(ours, 1, 1)
+        with socket.socket(fileno=fd) as handed:
+            handed.sendall(b"z" * 30)
+            read_exactly(peer, 30)
+            peer.close()
+            assert handed.recv(1) == b""
+        giver.connect(server)
+        run.wait_for("it was connected again", reached("ESTABLISHED", 2))
+    rows = run.stop().rows
+    assert not at(rows, "send")
+    assert {row["pid"] for row in rows} == {giver.pid}
+
+
+def test_the_run_ends_with_the_process(
+    running_tcplat: Start, puppet: StartPuppet, server: Listener
+) -> None:
+    one, two = puppet(), puppet()
+    run = running_tcplat("-p", f"{one.pid},{two.pid}")
+    one.connect(server)
+    one.end()
+    two.connect(server)
+    two.end()
+    outcome = run.wait(5)
+    assert outcome.returncode == 0
+    assert {row["pid"] for row in outcome.rows} == {one.pid, two.pid}
+    # What the kernel does for a process on its way out belongs to it as well.
+    for rows in by_sock(outcome.rows).values():
+        assert story(rows)[:4] == ["connect", "SYN_SENT", "ESTABLISHED", "FIN_WAIT1"]
+
+
+def test_the_run_ends_with_a_process_that_nobody_waits_for(
+    running_tcplat: Start, client: Puppet
+) -> None:
+    """A zombie has ended, whether its parent cares or not."""
+    pid = client("""
+child = os.fork()
+if not child:
+    signal.pause()
+child
+""")
+    run = running_tcplat("-p", str(pid))
+    client("os.kill(child, signal.SIGKILL)")
+    try:
+        assert run.wait(5).returncode == 0
+    finally:
+        client("os.waitpid(child, 0)")
+
+
+def test_a_process_that_does_not_exist(start_tcplat: Start, client: Puppet) -> None:
+    pid = client.pid
+    client.end()
+    outcome = start_tcplat("-p", str(pid)).wait()
+    assert outcome.returncode == 2
+    assert outcome.stderr == f"tcplat: there is no process {pid}\n"
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "x", "1,", "1,,2", "4194305", ""])
+def test_what_is_no_process(text: str, start_tcplat: Start) -> None:
+    outcome = start_tcplat("-p", text).wait()
+    assert outcome.returncode == 2
+    assert len(outcome.stderr.splitlines()) == 1
+
+
+def test_hundreds_of_older_sockets(running_tcplat: Start, client: Puppet, server: Listener) -> None:
+    client(f"old = [socket.create_connection({server.address!r}) for _ in range(100)]")
+    peers = [server.accept() for _ in range(100)]
+    client(f"old += [socket.create_connection({server.address!r}) for _ in range(100)]")
+    peers += [server.accept() for _ in range(100)]
+    run = running_tcplat("-p", str(client.pid))
+    client("for s in old: s.send(b'x')")
+    for peer in peers:
+        read_exactly(peer, 1)
+        peer.close()
+    run.wait_for("all FINs were there", reached("CLOSE_WAIT", 200))
+    socks = by_sock(run.stop().rows)
+    assert len(socks) == 200
+    sports = client("[s.getsockname()[1] for s in old]")
+    assert sorted(rows[0]["sport"] for rows in socks.values()) == sorted(sports)
+    for rows in socks.values():
+        assert story(rows) == ["send", "CLOSE_WAIT"]
+        assert_tiles(rows)

@@ -1,0 +1,320 @@
+"""Root is given up early, little stays in memory, and a process's name is only text."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import attrs
+import pytest
+
+from .harness import (
+    SLOW,
+    TCPLAT,
+    Listener,
+    PidFile,
+    Puppet,
+    Tcplat,
+    at,
+    burst,
+    eventually,
+    needs,
+    reached,
+)
+
+Start = Callable[..., Tcplat]
+
+NOBODY = 65534
+
+
+def status(pid: int) -> dict[str, str]:
+    """/proc/PID/status."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def mebibytes(pid: int, what: str) -> float:
+    """A figure of /proc/PID/status that is in kB there."""
+    return int(status(pid)[what].split()[0]) / 1024
+
+
+def test_no_capability_is_left(running_tcplat: Start) -> None:
+    run = running_tcplat()
+    own = status(run.pid)
+    for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+        assert int(own[name], 16) == 0, name
+    assert own["NoNewPrivs"] == "1"
+    # The loader had them, and is gone.
+    assert Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text() == ""
+
+
+def test_neither_bcc_nor_llvm_stays(
+    running_tcplat: Start, client: Puppet, server: Listener, measured: Callable[[str], None]
+) -> None:
+    run = running_tcplat("-p", str(client.pid))
+    burst(client, server, 1000)
+    run.wait_for("all was written", lambda rows: len(at(rows, "send")) == 1000)
+    maps = Path(f"/proc/{run.pid}/maps").read_text().lower()
+    assert "libbcc" not in maps
+    assert "llvm" not in maps
+    assert "clang" not in maps
+    resident = mebibytes(run.pid, "VmRSS")
+    assert resident <= 60
+    # The ring counts twice in VmRSS, because it is mapped twice; what we allocate counts once.
+    burst(client, server, 50_000)
+    run.wait_for("all was written", lambda rows: len(at(rows, "send")) == 51_000)
+    own = mebibytes(run.pid, "RssAnon")
+    assert own <= 60
+    measured(
+        f"the session's resident memory: {resident:.1f} MiB; of its own after "
+        f"50,000 events in a burst {own:.1f} MiB"
+    )
+
+
+@pytest.fixture
+def public(stack: ExitStack) -> Path:
+    """A folder below /tmp that everybody may enter and nobody owns."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp")))
+    folder.chmod(0o755)
+    os.chown(folder, NOBODY, NOBODY)
+    return folder
+
+
+@pytest.fixture
+def readable() -> Iterator[tuple[str, ...]]:
+    """A tcplat that any user can read: ours, or one on the system's Python of the same version."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    try:
+        folder.chmod(0o755)
+        site = sysconfig.get_paths()["purelib"]
+        for python in (sys.executable, "/usr/bin/python3"):
+            code = "import sys; print(*sys.version_info[:2])"
+            found = subprocess.run(
+                [python, "-I", "-c", code], check=False, capture_output=True, text=True
+            )
+            if found.stdout.split() != [str(part) for part in sys.version_info[:2]]:
+                continue
+            venv = folder / Path(python).parts[1]
+            subprocess.run([python, "-I", "-m", "venv", "--without-pip", str(venv)], check=True)
+            (packages,) = venv.glob("lib/python*/site-packages")
+            # Its packages are those of the Python that runs the tests.
+            (packages / "ours.pth").write_text(f"import site; site.addsitedir({site!r})\n")
+            program = (str(venv / "bin/python"), "-I", "-m", "tcplat_core")
+            tried = subprocess.run(
+                # A shell, because it would be an exception if it could not be executed.
+                ["sh", "-c", 'exec "$@"', "sh", *program, "plugins", "list"],
+                check=False,
+                user=NOBODY,
+                capture_output=True,
+            )
+            if tried.returncode == 0 and b"tcp_client" in tried.stdout:
+                yield program
+                return
+        pytest.skip("nobody but root can read this Python and its packages")
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_it_becomes_the_user_behind_sudo(
+    readable: tuple[str, ...],
+    public: Path,
+    running_tcplat: Start,
+    client: Puppet,
+    server: Listener,
+) -> None:
+    run = running_tcplat(
+        "-p",
+        str(client.pid),
+        folder=public,
+        program=readable,
+        env={"SUDO_UID": str(NOBODY), "SUDO_GID": str(NOBODY)},
+    )
+    own = status(run.pid)
+    assert own["Uid"].split() == own["Gid"].split() == [str(NOBODY)] * 4
+    assert own["Groups"].split() in ([], [str(NOBODY)])
+    assert int(own["CapEff"], 16) == int(own["CapPrm"], 16) == 0
+    assert own["NoNewPrivs"] == "1"
+    assert {run.path.owner(), run.ready.owner()} == {"nobody"}
+    client.connect(server)
+    run.wait_for("it was connected", reached("ESTABLISHED"))
+    outcome = run.stop()
+    assert outcome.returncode == 0
+    assert len(outcome.rows) == 3
+
+
+def test_the_user_behind_sudo_cannot_write_what_only_root_may(
+    readable: tuple[str, ...], start_tcplat: Start, tmp_path: Path
+) -> None:
+    tmp_path.chmod(0o700)
+    outcome = start_tcplat(
+        program=readable,
+        sinks=[f"jsonl:path={tmp_path}/out"],
+        env={"SUDO_UID": str(NOBODY), "SUDO_GID": str(NOBODY)},
+    ).wait()
+    assert outcome.returncode == 2
+    assert not (tmp_path / "out").exists()
+    assert outcome.stderr.count("\n") == 1
+
+
+def test_a_command_of_the_user_behind_sudo_is_still_roots(
+    readable: tuple[str, ...], start_tcplat: Start, public: Path
+) -> None:
+    outcome = start_tcplat(
+        folder=public,
+        program=readable,
+        command=["id", "-u"],
+        stdout=subprocess.PIPE,
+        env={"SUDO_UID": str(NOBODY), "SUDO_GID": str(NOBODY)},
+    ).wait()
+    assert outcome.returncode == 0
+    assert outcome.stdout == b"0\n"
+
+
+def test_a_command_of_the_user_behind_sudo_is_stopped_with_the_run(
+    readable: tuple[str, ...], start_tcplat: Start, public: Path, pid_file: PidFile
+) -> None:
+    """The session is not root any more, the command is: a mere kill(2) is not allowed."""
+    outcome = start_tcplat(
+        "--duration",
+        "300ms",
+        folder=public,
+        program=readable,
+        command=pid_file.command("sleep", "60"),
+        env={"SUDO_UID": str(NOBODY), "SUDO_GID": str(NOBODY)},
+    ).wait()
+    assert outcome.report
+    eventually(lambda: not pid_file.alive(), "the command was stopped", 5)
+
+
+def test_without_root_it_says_so(readable: tuple[str, ...], public: Path) -> None:
+    done = subprocess.run(
+        [*readable, "run", "--probe", "tcp_client", "--sink", f"jsonl:path={public}/out"],
+        check=False,
+        user=NOBODY,
+        group=NOBODY,
+        extra_groups=[],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 3
+    assert "sudo" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_nobodys_modules_are_not_imported(
+    running_tcplat: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither PYTHONPATH nor the current folder can slip one in.
+
+    But for `tcplat_core`: pip's script imports that before a line of ours runs.
+    """
+    trap = tmp_path / "trap"
+    trap.mkdir()
+    for name in ("attrs", "click", "msgspec", "pluggy"):
+        (trap / f"{name}.py").write_text(f"open({str(tmp_path / 'caught')!r}, 'w')\n")
+    monkeypatch.chdir(trap)
+    run = running_tcplat(env={"PYTHONPATH": str(trap), "PYTHONSTARTUP": str(trap / "click.py")})
+    assert run.stop().returncode == 0
+    assert not (tmp_path / "caught").exists()
+
+
+# --- start
+
+
+@attrs.frozen(order=True)
+class Took:
+    """Seconds from start to ready, and the processor time of the whole run."""
+
+    wall: float
+    cpu: float
+
+    def check(self, limit: float) -> None:
+        """A machine that does other things as well is not our fault, waiting for nothing is."""
+        load = os.getloadavg()[0] / (os.cpu_count() or 1)
+        assert self.cpu <= limit * SLOW
+        assert self.wall <= limit * SLOW * max(1, load)
+
+
+def start_once(start_tcplat: Start, **how: object) -> Took:
+    def cpu() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    before, began = cpu(), time.monotonic()
+    run = start_tcplat(**how)
+    run.wait_ready()
+    took = time.monotonic() - began
+    assert run.stop().returncode == 0
+    return Took(took, cpu() - before)
+
+
+def test_a_warm_start(start_tcplat: Start, measured: Callable[[str], None]) -> None:
+    best = min(start_once(start_tcplat) for _ in range(4))
+    measured(f"start to ready, warm: {best.wall:.2f} s, {best.cpu:.2f} s of CPU (best of 4)")
+    best.check(1.0)
+
+
+def test_a_cold_start(start_tcplat: Start, measured: Callable[[str], None]) -> None:
+    """With an empty cache: in a mount namespace of its own, so that nobody else's suffers."""
+    needs("unshare", "mount")
+    Path("/var/cache/tcplat").mkdir(mode=0o700, parents=True, exist_ok=True)
+    script = 'mount -t tmpfs -o mode=0700 none /var/cache/tcplat && exec "$@"'
+    program = ("unshare", "--mount", "sh", "-c", script, "sh", *TCPLAT)
+    best = min(start_once(start_tcplat, program=program) for _ in range(2))
+    measured(f"start to ready, cold: {best.wall:.2f} s, {best.cpu:.2f} s of CPU (best of 2)")
+    best.check(2.0)
+
+
+def test_it_starts_without_a_cache(start_tcplat: Start) -> None:
+    """A cache that cannot be written is none, and no more than that."""
+    needs("unshare", "mount")
+    Path("/var/cache/tcplat").mkdir(mode=0o700, parents=True, exist_ok=True)
+    script = 'mount -t tmpfs -o ro none /var/cache/tcplat && exec "$@"'
+    start_once(start_tcplat, program=("unshare", "--mount", "sh", "-c", script, "sh", *TCPLAT))
+
+
+# --- names
+
+
+@pytest.mark.parametrize(
+    "name",
+    [b"\x1b]0;x\x07", b"\x9b31m", b"a\nb\tc\rd", b'"\\"{}', b"\xff\xfe\xfd", "\u202egnp".encode()],
+)
+def test_a_name_is_only_text(
+    name: bytes,
+    running_tcplat: Start,
+    client: Puppet,
+    server: Listener,
+    tmp_path: Path,
+) -> None:
+    client(f"""
+import ctypes
+ctypes.CDLL(None).prctl(15, {name!r}, 0, 0, 0)  # PR_SET_NAME
+""")
+    table = tmp_path / "table"
+    run = running_tcplat(
+        "-p", str(client.pid), sinks=[f"table:path={table}", f"jsonl:path={tmp_path}/0.jsonl"]
+    )
+    client.connect(server)
+    run.wait_for("it was connected", reached("ESTABLISHED"))
+    eventually(lambda: table.read_bytes().count(b"\n") >= 4, "the table had its rows")
+    rows = run.stop().rows
+    for output in (table, run.path):
+        text = output.read_bytes().decode()
+        plain = text.replace("\n", "")
+        assert plain.isprintable(), f"{plain!r} does something to a terminal"
+    assert len({row["comm"] for row in rows}) == 1
+    assert rows[0]["comm"].isprintable()
+    # One line per row, whatever the name.
+    assert sum(not line.startswith("PID") for line in table.read_text().split("\n")) == (
+        len(rows) + 1
+    )

@@ -1,0 +1,372 @@
+"""The accepting side: from the packet to the process that reads it, and whose each row is."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from .harness import (
+    ATTACH,
+    SLOW,
+    Listener,
+    Puppet,
+    Row,
+    Tcplat,
+    at,
+    by_sock,
+    eventually,
+    free_port,
+    needs,
+    patience,
+    total,
+)
+
+SERVICE = ("--probe", "tcp_service")
+MESSAGE = 3000
+
+_LISTEN = """
+family = socket.AF_INET if {ip} == 4 else socket.AF_INET6
+listening = socket.create_server(("127.0.0.1" if {ip} == 4 else "::1", 0), family=family)
+listening.getsockname()[1]
+"""
+
+
+@pytest.fixture
+def service(puppet: Callable[..., Puppet]) -> Puppet:
+    """The process behind the service."""
+    return puppet()
+
+
+def listen(service: Puppet, ip: int = 4) -> int:
+    """The port where it listens from now on."""
+    return int(service(_LISTEN.format(ip=ip)))
+
+
+def address(port: int, ip: int = 4) -> tuple[str, int]:
+    return ("127.0.0.1" if ip == 4 else "::1"), port
+
+
+def exchange(client: Puppet, service: Puppet, port: int, ip: int = 4) -> None:
+    """One connection, one message of 3,000 bytes there and back, closed by the client."""
+    client(f"s = socket.create_connection({address(port, ip)!r})")
+    service("peer, _ = listening.accept()")
+    client(f"s.sendall(bytes({MESSAGE}))")
+    service(f"data = peer.recv({MESSAGE}, socket.MSG_WAITALL); peer.sendall(data)")
+    client(f"len(s.recv({MESSAGE}, socket.MSG_WAITALL)), s.close()")
+    service("len(peer.recv(1)), peer.close()")
+
+
+def of_service(rows: list[Row], port: int) -> list[Row]:
+    """What tcp_service saw of a port, on either side of the addresses."""
+    ours = [row for row in rows if row["probe"] == "tcp_service"]
+    return [row for row in ours if port in (row["sport"], row["dport"])]
+
+
+def gone(port: int, times: int = 1) -> Callable[[list[Row]], bool]:
+    return lambda rows: len(at(of_service(rows, port), "close")) >= times
+
+
+@pytest.mark.parametrize("ip", [4, 6])
+def test_the_path_of_a_message(
+    ip: int, running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
+) -> None:
+    port = listen(service, ip)
+    run = running_tcplat(*SERVICE)
+    exchange(client, service, port, ip)
+    run.wait_for("the connection was gone", gone(port))
+    outcome = run.stop()
+    rows = of_service(outcome.rows, port)
+    assert {row["ip"] for row in rows} == {ip}
+    assert {row["pid"] for row in rows} == {service.pid}
+    assert all(row["saddr"] and row["daddr"] for row in rows)
+
+    # From the first byte on: the packet, the segment at its socket, the wake-up, the read.
+    sent = next(
+        row for row in outcome.rows if row["point"] == "send" and row["probe"] == "tcp_client"
+    )
+    first = {
+        point: next(
+            row
+            for row in at(rows, point)
+            if row["seq"] == sent["seq"] and row["bytes"] and row["ts_ns"] > sent["ts_ns"]
+        )
+        for point in ("rx_ip", "rx_tcp", "ready", "recv")
+    }
+    times = [row["ts_ns"] for row in (sent, *first.values())]
+    assert times == sorted(times)
+    assert first["rx_ip"]["bytes"] == first["rx_tcp"]["bytes"] == MESSAGE
+    assert first["rx_ip"]["flags"] == first["rx_tcp"]["flags"] == "PSH|ACK"
+    # A packet's addresses are as in its header, a socket's begin with its own.
+    assert first["rx_ip"]["dport"] == first["recv"]["sport"] == port
+    assert first["rx_ip"]["sport"] == first["recv"]["dport"] == sent["sport"]
+
+    assert total(rows, "recv") == total(rows, "send") == MESSAGE
+    assert at(rows, "recv")[-1]["bytes"] == 0
+    assert len(at(rows, "accept")) == 1
+    assert len({row["sock"] for row in rows if row["point"] not in ("rx_ip", "rx_tcp")}) == 1
+
+
+def test_each_packet_to_the_service_is_a_row(
+    running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
+) -> None:
+    port = listen(service)
+    run = running_tcplat(*SERVICE)
+    exchange(client, service, port)
+    run.wait_for("the connection was gone", gone(port))
+    packets = at(of_service(run.stop().rows, port), "rx_ip")
+    assert packets[0]["flags"] == "SYN"
+    assert {row["dport"] for row in packets} == {port}
+    assert sum(row["bytes"] for row in packets) == MESSAGE
+    assert sum("FIN" in row["flags"] for row in packets) == 1
+
+
+def test_how_long_it_waited_to_be_accepted(
+    running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
+) -> None:
+    port = listen(service)
+    run = running_tcplat(*SERVICE)
+    client(f"s = socket.create_connection({address(port)!r})")
+    waited = service("""
+began = time.monotonic_ns()
+while time.monotonic_ns() - began < 50_000_000: pass
+peer, _ = listening.accept()
+(time.monotonic_ns() - began) / 1000
+""")
+    run.wait_for("it was accepted", lambda rows: bool(at(of_service(rows, port), "accept")))
+    (row,) = at(of_service(run.stop().rows, port), "accept")
+    # From before it was connected to after it was accepted is the most it can be.
+    assert waited * 0.95 <= row["accept_us"] <= waited + patience(1) * 1e6
+
+
+def test_the_time_inside_recv_is_the_time_the_message_took(
+    running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
+) -> None:
+    port = listen(service)
+    run = running_tcplat(*SERVICE)
+    client(f"s = socket.create_connection({address(port)!r})")
+    service("peer, _ = listening.accept()")
+    service.tell("""
+began = time.monotonic_ns()
+peer.recv(10)
+(time.monotonic_ns() - began) / 1000
+""")
+    client("""
+began = time.monotonic_ns()
+while time.monotonic_ns() - began < 50_000_000: pass
+s.sendall(b"0123456789")
+""")
+    took = service.answer()
+    run.wait_for("it was read", lambda rows: bool(at(of_service(rows, port), "recv")))
+    (row,) = at(of_service(run.stop().rows, port), "recv")
+    if row["attach"] == "tracepoint":  # it has no entry
+        assert row["call_us"] is None
+    else:
+        assert took * 0.9 - 1000 * SLOW <= row["call_us"] <= took
+
+
+def test_the_pid_filter_keeps_one_service_from_another(
+    running_tcplat: Callable[..., Tcplat], client: Puppet, puppet: Callable[..., Puppet]
+) -> None:
+    ours, other = puppet(), puppet()
+    port, elsewhere = listen(ours), listen(other)
+    run = running_tcplat(*SERVICE, "-p", str(ours.pid))
+    exchange(client, other, elsewhere)
+    exchange(client, ours, port)
+    run.wait_for("the connection was gone", gone(port))
+    rows = run.stop().rows
+    assert not of_service(rows, elsewhere)
+    assert {row["pid"] for row in rows} == {ours.pid}
+    # The handshake is the process's, too: nobody else listens there.
+    assert at(rows, "rx_ip")[0]["flags"] == "SYN"
+    first = next(row for row in at(rows, "state") if row["old_state"])
+    assert first["state"] == "TCP_ESTABLISHED"
+
+
+def test_a_connection_from_before_belongs_to_its_process_from_the_first_packet_on(
+    running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
+) -> None:
+    port = listen(service)
+    client(f"s = socket.create_connection({address(port)!r})")
+    service("peer, _ = listening.accept()")
+    run = running_tcplat(*SERVICE, "-p", str(service.pid))
+    client(f"s.sendall(bytes({MESSAGE}))")
+    service(f"len(peer.recv({MESSAGE}, socket.MSG_WAITALL))")
+    run.wait_for("it was read", lambda rows: bool(at(of_service(rows, port), "recv")))
+    rows = run.stop().rows
+    assert {row["pid"] for row in rows} == {service.pid}
+    assert [row["point"] for row in rows][:2] == ["rx_ip", "rx_tcp"]
+
+
+def test_where_two_processes_accept_nobody_owns_it_before(
+    running_tcplat: Callable[..., Tcplat], client: Puppet, puppet: Callable[..., Puppet]
+) -> None:
+    master = puppet()
+    port = listen(master)
+    # A worker that inherits the listening socket, and accepts when told.
+    worker = master("""
+here, there = socket.socketpair()
+child = os.fork()
+if not child:
+    there.recv(1)
+    peer, _ = listening.accept()
+    there.send(b"x")
+    while peer.recv(3000): pass
+    os._exit(0)
+child
+""")
+    run = running_tcplat(*SERVICE)
+    client(f"s = socket.create_connection({address(port)!r})")
+    master("here.send(b'x'), here.recv(1)")
+    client("s.sendall(b'hello'), s.close()")
+    master("os.waitpid(child, 0)")
+    run.wait_for("the connection was gone", gone(port))
+    rows = of_service(run.stop().rows, port)
+    accepted = at(rows, "accept")[0]["ts_ns"]
+    assert {row["pid"] for row in rows if row["ts_ns"] < accepted} == {None}
+    assert {row["pid"] for row in rows if row["ts_ns"] >= accepted} == {worker}
+
+
+def test_min_latency_leaves_out_fast_accepts_alone(
+    running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
+) -> None:
+    port = listen(service)
+    run = running_tcplat(*SERVICE, "--min-latency", "1h")
+    exchange(client, service, port)
+    run.wait_for("the connection was gone", gone(port))
+    points = {row["point"] for row in of_service(run.stop().rows, port)}
+    assert "accept" not in points
+    assert {"rx_ip", "rx_tcp", "state", "ready", "send", "close"} <= points
+
+
+# --- a real server: nginx, a master and two workers
+
+REQUESTS = 10_000
+_NGINX = """
+daemon off;
+worker_processes 2;
+pid {folder}/pid;
+error_log {folder}/error.log;
+events {{ worker_connections 512; multi_accept off; }}
+http {{
+    access_log off;
+    keepalive_requests 100000;
+    client_body_temp_path {folder}/a;
+    proxy_temp_path {folder}/b;
+    fastcgi_temp_path {folder}/c;
+    uwsgi_temp_path {folder}/d;
+    scgi_temp_path {folder}/e;
+    server {{
+        listen 127.0.0.1:{port};
+        location / {{ add_header Worker $pid; return 200 "it works"; }}
+    }}
+}}
+"""
+
+
+@contextmanager
+def nginx(folder: Path) -> Iterator[tuple[int, list[int]]]:
+    """Its port, and its workers."""
+    program = shutil.which("nginx") or "/usr/sbin/nginx"
+    port = free_port()
+    config = folder / "nginx.conf"
+    config.write_text(_NGINX.format(folder=folder, port=port))
+    error_log = folder / "error.log"
+    master = subprocess.Popen([program, "-p", folder, "-c", config, "-e", error_log])
+    try:
+        children = Path(f"/proc/{master.pid}/task/{master.pid}/children")
+
+        def started() -> list[int]:
+            assert master.poll() is None, error_log.read_text()
+            pids = [int(word) for word in children.read_text().split()]
+            names = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids]
+            return pids if sum(b"worker" in name for name in names) == 2 else []
+
+        yield port, eventually(started, "nginx had two workers")
+    finally:
+        master.send_signal(signal.SIGTERM)
+        master.wait()
+
+
+def curls(folder: Path, port: int, requests: int) -> dict[str, int]:
+    """Requests by four curls side by side, half of them with a connection each; by worker."""
+    clients = []
+    for number in range(4):
+        config, headers = folder / f"curl{number}", folder / f"headers{number}"
+        one = f'url = "http://127.0.0.1:{port}/"\noutput = "/dev/null"\n'
+        close = 'header = "Connection: close"\n' if number % 2 else ""
+        config.write_text(f'silent\ndump-header = "{headers}"\n{close}{one * (requests // 4)}')
+        clients.append((subprocess.Popen(["curl", "-q", "--config", config]), headers))
+    workers: dict[str, int] = {}
+    for client, headers in clients:
+        assert client.wait(patience(60)) == 0
+        for line in headers.read_text().splitlines():
+            if line.startswith("Worker: "):
+                workers[line[8:]] = workers.get(line[8:], 0) + 1
+    return workers
+
+
+def test_nginx_with_all_three_probes(
+    tmp_path: Path, running_tcplat: Callable[..., Tcplat], measured: Callable[[str], None]
+) -> None:
+    needs("curl")
+    requests = REQUESTS if SLOW == 1 else 200
+    with nginx(tmp_path) as (port, pids):
+        run = running_tcplat(
+            *SERVICE, "--probe", f"xdp_port:iface=lo,port={port}", "--port", str(port),
+            *("--ring-size", "64M"),
+        )  # fmt: skip
+        workers = curls(tmp_path, port, requests)
+        connections = requests // 2 + 2
+        run.wait_for("all were gone", gone(port, connections))
+        outcome = run.stop()
+    assert sum(workers.values()) == requests
+    assert outcome.report["dropped"] == 0
+    rows = of_service(outcome.rows, port)
+    measured(f"nginx, {requests} requests, three probes: {len(outcome.rows)} rows, 0 lost")
+
+    # A row of a socket is its worker's from accept on, and nobody's before: never the master's.
+    owned = [row for row in rows if row["point"] in ("accept", "recv", "send", "close")]
+    assert {row["pid"] for row in owned} == set(pids)
+    assert {row["pid"] for row in rows} <= {*pids, None}
+    for sock in by_sock(owned).values():
+        assert len({row["pid"] for row in sock}) == 1
+    sends = [str(row["pid"]) for row in at(rows, "send")]
+    assert {worker: sends.count(worker) for worker in workers} == workers
+    assert len(at(rows, "accept")) == connections
+
+
+def test_nginx_with_one_worker_traced(
+    tmp_path: Path, running_tcplat: Callable[..., Tcplat]
+) -> None:
+    needs("curl")
+    with nginx(tmp_path) as (port, pids):
+        run = running_tcplat(*SERVICE, "-p", str(pids[0]))
+        workers = curls(tmp_path, port, 400)
+        mine = workers.get(str(pids[0]), 0)
+        run.wait_for(
+            "its replies were there",
+            lambda rows: len(at(of_service(rows, port), "send")) >= mine,
+        )
+        outcome = run.stop()
+    assert outcome.report["dropped"] == 0
+    assert {row["pid"] for row in outcome.rows} <= {pids[0]}
+    assert len(at(of_service(outcome.rows, port), "send")) == mine
+
+
+def test_the_mechanism_is_the_one_that_was_named(
+    running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet, server: Listener
+) -> None:
+    del server
+    if ATTACH == "auto":
+        pytest.skip("TCPLAT_ATTACH names none")
+    port = listen(service)
+    run = running_tcplat(*SERVICE)
+    exchange(client, service, port)
+    run.wait_for("the connection was gone", gone(port))
+    assert {row["attach"] for row in of_service(run.stop().rows, port)} == {ATTACH}
