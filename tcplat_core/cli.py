@@ -7,20 +7,21 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from .errors import CannotRunError, EventsLostError, TcplatError, UsageError
+from .hookpoints import SOFTIRQ_POINTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .command import Command
     from .filters import Filter
-    from .model import RunReport, Sink
+    from .model import ProbeReport, RunReport, Sink
     from .plugins import Plugins
 
 # What a command needs is imported when it is called: `plugins list` and --help
@@ -387,27 +388,34 @@ def _attached(report: RunReport) -> None:
 
 def _summary(report: RunReport) -> None:
     for name, probe in report.probes.items():
-        by_point: dict[str, int] = {}
-        for hook in probe.hooks:
-            by_point[hook.point] = by_point.get(hook.point, 0) + hook.delivered
-        points = ", ".join(f"{point} {n}" for point, n in by_point.items())
-        _say(f"{name}: {probe.delivered} rows, {probe.dropped} lost ({points})")
-        for point, reason in probe.missing.items():
-            _say(f"{name}: no {point} rows: {reason}")
-        for interface, reason in probe.silent.items():
-            if interface not in probe.interfaces:  # else it was said when it went
-                _say(f"{name}: no rows from {interface}: {reason}")
-        if probe.untracked:
-            _say(
-                f"{name}: {probe.untracked} sockets could not be remembered; their rows are missing"
-            )
-        unread = sum(hook.unread for hook in probe.hooks)
-        if unread:
-            _say(f"{name}: {unread} more were seen when the run ended")
+        for words in _probe_summary(probe):
+            _say(f"{name}: {words}")
     if report.late:
         _say(f"{report.late} rows came out of order")
     for sink, reason in report.switched_off.items():
         _say(f"sink {sink} was switched off: {reason}")
+
+
+def _probe_summary(probe: ProbeReport) -> Iterator[str]:
+    by_point: dict[str, int] = {}
+    for hook in probe.hooks:
+        by_point[hook.point] = by_point.get(hook.point, 0) + hook.delivered
+    points = ", ".join(f"{point} {n}" for point, n in by_point.items())
+    yield f"{probe.delivered} rows, {probe.dropped} lost ({points})"
+    for point, reason in probe.missing.items():
+        yield f"no {point} rows: {reason}"
+    for interface, reason in probe.silent.items():
+        if interface not in probe.interfaces:  # else it was said when it went
+            yield f"no rows from {interface}: {reason}"
+    if probe.untracked:
+        yield f"{probe.untracked} sockets could not be remembered; their rows are missing"
+    risky = {hook.point for hook in probe.hooks if hook.attach == "kprobe"} & SOFTIRQ_POINTS
+    if risky:
+        rows = ", ".join(sorted(risky))
+        yield f"{rows} rows may be missing: the kernel skips a kprobe that interrupts another"
+    unread = sum(hook.unread for hook in probe.hooks)
+    if unread:
+        yield f"{unread} more were seen when the run ended"
 
 
 def _say(sentence: str) -> None:

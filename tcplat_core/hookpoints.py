@@ -10,7 +10,12 @@ import attrs
 from .errors import PluginError
 
 MECHANISMS = ("fentry", "kprobe", "tracepoint", "xdp")
-"""In the order in which `--attach auto` prefers them."""
+"""fentry is the cheapest, and never skipped. The kernel skips a kprobe that hits while
+another's handler runs on the same CPU: for what happens in softirq, a tracepoint is better."""
+
+
+SOFTIRQ_POINTS = frozenset({"rx_ip", "rx_tcp", "state", "ready", "close"})
+"""Points that may interrupt the handler of another one."""
 
 
 def checked_name(_: object, attribute: attrs.Attribute[str], value: str) -> None:

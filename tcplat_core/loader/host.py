@@ -9,7 +9,7 @@ from pathlib import Path
 import attrs
 
 from tcplat_core.errors import CannotRunError
-from tcplat_core.hookpoints import MECHANISMS, Hook, HookPoint, Way
+from tcplat_core.hookpoints import Hook, HookPoint, Way
 
 from . import bpf
 from .btf import Btf, BtfError, Kind
@@ -157,7 +157,7 @@ def choose(
     why_not: Callable[[Way], str | None],
     probe: str,
 ) -> Choice:
-    """Take for each point the first way that is open, in the order of MECHANISMS.
+    """Take for each point the first way that is open, in the probe's own order.
 
     Args:
         points: The probe's.
@@ -172,8 +172,7 @@ def choose(
     missing: dict[str, str] = {}
     for point in points:
         reasons = []
-        # Stable: among ways of one mechanism the probe's own order holds.
-        for way in sorted(point.ways, key=lambda way: MECHANISMS.index(way.mechanism)):
+        for way in point.ways:
             # Packets have no other way: --attach is about functions.
             if attach not in ("auto", way.mechanism) and way.mechanism != "xdp":
                 continue

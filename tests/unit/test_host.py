@@ -15,7 +15,7 @@ KPROBE = kprobe(kentry("tcp_sendmsg", "kp"))
 TRACEPOINT = tracepoint("tcp:tcp_sendmsg_locked", "tp")
 XDP = Way("xdp", (Hook("xdp", "on_packet", "xdp"),))
 
-SEND = HookPoint("send", (TRACEPOINT, KPROBE, FENTRY))
+SEND = HookPoint("send", (FENTRY, KPROBE, TRACEPOINT))
 
 
 def closed(**reasons: str) -> Callable[[Way], str | None]:
@@ -35,10 +35,16 @@ def closed(**reasons: str) -> Callable[[Way], str | None]:
         (closed(fentry="no", kprobe="no"), TRACEPOINT),
     ],
 )
-def test_auto_takes_fentry_then_kprobe_then_tracepoint(
+def test_auto_takes_the_first_way_that_is_open(
     host: Callable[[Way], str | None], taken: Way
 ) -> None:
     assert choose([SEND], "auto", host, "p").taken == {"send": taken}
+
+
+def test_what_happens_in_softirq_is_left_to_kprobes_last() -> None:
+    """The kernel skips a kprobe that interrupts another one's handler: rows would be missing."""
+    point = HookPoint("state", (FENTRY, TRACEPOINT, KPROBE))
+    assert choose([point], "auto", closed(fentry="no"), "p").taken == {"state": TRACEPOINT}
 
 
 def test_among_ways_of_one_mechanism_the_probes_order_holds() -> None:

@@ -51,8 +51,8 @@ POINTS = (
         "state",
         (
             fentry(fenter("tcp_set_state", "fe_tcp_set_state", "sk", "state")),
-            kprobe(kentry("tcp_set_state", "kp_tcp_set_state", "sk", "state")),
             tracepoint(_SET_STATE, "tp_state", _SOCK, "const int", "const int"),
+            kprobe(kentry("tcp_set_state", "kp_tcp_set_state", "sk", "state")),
         ),
     ),
     HookPoint(
@@ -91,8 +91,8 @@ POINTS = (
         "close",
         (
             fentry(fenter("tcp_v4_destroy_sock", "fe_tcp_v4_destroy_sock", "sk")),
-            kprobe(kentry("tcp_v4_destroy_sock", "kp_tcp_v4_destroy_sock", "sk")),
             tracepoint("tcp:tcp_destroy_sock", "tp_close", "struct sock *"),
+            kprobe(kentry("tcp_v4_destroy_sock", "kp_tcp_v4_destroy_sock", "sk")),
         ),
     ),
 )

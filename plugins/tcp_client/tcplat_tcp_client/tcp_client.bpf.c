@@ -55,11 +55,31 @@ int tp_connect(struct bpf_raw_tracepoint_args *ctx)
  * is over at its return. So the row is made in between, at the change to
  * TCP_SYN_SENT, and stamped with the entry. The return tells of what never got there.
  */
-static __always_inline int enter_connect(struct sock *sk, u16 family)
+static __always_inline int enter_connect(struct sock *sk, const u8 *uaddr, u16 family)
 {
+	struct tcplat_sock *s;
+	u8 to[24];
+
 	/* tcp_v6_connect() of a mapped address calls tcp_v4_connect(): the outer call counts. */
-	if (tcplat_get(sk, __sk_common.skc_family) == family)
-		begin_connect(sk, bpf_ktime_get_ns());
+	if (tcplat_get(sk, __sk_common.skc_family) != family)
+		return 0;
+	s = begin_connect(sk, bpf_ktime_get_ns());
+	/* Where there is no route, the socket never learns whom it was to call. */
+	if (!s || bpf_probe_read_kernel(to, family == TCPLAT_AF_INET ? 8 : 24, uaddr))
+		return 0;
+	s->addrs.dport = to[2] << 8 | to[3];
+	if (family == TCPLAT_AF_INET) {
+		u32 addr;
+
+		__builtin_memcpy(&addr, to + 4, 4);
+		s->addrs.ip = 4;
+		tcplat_map_v4(s->addrs.saddr, 0);
+		tcplat_map_v4(s->addrs.daddr, addr);
+	} else {
+		__builtin_memset(s->addrs.saddr, 0, 16);
+		__builtin_memcpy(s->addrs.daddr, to + 8, 16);
+		s->addrs.ip = tcplat_is_mapped(s->addrs.daddr) ? 4 : 6;
+	}
 	return 0;
 }
 
@@ -105,12 +125,12 @@ static __always_inline int leave_connect(struct sock *sk, int ret, u16 family, u
  */
 BPF_HASH(connects, u64, u64, 16384);
 
-static __always_inline int kp_enter(struct sock *sk, u16 family)
+static __always_inline int kp_enter(struct sock *sk, const u8 *uaddr, u16 family)
 {
 	u64 me = bpf_get_current_pid_tgid(), key = (u64)sk;
 
 	connects.update(&me, &key);
-	return enter_connect(sk, family);
+	return enter_connect(sk, uaddr, family);
 }
 
 static __always_inline int kr_leave(int ret, u16 family, u8 hook)
@@ -129,14 +149,14 @@ static __always_inline int kr_leave(int ret, u16 family, u8 hook)
 	return leave_connect(sk, ret, family, hook);
 }
 
-int kp_tcp_v4_connect(struct pt_regs *ctx, struct sock *sk)
+int kp_tcp_v4_connect(struct pt_regs *ctx, struct sock *sk, u8 *uaddr)
 {
-	return kp_enter(sk, TCPLAT_AF_INET);
+	return kp_enter(sk, uaddr, TCPLAT_AF_INET);
 }
 
-int kp_tcp_v6_connect(struct pt_regs *ctx, struct sock *sk)
+int kp_tcp_v6_connect(struct pt_regs *ctx, struct sock *sk, u8 *uaddr)
 {
-	return kp_enter(sk, TCPLAT_AF_INET6);
+	return kp_enter(sk, uaddr, TCPLAT_AF_INET6);
 }
 
 int kp_send_syn(struct pt_regs *ctx, struct sock *sk, int state)
@@ -159,12 +179,12 @@ int kr_tcp_v6_connect(struct pt_regs *ctx)
 /* fentry hands its arguments over as raw tracepoints do. */
 int fe_tcp_v4_connect(struct bpf_raw_tracepoint_args *ctx)
 {
-	return enter_connect((struct sock *)ctx->args[0], TCPLAT_AF_INET);
+	return enter_connect((struct sock *)ctx->args[0], (u8 *)ctx->args[1], TCPLAT_AF_INET);
 }
 
 int fe_tcp_v6_connect(struct bpf_raw_tracepoint_args *ctx)
 {
-	return enter_connect((struct sock *)ctx->args[0], TCPLAT_AF_INET6);
+	return enter_connect((struct sock *)ctx->args[0], (u8 *)ctx->args[1], TCPLAT_AF_INET6);
 }
 
 int fe_send_syn(struct bpf_raw_tracepoint_args *ctx)

@@ -55,11 +55,11 @@ POINTS = (
                 fenter("tcp_v4_rcv", "fe_tcp_v4_rcv", "skb"),
                 fenter("tcp_v6_rcv", "fe_tcp_v6_rcv", "skb"),
             ),
+            tracepoint("net:netif_receive_skb", "tp_rx_ip", "struct sk_buff *"),
             kprobe(
                 kentry("tcp_v4_rcv", "kp_tcp_v4_rcv", "skb"),
                 kentry("tcp_v6_rcv", "kp_tcp_v6_rcv", "skb"),
             ),
-            tracepoint("net:netif_receive_skb", "tp_rx_ip", "struct sk_buff *"),
         ),
     ),
     HookPoint(
@@ -69,12 +69,12 @@ POINTS = (
                 fenter("tcp_v4_do_rcv", "fe_tcp_v4_do_rcv", "sk", "skb"),
                 fenter("tcp_v6_do_rcv", "fe_tcp_v6_do_rcv", "sk", "skb"),
             ),
+            # In the established state only.
+            tracepoint("tcp:tcp_probe", "tp_rx_tcp", "struct sock *", "const struct sk_buff *"),
             kprobe(
                 kentry("tcp_v4_do_rcv", "kp_tcp_v4_do_rcv", "sk", "skb"),
                 kentry("tcp_v6_do_rcv", "kp_tcp_v6_do_rcv", "sk", "skb"),
             ),
-            # In the established state only.
-            tracepoint("tcp:tcp_probe", "tp_rx_tcp", "struct sock *", "const struct sk_buff *"),
         ),
     ),
     HookPoint(
@@ -85,12 +85,12 @@ POINTS = (
                 fenter("tcp_rcv_state_process", "fe_tcp_rcv_state_process", "sk", "skb"),
                 *tracepoint(_SET_STATE, "tp_listen", *_STATES).hooks,
             ),
+            tracepoint(_SET_STATE, "tp_state", *_STATES),
             kprobe(
                 kentry("tcp_set_state", "kp_tcp_set_state", "sk", "state"),
                 kentry("tcp_rcv_state_process", "kp_tcp_rcv_state_process", "sk", "skb"),
                 *tracepoint(_SET_STATE, "tp_listen", *_STATES).hooks,
             ),
-            tracepoint(_SET_STATE, "tp_state", *_STATES),
         ),
     ),
     HookPoint(
@@ -113,9 +113,9 @@ POINTS = (
         "ready",
         (
             fentry(fenter("sock_def_readable", "fe_ready", "sk")),
-            kprobe(kentry("sock_def_readable", "kp_ready", "sk")),
             # Came with 6.3 (40e0b0908142).
             tracepoint("sock:sk_data_ready", "tp_ready", _SOCK),
+            kprobe(kentry("sock_def_readable", "kp_ready", "sk")),
         ),
     ),
     HookPoint(
@@ -157,8 +157,8 @@ POINTS = (
         "close",
         (
             fentry(fenter("tcp_v4_destroy_sock", "fe_tcp_v4_destroy_sock", "sk")),
-            kprobe(kentry("tcp_v4_destroy_sock", "kp_tcp_v4_destroy_sock", "sk")),
             tracepoint("tcp:tcp_destroy_sock", "tp_close", "struct sock *"),
+            kprobe(kentry("tcp_v4_destroy_sock", "kp_tcp_v4_destroy_sock", "sk")),
         ),
     ),
 )
