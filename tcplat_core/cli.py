@@ -431,8 +431,10 @@ def plugins() -> None:
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def plugins_list(*, as_json: bool) -> None:
     """All probes and sinks, broken ones included."""
-    from .plugins import Plugins  # noqa: PLC0415 - see the top
+    from . import privileges  # noqa: PLC0415 - see the top
+    from .plugins import Plugins  # noqa: PLC0415
 
+    privileges.drop()
     found = sorted(Plugins.load().found, key=lambda one: (one.kind, one.name))
     names = ("name", "kind", "version", "distribution", "status", "summary")
     rows = [{name: getattr(one, name) for name in names} for one in found]
