@@ -429,12 +429,13 @@ def plugins() -> None:
 
 @plugins.command("list")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def plugins_list(*, as_json: bool) -> None:
+@click.pass_obj
+def plugins_list(give_up_root: Callable[[], None] | None, *, as_json: bool) -> None:
     """All probes and sinks, broken ones included."""
-    from . import privileges  # noqa: PLC0415 - see the top
-    from .plugins import Plugins  # noqa: PLC0415
+    from .plugins import Plugins  # noqa: PLC0415 - see the top
 
-    privileges.drop()
+    if give_up_root:
+        give_up_root()
     found = sorted(Plugins.load().found, key=lambda one: (one.kind, one.name))
     names = ("name", "kind", "version", "distribution", "status", "summary")
     rows = [{name: getattr(one, name) for name in names} for one in found]
@@ -466,8 +467,11 @@ def doctor(*, as_json: bool) -> None:
 
 def main() -> NoReturn:
     """Run the command line; every error that a user can cause is one sentence."""
+    from .privileges import drop  # noqa: PLC0415 - see the top
+
     try:
-        cli.main(prog_name="tcplat", standalone_mode=False)
+        # Handed over here: whoever calls a command in his own process keeps his rights.
+        cli.main(prog_name="tcplat", standalone_mode=False, obj=drop)
     except TcplatError as error:
         _say(str(error))
         sys.exit(error.exit_code)
