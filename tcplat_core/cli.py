@@ -154,9 +154,9 @@ def cli() -> None:
 @click.option(
     "--ring-size",
     type=_Size(),
-    default=1 << 24,
+    default=1 << 23,
     metavar="BYTES",
-    help="Of each probe's ring, a power of two: 4K to 1G.  [default: 16M]",
+    help="Of each probe's ring, a power of two: 4K to 1G.  [default: 8M]",
 )
 @click.option("--fail-on-loss", is_flag=True, help="Exit 5 if an event was lost.")
 @click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")

@@ -49,7 +49,7 @@ class Request:
     filter: Filter = attrs.field(factory=Filter)
     follow: bool = False
     debug: bool = False
-    ring_bytes: int = 1 << 24
+    ring_bytes: int = 1 << 23
 
     def pack(self) -> bytes:
         """For the loader's standard input."""
