@@ -41,6 +41,8 @@ static __always_inline struct tcplat_event *
 tcplat_make_send(const struct sock *sk, u8 role, u32 bytes, u8 hook)
 {
 	u64 now = bpf_ktime_get_ns();
+	/* Not s->tid: another thread may be in recv() on another CPU, and the owner as well. */
+	u32 me = bpf_get_current_pid_tgid();
 	struct tcplat_sock *s = tcplat_touch(sk);
 	struct tcplat_event *e;
 	u32 seq;
@@ -53,14 +55,16 @@ tcplat_make_send(const struct sock *sk, u8 role, u32 bytes, u8 hook)
 	 * counts. In a later one, what is left and what was queued make up the whole.
 	 * (Two threads blocked in send() on one socket are one too many for this.)
 	 */
-	if (s->send_tid == s->tid && bytes + (seq - s->send_seq) == s->send_bytes)
+	if (s->send_tid == me && bytes + (seq - s->send_seq) == s->send_bytes)
 		return NULL;
-	s->send_tid = s->tid;
+	s->send_tid = me;
 	s->send_seq = seq;
 	s->send_bytes = bytes;
 	e = tcplat_reserve_for(sk, s, hook, now);
-	if (e)
-		tcplat_add_seq(e, seq, bytes);
+	if (!e)
+		return NULL;
+	e->tid = me;
+	tcplat_add_seq(e, seq, bytes);
 	return e;
 }
 
@@ -116,8 +120,10 @@ tcplat_make_recv(const struct sock *sk, u8 role, int ret, u8 hook)
 	if (!ret && !(tcplat_get(sk, sk_shutdown) & TCPLAT_RCV_SHUTDOWN))
 		return NULL;
 	e = tcplat_reserve_for(sk, s, hook, now);
-	if (e)
-		tcplat_add_seq(e, tcplat_next_byte((const struct tcp_sock *)sk) - ret, ret);
+	if (!e)
+		return NULL;
+	e->tid = bpf_get_current_pid_tgid();
+	tcplat_add_seq(e, tcplat_next_byte((const struct tcp_sock *)sk) - ret, ret);
 	return e;
 }
 
