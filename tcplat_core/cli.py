@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from .errors import CannotRunError, EventsLostError, TcplatError, UsageError
-from .hookpoints import SOFTIRQ_POINTS
+from .hookpoints import SKIPPED_FUNCS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -409,10 +409,12 @@ def _probe_summary(probe: ProbeReport) -> Iterator[str]:
             yield f"no rows from {interface}: {reason}"
     if probe.untracked:
         yield f"{probe.untracked} sockets could not be remembered; their rows are missing"
-    risky = {hook.point for hook in probe.hooks if hook.attach == "kprobe"} & SOFTIRQ_POINTS
-    if risky:
-        rows = ", ".join(sorted(risky))
-        yield f"{rows} rows may be missing: the kernel skips a kprobe that interrupts another"
+    funcs = {hook.func for hook in probe.hooks if hook.attach == "kprobe"} & SKIPPED_FUNCS
+    if funcs:
+        names = ", ".join(sorted(funcs))
+        yield f"rows of {names} may be missing: the kernel skips a kprobe that interrupts another"
+    for func, count in probe.skipped.items():
+        yield f"{count} times the kernel skipped {func}: so many rows may be missing"
     unread = sum(hook.unread for hook in probe.hooks)
     if unread:
         yield f"{unread} more were seen when the run ended"

@@ -14,8 +14,13 @@ MECHANISMS = ("fentry", "kprobe", "tracepoint", "xdp")
 another's handler runs on the same CPU: for what happens in softirq, a tracepoint is better."""
 
 
-SOFTIRQ_POINTS = frozenset({"rx_ip", "rx_tcp", "state", "ready", "close"})
-"""Points that may interrupt the handler of another one."""
+SKIPPED_FUNCS = frozenset(
+    {
+        *("tcp_v4_rcv", "tcp_v6_rcv", "tcp_v4_do_rcv", "tcp_v6_do_rcv"),
+        *("tcp_rcv_state_process", "sock_def_readable"),
+    }
+)
+"""What runs in softirq, so that its kprobe may be skipped, and no tracepoint can stand in."""
 
 
 def checked_name(_: object, attribute: attrs.Attribute[str], value: str) -> None:

@@ -145,6 +145,10 @@ class ProbeReport:
     """Sockets that could not be remembered, because there were too many."""
     interfaces: Mapping[str, str] = attrs.field(factory=dict)
     """Interface with an XDP program of ours -> native or generic."""
+    skipped: Mapping[str, int] = attrs.field(factory=dict)
+    """Function or tracepoint -> how often the kernel did not run our program there, because
+    it was interrupted by itself: so many rows, at most, are missing. Kernels since 5.12 count
+    it for fentry and tracepoints, since 6.7 for kprobes."""
     silent: Mapping[str, str] = attrs.field(factory=dict)
     """Interface -> why no rows come from it, or no more."""
     deaf: bool = False
@@ -186,6 +190,7 @@ class RunReport:
                     "untracked": probe.untracked,
                     "missing": dict(probe.missing),
                     "interfaces": dict(probe.interfaces),
+                    "skipped": dict(probe.skipped),
                     "silent": dict(probe.silent),
                     "hooks": [
                         {**attrs.asdict(hook), "unread": hook.unread} for hook in probe.hooks

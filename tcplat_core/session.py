@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -171,6 +172,19 @@ class ProbeRun:
         names = {one.name for one in self.loaded.interfaces}
         return set(self.loaded.taken.values()) == {"xdp"} and names <= self.silent.keys()
 
+    def skipped(self) -> dict[str, int]:
+        """Function -> how often the kernel did not run our program there."""
+        funcs = {
+            hook.program: hook.func
+            for point in self.spec.points
+            for way in point.ways
+            for hook in way.hooks
+        }
+        counts: Counter[str] = Counter()
+        for program, fd in self.loaded.program_fds.items():
+            counts[funcs[program]] += _misses(fd)
+        return {func: count for func, count in counts.items() if count}
+
     def settled(self) -> bool:
         """Whether all that was produced is either dropped or here."""
         return sum(made - lost for made, lost in self.books.read()) == self.consumed
@@ -179,8 +193,17 @@ class ProbeRun:
         """Unmap, and close the loader's fds."""
         self.ring.close()
         self.books.close()
-        os.close(self.loaded.ring_fd)
-        os.close(self.loaded.books_fd)
+        for fd in (self.loaded.ring_fd, self.loaded.books_fd, *self.loaded.program_fds.values()):
+            os.close(fd)
+
+
+def _misses(program_fd: int) -> int:
+    """How often the kernel did not run a program (bpf_prog_show_fdinfo()); 0 if it does not say."""
+    try:
+        info = Path(f"/proc/self/fdinfo/{program_fd}").read_text(encoding="ascii")
+    except OSError:  # before 5.14 not for a process that has given up root
+        return 0
+    return int(info.partition("recursion_misses:")[2].split()[0]) if "recursion_" in info else 0
 
 
 _ATTACH = {"kretprobe": "kprobe", "fexit": "fentry"}
@@ -464,6 +487,7 @@ def _report(runs: Sequence[ProbeRun], router: Router, duration_s: float) -> RunR
             missing=run.loaded.missing,
             untracked=run.books.untracked(),
             interfaces={one.name: one.mode for one in run.loaded.interfaces},
+            skipped=run.skipped(),
             silent=run.silent,
             deaf=run.deaf,
         )

@@ -110,11 +110,15 @@ class Loader:
         ]
         core = modules[0]
         self._attach_core(core)
-        for module, choice in zip(modules, choices, strict=True):
-            for way in choice.taken.values():
-                for hook in way.hooks:
-                    if hook.mechanism != "xdp":
-                        self._attach(module, way, hook)
+        programs = [
+            {
+                hook.program: self._attach(module, way, hook)
+                for way in choice.taken.values()
+                for hook in way.hooks
+                if hook.mechanism != "xdp"
+            }
+            for module, choice in zip(modules, choices, strict=True)
+        ]
         # Last, so that on one tracepoint it runs after the probes' own handlers.
         self._core(core, "tcplat_on_destroy", "tcp:tcp_destroy_sock")
         # From here on new sockets are seen; now the older ones.
@@ -134,9 +138,10 @@ class Loader:
                 missing=choice.missing,
                 interfaces=tuple(attached),
                 skipped=skipped,
+                program_fds=program_fds,
             )
-            for probe, module, choice, (attached, skipped) in zip(
-                self.request.probes, modules, choices, listening, strict=True
+            for probe, module, choice, program_fds, (attached, skipped) in zip(
+                self.request.probes, modules, choices, programs, listening, strict=True
             )
         }
         handed = {fd for probe in probes.values() for fd in probe.fds}
@@ -207,7 +212,8 @@ class Loader:
         except (BtfError, PluginError) as error:
             raise PluginError(f"the C of probe {probe.name}: {error}") from error
 
-    def _attach(self, module: _Module, way: Way, hook: Hook) -> None:
+    def _attach(self, module: _Module, way: Way, hook: Hook) -> int:
+        """The program's fd."""
         try:
             kind = _PROGRAM_TYPES[hook.mechanism]
             syscall = syscall_id(hook.func) if hook.func.startswith(SYSCALLS) else None
@@ -236,6 +242,7 @@ class Loader:
         except OSError as error:
             reason = f"{hook.mechanism}:{hook.func}: {error.strerror}"
             raise WayClosedError(way, reason) from error
+        return program
 
     def _listen(
         self, probe: ProbeRequest, module: _Module, choice: Choice

@@ -120,11 +120,14 @@ class LoadedProbe:
     interfaces: tuple[Attached, ...] = ()
     skipped: Mapping[str, str] = attrs.field(factory=dict)
     """Interface -> why it was left out."""
+    program_fds: Mapping[str, int] = attrs.field(factory=dict)
+    """Program -> its fd: the kernel counts there how often it did not run it."""
 
     @property
     def fds(self) -> list[int]:
         """All its fds, in the order in which they cross over."""
-        return [self.ring_fd, self.books_fd, *(one.link_fd for one in self.interfaces)]
+        links = (one.link_fd for one in self.interfaces)
+        return [self.ring_fd, self.books_fd, *links, *self.program_fds.values()]
 
 
 @attrs.frozen(kw_only=True)
@@ -179,6 +182,7 @@ def receive_answer(source: socket.socket) -> Answer | Refusal | None:
                 "interfaces": tuple(
                     Attached(**{**one, "link_fd": next(ours)}) for one in probe["interfaces"]
                 ),
+                "program_fds": {name: next(ours) for name in probe["program_fds"]},
             }
         )
         for name, probe in raw["probes"].items()

@@ -28,8 +28,12 @@ _SOCK = "const struct sock *"
 # tcp_recvmsg() lost its `nonblock` in 5.19 (ec095263a965).
 _RECV = ("sk", "msg", "len", "flags", "addr_len")
 _SEND = ("sk", "msg", "size")
+# How splice(2) and sendfile(2) send before 6.5 (dc97391e6610).
+_PAGE = ("sk", "page", "offset", "size", "flags")
+_SPLICE = ("sock", "ppos", "pipe", "len", "flags")
 _STATES = (_SOCK, "const int", "const int")
 _SET_STATE = "sock:inet_sock_set_state"
+_DESTROY = "tcp:tcp_destroy_sock"
 
 
 class ServiceEvent(Event):
@@ -89,7 +93,7 @@ POINTS = (
             kprobe(
                 kentry("tcp_set_state", "kp_tcp_set_state", "sk", "state"),
                 kentry("tcp_rcv_state_process", "kp_tcp_rcv_state_process", "sk", "skb"),
-                *tracepoint(_SET_STATE, "tp_listen", *_STATES).hooks,
+                *tracepoint(_SET_STATE, "tp_state_skipped", *_STATES).hooks,
             ),
         ),
     ),
@@ -124,10 +128,14 @@ POINTS = (
             fentry(
                 fenter("tcp_recvmsg", "fe_tcp_recvmsg", *_RECV, quiet=True),
                 fexit("tcp_recvmsg", "fx_tcp_recvmsg", *_RECV),
+                fenter("tcp_splice_read", "fe_tcp_splice_read", *_SPLICE, quiet=True),
+                fexit("tcp_splice_read", "fx_tcp_splice_read", *_SPLICE),
             ),
             kprobe(
                 kentry("tcp_recvmsg", "kp_tcp_recvmsg", *_RECV, quiet=True),
                 kreturn("tcp_recvmsg", "kr_tcp_recvmsg"),
+                kentry("tcp_splice_read", "kp_tcp_splice_read", *_SPLICE, quiet=True),
+                kreturn("tcp_splice_read", "kr_tcp_splice_read"),
             ),
             # Came with 6.3 (6e6eda44b939).
             tracepoint("sock:sock_recv_length", "tp_recv", "struct sock *", "int", "int"),
@@ -136,7 +144,15 @@ POINTS = (
     HookPoint(
         "send",
         (
+            fentry(
+                fenter("tcp_sendmsg", "fe_tcp_sendmsg", *_SEND),
+                fenter("tcp_sendpage", "fe_tcp_sendpage", *_PAGE),
+            ),
             fentry(fenter("tcp_sendmsg", "fe_tcp_sendmsg", *_SEND)),
+            kprobe(
+                kentry("tcp_sendmsg", "kp_tcp_sendmsg", *_SEND),
+                kentry("tcp_sendpage", "kp_tcp_sendpage", *_PAGE),
+            ),
             kprobe(kentry("tcp_sendmsg", "kp_tcp_sendmsg", *_SEND)),
             # Came with 6.16 (0f08335ade71).
             tracepoint("tcp:tcp_sendmsg_locked", "tp_send", _SOCK, "const struct msghdr *"),
@@ -145,7 +161,17 @@ POINTS = (
     HookPoint(
         "send_short",
         (
+            fentry(
+                fexit("tcp_sendmsg", "fx_tcp_sendmsg", *_SEND),
+                fexit("tcp_sendpage", "fx_tcp_sendpage", *_PAGE),
+            ),
             fentry(fexit("tcp_sendmsg", "fx_tcp_sendmsg", *_SEND)),
+            kprobe(
+                kentry("tcp_sendmsg", "kp_send_short", *_SEND, quiet=True),
+                kreturn("tcp_sendmsg", "kr_tcp_sendmsg"),
+                kentry("tcp_sendpage", "kp_page_short", *_PAGE, quiet=True),
+                kreturn("tcp_sendpage", "kr_tcp_sendpage"),
+            ),
             kprobe(
                 kentry("tcp_sendmsg", "kp_send_short", *_SEND, quiet=True),
                 kreturn("tcp_sendmsg", "kr_tcp_sendmsg"),
@@ -157,8 +183,11 @@ POINTS = (
         "close",
         (
             fentry(fenter("tcp_v4_destroy_sock", "fe_tcp_v4_destroy_sock", "sk")),
-            tracepoint("tcp:tcp_destroy_sock", "tp_close", "struct sock *"),
-            kprobe(kentry("tcp_v4_destroy_sock", "kp_tcp_v4_destroy_sock", "sk")),
+            tracepoint(_DESTROY, "tp_close", "struct sock *"),
+            kprobe(
+                kentry("tcp_v4_destroy_sock", "kp_tcp_v4_destroy_sock", "sk"),
+                *tracepoint(_DESTROY, "tp_close_skipped", "struct sock *").hooks,
+            ),
         ),
     ),
 )

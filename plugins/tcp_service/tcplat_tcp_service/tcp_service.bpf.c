@@ -245,7 +245,24 @@ int kp_tcp_set_state(struct pt_regs *ctx, struct sock *sk, int state)
 {
 	int old = sk->__sk_common.skc_state;
 
-	return report_state(sk, old, state, HOOK_kp_tcp_set_state);
+	report_state(sk, old, state, HOOK_kp_tcp_set_state);
+	tcplat_tell(sk, SERVER, state);
+	return 0;
+}
+
+/* What the kprobe was skipped for; and TCP_LISTEN, as tp_listen(). */
+int tp_state_skipped(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct sock *sk = (struct sock *)ctx->args[0];
+	int new = ctx->args[2];
+
+	if (sk->sk_protocol != IPPROTO_TCP)
+		return 0;
+	if (new != TCP_LISTEN && tcplat_is_told(sk, new))
+		return 0;
+	report_state(sk, ctx->args[1], new, HOOK_tp_state_skipped);
+	tcplat_tell(sk, SERVER, new);
+	return 0;
 }
 
 int kp_tcp_rcv_state_process(struct pt_regs *ctx, struct sock *sk, struct sk_buff *skb)
@@ -409,7 +426,7 @@ struct recv_call {
 };
 
 /*
- * pid_tgid -> the tcp_recvmsg() it is in.
+ * pid_tgid -> the tcp_recvmsg() or tcp_splice_read() it is in.
  *
  * Inserted at entry, deleted at return.
  */
@@ -421,8 +438,10 @@ static __always_inline int enter_recv(struct sock *sk, int flags, u8 hook)
 	struct recv_call call = {.sk = (u64)sk, .began_ns = bpf_ktime_get_ns()};
 
 	/* So many blocked readers that the kernel could not probe the last return. */
-	if (recvs.lookup(&me))
+	if (recvs.lookup(&me)) {
 		tcplat_missed(hook);
+		recvs.delete(&me);
+	}
 	if (!(flags & TCPLAT_NO_STREAM) && tcplat_is(tcplat_touch(sk), SERVER))
 		recvs.update(&me, &call);
 	return 0;
@@ -459,6 +478,19 @@ int fx_tcp_recvmsg(struct bpf_raw_tracepoint_args *ctx)
 {
 	return leave_recv(ctx->args[5], HOOK_fx_tcp_recvmsg);
 }
+
+/* splice(2) and sendfile(2) from a socket; they return what went into the pipe. */
+int fe_tcp_splice_read(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct socket *socket = (struct socket *)ctx->args[0];
+
+	return enter_recv(tcplat_get(socket, sk), 0, HOOK_fx_tcp_splice_read);
+}
+
+int fx_tcp_splice_read(struct bpf_raw_tracepoint_args *ctx)
+{
+	return leave_recv(ctx->args[5], HOOK_fx_tcp_splice_read);
+}
 #endif
 
 #ifdef TCPLAT_KPROBE_recv
@@ -470,6 +502,16 @@ int kp_tcp_recvmsg(struct pt_regs *ctx, struct sock *sk, struct msghdr *msg, siz
 int kr_tcp_recvmsg(struct pt_regs *ctx)
 {
 	return leave_recv(PT_REGS_RC(ctx), HOOK_kr_tcp_recvmsg);
+}
+
+int kp_tcp_splice_read(struct pt_regs *ctx, struct socket *socket)
+{
+	return enter_recv(tcplat_get(socket, sk), 0, HOOK_kr_tcp_splice_read);
+}
+
+int kr_tcp_splice_read(struct pt_regs *ctx)
+{
+	return leave_recv(PT_REGS_RC(ctx), HOOK_kr_tcp_splice_read);
 }
 #endif
 
@@ -497,6 +539,13 @@ int fe_tcp_sendmsg(struct bpf_raw_tracepoint_args *ctx)
 
 	return tcplat_report(tcplat_make_send(sk, SERVER, ctx->args[2], HOOK_fe_tcp_sendmsg));
 }
+
+int fe_tcp_sendpage(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct sock *sk = (struct sock *)ctx->args[0];
+
+	return tcplat_report(tcplat_make_send(sk, SERVER, ctx->args[3], HOOK_fe_tcp_sendpage));
+}
 #endif
 
 #ifdef TCPLAT_FENTRY_send_short
@@ -506,6 +555,13 @@ int fx_tcp_sendmsg(struct bpf_raw_tracepoint_args *ctx)
 
 	return tcplat_report(tcplat_make_short(sk, SERVER, ctx->args[3], HOOK_fx_tcp_sendmsg));
 }
+
+int fx_tcp_sendpage(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct sock *sk = (struct sock *)ctx->args[0];
+
+	return tcplat_report(tcplat_make_short(sk, SERVER, ctx->args[5], HOOK_fx_tcp_sendpage));
+}
 #endif
 
 #ifdef TCPLAT_KPROBE_send
@@ -513,13 +569,18 @@ int kp_tcp_sendmsg(struct pt_regs *ctx, struct sock *sk, struct msghdr *msg, siz
 {
 	return tcplat_report(tcplat_make_send(sk, SERVER, size, HOOK_kp_tcp_sendmsg));
 }
+
+int kp_tcp_sendpage(struct pt_regs *ctx, struct sock *sk, void *page, int offset, size_t size)
+{
+	return tcplat_report(tcplat_make_send(sk, SERVER, size, HOOK_kp_tcp_sendpage));
+}
 #endif
 
 #ifdef TCPLAT_KPROBE_send_short
 /* pid_tgid -> the socket whose tcp_sendmsg() it is in: a return probe sees no arguments. */
 BPF_HASH(sends, u64, u64, 16384);
 
-int kp_send_short(struct pt_regs *ctx, struct sock *sk)
+static __always_inline int enter_send(struct sock *sk)
 {
 	u64 me = bpf_get_current_pid_tgid(), key = (u64)sk;
 
@@ -528,7 +589,7 @@ int kp_send_short(struct pt_regs *ctx, struct sock *sk)
 	return 0;
 }
 
-int kr_tcp_sendmsg(struct pt_regs *ctx)
+static __always_inline int leave_send(int ret, u8 hook)
 {
 	u64 me = bpf_get_current_pid_tgid();
 	u64 *key = sends.lookup(&me);
@@ -538,7 +599,27 @@ int kr_tcp_sendmsg(struct pt_regs *ctx)
 		return 0;
 	sk = (struct sock *)*key;
 	sends.delete(&me);
-	return tcplat_report(tcplat_make_short(sk, SERVER, PT_REGS_RC(ctx), HOOK_kr_tcp_sendmsg));
+	return tcplat_report(tcplat_make_short(sk, SERVER, ret, hook));
+}
+
+int kp_send_short(struct pt_regs *ctx, struct sock *sk)
+{
+	return enter_send(sk);
+}
+
+int kr_tcp_sendmsg(struct pt_regs *ctx)
+{
+	return leave_send(PT_REGS_RC(ctx), HOOK_kr_tcp_sendmsg);
+}
+
+int kp_page_short(struct pt_regs *ctx, struct sock *sk)
+{
+	return enter_send(sk);
+}
+
+int kr_tcp_sendpage(struct pt_regs *ctx)
+{
+	return leave_send(PT_REGS_RC(ctx), HOOK_kr_tcp_sendpage);
 }
 #endif
 
@@ -560,6 +641,17 @@ int fe_tcp_v4_destroy_sock(struct bpf_raw_tracepoint_args *ctx)
 #ifdef TCPLAT_KPROBE_close
 int kp_tcp_v4_destroy_sock(struct pt_regs *ctx, struct sock *sk)
 {
-	return tcplat_report(tcplat_make_close(sk, SERVER, HOOK_kp_tcp_v4_destroy_sock));
+	tcplat_report(tcplat_make_close(sk, SERVER, HOOK_kp_tcp_v4_destroy_sock));
+	tcplat_tell(sk, SERVER, TCPLAT_TOLD_CLOSE);
+	return 0;
+}
+
+int tp_close_skipped(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct sock *sk = (struct sock *)ctx->args[0];
+
+	if (tcplat_is_told(sk, TCPLAT_TOLD_CLOSE))
+		return 0;
+	return tcplat_report(tcplat_make_close(sk, SERVER, HOOK_tp_close_skipped));
 }
 #endif

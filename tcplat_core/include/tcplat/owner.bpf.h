@@ -21,7 +21,7 @@ struct tcplat_sock {
 	u8 role;
 	u8 wanted;      /* its owner passes the filters */
 	u8 in_flows;    /* tcplat_flows has its addresses, tcplat_listeners its port */
-	u8 pad;
+	u8 told;        /* by kprobe: the last state that has its row, or TCPLAT_TOLD_CLOSE */
 	char comm[16] __attribute__((aligned(8)));
 	struct tcplat_addrs addrs; /* once the source port is chosen: the kernel forgets it first */
 };

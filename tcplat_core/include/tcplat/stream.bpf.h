@@ -14,6 +14,28 @@ static __always_inline bool tcplat_is(const struct tcplat_sock *s, u8 role)
 	return s && s->role == role;
 }
 
+#define TCPLAT_TOLD_CLOSE 255
+
+/*
+ * The kernel skips a kprobe that hits while another's handler runs on the CPU:
+ * in softirq that happens, and nothing counts it. So a tracepoint that comes
+ * right after the kprobe asks whether its row was made, and makes it if not.
+ */
+static __always_inline bool tcplat_is_told(const struct sock *sk, u8 what)
+{
+	struct tcplat_sock *s = tcplat_find(sk);
+
+	return s && s->told == what;
+}
+
+static __always_inline void tcplat_tell(const struct sock *sk, u8 role, u8 what)
+{
+	struct tcplat_sock *s = tcplat_find(sk);
+
+	if (tcplat_is(s, role))
+		s->told = what;
+}
+
 static __always_inline void tcplat_add_seq(struct tcplat_event *e, u32 seq, u32 bytes)
 {
 	e->seq = seq;
