@@ -3,7 +3,7 @@ SHELL := /bin/sh
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_PACKAGES := python3-bpfcc python3-venv
-TEST_PACKAGES := $(DEMO_PACKAGES) bpftool clang curl iproute2 nftables nginx-light procps tcpdump tshark
+TEST_PACKAGES := $(DEMO_PACKAGES) bpfcc-tools bpftool clang curl iproute2 nftables nginx-light procps tcpdump tshark
 apt = dpkg -s $(1) >/dev/null 2>&1 || { apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1) >/dev/null; }
 

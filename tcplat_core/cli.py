@@ -125,7 +125,7 @@ def cli() -> None:
     "--netns",
     default="",
     metavar="NS",
-    help="Only this network namespace: a name, a process id or a path.",
+    help="Only this network namespace, interfaces too: a name, a process id or a path.",
 )
 @click.option("-4", "ip", flag_value=4, type=int, help="Only IPv4.")
 @click.option("-6", "ip", flag_value=6, type=int, help="Only IPv6.")
@@ -209,6 +209,7 @@ def _filter(
         networks=_networks(networks),
         # Now, while we are root: another user's namespace is visible to nobody else.
         netns=netns_inode(netns) if netns else 0,
+        netns_at=netns,
         ip=ip or 0,
         min_ns=round(min_latency * 1e9),
     )

@@ -29,6 +29,7 @@ class Filter:
         rports: The remote side's.
         networks: Either side's address, CIDR.
         netns: Inode of a network namespace.
+        netns_at: What the user called it; XDP programs go there unless told otherwise.
         ip: 4 or 6.
         min_ns: Rows that carry a duration need at least so much.
     """
@@ -42,6 +43,7 @@ class Filter:
     rports: tuple[int, ...] = ()
     networks: tuple[str, ...] = ()
     netns: int = 0
+    netns_at: str = ""
     ip: int = 0
     min_ns: int = 0
 

@@ -101,7 +101,7 @@ class Interfaces:
         names: The interfaces; none for every one that is up.
         mode: native, generic, or auto: generic where the driver knows no XDP.
         netns: Their network namespace: a name of ``ip netns``, a path or a
-            process id; empty for tcplat's own.
+            process id; empty for the one of ``--netns``, or tcplat's own.
     """
 
     names: tuple[str, ...] = ()

@@ -255,8 +255,11 @@ class Loader:
         if probe.interfaces is None:
             raise PluginError(f"probe {probe.name} has XDP programs and names no interfaces")
         attached = []
-        with netdev.inside(probe.interfaces.netns):
-            chosen, skipped = xdp.choose(probe.interfaces, probe.name)
+        wanted = attrs.evolve(
+            probe.interfaces, netns=probe.interfaces.netns or self.request.filter.netns_at
+        )
+        with netdev.inside(wanted.netns):
+            chosen, skipped = xdp.choose(wanted, probe.name)
             for name in programs:
                 try:
                     program = xdp.load(name, module.code(name))
@@ -267,7 +270,7 @@ class Loader:
                     ) from error
                 self._fds.append(program)
                 for interface in chosen:
-                    one = xdp.attach(program, interface, probe.interfaces.mode, probe.name)
+                    one = xdp.attach(program, interface, wanted.mode, probe.name)
                     self._fds.append(one.link_fd)
                     attached.append(one)
         return attached, skipped

@@ -19,7 +19,13 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from tests.vm.run import KERNELS, read_kernels  # noqa: E402 - wherever it is called from
+from tests.vm.run import (  # noqa: E402 - wherever it is called from
+    KERNELS,
+    Cache,
+    Kernel,
+    default_cache,
+    read_kernels,
+)
 
 MECHANISMS = ("kprobe", "fentry")
 PROBES = ("tcp_client", "tcp_service", "xdp_port")
@@ -27,23 +33,33 @@ VERSIONS = (4, 6)
 SLOW = 20
 """How much slower than the machine a guest without KVM may be."""
 
-# Both mechanisms in one boot: starting Python and pytest takes longer than the tests.
+BCC_TOOLS = ("6.1",)
+"""Where the bcc tools of Debian 12 still compile."""
+
+# All in one boot: starting Python and pytest takes longer than the tests.
 IN_THE_GUEST = """
 status=0
+export TCPLAT_SLOW={slow} TCPLAT_REQUIRE_ROOT=1
 for mechanism in {mechanisms}; do
-    TCPLAT_ATTACH=$mechanism TCPLAT_SLOW={slow} TCPLAT_REQUIRE_ROOT=1 \\
-        "$@" --junitxml="$TCPLAT_VM_OUT/$mechanism.xml" || status=1
+    TCPLAT_ATTACH=$mechanism "$@" tests/live/test_matrix.py \\
+        --junitxml="$TCPLAT_VM_OUT/$mechanism.xml" || status=1
 done
+if [ -n "{headers}" ]; then
+    BCC_KERNEL_SOURCE="{headers}" TCPLAT_ATTACH=kprobe "$@" tests/live/test_bcc_tools.py \\
+        --junitxml="$TCPLAT_VM_OUT/tools.xml" || status=1
+fi
 exit $status
 """
 
 
-def run(kernel: str, out: Path, timeout: float) -> int:
-    """Boot one kernel and test there; its results are in `out`/`kernel`."""
-    script = IN_THE_GUEST.format(mechanisms=" ".join(MECHANISMS), slow=SLOW)
+def run(kernel: Kernel, out: Path, timeout: float) -> int:
+    """Boot one kernel and test there; its results are in `out`/`kernel.name`."""
+    with_tools = kernel.name in BCC_TOOLS
+    headers = Cache(default_cache()).headers(kernel) if with_tools else ""
+    script = IN_THE_GUEST.format(mechanisms=" ".join(MECHANISMS), slow=SLOW, headers=headers)
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=900"]
-    harness = [sys.executable, str(HERE / "run.py"), "--kernel", kernel, "--out", str(out)]
-    command = ["sh", "-c", script, "sh", *pytest, "tests/live/test_matrix.py"]
+    harness = [sys.executable, str(HERE / "run.py"), "--kernel", kernel.name, "--out", str(out)]
+    command = ["sh", "-c", script, "sh", *pytest]
     call = [*harness, "--timeout", str(timeout), "--", *command]
     return subprocess.run(call, check=False).returncode
 
@@ -71,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
     lines, bad = [], 0
     with tempfile.TemporaryDirectory() as folder:
         for kernel in options.kernel or known:
-            status = run(kernel, Path(folder), options.timeout)
+            status = run(known[kernel], Path(folder), options.timeout)
             bad += status != 0
             for mechanism in MECHANISMS:
                 found = cells(Path(folder) / kernel / f"{mechanism}.xml")

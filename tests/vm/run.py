@@ -254,6 +254,39 @@ class Cache:
                 self._unpack(kernel, env)
             return {kernel.name: tree for kernel in kernels if (tree := self.find(kernel))}
 
+    def headers(self, kernel: Kernel) -> Path:
+        """Sees to it that a kernel's headers are in the cache.
+
+        Returns:
+            One tree, as programs that compile for a kernel want it; bcc's own tools are told of
+            it by BCC_KERNEL_SOURCE.
+
+        Raises:
+            VmError: When the archive has them no more: it keeps those of the newest kernel only.
+        """
+        release = release_of(self.fetch([kernel])[kernel.name])
+        target = self.root / "headers" / release
+        with self._locked():
+            if target.exists():
+                return target
+            env = self._apt([kernel])
+            names = [f"linux-headers-{release.rpartition('-')[0]}-common"]
+            names.append(f"linux-headers-{release}")
+            say(f"[{kernel.name}] fetching {' '.join(names)}")
+            target.parent.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".new-", dir=self.root) as new:
+                output_of("env", f"--chdir={new}", "apt-get", "download", "-q", *names, env=env)
+                for archive in Path(new).glob("*.deb"):
+                    output_of("dpkg", "-x", archive, new)
+                tree = Path(new, "tree")
+                # Both have links to the tools that build modules, which nobody needs here.
+                but = shutil.ignore_patterns("scripts", "tools")
+                for name in names:
+                    part = Path(new, "usr/src", name)
+                    shutil.copytree(part, tree, symlinks=True, ignore=but, dirs_exist_ok=True)
+                tree.rename(target)
+        return target
+
     def _apt(self, kernels: Sequence[Kernel]) -> dict[str, str]:
         """Sets apt up and updates its lists; gives the environment to call it with."""
         apt = self.root / "apt"

@@ -86,7 +86,8 @@ OPTIONS = (
     ),
     Option(
         name="netns",
-        help="network namespace of the interfaces: a name of ip netns, a path or a process id",
+        help="network namespace of the interfaces: a name of ip netns, a path or a process id; "
+        "that of --netns unless given",
         default="",
     ),
 )

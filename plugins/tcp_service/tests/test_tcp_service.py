@@ -1,0 +1,91 @@
+"""The words of the accepting side, and where it listens."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+from pathlib import Path
+
+import pytest
+from tcplat_tcp_service.plugin import POINTS, ServiceEvent, describe
+
+from tcplat_core import HookPoint, Moment
+from tcplat_core.plugins import Plugins
+from tcplat_core.schema import TCP_STATES
+
+
+def words(
+    point: str,
+    state: str | None = "TCP_ESTABLISHED",
+    old_state: str | None = None,
+    err: int = 0,
+    *,
+    empty: bool | None = None,
+) -> str:
+    return describe(Moment(point, state, old_state, err, empty))
+
+
+def test_it_is_registered_under_its_name() -> None:
+    spec = Plugins.load().probe("tcp_service")
+    assert spec.points == POINTS
+    assert spec.event is ServiceEvent
+
+
+@pytest.mark.parametrize(
+    ("described", "as_"),
+    [
+        (words("rx_ip", empty=False), "packet arrives"),
+        (words("rx_tcp", empty=False), "reaches socket"),
+        (words("state", "TCP_LISTEN", "TCP_CLOSE"), "listening"),
+        (words("state", "TCP_ESTABLISHED", "TCP_SYN_RECV"), "handshake done"),
+        (words("state", "TCP_CLOSE_WAIT", "TCP_ESTABLISHED"), "client sent FIN"),
+        (words("state", "TCP_CLOSE", "TCP_LAST_ACK"), "closed"),
+        (words("state", "TCP_CLOSE", "TCP_ESTABLISHED", errno.ECONNRESET), "ECONNRESET"),
+        (words("state", "TCP_SYN_RECV", None), "segment handled"),
+        (words("state", None, "TCP_ESTABLISHED"), "new state"),
+        (words("accept"), "accepted"),
+        (words("ready", empty=False), "reader woken"),
+        (words("recv", empty=False), "message read"),
+        (words("recv", empty=True), "end of stream"),
+        (words("send", empty=False), "reply sent"),
+        (words("send_short", empty=False), "not all taken"),
+        (words("close", "TCP_CLOSE"), "socket gone"),
+    ],
+)
+def test_a_row_is_described_as(described: str, as_: str) -> None:
+    assert described == as_
+
+
+def test_a_description_is_no_wider_than_its_column() -> None:
+    for point, state, old_state, err, empty in itertools.product(
+        [point.point for point in POINTS],
+        TCP_STATES,
+        TCP_STATES,
+        (*errno.errorcode, 0, 65_535),
+        (None, False, True),
+    ):
+        assert 0 < len(words(point, state, old_state, err, empty=empty)) <= 15
+
+
+@pytest.mark.parametrize("point", POINTS, ids=lambda point: point.point)
+def test_each_point_is_there_with_and_without_function_hooks(point: HookPoint) -> None:
+    assert {way.mechanism for way in point.ways} == {"fentry", "kprobe", "tracepoint"}
+
+
+@pytest.mark.parametrize("point", POINTS, ids=lambda point: point.point)
+def test_arguments_are_checked_wherever_a_handler_reads_them(point: HookPoint) -> None:
+    for way in point.ways:
+        for hook in way.hooks:
+            unread = hook.mechanism == "kretprobe" or hook.func.startswith("syscalls:")
+            # At the entry of accept only who calls is noted.
+            assert hook.args or unread or hook.program == "kp_accept", hook
+
+
+def test_the_readme_has_every_point_and_every_function_that_reports() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    table = [line for line in readme.splitlines() if line.startswith("| `")]
+    assert [line.split("`")[1] for line in table] == [point.point for point in POINTS]
+    for line, point in zip(table, POINTS, strict=True):
+        for way in point.ways:
+            for hook in way.hooks:
+                assert hook.quiet or f"{hook.func.removeprefix('syscalls:')}`" in line, hook

@@ -1,0 +1,129 @@
+"""bcc's own tools on the same connections: tcpstates, tcpconnlat and tcplife.
+
+They compile against the headers of the running kernel, so BCC_KERNEL_SOURCE has to name them;
+`make test-vm` does, for the kernels where bcc's tools still compile.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import statistics
+import subprocess
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from .harness import Listener, Puppet, Tcplat, at, by_sock, completes, eventually, gone, patience
+
+CONNECTIONS = 30
+SENT, ANSWERED = 5 * 1024, 70 * 1024
+
+
+@pytest.fixture
+def tool(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Starts one of bcc's tools; gives the file with what it prints, once it is attached."""
+    if "BCC_KERNEL_SOURCE" not in os.environ:
+        pytest.skip("BCC_KERNEL_SOURCE names no kernel headers")
+    running = []
+
+    def start(name: str, *arguments: str) -> Path:
+        path = tmp_path / name
+        with path.open("wb") as out:
+            process = subprocess.Popen(
+                [f"{name}-bpfcc", *arguments],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
+        running.append(process)
+
+        def ready() -> bool:
+            assert process.poll() is None, path.read_text()[-2000:]
+            # It prints the names of its columns when it is attached.
+            return any(line.startswith(("PID", "SKADDR")) for line in path.open())
+
+        eventually(ready, f"{name} listened", 30)
+        return path
+
+    yield start
+    for process in running:
+        process.terminate()
+        process.wait(patience())
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    """What a tool has printed, by its columns; the compiler's warnings stand before them."""
+    lines = path.read_text().splitlines()
+    first = next(at for at, line in enumerate(lines) if line.startswith(("PID", "SKADDR")))
+    if "," in lines[first]:
+        return list(csv.DictReader(lines[first:]))
+    names = lines[first].split()
+    return [dict(zip(names, line.split(), strict=True)) for line in lines[first + 1 :]]
+
+
+def test_states_times_and_bytes_are_those_of_bccs_tools(
+    tool: Callable[..., Path],
+    running_tcplat: Callable[..., Tcplat],
+    client: Puppet,
+    server: Listener,
+    measured: Callable[[str], None],
+) -> None:
+    port = str(server.port)
+    states = tool("tcpstates", "-s", "-D", port)
+    latencies = tool("tcpconnlat", "-L")
+    lives = tool("tcplife", "-s", "-D", port)
+    run = running_tcplat("--rport", port)
+    for _ in range(CONNECTIONS):
+        client.connect(server)
+        peer = server.accept()
+        client.tell(
+            f"s.sendall(bytes({SENT}))\n"
+            f"assert len(s.recv({ANSWERED}, socket.MSG_WAITALL)) == {ANSWERED}\ns.close()"
+        )
+        peer.sendall(bytes(ANSWERED))
+        client.answer()
+        peer.close()
+    rows = run.wait_for("all sockets were gone", gone(CONNECTIONS))
+    eventually(
+        lambda: len([one for one in table(lives) if one["RPORT"] == port]) >= CONNECTIONS,
+        "tcplife had seen all ends",
+    )
+
+    seen: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    for one in table(states):
+        if one["RPORT"] == port and one["LPORT"] != "0":
+            seen[int(one["LPORT"])].append((f"TCP_{one['OLDSTATE']}", f"TCP_{one['NEWSTATE']}"))
+    ours = {
+        next(row["sport"] for row in of_one if row["sport"]): [
+            (row["old_state"], row["state"])
+            for row in of_one
+            # The source port is not chosen yet: tcpstates shows 0, and cannot join it.
+            if row["point"] == "state" and row["old_state"] != "TCP_CLOSE"
+        ]
+        for of_one in by_sock(rows).values()
+    }
+    assert len(ours) == CONNECTIONS
+    assert ours == seen
+
+    theirs = {
+        int(one["LPORT"]): float(one["LAT(ms)"]) * 1000
+        for one in table(latencies)
+        if one["DPORT"] == port
+    }
+    mine = {row["sport"]: row["connect_us"] for row in rows if completes(row)}
+    assert mine.keys() == theirs.keys()
+    both = [statistics.median(times.values()) for times in (mine, theirs)]
+    measured(f"connect: {both[0]:.0f} µs (median), tcpconnlat {both[1]:.0f} µs")
+    # Each also times the other's programs, which run at the same functions.
+    assert both[0] == pytest.approx(both[1], rel=0.4)
+
+    lived = {int(one["LPORT"]): one for one in table(lives) if one["RPORT"] == port}
+    assert lived.keys() == mine.keys()
+    for one in lived.values():
+        assert (int(one["PID"]), one["TX_KB"], one["RX_KB"]) == (client.pid, "5", "70")
+    assert {row["pid"] for row in rows} == {client.pid}
+    assert sum(row["bytes"] for row in at(rows, "send")) == CONNECTIONS * SENT
+    assert sum(row["bytes"] for row in at(rows, "recv")) == CONNECTIONS * ANSWERED

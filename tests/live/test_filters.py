@@ -1,0 +1,283 @@
+"""Each filter keeps what it names, whole, and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from .harness import Listener, Puppet, Row, Tcplat, at, by_sock, free_port, gone
+
+_EXCHANGE = """
+s = socket.create_connection({address!r})
+s.sendall(b"ping")
+assert s.recv(4, socket.MSG_WAITALL) == b"pong"
+s.close()
+"""
+WHOLE = ["connect", "state", "send", "recv", "close"]
+
+
+def exchange(client: Puppet, server: Listener) -> None:
+    """One connection, one request, one answer."""
+    client.tell(_EXCHANGE.format(address=server.address[:2]))
+    peer = server.accept()
+    assert peer.recv(4) == b"ping"
+    peer.sendall(b"pong")
+    client.answer()
+    peer.close()
+
+
+def fence(run: Tcplat, client: Puppet, server: Listener, count: int = 1) -> list[Row]:
+    """All rows, once a last connection is complete: `count` pass the filter."""
+    exchange(client, server)
+    return run.wait_for("the last connection was gone", gone(count))
+
+
+def whole(rows: list[Row], connections: int) -> bool:
+    """So many connections, each from connect to close."""
+    each = by_sock(rows).values()
+    return len(each) == connections and all(
+        set(WHOLE) <= {row["point"] for row in one} for one in each
+    )
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Path]:
+    """A cgroup of our own."""
+    mounts = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
+    found = [line.split()[1] for line in mounts if line.split()[2] == "cgroup2"]
+    if not found:
+        pytest.skip("no cgroup2 is mounted")
+    home = Path(found[0])
+    folder = home / f"tcplat-test-{os.getpid()}"
+    folder.mkdir()
+    yield folder
+    for inner in (folder / "inner", folder):
+        with contextlib.suppress(FileNotFoundError):
+            for pid in (inner / "cgroup.procs").read_text(encoding="ascii").split():
+                (home / "cgroup.procs").write_text(pid, encoding="ascii")
+            inner.rmdir()
+
+
+def test_a_cgroup_and_those_below_it(
+    cgroup: Path,
+    puppet: Callable[..., Puppet],
+    server: Listener,
+    running_tcplat: Callable[..., Tcplat],
+) -> None:
+    member, below, stranger = puppet(), puppet(), puppet()
+    (cgroup / "inner").mkdir()
+    (cgroup / "cgroup.procs").write_text(str(member.pid), encoding="ascii")
+    (cgroup / "inner/cgroup.procs").write_text(str(below.pid), encoding="ascii")
+    run = running_tcplat("--cgroup", str(cgroup))
+    exchange(stranger, server)
+    exchange(below, server)
+    rows = fence(run, member, server, 2)
+    assert {row["pid"] for row in rows} == {member.pid, below.pid}
+    assert whole(rows, 2)
+
+
+def test_sockets_that_a_cgroup_had_before(
+    cgroup: Path,
+    puppet: Callable[..., Puppet],
+    server: Listener,
+    running_tcplat: Callable[..., Tcplat],
+) -> None:
+    member, stranger = puppet(), puppet()
+    (cgroup / "cgroup.procs").write_text(str(member.pid), encoding="ascii")
+    for one in (member, stranger):
+        one.connect(server)
+    peers = [server.accept(), server.accept()]
+    run = running_tcplat("--cgroup", str(cgroup))
+    for one in (stranger, member):
+        one("s.sendall(b'late')\ns.close()")
+    for peer in peers:
+        peer.close()
+    rows = run.wait_for("the member's was gone", gone(1))
+    assert {row["pid"] for row in rows} == {member.pid}
+    assert len(at(rows, "send")) == 1
+
+
+@pytest.mark.parametrize(("pattern", "stranger"), [("thrifty", "thrifty2"), ("thri*", "athrifty")])
+def test_a_name(
+    pattern: str,
+    stranger: str,
+    puppet: Callable[..., Puppet],
+    server: Listener,
+    running_tcplat: Callable[..., Tcplat],
+) -> None:
+    thrifty, other = puppet(), puppet()
+    thrifty("open('/proc/self/comm', 'w').write('thrifty')")
+    other(f"open('/proc/self/comm', 'w').write({stranger!r})")
+    run = running_tcplat("--comm", pattern)
+    exchange(other, server)
+    rows = fence(run, thrifty, server)
+    assert {row["comm"] for row in rows} == {"thrifty"}
+    assert whole(rows, 1)
+
+
+@pytest.mark.parametrize("option", ["--port", "--rport"])
+def test_a_port(
+    option: str,
+    client: Puppet,
+    listener: Callable[..., Listener],
+    running_tcplat: Callable[..., Tcplat],
+) -> None:
+    one, other = listener(), listener()
+    run = running_tcplat(option, str(one.port), "-p", str(client.pid))
+    exchange(client, other)
+    rows = fence(run, client, one)
+    assert {row["dport"] for row in rows} == {one.port}
+    assert whole(rows, 1)
+
+
+def test_a_local_port(
+    client: Puppet, server: Listener, running_tcplat: Callable[..., Tcplat]
+) -> None:
+    own = free_port()
+    run = running_tcplat("--lport", str(own))
+    exchange(client, server)
+    client.tell(
+        f"s = socket.create_connection({server.address!r}, source_address=('127.0.0.1', {own}))\n"
+        "s.close()"
+    )
+    server.accept().close()
+    client.answer()
+    rows = run.wait_for("it was gone", gone(1))
+    assert {row["sport"] for row in rows} == {own}
+    assert len(by_sock(rows)) == 1
+    assert len(at(rows, "connect")) == 1
+
+
+@pytest.mark.parametrize(
+    ("network", "inside", "outside"),
+    [
+        ("127.7.0.0/16", (4, "127.7.1.1"), (4, "127.8.1.1")),
+        ("127.7.1.1", (4, "127.7.1.1"), (4, "127.7.1.2")),
+        ("::1/128", (6, "::1"), (4, "127.0.0.1")),
+    ],
+)
+def test_a_network(
+    network: str,
+    inside: tuple[int, str],
+    outside: tuple[int, str],
+    client: Puppet,
+    listener: Callable[..., Listener],
+    running_tcplat: Callable[..., Tcplat],
+) -> None:
+    wanted, unwanted = listener(*inside), listener(*outside)
+    run = running_tcplat("--addr", network, "-p", str(client.pid))
+    exchange(client, unwanted)
+    rows = fence(run, client, wanted)
+    assert {row["daddr"] for row in rows} == {inside[1]}
+    assert whole(rows, 1)
+
+
+@pytest.mark.parametrize("ip", [4, 6])
+def test_a_version_of_ip(
+    ip: int,
+    client: Puppet,
+    listener: Callable[..., Listener],
+    running_tcplat: Callable[..., Tcplat],
+) -> None:
+    run = running_tcplat(f"-{ip}", "-p", str(client.pid))
+    exchange(client, listener(10 - ip))
+    rows = fence(run, client, listener(ip))
+    assert {row["ip"] for row in rows} == {ip}
+    assert whole(rows, 1)
+
+
+def test_a_shortest_duration_leaves_only_what_has_none(
+    client: Puppet, server: Listener, running_tcplat: Callable[..., Tcplat]
+) -> None:
+    run = running_tcplat("--min-latency", "1s", "-p", str(client.pid))
+    rows = fence(run, client, server)
+    assert [row for row in rows if row["connect_us"] is not None] == []
+    assert len(at(rows, "send")) == 1
+
+
+_SERVE = """
+listening = socket.create_server(("127.0.0.1", {port}))
+def serve():
+    while True:
+        peer, _ = listening.accept()
+        peer.sendall(peer.recv(100))
+        peer.close()
+threading.Thread(target=serve, daemon=True).start()
+"""
+_CALL = """
+s = socket.create_connection(("127.0.0.1", {port}))
+s.sendall(b"x" * 100)
+assert len(s.recv(100, socket.MSG_WAITALL)) == 100
+assert s.recv(1) == b""
+s.close()
+"""
+
+
+def test_a_network_namespace_for_rows_and_interfaces(
+    puppet: Callable[..., Puppet], running_tcplat: Callable[..., Tcplat]
+) -> None:
+    island, here = puppet(alone=True), puppet()
+    port = free_port()
+    for one in (island, here):
+        one(_SERVE.format(port=port))
+    run = running_tcplat(
+        *("--netns", str(island.pid)), probes=["tcp_client", f"xdp_port:iface=lo,port={port}"]
+    )
+    here(_CALL.format(port=port))
+    island(_CALL.format(port=port))
+    run.wait_for("the connection was gone", gone(1))
+    outcome = run.stop()
+    assert {row["netns"] for row in outcome.rows} == {os.stat(f"/proc/{island.pid}/ns/net").st_ino}
+    assert {row["pid"] for row in at(outcome.rows, "send")} == {island.pid}
+    packets = at(outcome.rows, "nic_rx")
+    assert sorted(row["flags"] for row in packets if "SYN" in row["flags"]) == ["SYN", "SYN|ACK"]
+    assert sum(row["bytes"] for row in packets) == 200
+
+
+def test_packets_of_one_process(
+    puppet: Callable[..., Puppet], running_tcplat: Callable[..., Tcplat]
+) -> None:
+    """Packets know no process: those of a process are those of its connections."""
+    server, mine, other = puppet(), puppet(), puppet()
+    port = free_port()
+    server(_SERVE.format(port=port))
+    run = running_tcplat(
+        *("-p", str(mine.pid)), probes=["tcp_client", f"xdp_port:iface=lo,port={port}"]
+    )
+    for _ in range(5):
+        other(_CALL.format(port=port))
+        mine(_CALL.format(port=port))
+    run.wait_for("the connections were gone", gone(5))
+    outcome = run.stop()
+    ports = {row["sport"] for row in at(outcome.rows, "send")}
+    packets = at(outcome.rows, "nic_rx")
+    assert len(ports) == 5
+    assert {row["sport"] for row in packets} | {row["dport"] for row in packets} == {*ports, port}
+    # From the first SYN on, both directions, every byte.
+    assert sum(row["flags"] == "SYN" for row in packets) == 5
+    assert sum(row["flags"] == "SYN|ACK" for row in packets) == 5
+    assert sum(row["bytes"] for row in packets) == 5 * 200
+
+
+def test_dry_run_says_by_what_and_leaves_nothing(start_tcplat: Callable[..., Tcplat]) -> None:
+    outcome = start_tcplat("--dry-run", probes=["tcp_client", "xdp_port:iface=lo,port=9"]).wait()
+    assert outcome.returncode == 0
+    assert outcome.rows == []
+    for point in (*WHOLE, "send_short"):
+        assert f"tcp_client: {point} by " in outcome.stderr
+    assert "xdp_port: nic_rx by xdp:xdp" in outcome.stderr
+
+
+def test_debug_shows_the_c_and_the_programs_own_lines(
+    client: Puppet, server: Listener, running_tcplat: Callable[..., Tcplat]
+) -> None:
+    run = running_tcplat("--debug", "-p", str(client.pid))
+    fence(run, client, server)
+    stderr = run.stop().stderr
+    assert "struct tcplat_event {" in stderr
+    assert "_Static_assert(sizeof(struct tcplat_event)" in stderr
+    assert f"belongs to pid {client.pid}, wanted 1" in stderr
