@@ -52,7 +52,7 @@ int fill(struct xdp_md *ctx)
 	e->state = 1;
 	e->ip = 4;
 	e->dport = 9999;
-	e->sport = e->ts_ns;
+	e->sport = 40000 + (bpf_get_prandom_u32() & 1023);
 	e->comm[0] = 'x';
 	e->saddr[10] = e->saddr[11] = e->daddr[10] = e->daddr[11] = 0xff;
 	e->seq = e->ts_ns;
