@@ -17,7 +17,7 @@ another's handler runs on the same CPU: for what happens in softirq, a tracepoin
 SKIPPED_FUNCS = frozenset(
     {
         *("tcp_v4_rcv", "tcp_v6_rcv", "tcp_v4_do_rcv", "tcp_v6_do_rcv"),
-        *("tcp_rcv_state_process", "sock_def_readable"),
+        *("tcp_child_process", "tcp_rcv_state_process", "sock_def_readable"),
     }
 )
 """What runs in softirq, so that its kprobe may be skipped, and no tracepoint can stand in."""

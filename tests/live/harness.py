@@ -55,7 +55,7 @@ def eventually(condition: Callable[[], T], what: str, seconds: float = 10) -> T:
             return value
         if time.monotonic() > deadline:
             pytest.fail(f"in vain waited {patience(seconds):.0f} s until {what}")
-        time.sleep(0.002)
+        time.sleep(0.002 * SLOW)
 
 
 def needs(*programs: str) -> None:

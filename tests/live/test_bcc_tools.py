@@ -1,4 +1,4 @@
-"""bcc's own tools on the same connections: tcpstates, tcpconnlat and tcplife.
+"""bcc's own tools on the same connections: tcpstates and tcpconnlat.
 
 They compile against the headers of the running kernel, so BCC_KERNEL_SOURCE has to name them;
 `make test-vm` does, for the kernels where bcc's tools still compile.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import statistics
 import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import attrs
 import pytest
 
 from .harness import Listener, Puppet, Tcplat, at, by_sock, completes, eventually, gone, patience
@@ -23,13 +25,13 @@ SENT, ANSWERED = 5 * 1024, 70 * 1024
 
 
 @pytest.fixture
-def tool(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Starts one of bcc's tools; gives the file with what it prints, once it is attached."""
+def tool(tmp_path: Path) -> Iterator[Callable[..., Tool]]:
+    """Starts one of bcc's tools, and does not wait: compiling takes each half a minute."""
     if "BCC_KERNEL_SOURCE" not in os.environ:
         pytest.skip("BCC_KERNEL_SOURCE names no kernel headers")
     running = []
 
-    def start(name: str, *arguments: str) -> Path:
+    def start(name: str, *arguments: str) -> Tool:
         path = tmp_path / name
         with path.open("wb") as out:
             process = subprocess.Popen(
@@ -38,34 +40,40 @@ def tool(tmp_path: Path) -> Iterator[Callable[..., Path]]:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )
-        running.append(process)
-
-        def ready() -> bool:
-            assert process.poll() is None, path.read_text()[-2000:]
-            # It prints the names of its columns when it is attached.
-            return any(line.startswith(("PID", "SKADDR")) for line in path.open())
-
-        eventually(ready, f"{name} listened", 30)
-        return path
+        running.append(Tool(process, path))
+        return running[-1]
 
     yield start
-    for process in running:
-        process.terminate()
-        process.wait(patience())
+    for one in running:
+        one.process.terminate()
+        one.process.wait(patience())
 
 
-def table(path: Path) -> list[dict[str, str]]:
-    """What a tool has printed, by its columns; the compiler's warnings stand before them."""
-    lines = path.read_text().splitlines()
-    first = next(at for at, line in enumerate(lines) if line.startswith(("PID", "SKADDR")))
-    if "," in lines[first]:
-        return list(csv.DictReader(lines[first:]))
-    names = lines[first].split()
-    return [dict(zip(names, line.split(), strict=True)) for line in lines[first + 1 :]]
+@attrs.frozen
+class Tool:
+    """One of bcc's tools, and the file with what it prints."""
+
+    process: subprocess.Popen[bytes]
+    path: Path
+
+    def listens(self) -> bool:
+        """It prints the names of its columns when it is attached."""
+        text = self.path.read_text()
+        assert self.process.poll() is None, text[-2000:]
+        return bool(re.search("^(PID|SKADDR)", text, re.MULTILINE))
+
+    def table(self) -> list[dict[str, str]]:
+        """What it has printed, by its columns; the compiler's warnings stand before them."""
+        lines = self.path.read_text().splitlines()
+        first = next(at for at, line in enumerate(lines) if line.startswith(("PID", "SKADDR")))
+        if "," in lines[first]:
+            return list(csv.DictReader(lines[first:]))
+        names = lines[first].split()
+        return [dict(zip(names, line.split(), strict=True)) for line in lines[first + 1 :]]
 
 
-def test_states_times_and_bytes_are_those_of_bccs_tools(
-    tool: Callable[..., Path],
+def test_states_and_times_are_those_of_bccs_tools(
+    tool: Callable[..., Tool],
     running_tcplat: Callable[..., Tcplat],
     client: Puppet,
     server: Listener,
@@ -74,7 +82,8 @@ def test_states_times_and_bytes_are_those_of_bccs_tools(
     port = str(server.port)
     states = tool("tcpstates", "-s", "-D", port)
     latencies = tool("tcpconnlat", "-L")
-    lives = tool("tcplife", "-s", "-D", port)
+    for started in (states, latencies):
+        eventually(started.listens, "bcc's tool listened", 30)
     run = running_tcplat("--rport", port)
     for _ in range(CONNECTIONS):
         client.connect(server)
@@ -87,13 +96,15 @@ def test_states_times_and_bytes_are_those_of_bccs_tools(
         client.answer()
         peer.close()
     rows = run.wait_for("all sockets were gone", gone(CONNECTIONS))
-    eventually(
-        lambda: len([one for one in table(lives) if one["RPORT"] == port]) >= CONNECTIONS,
-        "tcplife had seen all ends",
-    )
 
+    def complete() -> bool:
+        ended = [one for one in states.table() if one["NEWSTATE"] == "CLOSE"]
+        connected = [one for one in latencies.table() if one["DPORT"] == port]
+        return len(ended) >= CONNECTIONS <= len(connected)
+
+    eventually(complete, "bcc's tools had seen all")
     seen: dict[int, list[tuple[str, str]]] = defaultdict(list)
-    for one in table(states):
+    for one in states.table():
         if one["RPORT"] == port and one["LPORT"] != "0":
             seen[int(one["LPORT"])].append((f"TCP_{one['OLDSTATE']}", f"TCP_{one['NEWSTATE']}"))
     ours = {
@@ -110,7 +121,7 @@ def test_states_times_and_bytes_are_those_of_bccs_tools(
 
     theirs = {
         int(one["LPORT"]): float(one["LAT(ms)"]) * 1000
-        for one in table(latencies)
+        for one in latencies.table()
         if one["DPORT"] == port
     }
     mine = {row["sport"]: row["connect_us"] for row in rows if completes(row)}
@@ -118,12 +129,8 @@ def test_states_times_and_bytes_are_those_of_bccs_tools(
     both = [statistics.median(times.values()) for times in (mine, theirs)]
     measured(f"connect: {both[0]:.0f} µs (median), tcpconnlat {both[1]:.0f} µs")
     # Each also times the other's programs, which run at the same functions.
-    assert both[0] == pytest.approx(both[1], rel=0.4)
+    assert both[0] == pytest.approx(both[1], rel=0.5)
 
-    lived = {int(one["LPORT"]): one for one in table(lives) if one["RPORT"] == port}
-    assert lived.keys() == mine.keys()
-    for one in lived.values():
-        assert (int(one["PID"]), one["TX_KB"], one["RX_KB"]) == (client.pid, "5", "70")
     assert {row["pid"] for row in rows} == {client.pid}
     assert sum(row["bytes"] for row in at(rows, "send")) == CONNECTIONS * SENT
     assert sum(row["bytes"] for row in at(rows, "recv")) == CONNECTIONS * ANSWERED

@@ -81,6 +81,7 @@ def traffic(
             ),
         )
         outcome = run.stop()
+        print(outcome.stderr)  # noqa: T201 - pytest shows it where a test fails
         assert outcome.report["dropped"] == 0
         known[ip] = (outcome.rows, port, closed)
     return known[ip]

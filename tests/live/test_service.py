@@ -127,6 +127,28 @@ def test_each_packet_to_the_service_is_a_row(
     assert sum("FIN" in row["flags"] for row in packets) == 1
 
 
+def test_data_that_come_with_the_end_of_the_handshake_reach_the_socket(
+    running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
+) -> None:
+    port = listen(service)
+    run = running_tcplat(*SERVICE)
+    client("s = socket.socket(); s.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)")
+    client(f"s.connect({address(port)!r}); s.sendall(bytes({MESSAGE}))")
+    service(f"peer, _ = listening.accept(); len(peer.recv({MESSAGE}, socket.MSG_WAITALL))")
+    client("s.close()")
+    service("peer.close()")
+    run.wait_for("the connection was gone", gone(port))
+    rows = of_service(run.stop().rows, port)
+    packets = at(rows, "rx_ip")
+    # The handshake's ACK was delayed until there were data.
+    assert [row["bytes"] for row in packets][:2] == [0, MESSAGE]
+    if {row["attach"] for row in rows} == {"tracepoint"}:
+        pytest.skip("by tracepoint only segments of established connections are seen")
+    (segment,) = [row for row in at(rows, "rx_tcp") if row["bytes"]]
+    assert (segment["seq"], segment["bytes"]) == (packets[1]["seq"], MESSAGE)
+    assert (segment["sport"], segment["dport"]) == (port, packets[1]["sport"])
+
+
 def test_how_long_it_waited_to_be_accepted(
     running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
 ) -> None:

@@ -30,6 +30,7 @@ _RECV = ("sk", "msg", "len", "flags", "addr_len")
 _SEND = ("sk", "msg", "size")
 # How splice(2) and sendfile(2) send before 6.5 (dc97391e6610).
 _PAGE = ("sk", "page", "offset", "size", "flags")
+_CHILD = ("parent", "child", "skb")
 _SPLICE = ("sock", "ppos", "pipe", "len", "flags")
 _STATES = (_SOCK, "const int", "const int")
 _SET_STATE = "sock:inet_sock_set_state"
@@ -72,12 +73,14 @@ POINTS = (
             fentry(
                 fenter("tcp_v4_do_rcv", "fe_tcp_v4_do_rcv", "sk", "skb"),
                 fenter("tcp_v6_do_rcv", "fe_tcp_v6_do_rcv", "sk", "skb"),
+                fenter("tcp_child_process", "fe_tcp_child_process", *_CHILD),
             ),
             # In the established state only.
             tracepoint("tcp:tcp_probe", "tp_rx_tcp", "struct sock *", "const struct sk_buff *"),
             kprobe(
                 kentry("tcp_v4_do_rcv", "kp_tcp_v4_do_rcv", "sk", "skb"),
                 kentry("tcp_v6_do_rcv", "kp_tcp_v6_do_rcv", "sk", "skb"),
+                kentry("tcp_child_process", "kp_tcp_child_process", *_CHILD),
             ),
         ),
     ),

@@ -140,9 +140,33 @@ static __always_inline bool handed_on(struct sk_buff *skb)
 	return tcplat_get(skb, protocol) == bpf_htons(TCPLAT_ETH_P_IP);
 }
 
+/*
+ * What completes a handshake goes past tcp_v4_do_rcv(), data that come along with it
+ * as well: to tcp_child_process(), while the child has no entry yet, so that the
+ * row is its listener's. With a SYN cookie it comes by both ways: then the second counts.
+ */
+static __always_inline bool to_child(struct sock *sk, struct sk_buff *skb)
+{
+	const u8 *data = tcplat_get(skb, data);
+	u8 flags = 0;
+
+	if (tcplat_get(sk, __sk_common.skc_state) != TCP_LISTEN)
+		return false;
+	bpf_probe_read_kernel(&flags, 1, data + 13);
+	return (flags & 0x16) == 0x10; /* ACK, without SYN and RST */
+}
+
 #ifdef TCPLAT_FENTRY_rx_tcp
+int fe_tcp_child_process(struct bpf_raw_tracepoint_args *ctx)
+{
+	return tcplat_report(make_segment((struct sock *)ctx->args[0], (struct sk_buff *)ctx->args[2],
+					  HOOK_fe_tcp_child_process, bpf_ktime_get_ns()));
+}
+
 int fe_tcp_v4_do_rcv(struct bpf_raw_tracepoint_args *ctx)
 {
+	if (to_child((struct sock *)ctx->args[0], (struct sk_buff *)ctx->args[1]))
+		return 0;
 	return tcplat_report(make_segment((struct sock *)ctx->args[0], (struct sk_buff *)ctx->args[1],
 					  HOOK_fe_tcp_v4_do_rcv, bpf_ktime_get_ns()));
 }
@@ -151,7 +175,7 @@ int fe_tcp_v6_do_rcv(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sk_buff *skb = (struct sk_buff *)ctx->args[1];
 
-	if (handed_on(skb))
+	if (handed_on(skb) || to_child((struct sock *)ctx->args[0], skb))
 		return 0;
 	return tcplat_report(make_segment((struct sock *)ctx->args[0], skb, HOOK_fe_tcp_v6_do_rcv,
 					  bpf_ktime_get_ns()));
@@ -159,14 +183,23 @@ int fe_tcp_v6_do_rcv(struct bpf_raw_tracepoint_args *ctx)
 #endif
 
 #ifdef TCPLAT_KPROBE_rx_tcp
+int kp_tcp_child_process(struct pt_regs *ctx, struct sock *parent, struct sock *child,
+			 struct sk_buff *skb)
+{
+	return tcplat_report(
+		make_segment(parent, skb, HOOK_kp_tcp_child_process, bpf_ktime_get_ns()));
+}
+
 int kp_tcp_v4_do_rcv(struct pt_regs *ctx, struct sock *sk, struct sk_buff *skb)
 {
+	if (to_child(sk, skb))
+		return 0;
 	return tcplat_report(make_segment(sk, skb, HOOK_kp_tcp_v4_do_rcv, bpf_ktime_get_ns()));
 }
 
 int kp_tcp_v6_do_rcv(struct pt_regs *ctx, struct sock *sk, struct sk_buff *skb)
 {
-	if (handed_on(skb))
+	if (handed_on(skb) || to_child(sk, skb))
 		return 0;
 	return tcplat_report(make_segment(sk, skb, HOOK_kp_tcp_v6_do_rcv, bpf_ktime_get_ns()));
 }
