@@ -37,7 +37,7 @@ format: $(VENV)/dev
 
 bench: $(VENV)/dev
 	@$(call apt,$(TEST_PACKAGES))
-	$(BIN)/python tests/bench/drain.py
+	$(BIN)/python tests/bench/bench.py
 
 # python3-venv first: without it the line after fails on Debian.
 $(VENV)/bin/pip:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import json
 import os
@@ -239,6 +240,8 @@ def _run(
     from .session import LoaderProcess, Session, Signals  # noqa: PLC0415
     from .trace import TracePipe  # noqa: PLC0415
 
+    # Rows are in no cycle, and the collector would walk through every batch of them.
+    gc.set_threshold(100_000, 50, 50)
     signals = Signals()
     signals.install()
     child = Command.fork(command) if command else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import attrs
@@ -13,6 +14,7 @@ from .model import Loss, RunReport, Sink
 from .schema import Event
 
 _BY_TIME = operator.attrgetter("ts_ns")
+_HOOK = operator.attrgetter("probe", "point", "func")
 
 
 @attrs.define(eq=False)
@@ -26,13 +28,12 @@ class Router:
 
     sinks: dict[str, Sink]
     limit: int = 0
-    delivered: dict[tuple[str, str, str], int] = attrs.field(factory=dict)
-    """Rows by probe, point and func."""
     late: int = 0
     """Rows that were older than one delivered before them."""
     switched_off: dict[str, str] = attrs.field(factory=dict)
     reader_gone: bool = False
     _waiting: list[Event] = attrs.field(factory=list, init=False)
+    _cut: Counter[tuple[str, str, str]] = attrs.field(factory=Counter, init=False)
     _losses: list[tuple[int, Loss]] = attrs.field(factory=list, init=False)
     """Youngest row that was here when a loss was noticed, and the loss."""
     _last_ns: int = attrs.field(default=0, init=False)
@@ -60,24 +61,28 @@ class Router:
         else:
             cut = _first_from(rows, before_ns)
             ready, self._waiting = rows[:cut], rows[cut:]
-        if self.limit:
-            ready = ready[: self.limit - self._total]
-        if ready and not self.done:
+        if self.done or self.limit:
+            room = 0 if self.done else self.limit - self._total
+            self._cut.update(map(_HOOK, ready[room:]))
+            ready = ready[:room]
+        if ready:
             self._deliver(ready)
         oldest_ns = self._waiting[0].ts_ns if self._waiting else None
         while self._losses and (oldest_ns is None or oldest_ns > self._losses[0][0]):
             self._each("lost", self._losses.pop(0)[1])
 
     def _deliver(self, ready: list[Event]) -> None:
-        for row in ready:
-            if row.ts_ns < self._last_ns:
-                self.late += 1
-            else:
-                self._last_ns = row.ts_ns
-            key = (row.probe, row.point, row.func)
-            self.delivered[key] = self.delivered.get(key, 0) + 1
+        for row in ready:  # sorted: what is late stands first
+            if row.ts_ns >= self._last_ns:
+                break
+            self.late += 1
+        self._last_ns = max(self._last_ns, ready[-1].ts_ns)
         self._total += len(ready)
         self._each("write", ready)
+
+    def undelivered(self) -> Counter[tuple[str, str, str]]:
+        """Rows that were fed and reached no sink, by probe, point and func."""
+        return self._cut + Counter(map(_HOOK, self._waiting))
 
     def lost(self, loss: Loss) -> None:
         """Say in the stream that events were lost, behind the rows that are here already."""

@@ -10,7 +10,6 @@ magnitude faster than attrs objects or dicts (see ARCHITECTURE.md).
 from __future__ import annotations
 
 import errno
-import functools
 import socket
 import struct
 import time
@@ -121,6 +120,9 @@ class Wire:
         to: Turns the raw value into the field's; must be pure, answers are remembered.
         nullable: A raw 0 means that nobody can know: the field is None.
         has: The field is None unless the handler set TCPLAT_HAS_<NAME>.
+        block: The members of a block stand side by side, and change together or seldom:
+            what they mean is worked out once for each value of the whole block. Either
+            ``socket`` or ``kind``; for fields of your own leave it empty.
     """
 
     c_type: str
@@ -129,6 +131,7 @@ class Wire:
     to: Callable[[Any], Any] | None = None
     nullable: bool = False
     has: bool = False
+    block: str = ""
 
 
 @attrs.frozen
@@ -199,24 +202,48 @@ class Event(msgspec.Struct, gc=False):
     point: Annotated[str, Hook("point", "what happened: connect, state, send, recv, close ...")]
     func: Annotated[str, Hook("func", "the very hook: tcp_sendmsg, tcp:tcp_sendmsg_locked")]
     attach: Annotated[str, Hook("attach", "fentry, kprobe, tracepoint or xdp")]
-    pid: Annotated[int | None, Wire("u32", "process that owns the socket", nullable=True)]
-    tid: Annotated[int | None, Wire("u32", "its thread that used it last", nullable=True)]
-    comm: Annotated[str | None, Wire("char[16]", "the owner's name, escaped", to=name)]
-    cpu: Annotated[int, Wire("u16", "where it happened")]
-    netns: Annotated[int | None, Wire("u32", "network namespace, inode number", nullable=True)]
-    ip: Annotated[int | None, Wire("u8", "4 or 6; a mapped IPv4 address is 4", nullable=True)]
-    saddr: Annotated[str, Wire("u8[16]", "local address; in packets the source", to=address)]
-    sport: Annotated[int | None, Wire("u16", "local port; null before it is chosen", nullable=True)]
-    daddr: Annotated[str, Wire("u8[16]", "remote address; in packets the destination", to=address)]
-    dport: Annotated[int | None, Wire("u16", "remote port", nullable=True)]
-    state: Annotated[str | None, Wire("u8", "TCP state after the event", to=state_name)]
-    old_state: Annotated[str | None, Wire("u8", "TCP state before a state change", to=state_name)]
+    pid: Annotated[
+        int | None, Wire("u32", "process that owns the socket", nullable=True, block="socket")
+    ]
+    tid: Annotated[
+        int | None, Wire("u32", "its thread that used it last", nullable=True, block="socket")
+    ]
+    comm: Annotated[
+        str | None, Wire("char[16]", "the owner's name, escaped", to=name, block="socket")
+    ]
+    cpu: Annotated[int, Wire("u16", "where it happened", block="kind")]
+    netns: Annotated[
+        int | None, Wire("u32", "network namespace, inode number", nullable=True, block="socket")
+    ]
+    ip: Annotated[
+        int | None, Wire("u8", "4 or 6; a mapped IPv4 address is 4", nullable=True, block="socket")
+    ]
+    saddr: Annotated[
+        str, Wire("u8[16]", "local address; in packets the source", to=address, block="socket")
+    ]
+    sport: Annotated[
+        int | None,
+        Wire("u16", "local port; null before it is chosen", nullable=True, block="socket"),
+    ]
+    daddr: Annotated[
+        str,
+        Wire("u8[16]", "remote address; in packets the destination", to=address, block="socket"),
+    ]
+    dport: Annotated[int | None, Wire("u16", "remote port", nullable=True, block="socket")]
+    state: Annotated[
+        str | None, Wire("u8", "TCP state after the event", to=state_name, block="kind")
+    ]
+    old_state: Annotated[
+        str | None, Wire("u8", "TCP state before a state change", to=state_name, block="kind")
+    ]
     desc: Annotated[str, Made("desc", "the same in plain words")]
     seq: Annotated[
         int | None, Wire("u32", "first TCP sequence number of the bytes concerned", has=True)
     ]
     bytes: Annotated[int | None, Wire("u32", "how many bytes", has=True)]
-    flags: Annotated[str | None, Wire("u8", "TCP flags of a packet", to=flags, has=True)]
+    flags: Annotated[
+        str | None, Wire("u8", "TCP flags of a packet", to=flags, has=True, block="kind")
+    ]
     connect_us: Annotated[
         float | None,
         Wire(
@@ -228,14 +255,16 @@ class Event(msgspec.Struct, gc=False):
         ),
     ]
     ifname: Annotated[str | None, Made("ifname", "interface of a packet")]
-    sock: Annotated[int, Wire("u64", "the same for all events of one socket, 0 for packets")]
+    sock: Annotated[
+        int, Wire("u64", "the same for all events of one socket, 0 for packets", block="socket")
+    ]
 
 
 _HIDDEN = (
-    Wire("u8", "which hook fired", member="hook"),
-    Wire("u8", "which nullable fields are filled", member="has"),
-    Wire("u16", "an errno, 0 if none", member="err"),
-    Wire("u32", "interface index of a packet", member="ifindex"),
+    Wire("u8", "which hook fired", member="hook", block="kind"),
+    Wire("u8", "which nullable fields are filled", member="has", block="kind"),
+    Wire("u16", "an errno, 0 if none", member="err", block="kind"),
+    Wire("u32", "interface index of a packet", member="ifindex", block="kind"),
 )
 """Members that reach the row only in translation."""
 
@@ -258,27 +287,47 @@ def documentation(event: type[Event] = Event) -> list[tuple[str, str, str]]:
 
 @attrs.frozen
 class Record:
-    """The layout of one probe's record: members in C order, no holes, size a multiple of 8."""
+    """The layout of one probe's record: members in C order, no holes, size a multiple of 8.
+
+    First the two blocks, each padded to a multiple of 8; then what changes with every event.
+    """
 
     event: type[Event]
     members: tuple[tuple[str, str], ...] = attrs.field(init=False)
+    """Name and C type, padding included."""
+    packing: struct.Struct = attrs.field(init=False)
+    """Of all members: to make a record by hand."""
     layout: struct.Struct = attrs.field(init=False)
+    """To read one: the two blocks, as bytes, and the other members."""
 
     @members.default
     def _members(self) -> tuple[tuple[str, str], ...]:
+        return (*self._block("socket"), *self._block("kind"), *self._block(""))
+
+    def _block(self, block: str) -> list[tuple[str, str]]:
+        """Name and C type of a block's members, as they lie; the last pads it."""
         wires = [
             (source.member or name, source.c_type)
             for name, source in _annotations(self.event)
-            if isinstance(source, Wire)
+            if isinstance(source, Wire) and source.block == block
         ]
-        wires += [(wire.member, wire.c_type) for wire in _HIDDEN]
-        return tuple(sorted(wires, key=lambda member: -_alignment(member[1])))
+        wires += [(wire.member, wire.c_type) for wire in _HIDDEN if wire.block == block]
+        wires.sort(key=lambda member: -_alignment(member[1]))
+        pad = -_size(wires) % 8
+        return [*wires, (f"{block or 'event'}_pad", f"u8[{pad}]")] if pad else wires
+
+    @packing.default
+    def _packing(self) -> struct.Struct:
+        return struct.Struct("=" + "".join(_code(c_type) for _, c_type in self.members))
 
     @layout.default
     def _layout(self) -> struct.Struct:
-        codes = "".join(_code(c_type) for _, c_type in self.members)
-        size = struct.calcsize("=" + codes)
-        return struct.Struct(f"={codes}{-size % 8}x")
+        blocks = "".join(f"{_size(self._block(block))}s" for block in ("socket", "kind"))
+        rest = "".join(
+            f"{_array(c_type)[1]}x" if member == "event_pad" else _code(c_type)
+            for member, c_type in self._block("")
+        )
+        return struct.Struct(f"={blocks}{rest}")
 
     @property
     def size(self) -> int:
@@ -315,53 +364,89 @@ class Record:
         """A function from unpacked records and clock offset (ns) to rows.
 
         A comprehension written for this very schema: at half a million events a
-        second a loop over field descriptions is what would cost most.
+        second a loop over field descriptions is what would cost most. The values
+        that follow from a block are worked out once and remembered, see :class:`Wire`.
         """
-        names: dict[str, Any] = {"Event": self.event, "probe": probe}
-        arguments = []
+        annotations = _annotations(self.event)
         has = _has_bits(self.event)
-        for field, source in _annotations(self.event):
+        names: dict[str, Any] = {"Event": self.event, "probe": probe}
+        values: list[str] = []
+        of_socket: list[tuple[str, Wire]] = []
+        of_kind: list[tuple[str, Wire | Hook | Made]] = []
+        for field, source in annotations:
             if isinstance(source, Wire):
-                names[f"to_{field}"] = None if source.to is None else _Memo(source.to)
-                arguments.append(_wire_expression(field, source, has))
-            elif isinstance(source, Hook):
-                names[f"hook_{field}"] = [getattr(hook, source.attribute) for hook in hooks]
-                arguments.append(f"hook_{field}[hook]")
+                names[f"to_{field}"] = source.to and _Memo(source.to)
+            if isinstance(source, Wire) and not source.block:
+                values.append(_wire_expression(field, source, has))
+            elif isinstance(source, Made) and source.by != "ifname":
+                values.append(_MADE.get(source.by, source.by))
             else:
-                arguments.append(_MADE.get(source.by, source.by))
-        names["descriptions"] = _Memo(functools.partial(_describe, hooks))
-        names["ifnames"] = _Memo(ifname)
-        targets = ", ".join(member for member, _ in self.members)
+                if isinstance(source, Wire) and source.block == "socket":
+                    of_socket.append((field, source))
+                else:
+                    of_kind.append((field, source))
+                values.append(f"_{field}")
+
+        def sockets(raw: bytes) -> tuple[Any, ...]:
+            members = self._unpack("socket", raw)
+            return tuple(_wire_value(field, wire, members, names, has) for field, wire in of_socket)
+
+        def kinds(raw: bytes) -> tuple[Any, ...]:
+            members = self._unpack("kind", raw)
+            hook, index = hooks[members["hook"]], members["ifindex"]
+            fields = {
+                "ifname": ifname(index) if index else None,
+                **{name: getattr(hook, name) for name in ("point", "func", "attach")},
+            }
+            found = [
+                _wire_value(field, source, members, names, has)
+                if isinstance(source, Wire)
+                else fields[field]
+                for field, source in of_kind
+            ]
+            full, empty = (_describe(hook, members, empty=empty) for empty in (False, True))
+            return (*found, members["has"], full, empty)
+
+        names["sockets"], names["kinds"] = _Memo(sockets), _Memo(kinds)
+        others = [member for member, _ in self._block("") if member != "event_pad"]
+        of_sockets = [f"_{field}" for field, _ in of_socket]
+        of_kinds = [*(f"_{field}" for field, _ in of_kind), "has", "full", "empty"]
         source_text = (
             "def decode(records, offset_ns):\n"
-            f"    return [Event({', '.join(arguments)}) for ({targets}) in records]\n"
+            f"    return [Event({', '.join(values)})\n"
+            f"        for {', '.join(['socket', 'kind', *others])} in records\n"
+            f"        for {', '.join(of_sockets)} in (sockets[socket],)\n"
+            f"        for {', '.join(of_kinds)} in (kinds[kind],)]\n"
         )
         exec(source_text, names)  # noqa: S102 - made above from the schema alone
         return typing.cast(
             "Callable[[Iterable[tuple[Any, ...]], int], list[Event]]", names["decode"]
         )
 
+    def hook(self, kind: bytes) -> int:
+        """The number of the hook, from the block `kind`."""
+        return int(self._unpack("kind", kind)["hook"])
 
-_MADE = {
-    "desc": "descriptions[hook, state, old_state, err, bytes == 0 if has & 2 else None, "
-    "flags if has & 4 else None]",
-    "ifname": "ifnames[ifindex] if ifindex else None",
-}
+    def _unpack(self, block: str, raw: bytes) -> dict[str, Any]:
+        members = self._block(block)
+        values = struct.unpack("=" + "".join(_code(c_type) for _, c_type in members), raw)
+        return dict(zip((member for member, _ in members), values, strict=True))
 
 
-def _describe(
-    hooks: Sequence[FiredBy], key: tuple[int, int, int, int, bool | None, int | None]
-) -> str:
-    hook, state, old_state, err, empty, raw = key
+_MADE = {"desc": "full if bytes else empty"}
+
+
+def _describe(hook: FiredBy, members: Mapping[str, Any], *, empty: bool) -> str:
+    has = members["has"]
     moment = Moment(
-        hooks[hook].point,
-        state_name(state),
-        state_name(old_state),
-        err,
-        empty,
-        None if raw is None else flags(raw),
+        hook.point,
+        state_name(members["state"]),
+        state_name(members["old_state"]),
+        members["err"],
+        empty if has & _HAS["bytes"] else None,
+        flags(members["flags"]) if has & _HAS["flags"] else None,
     )
-    return hooks[hook].describe(moment)
+    return hook.describe(moment)
 
 
 def _has_bits(event: type[Event]) -> dict[str, int]:
@@ -380,6 +465,25 @@ def _wire_expression(field: str, source: Wire, has: Mapping[str, int]) -> str:
     if source.nullable:
         return f"{value} if {member} else None"
     return value
+
+
+def _wire_value(
+    field: str,
+    source: Wire,
+    members: Mapping[str, Any],
+    names: Mapping[str, Any],
+    has: Mapping[str, int],
+) -> Any:
+    """The same as the expression, now."""
+    raw = members[source.member or field]
+    if (source.has and not members["has"] & has[field]) or (source.nullable and not raw):
+        return None
+    to = names[f"to_{field}"]
+    return raw if to is None else to[raw]
+
+
+def _size(members: Iterable[tuple[str, str]]) -> int:
+    return struct.calcsize("=" + "".join(_code(c_type) for _, c_type in members))
 
 
 def _array(c_type: str) -> tuple[str, int]:

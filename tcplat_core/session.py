@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import select
 import signal
@@ -55,6 +56,7 @@ HELPING = 8
 _GUARD_NS = 1_000_000
 """Records in a ring are in order but for interrupts, which take less than this."""
 _FOREVER = 1 << 63
+_KIND = operator.itemgetter(1)
 
 
 @attrs.define(eq=False)
@@ -147,8 +149,8 @@ class ProbeRun:
     said_lost: list[int]
     silent: dict[str, str]
     """Interface -> why no rows come from it, or no more."""
-    consumed: int = 0
-    """Records taken from the ring."""
+    consumed: Counter[bytes] = attrs.field(factory=Counter)
+    """Records taken from the ring, by their block `kind`: it tells the hook."""
 
     @classmethod
     def open(cls, spec: ProbeSpec, loaded: LoadedProbe, ring_bytes: int, cpus: int) -> Self:
@@ -187,7 +189,14 @@ class ProbeRun:
 
     def settled(self) -> bool:
         """Whether all that was produced is either dropped or here."""
-        return sum(made - lost for made, lost in self.books.read()) == self.consumed
+        return sum(made - lost for made, lost in self.books.read()) == self.consumed.total()
+
+    def by_hook(self) -> Counter[int]:
+        """Records taken from the ring, by the hook's number."""
+        record, found = Record(self.spec.event), Counter[int]()
+        for kind, count in self.consumed.items():
+            found[record.hook(kind)] += count
+        return found
 
     def close(self) -> None:
         """Unmap, and close the loader's fds."""
@@ -437,7 +446,7 @@ def _drain(
     for run in runs:
         for number, records in enumerate(run.ring.drain(), 1):
             rows = run.decode(records, offset_ns)
-            run.consumed += len(rows)
+            run.consumed.update(map(_KIND, records))
             router.feed(rows)
             came = True
             if rows and number == HELPING and run.ring.pending():
@@ -473,12 +482,19 @@ def _losses(run: ProbeRun) -> Iterator[Loss]:
 
 def _report(runs: Sequence[ProbeRun], router: Router, duration_s: float) -> RunReport:
     probes = {}
+    undelivered = router.undelivered()
     for run in runs:
         hooks = []
-        for fired, (produced, dropped) in zip(run.hooks, run.books.read(), strict=True):
+        consumed = run.by_hook()
+        for number, (fired, (produced, dropped)) in enumerate(
+            zip(run.hooks, run.books.read(), strict=True)
+        ):
             if fired.program not in run.loaded.programs:
                 continue
-            delivered = router.delivered.get((run.spec.name, fired.point, fired.func), 0)
+            # Where two hooks share point and func, which of them a row is from does not matter.
+            lacking = undelivered[run.spec.name, fired.point, fired.func]
+            delivered = max(0, consumed[number] - lacking)
+            undelivered[run.spec.name, fired.point, fired.func] -= consumed[number] - delivered
             hooks.append(
                 HookReport(fired.point, fired.func, fired.attach, produced, dropped, delivered)
             )

@@ -72,7 +72,7 @@ def make_record(event: type[Event] = Event, /, **members: int | bytes | str) -> 
         values.append(_raw(value, c_type) if isinstance(value, str) else value)
     if members:
         raise TypeError(f"a record of {event.__name__} has no {', '.join(members)}")
-    return record.layout.pack(*values)
+    return record.packing.pack(*values)
 
 
 _layout = functools.cache(Record)

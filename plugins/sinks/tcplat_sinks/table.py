@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 
 import attrs
@@ -30,7 +31,7 @@ def _text(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-COLUMNS = (
+COLUMNS: tuple[Column, ...] = (
     Column("PID", lambda row: _text(row.pid), 6),
     Column("COMM", lambda row: _text(row.comm), 7, 7),
     Column("IP", lambda row: _text(row.ip), 2),
@@ -49,6 +50,12 @@ COLUMNS = (
         4,
     ),
 )
+_SOCKET, _KIND = slice(0, 7), slice(8, 11)
+"""Which columns are the same for all rows of a socket, which for all of one kind."""
+_OF_SOCKET = operator.attrgetter("pid", "comm", "ip", "saddr", "sport", "daddr", "dport")
+_OF_KIND = operator.attrgetter("func", "state", "desc")
+_MOST = 16_384
+"""Texts that are remembered of each."""
 _SHRINK = ("TCP_DESCRIPTION", "FUNC", "COMM", "SADDR", "DADDR")
 """Which columns give way first."""
 
@@ -67,16 +74,19 @@ class Table:
     limit: int
     _widths: list[int] = attrs.field(init=False, factory=lambda: [c.width for c in COLUMNS])
     _headed: bool = attrs.field(init=False, default=False)
+    _sockets: dict[tuple[object, ...], str] = attrs.field(init=False, factory=dict)
+    _kinds: dict[tuple[object, ...], str] = attrs.field(init=False, factory=dict)
 
     def write(self, batch: Sequence[Event]) -> None:
         """One line per row; the head again where a column had to grow."""
         if not batch:
             return
+        if not self.limit:
+            self._write_all(batch)
+            return
         cells = [[column.value(row) for column in COLUMNS] for row in batch]
         lines = []
         needed = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        if not self.limit:
-            needed[-1] = 0  # nothing comes after the last column, and nothing has to fit
         if any(need > width for need, width in zip(needed, self._widths, strict=True)):
             self._widths = list(map(max, needed, self._widths))
             self._headed = False
@@ -89,6 +99,46 @@ class Table:
             self._headed = True
         lines += [self._line(row, widths) for row in cells]
         self.output.write("".join(f"{line}\n" for line in lines).encode())
+
+    def _write_all(self, batch: Sequence[Event]) -> None:
+        """The same where nothing has to be left out: ten times as fast."""
+        widths: list[int] = []
+        while widths != self._widths:  # again, if a cell was wider than its column
+            widths = list(self._widths)
+            lines = [self._whole(row) for row in batch]
+            if widths != self._widths:
+                self._headed = False
+                self._sockets.clear()
+                self._kinds.clear()
+        if not self._headed:
+            heads = [
+                _cut(column.head, width) for column, width in zip(COLUMNS, widths, strict=True)
+            ]
+            lines.insert(0, self._line([*heads[:-1], COLUMNS[-1].head], widths))
+            self._headed = True
+        lines.append("")
+        self.output.write("\n".join(lines).encode())
+
+    def _whole(self, row: Event) -> str:
+        of_socket, of_kind = _OF_SOCKET(row), _OF_KIND(row)
+        left = self._sockets.get(of_socket) or self._padded(self._sockets, of_socket, row, _SOCKET)
+        right = self._kinds.get(of_kind) or self._padded(self._kinds, of_kind, row, _KIND)
+        time = COLUMNS[7].value(row)
+        self._widths[7] = max(self._widths[7], len(time))
+        line = f"{left} {time.ljust(self._widths[7])} {right}"
+        if row.connect_us is None:
+            return line.rstrip()
+        return f"{line} {COLUMNS[11].value(row)}"
+
+    def _padded(
+        self, known: dict[tuple[object, ...], str], key: tuple[object, ...], row: Event, part: slice
+    ) -> str:
+        cells = [column.value(row) for column in COLUMNS[part]]
+        self._widths[part] = map(max, map(len, cells), self._widths[part])
+        if len(known) >= _MOST:
+            known.clear()
+        known[key] = " ".join(map(str.ljust, cells, self._widths[part]))
+        return known[key]
 
     def lost(self, loss: Loss) -> None:
         """A line at the place of the gap."""

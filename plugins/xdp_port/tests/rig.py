@@ -110,7 +110,7 @@ class Rig:
         bpf.map_update(module.fd("tcplat_gate"), bytes(4), (1).to_bytes(4, "little"))
         return cls(
             Runner(program),
-            Ring(module.fd("events"), ring_bytes, RECORD.layout),
+            Ring(module.fd("events"), ring_bytes, RECORD.packing),
             Books(module.fd("books"), possible_cpus(), len(fired_by(SPEC))),
             [program, *loader._fds],
         )
