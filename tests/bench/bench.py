@@ -344,11 +344,17 @@ def kernel_side() -> Iterator[Figure]:
 
 def packets() -> Iterator[Figure]:
     """B8: an uninteresting packet."""
-    with_us, empty = peers.boring_packet()
-    cells = (f"{empty} ns", f"{with_us} ns")
-    yield Figure(
-        "B8", "XDP, uninteresting packet", *cells, with_us - empty, 15, at_least=False, unit=" ns"
-    )
+    for name, (with_us, empty) in peers.boring_packets().items():
+        yield Figure(
+            "B8",
+            f"XDP, uninteresting packet, {name}",
+            f"{empty} ns",
+            f"{with_us} ns",
+            with_us - empty,
+            15,
+            at_least=False,
+            unit=" ns",
+        )
 
 
 def idle() -> Iterator[Figure]:
