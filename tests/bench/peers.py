@@ -169,6 +169,47 @@ def lossless(flood: Callable[[int, float], Any], seconds: float) -> float:
     return best
 
 
+# What tcp_client's rows say of send, recv and state, as far as the tracepoints tell it.
+BPFTRACE = """
+BEGIN { printf("ready\\n"); }
+tracepoint:tcp:tcp_sendmsg_locked /comm == "pingpong"/
+{
+	printf("%llu send %d %d %s %d %llx %d\\n", nsecs, pid, tid, comm, cpu, args->skb_addr,
+		args->msg_left);
+}
+tracepoint:sock:sock_recv_length /comm == "pingpong"/
+{
+	printf("%llu recv %d %d %s %d %llx %d\\n", nsecs, pid, tid, comm, cpu, args->sk, args->ret);
+}
+tracepoint:sock:inet_sock_set_state
+{
+	printf("%llu state %s %d %s %d %d %d\\n", nsecs, ntop(args->saddr), args->sport,
+		ntop(args->daddr), args->dport, args->oldstate, args->newstate);
+}
+"""
+
+
+@contextmanager
+def bpftrace() -> Iterator[None]:
+    """Bpftrace, attached, with its lines in a file."""
+    out = Path("/dev/shm") / f"tcplat-bench-{os.getpid()}.bpftrace"  # noqa: S108 - memory, not a disk
+    process = subprocess.Popen(
+        ["bpftrace", "-q", "-o", str(out), "-e", BPFTRACE],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "BPFTRACE_PERF_RB_PAGES": "4096"},
+    )
+    try:
+        while not out.exists() or b"ready" not in out.read_bytes():
+            if process.poll() is not None:
+                raise SystemExit(f"bpftrace: {process.communicate()[1].decode()}")
+            time.sleep(0.01)
+        yield
+    finally:
+        process.terminate()
+        process.communicate()
+        out.unlink(missing_ok=True)
+
+
 @contextmanager
 def tcpstates() -> Iterator[tuple[int, float]]:
     """Bcc's tool, running: its process id, and how long it took to start.
