@@ -105,8 +105,9 @@ class Run:
                 run.start_s = time.monotonic() - began
                 yield run
             finally:
-                process.terminate()
-                process.communicate()
+                if process.poll() is None:
+                    process.terminate()
+                    process.communicate()
 
     def stop(self) -> dict[str, Any]:
         """End it; its report, once the books are known to balance."""
