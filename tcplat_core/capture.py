@@ -32,6 +32,8 @@ _MOST_CLASSES = 256
 """Probes that are not installed may bring so many sets of fields; the rest is foreign."""
 _SAID = 3
 """So many of what is left out are reported one by one."""
+_BEGINNING = 64
+"""Bytes that tell JSON lines from msgpack; no row is so short."""
 _CONNECT_S = 10
 _PATIENCE_MS = 100
 """How long a source may keep us from looking at anything else."""
@@ -266,6 +268,8 @@ class Capture:
                 continue
             data += chunk
             if not begun:
+                if len(data) < _BEGINNING:
+                    continue
                 self._begin(_format_of(data))
                 begun = True
             if skipping:
@@ -280,6 +284,8 @@ class Capture:
                 self._number += 1
                 self._leave_out(self._number, "it is too long")
                 data, skipping = b"", True
+        if not begun:
+            self._begin(_format_of(data))
         if data and not skipping:
             frames, _ = self._format.split(data, end=True)
             yield from self._decode(frames, data, torn=True)
@@ -328,11 +334,8 @@ class Capture:
         # No match, no such probe, no such row: looked at one by one, it will be said.
         except (TypeError, KeyError, ValueError):
             return None
-        try:
-            # This proves that no key is too many, and no number too large.
-            if self._format.encode(rows) != data:
-                return None
-        except OverflowError:
+        # This proves that no key is too many.
+        if self._format.encode(rows) != data:
             return None
         if b"\\" in data or not data.isascii():
             rows = [_tidy(row) for row in rows]
@@ -348,7 +351,7 @@ class Capture:
             value = self._format.value(frame)
         except (ValueError, RecursionError) as error:
             raise _ForeignError("it is damaged, or not of a capture") from error
-        if not isinstance(value, dict) or "v" not in value:
+        if not isinstance(value, dict) or "v" not in value or set(map(type, value)) != {str}:
             raise _ForeignError("it is not of a capture")
         if value["v"] != SCHEMA_VERSION or value["v"] is True:
             version = str(value["v"])[:20]
@@ -365,7 +368,7 @@ class Capture:
                 self.reports.append(RunReport.from_json(value["report"]))
             elif "schema" not in value:
                 item = self._row(value)
-        except (ValueError, TypeError, OverflowError) as error:
+        except (ValueError, TypeError) as error:
             words = str(error).split(" - at")[0]
             raise _ForeignError(f"it is not of a capture: {words}") from error
         self.read += 1
@@ -378,7 +381,6 @@ class Capture:
         if set(value) != set(event.__struct_fields__):
             event = self._class(probe, [key for key in value if key not in Event.__struct_fields__])
         row = msgspec.convert(value, event)
-        self._format.encode([row])  # numbers that no sink could write
         if self._known.get(probe.encode()) is None:
             self._known[probe.encode()] = self._format.decoder(event)
         return _tidy(row)
