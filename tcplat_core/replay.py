@@ -100,6 +100,7 @@ class Replay:
                 waiting.append(item)
             if item is None or not self.wanted.by_task:
                 self._deliver(waiting)
+            self.router.poll()
             if item is None or time.monotonic() >= look:
                 look = time.monotonic() + _LOOK_S
                 self.router.idle()
@@ -173,7 +174,7 @@ class Replay:
         if self.whole and not self.capture.ended:
             yield f"{self.source.name} has no end: its run was killed, or it is cut off"
         elif self.whole and report.incomplete:
-            yield f"{self.source.name} lacks books for some of its rows"
+            yield f"{self.source.name}: the books are {report.incomplete}"
 
     def report(self) -> RunReport:
         """The run's own books, of the rows that were replayed; counted where it has none.
