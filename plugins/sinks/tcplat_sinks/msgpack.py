@@ -222,7 +222,7 @@ class Msgpack:
             data = b"".join(map(_encode, rows))
             for reader in self.readers.values():
                 reader.offer(data, len(rows))
-        self._send()
+            self._send()
 
     def lost(self, loss: Loss) -> None:
         """A map at the place of the gap."""
