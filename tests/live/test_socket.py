@@ -1,0 +1,74 @@
+"""Fifty readers at one socket, one of whom never reads: the run loses nothing, they get all.
+
+Environment: TCPLAT_LONG=1 has it last 60 s instead of 10.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from .harness import Tcplat, eventually, patience
+
+RATE = 50_000
+READERS = 50
+SECONDS = 60 if os.environ.get("TCPLAT_LONG") == "1" else 10
+_HERE = Path(__file__).parent
+
+
+def test_fifty_readers_one_of_whom_never_reads(
+    stack: ExitStack,
+    tmp_path: Path,
+    start_tcplat: Callable[..., Tcplat],
+    measured: Callable[[str], None],
+) -> None:
+    path, flood = tmp_path / "s", tmp_path / "flood"
+    source = _HERE.parent / "bench/flood.c"
+    subprocess.run(["clang", "-O2", "-o", str(flood), str(source)], check=True)
+    traffic = popen(stack, str(flood), str(RATE), str(SECONDS))
+    assert traffic.stdout
+    pid = int(traffic.stdout.readline())
+    sink = f"msgpack:unix={path},wait={READERS},buffer=32M"
+    run = start_tcplat("-p", str(pid), sinks=[sink])
+    eventually(path.exists, "the socket was there", 30)
+    never = stack.enter_context(socket.socket(socket.AF_UNIX))
+    never.connect(str(path))
+    readers = popen(stack, sys.executable, str(_HERE / "readers.py"), str(path), str(READERS - 1))
+    run.wait_ready()
+    figures = json.loads(traffic.communicate(b"\n", timeout=patience(SECONDS + 30))[0])
+    status = Path(f"/proc/{run.pid}/status").read_text(encoding="ascii")
+    resident = int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) >> 10
+    outcome = run.stop(signal.SIGINT)
+    assert outcome.returncode == 0
+    found = json.loads(readers.communicate(timeout=patience(60))[0])
+    report = found["report"]
+    rate = 2 * figures["sends"] / figures["seconds"]
+    measured(
+        f"{READERS} readers, {rate:,.0f} events/s for {SECONDS} s: {report['delivered']:,} rows, "
+        f"{report['dropped']} lost, {found['gap']} kept from readers, {resident} MB resident"
+    )
+    assert report["dropped"] == 0
+    assert found["rows"] + found["gap"] == report["delivered"]
+    assert report["delivered"] > 2 * figures["sends"]
+    assert found["late"] == 0
+    assert found["whole"]
+    # Each of the others has got the same bytes.
+    assert len(found["sums"]) == READERS - 1
+    assert len(set(map(tuple, found["sums"]))) == 1
+    assert resident < 200
+
+
+def popen(stack: ExitStack, *arguments: str) -> subprocess.Popen[bytes]:
+    process = stack.enter_context(
+        subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    )
+    stack.callback(process.kill)
+    return process
