@@ -1,4 +1,4 @@
-"""Fifty readers at one socket, one of whom never reads: the run loses nothing, they get all.
+"""Fifty readers at one socket, one of whom never reads: nothing is lost, and the counts are exact.
 
 Environment: TCPLAT_LONG=1 has it last 60 s instead of 10.
 """
@@ -51,18 +51,19 @@ def test_fifty_readers_one_of_whom_never_reads(
     found = json.loads(readers.communicate(timeout=patience(60))[0])
     report = found["report"]
     rate = 2 * figures["sends"] / figures["seconds"]
+    missed = [gap for _, gap in found["counted"]]
     measured(
         f"{READERS} readers, {rate:,.0f} events/s for {SECONDS} s: {report['delivered']:,} rows, "
-        f"{report['dropped']} lost, {found['gap']} kept from readers, {resident} MB resident"
+        f"{report['dropped']} lost, {sum(missed) / len(missed) / report['delivered']:.1%} "
+        f"kept from readers that read, {resident} MB resident"
     )
     assert report["dropped"] == 0
-    assert found["rows"] + found["gap"] == report["delivered"]
     assert report["delivered"] > 2 * figures["sends"]
-    assert found["late"] == 0
-    assert found["whole"]
-    # Each of the others has got the same bytes.
-    assert len(found["sums"]) == READERS - 1
-    assert len(set(map(tuple, found["sums"]))) == 1
+    assert (found["late"], found["whole"]) == (0, True)
+    assert found["decoded"] == found["counted"][0]
+    # On a machine that has no time for fifty readers they miss some, and know how many.
+    assert [sum(counts) for counts in found["counted"]] == [report["delivered"]] * (READERS - 1)
+    assert found["ends"] == 1
     assert resident < 200
 
 
