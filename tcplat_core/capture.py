@@ -7,6 +7,7 @@ Memory is bounded by one chunk, whatever the capture holds.
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import re
 import select
@@ -22,7 +23,7 @@ import msgspec
 
 from .errors import UsageError
 from .model import Loss, RunReport
-from .schema import SCHEMA_VERSION, Event, printable
+from .schema import SCHEMA_VERSION, Event, json_types, printable
 
 CHUNK = 1 << 20
 """Bytes that are read, and decoded, at once."""
@@ -40,6 +41,9 @@ _PATIENCE_MS = 100
 
 GAP = ("msgpack", "reader")
 """Probe and point of the loss that stands for rows which a socket's sink kept from its reader."""
+
+
+_TEXTS = operator.attrgetter(*(n for n, kind in json_types().items() if "str" in kind))
 
 
 class _ForeignError(Exception):
@@ -76,7 +80,8 @@ class Source:
             if where == "-":
                 if sys.stdin is None:
                     raise UsageError("there is no standard input")
-                return cls(sys.stdin.fileno(), "standard input")
+                fd = sys.stdin.fileno()
+                return cls(fd, "standard input", os.fstat(fd).st_size)
             fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC)
             status = os.fstat(fd)
             if stat.S_ISDIR(status.st_mode):
@@ -161,6 +166,8 @@ class _Jsonl:
 
 _START = re.compile(rb"(?:[\x80-\x8f]|\xde..|\xdf....)\xa1v", re.DOTALL)
 """How each map of ours begins: with its version."""
+_SPLIT = 6
+"""Bytes of it that a chunk may end with."""
 
 
 class _Msgpack:
@@ -185,9 +192,11 @@ class _Msgpack:
             if not _START.match(data, at):
                 # Rubbish, as far as the next map; a beginning may be cut in two.
                 found = _START.search(data, at + 1)
-                if not found and not end:
-                    return maps, at
                 stop = found.start() if found else len(data)
+                if not found and not end:
+                    stop -= _SPLIT
+                    if stop <= at:
+                        return maps, at
                 maps.append(data[at:stop])
                 at = origin = stop
                 unpacker = self._unpacker(data[at:])
@@ -256,7 +265,10 @@ class Capture:
     _number: int = attrs.field(default=0, init=False)
     _format: _Format = attrs.field(init=False)
     _known: dict[bytes, Callable[[bytes], Event]] = attrs.field(factory=dict, init=False)
-    """Probe -> decoder for rows as we write them."""
+    """Probe -> decoder for its rows as they were last."""
+    _decoders: dict[type[Event], Callable[[bytes], Event]] = attrs.field(factory=dict, init=False)
+    _numeric: set[type[Event]] = attrs.field(factory=set, init=False)
+    """Classes that add no texts to the common ones."""
     _classes: dict[tuple[str, ...], type[Event]] = attrs.field(factory=dict, init=False)
 
     def items(self, chunks: Iterator[bytes]) -> Iterator[list[Event] | Loss | None]:
@@ -293,7 +305,15 @@ class Capture:
     def _begin(self, form: _Format) -> None:
         self._format, self.noun = form, form.noun
         for probe, event in self.events.items():
-            self._known[probe.encode()] = form.decoder(event)
+            self._know(probe, event)
+
+    def _know(self, probe: str, event: type[Event]) -> None:
+        if event not in self._decoders:
+            self._decoders[event] = self._format.decoder(event)
+            types = [*json_types(event).values()][len(Event.__struct_fields__) :]
+            if not any("str" in kind or "any" in kind for kind in types):
+                self._numeric.add(event)
+        self._known[probe.encode()] = self._decoders[event]
 
     def _decode(
         self, frames: Sequence[bytes], data: bytes, *, torn: bool = False
@@ -337,9 +357,14 @@ class Capture:
         # This proves that no key is too many.
         if self._format.encode(rows) != data:
             return None
-        if b"\\" in data or not data.isascii():
-            rows = [_tidy(row) for row in rows]
-        return rows
+        return rows if self._is_tidy(rows, data) else [_tidy(row) for row in rows]
+
+    def _is_tidy(self, rows: Sequence[Event], data: bytes) -> bool:
+        """Whether all texts are printable, as far as that is seen at a glance."""
+        if data.isascii() and b"\\" not in data:  # JSON
+            return True
+        texts = {text for of_row in set(map(_TEXTS, rows)) for text in of_row if text is not None}
+        return all(map(str.isprintable, texts)) and self._numeric.issuperset(map(type, rows))
 
     def _one(self, frame: bytes) -> Event | Loss | None:
         """Whatever it is; None for what is no row: a header, a report.
@@ -381,8 +406,7 @@ class Capture:
         if set(value) != set(event.__struct_fields__):
             event = self._class(probe, [key for key in value if key not in Event.__struct_fields__])
         row = msgspec.convert(value, event)
-        if self._known.get(probe.encode()) is None:
-            self._known[probe.encode()] = self._format.decoder(event)
+        self._know(probe, event)
         return _tidy(row)
 
     def _class(self, probe: str, extra: Sequence[str]) -> type[Event]:

@@ -41,7 +41,11 @@ BOTH = ("tcp_client", "tcp_service")
 def replayed(path: Path | str, *arguments: str) -> bytes:
     """What `tcplat replay` writes."""
     return subprocess.run(
-        [*TCPLAT, "replay", str(path), *arguments], stdout=subprocess.PIPE, check=True, timeout=60
+        [*TCPLAT, "replay", str(path), *arguments],
+        stdout=subprocess.PIPE,
+        check=True,
+        timeout=60,
+        env=dict(os.environ),  # readline has put the terminal's width into what is inherited
     ).stdout
 
 
