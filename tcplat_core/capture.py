@@ -83,7 +83,9 @@ class Source:
                     raise UsageError("there is no standard input")
                 fd = sys.stdin.fileno()
                 return cls(fd, "standard input", os.fstat(fd).st_size)
-            fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC)
+            # Without O_NONBLOCK a FIFO that nobody writes would keep us here, deaf to Ctrl-C.
+            fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            os.set_blocking(fd, True)
             status = os.fstat(fd)
             if stat.S_ISDIR(status.st_mode):
                 os.close(fd)

@@ -486,6 +486,19 @@ def test_a_socket_is_read_while_it_is_written(tmp_path: Path) -> None:
     assert encoded(found.report) == encoded(report_of(ROWS))
 
 
+def test_a_pipe_whose_writer_comes_later_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    source = Source.open(str(path))  # returns, though nobody writes
+    writer = threading.Thread(target=path.write_bytes, args=(GOOD,))
+    chunks = source.chunks()
+    assert next(chunks) == b""
+    writer.start()
+    assert b"".join(chunks) == GOOD
+    writer.join()
+    os.close(source.fd)
+
+
 def test_what_takes_long_shows_how_far_it_is(tmp_path: Path) -> None:
     path = tmp_path / "in"
     path.write_bytes(encoded(make_event()) * 400_000)

@@ -42,7 +42,7 @@ _LINGER_S = 1.0
 """At the end: how long readers may keep us waiting without taking anything."""
 _END_S = 5.0
 """The same with taking something."""
-_SILENCE_MS = 60_000
+_SILENCE_S = 60
 """A TCP peer that acknowledges nothing for so long has gone without a word."""
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -282,8 +282,9 @@ class Msgpack:
         """A reader has come: first of all he gets the header."""
         made.setblocking(False)
         if made.family != socket.AF_UNIX:
-            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _SILENCE_MS)
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _SILENCE_S * 1000)
             made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENCE_S)
         reader = self.readers[made.fileno()] = Reader(made, self.limit)
         reader.push(self._header(*self._schema))
         self._epoll.register(made, select.EPOLLIN)

@@ -327,6 +327,19 @@ def test_who_says_that_he_will_say_no_more_may_read_on(bench: Bench) -> None:
     assert counts(client.rest()) == (100, 0)
 
 
+def test_a_peer_that_has_gone_without_a_word_is_given_up_after_a_minute(bench: Bench) -> None:
+    """By the kernel: it is asked whether it will."""
+    sink = bench.sink(tcp=f"127.0.0.1:{free_port()}")
+    assert sink.listening
+    bench.client(sink.listening.getsockname())
+    sink.poll()
+    (reader,) = sink.readers.values()
+    for option, value in ((socket.TCP_USER_TIMEOUT, 60_000), (socket.TCP_KEEPIDLE, 60)):
+        assert reader.socket.getsockopt(socket.IPPROTO_TCP, option) == value
+    assert reader.socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    sink.close(REPORT)
+
+
 def test_no_reader_is_no_error(bench: Bench) -> None:
     sink = bench.sink()
     sink.write(rows(10))
