@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import attrs
+import msgspec
 
 from .errors import UsageError
 from .hookpoints import HookPoint, Interfaces, checked_name
@@ -65,7 +66,9 @@ class Sink(Protocol):
     """Consumes batches. A method that raises gets the sink switched off; the run goes on.
 
     A sink may also have ``idle()``: called once a second, so that it can raise
-    ReaderGoneError while there is nothing to write.
+    ReaderGoneError while there is nothing to write. And ``poll()``: called whenever the
+    rings have been looked at, every 3 to 20 ms, also when nothing came (in a replay at
+    least every 100 ms); it must not block.
     """
 
     def write(self, batch: Sequence[Event]) -> None:
@@ -102,10 +105,14 @@ class RunInfo:
     Args:
         probes: Names of the probes.
         stopping: Says whether the user asked to stop: a blocked write then gives up.
+        events: The rows' class of each probe.
+        live: False in a replay: whose rows there will be is not known, nor are host and clocks.
     """
 
     probes: tuple[str, ...]
     stopping: Callable[[], bool] = lambda: False
+    events: Mapping[str, type[Event]] = attrs.field(factory=dict)
+    live: bool = True
 
 
 @attrs.frozen
@@ -175,6 +182,17 @@ class RunReport:
     """Rows that came after a younger one was delivered."""
     switched_off: Mapping[str, str] = attrs.field(factory=dict)
     """Sink -> why it was switched off."""
+    incomplete: str = ""
+    """Why these are not the books of the whole run; empty where they are."""
+
+    @classmethod
+    def from_json(cls, value: Any) -> Self:
+        """The inverse of as_json(), for what it holds.
+
+        Raises:
+            ValueError: It is no report.
+        """
+        return msgspec.convert(value, cls)
 
     def as_json(self) -> dict[str, Any]:
         """What ends a capture: ``{"v":1,"report":...}``."""
@@ -199,6 +217,7 @@ class RunReport:
                 for name, probe in self.probes.items()
             },
             "switched_off": dict(self.switched_off),
+            **({"incomplete": self.incomplete} if self.incomplete else {}),
         }
 
     @property

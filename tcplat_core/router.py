@@ -66,12 +66,13 @@ class Router:
             self._cut.update(map(_HOOK, ready[room:]))
             ready = ready[:room]
         if ready:
-            self._deliver(ready)
+            self.deliver(ready)
         oldest_ns = self._waiting[0].ts_ns if self._waiting else None
         while self._losses and (oldest_ns is None or oldest_ns > self._losses[0][0]):
             self._each("lost", self._losses.pop(0)[1])
 
-    def _deliver(self, ready: list[Event]) -> None:
+    def deliver(self, ready: Sequence[Event]) -> None:
+        """Hand over rows that are in order already."""
         for row in ready:  # sorted: what is late stands first
             if row.ts_ns >= self._last_ns:
                 break
@@ -93,9 +94,16 @@ class Router:
 
     def idle(self) -> None:
         """Let sinks notice that their reader has gone, also while nothing happens."""
+        self._those_with("idle")
+
+    def poll(self) -> None:
+        """Let sinks serve their readers, also while nothing happens."""
+        self._those_with("poll")
+
+    def _those_with(self, method: str) -> None:
         for name, sink in list(self.sinks.items()):
-            if hasattr(sink, "idle"):
-                self._call(name, sink.idle)
+            if hasattr(sink, method):
+                self._call(name, getattr(sink, method))
 
     def close(self, report: RunReport) -> None:
         """End every sink, those that were switched off before excepted."""
