@@ -23,17 +23,22 @@ if TYPE_CHECKING:
         tracepoints,
         xdp,
     )
-    from .hookspecs import hookimpl
+    from .hookspecs import HOOKSPEC_VERSION, hookimpl
+    from .kinds import Kind, boolean, choice, duration, integer, size
     from .model import Loss, Option, Options, ProbeSpec, RunInfo, RunReport, Sink, SinkSpec
     from .output import Output
-    from .schema import Event, Moment, Wire, micros
+    from .schema import SCHEMA_VERSION, Event, Field, Moment, Wire, address, fields, micros
 
 __all__ = [
+    "HOOKSPEC_VERSION",
+    "SCHEMA_VERSION",
     "CannotRunError",
     "Event",
+    "Field",
     "Hook",
     "HookPoint",
     "Interfaces",
+    "Kind",
     "Loss",
     "Moment",
     "Option",
@@ -50,20 +55,27 @@ __all__ = [
     "UsageError",
     "Way",
     "Wire",
+    "address",
+    "boolean",
+    "choice",
+    "duration",
     "fenter",
     "fentry",
     "fexit",
+    "fields",
     "hookimpl",
+    "integer",
     "kentry",
     "kprobe",
     "kreturn",
     "micros",
+    "size",
     "tracepoint",
     "tracepoints",
     "xdp",
 ]
 
-_HOMES = ("errors", "hookpoints", "hookspecs", "model", "output", "schema")
+_HOMES = ("errors", "hookpoints", "hookspecs", "kinds", "model", "output", "schema")
 
 
 def __getattr__(name: str) -> Any:

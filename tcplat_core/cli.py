@@ -6,7 +6,6 @@ import gc
 import ipaddress
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from . import kinds
 from .errors import CannotRunError, EventsLostError, TcplatError, UsageError
 from .hookpoints import SKIPPED_FUNCS
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from .command import Command
     from .filters import Filter
-    from .model import ProbeReport, RunReport, Sink
+    from .model import ProbeReport, ProbeSpec, RunReport, Sink
     from .plugins import Plugins
 
 # What a command needs is imported when it is called: `plugins list` and --help
@@ -37,10 +37,13 @@ class _Duration(click.ParamType[float]):
     ) -> float:
         if isinstance(value, float):
             return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h)?", value)
-        if not found or float(found[1]) == 0:
+        try:
+            seconds = float(kinds.duration(value))
+        except ValueError:
+            seconds = 0
+        if not seconds:
             self.fail(f"{value!r} is not a time; write 5, 500ms, 30s, 2m or 1h", param, ctx)
-        return float(found[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[found[2] or "s"]
+        return seconds
 
 
 class _Size(click.ParamType[int]):
@@ -49,11 +52,13 @@ class _Size(click.ParamType[int]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        found = re.fullmatch(r"(\d+)([KMG]?)", value)
-        size = int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]] if found else 0
-        if size & (size - 1) or not 1 << 12 <= size <= 1 << 30:
+        try:
+            number = int(kinds.size(value))
+        except ValueError:
+            number = 0
+        if number & (number - 1) or not 1 << 12 <= number <= 1 << 30:
             self.fail(f"{value!r} is not a power of two from 4K to 1G", param, ctx)
-        return size
+        return number
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -256,7 +261,7 @@ def _run(
         session = Session(
             loader=loader,
             probes=chosen,
-            sinks=_sinks(plugins, sinks, [spec.name for spec, _ in chosen], signals.stopping),
+            sinks=_sinks(plugins, sinks, [spec for spec, _ in chosen], signals.stopping),
             request=Request(
                 probes=(),
                 attach=attach,
@@ -367,10 +372,16 @@ def _probes(plugins: Plugins, texts: Sequence[str]) -> list[tuple[Any, Any]]:
 
 
 def _sinks(
-    plugins: Plugins, texts: Sequence[str], probes: Sequence[str], stopping: Callable[[], bool]
+    plugins: Plugins,
+    texts: Sequence[str],
+    probes: Sequence[ProbeSpec],
+    stopping: Callable[[], bool],
 ) -> dict[str, Sink]:
     from .model import RunInfo, parse_choice, read_options  # noqa: PLC0415 - see the top
 
+    run = RunInfo(
+        tuple(spec.name for spec in probes), stopping, {spec.name: spec.event for spec in probes}
+    )
     made: dict[str, Sink] = {}
     for text in texts:
         name, given = parse_choice(text)
@@ -378,7 +389,7 @@ def _sinks(
         if text in made:
             raise UsageError(f"--sink {text} is given twice")
         options = read_options(f"sink {name}", spec.options, given)
-        made[text] = spec.factory(options, RunInfo(tuple(probes), stopping))
+        made[text] = spec.factory(options, run)
     return made
 
 

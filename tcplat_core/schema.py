@@ -10,6 +10,10 @@ magnitude faster than attrs objects or dicts (see ARCHITECTURE.md).
 from __future__ import annotations
 
 import errno
+import functools
+import inspect
+import keyword
+import re
 import socket
 import struct
 import time
@@ -19,6 +23,8 @@ from typing import Annotated, Any
 
 import attrs
 import msgspec
+
+from .errors import PluginError
 
 SCHEMA_VERSION = 1
 
@@ -45,7 +51,39 @@ TCP_FLAGS = ("FIN", "SYN", "RST", "PSH", "ACK", "URG", "ECE", "CWR")
 _HAS = {"seq": 1, "bytes": 2, "flags": 4}
 """Bits of the record's `has`, as in include/tcplat/event.bpf.h; a subclass has the other five."""
 
-_C_TYPES = {"u64": ("Q", 8), "u32": ("I", 4), "u16": ("H", 2), "u8": ("B", 1)}
+_C_TYPES = {
+    "u64": ("Q", 8),
+    "u32": ("I", 4),
+    "u16": ("H", 2),
+    "u8": ("B", 1),
+    "s64": ("q", 8),
+    "s32": ("i", 4),
+    "s16": ("h", 2),
+    "s8": ("b", 1),
+    "bool": ("?", 1),
+}
+"""C type -> its letter in :mod:`struct`, and its size. Arrays are of u8 or char."""
+
+LARGEST_RECORD = 1024
+"""Bytes: what BPF can fill with zeros in one go. The smallest ring has room for three."""
+
+_RESERVED = frozenset(
+    {
+        # C11, and what the headers define besides.
+        *("auto", "break", "case", "char", "const", "continue", "default", "do", "double"),
+        *("else", "enum", "extern", "float", "for", "goto", "if", "inline", "int", "long"),
+        *("register", "restrict", "return", "short", "signed", "sizeof", "static", "struct"),
+        *("switch", "typedef", "union", "unsigned", "void", "volatile", "while", "bool"),
+        *("true", "false", "asm", "typeof", "linux", "unix", "current", "size_t"),
+        *("u8", "u16", "u32", "u64", "s8", "s16", "s32", "s64"),
+        *keyword.kwlist,
+        "offset_ns",  # what the decoder works with
+    }
+)
+"""No name for a member of a record."""
+
+_UNITS = ("ns", "us", "ms", "s", "bytes")
+"""How the name of a field may end; it is then the unit."""
 
 
 def text(raw: bytes) -> str:
@@ -109,29 +147,63 @@ class _Memo(dict[Any, Any]):
         return value
 
 
+def _checked_type(_: object, __: object, c_type: str) -> None:
+    found = re.fullmatch(r"([a-z]+\d*)(\[[1-9]\d*\])?", c_type)
+    if found and found[1] in ("char", "u8") and found[2]:
+        return
+    if found is None or found[1] not in _C_TYPES or found[2]:
+        raise PluginError(
+            f"a field cannot be of the C type {c_type!r}, but of "
+            f"{', '.join(_C_TYPES)}, char[N] or u8[N]"
+        )
+
+
+def _checked_block(_: object, __: object, block: str) -> None:
+    if block not in ("", "socket", "kind"):
+        raise PluginError(f"there is no block {block!r}; for a field of your own leave it empty")
+
+
 @attrs.frozen
 class Wire:
     """A member of the kernel's record.
 
     Args:
-        c_type: u8, u16, u32, u64, or an array of u8 or char: ``u8[16]``.
-        doc: What the value is, with its unit.
+        c_type: u8 to u64, s8 to s64 (signed), bool, char[N] (a text that ends at its first
+            NUL, escaped so that it is safe to print), or u8[N] (bytes, which want `to`).
+        doc: What the value is.
         member: Its name in C; the field's name unless given.
         to: Turns the raw value into the field's; must be pure, answers are remembered.
-        nullable: A raw 0 means that nobody can know: the field is None.
-        has: The field is None unless the handler set TCPLAT_HAS_<NAME>.
+            :func:`micros` for ns, :func:`address` for 16 bytes in network order.
+        nullable: A raw 0, or nothing but zeros, means that nobody can know: the field is None.
+        has: The field is None unless the handler set TCPLAT_HAS_<NAME>; five at most.
         block: The members of a block stand side by side, and change together or seldom:
             what they mean is worked out once for each value of the whole block. Either
             ``socket`` or ``kind``; for fields of your own leave it empty.
+        column: Its head in the sink `table`; the name in capitals, with its unit in brackets,
+            unless given: ``rto_us`` is ``RTO(us)``. Empty: it has no column.
+
+    Raises:
+        PluginError: There is no such type or block.
     """
 
-    c_type: str
+    c_type: str = attrs.field(validator=_checked_type)
     doc: str
     member: str = ""
     to: Callable[[Any], Any] | None = None
     nullable: bool = False
     has: bool = False
-    block: str = ""
+    block: str = attrs.field(default="", validator=_checked_block)
+    column: str | None = None
+
+    @property
+    def converter(self) -> Callable[[Any], Any] | None:
+        """What turns the raw value into the field's, where `to` leaves it to the type."""
+        if self.c_type.startswith("char") and self.to is None:
+            return name if self.nullable else text
+        if "[" in self.c_type and self.nullable and self.to is not None:
+            to = self.to
+            return lambda raw: to(raw) if any(raw) else None
+        return self.to
 
 
 @attrs.frozen
@@ -269,20 +341,120 @@ _HIDDEN = (
 """Members that reach the row only in translation."""
 
 
-def _annotations(event: type[Event]) -> list[tuple[str, Wire | Hook | Made]]:
+@functools.cache  # it evaluates the text of every annotation, and is asked for each new socket
+def _annotations(event: type[Event]) -> tuple[tuple[str, Wire | Hook | Made], ...]:
     hints = typing.get_type_hints(event, include_extras=True)
-    return [(name, hints[name].__metadata__[0]) for name in event.__struct_fields__]
+    return tuple((name, hints[name].__metadata__[0]) for name in event.__struct_fields__)
 
 
-def documentation(event: type[Event] = Event) -> list[tuple[str, str, str]]:
-    """Name, JSON type and meaning of each field, in order."""
-    names = {int: "int", float: "float", str: "str", type(None): "null"}
+@attrs.frozen
+class Field:
+    """What a sink or a reader may want to know of a field.
+
+    Args:
+        name: In Python and in JSON.
+        type: In JSON: ``int``, ``float or null`` ...
+        unit: ns, us, ms, s or bytes, as its name ends; empty where it has none.
+        doc: What it means.
+        own: It is not in every event, but this probe's.
+        column: Its head in a table; empty where it is to have none.
+    """
+
+    name: str
+    type: str
+    unit: str
+    doc: str
+    own: bool
+    column: str
+
+
+_TYPES = {int: "int", float: "float", str: "str", bool: "bool", type(None): "null"}
+
+
+def fields(event: type[Event] = Event) -> tuple[Field, ...]:
+    """The fields of an event's class, in the order of its JSON keys."""
     hints = typing.get_type_hints(event)
-    rows = []
-    for name, source in _annotations(event):
-        kinds = typing.get_args(hints[name]) or (hints[name],)
-        rows.append((name, " or ".join(names[kind] for kind in kinds), source.doc))
-    return rows
+    found = []
+    for field, source in _annotations(event):
+        unit = field.rpartition("_")[2]
+        unit = unit if unit in _UNITS else ""
+        column = source.column if isinstance(source, Wire) else None
+        if column is None:
+            stem = field.removesuffix(f"_{unit}") if unit else field
+            column = f"{stem.upper()}({unit})" if unit and stem != field else field.upper()
+        found.append(
+            Field(
+                field,
+                " or ".join(_TYPES[kind] for kind in _kinds(hints[field])),
+                unit,
+                source.doc,
+                field not in Event.__struct_fields__,
+                column,
+            )
+        )
+    return tuple(found)
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """``int | None`` as its parts."""
+    return typing.get_args(hint) or (hint,)
+
+
+def checked_event(_: object, __: object, event: type[Event]) -> None:
+    """Validate a probe's event class: its fields become C, Python, JSON and a column.
+
+    Raises:
+        PluginError: The sentence names the field, and what is wrong with it.
+    """
+    if not (isinstance(event, type) and issubclass(event, Event)):
+        raise PluginError(f"event={event!r} is no subclass of tcplat_core.Event")
+    again = [
+        field
+        for cls in event.__mro__[: event.__mro__.index(Event)]
+        for field in inspect.get_annotations(cls)
+        if field in Event.__struct_fields__
+    ]
+    if again:
+        raise PluginError(f"{event.__name__}.{again[0]} is a field of every event already")
+    hints = typing.get_type_hints(event, include_extras=True)
+    taken = {member for member, _ in Record(Event).members}
+    for field in event.__struct_fields__[len(Event.__struct_fields__) :]:
+        what = f"{event.__name__}.{field}"
+        source = (*getattr(hints[field], "__metadata__", ()), None)[0]
+        if not isinstance(source, Wire | Made):
+            raise PluginError(
+                f'{what} is not declared as {field}: Annotated[int, Wire("u32", "what it is")]'
+            )
+        kinds = _kinds(typing.get_args(hints[field])[0])
+        if not set(kinds) <= _TYPES.keys():
+            raise PluginError(f"{what}: a field is int, float, str or bool, or that or None")
+        if isinstance(source, Wire):
+            _check_wire(what, field, source, kinds, taken)
+    if len(_has_bits(event)) > 8:  # noqa: PLR2004 - it is a u8
+        raise PluginError(f"{event.__name__} has more than five fields with has=True")
+    size = Record(event).size
+    if size > LARGEST_RECORD:
+        raise PluginError(
+            f"a record of {event.__name__} has {size} bytes; {LARGEST_RECORD} are the most"
+        )
+
+
+def _check_wire(
+    what: str, field: str, source: Wire, kinds: tuple[Any, ...], taken: set[str]
+) -> None:
+    member = source.member or field
+    for word in (field, member):
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", word):
+            raise PluginError(f"{what}: {word!r} must be lower-case letters, digits, underscores")
+    if member in _RESERVED:
+        raise PluginError(f"{what}: {member!r} is a reserved word; give it another member=")
+    if member in taken or member == "event_pad":
+        raise PluginError(f"{what}: the record has a member {member!r} already")
+    taken.add(member)
+    if (source.nullable or source.has) and type(None) not in kinds:
+        raise PluginError(f"{what} may be unknown, and is not declared as ... | None")
+    if source.c_type.startswith("u8[") and source.to is None:
+        raise PluginError(f"{what}: the bytes of {source.c_type} want to=, as in to=address")
 
 
 @attrs.frozen
@@ -369,13 +541,15 @@ class Record:
         """
         annotations = _annotations(self.event)
         has = _has_bits(self.event)
-        names: dict[str, Any] = {"Event": self.event, "probe": probe}
+        # Capitals: fields have none, so that theirs cannot clash with these.
+        names: dict[str, Any] = {"EVENT": self.event, "probe": probe}
         values: list[str] = []
         of_socket: list[tuple[str, Wire]] = []
         of_kind: list[tuple[str, Wire | Hook | Made]] = []
         for field, source in annotations:
             if isinstance(source, Wire):
-                names[f"to_{field}"] = source.to and _Memo(source.to)
+                to = source.converter
+                names[f"TO_{field}"] = to and _Memo(to)
             if isinstance(source, Wire) and not source.block:
                 values.append(_wire_expression(field, source, has))
             elif isinstance(source, Made) and source.by != "ifname":
@@ -407,20 +581,20 @@ class Record:
             full, empty = (_describe(hook, members, empty=empty) for empty in (False, True))
             return (*found, members["has"], full, empty)
 
-        names["sockets"], names["kinds"] = _Memo(sockets), _Memo(kinds)
+        names["SOCKETS"], names["KINDS"] = _Memo(sockets), _Memo(kinds)
         others = [member for member, _ in self._block("") if member != "event_pad"]
         of_sockets = [f"_{field}" for field, _ in of_socket]
-        of_kinds = [*(f"_{field}" for field, _ in of_kind), "has", "full", "empty"]
+        of_kinds = [*(f"_{field}" for field, _ in of_kind), "has", "FULL", "EMPTY"]
         source_text = (
-            "def decode(records, offset_ns):\n"
-            f"    return [Event({', '.join(values)})\n"
-            f"        for {', '.join(['socket', 'kind', *others])} in records\n"
-            f"        for {', '.join(of_sockets)} in (sockets[socket],)\n"
-            f"        for {', '.join(of_kinds)} in (kinds[kind],)]\n"
+            "def DECODE(RECORDS, offset_ns):\n"
+            f"    return [EVENT({', '.join(values)})\n"
+            f"        for {', '.join(['SOCKET', 'KIND', *others])} in RECORDS\n"
+            f"        for {', '.join(of_sockets)} in (SOCKETS[SOCKET],)\n"
+            f"        for {', '.join(of_kinds)} in (KINDS[KIND],)]\n"
         )
         exec(source_text, names)  # noqa: S102 - made above from the schema alone
         return typing.cast(
-            "Callable[[Iterable[tuple[Any, ...]], int], list[Event]]", names["decode"]
+            "Callable[[Iterable[tuple[Any, ...]], int], list[Event]]", names["DECODE"]
         )
 
     def hook(self, kind: bytes) -> int:
@@ -433,7 +607,7 @@ class Record:
         return dict(zip((member for member, _ in members), values, strict=True))
 
 
-_MADE = {"desc": "full if bytes else empty"}
+_MADE = {"desc": "FULL if bytes else EMPTY"}
 
 
 def _describe(hook: FiredBy, members: Mapping[str, Any], *, empty: bool) -> str:
@@ -459,10 +633,10 @@ def _has_bits(event: type[Event]) -> dict[str, int]:
 
 def _wire_expression(field: str, source: Wire, has: Mapping[str, int]) -> str:
     member = source.member or field
-    value = member if source.to is None else f"to_{field}[{member}]"
+    value = member if source.converter is None else f"TO_{field}[{member}]"
     if source.has:
         return f"{value} if has & {has[field]} else None"
-    if source.nullable:
+    if source.nullable and "[" not in source.c_type:
         return f"{value} if {member} else None"
     return value
 
@@ -478,7 +652,7 @@ def _wire_value(
     raw = members[source.member or field]
     if (source.has and not members["has"] & has[field]) or (source.nullable and not raw):
         return None
-    to = names[f"to_{field}"]
+    to = names[f"TO_{field}"]
     return raw if to is None else to[raw]
 
 

@@ -100,8 +100,14 @@ def here(loader: FakeLoader, monkeypatch: pytest.MonkeyPatch) -> Callable[..., i
         ("run --probe tcp_client:x", "'tcp_client:x': 'x' is not of the form key=value"),
         ("run --probe tcp_client:x=1", "probe tcp_client has no option 'x'"),
         ("run --probe tcp_client --sink table:hight=1", "sink table has no option 'hight'"),
-        ("run --probe tcp_client --sink table:width=x", "sink table: option width='x': invalid"),
-        ("run --probe tcp_client --sink table:width=-1", "option width='-1': it must be 0"),
+        (
+            "run --probe tcp_client --sink table:width=x",
+            "option width='x': it must be a whole number",
+        ),
+        (
+            "run --probe tcp_client --sink table:width=-1",
+            "option width='-1': it must be a whole number from 0",
+        ),
         ("run --probe tcp_client --probe tcp_client", "--probe tcp_client is given twice"),
         ("run --probe tcp_client --sink table --sink table", "--sink table is given twice"),
         ("run --probe tcp_client --sink jsonl:path=no/where", "cannot write no/where: No such"),

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from tcplat_core import Option, Options, Output, RunInfo, Sink, SinkSpec, hookimpl
+from tcplat_core import (
+    Option,
+    Options,
+    Output,
+    RunInfo,
+    Sink,
+    SinkSpec,
+    fields,
+    hookimpl,
+    integer,
+)
 
-_PATH = Option(name="path", help="file to write; standard output if not given")
-
-
-def _width(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError("it must be 0 (no limit) or a number of columns")
-    return value
+_PATH = Option(name="path", help="file to write; standard output if not given", metavar="FILE")
 
 
 def _jsonl(options: Options, run: RunInfo) -> Sink:
@@ -24,13 +27,14 @@ def _jsonl(options: Options, run: RunInfo) -> Sink:
 
 
 def _table(options: Options, run: RunInfo) -> Sink:
-    from .table import Table  # noqa: PLC0415 - only the sinks in use are imported
+    from .table import Table, extra_columns  # noqa: PLC0415 - only the sinks in use are imported
 
     output = Output.open(options["path"], run.stopping)
     limit = options["width"]
     if limit is None:
         limit = _terminal_width(output.fd)
-    return Table(output, limit)
+    own = [field for event in run.events.values() for field in fields(event) if field.own]
+    return Table(output, limit, extra_columns(own))
 
 
 def _terminal_width(fd: int) -> int:
@@ -61,7 +65,7 @@ def tcplat_register_sinks() -> Iterator[SinkSpec]:
             Option(
                 name="width",
                 help="columns to fit into, 0 for no limit; the terminal's if not given",
-                convert=_width,
+                convert=integer(least=0),
             ),
         ),
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import attrs
 
-from tcplat_core import Event, Loss, Output, RunReport
+from tcplat_core import Event, Field, Loss, Output, RunReport
 
 
 @attrs.frozen
@@ -60,6 +61,20 @@ _SHRINK = ("TCP_DESCRIPTION", "FUNC", "COMM", "SADDR", "DADDR")
 """Which columns give way first."""
 
 
+def extra_columns(fields: Iterable[Field]) -> tuple[Column, ...]:
+    """A column for each field that probes add; two of one head and name share it."""
+    return tuple(
+        Column(head, functools.partial(_own, name), len(head))
+        for head, name in dict.fromkeys((field.column, field.name) for field in fields)
+        if head
+    )
+
+
+def _own(name: str, row: Event) -> str:
+    value = getattr(row, name, None)  # rows of other probes do not have it
+    return _text(round(value, 3) if isinstance(value, float) else value)
+
+
 @attrs.define(eq=False)
 class Table:
     """Rows as a table.
@@ -68,14 +83,25 @@ class Table:
         output: Where to.
         limit: Columns of the terminal, 0 for no limit. Texts give way to it; a
             number that does not fit is left out whole.
+        extra: Columns of the probes' own, in front of the last one of all.
     """
 
     output: Output
     limit: int
-    _widths: list[int] = attrs.field(init=False, factory=lambda: [c.width for c in COLUMNS])
+    extra: Sequence[Column] = ()
+    _columns: tuple[Column, ...] = attrs.field(init=False)
+    _widths: list[int] = attrs.field(init=False)
     _headed: bool = attrs.field(init=False, default=False)
     _sockets: dict[tuple[object, ...], str] = attrs.field(init=False, factory=dict)
     _kinds: dict[tuple[object, ...], str] = attrs.field(init=False, factory=dict)
+
+    @_columns.default
+    def _all_columns(self) -> tuple[Column, ...]:
+        return (*COLUMNS[:-1], *self.extra, COLUMNS[-1])
+
+    @_widths.default
+    def _first_widths(self) -> list[int]:
+        return [column.width for column in self._columns]
 
     def write(self, batch: Sequence[Event]) -> None:
         """One line per row; the head again where a column had to grow."""
@@ -84,7 +110,7 @@ class Table:
         if not self.limit:
             self._write_all(batch)
             return
-        cells = [[column.value(row) for column in COLUMNS] for row in batch]
+        cells = [[column.value(row) for column in self._columns] for row in batch]
         lines = []
         needed = [max(map(len, column)) for column in zip(*cells, strict=True)]
         if any(need > width for need, width in zip(needed, self._widths, strict=True)):
@@ -93,7 +119,8 @@ class Table:
         widths = self._fitted()
         if not self._headed:
             heads = [
-                _cut(column.head, width) for column, width in zip(COLUMNS, widths, strict=True)
+                _cut(column.head, width)
+                for column, width in zip(self._columns, widths, strict=True)
             ]
             lines.append(self._line([*heads[:-1], self._last_head(widths)], widths))
             self._headed = True
@@ -112,7 +139,8 @@ class Table:
                 self._kinds.clear()
         if not self._headed:
             heads = [
-                _cut(column.head, width) for column, width in zip(COLUMNS, widths, strict=True)
+                _cut(column.head, width)
+                for column, width in zip(self._columns, widths, strict=True)
             ]
             lines.insert(0, self._line([*heads[:-1], COLUMNS[-1].head], widths))
             self._headed = True
@@ -126,6 +154,10 @@ class Table:
         time = COLUMNS[7].value(row)
         self._widths[7] = max(self._widths[7], len(time))
         line = f"{left} {time.ljust(self._widths[7])} {right}"
+        for at, column in enumerate(self.extra, _KIND.stop):
+            cell = column.value(row)
+            self._widths[at] = max(self._widths[at], len(cell))
+            line = f"{line} {cell.ljust(self._widths[at])}"
         if row.connect_us is None:
             return line.rstrip()
         return f"{line} {COLUMNS[11].value(row)}"
