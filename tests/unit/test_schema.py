@@ -292,7 +292,7 @@ def test_a_field_has_a_unit_and_a_column_after_its_name() -> None:
 
 @pytest.mark.parametrize("c_type", ["int", "u128", "u32[4]", "char", "char[0]", "u8[", "", "s8[4]"])
 def test_there_is_no_such_c_type(c_type: str) -> None:
-    with pytest.raises(PluginError, match="a field cannot be of the C type .* but of u64, u32"):
+    with pytest.raises(PluginError, match=r"a field cannot be of the C type .* but of u64, u32"):
         Wire(c_type, "odd")
 
 
@@ -344,7 +344,7 @@ def test_a_probe_cannot_be_declared_with(case: str) -> None:
 
 
 def test_the_event_of_a_probe_is_one_of_ours() -> None:
-    with pytest.raises(PluginError, match="is no subclass of tcplat_core.Event"):
+    with pytest.raises(PluginError, match=r"is no subclass of tcplat_core\.Event"):
         ProbeSpec(name="odd", summary="odd", source="", points=(), event=dict)  # type: ignore[arg-type] # that is the fault
 
 
