@@ -468,6 +468,53 @@ def plugins_list(give_up_root: Callable[[], None] | None, *, as_json: bool) -> N
         click.echo(" ".join(padded).rstrip())
 
 
+@plugins.command("show")
+@click.argument("name")
+@click.option(
+    "--kind",
+    type=click.Choice(["probe", "sink"]),
+    help="Which, where a probe and a sink have one name.",
+)
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_obj
+def plugins_show(
+    give_up_root: Callable[[], None] | None, *, name: str, kind: str | None, as_json: bool
+) -> None:
+    """What a probe or sink is, and how this host would run it."""
+    from . import show  # noqa: PLC0415 - see the top
+    from .plugins import Plugins  # noqa: PLC0415
+
+    sight = show.Sight.now()
+    if give_up_root:
+        give_up_root()
+    several = Plugins.load().named(name, kind)
+    if len(several) > 1:
+        raise UsageError(f"there are a probe and a sink named {name!r}: --kind says which")
+    told = show.as_json(*several[0], sight)
+    click.echo(json.dumps(told, indent=2) if as_json else show.as_text(told))
+
+
+@plugins.command("new")
+@click.argument("kind", type=click.Choice(["probe", "sink"]))
+@click.argument("name")
+@click.option("--dir", "folder", default=".", metavar="DIR", help="Where to.  [default: .]")
+@click.pass_obj
+def plugins_new(
+    give_up_root: Callable[[], None] | None, *, kind: str, name: str, folder: str
+) -> None:
+    """A project of your own, tcplat-NAME, with a probe or sink that works."""
+    from . import new  # noqa: PLC0415 - see the top
+
+    if give_up_root:
+        give_up_root()
+    project, *files = new.create(kind, name, Path(folder))
+    click.echo(f"{project}: {len(files)} files. Next:")
+    click.echo(f"  pip install {project if project.is_absolute() else f'./{project}'}")
+    click.echo(f"  tcplat plugins show {name}")
+    run = f"--probe {name}" if kind == "probe" else f"--probe tcp_client --sink {name}"
+    click.echo(f"  sudo tcplat run {run}")
+
+
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def doctor(*, as_json: bool) -> None:

@@ -9,7 +9,7 @@ For tcplat's own tests and for those of a plugin::
 """
 
 from .kernel import FakeBooks, FakeLoader, FakeProbe, FakeRing
-from .rows import RecordingSink, make_event, make_record
+from .rows import RecordingSink, make_event, make_record, make_row
 
 __all__ = [
     "FakeBooks",
@@ -19,4 +19,5 @@ __all__ = [
     "RecordingSink",
     "make_event",
     "make_record",
+    "make_row",
 ]
