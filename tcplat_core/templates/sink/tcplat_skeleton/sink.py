@@ -54,6 +54,7 @@ class Totals:
         ):
             name = "-" if group is None else group
             lines.append(f"{rows:>10} {sent:>14} {received:>14} {name}")
+        lines.append(f"in {report.duration_s:.1f} s")
         if self.lost_events:
             lines.append(f"{self.lost_events} events were lost: these figures are too low")
         self.output.write("".join(f"{line}\n" for line in lines).encode())

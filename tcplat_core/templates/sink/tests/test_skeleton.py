@@ -30,9 +30,10 @@ def test_bytes_are_summed_by_process(tmp_path: Path) -> None:
     sink.write([])
     sink.write([make_event(comm="curl", point="recv", bytes=7), make_event(comm=None, bytes=1)])
     sink.close(REPORT)
-    head, *lines = (tmp_path / "out").read_text().splitlines()
+    head, *lines, last = (tmp_path / "out").read_text().splitlines()
     assert head.split() == ["ROWS", "SENT", "RECEIVED", "COMM"]
     assert [line.split() for line in lines] == [["3", "70", "7", "curl"], ["1", "1", "0", "-"]]
+    assert last == "in 1.0 s"
 
 
 def test_losses_are_said(tmp_path: Path) -> None:
