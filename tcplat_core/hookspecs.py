@@ -26,6 +26,7 @@ HOOKSPEC_VERSION = "1.0"
 
 hookspec = pluggy.HookspecMarker("tcplat")
 hookimpl = pluggy.HookimplMarker("tcplat")
+"""Stands above a function that implements a hook; without it, tcplat does not take it for one."""
 
 
 @hookspec

@@ -54,6 +54,7 @@ class Option:
 
 
 Options = Mapping[str, Any]
+"""What a probe or sink is given: each of its options, converted, or its default."""
 
 
 def example(name: str, options: Sequence[Option]) -> str:

@@ -27,6 +27,7 @@ import msgspec
 from .errors import PluginError
 
 SCHEMA_VERSION = 1
+"""Of the event: the `v` of every row and every capture."""
 
 TCP_STATES = (
     None,

@@ -174,7 +174,9 @@ def _option_cells(option: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _shown(default: Any) -> str:
-    return ("yes" if default else "no") if isinstance(default, bool) else str(default)
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
