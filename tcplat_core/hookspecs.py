@@ -43,9 +43,7 @@ def tcplat_register_probes() -> Iterable[ProbeSpec]:
                 name="tcp_retransmit",
                 summary="each segment that is sent again",
                 source=files(__package__).joinpath("tcp_retransmit.bpf.c").read_text(),
-                points=(
-                    HookPoint("retransmit", (tracepoint("tcp:tcp_retransmit_skb", "tp_retrans"),)),
-                ),
+                points=(HookPoint("again", (tracepoint("tcp:tcp_retransmit_skb", "tp_again"),)),),
             )
     """
     return ()
