@@ -107,7 +107,7 @@ class Sink(Protocol):
         """Events were lost at this place in the stream."""
 
     def close(self, report: RunReport) -> None:
-        """The run is over. Called once; not where a method has failed before."""
+        """The run is over. Not called where a method has failed before; twice does no harm."""
 
 
 @attrs.frozen(kw_only=True)

@@ -395,6 +395,15 @@ def fields(event: type[Event] = Event) -> tuple[Field, ...]:
     return tuple(found)
 
 
+def wires(event: type[Event]) -> dict[str, tuple[str, Wire]]:
+    """Member of the record -> the field that it fills, and how."""
+    return {
+        source.member or field: (field, source)
+        for field, source in _annotations(event)
+        if isinstance(source, Wire)
+    }
+
+
 def _kinds(hint: Any) -> tuple[Any, ...]:
     """``int | None`` as its parts."""
     return typing.get_args(hint) or (hint,)
