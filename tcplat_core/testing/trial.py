@@ -219,12 +219,12 @@ def _open_fds() -> set[str]:
     return fds
 
 
-def _still_there(objects: Sequence[tuple[int, str, int]]) -> list[str]:
+def _still_there(objects: Sequence[tuple[int, str, int]], patience_s: float = _GONE_S) -> list[str]:
     """Which of our programs, maps and links the kernel has not let go of."""
     from tcplat_core.loader import bpf  # noqa: PLC0415 - see attach()
 
     there = {(kind, number) for _, kind, number in objects if number}
-    deadline = time.monotonic() + _GONE_S
+    deadline = time.monotonic() + patience_s
     while there and time.monotonic() < deadline:
         there = {one for one in there if bpf.exists(*one)}
         time.sleep(0.01)

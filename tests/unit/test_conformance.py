@@ -100,7 +100,9 @@ def test_the_probe_that_faults_are_planted_in_has_none() -> None:
 
 
 def fails_on_listening(moment: Moment) -> str:
-    return {"TCP_LISTEN": ""}.get(moment.state or "", "gone") or {}["TCP_LISTEN"]
+    if moment.state == "TCP_LISTEN":
+        raise KeyError(moment.state)
+    return "gone"
 
 
 def an_option(**fields: Any) -> tuple[Option, ...]:
@@ -144,8 +146,7 @@ PROBE_FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "a converter that raises TypeError": (
         {"options": an_option(convert=raises_type_error, default=1)},
         "options",
-        "raises TypeError: object of type 'NoneType' has no len(): "
-        "its converter has to raise ValueError",
+        "has no len(): its converter has to raise ValueError, in words for the user",
     ),
     "two options of one name": (
         {"options": (*GOOD.options, *GOOD.options)},
@@ -173,8 +174,7 @@ PROBE_FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "a program for two functions": (
         in_points(CLOSE, HookPoint("reset", (tracepoint("tcp:tcp_send_reset", "tp_gone"),))),
         "hook points",
-        "program tp_gone is for tracepoint:tcp:tcp_destroy_sock and for "
-        "tracepoint:tcp:tcp_send_reset",
+        "is for tracepoint:tcp:tcp_destroy_sock and for tracepoint:tcp:tcp_send_reset: a row could",
     ),
     "a kprobe among tracepoints": (
         in_points(HookPoint("close", (Way("tracepoint", (Hook("f", "tp_gone", "kprobe"),)),))),
@@ -199,8 +199,7 @@ PROBE_FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "too many words": (
         {"describe": lambda _: "a socket is gone"},
         "descriptions",
-        "'a socket is gone' for point 'close', state None, old_state None, err 0, 16 letters: "
-        "the table has room for 15",
+        "old_state None, err 0, 16 letters: the table has room for 15",
     ),
     "a conversion that gives another type": (
         {"event": Narrow},
@@ -340,7 +339,7 @@ class CommandsTerminal(Lines):
 
 
 class ClosesOnce(Lines):
-    def close(self, report: RunReport) -> None:
+    def close(self, report: RunReport) -> None:  # noqa: ARG002 - it does nothing with it
         self.output.write(b"end\n")
         os.close(self.output.fd)
 
@@ -516,7 +515,7 @@ def test_a_plugin_that_does_not_load_is_broken(
     (tmp_path / f"{name}.py").write_text(PLUGIN.format(**(parts | change)))
     monkeypatch.syspath_prepend(tmp_path)
     entry = importlib.metadata.EntryPoint("theirs", name, "tcplat")
-    with pytest.raises(PluginError, match="plugin theirs .* is broken: ") as caught:
+    with pytest.raises(PluginError, match=r"plugin theirs .* is broken: ") as caught:
         conformance.subjects("theirs", Plugins.load([entry]))
     assert sentence in str(caught.value)
 
@@ -589,16 +588,11 @@ def test_what_cannot_be_checked_at_all(choice: str, status: int, sentence: str) 
 
 
 def test_without_any_capability_the_c_is_compiled_all_the_same() -> None:
-    """bcc wants to create maps, which nobody lets it: all that counts is done by then."""
-    if os.geteuid() == 0:
-        within = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
-    else:
-        within = ()
+    """All that bcc needs rights for is to create maps, and by then it has compiled."""
+    drop = ("setpriv", "--bounding-set=-all", "--inh-caps=-all") if os.geteuid() == 0 else ()
+    tcplat = str(Path(sys.executable).with_name("tcplat"))
     done = subprocess.run(
-        [*within, Path(sys.executable).with_name("tcplat")]
-        + ["plugins", "check", "tcp_client", "--json"],
-        capture_output=True,
-        check=True,
+        [*drop, tcplat, "plugins", "check", "tcp_client", "--json"], capture_output=True, check=True
     )
     verdicts = {one["check"]: one for one in json.loads(done.stdout)[0]["checks"]}
     for name in ("compiles by kprobe", "compiles by fentry", "compiles by tracepoint", "programs"):
