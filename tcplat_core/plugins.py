@@ -72,18 +72,21 @@ class Plugins:
         """The sink of that name, or PluginError."""
         return self.sinks.get(name) or self._missing("sink", name, self.sinks)
 
-    def missing(self, name: str) -> NoReturn:
-        """Say why there is neither a probe nor a sink of that name.
-
-        Raises:
-            PluginError: Always.
-        """
-        self._missing("probe or sink", name, [*self.probes, *self.sinks])
+    def named(self, name: str, kind: str | None = None) -> list[tuple[Found, ProbeSpec | SinkSpec]]:
+        """The probe and the sink of that name, or PluginError where there is neither."""
+        whole = [
+            (found, self._of(found.kind)[name])
+            for found in self.found
+            if found.name == name and found.status == "ok" and kind in (None, found.kind)
+        ]
+        if not whole:
+            self._missing(kind or "plugin", name, {**self.probes, **self.sinks})
+        return whole
 
     def _missing(self, kind: str, name: str, have: Iterable[str]) -> NoReturn:
         broken = [found for found in self.found if found.status != "ok"]
         for found in broken:
-            if found.name == name and (found.kind in kind or found.kind == "plugin"):
+            if found.name == name and (kind == "plugin" or found.kind in (kind, "plugin")):
                 raise PluginError(
                     f"{found.kind} {name} (from {found.distribution} {found.version}) is broken: "
                     f"{found.summary}"

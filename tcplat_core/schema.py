@@ -18,7 +18,7 @@ import socket
 import struct
 import time
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import attrs
@@ -101,6 +101,11 @@ def text(raw: bytes) -> str:
     return "".join(map(_escaped, plain))
 
 
+def printable(plain: str) -> str:
+    """Text from elsewhere, escaped as by text(), but for backslashes: it may have been before."""
+    return "".join(char if char == "\\" else _escaped(char) for char in plain)
+
+
 def _escaped(char: str) -> str:
     if char.isprintable() and char != "\\":
         return char
@@ -179,6 +184,8 @@ class Wire:
         block: The members of a block stand side by side, and change together or seldom:
             what they mean is worked out once for each value of the whole block. Either
             ``socket`` or ``kind``; for fields of your own leave it empty.
+        latency: It is a duration in µs, and ``--min-latency`` leaves out rows where it is
+            shorter: in the kernel the handler has to ask ``tcplat_too_fast()``.
         column: Its head in the sink `table`; the name in capitals, with its unit in brackets,
             unless given: ``rto_us`` is ``RTO(us)``. Empty: it has no column.
 
@@ -193,6 +200,7 @@ class Wire:
     nullable: bool = False
     has: bool = False
     block: str = attrs.field(default="", validator=_checked_block)
+    latency: bool = False
     column: str | None = None
 
     @property
@@ -324,6 +332,7 @@ class Event(msgspec.Struct, gc=False):
             member="connect_ns",
             to=micros,
             nullable=True,
+            latency=True,
         ),
     ]
     ifname: Annotated[str | None, Made("ifname", "interface of a packet")]
@@ -341,10 +350,18 @@ _HIDDEN = (
 """Members that reach the row only in translation."""
 
 
+def _sources(event: type[Event]) -> Iterator[tuple[str, Wire | Hook | Made | None]]:
+    """Each field and where its value comes from; None where that is not said."""
+    hints = typing.get_type_hints(event, include_extras=True)
+    for field in event.__struct_fields__:
+        found = (*getattr(hints[field], "__metadata__", ()), None)[0]
+        yield field, found if isinstance(found, Wire | Hook | Made) else None
+
+
 @functools.cache  # it evaluates the text of every annotation, and is asked for each new socket
 def _annotations(event: type[Event]) -> tuple[tuple[str, Wire | Hook | Made], ...]:
-    hints = typing.get_type_hints(event, include_extras=True)
-    return tuple((name, hints[name].__metadata__[0]) for name in event.__struct_fields__)
+    """The same of a class that a probe may have: all of it is said."""
+    return tuple((field, source) for field, source in _sources(event) if source)
 
 
 @attrs.frozen
@@ -372,27 +389,35 @@ _TYPES = {int: "int", float: "float", str: "str", bool: "bool", type(None): "nul
 
 
 def fields(event: type[Event] = Event) -> tuple[Field, ...]:
-    """The fields of an event's class, in the order of its JSON keys."""
+    """The fields of an event's class, in the order of its JSON keys.
+
+    Of the rows of a probe that is not installed, as a capture has them, nothing is
+    known but the names of the fields.
+    """
     hints = typing.get_type_hints(event)
-    found = []
-    for field, source in _annotations(event):
-        unit = field.rpartition("_")[2]
-        unit = unit if unit in _UNITS else ""
-        column = source.column if isinstance(source, Wire) else None
-        if column is None:
-            stem = field.removesuffix(f"_{unit}") if unit else field
-            column = f"{stem.upper()}({unit})" if unit and stem != field else field.upper()
-        found.append(
-            Field(
-                field,
-                " or ".join(_TYPES[kind] for kind in _kinds(hints[field])),
-                unit,
-                source.doc,
-                field not in Event.__struct_fields__,
-                column,
-            )
+    return tuple(
+        Field(
+            name=field,
+            type=" or ".join(_TYPES.get(kind, "any") for kind in _kinds(hints[field])),
+            unit=_unit(field),
+            doc=source.doc if source else "",
+            own=field not in Event.__struct_fields__,
+            column=_column(field, source),
         )
-    return tuple(found)
+        for field, source in _sources(event)
+    )
+
+
+def _unit(field: str) -> str:
+    unit = field.rpartition("_")[2]
+    return unit if unit in _UNITS else ""
+
+
+def _column(field: str, source: Wire | Hook | Made | None) -> str:
+    if isinstance(source, Wire) and source.column is not None:
+        return source.column
+    stem = field.removesuffix(f"_{_unit(field)}")
+    return field.upper() if stem == field else f"{stem.upper()}({_unit(field)})"
 
 
 def wires(event: type[Event]) -> dict[str, tuple[str, Wire]]:
@@ -425,16 +450,17 @@ def checked_event(_: object, __: object, event: type[Event]) -> None:
     ]
     if again:
         raise PluginError(f"{event.__name__}.{again[0]} is a field of every event already")
-    hints = typing.get_type_hints(event, include_extras=True)
+    hints = typing.get_type_hints(event)
     taken = {member for member, _ in Record(Event).members}
-    for field in event.__struct_fields__[len(Event.__struct_fields__) :]:
+    for field, source in _sources(event):
+        if field in Event.__struct_fields__:
+            continue
         what = f"{event.__name__}.{field}"
-        source = (*getattr(hints[field], "__metadata__", ()), None)[0]
-        if not isinstance(source, Wire | Made):
+        if source is None:
             raise PluginError(
                 f'{what} is not declared as {field}: Annotated[int, Wire("u32", "what it is")]'
             )
-        kinds = _kinds(typing.get_args(hints[field])[0])
+        kinds = _kinds(hints[field])
         if not set(kinds) <= _TYPES.keys():
             raise PluginError(f"{what}: a field is int, float, str or bool, or that or None")
         if isinstance(source, Wire):
@@ -462,8 +488,17 @@ def _check_wire(
     taken.add(member)
     if (source.nullable or source.has) and type(None) not in kinds:
         raise PluginError(f"{what} may be unknown, and is not declared as ... | None")
+    if source.latency and not field.endswith("_us"):
+        raise PluginError(f"{what}: a latency is in µs, and its name ends in _us")
     if source.c_type.startswith("u8[") and source.to is None:
         raise PluginError(f"{what}: the bytes of {source.c_type} want to=, as in to=address")
+
+
+def latencies(event: type[Event]) -> list[str]:
+    """The fields that ``--min-latency`` looks at."""
+    return [
+        field for field, source in _sources(event) if isinstance(source, Wire) and source.latency
+    ]
 
 
 @attrs.frozen

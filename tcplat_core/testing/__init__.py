@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .conformance import Outcome, check_plugin
     from .kernel import FakeBooks, FakeLoader, FakeProbe, FakeRing
-    from .rows import RecordingSink, make_event, make_record
+    from .rows import RecordingSink, make_event, make_record, make_row
 
 __all__ = [
     "FakeBooks",
@@ -33,6 +33,7 @@ __all__ = [
     "check_plugin",
     "make_event",
     "make_record",
+    "make_row",
 ]
 
 _HOMES = ("kernel", "rows", "conformance")

@@ -117,16 +117,11 @@ def subjects(
         PluginError: There is none, or it is broken.
         UsageError: An option that it does not have.
     """
-    plugins = plugins or Plugins.load()
     name, given = parse_choice(choice)
-    found: list[ProbeSpec | SinkSpec] = []
-    if name in plugins.probes:
-        found.append(plugins.probes[name])
-    if name in plugins.sinks:
-        found.append(plugins.sinks[name])
-    if not found:
-        plugins.missing(name)
-    made = [Subject(spec=spec, given=given, trial=trial) for spec in found]
+    made = [
+        Subject(spec=spec, given=given, trial=trial)
+        for _, spec in (plugins or Plugins.load()).named(name)
+    ]
     for subject in made:
         subject.options()
     return made

@@ -570,7 +570,7 @@ def test_a_failed_check_is_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("choice", "status", "sentence"),
     [
-        ("no_such_thing", 4, "there is no probe or sink named 'no_such_thing'"),
+        ("no_such_thing", 4, "there is no plugin named 'no_such_thing'"),
         ("jsonl:color=red", 2, "sink jsonl has no option 'color'"),
         ("xdp_port:port=none", 2, "is not a port"),
     ],

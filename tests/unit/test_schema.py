@@ -287,6 +287,15 @@ def test_a_field_has_a_unit_and_a_column_after_its_name() -> None:
     assert not any(field.own for field in fields(Event))
 
 
+def test_of_a_probe_that_is_not_installed_the_names_are_known() -> None:
+    class Captured(Event):
+        rto_us: Any
+
+    (own,) = (field for field in fields(Captured) if field.own)
+    assert (own.name, own.type, own.unit, own.doc) == ("rto_us", "any", "us", "")
+    assert own.column == "RTO(us)"
+
+
 # --- what is no field
 
 
@@ -319,6 +328,10 @@ NO_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "capitals": ({"RTO": Annotated[int, Wire("u8", "x")]}, "'RTO' must be lower-case"),
     "nullable": ({"a": Annotated[int, Wire("u8", "x", nullable=True)]}, "is not declared as ... |"),
+    "latency": (
+        {"wait_ms": Annotated[int, Wire("u32", "x", latency=True)]},
+        "a latency is in µs, and its name ends in _us",
+    ),
     "six": (
         {f"a{n}": Annotated[int | None, Wire("u8", "x", has=True)] for n in range(6)},
         "Odd has more than five fields with has=True",

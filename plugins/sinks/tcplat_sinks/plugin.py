@@ -12,7 +12,6 @@ from tcplat_core import (
     RunInfo,
     Sink,
     SinkSpec,
-    fields,
     hookimpl,
     integer,
 )
@@ -27,14 +26,13 @@ def _jsonl(options: Options, run: RunInfo) -> Sink:
 
 
 def _table(options: Options, run: RunInfo) -> Sink:
-    from .table import Table, extra_columns  # noqa: PLC0415 - only the sinks in use are imported
+    from .table import Table  # noqa: PLC0415 - only the sinks in use are imported
 
     output = Output.open(options["path"], run.stopping)
     limit = options["width"]
     if limit is None:
         limit = _terminal_width(output.fd)
-    own = [field for event in run.events.values() for field in fields(event) if field.own]
-    return Table(output, limit, extra_columns(own))
+    return Table(output, limit)
 
 
 def _terminal_width(fd: int) -> int:

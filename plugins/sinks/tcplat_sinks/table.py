@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
 
-from tcplat_core import Event, Field, Loss, Output, RunReport
+from tcplat_core import Event, Loss, Output, RunReport, fields
 
 
 @attrs.frozen
@@ -67,15 +67,6 @@ _SHRINK = ("TCP_DESCRIPTION", "FUNC", "COMM", "SADDR", "DADDR")
 """Which columns give way first."""
 
 
-def extra_columns(fields: Iterable[Field]) -> tuple[Column, ...]:
-    """A column for each field that probes add; two of one head and name share it."""
-    return tuple(
-        Column(head, functools.partial(_own, name), len(head))
-        for head, name in dict.fromkeys((field.column, field.name) for field in fields)
-        if head
-    )
-
-
 def _own(name: str, row: Event) -> str:
     value = getattr(row, name, None)  # rows of other probes do not have it
     return _text(round(value, 3) if isinstance(value, float) else value)
@@ -89,80 +80,74 @@ class Table:
         output: Where to.
         limit: Columns of the terminal, 0 for no limit. Texts give way to it; a
             number that does not fit is left out whole.
-        extra: Columns of the probes' own, in front of the last one of all.
     """
 
     output: Output
     limit: int
-    extra: Sequence[Column] = ()
-    _columns: tuple[Column, ...] = attrs.field(init=False)
-    _widths: list[int] = attrs.field(init=False)
+    _columns: tuple[Column, ...] = attrs.field(init=False, default=COLUMNS)
+    _extra: tuple[Column, ...] = attrs.field(init=False, default=())
+    """Columns of the probes' own fields, in front of the last one of all."""
+    _known: set[type[Event]] = attrs.field(init=False, factory=lambda: {Event})
+    """Kinds of rows whose fields have their columns."""
+    _widths: list[int] = attrs.field(init=False, factory=lambda: [c.width for c in COLUMNS])
+    _fitted: list[int] = attrs.field(init=False, factory=list)
     _headed: bool = attrs.field(init=False, default=False)
     _sockets: dict[tuple[object, ...], str] = attrs.field(init=False, factory=dict)
     _kinds: dict[tuple[object, ...], str] = attrs.field(init=False, factory=dict)
 
-    @_columns.default
-    def _all_columns(self) -> tuple[Column, ...]:
-        return (*COLUMNS[:-1], *self.extra, COLUMNS[-1])
-
-    @_widths.default
-    def _first_widths(self) -> list[int]:
-        return [column.width for column in self._columns]
-
     def write(self, batch: Sequence[Event]) -> None:
-        """One line per row; the head again where a column had to grow."""
-        if not batch:
-            return
-        if not self.limit:
-            self._write_all(batch)
-            return
-        cells = [[column.value(row) for column in self._columns] for row in batch]
-        lines = []
-        needed = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        if any(need > width for need, width in zip(needed, self._widths, strict=True)):
-            self._widths = list(map(max, needed, self._widths))
-            self._headed = False
-        widths = self._fitted()
-        if not self._headed:
-            heads = [
-                _cut(column.head, width)
-                for column, width in zip(self._columns, widths, strict=True)
-            ]
-            lines.append(self._line([*heads[:-1], self._last_head(widths)], widths))
-            self._headed = True
-        lines += [self._line(row, widths) for row in cells]
-        self.output.write("".join(f"{line}\n" for line in lines).encode())
+        """One line per row; the head again where a column had to grow.
 
-    def _write_all(self, batch: Sequence[Event]) -> None:
-        """The same where nothing has to be left out: ten times as fast."""
-        widths: list[int] = []
-        while widths != self._widths:  # again, if a cell was wider than its column
-            widths = list(self._widths)
-            lines = [self._whole(row) for row in batch]
-            if widths != self._widths:
+        What comes out follows from the rows alone, not from where batches end.
+        """
+        lines = []
+        as_line = self._fitting if self.limit else self._whole
+        for row in batch:
+            if type(row) not in self._known:
+                self._add_columns(type(row))
+            line = as_line(row)
+            if not self._headed:
+                lines.append(self._head())
+                self._headed = True
+            lines.append(line)
+        if lines:
+            lines.append("")
+            self.output.write("\n".join(lines).encode())
+
+    def _add_columns(self, event: type[Event]) -> None:
+        """The head comes again, with columns for the fields that this kind of row adds."""
+        self._known.add(event)
+        heads = [column.head for column in self._columns]
+        for field in fields(event):
+            if field.own and field.column and field.column not in heads:
+                value = functools.partial(_own, field.name)
+                self._extra += (Column(field.column, value, len(field.column)),)
+                self._widths.insert(-1, len(field.column))
                 self._headed = False
-                self._sockets.clear()
-                self._kinds.clear()
+        self._columns = (*COLUMNS[:-1], *self._extra, COLUMNS[-1])
+
+    def _fitting(self, row: Event) -> str:
+        cells = [column.value(row) for column in self._columns]
+        needed = list(map(max, map(len, cells), self._widths))
+        if needed != self._widths:
+            self._widths, self._headed = needed, False
         if not self._headed:
-            heads = [
-                _cut(column.head, width)
-                for column, width in zip(self._columns, widths, strict=True)
-            ]
-            lines.insert(0, self._line([*heads[:-1], COLUMNS[-1].head], widths))
-            self._headed = True
-        lines.append("")
-        self.output.write("\n".join(lines).encode())
+            self._fitted = self._fit()
+        return self._line(cells, self._fitted)
 
     def _whole(self, row: Event) -> str:
+        """The same where nothing has to be left out: ten times as fast."""
         of_socket, of_kind = _OF_SOCKET(row), _OF_KIND(row)
         left = self._sockets.get(of_socket) or self._padded(self._sockets, of_socket, row, _SOCKET)
         right = self._kinds.get(of_kind) or self._padded(self._kinds, of_kind, row, _KIND)
-        time = COLUMNS[7].value(row)
-        self._widths[7] = max(self._widths[7], len(time))
+        time = str(row.ts_ns // 1000)
+        if len(time) > self._widths[7]:
+            self._widths[7], self._headed = len(time), False
         line = f"{left} {time.ljust(self._widths[7])} {right}"
-        for at, column in enumerate(self.extra, _KIND.stop):
+        for at, column in enumerate(self._extra, _KIND.stop):
             cell = column.value(row)
-            self._widths[at] = max(self._widths[at], len(cell))
+            if len(cell) > self._widths[at]:
+                self._widths[at], self._headed = len(cell), False
             line = f"{line} {cell.ljust(self._widths[at])}"
         if row.connect_us is None:
             return line.rstrip()
@@ -172,8 +157,11 @@ class Table:
         self, known: dict[tuple[object, ...], str], key: tuple[object, ...], row: Event, part: slice
     ) -> str:
         cells = [column.value(row) for column in COLUMNS[part]]
-        self._widths[part] = map(max, map(len, cells), self._widths[part])
-        if len(known) >= _MOST:
+        needed = list(map(max, map(len, cells), self._widths[part]))
+        if needed != self._widths[part]:
+            self._widths[part], self._headed = needed, False
+            known.clear()
+        elif len(known) >= _MOST:
             known.clear()
         known[key] = " ".join(map(str.ljust, cells, self._widths[part]))
         return known[key]
@@ -191,9 +179,15 @@ class Table:
         """Nothing follows the last row."""
         self.output.close()
 
-    def _fitted(self) -> list[int]:
-        if not self.limit:
-            return self._widths
+    def _head(self) -> str:
+        widths = self._fitted if self.limit else self._widths
+        heads = [
+            _cut(column.head, width) for column, width in zip(self._columns, widths, strict=True)
+        ]
+        return self._line([*heads[:-1], self._last_head(widths)], widths)
+
+    def _fit(self) -> list[int]:
+        """The widths, so that a line has room."""
         widths = list(self._widths)
         over = sum(widths) + len(widths) - 1 - self.limit
         for head in _SHRINK:

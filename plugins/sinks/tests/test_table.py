@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import random
 import re
 import struct
+import tempfile
 import termios
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tcplat_sinks.table import Table
 
-from tcplat_core import Event, Loss, Output, RunInfo, RunReport, UsageError
+from tcplat_core import Event, Loss, Output, RunInfo, RunReport, UsageError, Wire
 from tcplat_core.model import read_options
 from tcplat_core.plugins import Plugins
-from tcplat_core.schema import text
+from tcplat_core.schema import Made, text
 from tcplat_core.testing import make_event
 
 HEADS = [
@@ -51,6 +55,16 @@ def cells(head: str, line: str) -> dict[str, str]:
     at = [found.start() for found in re.finditer(r"\S+", head)]
     at += [len(line) + 1] * (len(HEADS) + 1 - len(at))
     return {name: line[at[i] : at[i + 1]].strip() for i, name in enumerate(HEADS)}
+
+
+def headed(lines: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each row's line, and the head that it stands under."""
+    head = ""
+    for line in lines:
+        if line.startswith("PID "):
+            head = line
+        else:
+            yield head, line
 
 
 # --- columns
@@ -107,7 +121,7 @@ def test_a_connect_time_is_shown_only_where_there_is_one(write: Write) -> None:
 
 
 def test_ipv6_lines_up(write: Write) -> None:
-    head, four, six = write([make_event(), make_event(**V6)])
+    head, six, four = write([make_event(**V6), make_event()])
     assert cells(head, six)["SADDR"] == V6["saddr"]
     assert cells(head, six)["DADDR"] == V6["daddr"]
     assert cells(head, four)["SADDR"] == "127.0.0.1"
@@ -129,6 +143,30 @@ def test_the_head_comes_again_when_a_column_grows(write: Write) -> None:
     assert cells(lines[2], lines[4])["DADDR"] == "127.0.0.1"
 
 
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 2**32), max_size=30),
+    st.lists(st.integers(0, 30), max_size=10),
+    st.sampled_from([0, 60, 120, 160]),
+)
+def test_where_batches_end_changes_nothing(seeds: list[int], cuts: list[int], width: int) -> None:
+    rows = [row for seed in seeds for row in rows_of_all_kinds(1, seed)]
+    edges = [0, *sorted(min(cut, len(rows)) for cut in cuts), len(rows)]
+    batches = [rows[start:end] for start, end in itertools.pairwise(edges)]
+    assert table_of(batches, width) == table_of([rows], width)
+
+
+def table_of(batches: Sequence[Sequence[Event]], width: int) -> bytes:
+    """The table of these batches, as bytes."""
+    with tempfile.TemporaryFile() as file:
+        table = Table(Output(file.fileno(), lambda: True), width)
+        for batch in batches:
+            table.write(batch)
+        table.close(REPORT)
+        file.seek(0)
+        return file.read()
+
+
 def test_no_rows_no_head(write: Write) -> None:
     assert write() == []
 
@@ -136,8 +174,8 @@ def test_no_rows_no_head(write: Write) -> None:
 # --- the width
 
 
-def rows_of_all_kinds(count: int) -> Iterator[Event]:
-    chance = random.Random(20_240_503)  # noqa: S311 - reproducible on purpose
+def rows_of_all_kinds(count: int, seed: int = 20_240_503) -> Iterator[Event]:
+    chance = random.Random(seed)  # noqa: S311 - reproducible on purpose
     for _ in range(count):
         extra: dict[str, Any] = V6 if chance.random() < 0.3 else {}
         yield make_event(
@@ -163,7 +201,7 @@ def test_without_a_limit_nothing_is_cut(write: Write) -> None:
     rows = list(rows_of_all_kinds(300))
     lines = write(rows)
     assert "…" not in "".join(lines)
-    for row, line in zip(rows, lines[1:], strict=True):
+    for row, (_, line) in zip(rows, headed(lines), strict=True):
         assert row.desc in line
         assert row.saddr in line
 
@@ -179,8 +217,8 @@ def numbers_of(row: Event) -> list[str]:
 @pytest.mark.parametrize("width", [120, 160])
 def test_numbers_are_never_cut(write: Write, width: int) -> None:
     rows = list(rows_of_all_kinds(300))
-    head, *lines = write(rows, width=width)
-    for row, line in zip(rows, lines, strict=True):
+    lines = write(rows, width=width)
+    for row, (head, line) in zip(rows, headed(lines), strict=True):
         shown = cells(head, line)
         assert [shown[name] for name in NUMBERS] == numbers_of(row)
 
@@ -193,7 +231,7 @@ def test_a_connect_time_is_never_cut(write: Write, width: int, connect_us: int) 
         make_event(**V6, comm="a name of 15 b", func="sock:inet_sock_set_state"),
         make_event(connect_us=connect_us),
     ]
-    _, _, line = write(rows, width=width)
+    *_, line = write(rows, width=width)
     assert line.split()[-1] == str(connect_us)
 
 
@@ -221,6 +259,51 @@ def test_no_control_byte_of_a_name_reaches_the_terminal(write: Write) -> None:
     lines = write(rows)
     assert len(lines) == 256
     assert all(line.isprintable() for line in lines)
+
+
+# --- fields of the probes' own
+
+
+class Again(Event):
+    rto_us: Annotated[int | None, Wire("u32", "the timer", nullable=True)]
+    share: Annotated[float, Made("0.5", "a part")]
+    hidden: Annotated[int, Wire("u8", "no column", column="")]
+
+
+class Ended(Event):
+    rto_us: Annotated[int | None, Wire("u32", "the same timer", nullable=True)]
+    cause: Annotated[str, Wire("char[8]", "why", column="WHY")]
+
+
+AGAIN = make_event(Again, rto_us=204_000, share=1 / 3, hidden=1, connect_us=58.4)
+ENDED = make_event(Ended, rto_us=None, cause="RST")
+
+
+@pytest.mark.parametrize("width", [0, 300])
+def test_fields_of_a_probes_own_stand_before_the_last_column(write: Write, width: int) -> None:
+    head, first, head_again, second, third = write([AGAIN, ENDED, make_event()], width=width)
+    own = ["RTO(us)", "SHARE"]
+    assert head.split() == [*HEADS[:-1], *own, HEADS[-1]]
+    assert first.split()[-3:] == ["204000", "0.333", "58"]
+    # The head comes again with the first row that has more.
+    assert head_again.split() == [*HEADS[:-1], *own, "WHY", HEADS[-1]]
+    assert second.split()[-3:] == ["-", "-", "RST"]
+    assert third.split()[-3:] == ["-", "-", "-"]
+    for line, value, name in ((first, "204000", "RTO(us)"), (second, "RST", "WHY")):
+        assert line[head_again.index(name) :].startswith(value)
+
+
+def test_a_column_of_a_probes_own_grows_as_any(write: Write) -> None:
+    first, second = (make_event(Ended, rto_us=1, cause=cause) for cause in ("RST", "overlong"))
+    lines = write([first, second])
+    assert len(lines) == 4
+    assert lines[2].index("TCP_CONNECT") - lines[2].index("WHY") == len("overlong ")
+
+
+@pytest.mark.parametrize("width", [0, 100, 180])
+def test_where_batches_end_makes_no_difference_to_columns(write: Write, width: int) -> None:
+    rows = [make_event(), AGAIN, ENDED, make_event(), ENDED, AGAIN]
+    assert write(rows, width=width) == write(*([row] for row in rows), width=width)
 
 
 # --- losses

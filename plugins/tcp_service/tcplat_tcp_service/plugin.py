@@ -48,6 +48,7 @@ class ServiceEvent(Event):
             "call_ns",
             to=micros,
             nullable=True,
+            latency=True,
             column="",
         ),
     ]
@@ -59,6 +60,7 @@ class ServiceEvent(Event):
             "accept_ns",
             to=micros,
             nullable=True,
+            latency=True,
             column="",
         ),
     ]
