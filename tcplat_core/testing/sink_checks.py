@@ -255,6 +255,23 @@ def _batches(subject: Subject) -> None:
         sink.close(_REPORT)
 
     _run(subject, play).fine()
+    # A replay has other batches than the run had, and must come to the same.
+    whole, single = (_run(subject, _in_batches_of(size)).fine().output for size in (100, 1))
+    if whole != single:
+        raise Fault(
+            "rows one by one give another output than the same rows at once: where a batch ends "
+            "is chance, so let nothing depend on it"
+        )
+
+
+def _in_batches_of(size: int) -> Callable[[Sink], None]:
+    def play(sink: Sink) -> None:
+        rows = _stream(100)
+        for start in range(0, len(rows), size):
+            sink.write(rows[start : start + size])
+        sink.close(_REPORT)
+
+    return play
 
 
 def _empty_batch(subject: Subject) -> None:

@@ -33,7 +33,7 @@ from tcplat_core import (
 )
 from tcplat_core.cli import cli
 from tcplat_core.hookpoints import Hook, Way
-from tcplat_core.plugins import Plugins
+from tcplat_core.plugins import Found, Plugins
 from tcplat_core.testing import conformance, sink_checks
 from tcplat_core.testing.conformance import Outcome, Subject, checks, run
 
@@ -338,6 +338,12 @@ class CommandsTerminal(Lines):
         )
 
 
+class CountsBatches(Lines):
+    def write(self, batch: Sequence[Event]) -> None:
+        super().write(batch)
+        self.output.write(b"---\n")
+
+
 class ClosesOnce(Lines):
     def close(self, report: RunReport) -> None:  # noqa: ARG002 - it does nothing with it
         self.output.write(b"end\n")
@@ -407,6 +413,11 @@ SINK_FAULTS: dict[str, tuple[Any, str, str]] = {
         "it ends the whole process (status 256): let it raise instead",
     ),
     "it keeps all rows": (KeepsAll, "bounded memory", "MB over 800000 events: let it forget"),
+    "it shows where a batch ends": (
+        CountsBatches,
+        "batches",
+        "rows one by one give another output than the same rows at once",
+    ),
     "it wants a row": (WantsRows, "empty batch", "it raises IndexError: list index out of range"),
     "it breaks on a newline": (
         BreaksLines,
@@ -560,7 +571,8 @@ def test_the_command_speaks_json() -> None:
 @pytest.mark.usefixtures("unprivileged")
 def test_a_failed_check_is_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
     faulty = attrs.evolve(GOOD, summary="", source="int tp_gone(")
-    plugins = Plugins(probes={"gone": faulty})
+    found = Found("gone", "probe", "1.0", "theirs", "ok", faulty.summary)
+    plugins = Plugins(probes={"gone": faulty}, found=[found])
     monkeypatch.setattr(Plugins, "load", lambda: plugins)
     done = check("gone")
     assert done.exit_code == 1
