@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from tcplat_core.errors import TcplatError
+
 _SUBJECTS = pytest.StashKey[dict[str, list[Any]]]()
 
 
@@ -36,7 +38,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     mark = metafunc.definition.get_closest_marker("tcplat_plugin")
     if mark is None:
-        raise pytest.UsageError(
+        raise pytest.Collector.CollectError(
             f"{metafunc.definition.nodeid} wants tcplat_check, and has no mark that says of which "
             'plugin: @pytest.mark.tcplat_plugin("NAME")'
         )
@@ -48,7 +50,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for choice in mark.args:
         key = f"{choice} {as_root is trial.as_root}"
         if key not in known:
-            known[key] = conformance.subjects(choice, trial=as_root)
+            try:
+                known[key] = conformance.subjects(choice, trial=as_root)
+            except TcplatError as error:
+                raise pytest.Collector.CollectError(str(error)) from error
         made += known[key]
     metafunc.parametrize(
         "tcplat_check",

@@ -289,15 +289,20 @@ def _compiled(subject: Subject, mechanism: str) -> dict[str, Any]:
         except PluginError as error:
             raise Fault(f"{error}: look into include/tcplat") from error
         types = sorted({*CORE_TYPES, *request.types})
-        trial = Trial.start("compile")
-        try:
-            subject.known[mechanism] = trial.ask({"text": text, "types": types})
-        finally:
-            trial.close()
+        subject.known[mechanism] = _try(Trial.start("compile"), {"text": text, "types": types})
     answer: dict[str, Any] = subject.known[mechanism]
     if "unable" in answer:
         raise NotChecked(answer["unable"])
     return answer
+
+
+def _try(trial: Trial, request: Mapping[str, Any] | bytes) -> dict[str, Any]:
+    try:
+        return trial.ask(request)
+    except TcplatError as error:
+        raise NotChecked(str(error)) from error
+    finally:
+        trial.close()
 
 
 _LAYOUT = re.compile(r'"(?P<what>\w+(?:\.\w+)?): schema\.py has another (?P<how>offset|size)"')
@@ -367,10 +372,7 @@ def _attached(subject: Subject) -> dict[str, Any]:
             raise NotChecked("it needs root: run it with sudo")
         # A small ring, so that it gets full.
         whole = Request(probes=(request,), ring_bytes=1 << 12)
-        try:
-            subject.known["attached"] = trial.ask(whole.pack())
-        finally:
-            trial.close()
+        subject.known["attached"] = _try(trial, whole.pack())
     answer: dict[str, Any] = subject.known["attached"]
     return answer
 

@@ -307,47 +307,68 @@ def _nulls(subject: Subject) -> None:
         raise Fault(f"it fails where {fault}; a null says that nobody can know")
 
 
+_TEXTS = ("comm", "desc", "ifname", "func")
+
+
 def _every_byte(subject: Subject) -> None:
     """No text, whatever is in it, breaks its lines or commands the terminal."""
 
-    def rows(comm: Callable[[int], str]) -> list[Event]:
-        return [
-            make_event(comm=comm(byte), desc=comm(byte)[:15], ifname=comm(byte), sock=byte + 1)
-            for byte in range(256)
-        ]
+    def output(odd: Callable[[int], str]) -> bytes:
+        rows = []
+        for byte in range(256):
+            texts = {name: odd(byte).join(_marks(name, byte)) for name in _TEXTS}
+            rows.append(make_event(sock=byte + 1, **texts))
 
-    def output(batch: list[Event]) -> bytes:
         def play(sink: Sink) -> None:
-            sink.write(batch)
+            sink.write(rows)
             sink.close(_REPORT)
 
         return _run(subject, play).fine().output
 
-    plain = output(rows(lambda byte: f"n{byte}"))
+    plain = output(lambda _: "-")
+    if not plain:
+        raise NotChecked(_NO_OUTPUT)
     # As the core escapes what a process calls itself; and as a capture that somebody has
     # written by hand may have it: then ESC and its like are what must not get through.
-    for what, comm, harmful in (
-        ("an escaped", lambda byte: f"{text(bytes([byte]))}{byte}", "\x9f"),
-        ("a raw", lambda byte: f"{chr(byte)}{byte}", "\x1f"),
+    for what, odd, harmful in (
+        ("an escaped", lambda byte: text(bytes([byte])), "\x9f"),
+        ("a raw", chr, "\x1f"),
     ):
-        odd = output(rows(comm))
-        before, after = _control(plain), _control(odd)
+        shown = output(odd)
+        before, after = _control(plain), _control(shown)
         if before is None:
             continue  # it writes no text
         if after is None:
-            raise Fault(f"{what} byte in a process's name makes its text no text any more")
-        lines = after["\n"]
-        if lines != before["\n"]:
+            raise Fault(f"{what} byte in a text makes its output no text any more")
+        broken = _unbroken(plain) - _unbroken(shown)
+        if broken:
+            name, byte = min(broken)
             raise Fault(
-                f"{what} byte in a process's name breaks its lines: there are {lines} instead of "
-                f"{before.total()}; escape what is not printable"
+                f"{what} byte ({byte:#04x} in {name}) breaks its lines: escape what is not "
+                "printable (tcplat_core.printable)"
             )
         strange = sorted(char for char in after.keys() - before.keys() if char <= harmful)
         if strange:
             raise Fault(
-                f"{what} byte in a process's name gets through to the terminal "
-                f"({', '.join(map(repr, strange[:5]))}): escape what is not printable"
+                f"{what} byte ({strange[0]!r}) gets through to the terminal: escape what is not "
+                "printable (tcplat_core.printable)"
             )
+
+
+def _marks(name: str, byte: int) -> tuple[str, str]:
+    """What stands before and behind an odd byte."""
+    return f"{name[0]}{byte}{name[0]}", f"{name[0].upper()}{byte}{name[0].upper()}"
+
+
+def _unbroken(output: bytes) -> set[tuple[str, int]]:
+    """Field and byte of which both marks stand in one line."""
+    lines = output.decode().split("\n")
+    marks = {_marks(name, byte): (name, byte) for name in _TEXTS for byte in range(256)}
+    return {
+        what
+        for (before, behind), what in marks.items()
+        if any(behind in line.partition(before)[2] for line in lines)
+    }
 
 
 def _control(output: bytes) -> Counter[str] | None:

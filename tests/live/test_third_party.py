@@ -326,7 +326,7 @@ def test_a_bulk_transfer_that_loses_every_twentieth_segment(
     wire: Wire, retransmits: Callable[..., Tcplat], tcpdump: Callable[..., list[Segment]]
 ) -> None:
     """Fast retransmits, on the side that accepted: nobody but the core knows whose it is."""
-    run = retransmits()
+    run = retransmits("-p", str(wire.near.pid))
     wire.near(f"""
 listening = socket.create_server(({NEAR[4]!r}, 0))
 address = listening.getsockname()

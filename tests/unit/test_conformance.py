@@ -33,6 +33,7 @@ from tcplat_core import (
 )
 from tcplat_core.cli import cli
 from tcplat_core.hookpoints import Hook, Way
+from tcplat_core.new import create
 from tcplat_core.plugins import Found, Plugins
 from tcplat_core.testing import conformance, sink_checks
 from tcplat_core.testing.conformance import Outcome, Subject, checks, run
@@ -47,6 +48,18 @@ def test_there_is_something_that_comes_with_tcplat() -> None:
 @pytest.mark.tcplat_plugin(*BUILT_IN, root=False)
 def test_what_comes_with_tcplat_conforms(tcplat_check: Callable[[], None]) -> None:
     tcplat_check()
+
+
+@pytest.mark.parametrize("kind", ["probe", "sink"])
+def test_what_plugins_new_makes_conforms(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, *_ = create(kind, f"fresh_{kind}", tmp_path)
+    monkeypatch.syspath_prepend(str(project))
+    entry = importlib.metadata.EntryPoint("fresh", f"tcplat_fresh_{kind}.plugin", "tcplat")
+    found = [one for _, one in conformance.check_plugin(f"fresh_{kind}", Plugins.load([entry]))]
+    assert "passed" in {one.verdict for one in found}
+    assert [one for one in found if one.verdict == "failed"] == []
 
 
 # --- planted faults: probes
@@ -422,12 +435,12 @@ SINK_FAULTS: dict[str, tuple[Any, str, str]] = {
     "it breaks on a newline": (
         BreaksLines,
         "every byte",
-        "a raw byte in a process's name breaks its lines",
+        "a raw byte (0x0a in comm) breaks its lines: escape what is not printable",
     ),
     "it lets ESC through": (
         CommandsTerminal,
         "every byte",
-        "a raw byte in a process's name gets through to the terminal",
+        "a raw byte ('\\x00') gets through to the terminal: escape what is not printable",
     ),
     "it cannot be closed twice": (
         ClosesOnce,
@@ -484,7 +497,7 @@ def test_a_sink_that_writes_elsewhere_is_not_said_to_have_passed() -> None:
 
         def close(self, report: RunReport) -> None: ...
 
-    for check in ("full device", "flushes", "reader gone"):
+    for check in ("full device", "flushes", "reader gone", "every byte"):
         assert outcome(sink(Silent), check).verdict == "not checked"
 
 
@@ -635,9 +648,18 @@ def test_pytest_makes_a_test_of_each_check(tmp_path: Path) -> None:
     assert "2 passed, 11 deselected" in done.stdout
 
 
-def test_pytest_says_that_the_mark_is_missing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mark", "sentence"),
+    [
+        ("", 'has no mark that says of which plugin: @pytest.mark.tcplat_plugin("NAME")'),
+        ('@pytest.mark.tcplat_plugin("gone")', "there is no plugin named 'gone'; there is "),
+        ('@pytest.mark.tcplat_plugin("jsonl:color=red")', "sink jsonl has no option 'color'"),
+    ],
+    ids=["no mark", "no such plugin", "no such option"],
+)
+def test_pytest_says_what_it_cannot_make_tests_of(mark: str, sentence: str, tmp_path: Path) -> None:
     test = tmp_path / "test_theirs.py"
-    test.write_text("def test_it_conforms(tcplat_check): tcplat_check()\n")
+    test.write_text(f"import pytest\n{mark}\ndef test_it(tcplat_check): tcplat_check()\n")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", test],
         capture_output=True,
@@ -645,7 +667,6 @@ def test_pytest_says_that_the_mark_is_missing(tmp_path: Path) -> None:
         check=False,
         cwd=tmp_path,
     )
-    assert done.returncode != 0
-    assert (
-        'has no mark that says of which plugin: @pytest.mark.tcplat_plugin("NAME")' in done.stdout
-    )
+    assert done.returncode == pytest.ExitCode.INTERRUPTED
+    assert sentence in done.stdout
+    assert "Traceback" not in done.stdout

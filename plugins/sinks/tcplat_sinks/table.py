@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import attrs
 
-from tcplat_core import Event, Loss, Output, RunReport, fields
+from tcplat_core import Event, Loss, Output, RunReport, fields, printable
 
 
 @attrs.frozen
@@ -29,13 +29,7 @@ class Column:
 
 
 def _text(value: object) -> str:
-    """A cell. What the core has escaped stays as it is; a capture may be anybody's work."""
-    shown = "-" if value is None else str(value)
-    if shown.isprintable():
-        return shown
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in shown
-    )
+    return "-" if value is None else printable(str(value))
 
 
 COLUMNS: tuple[Column, ...] = (
