@@ -103,6 +103,8 @@ def text(raw: bytes) -> str:
 
 def printable(plain: str) -> str:
     """Text from elsewhere, escaped as by text(), but for backslashes: it may have been before."""
+    if plain.isprintable():
+        return plain
     return "".join(char if char == "\\" else _escaped(char) for char in plain)
 
 

@@ -307,7 +307,7 @@ def _nulls(subject: Subject) -> None:
         raise Fault(f"it fails where {fault}; a null says that nobody can know")
 
 
-_TEXTS = ("comm", "desc", "ifname", "func")
+_TEXTS = ("comm", "desc", "ifname")
 
 
 def _every_byte(subject: Subject) -> None:
