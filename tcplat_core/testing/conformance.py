@@ -70,10 +70,13 @@ class Subject:
         Raises:
             UsageError: Something that was given does not convert.
         """
+        return read_options(f"{self.kind} {self.spec.name}", self.spec.options, self.texts)
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """The options that it is examined with, as the user would write them; no defaults."""
         examples = {one.name: one.example for one in self.spec.options if one.required}
-        return read_options(
-            f"{self.kind} {self.spec.name}", self.spec.options, {**examples, **self.given}
-        )
+        return {**examples, **self.given}
 
 
 Check = Callable[[Subject], None]
@@ -222,6 +225,7 @@ def as_json(outcomes: Sequence[tuple[Subject, Outcome]]) -> list[dict[str, Any]]
         {
             "name": subject.spec.name,
             "kind": subject.kind,
+            "options": subject.texts,
             "passed": sum(one.verdict == "passed" for one in of_it),
             "failed": sum(one.verdict == "failed" for one in of_it),
             "not_checked": sum(one.verdict == "not checked" for one in of_it),
@@ -235,7 +239,8 @@ def as_text(outcomes: Sequence[tuple[Subject, Outcome]]) -> str:
     """For people: a line for each check, and the sum."""
     lines = []
     for one in as_json(outcomes):
-        lines.append(f"{one['kind']} {one['name']}")
+        options = ",".join(f"{name}={text}" for name, text in one["options"].items())
+        lines.append(f"{one['kind']} {one['name']}" + (options and f":{options}"))
         for check in one["checks"]:
             shown = "FAILED" if check["verdict"] == "failed" else check["verdict"]
             why = f": {check['why']}" if check["why"] else ""

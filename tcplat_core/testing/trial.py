@@ -9,6 +9,7 @@ the host's meets a program on trial.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import mmap
 import os
@@ -39,6 +40,8 @@ _NO_MAPS = re.compile(
 _GONE_S = 5.0
 """The kernel frees programs and maps a moment after their last fd is closed."""
 XDP_PASS = 2
+_CLONE_NEWNET = 0x40000000
+"""include/uapi/linux/sched.h"""
 _FULL = "when the ring is full"
 
 
@@ -52,10 +55,9 @@ class Trial:
     @classmethod
     def start(cls, what: str) -> Self:
         """Start it; for `attach` while we are still root."""
-        within = ["unshare", "--net"] if what == "attach" else []
         log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         process = subprocess.Popen(
-            [*within, sys.executable, "-I", "-m", "tcplat_core.testing.trial", what],
+            [sys.executable, "-I", "-m", "tcplat_core.testing.trial", what],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -161,9 +163,8 @@ def attach(request: Request) -> dict[str, Any]:
     """Load and attach a probe, give its XDP programs packets, and take everything off again.
 
     Returns:
-        `refusal`: why it could not be attached, and `log`, the verifier's words; or `taken`:
-        point -> mechanism, `missing`: point -> why, `xdp`: program -> what it did to a packet,
-        `left`: what is still there afterwards.
+        `refusal`: why it could not be attached; or `xdp`: program -> what it did to a packet
+        that it should not, and `left`: what is still there afterwards.
     """
     from tcplat_core.loader import bpf  # noqa: PLC0415 - the other trial needs none of it
     from tcplat_core.loader.attach import Loader  # noqa: PLC0415
@@ -172,11 +173,11 @@ def attach(request: Request) -> dict[str, Any]:
     bpf.lift_memory_limit()
     _make_interfaces(request)
     before = _open_fds()
-    with _captured() as words:
-        try:
+    try:
+        with _captured():
             answer = Loader(request, Cache.open()).run()
-        except TcplatError as error:
-            return {"refusal": str(error), "log": words()}
+    except TcplatError as error:
+        return {"refusal": str(error)}
     (probe,) = answer.probes.values()
     objects = [(fd, *bpf.identity(fd)) for fd in (*probe.fds, *answer.holding)]
     programs = {
@@ -189,8 +190,6 @@ def attach(request: Request) -> dict[str, Any]:
     for fd, _, _ in objects:
         os.close(fd)
     return {
-        "taken": dict(probe.taken),
-        "missing": dict(probe.missing),
         "xdp": judged,
         "left": [*_still_there(objects), *sorted(_open_fds() - before)],
     }
@@ -203,6 +202,8 @@ def _ports(value: int | str) -> list[str]:
 def _make_interfaces(request: Request) -> None:
     """In our own namespace: `lo`, and whatever interface the probe wants to listen on."""
     wanted = [one.interfaces.names for one in request.probes if one.interfaces]
+    if not wanted:
+        return
     run = ["ip", "link"]
     subprocess.run([*run, "set", "lo", "up"], check=True)
     for number, name in enumerate(name for names in wanted for name in names if name != "lo"):
@@ -307,6 +308,13 @@ def _whole(tcp: bytes, data: bytes) -> Iterator[tuple[str, bytes]]:
     yield "an empty frame", mac + b"\x08\x00"
 
 
+def _unshare_network() -> None:
+    """Only Python 3.12 has os.unshare()."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "no network namespace of its own")
+
+
 def main() -> None:
     """Try one thing and say what came of it."""
     data = sys.stdin.buffer.read()
@@ -315,6 +323,7 @@ def main() -> None:
     if sys.argv[1] == "compile":
         answer = compile_(msgpack.unpackb(data))
     else:
+        _unshare_network()
         answer = attach(Request.unpack(data))
     sys.stdout.buffer.write(msgpack.packb(answer))
     sys.stdout.buffer.flush()

@@ -562,7 +562,7 @@ def test_the_command_shows_each_check_and_the_sum() -> None:
     done = check("xdp_port:iface=lo,port=9999")
     assert done.exit_code == 0
     lines = done.stdout.splitlines()
-    assert lines[0] == "probe xdp_port"
+    assert lines[0] == "probe xdp_port:iface=lo,port=9999"
     assert "  passed       round trip" in lines
     assert "  not checked  attaches: it needs root: run it with sudo" in lines
     assert lines[-1] == "8 passed, 0 failed, 3 not checked"
@@ -573,6 +573,8 @@ def test_the_command_speaks_json() -> None:
     done = check("xdp_port", "--json")
     (one,) = json.loads(done.stdout)
     assert (one["name"], one["kind"]) == ("xdp_port", "probe")
+    # Its own examples, where nothing is given.
+    assert one["options"] == {"iface": "eth0", "port": "80+443"}
     assert (one["passed"], one["failed"], one["not_checked"]) == (8, 0, 3)
     assert {
         "check": "attaches",
