@@ -27,7 +27,17 @@ if TYPE_CHECKING:
     from .kinds import Kind, boolean, choice, duration, integer, size
     from .model import Loss, Option, Options, ProbeSpec, RunInfo, RunReport, Sink, SinkSpec
     from .output import Output
-    from .schema import SCHEMA_VERSION, Event, Field, Moment, Wire, address, fields, micros
+    from .schema import (
+        SCHEMA_VERSION,
+        Event,
+        Field,
+        Moment,
+        Wire,
+        address,
+        fields,
+        micros,
+        printable,
+    )
 
 __all__ = [
     "HOOKSPEC_VERSION",
@@ -69,6 +79,7 @@ __all__ = [
     "kprobe",
     "kreturn",
     "micros",
+    "printable",
     "size",
     "tracepoint",
     "tracepoints",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import ipaddress
 import json
@@ -548,6 +549,33 @@ def plugins_list(give_up_root: Callable[[], None] | None, *, as_json: bool) -> N
     ):
         padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
         click.echo(" ".join(padded).rstrip())
+
+
+@plugins.command("check")
+@click.argument("choice", metavar="NAME[:k=v,...]")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_obj
+def plugins_check(give_up_root: Callable[[], None] | None, choice: str, *, as_json: bool) -> None:
+    """Whether a probe or sink keeps what plugins promise.
+
+    Most of it needs no root. With root a probe is also loaded and attached, in a
+    network namespace of its own. Exits with 1 if a check failed.
+    """
+    from .testing import conformance, trial  # noqa: PLC0415 - see the top
+
+    with contextlib.ExitStack() as stack:
+        privileged = trial.as_root()
+        if privileged:
+            stack.callback(privileged.close)
+        if give_up_root:
+            give_up_root()
+        outcomes = list(conformance.check_plugin(choice, trial=lambda: privileged))
+    if as_json:
+        click.echo(json.dumps(conformance.as_json(outcomes), indent=2))
+    else:
+        click.echo(conformance.as_text(outcomes))
+    failed = any(outcome.verdict == "failed" for _, outcome in outcomes)
+    sys.exit(TcplatError.exit_code if failed else 0)
 
 
 @plugins.command("show")

@@ -103,13 +103,16 @@ class Sink(Protocol):
     """
 
     def write(self, batch: Sequence[Event]) -> None:
-        """Take a batch of rows, sorted by time. Output must be flushed when this returns."""
+        """Take a batch of rows, sorted by time. Output must be flushed when this returns.
+
+        Where a batch ends is chance: what is written follows from the rows alone.
+        """
 
     def lost(self, loss: Loss) -> None:
         """Events were lost at this place in the stream."""
 
     def close(self, report: RunReport) -> None:
-        """The run is over. Called once; not where a method has failed before."""
+        """The run is over. Not called where a method has failed before; twice does no harm."""
 
 
 @attrs.frozen(kw_only=True)

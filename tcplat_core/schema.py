@@ -104,6 +104,8 @@ def text(raw: bytes) -> str:
 
 def printable(plain: str) -> str:
     """Text from elsewhere, escaped as by text(), but for backslashes: it may have been before."""
+    if plain.isprintable():
+        return plain
     return "".join(char if char == "\\" else _escaped(char) for char in plain)
 
 
@@ -419,6 +421,15 @@ def _column(field: str, source: Wire | Hook | Made | None) -> str:
         return source.column
     stem = field.removesuffix(f"_{_unit(field)}")
     return field.upper() if stem == field else f"{stem.upper()}({_unit(field)})"
+
+
+def wires(event: type[Event]) -> dict[str, tuple[str, Wire]]:
+    """Member of the record -> the field that it fills, and how."""
+    return {
+        source.member or field: (field, source)
+        for field, source in _annotations(event)
+        if isinstance(source, Wire)
+    }
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:

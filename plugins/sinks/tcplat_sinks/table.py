@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import attrs
 
-from tcplat_core import Event, Loss, Output, RunReport, fields
+from tcplat_core import Event, Loss, Output, RunReport, fields, printable
 
 
 @attrs.frozen
@@ -29,22 +29,22 @@ class Column:
 
 
 def _text(value: object) -> str:
-    return "-" if value is None else str(value)
+    return "-" if value is None else printable(str(value))
 
 
 COLUMNS: tuple[Column, ...] = (
     Column("PID", lambda row: _text(row.pid), 6),
     Column("COMM", lambda row: _text(row.comm), 7, 7),
     Column("IP", lambda row: _text(row.ip), 2),
-    Column("SADDR", lambda row: row.saddr, 9, 14),
+    Column("SADDR", lambda row: _text(row.saddr), 9, 14),
     Column("SPORT", lambda row: _text(row.sport), 5),
-    Column("DADDR", lambda row: row.daddr, 9, 14),
+    Column("DADDR", lambda row: _text(row.daddr), 9, 14),
     Column("DPORT", lambda row: _text(row.dport), 5),
     Column("TIMESTAMP(us)", lambda row: str(row.ts_ns // 1000), 13),
     # The name after the colon says it all; the event keeps the tracepoint's group.
-    Column("FUNC", lambda row: row.func.rpartition(":")[2], 19, 11),
+    Column("FUNC", lambda row: _text(row.func.rpartition(":")[2]), 19, 11),
     Column("TCP_STATE", lambda row: _text(row.state), 15),
-    Column("TCP_DESCRIPTION", lambda row: row.desc, 15, 8),
+    Column("TCP_DESCRIPTION", lambda row: _text(row.desc), 15, 8),
     Column(
         "TCP_CONNECT_TIME(us)",
         lambda row: "" if row.connect_us is None else f"{row.connect_us:.0f}",

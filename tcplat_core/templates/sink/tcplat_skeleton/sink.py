@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tcplat_core import Event, Loss, Output, RunReport
+from tcplat_core import Event, Loss, Output, RunReport, printable
 
 MOST = 10_000
 """Groups that are told apart: memory stays bounded, whatever comes."""
@@ -47,12 +47,14 @@ class Totals:
         self.output.look()
 
     def close(self, report: RunReport) -> None:
-        """Write the table; the run is over."""
+        """Write the table; the run is over. A second call does nothing."""
+        if self.output.closed:
+            return
         lines = [f"{'ROWS':>10} {'SENT':>14} {'RECEIVED':>14} {self.by.upper()}"]
         for group, (rows, sent, received) in sorted(
             self.totals.items(), key=lambda item: (-item[1][0], str(item[0]))
         ):
-            name = "-" if group is None else group
+            name = "-" if group is None else printable(str(group))
             lines.append(f"{rows:>10} {sent:>14} {received:>14} {name}")
         lines.append(f"in {report.duration_s:.1f} s")
         if self.lost_events:
