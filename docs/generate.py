@@ -121,7 +121,7 @@ SECTIONS = {
     "Options": (
         *("Option", "Options", "Kind", "integer", "choice", "boolean", "duration", "size"),
     ),
-    "A sink": ("SinkSpec", "Sink", "RunInfo", "Output", "Loss", "RunReport"),
+    "A sink": ("SinkSpec", "Sink", "RunInfo", "Output", "printable", "Loss", "RunReport"),
     "Errors": (*("TcplatError", "UsageError", "CannotRunError", "PluginError", "ReaderGoneError"),),
 }
 """Every public name, in the order in which one needs them."""

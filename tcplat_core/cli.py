@@ -620,7 +620,7 @@ def plugins_new(
     project, *files = new.create(kind, name, Path(folder))
     click.echo(f"{project}: {len(files)} files. Next:")
     click.echo(f"  pip install {project if project.is_absolute() else f'./{project}'}")
-    click.echo(f"  tcplat plugins show {name}")
+    click.echo(f"  tcplat plugins check {name}")
     run = f"--probe {name}" if kind == "probe" else f"--probe tcp_client --sink {name}"
     click.echo(f"  sudo tcplat run {run}")
 

@@ -98,6 +98,13 @@ def test_both_are_whole_and_say_what_they_are(stranger: Stranger) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["demo1", "demo_2"])
+def test_both_keep_what_plugins_promise(stranger: Stranger, name: str) -> None:
+    (told,) = json.loads(stranger.run("tcplat", "plugins", "check", name, "--json"))
+    assert told["passed"] > 0
+    assert [one for one in told["checks"] if one["verdict"] == "failed"] == []
+
+
 def test_the_probe_ends_after_five_rows(
     start: Callable[..., Tcplat], client: Puppet, server: Listener
 ) -> None:

@@ -35,6 +35,8 @@ DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 PROJECTS = {"write-a-probe.md": ("probe", "goodbye"), "write-a-sink.md": ("sink", "totals")}
 """Page -> the project that it is about, as `tcplat plugins new` makes it."""
+UNPRIVILEGED = ("setpriv", "--bounding-set=-all") if os.geteuid() == 0 else ()
+"""The same user without any capability: `plugins check` then loads nothing."""
 TYPEDEFS = (
     "typedef unsigned char u8; typedef unsigned short u16;"
     "typedef unsigned int u32; typedef unsigned long long u64;\n"
@@ -219,7 +221,7 @@ def ran(words: list[str], cwd: Path) -> str:
     """Run a command that needs neither root nor anything installed; what it prints."""
     program = {"tcplat": "tcplat_core", "pytest": "pytest"}[words[0]]
     done = subprocess.run(
-        [sys.executable, "-c", _RUN, program, *words[1:]],
+        [*UNPRIVILEGED, sys.executable, "-c", _RUN, program, *words[1:]],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTEST_ADDOPTS": ""},
         capture_output=True,
