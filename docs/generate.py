@@ -117,7 +117,7 @@ SECTIONS = {
         *("tracepoint", "tracepoints", "fentry", "fenter", "fexit", "kprobe", "kentry", "kreturn"),
         "xdp",
     ),
-    "The row": ("Event", "Wire", "micros", "address", "Field", "fields"),
+    "The row": ("Event", "Wire", "micros", "address", "clock_offset_ns", "Field", "fields"),
     "Options": (
         *("Option", "Options", "Kind", "integer", "choice", "boolean", "duration", "size"),
     ),

@@ -228,11 +228,8 @@ def test_a_line_that_is_damaged_is_left_out_and_said(
     assert len(found.said) == 2
     assert found.said[0].startswith(f"line {at + 1} is left out: ")
     assert reason in found.said[0]
-    assert re_end(found.said[1], "was left out")
-
-
-def re_end(sentence: str, end: str) -> bool:
-    return sentence.startswith("1 line of ") and sentence.endswith(end)
+    assert found.said[1].startswith("1 line of ")
+    assert found.said[1].endswith(" was left out")
 
 
 def test_of_many_damaged_lines_the_first_are_said_and_all_are_counted(replay: Replayed) -> None:
@@ -279,7 +276,7 @@ def test_no_control_character_of_a_capture_reaches_a_sink(replay: Replayed) -> N
     assert shown.desc == r"a\u202eb"
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=500)
 @given(st.data())
 @pytest.mark.parametrize("form", ["jsonl", "msgpack"])
 def test_whatever_happens_to_its_bytes_a_capture_is_read_to_its_end(
@@ -292,8 +289,9 @@ def test_whatever_happens_to_its_bytes_a_capture_is_read_to_its_end(
     capture = Capture(EVENTS)
     rows = [item for item in capture.items(iter([broken])) if isinstance(item, list)]
     sound = sum(map(len, rows))
-    # A piece of at most 50 bytes spoils at most two rows; a msgpack map may swallow the next.
-    assert 8 - (2 if form == "jsonl" else 8) <= sound <= 8 + 1
+    # A piece of at most 50 bytes spoils two rows, or makes of one two.
+    assert 8 - 2 <= sound <= 8 + 1
+    assert capture.left_out or sound >= 7
 
 
 @pytest.mark.parametrize("form", ["jsonl", "msgpack"])
@@ -486,6 +484,19 @@ def test_a_socket_is_read_while_it_is_written(tmp_path: Path) -> None:
     listening.close()
     assert found.times == [row.ts_ns for row in ROWS]
     assert encoded(found.report) == encoded(report_of(ROWS))
+
+
+def test_a_pipe_whose_writer_comes_later_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    source = Source.open(str(path))  # returns, though nobody writes
+    writer = threading.Thread(target=path.write_bytes, args=(GOOD,))
+    chunks = source.chunks()
+    assert next(chunks) == b""
+    writer.start()
+    assert b"".join(chunks) == GOOD
+    writer.join()
+    os.close(source.fd)
 
 
 def test_what_takes_long_shows_how_far_it_is(tmp_path: Path) -> None:
