@@ -11,8 +11,7 @@ import attrs
 
 from tcplat_core import netdev, owners
 from tcplat_core.errors import CannotRunError, PluginError
-from tcplat_core.hookpoints import Hook, Way, reporting
-from tcplat_core.ring import books_slots, possible_cpus
+from tcplat_core.hookpoints import Hook, Way
 
 from . import bpf, kheaders, seeding, xdp
 from .btf import BtfError
@@ -23,6 +22,7 @@ from .compile import (
     Compiled,
     compile_text,
     compiler_identity,
+    core_defines,
     program_text,
 )
 from .host import BTF_PATH, SYSCALLS, Choice, Host, choose, syscall_id
@@ -94,10 +94,15 @@ class Loader:
                 self._undo()
 
     @property
-    def _tracks(self) -> bool:
+    def _follows_packets(self) -> bool:
         """Whether packets have to be told apart by process."""
         xdp_wanted = any(probe.interfaces is not None for probe in self.request.probes)
         return xdp_wanted and self.request.filter.by_task
+
+    @property
+    def _tracks(self) -> bool:
+        """Whether the core has to learn the owners itself."""
+        return self._follows_packets or any(probe.track for probe in self.request.probes)
 
     def _why_not(self, way: Way) -> str | None:
         return self._closed.get(way) or self._host.way(way)
@@ -156,7 +161,8 @@ class Loader:
             self._core(core, "tcplat_on_exit", "sched:sched_process_exit")
         if self._tracks:
             self._core(core, "tcplat_on_state", "sock:inet_sock_set_state")
-            self._core(core, "tcplat_on_queue", "net:net_dev_queue")
+            if self._follows_packets:
+                self._core(core, "tcplat_on_queue", "net:net_dev_queue")
             for use in ("sock:sock_recv_length", "sock:sock_send_length"):
                 # Before 6.3 a connection's owner stays its listener's.
                 if self._host.fact(use, is_tracepoint=True):
@@ -166,13 +172,7 @@ class Loader:
 
     def _open(self, probe: ProbeRequest, choice: Choice, room: int) -> _Module:
         """Compile a probe, or take it from the cache, and create its maps."""
-        hooks = len(reporting(probe.points))
-        defines = {
-            "TCPLAT_HOOKS": hooks,
-            "TCPLAT_BOOKS": books_slots(possible_cpus(), hooks),
-            "TCPLAT_CPU_BITS": possible_cpus().bit_length(),
-            **self.request.filter.defines(),
-        }
+        defines = core_defines(probe.points, self.request.filter)
         taken = {point: way.mechanism for point, way in choice.taken.items()}
         if self.request.debug:
             defines["TCPLAT_DEBUG"] = 1

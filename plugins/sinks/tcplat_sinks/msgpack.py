@@ -30,7 +30,7 @@ from tcplat_core import (
     RunReport,
     UsageError,
     clock_offset_ns,
-    json_types,
+    fields,
 )
 
 _PIECE = 256
@@ -346,7 +346,7 @@ class Msgpack:
 
     def _learn(self, probe: str, event: type[Event]) -> None:
         self._classes.add((probe, event))
-        self._schema[probe] = list(json_types(event).items())
+        self._schema[probe] = [(field.name, field.type) for field in fields(event)]
 
     def _header(self, *probes: str) -> bytes:
         fields = {probe: self._schema[probe] for probe in probes}

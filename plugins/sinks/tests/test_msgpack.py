@@ -479,8 +479,8 @@ def test_other_hosts_may_read_only_if_that_is_meant(bench: Bench) -> None:
         ({"unix": "x" * 200}, "too long"),
         ({"unix": "/no/where"}, "No such file or directory"),
         ({"unix": "x", "buffer": "1K"}, "it must be 64K or more"),
-        ({"unix": "x", "connect": "yes"}, "it is 0 or 1"),
-        ({"unix": "x", "wait": "-1"}, "it must be 0 or more"),
+        ({"unix": "x", "connect": "2"}, "it must be yes or no"),
+        ({"unix": "x", "wait": "-1"}, "it must be a whole number from 0"),
     ],
 )
 def test_a_mistake_is_said(given: dict[str, str], said: str) -> None:
