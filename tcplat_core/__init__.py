@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import CannotRunError, PluginError, ReaderGoneError, TcplatError, UsageError
+    from .histogram import Aggregates, Aggregation, Distribution, Group, Histogram
     from .hookpoints import (
         Hook,
         HookPoint,
@@ -24,23 +25,32 @@ if TYPE_CHECKING:
         xdp,
     )
     from .hookspecs import hookimpl
+    from .maps import Maps, MapView, ReadableMap
     from .model import Loss, Option, Options, ProbeSpec, RunInfo, RunReport, Sink, SinkSpec
     from .output import Output
     from .schema import Event, Moment, Wire, micros
 
 __all__ = [
+    "Aggregates",
+    "Aggregation",
     "CannotRunError",
+    "Distribution",
     "Event",
+    "Group",
+    "Histogram",
     "Hook",
     "HookPoint",
     "Interfaces",
     "Loss",
+    "MapView",
+    "Maps",
     "Moment",
     "Option",
     "Options",
     "Output",
     "PluginError",
     "ProbeSpec",
+    "ReadableMap",
     "ReaderGoneError",
     "RunInfo",
     "RunReport",
@@ -63,7 +73,9 @@ __all__ = [
     "xdp",
 ]
 
-_HOMES = ("errors", "hookpoints", "hookspecs", "model", "output", "schema")
+_HOMES = (
+    *("errors", "histogram", "hookpoints", "hookspecs", "maps", "model", "output", "schema"),
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from .command import Command
     from .filters import Filter
+    from .histogram import Aggregation
     from .model import ProbeReport, RunReport, Sink
     from .plugins import Plugins
 
@@ -253,11 +254,16 @@ def _run(
         # Third-party Python runs from here on, and root is gone.
         plugins = Plugins.load()
         chosen = _probes(plugins, probes)
+        aggregation, events = _aggregation(plugins, sinks, chosen)
+        if count and not events:
+            raise UsageError("--count counts rows, and none are made without a sink for them")
         session = Session(
             loader=loader,
             probes=chosen,
             sinks=_sinks(plugins, sinks, [spec.name for spec, _ in chosen], signals.stopping),
             request=Request(
+                events=events,
+                aggregation=aggregation,
                 probes=(),
                 attach=attach,
                 filter=wanted if child is None else wanted.and_pid(child.pid),
@@ -382,6 +388,39 @@ def _sinks(
     return made
 
 
+def _aggregation(
+    plugins: Plugins, texts: Sequence[str], probes: Sequence[tuple[Any, Any]]
+) -> tuple[Aggregation | None, bool]:
+    """What the sinks want counted in the kernel, and whether any of them wants rows."""
+    from .model import parse_choice, read_options  # noqa: PLC0415 - see the top
+
+    asked: list[tuple[str, Aggregation]] = []
+    events = False
+    for text in texts:
+        name, given = parse_choice(text)
+        spec = plugins.sink(name)
+        if spec.aggregate is None:
+            events = True
+            continue
+        options = read_options(f"sink {name}", spec.options, given)
+        asked.append((name, spec.aggregate(options)))
+    if not asked:
+        return None, events
+    if len(asked) > 1:
+        raise UsageError(
+            f"one sink can have the kernel count, and {' and '.join(name for name, _ in asked)} "
+            "both want it"
+        )
+    able = ", ".join(sorted(name for name, spec in plugins.probes.items() if spec.histograms))
+    for spec, _ in probes:
+        if not spec.histograms:
+            raise UsageError(
+                f"--sink {asked[0][0]}: probe {spec.name} has no histograms; "
+                f"{able or 'no probe'} has"
+            )
+    return asked[0][1], events
+
+
 def _attached(report: RunReport) -> None:
     for name, probe in report.probes.items():
         for hook in probe.hooks:
@@ -405,7 +444,10 @@ def _probe_summary(probe: ProbeReport) -> Iterator[str]:
     for hook in probe.hooks:
         by_point[hook.point] = by_point.get(hook.point, 0) + hook.delivered
     points = ", ".join(f"{point} {n}" for point, n in by_point.items())
-    yield f"{probe.delivered} rows, {probe.dropped} lost ({points})"
+    if probe.counted or probe.uncounted:
+        yield from _counted_summary(probe)
+    if probe.delivered or probe.dropped or not (probe.counted or probe.uncounted):
+        yield f"{probe.delivered} rows, {probe.dropped} lost ({points})"
     for point, reason in probe.missing.items():
         yield f"no {point} rows: {reason}"
     for interface, reason in probe.silent.items():
@@ -422,6 +464,18 @@ def _probe_summary(probe: ProbeReport) -> Iterator[str]:
     unread = sum(hook.unread for hook in probe.hooks)
     if unread:
         yield f"{unread} more were seen when the run ended"
+
+
+def _counted_summary(probe: ProbeReport) -> Iterator[str]:
+    histograms = ", ".join(f"{name} {one.samples}" for name, one in probe.counted.items())
+    yield f"{sum(one.samples for one in probe.counted.values())} counted ({histograms or 'none'})"
+    for name, one in probe.counted.items():
+        if one.unmeasured:
+            yield f"{name}: {one.unmeasured} more could not be measured"
+        if one.rest:
+            yield f"{name}: {one.rest} came when all groups were taken; groups= makes room"
+    for name, reason in probe.uncounted.items():
+        yield f"no {name}: {reason}"
 
 
 def _say(sentence: str) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import attrs
 
 from .errors import UsageError
+from .histogram import Aggregates, Aggregation, Histogram
 from .hookpoints import HookPoint, Interfaces, checked_name
+from .maps import Maps, ReadableMap
 from .schema import Event, Moment
 
 
@@ -47,6 +49,12 @@ class ProbeSpec:
         options: What ``name:key=value`` may set.
         defines: C constants from the options.
         interfaces: Where its XDP programs go, from the options; needed if it has any.
+        maps: Arrays of its C that poll() reads.
+        poll: Makes rows of them, with ``maps.row()``: called once a second while the probe
+            is attached, and once after that. It runs without any privilege. When it raises,
+            that is said, and it is not called again.
+        histograms: What it can count in the kernel when a sink asks for it
+            (include/tcplat/histogram.bpf.h).
     """
 
     name: str = attrs.field(validator=checked_name)
@@ -59,13 +67,17 @@ class ProbeSpec:
     options: tuple[Option, ...] = ()
     defines: Callable[[Options], Mapping[str, int | str]] = lambda _: {}
     interfaces: Callable[[Options], Interfaces] | None = None
+    maps: tuple[ReadableMap, ...] = ()
+    poll: Callable[[Maps], Iterable[Event] | None] | None = None
+    histograms: tuple[Histogram, ...] = ()
 
 
 class Sink(Protocol):
     """Consumes batches. A method that raises gets the sink switched off; the run goes on.
 
     A sink may also have ``idle()``: called once a second, so that it can raise
-    ReaderGoneError while there is nothing to write.
+    ReaderGoneError while there is nothing to write. One whose spec has `aggregate`
+    has ``aggregates()``, see :class:`AggregateSink`.
     """
 
     def write(self, batch: Sequence[Event]) -> None:
@@ -78,6 +90,13 @@ class Sink(Protocol):
         """The run is over. Called once; not where a method has failed before."""
 
 
+class AggregateSink(Sink, Protocol):
+    """A sink that shows what the kernel has counted."""
+
+    def aggregates(self, them: Aggregates) -> None:
+        """All that was counted since the run began; a last time, final, before close()."""
+
+
 @attrs.frozen(kw_only=True)
 class SinkSpec:
     """A sink.
@@ -87,12 +106,15 @@ class SinkSpec:
         summary: One line.
         factory: Makes the sink from its options, before anything is attached.
         options: What ``name:key=value`` may set.
+        aggregate: What the kernel is to count for it, from the options. Such a sink wants
+            no rows: where no other does, none are made. It gets aggregates().
     """
 
     name: str = attrs.field(validator=checked_name)
     summary: str
     factory: Callable[[Options, RunInfo], Sink]
     options: tuple[Option, ...] = ()
+    aggregate: Callable[[Options], Aggregation] | None = None
 
 
 @attrs.frozen
@@ -135,6 +157,21 @@ class HookReport:
 
 
 @attrs.frozen(kw_only=True)
+class Counted:
+    """The books of one histogram, over all groups.
+
+    Args:
+        samples: Durations in it.
+        unmeasured: Durations whose length could not be known.
+        rest: Of both, those that came when all groups were taken.
+    """
+
+    samples: int
+    unmeasured: int
+    rest: int
+
+
+@attrs.frozen(kw_only=True)
 class ProbeReport:
     """The books of one probe."""
 
@@ -153,6 +190,12 @@ class ProbeReport:
     """Interface -> why no rows come from it, or no more."""
     deaf: bool = False
     """It listened on interfaces alone, and all of them are gone."""
+    counted: Mapping[str, Counted] = attrs.field(factory=dict)
+    """Histogram -> its books, where a sink asked for them."""
+    uncounted: Mapping[str, str] = attrs.field(factory=dict)
+    """Histogram -> why this host does not have it."""
+    poll_error: str = ""
+    """Why its poll() is not called any more."""
 
     @property
     def delivered(self) -> int:
@@ -192,6 +235,7 @@ class RunReport:
                     "interfaces": dict(probe.interfaces),
                     "skipped": dict(probe.skipped),
                     "silent": dict(probe.silent),
+                    **_extras(probe),
                     "hooks": [
                         {**attrs.asdict(hook), "unread": hook.unread} for hook in probe.hooks
                     ],
@@ -215,6 +259,17 @@ class RunReport:
     def dropped(self) -> int:
         """Lost events of all probes."""
         return sum(probe.dropped for probe in self.probes.values())
+
+
+def _extras(probe: ProbeReport) -> dict[str, Any]:
+    """What only few reports have."""
+    extras: dict[str, Any] = {}
+    if probe.counted or probe.uncounted:
+        extras["histograms"] = {name: attrs.asdict(one) for name, one in probe.counted.items()}
+        extras["no_histograms"] = dict(probe.uncounted)
+    if probe.poll_error:
+        extras["poll_error"] = probe.poll_error
+    return extras
 
 
 def parse_choice(text: str) -> tuple[str, dict[str, str]]:

@@ -11,7 +11,7 @@ import attrs
 
 from tcplat_core import netdev, owners
 from tcplat_core.errors import CannotRunError, PluginError
-from tcplat_core.hookpoints import Hook, Way, reporting
+from tcplat_core.hookpoints import Hook, HookPoint, Way, reporting
 from tcplat_core.ring import books_slots, possible_cpus
 
 from . import bpf, kheaders, seeding, xdp
@@ -26,7 +26,7 @@ from .compile import (
     program_text,
 )
 from .host import BTF_PATH, SYSCALLS, Choice, Host, choose, syscall_id
-from .protocol import Answer, Attached, LoadedProbe, ProbeRequest, Request
+from .protocol import Answer, Attached, LoadedMap, LoadedProbe, ProbeRequest, Request
 
 _PROGRAM_TYPES = {
     "fentry": bpf.ProgramType.TRACING,
@@ -82,7 +82,7 @@ class Loader:
         known = len(self._host.facts)
         while True:
             choices = [
-                choose(probe.points, self.request.attach, self._why_not, probe.name)
+                choose(_listened(probe), self.request.attach, self._why_not, probe.name)
                 for probe in self.request.probes
             ]
             if len(self._host.facts) > known:
@@ -139,6 +139,7 @@ class Loader:
                 interfaces=tuple(attached),
                 skipped=skipped,
                 program_fds=program_fds,
+                maps={name: module.readable(name, size) for name, size in probe.maps.items()},
             )
             for probe, module, choice, program_fds, (attached, skipped) in zip(
                 self.request.probes, modules, choices, programs, listening, strict=True
@@ -178,6 +179,10 @@ class Loader:
             defines["TCPLAT_DEBUG"] = 1
         if self._tracks:
             defines["TCPLAT_TRACK"] = 1
+        if not self.request.events:
+            defines["TCPLAT_NO_EVENTS"] = 1
+        if self.request.aggregation:
+            defines |= self.request.aggregation.defines(possible_cpus(), len(probe.histograms))
         text = program_text(probe, taken=taken, defines=defines)
         if self.request.debug:
             sys.stderr.write(text)
@@ -301,6 +306,36 @@ class _Module:
 
     def fd(self, name: str) -> int:
         return self.fds[[one.name for one in self.compiled.maps].index(name)]
+
+    def readable(self, name: str, size: int) -> LoadedMap:
+        """A map for the session, which can map nothing but arrays.
+
+        Raises:
+            PluginError: It is none, or its entries are of another size.
+        """
+        found = [pair for pair in zip(self.compiled.maps, self.fds, strict=True)
+                 if pair[0].name == name]
+        if not found:
+            raise PluginError(f"the C has no map {name}")
+        [(one, fd)] = found
+        if one.kind != bpf.ARRAY or not one.flags & bpf.MMAPABLE or one.key != 4:
+            raise PluginError(
+                f"the map {name} cannot be read from outside: declare it as "
+                f'BPF_F_TABLE("array", u32, ..., {name}, ..., BPF_F_MMAPABLE), '
+                "and count by key with <tcplat/keyed.bpf.h>"
+            )
+        if one.value != size:
+            raise PluginError(
+                f"an entry of the map {name} has {one.value} bytes in C and {size} in Python"
+            )
+        return LoadedMap(fd, one.entries)
+
+
+def _listened(probe: ProbeRequest) -> tuple[HookPoint, ...]:
+    """The points that somebody wants."""
+    if probe.listen is None:
+        return probe.points
+    return tuple(point for point in probe.points if point.point in probe.listen)
 
 
 def _u32(value: int) -> bytes:

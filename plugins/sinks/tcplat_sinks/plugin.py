@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 
-from tcplat_core import Option, Options, Output, RunInfo, Sink, SinkSpec, hookimpl
+from tcplat_core import (
+    Aggregation,
+    Option,
+    Options,
+    Output,
+    RunInfo,
+    Sink,
+    SinkSpec,
+    hookimpl,
+)
 
 _PATH = Option(name="path", help="file to write; standard output if not given")
 
@@ -43,9 +54,81 @@ def _terminal_width(fd: int) -> int:
         return 0
 
 
+_GROUPINGS = ("process", "remote", "port", "all")
+_MOST_GROUPS = 4096
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h)?", text)
+    value = float(found[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[found[2] or "s"] if found else -1
+    if value != 0 and value < 0.1:
+        raise ValueError("it must be a time of 100ms or more, or 0 for the end alone")
+    return value
+
+
+def _one_of(*words: str) -> Callable[[str], str]:
+    def convert(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"it must be one of {', '.join(words)}")
+        return text
+
+    return convert
+
+
+def _groups(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= _MOST_GROUPS:
+        raise ValueError(f"it must be a number from 1 to {_MOST_GROUPS}")
+    return value
+
+
+def _histogram(options: Options, run: RunInfo) -> Sink:
+    from .histogram import Histograms  # noqa: PLC0415 - only the sinks in use are imported
+
+    output = Output.open(options["path"], run.stopping)
+    return Histograms(output, options["format"] == "json", options["every"])
+
+
+def _aggregation(options: Options) -> Aggregation:
+    return Aggregation(options["by"], options["groups"], options["every"] or math.inf)
+
+
 @hookimpl
 def tcplat_register_sinks() -> Iterator[SinkSpec]:
     """Offer the sinks."""
+    yield SinkSpec(
+        name="histogram",
+        summary="percentiles and bars of durations that the kernel counts: for what is too fast",
+        factory=_histogram,
+        aggregate=_aggregation,
+        options=(
+            _PATH,
+            Option(
+                name="every",
+                help="interval between two looks, 0 for the end of the run alone",
+                convert=_seconds,
+                default=1.0,
+            ),
+            Option(
+                name="by",
+                help="whose durations are counted together: process, remote, port, all",
+                convert=_one_of(*_GROUPINGS),
+                default="process",
+            ),
+            Option(
+                name="groups",
+                help="how many of them are told apart; the others are counted as others",
+                convert=_groups,
+                default=256,
+            ),
+            Option(
+                name="format",
+                help="text, or json: one object per histogram and group",
+                convert=_one_of("text", "json"),
+                default="text",
+            ),
+        ),
+    )
     yield SinkSpec(
         name="jsonl",
         summary="one JSON object per line, and the books at the end",

@@ -133,9 +133,13 @@ static __always_inline struct tcplat_event *
 tcplat_make_recv(const struct sock *sk, u8 role, int ret, u8 hook)
 {
 	u64 now = bpf_ktime_get_ns();
-	struct tcplat_sock *s = tcplat_touch(sk);
+	struct tcplat_sock *s;
 	struct tcplat_event *e;
 
+#ifdef TCPLAT_NO_EVENTS
+	return NULL;
+#endif
+	s = tcplat_touch(sk);
 	if (!tcplat_is(s, role) || ret < 0)
 		return NULL;
 	/* Nothing was asked for: that is not the end of the stream. */
