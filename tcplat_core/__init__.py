@@ -73,9 +73,7 @@ __all__ = [
     "xdp",
 ]
 
-_HOMES = (
-    *("errors", "histogram", "hookpoints", "hookspecs", "maps", "model", "output", "schema"),
-)
+_HOMES = (*("errors", "histogram", "hookpoints", "hookspecs", "maps", "model", "output", "schema"),)
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .command import Command
     from .filters import Filter
     from .histogram import Aggregation
-    from .model import ProbeReport, RunReport, Sink
+    from .model import Counted, ProbeReport, RunReport, Sink
     from .plugins import Plugins
 
 # What a command needs is imported when it is called: `plugins list` and --help
@@ -440,16 +440,12 @@ def _summary(report: RunReport) -> None:
 
 
 def _probe_summary(probe: ProbeReport) -> Iterator[str]:
-    by_point: dict[str, int] = {}
-    for hook in probe.hooks:
-        by_point[hook.point] = by_point.get(hook.point, 0) + hook.delivered
-    points = ", ".join(f"{point} {n}" for point, n in by_point.items())
-    if probe.counted or probe.uncounted:
-        yield from _counted_summary(probe)
-    if probe.delivered or probe.dropped or not (probe.counted or probe.uncounted):
-        yield f"{probe.delivered} rows, {probe.dropped} lost ({points})"
-    for point, reason in probe.missing.items():
-        yield f"no {point} rows: {reason}"
+    if probe.counted is not None:
+        yield from _counted_summary(probe.counted)
+    if probe.counted is None or probe.delivered or probe.dropped:
+        yield _rows_summary(probe)
+    for what, reason in {**probe.uncounted, **_rows_missing(probe)}.items():
+        yield f"no {what}: {reason}"
     for interface, reason in probe.silent.items():
         if interface not in probe.interfaces:  # else it was said when it went
             yield f"no rows from {interface}: {reason}"
@@ -466,16 +462,26 @@ def _probe_summary(probe: ProbeReport) -> Iterator[str]:
         yield f"{unread} more were seen when the run ended"
 
 
-def _counted_summary(probe: ProbeReport) -> Iterator[str]:
-    histograms = ", ".join(f"{name} {one.samples}" for name, one in probe.counted.items())
-    yield f"{sum(one.samples for one in probe.counted.values())} counted ({histograms or 'none'})"
-    for name, one in probe.counted.items():
+def _rows_missing(probe: ProbeReport) -> dict[str, str]:
+    return {f"{point} rows": reason for point, reason in probe.missing.items()}
+
+
+def _rows_summary(probe: ProbeReport) -> str:
+    by_point: dict[str, int] = {}
+    for hook in probe.hooks:
+        by_point[hook.point] = by_point.get(hook.point, 0) + hook.delivered
+    points = ", ".join(f"{point} {n}" for point, n in by_point.items())
+    return f"{probe.delivered} rows, {probe.dropped} lost ({points})"
+
+
+def _counted_summary(counted: Mapping[str, Counted]) -> Iterator[str]:
+    histograms = ", ".join(f"{name} {one.samples}" for name, one in counted.items())
+    yield f"{sum(one.samples for one in counted.values())} counted ({histograms or 'none'})"
+    for name, one in counted.items():
         if one.unmeasured:
             yield f"{name}: {one.unmeasured} more could not be measured"
         if one.rest:
             yield f"{name}: {one.rest} came when all groups were taken; groups= makes room"
-    for name, reason in probe.uncounted.items():
-        yield f"no {name}: {reason}"
 
 
 def _say(sentence: str) -> None:

@@ -190,8 +190,8 @@ class ProbeReport:
     """Interface -> why no rows come from it, or no more."""
     deaf: bool = False
     """It listened on interfaces alone, and all of them are gone."""
-    counted: Mapping[str, Counted] = attrs.field(factory=dict)
-    """Histogram -> its books, where a sink asked for them."""
+    counted: Mapping[str, Counted] | None = None
+    """Histogram -> its books; None where no sink asked for any."""
     uncounted: Mapping[str, str] = attrs.field(factory=dict)
     """Histogram -> why this host does not have it."""
     poll_error: str = ""
@@ -264,7 +264,7 @@ class RunReport:
 def _extras(probe: ProbeReport) -> dict[str, Any]:
     """What only few reports have."""
     extras: dict[str, Any] = {}
-    if probe.counted or probe.uncounted:
+    if probe.counted is not None:
         extras["histograms"] = {name: attrs.asdict(one) for name, one in probe.counted.items()}
         extras["no_histograms"] = dict(probe.uncounted)
     if probe.poll_error:

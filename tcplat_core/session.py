@@ -650,7 +650,7 @@ def _report(runs: Sequence[ProbeRun], router: Router, duration_s: float) -> RunR
             skipped=run.skipped(),
             silent=run.silent,
             deaf=run.deaf,
-            counted=_counted(run.counters.read()) if run.counters else {},
+            counted=_counted(run.counters.read()) if run.counters else None,
             uncounted=_uncounted(run) if run.counters else {},
             poll_error=run.poll_error,
         )

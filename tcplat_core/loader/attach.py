@@ -110,6 +110,11 @@ class Loader:
         ]
         core = modules[0]
         self._attach_core(core)
+        # A socket that ends while the probes are attached one by one must not leave its entry
+        # to the next one at its address. Nobody listens yet: its last row is not missed.
+        before = len(self._fds)
+        self._core(core, "tcplat_on_destroy", "tcp:tcp_destroy_sock")
+        early = self._fds[before:]
         programs = [
             {
                 hook.program: self._attach(module, way, hook)
@@ -121,6 +126,9 @@ class Loader:
         ]
         # Last, so that on one tracepoint it runs after the probes' own handlers.
         self._core(core, "tcplat_on_destroy", "tcp:tcp_destroy_sock")
+        for fd in early:
+            self._fds.remove(fd)
+            os.close(fd)
         # From here on new sockets are seen; now the older ones.
         seeding.fill(self._shared, owners.find(), self.request.filter, room)
         # Some network cards lose their link for a moment: no other way may close after this.
@@ -139,7 +147,7 @@ class Loader:
                 interfaces=tuple(attached),
                 skipped=skipped,
                 program_fds=program_fds,
-                maps={name: module.readable(name, size) for name, size in probe.maps.items()},
+                maps=_readable(probe, module),
             )
             for probe, module, choice, program_fds, (attached, skipped) in zip(
                 self.request.probes, modules, choices, programs, listening, strict=True
@@ -307,28 +315,32 @@ class _Module:
     def fd(self, name: str) -> int:
         return self.fds[[one.name for one in self.compiled.maps].index(name)]
 
-    def readable(self, name: str, size: int) -> LoadedMap:
-        """A map for the session, which can map nothing but arrays.
 
-        Raises:
-            PluginError: It is none, or its entries are of another size.
-        """
-        found = [pair for pair in zip(self.compiled.maps, self.fds, strict=True)
-                 if pair[0].name == name]
-        if not found:
-            raise PluginError(f"the C has no map {name}")
-        [(one, fd)] = found
-        if one.kind != bpf.ARRAY or not one.flags & bpf.MMAPABLE or one.key != 4:
+def _readable(probe: ProbeRequest, module: _Module) -> dict[str, LoadedMap]:
+    """The maps that the session wants to map: it can do so with nothing but arrays.
+
+    Raises:
+        PluginError: There is no such map, it is none of that kind, or of another size.
+    """
+    maps = {one.name: (one, fd) for one, fd in zip(module.compiled.maps, module.fds, strict=True)}
+    found = {}
+    for name, size in probe.maps.items():
+        if name not in maps:
+            raise PluginError(f"the C of probe {probe.name} has no map {name}")
+        one, fd = maps[name]
+        if one.kind != bpf.ARRAY or not one.flags & bpf.MMAPABLE:
             raise PluginError(
-                f"the map {name} cannot be read from outside: declare it as "
-                f'BPF_F_TABLE("array", u32, ..., {name}, ..., BPF_F_MMAPABLE), '
-                "and count by key with <tcplat/keyed.bpf.h>"
+                f"the map {name} of probe {probe.name} cannot be read from outside: it must be "
+                f'BPF_F_TABLE("array", u32, ..., {name}, ..., BPF_F_MMAPABLE); '
+                "<tcplat/keyed.bpf.h> counts by key in such arrays"
             )
         if one.value != size:
             raise PluginError(
-                f"an entry of the map {name} has {one.value} bytes in C and {size} in Python"
+                f"an entry of the map {name} of probe {probe.name} has {one.value} bytes in C "
+                f"and {size} in Python"
             )
-        return LoadedMap(fd, one.entries)
+        found[name] = LoadedMap(fd, one.entries)
+    return found
 
 
 def _listened(probe: ProbeRequest) -> tuple[HookPoint, ...]:

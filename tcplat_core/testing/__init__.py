@@ -8,10 +8,11 @@ For tcplat's own tests and for those of a plugin::
         sink.write([make_event(bytes=42)])
 """
 
-from .kernel import FakeBooks, FakeLoader, FakeProbe, FakeRing
+from .kernel import FakeArray, FakeBooks, FakeLoader, FakeProbe, FakeRing
 from .rows import RecordingSink, make_event, make_record
 
 __all__ = [
+    "FakeArray",
     "FakeBooks",
     "FakeLoader",
     "FakeProbe",

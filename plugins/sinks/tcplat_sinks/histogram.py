@@ -74,9 +74,7 @@ class Histograms:
             key=lambda one: (one.probe, one.histogram.name, one.group.rest, -one.count),
         )
         if self.as_json:
-            data = self._encoder.encode_lines(
-                [as_json(one, them, over_s, window) for one in found]
-            )
+            data = self._encoder.encode_lines([as_json(one, them, over_s, window) for one in found])
         else:
             what = "the whole run, " if window == "run" else ""
             clock = time.strftime("%H:%M:%S", time.localtime(them.time_ns // 10**9))
@@ -112,9 +110,7 @@ def as_json(one: Distribution, them: Aggregates, over_s: float, window: str) -> 
         "max_us": _or_none(one, 100),
         "over": one.over,
         "not_measured": one.unmeasured,
-        "buckets": [
-            (low / 1000, high / 1000, count) for low, high, count in one.filled()
-        ],
+        "buckets": [(low / 1000, high / 1000, count) for low, high, count in one.filled()],
     }
 
 
@@ -157,12 +153,9 @@ def _or_more(one: Distribution, percent: float) -> str:
 
 def human(us: float) -> str:
     """A duration with three digits and its unit."""
-    for factor, unit in ((1e-3, "ns"), (1.0, "µs"), (1e3, "ms")):
-        value = us / factor
-        if value < 999.5:  # noqa: PLR2004 - would be shown as 1000
-            break
-    else:
-        value, unit = us / 1e6, "s"
+    scaled = ((us * 1000, "ns"), (us, "µs"), (us / 1e3, "ms"), (us / 1e6, "s"))
+    # 999.5 would be shown as 1000.
+    value, unit = next((one for one in scaled if one[0] < 999.5), scaled[-1])  # noqa: PLR2004
     digits = 0 if value >= 100 or unit == "ns" else 1 if value >= 10 else 2  # noqa: PLR2004 - three
     return f"{value:.{digits}f} {unit}"
 

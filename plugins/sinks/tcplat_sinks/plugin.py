@@ -56,12 +56,15 @@ def _terminal_width(fd: int) -> int:
 
 _GROUPINGS = ("process", "remote", "port", "all")
 _MOST_GROUPS = 4096
+_LEAST_S = 0.1
 
 
 def _seconds(text: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h)?", text)
-    value = float(found[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[found[2] or "s"] if found else -1
-    if value != 0 and value < 0.1:
+    value = 0.0
+    if found:
+        value = float(found[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[found[2] or "s"]
+    if text != "0" and value < _LEAST_S:
         raise ValueError("it must be a time of 100ms or more, or 0 for the end alone")
     return value
 

@@ -197,9 +197,7 @@ POINTS = (
 )
 
 HISTOGRAMS = (
-    Histogram(
-        "accept", "accept queue: handshake done to accept()", ("state", "accept")
-    ),
+    Histogram("accept", "accept queue: handshake done to accept()", ("state", "accept")),
     Histogram(
         "rx_ready",
         "receive path: packet of the first new byte at rx_ip to reader woken",
