@@ -1,9 +1,9 @@
 """BPF maps that the Python side of a probe reads: arrays, mapped, because that needs no rights.
 
-When probes are attached, root is gone, and bpf(2) refuses even to look a key up where
-kernel.unprivileged_bpf_disabled is set, as on Debian and Ubuntu. An array with
-BPF_F_MMAPABLE (5.5) is mapped through its fd, which asks for nothing. Hashes cannot be
-mapped: include/tcplat/keyed.bpf.h counts by key in arrays.
+When probes are attached, root is gone. Before 5.19 (c8644cd0efe7) bpf(2) then refuses even
+to look a key up where kernel.unprivileged_bpf_disabled is set, as on Debian and Ubuntu. An
+array with BPF_F_MMAPABLE (5.5) is mapped through its fd, which asks for nothing, and costs
+no call per entry. Hashes cannot be mapped: include/tcplat/keyed.bpf.h counts by key in arrays.
 """
 
 from __future__ import annotations

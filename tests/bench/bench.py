@@ -8,6 +8,7 @@ are compared. Exit status 1 if a figure misses its target.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
@@ -75,15 +76,17 @@ class Run:
 
     @classmethod
     @contextmanager
-    def of(cls, *arguments: str, sink: str | None = None, **how: Any) -> Iterator[Self]:
-        """Start it with tcp_client, and wait until it is attached."""
+    def of(
+        cls, *arguments: str, sink: str | None = None, probe: str = "tcp_client", **how: Any
+    ) -> Iterator[Self]:
+        """Start it, and wait until it is attached."""
         with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
             folder = Path(name)
             ready = folder / "ready"
             began = time.monotonic()
             process = subprocess.Popen(
                 [
-                    *(*TCPLAT, "run", "--probe", "tcp_client", "--ready-file", str(ready)),
+                    *(*TCPLAT, "run", "--probe", probe, "--ready-file", str(ready)),
                     *("--sink", sink or f"jsonl:path={folder / 'out'}", *arguments),
                 ],
                 stderr=subprocess.PIPE,
@@ -248,6 +251,26 @@ def bystander() -> Iterator[Figure]:
     yield Figure("B1s", "throughput, -p of another", *requests, ratio("requests", ours, base), 0.97)
 
 
+def aggregated() -> Iterator[Figure]:
+    """B12: durations are counted in the kernel, and no rows are made."""
+    for probe in ("tcp_client", "tcp_service"):
+        traced = functools.partial(Run.of, probe=probe, sink=f"histogram:path={os.devnull}")
+        first, ours, second = interleaved(traced)
+        base = both(first, second)
+        before, after = (
+            statistics.median(one["requests"] for one in blocks) / BLOCK_S
+            for blocks in (base, ours)
+        )
+        yield Figure(
+            "B12",
+            f"throughput, histogram, {probe}",
+            f"{before:,.0f}/s",
+            f"{after:,.0f}/s",
+            ratio("requests", ours, base),
+            0.95,
+        )
+
+
 def draining() -> Iterator[Figure]:
     """B3, B3b, B11: the same ring, drained by each in turn, in a process of its own."""
     done = subprocess.run(
@@ -387,6 +410,7 @@ FIGURES: dict[str, Callable[[], Iterator[Figure]]] = {
     "B8": packets,
     "B9": idle,
     "B10": delay,
+    "B12": aggregated,
 }
 HEAD = ("", "figure", "base or peer", "ours", "value", "target", "")
 

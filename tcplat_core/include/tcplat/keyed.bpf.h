@@ -2,7 +2,7 @@
 /*
  * Counting by key where the probe's Python side reads along.
  *
- * It has no right to look into a hash, but it can map arrays. So each key gets a
+ * It cannot look into a hash on every kernel, but it can map arrays. So each key gets a
  * number, and what is counted stands in arrays (BPF_F_MMAPABLE) under that number.
  *
  * To be defined before the include, which a probe can have once:
