@@ -20,11 +20,14 @@
 #define ARRIVALS 65536
 
 /*
- * Hash of namespace, ports and sequence number -> sequence number << 32 | when, in 16 ns.
+ * Hash of ports and sequence number -> sequence number << 32 | when, in 16 ns.
  *
  * Made at rx_ip for each segment with payload, whosever it is; replaced by the next
  * that has the same place, taken out by the ready that it leads to. One word, so
  * that no reader sees half of it. Its clock goes round in 68 s.
+ *
+ * A packet that is forwarded to its socket (a bridge, a container) comes by more than
+ * once: the last time counts, which is that of the receiving stack.
  */
 BPF_TABLE("array", u32, u64, arrivals, ARRIVALS);
 
@@ -53,16 +56,16 @@ struct unread {
 BPF_TABLE("lru_hash", u64, struct unread, unreads, 65536);
 
 /* `theirs` is the port that the segment comes from. */
-static __always_inline u32 arrival_at(u32 netns, u16 theirs, u16 ours, u32 seq)
+static __always_inline u32 arrival_at(u16 theirs, u16 ours, u32 seq)
 {
 	/* Knuth's multiplicative hash: the upper bits depend on all of them. */
-	return ((seq ^ netns ^ (u32)theirs << 16 ^ ours) * 2654435761u) >> 16;
+	return ((seq ^ (u32)theirs << 16 ^ ours) * 2654435761u) >> 16;
 }
 
 static __always_inline void note_arrival(const struct tcplat_segment *g, u64 now)
 {
 	u32 seq = g->seq + (g->flags >> 1 & 1); /* a SYN has a number, too */
-	u32 at = arrival_at(g->addrs.netns, g->addrs.sport, g->addrs.dport, seq);
+	u32 at = arrival_at(g->addrs.sport, g->addrs.dport, seq);
 	u64 *arrival;
 
 	if (!g->bytes)
@@ -75,7 +78,7 @@ static __always_inline void note_arrival(const struct tcplat_segment *g, u64 now
 /* How long ago the segment that begins with `seq` came; false where that is not known. */
 static __always_inline bool take_arrival(struct tcplat_sock *s, u32 seq, u64 now, u64 *took)
 {
-	u32 at = arrival_at(s->addrs.netns, s->addrs.dport, s->addrs.sport, seq);
+	u32 at = arrival_at(s->addrs.dport, s->addrs.sport, seq);
 	u64 *arrival = arrivals.lookup(&at);
 	u32 ago;
 
@@ -142,13 +145,16 @@ static __always_inline void measure_ready(struct sock *sk, struct tcplat_sock *s
 /* Bytes were read: how long ago was the reader told of the first of them? */
 static __always_inline void measure_recv(struct sock *sk, int bytes, u64 now)
 {
-	struct tcplat_sock *s = tcplat_touch(sk);
+	struct tcplat_sock *s = tcplat_find(sk);
 	u64 key = (u64)sk, ready_ns = 0;
 	u32 begin, at, last = 0;
 	bool found = false;
 	struct unread *u;
 
-	if (!tcplat_is(s, SERVER) || bytes <= 0)
+	if (!tcplat_is(s, SERVER))
+		return;
+	tcplat_own(s);
+	if (bytes <= 0)
 		return;
 	u = unreads.lookup(&key);
 	if (!u || u->sock != s->id) {
@@ -203,11 +209,11 @@ static __always_inline int report_packet(struct sk_buff *skb, const u8 *l3, u32 
 
 	if (!tcplat_parse_ip(&segment, l3, length))
 		return 0;
-	segment.addrs.netns = tcplat_skb_netns(skb);
 	note_arrival(&segment, now);
 #ifdef TCPLAT_NO_EVENTS
 	return 0;
 #endif
+	segment.addrs.netns = tcplat_skb_netns(skb);
 	/* As the receiving socket sees it: its own end first. */
 	local.netns = segment.addrs.netns;
 	local.ip = segment.addrs.ip;
