@@ -24,7 +24,7 @@ import attrs
 
 from .command import Command
 from .errors import CannotRunError, PluginError, TcplatError, UsageError
-from .histogram import Aggregates, Aggregation, Counters, Distribution
+from .histogram import COUNTERS, Aggregates, Aggregation, Counters, Distribution
 from .hookpoints import reporting
 from .loader.protocol import (
     Answer,
@@ -265,8 +265,6 @@ def fired_by(spec: ProbeSpec) -> list[FiredBy]:
 
 POLLED = ("poll", "map")
 """What stands for function and mechanism in rows that poll() makes."""
-_COUNTERS = {"keys": 40, "durations": 8}
-"""Maps of histogram.bpf.h, and bytes of an entry."""
 
 
 def _maps(spec: ProbeSpec, loaded: LoadedProbe) -> Maps:
@@ -295,7 +293,7 @@ def _counters(
         spec.histograms,
         aggregation,
         aggregation.stripes(cpus, len(spec.histograms)),
-        *(loaded.maps[name].fd for name in _COUNTERS),
+        *(loaded.maps[name].fd for name in COUNTERS),
     )
 
 
@@ -325,7 +323,7 @@ def probe_request(
         defines=spec.defines(options),
         interfaces=spec.interfaces(options) if spec.interfaces else None,
         listen=None if events else tuple(sorted(needed)),
-        maps=maps | _COUNTERS if aggregation else maps,
+        maps=maps | COUNTERS if aggregation else maps,
         histograms=tuple(histogram.name for histogram in spec.histograms),
     )
 
@@ -494,8 +492,8 @@ class Session:
             time.sleep(pause)
 
     def _poll(self, runs: Sequence[ProbeRun], router: Router) -> None:
-        """Have the probes' Python sides look at their maps."""
-        for run in runs:
+        """Have the probes' Python sides look at their maps, if anybody wants their rows."""
+        for run in runs if self.request.events else ():
             working = not run.poll_error
             router.feed(run.poll())
             if working and run.poll_error:

@@ -252,8 +252,12 @@ def bystander() -> Iterator[Figure]:
 
 
 def aggregated() -> Iterator[Figure]:
-    """B12: durations are counted in the kernel, and no rows are made."""
-    for probe in ("tcp_client", "tcp_service"):
+    """B12, B12s: durations are counted in the kernel, and no rows are made.
+
+    Both ends are on this host: tcp_service looks at every packet, wake-up and recv of the
+    client's, too, before it knows that they are none of its own.
+    """
+    for name, probe, target in (("B12", "tcp_client", 0.95), ("B12s", "tcp_service", 0.80)):
         traced = functools.partial(Run.of, probe=probe, sink=f"histogram:path={os.devnull}")
         first, ours, second = interleaved(traced)
         base = both(first, second)
@@ -262,12 +266,12 @@ def aggregated() -> Iterator[Figure]:
             for blocks in (base, ours)
         )
         yield Figure(
-            "B12",
+            name,
             f"throughput, histogram, {probe}",
             f"{before:,.0f}/s",
             f"{after:,.0f}/s",
             ratio("requests", ours, base),
-            0.95,
+            target,
         )
 
 
