@@ -29,7 +29,12 @@ BPF_TABLE("array", u32, u32, key_count, 1);
 /* CPUs, and contexts on them, that may want a number for a new key at the same instant. */
 #define TCPLAT_CONTENDERS 32
 
-/* The key's number, from 1 to TCPLAT_KEYS; 0 where all are given away. */
+/*
+ * The key's number, from 1 to TCPLAT_KEYS; 0 where all are given away.
+ *
+ * Where CPUs come with one new key at the same instant, each takes a number and
+ * one of them is used: leave some room.
+ */
 static __always_inline u32 tcplat_number(TCPLAT_KEY *key)
 {
 	u32 zero = 0, number, *known = key_numbers.lookup(key), *count;
