@@ -221,7 +221,12 @@ static __always_inline int report_state(struct sock *sk, int old, int new, u8 ho
 	if (old == TCP_SYN_SENT && s->since_ns) {
 		took = now - s->since_ns;
 		s->since_ns = 0;
-		tcplat_sample(sk, s, new == TCP_ESTABLISHED ? HIST_connect : HIST_connect_failed, took);
+		if (new == TCP_ESTABLISHED)
+			tcplat_sample(sk, s, HIST_connect, took);
+		else if (new == TCP_CLOSE)
+			tcplat_sample(sk, s, HIST_connect_failed, took);
+		else /* both ends called at once: it is not over yet */
+			tcplat_unmeasured(sk, s, HIST_connect);
 		if (tcplat_too_fast(took))
 			return 0;
 	}

@@ -509,6 +509,8 @@ static __always_inline int report_accept(struct sock *sk, u8 hook)
 	s->since_ns = 0;
 	if (waited)
 		tcplat_sample(sk, s, HIST_accept, waited);
+	else
+		tcplat_unmeasured(sk, s, HIST_accept);
 	if (waited && tcplat_too_fast(waited))
 		return 0;
 	e = tcplat_reserve_for(sk, s, hook, now);
