@@ -121,6 +121,10 @@ SECTIONS = {
     "Options": (
         *("Option", "Options", "Kind", "integer", "choice", "boolean", "duration", "size"),
     ),
+    "Maps that Python reads": ("ReadableMap", "Maps", "MapView"),
+    "What the kernel counts": (
+        *("Histogram", "Aggregation", "Aggregates", "Distribution", "Group", "AggregateSink"),
+    ),
     "A sink": ("SinkSpec", "Sink", "RunInfo", "Output", "printable", "Loss", "RunReport"),
     "Errors": (*("TcplatError", "UsageError", "CannotRunError", "PluginError", "ReaderGoneError"),),
 }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import CannotRunError, PluginError, ReaderGoneError, TcplatError, UsageError
+    from .histogram import Aggregates, Aggregation, Distribution, Group, Histogram
     from .hookpoints import (
         Hook,
         HookPoint,
@@ -25,7 +26,18 @@ if TYPE_CHECKING:
     )
     from .hookspecs import HOOKSPEC_VERSION, hookimpl
     from .kinds import Kind, boolean, choice, duration, integer, size
-    from .model import Loss, Option, Options, ProbeSpec, RunInfo, RunReport, Sink, SinkSpec
+    from .maps import Maps, MapView, ReadableMap
+    from .model import (
+        AggregateSink,
+        Loss,
+        Option,
+        Options,
+        ProbeSpec,
+        RunInfo,
+        RunReport,
+        Sink,
+        SinkSpec,
+    )
     from .output import Output
     from .schema import (
         SCHEMA_VERSION,
@@ -43,20 +55,29 @@ if TYPE_CHECKING:
 __all__ = [
     "HOOKSPEC_VERSION",
     "SCHEMA_VERSION",
+    "AggregateSink",
+    "Aggregates",
+    "Aggregation",
     "CannotRunError",
+    "Distribution",
     "Event",
     "Field",
+    "Group",
+    "Histogram",
     "Hook",
     "HookPoint",
     "Interfaces",
     "Kind",
     "Loss",
+    "MapView",
+    "Maps",
     "Moment",
     "Option",
     "Options",
     "Output",
     "PluginError",
     "ProbeSpec",
+    "ReadableMap",
     "ReaderGoneError",
     "RunInfo",
     "RunReport",
@@ -88,7 +109,10 @@ __all__ = [
     "xdp",
 ]
 
-_HOMES = ("errors", "hookpoints", "hookspecs", "kinds", "model", "output", "schema")
+_HOMES = (
+    *("errors", "histogram", "hookpoints", "hookspecs", "kinds", "maps", "model", "output"),
+    "schema",
+)
 
 
 def __getattr__(name: str) -> Any:

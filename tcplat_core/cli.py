@@ -8,7 +8,7 @@ import ipaddress
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from .command import Command
     from .filters import Filter
-    from .model import ProbeReport, RunInfo, RunReport, Sink
+    from .histogram import Aggregation
+    from .model import Counted, ProbeReport, RunInfo, RunReport, Sink
     from .plugins import Plugins
 
 # What a command needs is imported when it is called: `plugins list` and --help
@@ -270,6 +271,9 @@ def _run(
         # Third-party Python runs from here on, and root is gone.
         plugins = Plugins.load()
         chosen = _probes(plugins, probes)
+        aggregation, events = _aggregation(plugins, sinks, chosen)
+        if count and not events:
+            raise UsageError("--count counts rows, and none are made without a sink for them")
         session = Session(
             loader=loader,
             probes=chosen,
@@ -283,6 +287,8 @@ def _run(
                 ),
             ),
             request=Request(
+                events=events,
+                aggregation=aggregation,
                 probes=(),
                 attach=attach,
                 filter=wanted if child is None else wanted.and_pid(child.pid),
@@ -478,6 +484,39 @@ def _sinks(plugins: Plugins, texts: Sequence[str], run: RunInfo) -> dict[str, Si
     return made
 
 
+def _aggregation(
+    plugins: Plugins, texts: Sequence[str], probes: Sequence[tuple[Any, Any]]
+) -> tuple[Aggregation | None, bool]:
+    """What the sinks want counted in the kernel, and whether any of them wants rows."""
+    from .model import parse_choice, read_options  # noqa: PLC0415 - see the top
+
+    asked: list[tuple[str, Aggregation]] = []
+    events = False
+    for text in texts:
+        name, given = parse_choice(text)
+        spec = plugins.sink(name)
+        if spec.aggregate is None:
+            events = True
+            continue
+        options = read_options(f"sink {name}", spec.options, given)
+        asked.append((name, spec.aggregate(options)))
+    if not asked:
+        return None, events
+    if len(asked) > 1:
+        raise UsageError(
+            f"one sink can have the kernel count, and {' and '.join(name for name, _ in asked)} "
+            "both want it"
+        )
+    able = ", ".join(sorted(name for name, spec in plugins.probes.items() if spec.histograms))
+    for spec, _ in probes:
+        if not spec.histograms:
+            raise UsageError(
+                f"--sink {asked[0][0]}: probe {spec.name} has no histograms; "
+                f"{able or 'no probe'} has"
+            )
+    return asked[0][1], events
+
+
 def _attached(report: RunReport) -> None:
     for name, probe in report.probes.items():
         for hook in probe.hooks:
@@ -497,13 +536,12 @@ def _summary(report: RunReport, unread: str = "more were seen when the run ended
 
 
 def _probe_summary(probe: ProbeReport, unread_words: str) -> Iterator[str]:
-    by_point: dict[str, int] = {}
-    for hook in probe.hooks:
-        by_point[hook.point] = by_point.get(hook.point, 0) + hook.delivered
-    points = ", ".join(f"{point} {n}" for point, n in by_point.items())
-    yield f"{probe.delivered} rows, {probe.dropped} lost ({points})"
-    for point, reason in probe.missing.items():
-        yield f"no {point} rows: {reason}"
+    if probe.counted is not None:
+        yield from _counted_summary(probe.counted)
+    if probe.counted is None or probe.delivered or probe.dropped:
+        yield _rows_summary(probe)
+    for what, reason in {**probe.uncounted, **_rows_missing(probe)}.items():
+        yield f"no {what}: {reason}"
     for interface, reason in probe.silent.items():
         if interface not in probe.interfaces:  # else it was said when it went
             yield f"no rows from {interface}: {reason}"
@@ -518,6 +556,28 @@ def _probe_summary(probe: ProbeReport, unread_words: str) -> Iterator[str]:
     unread = sum(hook.unread for hook in probe.hooks)
     if unread:
         yield f"{unread} {unread_words}"
+
+
+def _rows_missing(probe: ProbeReport) -> dict[str, str]:
+    return {f"{point} rows": reason for point, reason in probe.missing.items()}
+
+
+def _rows_summary(probe: ProbeReport) -> str:
+    by_point: dict[str, int] = {}
+    for hook in probe.hooks:
+        by_point[hook.point] = by_point.get(hook.point, 0) + hook.delivered
+    points = ", ".join(f"{point} {n}" for point, n in by_point.items())
+    return f"{probe.delivered} rows, {probe.dropped} lost ({points})"
+
+
+def _counted_summary(counted: Mapping[str, Counted]) -> Iterator[str]:
+    histograms = ", ".join(f"{name} {one.samples}" for name, one in counted.items())
+    yield f"{sum(one.samples for one in counted.values())} counted ({histograms or 'none'})"
+    for name, one in counted.items():
+        if one.unmeasured:
+            yield f"{name}: {one.unmeasured} more could not be measured"
+        if one.rest:
+            yield f"{name}: {one.rest} came when all groups were taken; groups= makes room"
 
 
 def _say(sentence: str) -> None:

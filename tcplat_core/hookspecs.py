@@ -35,6 +35,44 @@ def tcplat_register_probes() -> Iterable[ProbeSpec]:
 
     Called once, as an unprivileged user. Nothing may be loaded or attached here.
 
+    A probe that counts in the kernel, and tells once a second what it has counted, names
+    the arrays that its ``poll`` reads. See :mod:`tcplat_core.maps` for what can be read,
+    and include/tcplat/keyed.bpf.h for counting by key::
+
+        class Calls(Event):
+            calls: Annotated[int | None, Wire("u64", "calls of send() so far", has=True)]
+
+        def poll(maps):
+            for (pid, _), (calls,) in zip(maps["keys"], maps["counts"]):
+                if calls:
+                    yield maps.row("calls", pid=pid, calls=calls)
+
+        ProbeSpec(
+            ...
+            event=Calls,
+            maps=(ReadableMap("keys", "=II"), ReadableMap("counts", "=Q")),
+            poll=poll,
+        )
+
+    and in its C::
+
+        struct caller { u32 pid, used; };
+        #define TCPLAT_KEY struct caller
+        #define TCPLAT_KEYS 1024
+        #include <tcplat/keyed.bpf.h>
+        BPF_F_TABLE("array", u32, u64, counts, TCPLAT_KEYS + 1, BPF_F_MMAPABLE);
+
+        int tp_send(struct bpf_raw_tracepoint_args *ctx)
+        {
+                struct caller who = {.pid = bpf_get_current_pid_tgid() >> 32, .used = 1};
+                u32 number = tcplat_number(&who);
+                u64 *count = counts.lookup(&number);
+
+                if (count)
+                        lock_xadd(count, 1);
+                return 0;
+        }
+
     Example::
 
         @hookimpl

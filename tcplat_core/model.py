@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import attrs
 import msgspec
 
 from .errors import PluginError, UsageError
+from .histogram import Aggregates, Aggregation, Histogram
 from .hookpoints import HookPoint, Interfaces, checked_name
 from .kinds import Kind
+from .maps import Maps, ReadableMap
 from .schema import Event, Moment, checked_event
 
 
@@ -80,6 +82,12 @@ class ProbeSpec:
         interfaces: Where its XDP programs go, from the options; needed if it has any.
         track: Have the core learn who owns each socket. For a probe whose handlers run
             in softirq alone, where no process calls: see include/tcplat/owner.bpf.h.
+        maps: Arrays of its C that poll() reads.
+        poll: Makes rows of them, with ``maps.row()``: called once a second while the probe
+            is attached, and once after that. It runs without any privilege. When it raises,
+            that is said, and it is not called again.
+        histograms: What it can count in the kernel when a sink asks for it
+            (include/tcplat/histogram.bpf.h).
     """
 
     name: str = attrs.field(validator=checked_name)
@@ -93,6 +101,9 @@ class ProbeSpec:
     defines: Callable[[Options], Mapping[str, int | str]] = lambda _: {}
     interfaces: Callable[[Options], Interfaces] | None = None
     track: bool = False
+    maps: tuple[ReadableMap, ...] = ()
+    poll: Callable[[Maps], Iterable[Event] | None] | None = None
+    histograms: tuple[Histogram, ...] = ()
 
 
 class Sink(Protocol):
@@ -101,7 +112,8 @@ class Sink(Protocol):
     A sink may also have ``idle()``: called once a second, so that it can raise
     ReaderGoneError while there is nothing to write. And ``poll()``: called whenever the
     rings have been looked at, every 3 to 20 ms, also when nothing came (in a replay at
-    least every 100 ms); it must not block.
+    least every 100 ms); it must not block. One whose spec has `aggregate`
+    has ``aggregates()``, see :class:`AggregateSink`.
     """
 
     def write(self, batch: Sequence[Event]) -> None:
@@ -117,6 +129,13 @@ class Sink(Protocol):
         """The run is over. Not called where a method has failed before; twice does no harm."""
 
 
+class AggregateSink(Sink, Protocol):
+    """A sink that shows what the kernel has counted."""
+
+    def aggregates(self, them: Aggregates) -> None:
+        """All that was counted since the run began; a last time, final, before close()."""
+
+
 @attrs.frozen(kw_only=True)
 class SinkSpec:
     """A sink.
@@ -126,12 +145,15 @@ class SinkSpec:
         summary: One line.
         factory: Makes the sink from its options, before anything is attached.
         options: What ``name:key=value`` may set.
+        aggregate: What the kernel is to count for it, from the options. Such a sink wants
+            no rows: where no other does, none are made. It gets aggregates().
     """
 
     name: str = attrs.field(validator=checked_name)
     summary: str
     factory: Callable[[Options, RunInfo], Sink]
     options: tuple[Option, ...] = ()
+    aggregate: Callable[[Options], Aggregation] | None = None
 
 
 @attrs.frozen
@@ -178,6 +200,21 @@ class HookReport:
 
 
 @attrs.frozen(kw_only=True)
+class Counted:
+    """The books of one histogram, over all groups.
+
+    Args:
+        samples: Durations in it.
+        unmeasured: Durations whose length could not be known.
+        rest: Of both, those that came when all groups were taken.
+    """
+
+    samples: int
+    unmeasured: int
+    rest: int
+
+
+@attrs.frozen(kw_only=True)
 class ProbeReport:
     """The books of one probe."""
 
@@ -196,6 +233,12 @@ class ProbeReport:
     """Interface -> why no rows come from it, or no more."""
     deaf: bool = False
     """It listened on interfaces alone, and all of them are gone."""
+    counted: Mapping[str, Counted] | None = None
+    """Histogram -> its books; None where no sink asked for any."""
+    uncounted: Mapping[str, str] = attrs.field(factory=dict)
+    """Histogram -> why this host does not have it."""
+    poll_error: str = ""
+    """Why its poll() is not called any more."""
 
     @property
     def delivered(self) -> int:
@@ -246,6 +289,7 @@ class RunReport:
                     "interfaces": dict(probe.interfaces),
                     "skipped": dict(probe.skipped),
                     "silent": dict(probe.silent),
+                    **_extras(probe),
                     "hooks": [
                         {**attrs.asdict(hook), "unread": hook.unread} for hook in probe.hooks
                     ],
@@ -270,6 +314,17 @@ class RunReport:
     def dropped(self) -> int:
         """Lost events of all probes."""
         return sum(probe.dropped for probe in self.probes.values())
+
+
+def _extras(probe: ProbeReport) -> dict[str, Any]:
+    """What only few reports have."""
+    extras: dict[str, Any] = {}
+    if probe.counted is not None:
+        extras["histograms"] = {name: attrs.asdict(one) for name, one in probe.counted.items()}
+        extras["no_histograms"] = dict(probe.uncounted)
+    if probe.poll_error:
+        extras["poll_error"] = probe.poll_error
+    return extras
 
 
 def parse_choice(text: str) -> tuple[str, dict[str, str]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import attrs
 
 from .errors import ReaderGoneError
+from .histogram import Aggregates
 from .model import Loss, RunReport, Sink
 from .schema import Event
 
@@ -104,6 +105,12 @@ class Router:
         for name, sink in list(self.sinks.items()):
             if hasattr(sink, method):
                 self._call(name, getattr(sink, method))
+
+    def aggregates(self, them: Aggregates) -> None:
+        """Show the sinks that asked for it what the kernel has counted."""
+        for name, sink in list(self.sinks.items()):
+            if hasattr(sink, "aggregates"):
+                self._call(name, functools.partial(sink.aggregates, them))
 
     def close(self, report: RunReport) -> None:
         """End every sink, those that were switched off before excepted."""

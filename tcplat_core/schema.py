@@ -344,6 +344,25 @@ class Event(msgspec.Struct, gc=False):
     ]
 
 
+def row(event: type[Event], **values: Any) -> Event:
+    """A row that no hook made.
+
+    Args:
+        event: Its class.
+        values: Of its fields; what is not given is null or, where it cannot be, the zero
+            of its kind.
+
+    Raises:
+        TypeError: There is no such field.
+    """
+    known: dict[str, Any] = dict.fromkeys(event.__struct_fields__)
+    for field, source in _annotations(event):
+        if isinstance(source, Wire) and not (source.nullable or source.has):
+            raw = bytes(_array(source.c_type)[1]) if "[" in source.c_type else 0
+            known[field] = source.to(raw) if source.to else raw
+    return event(**{**known, "v": SCHEMA_VERSION, **values})
+
+
 _HIDDEN = (
     Wire("u8", "which hook fired", member="hook", block="kind"),
     Wire("u8", "which nullable fields are filled", member="has", block="kind"),

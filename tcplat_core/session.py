@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,7 @@ import attrs
 
 from .command import Command
 from .errors import CannotRunError, PluginError, TcplatError, UsageError
+from .histogram import COUNTERS, Aggregates, Aggregation, Counters, Distribution
 from .hookpoints import reporting
 from .loader.protocol import (
     Answer,
@@ -31,11 +34,12 @@ from .loader.protocol import (
     Request,
     receive_answer,
 )
-from .model import HookReport, Loss, ProbeReport, ProbeSpec, RunReport, Sink
+from .maps import Maps, MapView
+from .model import Counted, HookReport, Loss, ProbeReport, ProbeSpec, RunReport, Sink
 from .netdev import is_cut
 from .ring import Books, Ring, possible_cpus
 from .router import Router
-from .schema import Event, FiredBy, Record, clock_offset_ns
+from .schema import Event, FiredBy, Record, clock_offset_ns, row
 from .trace import TracePipe
 
 HOLD_S = 0.003
@@ -149,24 +153,45 @@ class ProbeRun:
     said_lost: list[int]
     silent: dict[str, str]
     """Interface -> why no rows come from it, or no more."""
+    maps: Maps
+    """What poll() reads."""
+    counters: Counters | None
+    """What the kernel counts for a sink."""
     consumed: Counter[bytes] = attrs.field(factory=Counter)
     """Records taken from the ring, by their block `kind`: it tells the hook."""
+    polled: Counter[str] = attrs.field(factory=Counter)
+    """Rows that poll() made, by point."""
+    poll_error: str = ""
 
     @classmethod
-    def open(cls, spec: ProbeSpec, loaded: LoadedProbe, ring_bytes: int, cpus: int) -> Self:
+    def open(cls, spec: ProbeSpec, loaded: LoadedProbe, request: Request, cpus: int) -> Self:
         """Map what the loader handed over."""
         hooks = fired_by(spec)
         record = Record(spec.event)
         return cls(
             spec,
             hooks,
-            Ring(loaded.ring_fd, ring_bytes, record.layout),
+            Ring(loaded.ring_fd, request.ring_bytes, record.layout),
             Books(loaded.books_fd, cpus, len(hooks)),
             record.decoder(spec.name, hooks, _ifname(loaded)),
             loaded,
             [0] * len(hooks),
             dict(loaded.skipped),
+            _maps(spec, loaded),
+            _counters(spec, loaded, request.aggregation, cpus),
         )
+
+    def poll(self) -> list[Event]:
+        """Rows that the probe's Python side makes of its maps."""
+        if self.spec.poll is None or self.poll_error:
+            return []
+        try:
+            rows = list(self.spec.poll(self.maps) or ())
+            self.polled.update(one.point for one in rows)
+        except Exception as error:  # noqa: BLE001 - a plugin's; the run goes on without it
+            self.poll_error = f"{type(error).__name__}: {error}"
+            return []
+        return rows
 
     @property
     def deaf(self) -> bool:
@@ -202,8 +227,13 @@ class ProbeRun:
         """Unmap, and close the loader's fds."""
         self.ring.close()
         self.books.close()
-        for fd in (self.loaded.ring_fd, self.loaded.books_fd, *self.loaded.program_fds.values()):
-            os.close(fd)
+        self.maps.close()
+        if self.counters:
+            self.counters.close()
+        links = {one.link_fd for one in self.loaded.interfaces}  # closed to detach
+        for fd in self.loaded.fds:
+            if fd not in links:
+                os.close(fd)
 
 
 def _misses(program_fd: int) -> int:
@@ -233,8 +263,57 @@ def fired_by(spec: ProbeSpec) -> list[FiredBy]:
     ]
 
 
-def probe_request(spec: ProbeSpec, options: Mapping[str, Any]) -> ProbeRequest:
-    """What the loader needs of a probe."""
+POLLED = ("poll", "map")
+"""What stands for function and mechanism in rows that poll() makes."""
+
+
+def _maps(spec: ProbeSpec, loaded: LoadedProbe) -> Maps:
+    func, attach = POLLED
+
+    def make_row(point: str, **fields: Any) -> Event:
+        fields.setdefault("ts_ns", time.clock_gettime_ns(time.CLOCK_MONOTONIC))
+        fields.setdefault("time_ns", fields["ts_ns"] + clock_offset_ns())
+        fields.setdefault("desc", point)
+        return row(spec.event, probe=spec.name, point=point, func=func, attach=attach, **fields)
+
+    views = {}
+    for one in spec.maps:
+        found = loaded.maps[one.name]
+        views[one.name] = MapView(found.fd, struct.Struct(one.layout), found.entries)
+    return Maps(views, make_row)
+
+
+def _counters(
+    spec: ProbeSpec, loaded: LoadedProbe, aggregation: Aggregation | None, cpus: int
+) -> Counters | None:
+    if aggregation is None:
+        return None
+    return Counters(
+        spec.name,
+        spec.histograms,
+        aggregation,
+        aggregation.stripes(cpus, len(spec.histograms)),
+        *(loaded.maps[name].fd for name in COUNTERS),
+    )
+
+
+def probe_request(
+    spec: ProbeSpec,
+    options: Mapping[str, Any],
+    *,
+    events: bool = True,
+    aggregation: Aggregation | None = None,
+) -> ProbeRequest:
+    """What the loader needs of a probe.
+
+    Args:
+        spec: The probe.
+        options: Its options.
+        events: Some sink wants rows.
+        aggregation: What some sink wants counted.
+    """
+    needed = {point for histogram in spec.histograms for point in histogram.points}
+    maps = {one.name: one.size for one in spec.maps}
     return ProbeRequest(
         name=spec.name,
         source=spec.source,
@@ -244,6 +323,9 @@ def probe_request(spec: ProbeSpec, options: Mapping[str, Any]) -> ProbeRequest:
         defines=spec.defines(options),
         interfaces=spec.interfaces(options) if spec.interfaces else None,
         track=spec.track,
+        listen=None if events else tuple(sorted(needed)),
+        maps=maps | COUNTERS if aggregation else maps,
+        histograms=tuple(histogram.name for histogram in spec.histograms),
     )
 
 
@@ -322,7 +404,13 @@ class Session:
             TcplatError: It could not start, or a probe's ring is not readable.
         """
         request = attrs.evolve(
-            self.request, probes=tuple(probe_request(*probe) for probe in self.probes)
+            self.request,
+            probes=tuple(
+                probe_request(
+                    *probe, events=self.request.events, aggregation=self.request.aggregation
+                )
+                for probe in self.probes
+            ),
         )
         router = Router(self.sinks, self.count)
         began = time.monotonic()
@@ -339,7 +427,7 @@ class Session:
             runs = []
             for spec, _ in self.probes:
                 loaded = answer.probes[spec.name]
-                run = ProbeRun.open(spec, loaded, request.ring_bytes, cpus)
+                run = ProbeRun.open(spec, loaded, request, cpus)
                 stack.callback(run.close)
                 runs.append(run)
             began = time.monotonic()
@@ -349,6 +437,9 @@ class Session:
             self._look_at_interfaces(runs)
             held.close()
             _drain_rest(runs, router)
+            self._poll(runs, router)
+            router.flush()
+            _aggregate(runs, router, began, final=True)
             report = _report(runs, router, time.monotonic() - began)
         router.close(report)
         # A sink may have failed in close(), too.
@@ -371,13 +462,20 @@ class Session:
         previous_ns = 0
         end = began + self.duration_s if self.duration_s else None
         look = 0.0
+        wanted = self.request.aggregation
+        every_s = wanted.every_s if wanted else math.inf
+        show = began + every_s
         while not (self.signals.stopping() or router.done):
             now = time.monotonic()
             if now >= look:
                 look = now + LOOK_S
                 if self._look_at_interfaces(runs) and not self.command:
                     return
+                self._poll(runs, router)
                 router.idle()
+            if now >= show:
+                show += every_s * ((now - show) // every_s + 1)
+                _aggregate(runs, router, began)
             if end is None and self._traced_ended():
                 end = now + LINGER_S
             if end is not None and now >= end:
@@ -394,6 +492,14 @@ class Session:
             previous_ns = now_ns
             pause = POLL_S if came else min(pause * 1.5, IDLE_POLL_S)
             time.sleep(pause)
+
+    def _poll(self, runs: Sequence[ProbeRun], router: Router) -> None:
+        """Have the probes' Python sides look at their maps, if anybody wants their rows."""
+        for run in runs if self.request.events else ():
+            working = not run.poll_error
+            router.feed(run.poll())
+            if working and run.poll_error:
+                self.say(f"{run.spec.name}: its maps are not read any more: {run.poll_error}")
 
     def _look_at_interfaces(self, runs: Sequence[ProbeRun]) -> bool:
         """Say which interfaces have gone; whether there is nothing left to listen to."""
@@ -459,6 +565,38 @@ def _drain(
     return came, horizon_ns
 
 
+def _aggregate(
+    runs: Sequence[ProbeRun], router: Router, began: float, *, final: bool = False
+) -> None:
+    """Show the sinks that asked for it what the kernel has counted."""
+    counters = [run.counters for run in runs if run.counters]
+    if not counters:
+        return
+    ts_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    router.aggregates(
+        Aggregates(
+            ts_ns=ts_ns,
+            time_ns=ts_ns + clock_offset_ns(),
+            elapsed_s=time.monotonic() - began,
+            distributions=[found for one in counters for found in one.read()],
+            final=final,
+        )
+    )
+
+
+def _counted(found: Sequence[Distribution]) -> dict[str, Counted]:
+    """The books of each histogram."""
+    books = {}
+    for name in dict.fromkeys(one.histogram.name for one in found):
+        ours = [one for one in found if one.histogram.name == name]
+        books[name] = Counted(
+            samples=sum(one.count for one in ours),
+            unmeasured=sum(one.unmeasured for one in ours),
+            rest=sum(one.count + one.unmeasured for one in ours if one.group.rest),
+        )
+    return books
+
+
 @attrs.define(eq=False)
 class _Clock:
     """Unix time minus CLOCK_MONOTONIC, measured anew each second: NTP may slew one of them."""
@@ -500,6 +638,10 @@ def _report(runs: Sequence[ProbeRun], router: Router, duration_s: float) -> RunR
             hooks.append(
                 HookReport(fired.point, fired.func, fired.attach, produced, dropped, delivered)
             )
+        func, attach = POLLED
+        for point, made in run.polled.items():
+            delivered = max(0, made - undelivered[run.spec.name, point, func])
+            hooks.append(HookReport(point, func, attach, made, 0, delivered))
         probes[run.spec.name] = ProbeReport(
             hooks=tuple(hooks),
             missing=run.loaded.missing,
@@ -508,6 +650,9 @@ def _report(runs: Sequence[ProbeRun], router: Router, duration_s: float) -> RunR
             skipped=run.skipped(),
             silent=run.silent,
             deaf=run.deaf,
+            counted=_counted(run.counters.read()) if run.counters else None,
+            uncounted=_uncounted(run) if run.counters else {},
+            poll_error=run.poll_error,
         )
     return RunReport(
         probes=probes,
@@ -515,6 +660,14 @@ def _report(runs: Sequence[ProbeRun], router: Router, duration_s: float) -> RunR
         late=router.late,
         switched_off=dict(router.switched_off),
     )
+
+
+def _uncounted(run: ProbeRun) -> dict[str, str]:
+    """Histogram -> why this host does not have it."""
+    reasons = {
+        one.name: one.missing(run.loaded.taken, run.loaded.missing) for one in run.spec.histograms
+    }
+    return {name: why for name, why in reasons.items() if why}
 
 
 @attrs.define(eq=False)

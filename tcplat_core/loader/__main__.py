@@ -30,7 +30,10 @@ def main() -> None:
         answer = Refusal(str(error), error.exit_code, _log(error))
     except Exception as error:  # noqa: BLE001 - a bug of ours; the session shows it
         answer = Refusal(f"the loader failed: {error!r}", 1, _log(error))
-    send_answer(to, answer)
+    try:
+        send_answer(to, answer)
+    except TcplatError as error:
+        send_answer(to, Refusal(str(error), error.exit_code, _log(error)))
     sys.stdout.flush()
     sys.stderr.flush()
     # bcc's atexit handler would disable the perf events that the session now holds.

@@ -11,7 +11,8 @@ import attrs
 
 from tcplat_core import netdev, owners
 from tcplat_core.errors import CannotRunError, PluginError
-from tcplat_core.hookpoints import Hook, Way
+from tcplat_core.hookpoints import Hook, HookPoint, Way
+from tcplat_core.ring import possible_cpus
 
 from . import bpf, kheaders, seeding, xdp
 from .btf import BtfError
@@ -26,7 +27,7 @@ from .compile import (
     program_text,
 )
 from .host import BTF_PATH, SYSCALLS, Choice, Host, choose, syscall_id
-from .protocol import Answer, Attached, LoadedProbe, ProbeRequest, Request
+from .protocol import Answer, Attached, LoadedMap, LoadedProbe, ProbeRequest, Request
 
 _PROGRAM_TYPES = {
     "fentry": bpf.ProgramType.TRACING,
@@ -82,7 +83,7 @@ class Loader:
         known = len(self._host.facts)
         while True:
             choices = [
-                choose(probe.points, self.request.attach, self._why_not, probe.name)
+                choose(_listened(probe), self.request.attach, self._why_not, probe.name)
                 for probe in self.request.probes
             ]
             if len(self._host.facts) > known:
@@ -115,6 +116,11 @@ class Loader:
         ]
         core = modules[0]
         self._attach_core(core)
+        # A socket that ends while the probes are attached one by one must not leave its entry
+        # to the next one at its address. Nobody listens yet: its last row is not missed.
+        before = len(self._fds)
+        self._core(core, "tcplat_on_destroy", "tcp:tcp_destroy_sock")
+        early = self._fds[before:]
         programs = [
             {
                 hook.program: self._attach(module, way, hook)
@@ -126,6 +132,9 @@ class Loader:
         ]
         # Last, so that on one tracepoint it runs after the probes' own handlers.
         self._core(core, "tcplat_on_destroy", "tcp:tcp_destroy_sock")
+        for fd in early:
+            self._fds.remove(fd)
+            os.close(fd)
         # From here on new sockets are seen; now the older ones.
         seeding.fill(self._shared, owners.find(), self.request.filter, room)
         # Some network cards lose their link for a moment: no other way may close after this.
@@ -144,6 +153,7 @@ class Loader:
                 interfaces=tuple(attached),
                 skipped=skipped,
                 program_fds=program_fds,
+                maps=_readable(probe, module),
             )
             for probe, module, choice, program_fds, (attached, skipped) in zip(
                 self.request.probes, modules, choices, programs, listening, strict=True
@@ -178,6 +188,10 @@ class Loader:
             defines["TCPLAT_DEBUG"] = 1
         if self._tracks:
             defines["TCPLAT_TRACK"] = 1
+        if not self.request.events:
+            defines["TCPLAT_NO_EVENTS"] = 1
+        if self.request.aggregation:
+            defines |= self.request.aggregation.defines(possible_cpus(), len(probe.histograms))
         text = program_text(probe, taken=taken, defines=defines)
         if self.request.debug:
             sys.stderr.write(text)
@@ -301,6 +315,40 @@ class _Module:
 
     def fd(self, name: str) -> int:
         return self.fds[[one.name for one in self.compiled.maps].index(name)]
+
+
+def _readable(probe: ProbeRequest, module: _Module) -> dict[str, LoadedMap]:
+    """The maps that the session wants to map: it can do so with nothing but arrays.
+
+    Raises:
+        PluginError: There is no such map, it is none of that kind, or of another size.
+    """
+    maps = {one.name: (one, fd) for one, fd in zip(module.compiled.maps, module.fds, strict=True)}
+    found = {}
+    for name, size in probe.maps.items():
+        if name not in maps:
+            raise PluginError(f"the C of probe {probe.name} has no map {name}")
+        one, fd = maps[name]
+        if one.kind != bpf.ARRAY or not one.flags & bpf.MMAPABLE:
+            raise PluginError(
+                f"the map {name} of probe {probe.name} cannot be read from outside: it must be "
+                f'BPF_F_TABLE("array", u32, ..., {name}, ..., BPF_F_MMAPABLE); '
+                "<tcplat/keyed.bpf.h> counts by key in such arrays"
+            )
+        if one.value != size:
+            raise PluginError(
+                f"an entry of the map {name} of probe {probe.name} has {one.value} bytes in C "
+                f"and {size} in Python"
+            )
+        found[name] = LoadedMap(fd, one.entries)
+    return found
+
+
+def _listened(probe: ProbeRequest) -> tuple[HookPoint, ...]:
+    """The points that somebody wants."""
+    if probe.listen is None:
+        return probe.points
+    return tuple(point for point in probe.points if point.point in probe.listen)
 
 
 def _u32(value: int) -> bytes:

@@ -56,6 +56,10 @@ class AttachType(IntEnum):
 
 RINGBUF = 27
 """BPF_MAP_TYPE_RINGBUF."""
+ARRAY = 2
+"""BPF_MAP_TYPE_ARRAY."""
+MMAPABLE = 1 << 10
+"""BPF_F_MMAPABLE: an array that can be mapped through its fd (5.5)."""
 
 XDP_HAS_FRAGS = 1 << 5
 """BPF_F_XDP_HAS_FRAGS, for programs: packets in several buffers are welcome (5.18)."""

@@ -235,6 +235,7 @@ def program_text(
     numbers = {
         f"HOOK_{hook.program}": number for number, (_, hook) in enumerate(reporting(probe.points))
     }
+    numbers |= {f"HIST_{name}": number for number, name in enumerate(probe.histograms)}
     chosen = {f"TCPLAT_{way.upper()}_{point}": 1 for point, way in taken.items()}
     head = [
         f"#define {name} {value}"
@@ -258,7 +259,12 @@ def _header(name: str) -> str:
         text = files("tcplat_core").joinpath("include", "tcplat", name).read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise PluginError(f"there is no header <tcplat/{name}>") from error
-    return f'#line 1 "tcplat/{name}"\n{text}\n'
+
+    def pasted(found: re.Match[str]) -> str:
+        line = text.count("\n", 0, found.end()) + 2
+        return f'{_header(found[1])}#line {line} "tcplat/{name}"'
+
+    return f'#line 1 "tcplat/{name}"\n{_INCLUDE.sub(pasted, text)}\n'
 
 
 @contextmanager

@@ -10,7 +10,9 @@ from typing import Any
 import attrs
 import msgpack
 
+from tcplat_core.errors import CannotRunError
 from tcplat_core.filters import Filter
+from tcplat_core.histogram import Aggregation
 from tcplat_core.hookpoints import Hook, HookPoint, Interfaces, Way
 
 MAX_FDS = 253
@@ -19,7 +21,13 @@ MAX_FDS = 253
 
 @attrs.frozen(kw_only=True)
 class ProbeRequest:
-    """One probe, as C text and data. No Python of the plugin's crosses over."""
+    """One probe, as C text and data. No Python of the plugin's crosses over.
+
+    Args:
+        listen: The points that are wanted; None for all.
+        maps: What the session wants to map, and the size that it expects an entry to have.
+        histograms: Their names, in the order of their numbers.
+    """
 
     name: str
     source: str
@@ -29,6 +37,9 @@ class ProbeRequest:
     types: tuple[str, ...]
     defines: Mapping[str, int | str]
     interfaces: Interfaces | None = None
+    listen: tuple[str, ...] | None = None
+    maps: Mapping[str, int] = attrs.field(factory=dict)
+    histograms: tuple[str, ...] = ()
     track: bool = False
     """The core is to learn who owns each socket."""
 
@@ -44,6 +55,8 @@ class Request:
         follow: Their children, too.
         debug: Compile tcplat_debug() in, and log the C as it is compiled.
         ring_bytes: Size of each probe's ring: a power of two.
+        events: Some sink wants rows.
+        aggregation: What is to be counted in the kernel.
     """
 
     probes: tuple[ProbeRequest, ...]
@@ -52,6 +65,8 @@ class Request:
     follow: bool = False
     debug: bool = False
     ring_bytes: int = 1 << 23
+    events: bool = True
+    aggregation: Aggregation | None = None
 
     def pack(self) -> bytes:
         """For the loader's standard input."""
@@ -64,6 +79,8 @@ class Request:
         raw["probes"] = tuple(_probe(probe) for probe in raw["probes"])
         lists = {key: tuple(value) for key, value in raw["filter"].items() if type(value) is list}
         raw["filter"] = Filter(**{**raw["filter"], **lists})
+        if raw["aggregation"] is not None:
+            raw["aggregation"] = Aggregation(**raw["aggregation"])
         return cls(**raw)
 
 
@@ -85,8 +102,16 @@ def _probe(raw: dict[str, Any]) -> ProbeRequest:
     interfaces = raw["interfaces"]
     if interfaces is not None:
         interfaces = Interfaces(**{**interfaces, "names": tuple(interfaces["names"])})
+    listen = raw["listen"]
     return ProbeRequest(
-        **{**raw, "points": points, "types": tuple(raw["types"]), "interfaces": interfaces}
+        **{
+            **raw,
+            "points": points,
+            "types": tuple(raw["types"]),
+            "interfaces": interfaces,
+            "listen": listen if listen is None else tuple(listen),
+            "histograms": tuple(raw["histograms"]),
+        }
     )
 
 
@@ -107,6 +132,14 @@ class Attached:
     link_fd: int
 
 
+@attrs.frozen
+class LoadedMap:
+    """A map that the session asked for: its fd, and how many entries it has."""
+
+    fd: int
+    entries: int
+
+
 @attrs.frozen(kw_only=True)
 class LoadedProbe:
     """What the session needs of one loaded probe. The fds are the session's to close."""
@@ -125,11 +158,15 @@ class LoadedProbe:
     program_fds: Mapping[str, int] = attrs.field(factory=dict)
     """Program -> its fd: the kernel counts there how often it did not run it."""
 
+    maps: Mapping[str, LoadedMap] = attrs.field(factory=dict)
+    """What the session asked for."""
+
     @property
     def fds(self) -> list[int]:
         """All its fds, in the order in which they cross over."""
         links = (one.link_fd for one in self.interfaces)
-        return [self.ring_fd, self.books_fd, *links, *self.program_fds.values()]
+        maps = (one.fd for one in self.maps.values())
+        return [self.ring_fd, self.books_fd, *links, *self.program_fds.values(), *maps]
 
 
 @attrs.frozen(kw_only=True)
@@ -158,7 +195,10 @@ def send_answer(to: socket.socket, answer: Answer | Refusal) -> None:
     fds = [fd for probe in answer.probes.values() for fd in probe.fds]
     fds += answer.holding
     if len(fds) > MAX_FDS:
-        raise ValueError(f"{len(fds)} file descriptors do not fit into one message")
+        raise CannotRunError(
+            f"{len(fds)} programs, links and maps are more than the {MAX_FDS} file descriptors "
+            "that a message carries: fewer probes, interfaces or maps will do"
+        )
     socket.send_fds(to, [msgpack.packb(attrs.asdict(answer))], fds)
 
 
@@ -185,6 +225,10 @@ def receive_answer(source: socket.socket) -> Answer | Refusal | None:
                     Attached(**{**one, "link_fd": next(ours)}) for one in probe["interfaces"]
                 ),
                 "program_fds": {name: next(ours) for name in probe["program_fds"]},
+                "maps": {
+                    name: LoadedMap(next(ours), one["entries"])
+                    for name, one in probe["maps"].items()
+                },
             }
         )
         for name, probe in raw["probes"].items()

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .conformance import Outcome, check_plugin
-    from .kernel import FakeBooks, FakeLoader, FakeProbe, FakeRing
+    from .kernel import FakeArray, FakeBooks, FakeLoader, FakeProbe, FakeRing
     from .rows import RecordingSink, make_event, make_record, make_row
 
 __all__ = [
+    "FakeArray",
     "FakeBooks",
     "FakeLoader",
     "FakeProbe",

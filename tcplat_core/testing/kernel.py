@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import attrs
 
 from tcplat_core.hookpoints import reporting
-from tcplat_core.loader.protocol import Answer, LoadedProbe, Request
+from tcplat_core.loader.protocol import Answer, LoadedMap, LoadedProbe, Request
 from tcplat_core.model import ProbeSpec
 from tcplat_core.ring import books_slots, possible_cpus
 
@@ -144,6 +144,37 @@ class FakeBooks:
 
 
 @attrs.define(eq=False)
+class FakeArray:
+    """A file that a probe's Python side maps as it maps a BPF array.
+
+    Args:
+        layout: One entry, as :mod:`struct` writes it.
+        entries: How many.
+    """
+
+    layout: str
+    entries: int
+    fd: int = attrs.field(init=False)
+    _map: mmap.mmap = attrs.field(init=False)
+    _stride: int = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        size = struct.calcsize(self.layout)
+        self._stride = size + -size % 8
+        size = self._stride * self.entries
+        self.fd, self._map = _memory(size + -size % _PAGE)
+
+    def set(self, index: int, *values: int | bytes) -> None:
+        """What a handler does: change an entry."""
+        struct.pack_into(self.layout, self._map, index * self._stride, *values)
+
+    def close(self) -> None:
+        """Unmap, and close the fd."""
+        self._map.close()
+        os.close(self.fd)
+
+
+@attrs.define(eq=False)
 class FakeProbe:
     """A loaded probe whose handlers a test plays.
 
@@ -152,12 +183,14 @@ class FakeProbe:
         ring_bytes: Size of its ring: the `ring_bytes` of the run's request.
         mechanism: How each point is said to be attached that has such a way; others by their first.
         missing: Points that are said to be missing, and why.
+        arrays: Its maps, by name.
     """
 
     spec: ProbeSpec
     ring_bytes: int = 1 << 16
     mechanism: str = "tracepoint"
     missing: Mapping[str, str] = attrs.field(factory=dict)
+    arrays: Mapping[str, FakeArray] = attrs.field(factory=dict)
     programs: tuple[str, ...] = attrs.field(init=False)
     """In the order of their numbers in a record."""
     ring: FakeRing = attrs.field(init=False)
@@ -190,10 +223,16 @@ class FakeProbe:
             taken={point: way.mechanism for point, way in taken.items()},
             missing=self.missing,
             programs=tuple(hook.program for way in taken.values() for hook in way.hooks),
+            maps={
+                name: LoadedMap(os.dup(array.fd), array.entries)
+                for name, array in self.arrays.items()
+            },
         )
 
     def close(self) -> None:
         """Free the memory."""
+        for array in self.arrays.values():
+            array.close()
         self.ring.close()
         self.books.close()
 

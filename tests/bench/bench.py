@@ -8,6 +8,7 @@ are compared. Exit status 1 if a figure misses its target.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
@@ -81,15 +82,17 @@ class Run:
 
     @classmethod
     @contextmanager
-    def of(cls, *arguments: str, sink: str | None = None, **how: Any) -> Iterator[Self]:
-        """Start it with tcp_client, and wait until it is attached."""
+    def of(
+        cls, *arguments: str, sink: str | None = None, probe: str = "tcp_client", **how: Any
+    ) -> Iterator[Self]:
+        """Start it, and wait until it is attached."""
         with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
             folder = Path(name)
             ready = folder / "ready"
             began = time.monotonic()
             process = subprocess.Popen(
                 [
-                    *(*TCPLAT, "run", "--probe", "tcp_client", "--ready-file", str(ready)),
+                    *(*TCPLAT, "run", "--probe", probe, "--ready-file", str(ready)),
                     *("--sink", sink or f"jsonl:path={folder / 'out'}", *arguments),
                 ],
                 stderr=subprocess.PIPE,
@@ -267,6 +270,30 @@ def bystander() -> Iterator[Figure]:
     yield Figure("B1s", "throughput, -p of another", *requests, ratio("requests", ours, base), 0.97)
 
 
+def aggregated() -> Iterator[Figure]:
+    """B12, B12s: durations are counted in the kernel, and no rows are made.
+
+    Both ends are on this host: tcp_service looks at every packet, wake-up and recv of the
+    client's, too, before it knows that they are none of its own.
+    """
+    for name, probe, target in (("B12", "tcp_client", 0.95), ("B12s", "tcp_service", 0.80)):
+        traced = functools.partial(Run.of, probe=probe, sink=f"histogram:path={os.devnull}")
+        first, ours, second = interleaved(traced)
+        base = both(first, second)
+        before, after = (
+            statistics.median(one["requests"] for one in blocks) / BLOCK_S
+            for blocks in (base, ours)
+        )
+        yield Figure(
+            name,
+            f"throughput, histogram, {probe}",
+            f"{before:,.0f}/s",
+            f"{after:,.0f}/s",
+            ratio("requests", ours, base),
+            target,
+        )
+
+
 def draining() -> Iterator[Figure]:
     """B3, B3b, B11: the same ring, drained by each in turn, in a process of its own."""
     done = subprocess.run(
@@ -434,6 +461,7 @@ FIGURES: dict[str, Callable[[], Iterator[Figure]]] = {
     "B8": packets,
     "B9": idle,
     "B10": delay,
+    "B12": aggregated,
 }
 HEAD = ("", "figure", "base or peer", "ours", "value", "target", "")
 

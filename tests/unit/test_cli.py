@@ -112,6 +112,18 @@ def here(loader: FakeLoader, monkeypatch: pytest.MonkeyPatch) -> Callable[..., i
         ("run --probe tcp_client --sink table --sink table", "--sink table is given twice"),
         ("run --probe tcp_client --sink jsonl:path=no/where", "cannot write no/where: No such"),
         ("run --probe tcp_client --sink jsonl:path=/", "cannot write /: Is a directory"),
+        (
+            "run --probe xdp_port:iface=lo,port=1 --sink histogram",
+            "--sink histogram: probe xdp_port has no histograms; tcp_client, tcp_service has",
+        ),
+        (
+            "run --probe tcp_client --sink histogram --sink histogram:by=all",
+            "one sink can have the kernel count, and histogram and histogram both want it",
+        ),
+        ("run --probe tcp_client --sink histogram -n 5", "--count counts rows, and none are made"),
+        ("run --probe tcp_client --sink histogram:by=x", "by='x': it is one of process,"),
+        ("run --probe tcp_client --sink histogram:every=1ms", "it must be a time of 100ms or more"),
+        ("run --probe tcp_client --sink histogram:groups=5000", "a whole number from 1 to 4096"),
         ("run --probe tcp_client -p me", "-p 'me' is not a number"),
         ("run --probe tcp_client -p -1", "-p '-1' is not a number"),
         ("run --probe tcp_client -p ¹", "-p '¹' is not a number"),

@@ -55,6 +55,19 @@ def test_every_number_that_the_c_uses_is_that_of_a_hook_that_reports(spec: Probe
 
 
 @every_probe
+def test_every_histogram_is_counted_somewhere_and_needs_points_that_there_are(
+    spec: ProbeSpec,
+) -> None:
+    names = [histogram.name for histogram in spec.histograms]
+    assert len(set(names)) == len(names)
+    assert set(re.findall(r"\bHIST_(\w+)", spec.source)) == set(names)
+    points = {point.point for point in spec.points}
+    for histogram in spec.histograms:
+        assert set(histogram.points) <= points
+        assert histogram.help
+
+
+@every_probe
 def test_one_program_stands_for_one_function(spec: ProbeSpec) -> None:
     """Its number in a record names the function and the mechanism."""
     seen: dict[str, tuple[str, str]] = {}

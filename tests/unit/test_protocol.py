@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Iterator
 
+import attrs
 import pytest
 
+from tcplat_core.errors import CannotRunError
 from tcplat_core.filters import Filter
+from tcplat_core.histogram import Aggregation
 from tcplat_core.hookpoints import HookPoint, Interfaces, kentry, kprobe, kreturn, tracepoint
 from tcplat_core.loader.protocol import (
     MAX_FDS,
     Answer,
     Attached,
+    LoadedMap,
     LoadedProbe,
     ProbeRequest,
     Refusal,
@@ -62,6 +67,13 @@ def ends() -> Iterator[Ends]:
         Request(probes=(PROBE,), filter=Filter(pids=())),
         Request(
             probes=(
+                attrs.evolve(PROBE, listen=("send",), maps={"counts": 16}, histograms=("a", "b")),
+            ),
+            events=False,
+            aggregation=Aggregation("remote", 256, math.inf),
+        ),
+        Request(
+            probes=(
                 PROBE,
                 ProbeRequest(
                     name="xdp_port",
@@ -95,8 +107,8 @@ def test_a_loader_that_died_gave_no_answer(ends: Ends) -> None:
 def test_every_fd_arrives_at_its_place(ends: Ends) -> None:
     """Each is a pipe: what is written into the answer's fd says which one it was."""
     session, loader = ends
-    pipes = [os.pipe() for _ in range(8)]
-    ring, books, link, ring2, books2, *held = (write for _, write in pipes)
+    pipes = [os.pipe() for _ in range(11)]
+    ring, books, link, program, counts, more, ring2, books2, *held = (write for _, write in pipes)
     send_answer(
         loader,
         Answer(
@@ -109,6 +121,8 @@ def test_every_fd_arrives_at_its_place(ends: Ends) -> None:
                     missing={"nic_tx": "no way"},
                     interfaces=(Attached(name="lo", index=1, mode="generic", link_fd=link),),
                     skipped={"eth0": "busy"},
+                    program_fds={"on_packet": program},
+                    maps={"counts": LoadedMap(counts, 64), "more": LoadedMap(more, 1)},
                 ),
                 "a_two": LoadedProbe(
                     ring_fd=ring2, books_fd=books2, taken={}, programs=(), missing={}
@@ -131,7 +145,8 @@ def test_every_fd_arrives_at_its_place(ends: Ends) -> None:
     )
     assert [(face.name, face.index, face.mode) for face in one.interfaces] == [("lo", 1, "generic")]
     received = [*one.fds, *two.fds, *answer.holding]
-    assert len(received) == 8
+    assert len(received) == 11
+    assert {name: found.entries for name, found in one.maps.items()} == {"counts": 64, "more": 1}
     for number, fd in enumerate(received):
         os.write(fd, bytes([number]))
         os.close(fd)
@@ -172,5 +187,5 @@ def test_as_many_fds_cross_as_the_kernel_takes(ends: Ends) -> None:
 
 
 def test_more_fds_are_refused_with_their_number(ends: Ends) -> None:
-    with pytest.raises(ValueError, match="254 file descriptors do not fit into one message"):
+    with pytest.raises(CannotRunError, match="254 programs, links and maps are more than the 253"):
         send_answer(ends[1], _holding(MAX_FDS + 1))

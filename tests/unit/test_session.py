@@ -26,13 +26,15 @@ from tcplat_core.errors import (
     UsageError,
 )
 from tcplat_core.filters import Filter
+from tcplat_core.histogram import Aggregation, Histogram
 from tcplat_core.hookpoints import HookPoint, kentry, kprobe, kreturn, tracepoint
 from tcplat_core.loader.protocol import Refusal, Request, send_answer
+from tcplat_core.maps import Maps, ReadableMap
 from tcplat_core.model import Loss, Option, ProbeSpec, RunReport, Sink
 from tcplat_core.ring import BATCH
 from tcplat_core.schema import Event
 from tcplat_core.session import LoaderProcess, Session, Signals
-from tcplat_core.testing import FakeLoader, FakeProbe, RecordingSink, make_record
+from tcplat_core.testing import FakeArray, FakeLoader, FakeProbe, RecordingSink, make_record
 
 SEND_AND_CLOSE = (
     HookPoint(
@@ -426,6 +428,92 @@ def test_the_loader_is_asked_for_each_probe_with_its_constants() -> None:
     assert request.types == ("tcp_sock",)
     assert request.defines == {"PORT": 80}
     assert request.struct.startswith("struct tcplat_event {")
+
+
+COUNTED = ProbeSpec(
+    name="counted",
+    summary="s",
+    source="",
+    points=SEND_AND_CLOSE,
+    maps=(ReadableMap("counts", "=QI"),),
+    histograms=(Histogram("took", "from send to close", ("close",)),),
+)
+
+
+def test_where_no_sink_wants_rows_only_what_histograms_need_is_attached() -> None:
+    wanted = Aggregation("all", 256, 1)
+    request = sessions.probe_request(COUNTED, {}, events=False, aggregation=wanted)
+    assert request.points == SEND_AND_CLOSE  # the numbers of hooks stay what they are
+    assert request.listen == ("close",)
+    assert request.histograms == ("took",)
+    assert request.maps == {"counts": 12, "keys": 40, "durations": 8}
+
+
+def test_with_rows_everything_is_attached_and_without_aggregation_no_counters_are_mapped() -> None:
+    request = sessions.probe_request(COUNTED, {})
+    assert request.listen is None
+    assert request.maps == {"counts": 12}
+
+
+# --- maps that a probe's Python side reads
+
+
+@pytest.fixture
+def polled() -> Iterator[Callable[..., FakeProbe]]:
+    """Makes a probe with an array `counts` and this poll()."""
+    with ExitStack() as stack:
+
+        def make(poll: Callable[[Maps], Any]) -> FakeProbe:
+            array = FakeArray("=QI", 8)
+            probe = FakeProbe(attrs.evolve(COUNTED, poll=poll), arrays={"counts": array})
+            stack.callback(probe.close)
+            return probe
+
+        yield make
+
+
+def test_poll_makes_rows_of_what_was_counted_by_the_end(
+    polled: Callable[..., FakeProbe],
+) -> None:
+    probe = polled(
+        lambda maps: [
+            maps.row("count", bytes=count, pid=pid) for count, pid in maps["counts"] if pid
+        ]
+    )
+    probe.arrays["counts"].set(3, 4711, 17)
+    before = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    sink, report = run_into_a_sink(probe)
+    last = sink.rows[-1]
+    assert (last.probe, last.point, last.func, last.attach) == ("counted", "count", "poll", "map")
+    assert (last.bytes, last.pid, last.comm, last.sport, last.saddr) == (4711, 17, None, None, "::")
+    assert last.ts_ns >= before
+    (hook,) = (hook for hook in report.probes["counted"].hooks if hook.func == "poll")
+    assert (hook.produced, hook.delivered, hook.dropped) == (len(sink.rows), len(sink.rows), 0)
+
+
+def test_rows_of_poll_that_count_cut_off_are_unread(polled: Callable[..., FakeProbe]) -> None:
+    probe = polled(lambda maps: [maps.row("count") for _ in range(5)])
+    sink, report = run_into_a_sink(probe, count=2)
+    assert len(sink.rows) == 2
+    (hook,) = (hook for hook in report.probes["counted"].hooks if hook.func == "poll")
+    assert hook.delivered == 2
+    assert hook.produced == hook.delivered + hook.unread
+
+
+def test_a_poll_that_has_nothing_to_say_says_nothing(polled: Callable[..., FakeProbe]) -> None:
+    sink, report = run_into_a_sink(polled(lambda _: None))
+    assert sink.rows == []
+    assert report.probes["counted"].poll_error == ""
+
+
+def test_a_poll_that_raises_is_not_called_again(polled: Callable[..., FakeProbe]) -> None:
+    said: list[str] = []
+    probe = polled(lambda maps: [maps.row("count", no_such_field=1)])
+    sink, report = run_into_a_sink(probe, say=said.append)
+    assert sink.rows == []
+    assert len(said) == 1
+    assert "its maps are not read any more: TypeError" in said[0]
+    assert report.as_json()["probes"]["counted"]["poll_error"].startswith("TypeError")
 
 
 # --- the loader's process, played by others

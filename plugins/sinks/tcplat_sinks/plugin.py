@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 
 from tcplat_core import (
+    Aggregation,
     Option,
     Options,
     Output,
@@ -13,6 +15,8 @@ from tcplat_core import (
     Sink,
     SinkSpec,
     boolean,
+    choice,
+    duration,
     hookimpl,
     integer,
     size,
@@ -68,9 +72,64 @@ def _terminal_width(fd: int) -> int:
         return 0
 
 
+_LEAST_S = 0.1
+
+
+def _every(text: str) -> float:
+    value = 0.0 if text == "0" else float(duration(text))
+    if text != "0" and value < _LEAST_S:
+        raise ValueError("it must be a time of 100ms or more, or 0 for the end alone")
+    return value
+
+
+def _histogram(options: Options, run: RunInfo) -> Sink:
+    from .histogram import Histograms  # noqa: PLC0415 - only the sinks in use are imported
+
+    output = Output.open(options["path"], run.stopping)
+    return Histograms(output, options["format"] == "json", options["every"])
+
+
+def _aggregation(options: Options) -> Aggregation:
+    return Aggregation(options["by"], options["groups"], options["every"] or math.inf)
+
+
 @hookimpl
 def tcplat_register_sinks() -> Iterator[SinkSpec]:
     """Offer the sinks."""
+    yield SinkSpec(
+        name="histogram",
+        summary="percentiles and bars of durations that the kernel counts: for what is too fast",
+        factory=_histogram,
+        aggregate=_aggregation,
+        options=(
+            _PATH,
+            Option(
+                name="every",
+                help="interval between two looks, 0 for the end of the run alone",
+                convert=_every,
+                metavar=duration.metavar,
+                default=1.0,
+            ),
+            Option(
+                name="by",
+                help="whose durations are counted together: process, remote, port, all",
+                convert=choice("process", "remote", "port", "all"),
+                default="process",
+            ),
+            Option(
+                name="groups",
+                help="how many of them are told apart; the others are counted as others",
+                convert=integer(least=1, most=4096),
+                default=256,
+            ),
+            Option(
+                name="format",
+                help="text, or json: one object per histogram and group",
+                convert=choice("text", "json"),
+                default="text",
+            ),
+        ),
+    )
     yield SinkSpec(
         name="jsonl",
         summary="one JSON object per line, and the books at the end",

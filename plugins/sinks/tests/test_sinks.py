@@ -11,7 +11,18 @@ from typing import Any, TextIO
 import attrs
 import pytest
 
-from tcplat_core import Loss, ReaderGoneError, RunInfo, RunReport, Sink, SinkSpec
+from tcplat_core import (
+    Aggregates,
+    Distribution,
+    Group,
+    Histogram,
+    Loss,
+    ReaderGoneError,
+    RunInfo,
+    RunReport,
+    Sink,
+    SinkSpec,
+)
 from tcplat_core.plugins import Plugins
 from tcplat_core.testing import make_event
 
@@ -30,6 +41,22 @@ CONNECTION = [
     make_event(ts_ns=4_000, point="recv", bytes=0, ip=6, saddr="2001:db8::1", daddr="::1"),
     make_event(ts_ns=5_000, point="close", state="TCP_CLOSE", pid=None, tid=None, comm=None),
 ]
+
+AGGREGATES = Aggregates(
+    ts_ns=1_000_000_000,
+    time_ns=1_700_000_000_000_000_000,
+    elapsed_s=1.5,
+    distributions=[
+        Distribution(
+            probe="tcp_client",
+            histogram=Histogram("connect", "SYN to established", ("connect", "state")),
+            group=Group(pid=4711, comm=r"\x1b]0;x\x07"),
+            counts=[0] * 500 + [3] + [0] * 27,
+            over=1,
+        )
+    ],
+    final=True,
+)
 
 every_sink = pytest.mark.parametrize(
     "spec",
@@ -79,6 +106,8 @@ def test_a_run_ends_up_on_standard_output(spec: SinkSpec, stdout: Stdout) -> Non
     sink = stdout.make(spec)
     sink.write(CONNECTION[:2])
     sink.write(CONNECTION[2:])
+    if hasattr(sink, "aggregates"):
+        sink.aggregates(AGGREGATES)
     sink.close(REPORT)
     assert stdout.written() != b""
 
@@ -115,8 +144,15 @@ def test_a_reader_that_is_gone_is_told_as_such(spec: SinkSpec, stdout: Stdout) -
 
 
 def _write_and_close(sink: Sink) -> None:
-    sink.write(CONNECTION)
+    _write(sink)
     sink.close(REPORT)
+
+
+def _write(sink: Sink) -> None:
+    """What the sink is there for: rows or, where it asked for them, aggregates."""
+    sink.write(CONNECTION)
+    if hasattr(sink, "aggregates"):
+        sink.aggregates(AGGREGATES)
 
 
 @every_sink
@@ -124,6 +160,7 @@ def test_names_of_processes_cannot_write_to_the_terminal(spec: SinkSpec, stdout:
     """Rows carry escaped names; no sink may undo that."""
     sink = stdout.make(spec)
     sink.write([make_event(comm=r"\x1b]0;x\x07", desc=r"\x1b[2J")])
+    _write(sink)
     sink.close(REPORT)
     assert not set(stdout.written()) & (set(range(32)) - set(b"\n") | {127})
 
@@ -134,7 +171,7 @@ def test_a_path_takes_the_place_of_standard_output(
 ) -> None:
     path = tmp_path / "out"
     sink = stdout.make(spec, path=str(path))
-    sink.write(CONNECTION)
+    _write(sink)
     before = path.read_bytes()
     sink.close(REPORT)
     assert path.read_bytes().startswith(before)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from importlib.resources import files
 
 from tcplat_core import (
+    Histogram,
     HookPoint,
     Moment,
     ProbeSpec,
@@ -131,6 +132,11 @@ POINTS = (
     ),
 )
 
+HISTOGRAMS = (
+    Histogram("connect", "connect(): SYN to established", ("connect", "state")),
+    Histogram("connect_failed", "connect(): SYN to failure", ("connect", "state")),
+)
+
 _FAILED = {"ECONNREFUSED": "refused", "ETIMEDOUT": "timed out"}
 
 _REACHED = {
@@ -178,4 +184,5 @@ def tcplat_register_probes() -> Iterator[ProbeSpec]:
         points=POINTS,
         types=("tcp_sock", "msghdr", "socket:sk"),
         describe=describe,
+        histograms=HISTOGRAMS,
     )

@@ -7,6 +7,7 @@
 #include <tcplat/event.bpf.h>
 #include <tcplat/owner.bpf.h>
 #include <tcplat/stream.bpf.h>
+#include <tcplat/histogram.bpf.h>
 
 /* What this probe reports is the sockets that called connect(). */
 #define CLIENT TCPLAT_ROLE_CLIENT
@@ -107,6 +108,7 @@ static __always_inline int leave_connect(struct sock *sk, int ret, u16 family, u
 	/* A failure after the SYN has its row from the change of state. */
 	if (!tcplat_is(s, CLIENT) || !s->since_ns)
 		return 0;
+	tcplat_sample(sk, s, HIST_connect_failed, now - s->since_ns);
 	e = tcplat_reserve_for(sk, s, hook, now);
 	if (e) {
 		e->err = -ret;
@@ -219,6 +221,12 @@ static __always_inline int report_state(struct sock *sk, int old, int new, u8 ho
 	if (old == TCP_SYN_SENT && s->since_ns) {
 		took = now - s->since_ns;
 		s->since_ns = 0;
+		if (new == TCP_ESTABLISHED)
+			tcplat_sample(sk, s, HIST_connect, took);
+		else if (new == TCP_CLOSE)
+			tcplat_sample(sk, s, HIST_connect_failed, took);
+		else /* both ends called at once: it is not over yet */
+			tcplat_unmeasured(sk, s, HIST_connect);
 		if (tcplat_too_fast(took))
 			return 0;
 	}

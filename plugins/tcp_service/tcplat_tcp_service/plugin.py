@@ -8,6 +8,7 @@ from typing import Annotated
 
 from tcplat_core import (
     Event,
+    Histogram,
     HookPoint,
     Moment,
     ProbeSpec,
@@ -209,6 +210,26 @@ POINTS = (
     ),
 )
 
+HISTOGRAMS = (
+    Histogram("accept", "accept queue: handshake done to accept()", ("state", "accept")),
+    Histogram(
+        "rx_ready",
+        "receive path: packet of the first new byte at rx_ip to reader woken",
+        ("state", "rx_ip", "ready"),
+    ),
+    Histogram(
+        "ready_recv",
+        "socket queue: first byte read, reader woken to recv() done",
+        ("state", "rx_ip", "ready", "recv"),
+    ),
+    Histogram(
+        "in_recv",
+        "inside recv(), blocked included",
+        ("state", "recv"),
+        mechanisms=("fentry", "kprobe"),
+    ),
+)
+
 _REACHED = {
     "TCP_LISTEN": "listening",
     "TCP_ESTABLISHED": "handshake done",
@@ -264,4 +285,5 @@ def tcplat_register_probes() -> Iterator[ProbeSpec]:
         ),
         event=ServiceEvent,
         describe=describe,
+        histograms=HISTOGRAMS,
     )

@@ -9,9 +9,193 @@
 #include <tcplat/owner.bpf.h>
 #include <tcplat/stream.bpf.h>
 #include <tcplat/skb.bpf.h>
+#include <tcplat/histogram.bpf.h>
 
 #define SERVER TCPLAT_ROLE_SERVER
 #define LISTENER TCPLAT_ROLE_LISTENER
+
+/* --- histograms: how long bytes are on their way to the process */
+
+#ifdef TCPLAT_HISTOGRAMS
+#define ARRIVALS 65536
+
+/*
+ * Hash of ports and sequence number -> sequence number << 32 | when, in 16 ns.
+ *
+ * Made at rx_ip for each segment with payload, whosever it is; replaced by the next
+ * that has the same place, taken out by the ready that it leads to. One word, so
+ * that no reader sees half of it. Its clock goes round in 68 s.
+ *
+ * A packet that is forwarded to its socket (a bridge, a container) comes by more than
+ * once: the last time counts, which is that of the receiving stack.
+ */
+BPF_TABLE("array", u32, u64, arrivals, ARRIVALS);
+
+struct wait {
+	u64 ready_ns; /* when the reader was told of them; 0: not known */
+	u32 seq;      /* of the first of these bytes; the next wait's is where they end */
+	u32 pad;
+};
+
+#define WAITS 8
+
+struct unread {
+	u64 sock;        /* whose it is: the kernel uses addresses again */
+	u32 seq;         /* the byte after the last one that its reader was told of */
+	u32 first, next; /* the waits are waits[n % WAITS], first <= n < next */
+	u32 pad;
+	struct wait waits[WAITS];
+};
+
+/*
+ * struct sock * -> struct unread.
+ *
+ * Made at the first ready, replaced when another socket has the address, and pushed out
+ * by younger ones where there are too many: what it knew is then counted as not measured.
+ */
+BPF_TABLE("lru_hash", u64, struct unread, unreads, 65536);
+
+/* `theirs` is the port that the segment comes from. */
+static __always_inline u32 arrival_at(u16 theirs, u16 ours, u32 seq)
+{
+	/* Knuth's multiplicative hash: the upper bits depend on all of them. */
+	return ((seq ^ (u32)theirs << 16 ^ ours) * 2654435761u) >> 16;
+}
+
+static __always_inline void note_arrival(const struct tcplat_segment *g, u64 now)
+{
+	u32 seq = g->seq + (g->flags >> 1 & 1); /* a SYN has a number, too */
+	u32 at = arrival_at(g->addrs.sport, g->addrs.dport, seq);
+	u64 *arrival;
+
+	if (!g->bytes)
+		return;
+	arrival = arrivals.lookup(&at);
+	if (arrival)
+		*arrival = (u64)seq << 32 | (u32)(now >> 4);
+}
+
+/* How long ago the segment that begins with `seq` came; false where that is not known. */
+static __always_inline bool take_arrival(struct tcplat_sock *s, u32 seq, u64 now, u64 *took)
+{
+	u32 at = arrival_at(s->addrs.dport, s->addrs.sport, seq);
+	u64 *arrival = arrivals.lookup(&at);
+	u32 ago;
+
+	if (!arrival || !*arrival || *arrival >> 32 != seq)
+		return false;
+	ago = (u32)(now >> 4) - (u32)*arrival;
+	*arrival = 0;
+	*took = (u64)ago << 4;
+	return ago < 1u << 31; /* else it lies in the future: clocks of two CPUs */
+}
+
+/*
+ * The reader is told. If there are new bytes: how long ago did the segment come that
+ * brought the first of them?  Calls for one socket do not overlap: its lock is held.
+ */
+static __always_inline void measure_ready(struct sock *sk, struct tcplat_sock *s, u64 now)
+{
+	u32 end = tcplat_get((struct tcp_sock *)sk, rcv_nxt), begin;
+	struct unread *u;
+	struct wait *wait;
+	u64 key = (u64)sk, took = 0;
+	bool known;
+
+	if (!s->addrs.sport)
+		tcplat_read_addrs(&s->addrs, sk);
+	/* A FIN has a number, and is no byte. */
+	if (tcplat_get(sk, __sk_common.skc_flags) & (1UL << TCPLAT_SOCK_DONE))
+		end--;
+	u = unreads.lookup(&key);
+	if (!u || u->sock != s->id) {
+		struct unread fresh = {.sock = s->id};
+
+		fresh.seq = tcplat_get((struct tcp_sock *)sk, copied_seq);
+		unreads.update(&key, &fresh);
+		u = unreads.lookup(&key);
+		/* Bytes that were here before us are not new: a segment that we saw is proof. */
+		known = false;
+	} else {
+		known = true;
+	}
+	if (!u)
+		return;
+	begin = u->seq;
+	if ((s32)(end - begin) <= 0)
+		return;
+	if (take_arrival(s, begin, now, &took)) {
+		tcplat_sample(sk, s, HIST_rx_ready, took);
+		known = true;
+	} else {
+		tcplat_unmeasured(sk, s, HIST_rx_ready);
+	}
+	u->seq = end;
+	/* The last place is for bytes of which there are too many to know: all that follow. */
+	if (u->next - u->first >= WAITS)
+		return;
+	if (u->next - u->first == WAITS - 1)
+		known = false;
+	wait = &u->waits[u->next & (WAITS - 1)];
+	wait->seq = begin;
+	wait->ready_ns = known ? now : 0;
+	u->next++;
+}
+
+/* Bytes were read: how long ago was the reader told of the first of them? */
+static __always_inline void measure_recv(struct sock *sk, int bytes, u64 now)
+{
+	struct tcplat_sock *s = tcplat_find(sk);
+	u64 key = (u64)sk, ready_ns = 0;
+	u32 begin, at, last = 0;
+	bool found = false;
+	struct unread *u;
+
+	if (!tcplat_is(s, SERVER))
+		return;
+	tcplat_own(s);
+	if (bytes <= 0)
+		return;
+	u = unreads.lookup(&key);
+	if (!u || u->sock != s->id) {
+		tcplat_unmeasured(sk, s, HIST_ready_recv);
+		return;
+	}
+	begin = tcplat_next_byte((struct tcp_sock *)sk) - bytes;
+	at = u->first;
+	/* Where threads read at once, one may have put `first` back: begin anew. */
+	if (u->next - at > WAITS)
+		at = u->first = u->next;
+	for (int i = 0; i < WAITS; i++) {
+		struct wait *wait = &u->waits[at & (WAITS - 1)];
+		u32 seq = wait->seq;
+
+		/* Later bytes; or a place that another CPU has not filled in yet. */
+		if (at == u->next || (s32)(begin - seq) < 0 || (found && (s32)(seq - last) <= 0))
+			break;
+		found = true;
+		last = seq;
+		ready_ns = wait->ready_ns;
+		u->first = at++;
+	}
+	if (found && ready_ns && ready_ns <= now)
+		tcplat_sample(sk, s, HIST_ready_recv, now - ready_ns);
+	else
+		tcplat_unmeasured(sk, s, HIST_ready_recv);
+}
+#else
+static __always_inline void note_arrival(const struct tcplat_segment *g, u64 now)
+{
+}
+
+static __always_inline void measure_ready(struct sock *sk, struct tcplat_sock *s, u64 now)
+{
+}
+
+static __always_inline void measure_recv(struct sock *sk, int bytes, u64 now)
+{
+}
+#endif
 
 /* --- rx_ip: a packet for a service of this host reaches IP, or TCP's door */
 
@@ -25,6 +209,10 @@ static __always_inline int report_packet(struct sk_buff *skb, const u8 *l3, u32 
 
 	if (!tcplat_parse_ip(&segment, l3, length))
 		return 0;
+	note_arrival(&segment, now);
+#ifdef TCPLAT_NO_EVENTS
+	return 0;
+#endif
 	segment.addrs.netns = tcplat_skb_netns(skb);
 	/* As the receiving socket sees it: its own end first. */
 	local.netns = segment.addrs.netns;
@@ -319,6 +507,10 @@ static __always_inline int report_accept(struct sock *sk, u8 hook)
 		return 0;
 	waited = s->since_ns ? now - s->since_ns : 0;
 	s->since_ns = 0;
+	if (waited)
+		tcplat_sample(sk, s, HIST_accept, waited);
+	else
+		tcplat_unmeasured(sk, s, HIST_accept);
 	if (waited && tcplat_too_fast(waited))
 		return 0;
 	e = tcplat_reserve_for(sk, s, hook, now);
@@ -414,6 +606,7 @@ static __always_inline int report_ready(struct sock *sk, u8 hook)
 
 	if (!tcplat_is(s, SERVER))
 		return 0;
+	measure_ready(sk, s, now);
 	e = tcplat_reserve_for(sk, s, hook, now);
 	if (!e)
 		return 0;
@@ -449,6 +642,7 @@ int tp_recv(struct bpf_raw_tracepoint_args *ctx)
 
 	if (ctx->args[2] & TCPLAT_NO_STREAM)
 		return 0;
+	measure_recv(sk, ctx->args[1], bpf_ktime_get_ns());
 	return tcplat_report(tcplat_make_recv(sk, SERVER, ctx->args[1], HOOK_tp_recv));
 }
 
@@ -485,13 +679,20 @@ static __always_inline int leave_recv(int ret, u8 hook)
 	u64 me = bpf_get_current_pid_tgid(), took;
 	struct recv_call *call = recvs.lookup(&me);
 	struct tcplat_event *e;
+	struct tcplat_sock *s;
 	struct sock *sk;
+	u64 now;
 
 	if (!call)
 		return 0;
 	sk = (struct sock *)call->sk;
-	took = bpf_ktime_get_ns() - call->began_ns;
+	now = bpf_ktime_get_ns();
+	took = now - call->began_ns;
 	recvs.delete(&me);
+	measure_recv(sk, ret, now);
+	s = tcplat_find(sk);
+	if (ret > 0 && tcplat_is(s, SERVER))
+		tcplat_sample(sk, s, HIST_in_recv, took);
 	if (tcplat_too_fast(took))
 		return 0;
 	e = tcplat_make_recv(sk, SERVER, ret, hook);

@@ -7,7 +7,7 @@ import itertools
 from pathlib import Path
 
 import pytest
-from tcplat_tcp_service.plugin import POINTS, ServiceEvent, describe
+from tcplat_tcp_service.plugin import HISTOGRAMS, POINTS, ServiceEvent, describe
 
 from tcplat_core import HookPoint, Moment
 from tcplat_core.plugins import Plugins
@@ -89,3 +89,9 @@ def test_the_readme_has_every_point_and_every_function_that_reports() -> None:
         for way in point.ways:
             for hook in way.hooks:
                 assert hook.quiet or f"{hook.func.removeprefix('syscalls:')}`" in line, hook
+
+
+def test_the_readme_has_every_histogram() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    told = [line.split("`")[1] for line in readme.splitlines() if line.startswith("- `")]
+    assert [histogram.name for histogram in HISTOGRAMS] == told[: len(HISTOGRAMS)]

@@ -68,6 +68,14 @@ BPF_F_TABLE("array", u32, u64, books, TCPLAT_BOOKS, BPF_F_MMAPABLE);
 /* Slot 0 -> 1 once the owners of older sockets are known; nothing is reported before. */
 BPF_TABLE("array", u32, u32, tcplat_gate, 1);
 
+/* Whether anybody listens yet. */
+static __always_inline bool tcplat_is_open(void)
+{
+	u32 zero = 0, *open = tcplat_gate.lookup(&zero);
+
+	return open && *open;
+}
+
 /*
  * A record to fill, or NULL where nobody listens yet or the ring is full.
  *
@@ -77,13 +85,14 @@ BPF_TABLE("array", u32, u32, tcplat_gate, 1);
 static __always_inline struct tcplat_event *tcplat_reserve(u8 hook, u64 ts_ns)
 {
 	u32 cpu = bpf_get_smp_processor_id();
-	u32 zero = 0, slot = (cpu * TCPLAT_HOOKS + hook) * 2;
+	u32 slot = (cpu * TCPLAT_HOOKS + hook) * 2;
 	struct tcplat_event *e;
-	u32 *open;
 	u64 *count;
 
-	open = tcplat_gate.lookup(&zero);
-	if (!open || !*open)
+#ifdef TCPLAT_NO_EVENTS
+	return NULL;
+#endif
+	if (!tcplat_is_open())
 		return NULL;
 	/* Atomic: softirq may interrupt a handler on the same CPU. */
 	count = books.lookup(&slot);

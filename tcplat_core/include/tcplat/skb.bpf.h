@@ -23,15 +23,14 @@ static __always_inline u32 tcplat_be32(const u8 *at)
 }
 
 /*
- * The TCP header at `l4`; `rest` is how many bytes there are from it on.
+ * A TCP header that was copied to the stack; `rest` is how many bytes the packet has from it on.
  * False where the header does not fit.
  */
-static __always_inline bool tcplat_parse_tcp(struct tcplat_segment *to, const u8 *l4, u32 rest)
+static __always_inline bool tcplat_copied_tcp(struct tcplat_segment *to, const u8 *tcp, u32 rest)
 {
-	u8 tcp[14];
 	u32 length;
 
-	if (rest < 20 || bpf_probe_read_kernel(tcp, sizeof(tcp), l4))
+	if (rest < 20)
 		return false;
 	length = (tcp[12] >> 4) * 4;
 	if (length < 20 || length > rest)
@@ -44,6 +43,14 @@ static __always_inline bool tcplat_parse_tcp(struct tcplat_segment *to, const u8
 	return true;
 }
 
+/* The same where it is. */
+static __always_inline bool tcplat_parse_tcp(struct tcplat_segment *to, const u8 *l4, u32 rest)
+{
+	u8 tcp[14];
+
+	return !bpf_probe_read_kernel(tcp, sizeof(tcp), l4) && tcplat_copied_tcp(to, tcp, rest);
+}
+
 /*
  * The IP packet at `l3`, which has `length` bytes in all.
  * False where it is no TCP, a later fragment, or damaged.
@@ -54,7 +61,8 @@ static __always_inline bool tcplat_parse_ip(struct tcplat_segment *to, const u8 
 	u32 header, total, source, destination;
 	u8 next;
 
-	if (bpf_probe_read_kernel(ip, 20, l3))
+	/* No TCP packet is shorter; where IPv4 has no options, TCP's header comes along. */
+	if (bpf_probe_read_kernel(ip, sizeof(ip), l3))
 		return false;
 	if (ip[0] >> 4 == 4) {
 		header = (ip[0] & 15) * 4;
@@ -69,9 +77,11 @@ static __always_inline bool tcplat_parse_ip(struct tcplat_segment *to, const u8 
 		to->addrs.ip = 4;
 		tcplat_map_v4(to->addrs.saddr, source);
 		tcplat_map_v4(to->addrs.daddr, destination);
+		if (header == 20)
+			return tcplat_copied_tcp(to, ip + 20, total - header);
 		return tcplat_parse_tcp(to, l3 + header, total - header);
 	}
-	if (ip[0] >> 4 != 6 || bpf_probe_read_kernel(ip, 40, l3))
+	if (ip[0] >> 4 != 6)
 		return false;
 	header = 40;
 	total = tcplat_be16(ip + 4) ? tcplat_be16(ip + 4) + 40 : length;

@@ -134,11 +134,15 @@ static __always_inline u32 tcplat_next_byte(const struct tcp_sock *tp)
 static __always_inline struct tcplat_event *
 tcplat_make_recv(const struct sock *sk, u8 role, int ret, u8 hook)
 {
-	struct tcplat_sock *s = tcplat_find(sk);
+	struct tcplat_sock *s;
 	struct tcplat_event *e;
 	u64 now;
 	u32 me;
 
+#ifdef TCPLAT_NO_EVENTS
+	return NULL;
+#endif
+	s = tcplat_find(sk);
 	if (!tcplat_is(s, role) || ret < 0)
 		return NULL;
 	now = bpf_ktime_get_ns();

@@ -1,0 +1,472 @@
+"""Durations counted in the kernel: they agree with the events, with known delays, and add up."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .harness import SLOW, Listener, Outcome, Puppet, Row, Tcplat, at, completes
+
+Start = Callable[..., Tcplat]
+Found = dict[str, Any]
+
+OFF = 0.032
+"""How far a percentile may be from the sample it stands for: half a bucket."""
+PING_PONG = """
+for _ in range({times}):
+    s.sendall(b"x" * 100)
+    s.recv(1000)
+"""
+ECHO = """
+peer, _ = listening.accept()
+for _ in range({times}):
+    peer.sendall(peer.recv(1000))
+"""
+
+
+@pytest.fixture
+def sink(tmp_path: Path) -> str:
+    return f"histogram:format=json,every=0,path={tmp_path / 'histograms'}"
+
+
+def found(tmp_path: Path, window: str = "run") -> list[Found]:
+    """What the sink has written, but for the report."""
+    lines = (tmp_path / "histograms").read_bytes().splitlines()
+    values = [json.loads(line) for line in lines]
+    assert "report" in values[-1]
+    return [value for value in values[:-1] if value["window"] == window]
+
+
+def report(tmp_path: Path, probe: str) -> dict[str, Any]:
+    """The books of a probe, as the sink's last line has them."""
+    last = json.loads((tmp_path / "histograms").read_bytes().splitlines()[-1])
+    books: dict[str, Any] = last["report"]["probes"][probe]
+    return books
+
+
+def one(histograms: list[Found], name: str) -> Found:
+    (histogram,) = (value for value in histograms if value["histogram"] == name)
+    return histogram
+
+
+def nearest_rank(samples: Sequence[float], percent: float) -> float:
+    return sorted(samples)[max(1, math.ceil(len(samples) * percent / 100)) - 1]
+
+
+def assert_agrees(histogram: Found, samples_us: Sequence[float], within_us: float = 0) -> None:
+    """Every percentile is that of the samples, to half a bucket and `within_us`."""
+    assert histogram["count"] == len(samples_us)
+    for name, percent in (("p50_us", 50), ("p90_us", 90), ("p99_us", 99), ("max_us", 100)):
+        true = nearest_rank(samples_us, percent)
+        assert abs(histogram[name] - true) <= OFF * true + within_us, (name, histogram, true)
+
+
+def assert_adds_up(histogram: Found) -> None:
+    counted = sum(count for _, _, count in histogram["buckets"])
+    assert histogram["count"] == counted + histogram["over"]
+
+
+def echo(client: Puppet, service: Puppet, times: int) -> int:
+    """Requests and answers between two puppets; the service's port."""
+    port = int(
+        service("""
+listening = socket.create_server(("127.0.0.1", 0))
+listening.getsockname()[1]
+""")
+    )
+    client(f"s = socket.create_connection(('127.0.0.1', {port}))")
+    service.tell(ECHO.format(times=times))
+    client(PING_PONG.format(times=times))
+    service.answer()
+    return port
+
+
+def test_connect_times_are_those_of_the_events(
+    tmp_path: Path, sink: str, running_tcplat: Start, client: Puppet, server: Listener
+) -> None:
+    rows_at = tmp_path / "rows.jsonl"
+    run = running_tcplat("-p", str(client.pid), sinks=(sink, f"jsonl:path={rows_at}"))
+    client(f"for _ in range(100): socket.create_connection({server.address!r}).close()")
+    run.stop()
+    rows = [json.loads(line) for line in rows_at.read_bytes().splitlines()[:-1]]
+    took = [row["connect_us"] for row in rows if completes(row)]
+    assert len(took) == 100
+    connect = one(found(tmp_path), "connect")
+    assert_agrees(connect, took)
+    assert (connect["pid"], connect["not_measured"]) == (client.pid, 0)
+
+
+def test_without_another_sink_nothing_goes_through_the_ring(
+    tmp_path: Path, sink: str, running_tcplat: Start, client: Puppet, server: Listener
+) -> None:
+    run = running_tcplat("-p", str(client.pid), sinks=(sink,))
+    client(f"for _ in range(50): socket.create_connection({server.address!r}).close()")
+    outcome = run.stop()
+    assert outcome.returncode == 0
+    books = report(tmp_path, "tcp_client")
+    assert [hook["produced"] for hook in books["hooks"] if hook["produced"]] == []
+    assert {hook["point"] for hook in books["hooks"]} == {"connect", "state"}
+    assert books["histograms"]["connect"] == {"samples": 50, "unmeasured": 0, "rest": 0}
+    assert "50 counted (connect 50)" in outcome.stderr
+    assert "rows" not in outcome.stderr
+
+
+def test_a_connect_that_is_answered_late_took_as_long(
+    tmp_path: Path, sink: str, running_tcplat: Start, client: Puppet, puppet: Callable[..., Puppet]
+) -> None:
+    """Where the queue is full, the kernel drops the SYN; the next one comes a second later."""
+    service = puppet()
+    port = service("""
+listening = socket.socket()
+listening.bind(("127.0.0.1", 0))
+listening.listen(0)
+listening.getsockname()[1]
+""")
+    client(f"first = socket.create_connection(('127.0.0.1', {port}))")
+    run = running_tcplat("-p", str(client.pid), sinks=(sink,))
+    client.tell(f"""
+began = time.monotonic()
+second = socket.create_connection(('127.0.0.1', {port}))
+(time.monotonic() - began) * 1e6
+""")
+    service("time.sleep(0.3); peer, _ = listening.accept(); None")
+    took_us = client.answer()
+    run.stop()
+    connect = one(found(tmp_path), "connect")
+    assert connect["count"] == 1
+    assert took_us > 900_000
+    assert abs(connect["max_us"] - took_us) <= OFF * took_us + 200 * SLOW
+
+
+def test_a_connect_that_fails_is_not_among_those_that_succeed(
+    tmp_path: Path, sink: str, running_tcplat: Start, client: Puppet, server: Listener
+) -> None:
+    run = running_tcplat("-p", str(client.pid), sinks=(sink,))
+    address = server.address
+    client(f"socket.create_connection({address!r}).close()")
+    server.listening.close()
+    client(f"""
+for _ in range(3):
+    try:
+        socket.create_connection({address!r})
+    except ConnectionRefusedError:
+        pass
+""")
+    run.stop()
+    histograms = found(tmp_path)
+    assert one(histograms, "connect")["count"] == 1
+    assert one(histograms, "connect_failed")["count"] == 3
+
+
+def waits(rows: list[Row]) -> tuple[list[float], list[float]]:
+    """Of one connection's rows: rx_ip to ready, and ready to recv, of each new piece, in µs."""
+    arrived = {row["seq"]: row["ts_ns"] for row in at(rows, "rx_ip") if row["bytes"]}
+    receive_path, queue, ready_at = [], [], {}
+    end = None
+    for row in rows:
+        if row["point"] == "ready" and row["bytes"]:
+            begin = row["seq"] if end is None else end
+            end = row["seq"] + row["bytes"]
+            if begin != end:
+                receive_path.append((row["ts_ns"] - arrived[begin]) / 1000)
+                ready_at[begin] = row["ts_ns"]
+        elif row["point"] == "recv" and row["bytes"]:
+            queue.append((row["ts_ns"] - ready_at[row["seq"]]) / 1000)
+    return receive_path, queue
+
+
+def test_receive_path_and_queue_are_those_of_the_events(
+    tmp_path: Path,
+    sink: str,
+    running_tcplat: Start,
+    client: Puppet,
+    puppet: Callable[..., Puppet],
+) -> None:
+    service = puppet()
+    rows_at = tmp_path / "rows.jsonl"
+    run = running_tcplat(
+        "-p", str(service.pid), probes=("tcp_service",), sinks=(sink, f"jsonl:path={rows_at}")
+    )
+    port = echo(client, service, 500)
+    run.stop()
+    rows = [json.loads(line) for line in rows_at.read_bytes().splitlines()[:-1]]
+    rows = [row for row in rows if port in (row["sport"], row["dport"])]
+    receive_path, queue = waits(rows)
+    assert len(queue) == 500
+    histograms = found(tmp_path)
+    # Arrivals are kept in steps of 16 ns; the row of recv is stamped after the histogram's look.
+    assert_agrees(one(histograms, "rx_ready"), receive_path, 0.02)
+    assert_agrees(one(histograms, "ready_recv"), queue, 1.0 * SLOW)
+    assert {value["not_measured"] for value in histograms} == {0}
+    for histogram in histograms:
+        assert_adds_up(histogram)
+
+
+def test_a_reader_that_waits_10_ms_is_seen_to(
+    tmp_path: Path,
+    sink: str,
+    running_tcplat: Start,
+    client: Puppet,
+    puppet: Callable[..., Puppet],
+) -> None:
+    service = puppet()
+    run = running_tcplat("-p", str(service.pid), probes=("tcp_service",), sinks=(sink,))
+    port = service("""
+listening = socket.create_server(("127.0.0.1", 0))
+listening.getsockname()[1]
+""")
+    client(f"s = socket.create_connection(('127.0.0.1', {port}))")
+    service.tell("""
+peer, _ = listening.accept()
+took = []
+for _ in range(20):
+    select.select([peer], [], [])
+    began = time.monotonic()
+    time.sleep(0.01)
+    data = peer.recv(1000)
+    took.append((time.monotonic() - began) * 1e6)
+    peer.sendall(data)
+took
+""")
+    client(PING_PONG.format(times=20))
+    took_us = service.answer()
+    run.stop()
+    queue = one(found(tmp_path), "ready_recv")
+    assert queue["count"] == 20
+    assert min(took_us) >= 10_000
+    # What it cannot see itself is how long it took to be woken.
+    waited = statistics.median(took_us)
+    assert waited * 0.94 <= queue["p50_us"] <= waited * 1.06 + 200 * SLOW
+
+
+def test_bytes_that_are_read_in_pieces_are_counted_with_their_own_wake_up(
+    tmp_path: Path,
+    sink: str,
+    running_tcplat: Start,
+    client: Puppet,
+    puppet: Callable[..., Puppet],
+) -> None:
+    """Three messages in the queue, read by 50 bytes: each piece waited since its message came."""
+    service = puppet()
+    run = running_tcplat("-p", str(service.pid), probes=("tcp_service",), sinks=(sink,))
+    port = service("""
+listening = socket.create_server(("127.0.0.1", 0))
+listening.getsockname()[1]
+""")
+    client(f"s = socket.create_connection(('127.0.0.1', {port}))")
+    service("peer, _ = listening.accept()")
+    sent_at = client("""
+s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+sent = []
+for _ in range(3):
+    sent.append(time.monotonic())
+    s.send(b"x" * 100)
+    time.sleep(0.1)
+sent
+""")
+    read_at = service("[(peer.recv(50), time.monotonic())[1] for _ in range(6)]")
+    run.stop()
+    queue = one(found(tmp_path), "ready_recv")
+    assert (queue["count"], queue["not_measured"]) == (6, 0)
+    true = sorted(
+        (read - sent) * 1e6
+        for read, sent in zip(
+            read_at, itertools.chain(*zip(sent_at, sent_at, strict=True)), strict=True
+        )
+    )
+    assert true[0] >= 100_000
+    told = [(low, high) for low, high, count in queue["buckets"] for _ in range(count)]
+    for (low, high), us in zip(told, true, strict=True):
+        assert low - 2000 * SLOW <= us <= high + 2000 * SLOW
+
+
+def test_where_too_many_wait_the_rest_is_not_measured(
+    tmp_path: Path,
+    sink: str,
+    running_tcplat: Start,
+    client: Puppet,
+    puppet: Callable[..., Puppet],
+) -> None:
+    """Only seven wake-ups per socket are remembered; nothing is made up for the others."""
+    service = puppet()
+    run = running_tcplat("-p", str(service.pid), probes=("tcp_service",), sinks=(sink,))
+    port = service("""
+listening = socket.create_server(("127.0.0.1", 0))
+listening.getsockname()[1]
+""")
+    client(f"s = socket.create_connection(('127.0.0.1', {port}))")
+    service("peer, _ = listening.accept()")
+    client("""
+s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+for _ in range(20): s.send(b"x" * 100)
+""")
+    service("[len(peer.recv(100, socket.MSG_WAITALL)) for _ in range(20)]")
+    # Afterwards it is as if nothing had been.
+    client("s.send(b'x' * 100)")
+    service("len(peer.recv(100, socket.MSG_WAITALL))")
+    run.stop()
+    queue = one(found(tmp_path), "ready_recv")
+    assert (queue["count"], queue["not_measured"]) == (8, 13)
+
+
+def test_only_the_process_of_p_is_counted(
+    tmp_path: Path,
+    sink: str,
+    running_tcplat: Start,
+    puppet: Callable[..., Puppet],
+    server: Listener,
+) -> None:
+    ours, other = puppet(), puppet()
+    run = running_tcplat("-p", str(ours.pid), sinks=(sink,))
+    for who, times in ((ours, 3), (other, 5)):
+        who(f"for _ in range({times}): socket.create_connection({server.address!r}).close()")
+    run.stop()
+    (connect,) = found(tmp_path)
+    assert (connect["pid"], connect["count"]) == (ours.pid, 3)
+
+
+@pytest.mark.parametrize("by", ["all", "process", "remote", "port"])
+def test_groups_are_told_apart_by_what_was_asked_for(
+    by: str,
+    tmp_path: Path,
+    sink: str,
+    running_tcplat: Start,
+    puppet: Callable[..., Puppet],
+    listener: Callable[..., Listener],
+) -> None:
+    clients, servers = [puppet(), puppet()], [listener(), listener(6)]
+    pids = ",".join(str(client.pid) for client in clients)
+    run = running_tcplat("-p", pids, sinks=(f"{sink},by={by}",))
+    for client, server in itertools.product(clients, servers):
+        client(f"for _ in range(4): socket.create_connection({server.address!r}).close()")
+    run.stop()
+    keys = ("pid", "address", "port")
+    groups = {tuple(value[key] for key in keys): value["count"] for value in found(tmp_path)}
+    assert (
+        groups
+        == {
+            "all": {(None, None, None): 16},
+            "process": {(client.pid, None, None): 8 for client in clients},
+            "remote": {
+                (None, "127.0.0.1", servers[0].port): 8,
+                (None, "::1", servers[1].port): 8,
+            },
+            "port": {(None, None, server.port): 8 for server in servers},
+        }[by]
+    )
+
+
+def test_what_comes_when_all_groups_are_taken_is_counted_as_others(
+    tmp_path: Path,
+    sink: str,
+    running_tcplat: Start,
+    client: Puppet,
+    listener: Callable[..., Listener],
+) -> None:
+    servers = [listener() for _ in range(5)]
+    run = running_tcplat("-p", str(client.pid), sinks=(f"{sink},by=port,groups=2",))
+    for server in servers:
+        client(f"socket.create_connection({server.address!r}).close()")
+    outcome = run.stop()
+    counts = {(value["port"], value["rest"]): value["count"] for value in found(tmp_path)}
+    assert counts == {
+        (servers[0].port, False): 1,
+        (servers[1].port, False): 1,
+        (None, True): 3,
+    }
+    assert "connect: 3 came when all groups were taken" in outcome.stderr
+
+
+def test_intervals_add_up_to_the_run(
+    tmp_path: Path, running_tcplat: Start, client: Puppet, server: Listener
+) -> None:
+    path = tmp_path / "histograms"
+    run = running_tcplat(
+        "-p", str(client.pid), sinks=(f"histogram:every=100ms,format=json,path={path}",)
+    )
+    client(f"""
+for _ in range(30):
+    socket.create_connection({server.address!r}).close()
+    time.sleep(0.02)
+""")
+    run.stop()
+    intervals, (whole,) = found(tmp_path, "interval"), found(tmp_path)
+    assert len(intervals) > 2
+    assert sum(value["count"] for value in intervals) == whole["count"] == 30
+    cells: dict[float, int] = {}
+    for low, _, count in (bucket for value in intervals for bucket in value["buckets"]):
+        cells[low] = cells.get(low, 0) + count
+    assert cells == {low: count for low, _, count in whole["buckets"]}
+
+
+def test_a_socket_that_ends_while_we_attach_leaves_nothing_to_the_next_one(
+    tmp_path: Path,
+    sink: str,
+    running_tcplat: Start,
+    client: Puppet,
+    puppet: Callable[..., Puppet],
+) -> None:
+    """The kernel uses its address again at once; with what was known of it, addresses are wrong."""
+    service = puppet()
+    port = service("""
+def serve():
+    while True:
+        peer, _ = listening.accept()
+        with peer:
+            while data := peer.recv(1000):
+                peer.sendall(data)
+
+listening = socket.create_server(("127.0.0.1", 0))
+threading.Thread(target=serve, daemon=True).start()
+listening.getsockname()[1]
+""")
+    client(f"""
+def call():
+    while not enough.is_set():
+        with socket.create_connection(("127.0.0.1", {port})) as s:
+            for _ in range(20):
+                s.sendall(b"x" * 100)
+                s.recv(1000)
+
+enough = threading.Event()
+caller = threading.Thread(target=call, daemon=True)
+caller.start()
+""")
+    run = running_tcplat("-p", str(service.pid), probes=("tcp_service",), sinks=(sink,))
+    client("time.sleep(0.2); enough.set(); caller.join()")
+    run.stop()
+    (path,) = (
+        value
+        for value in found(tmp_path)
+        if value["histogram"] == "rx_ready" and value["pid"] == service.pid
+    )
+    assert path["count"] > 100
+    assert path["not_measured"] == 0
+
+
+def test_what_the_mechanism_cannot_tell_is_said(
+    tmp_path: Path,
+    sink: str,
+    running_tcplat: Start,
+    client: Puppet,
+    puppet: Callable[..., Puppet],
+) -> None:
+    service = puppet()
+    run = running_tcplat("-p", str(service.pid), probes=("tcp_service",), sinks=(sink,))
+    echo(client, service, 10)
+    outcome: Outcome = run.stop()
+    books = report(tmp_path, "tcp_service")
+    (recv,) = {hook["attach"] for hook in books["hooks"] if hook["point"] == "recv"}
+    if recv == "tracepoint":
+        assert books["no_histograms"] == {"in_recv": "recv by tracepoint does not tell it"}
+        assert "no in_recv: recv by tracepoint" in outcome.stderr
+        assert "in_recv" not in books["histograms"]
+    else:
+        assert one(found(tmp_path), "in_recv")["count"] == 10
