@@ -39,6 +39,8 @@ def tcplat_register_probes() -> Iterable[ProbeSpec]:
     the arrays that its ``poll`` reads. See :mod:`tcplat_core.maps` for what can be read,
     and include/tcplat/keyed.bpf.h for counting by key::
 
+        from typing import Annotated
+
         class Calls(Event):
             calls: Annotated[int | None, Wire("u64", "calls of send() so far", has=True)]
 
@@ -47,31 +49,17 @@ def tcplat_register_probes() -> Iterable[ProbeSpec]:
                 if calls:
                     yield maps.row("calls", pid=pid, calls=calls)
 
-        ProbeSpec(
-            ...
-            event=Calls,
-            maps=(ReadableMap("keys", "=II"), ReadableMap("counts", "=Q")),
-            poll=poll,
-        )
-
-    and in its C::
-
-        struct caller { u32 pid, used; };
-        #define TCPLAT_KEY struct caller
-        #define TCPLAT_KEYS 1024
-        #include <tcplat/keyed.bpf.h>
-        BPF_F_TABLE("array", u32, u64, counts, TCPLAT_KEYS + 1, BPF_F_MMAPABLE);
-
-        int tp_send(struct bpf_raw_tracepoint_args *ctx)
-        {
-                struct caller who = {.pid = bpf_get_current_pid_tgid() >> 32, .used = 1};
-                u32 number = tcplat_number(&who);
-                u64 *count = counts.lookup(&number);
-
-                if (count)
-                        lock_xadd(count, 1);
-                return 0;
-        }
+        @hookimpl
+        def tcplat_register_probes():
+            yield ProbeSpec(
+                name="calls",
+                summary="calls of send(), by process",
+                source=files(__package__).joinpath("calls.bpf.c").read_text(),
+                points=(HookPoint("calls", (tracepoint("tcp:tcp_sendmsg_locked", "tp_send"),)),),
+                event=Calls,
+                maps=(ReadableMap("keys", "=II"), ReadableMap("counts", "=Q")),
+                poll=poll,
+            )
 
     Example::
 

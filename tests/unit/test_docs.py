@@ -157,7 +157,7 @@ def test_python_runs(page: str, folder: Path) -> None:
             continue
         names: dict[str, Any] = {"__name__": "docs", "__package__": "docs"}
         if page == "hooks.md":  # examples of hooks, as they stand in a plugin
-            names |= vars(tcplat_core) | {"hookimpl": tcplat_core.hookimpl}
+            names |= {name: getattr(tcplat_core, name) for name in tcplat_core.__all__}
         code = compile(block.code, page, "exec", dont_inherit=True)
         exec(code, names)  # noqa: S102 - it is ours
     assert folder.exists()
