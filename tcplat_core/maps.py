@@ -27,9 +27,8 @@ def mapped(fd: int, size: int) -> mmap.mmap:
 class ReadableMap:
     """A map of the probe's C that its poll() reads.
 
-    In C it is an array that may be mapped::
-
-        BPF_F_TABLE("array", u32, struct count, counts, 64, BPF_F_MMAPABLE);
+    In C it is an array that may be mapped:
+    ``BPF_F_TABLE("array", u32, struct count, counts, 64, BPF_F_MMAPABLE)``.
 
     Args:
         name: Its name in C.

@@ -276,7 +276,7 @@ def aggregated() -> Iterator[Figure]:
     Both ends are on this host: tcp_service looks at every packet, wake-up and recv of the
     client's, too, before it knows that they are none of its own.
     """
-    for name, probe, target in (("B12", "tcp_client", 0.95), ("B12s", "tcp_service", 0.80)):
+    for name, probe, target in (("B12", "tcp_client", 0.95), ("B12s", "tcp_service", 0.95)):
         traced = functools.partial(Run.of, probe=probe, sink=f"histogram:path={os.devnull}")
         first, ours, second = interleaved(traced)
         base = both(first, second)
