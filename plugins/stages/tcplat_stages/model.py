@@ -1,0 +1,346 @@
+"""What the joiner makes of rows: connections, their two ends, their two byte streams, exchanges.
+
+Plain classes with slots: some of these are touched for each of a million rows.
+Sequence numbers are unwrapped: they go on growing where TCP's begin anew at 2^32.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import Any
+
+from .stages import (
+    CONNECT_MILESTONES,
+    CONNECT_STAGES,
+    MILESTONES,
+    Split,
+    split,
+)
+
+CLIENT, SERVICE = 0, 1
+"""Numbers of the ends. Stream 0 flows from the client, stream 1 from the service."""
+
+Log = list[tuple[int, int | None]]
+"""Position reached, and when: None where the rows that would tell were missed."""
+
+
+def reached(log: Log, position: int) -> int | None:
+    """When a point had the stream up to `position`; None where nobody can know."""
+    index = bisect_left(log, (position,))
+    return log[index][1] if index < len(log) else None
+
+
+class Flow:
+    """One direction of a connection: how far its bytes have come, at each point where they are seen.
+
+    A position is the number of the first byte that has not come so far; -1 for unknown.
+    """
+
+    __slots__ = (
+        "begin",
+        "data_sent",
+        "ip",
+        "ip_log",
+        "last_send",
+        "late_ip",
+        "late_nic",
+        "nic",
+        "nic_log",
+        "read",
+        "read_ns",
+        "ready",
+        "ready_log",
+        "ref",
+        "retransmits",
+        "rx_if",
+        "rx_netns",
+        "sends",
+        "sent",
+        "syn",
+        "tx",
+        "tx_if",
+        "tx_log",
+        "tx_netns",
+        "zero",
+        "zero_windows",
+    )
+
+    def __init__(self) -> None:
+        self.ref = -1
+        """The highest sequence number seen: others are unwrapped by it."""
+        self.begin = -1
+        """Of the first byte."""
+        self.syn = -1
+        """The SYN's own number, as on the wire."""
+        self.sent = -1
+        self.sends: Log = []
+        self.last_send = -1
+        """Where the last call's bytes begin."""
+        self.data_sent = 0
+        """Bytes that were handed to the kernel."""
+        self.tx = -1
+        self.tx_log: Log = []
+        self.tx_netns: int | None = None
+        self.tx_if: str | None = None
+        self.nic = -1
+        self.nic_log: Log = []
+        self.late_nic: list[tuple[int, int]] = []
+        """What arrived behind a hole."""
+        self.ip = -1
+        self.ip_log: Log = []
+        self.late_ip: list[tuple[int, int]] = []
+        self.rx_netns: int | None = None
+        self.rx_if: str | None = None
+        self.ready = -1
+        self.ready_log: Log = []
+        self.read = -1
+        self.read_ns = 0
+        self.retransmits = 0
+        self.zero_windows = 0
+        self.zero = False
+        """The sender of this stream has closed its own window."""
+
+    def at(self, seq: int) -> int:
+        """A sequence number, unwrapped."""
+        ref = self.ref
+        if ref < 0:
+            self.ref = seq + (1 << 32)
+            return self.ref
+        at = ref + ((seq - ref + 0x80000000) & 0xFFFFFFFF) - 0x80000000
+        if at > ref:
+            self.ref = at
+        return at
+
+    def forget(self, position: int) -> None:
+        """Drop what only tells of bytes before `position`."""
+        for log in (self.sends, self.tx_log, self.nic_log, self.ip_log, self.ready_log):
+            if log and log[0][0] < position:
+                del log[: bisect_left(log, (position,))]
+
+
+class End:
+    """One end of a connection: a socket, and the process that has it."""
+
+    __slots__ = ("closed_ns", "comm", "conn", "index", "named", "netns", "pid", "sock", "stats")
+
+    def __init__(self, conn: Connection, index: int) -> None:
+        self.conn = conn
+        self.index = index
+        self.sock = 0
+        """0 where no probe watches this end."""
+        self.named = False
+        """Its connection is known by its addresses."""
+        self.netns: int | None = None
+        self.pid: int | None = None
+        self.comm: str | None = None
+        self.closed_ns = 0
+        self.stats: dict[str, int] | None = None
+        """What the kernel's socket had counted when it went: srtt_us, min_rtt_us, rto_us ..."""
+
+
+class Connection:
+    """Two ends, two streams, and what passed between them.
+
+    Attributes:
+        number: Counts connections of a run, from 1.
+        client: Address and port of the end that connected.
+        service: Of the other.
+        guessed: Which is which was guessed from the port numbers.
+        began: Its handshake was seen.
+        stamps: Instants of the handshake, see stages.CONNECT_MILESTONES.
+        error: What its socket failed with, in plain words: refused, timed out ...
+        reset_by: The end that sent a RST.
+        reset_why: In plain words.
+        fins: Ends that closed their side, in order.
+        ended: Why it is told of: closed, idle, given up, end of run.
+    """
+
+    __slots__ = (
+        "accept_us",
+        "answered",
+        "ask_ns",
+        "ask_retransmits",
+        "ask_zeros",
+        "began",
+        "client",
+        "closing_ns",
+        "connect_us",
+        "cut",
+        "ended",
+        "ends",
+        "error",
+        "exchanges",
+        "fins",
+        "first_ns",
+        "flows",
+        "guessed",
+        "ip",
+        "keys",
+        "last_ns",
+        "number",
+        "offset_ns",
+        "over",
+        "replying",
+        "reset_by",
+        "reset_why",
+        "service",
+        "stamps",
+        "syns",
+        "think_ns",
+        "waiting",
+        "ways",
+    )
+
+    def __init__(self, number: int, row: Any, *, turned: bool = False) -> None:
+        self.number = number
+        self.client: tuple[str, int | None] = (row.saddr, row.sport)
+        self.service: tuple[str, int | None] = (row.daddr, row.dport)
+        if turned:
+            self.client, self.service = self.service, self.client
+        self.ip: int | None = row.ip
+        self.guessed = False
+        self.began = False
+        self.ends = (End(self, CLIENT), End(self, SERVICE))
+        self.flows = (Flow(), Flow())
+        self.first_ns: int = row.ts_ns
+        self.last_ns: int = row.ts_ns
+        self.offset_ns: int = row.time_ns - row.ts_ns
+        """Unix time minus the rows' clock."""
+        self.stamps: list[int | None] = [None] * len(CONNECT_MILESTONES)
+        self.syns = 0
+        """SYNs that were sent again."""
+        self.connect_us: float | None = None
+        self.accept_us: float | None = None
+        self.error: str | None = None
+        self.reset_by: int | None = None
+        self.reset_why: str | None = None
+        self.fins: list[int] = []
+        self.think_ns = 0
+        """Between the client's reading of a reply and its next request, in all."""
+        self.exchanges = 0
+        self.ended = ""
+        self.over = False
+        self.closing_ns = 0
+        """When its packets ended it."""
+        self.cut = True
+        """Its first exchange may have begun before we looked."""
+        self.keys: list[tuple[Any, ...]] = []
+        self.ways: list[tuple[Any, ...]] = []
+        """By which the joiner finds it: by addresses, and for packets."""
+        self.answered = -1
+        """Bytes of the client's stream before this position belong to exchanges that have begun."""
+        self.ask_ns: int | None = None
+        """When the first byte that nobody has answered was sent."""
+        self.ask_retransmits = 0
+        self.ask_zeros = 0
+        self.replying: Exchange | None = None
+        """Its reply is being sent."""
+        self.waiting: list[Exchange] = []
+        """Their replies are sent, and on their way."""
+
+    @property
+    def handshake(self) -> Split:
+        """How the time from connect() to accept() divides into stages."""
+        return split(self.stamps, CONNECT_STAGES)
+
+    @property
+    def duration_ns(self) -> int:
+        """From its first row to its last."""
+        return self.last_ns - self.first_ns
+
+    @property
+    def retransmits(self) -> int:
+        """Of both ends: as the kernel counted them where it told, else as seen in packets."""
+        return sum(self.retransmits_of(index) for index in (CLIENT, SERVICE))
+
+    def retransmits_of(self, index: int) -> int:
+        """Segments that an end sent again; its SYNs count."""
+        stats = self.ends[index].stats
+        if stats is not None:
+            return stats["retransmits"]
+        return self.flows[index].retransmits + (self.syns if index == CLIENT else 0)
+
+    def bytes_of(self, index: int) -> int | None:
+        """Bytes that an end sent, as far as any point tells; None where none does."""
+        flow = self.flows[index]
+        if flow.data_sent:
+            return flow.data_sent
+        furthest = max(flow.tx, flow.nic, flow.ip, flow.ready, flow.read)
+        return furthest - flow.begin if furthest >= flow.begin >= 0 else None
+
+
+class Exchange:
+    """A request and its reply, or a message that has none.
+
+    Attributes:
+        conn: Whose.
+        number: Counts exchanges of the connection, from 1.
+        kind: ``exchange``; ``request`` for one that got no reply; ``push`` for what
+            the service sent without being asked.
+        request: First byte of the request, and the one after its last; unwrapped.
+        reply: Of the reply.
+        stamps: Instants, see stages.MILESTONES.
+        retransmits: Segments of it that were sent again, as seen in packets.
+        zero_windows: How often one end closed its window meanwhile.
+        ended: How its end was known: ``turn``, ``closed``, ``idle``, ``given up``, ``end of run``.
+    """
+
+    __slots__ = (
+        "_split",
+        "conn",
+        "ended",
+        "kind",
+        "number",
+        "reply_begin",
+        "reply_end",
+        "request_begin",
+        "request_end",
+        "retransmits",
+        "stamps",
+        "zero_windows",
+    )
+
+    def __init__(self, conn: Connection, kind: str) -> None:
+        self.conn = conn
+        self.kind = kind
+        self.number = 0
+        self.request_begin = self.request_end = -1
+        self.reply_begin = self.reply_end = -1
+        self.stamps: list[int | None] = [None] * len(MILESTONES)
+        self.retransmits = 0
+        self.zero_windows = 0
+        self.ended = ""
+        self._split: Split | None = None
+
+    @property
+    def split(self) -> Split:
+        """How its time divides into stages."""
+        if self._split is None:
+            self._split = split(self.stamps)
+        return self._split
+
+    @property
+    def total_ns(self) -> int:
+        """From its first known instant to its last."""
+        return self.split.total_ns
+
+    @property
+    def began_ns(self) -> int:
+        """Its first known instant, by the rows' clock; there is one."""
+        return min(at for at in self.stamps if at is not None)
+
+    @property
+    def request_bytes(self) -> int:
+        """Of the request; 0 for a push."""
+        return self.request_end - self.request_begin
+
+    @property
+    def reply_bytes(self) -> int:
+        """Of the reply; 0 for a request without one."""
+        return self.reply_end - self.reply_begin
+
+    @property
+    def end(self) -> End:
+        """The end that it is told for: the client's, if that is known, else the service's."""
+        client, service = self.conn.ends
+        return client if client.pid is not None or service.pid is None else service
