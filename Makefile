@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_PACKAGES := python3-bpfcc python3-venv
 TEST_PACKAGES := $(DEMO_PACKAGES) bpfcc-tools bpftool clang curl iproute2 nftables nginx-light procps tcpdump tshark
+BENCH_PACKAGES := $(TEST_PACKAGES) bpftrace
 apt = dpkg -s $(1) >/dev/null 2>&1 || { apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1) >/dev/null; }
 
@@ -36,7 +37,8 @@ format: $(VENV)/dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/dev
-	@$(call apt,$(TEST_PACKAGES))
+	@$(call apt,$(BENCH_PACKAGES))
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python tests/bench/bench.py
 
 # python3-venv first: without it the line after fails on Debian.

@@ -96,14 +96,14 @@ def micros(ns: int) -> float:
 
 
 class _Memo(dict[Any, Any]):
-    """Remembers what a pure function gave, and starts afresh when it holds 65,536 answers."""
+    """Remembers what a pure function gave, and starts afresh when it holds 16,384 answers."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         super().__init__()
         self.function = function
 
     def __missing__(self, key: Any) -> Any:
-        if len(self) >= 65_536:  # noqa: PLR2004 - the bound of the docstring
+        if len(self) >= 16_384:  # noqa: PLR2004 - the bound of the docstring
             self.clear()
         value = self[key] = self.function(key)
         return value
@@ -317,7 +317,7 @@ class Record:
         return [*wires, (f"{block or 'event'}_pad", f"u8[{pad}]")] if pad else wires
 
     @packing.default
-    def _packing(self) -> struct.Struct:
+    def _packing_of_all(self) -> struct.Struct:
         return struct.Struct("=" + "".join(_code(c_type) for _, c_type in self.members))
 
     @layout.default
@@ -367,86 +367,95 @@ class Record:
         second a loop over field descriptions is what would cost most. The values
         that follow from a block are worked out once and remembered, see :class:`Wire`.
         """
-        annotations = _annotations(self.event)
         has = _has_bits(self.event)
-        names: dict[str, Any] = {"Event": self.event, "probe": probe}
+        names: dict[str, Any] = {
+            "Event": self.event,
+            "probe": probe,
+            "hooks": hooks,
+            "ifname": ifname,
+            "described": _described,
+        }
         values: list[str] = []
-        of_socket: list[tuple[str, Wire]] = []
-        of_kind: list[tuple[str, Wire | Hook | Made]] = []
-        for field, source in annotations:
+        of_block: dict[str, dict[str, str]] = {"socket": {}, "kind": {}}
+        """What follows from a block alone: its name in the comprehension -> how it is made."""
+        for field, source in _annotations(self.event):
             if isinstance(source, Wire):
                 names[f"to_{field}"] = source.to and _Memo(source.to)
-            if isinstance(source, Wire) and not source.block:
-                values.append(_wire_expression(field, source, has))
-            elif isinstance(source, Made) and source.by != "ifname":
-                values.append(_MADE.get(source.by, source.by))
+                made, block = _wire_expression(field, source, has), source.block
+            elif isinstance(source, Hook):
+                made, block = f"hooks[hook].{source.attribute}", "kind"
             else:
-                if isinstance(source, Wire) and source.block == "socket":
-                    of_socket.append((field, source))
-                else:
-                    of_kind.append((field, source))
-                values.append(f"_{field}")
-
-        def sockets(raw: bytes) -> tuple[Any, ...]:
-            members = self._unpack("socket", raw)
-            return tuple(_wire_value(field, wire, members, names, has) for field, wire in of_socket)
-
-        def kinds(raw: bytes) -> tuple[Any, ...]:
-            members = self._unpack("kind", raw)
-            hook, index = hooks[members["hook"]], members["ifindex"]
-            fields = {
-                "ifname": ifname(index) if index else None,
-                **{name: getattr(hook, name) for name in ("point", "func", "attach")},
-            }
-            found = [
-                _wire_value(field, source, members, names, has)
-                if isinstance(source, Wire)
-                else fields[field]
-                for field, source in of_kind
-            ]
-            full, empty = (_describe(hook, members, empty=empty) for empty in (False, True))
-            return (*found, members["has"], full, empty)
-
-        names["sockets"], names["kinds"] = _Memo(sockets), _Memo(kinds)
+                made, block = _MADE.get(source.by, source.by), _MADE_OF.get(source.by, "")
+            if block:
+                of_block[block][f"_{field}"] = made
+            values.append(f"_{field}" if block else made)
+        # What the kind means for this very row, the row itself has to say.
+        of_block["kind"] |= {"_has": "has", "_full": f"{_WORDS}[0]", "_empty": f"{_WORDS}[1]"}
+        for block, made_of in of_block.items():
+            names[block] = self._remembering(block, made_of.values(), names)
         others = [member for member, _ in self._block("") if member != "event_pad"]
-        of_sockets = [f"_{field}" for field, _ in of_socket]
-        of_kinds = [*(f"_{field}" for field, _ in of_kind), "has", "full", "empty"]
         source_text = (
             "def decode(records, offset_ns):\n"
             f"    return [Event({', '.join(values)})\n"
-            f"        for {', '.join(['socket', 'kind', *others])} in records\n"
-            f"        for {', '.join(of_sockets)} in (sockets[socket],)\n"
-            f"        for {', '.join(of_kinds)} in (kinds[kind],)]\n"
+            f"        for {', '.join(['of_socket', 'of_kind', *others])} in records\n"
+            f"        for {', '.join(of_block['socket'])} in (socket[of_socket],)\n"
+            f"        for {', '.join(of_block['kind'])} in (kind[of_kind],)]\n"
         )
         exec(source_text, names)  # noqa: S102 - made above from the schema alone
         return typing.cast(
             "Callable[[Iterable[tuple[Any, ...]], int], list[Event]]", names["decode"]
         )
 
+    def _remembering(
+        self, block: str, expressions: Iterable[str], names: Mapping[str, Any]
+    ) -> _Memo:
+        """The values of these expressions, from the bytes of a block."""
+        members = ", ".join(member for member, _ in self._block(block))
+        unpack = self._packing(block).unpack
+        scope = {**names, "unpack": unpack}
+        source_text = (
+            f"def read(raw):\n    {members} = unpack(raw)\n    return {', '.join(expressions)}\n"
+        )
+        exec(source_text, scope)  # noqa: S102 - made from the schema alone
+        return _Memo(scope["read"])
+
     def hook(self, kind: bytes) -> int:
         """The number of the hook, from the block `kind`."""
-        return int(self._unpack("kind", kind)["hook"])
+        members = [member for member, _ in self._block("kind")]
+        return int(self._packing("kind").unpack(kind)[members.index("hook")])
 
-    def _unpack(self, block: str, raw: bytes) -> dict[str, Any]:
-        members = self._block(block)
-        values = struct.unpack("=" + "".join(_code(c_type) for _, c_type in members), raw)
-        return dict(zip((member for member, _ in members), values, strict=True))
-
-
-_MADE = {"desc": "full if bytes else empty"}
+    def _packing(self, block: str) -> struct.Struct:
+        return struct.Struct("=" + "".join(_code(c_type) for _, c_type in self._block(block)))
 
 
-def _describe(hook: FiredBy, members: Mapping[str, Any], *, empty: bool) -> str:
-    has = members["has"]
-    moment = Moment(
-        hook.point,
-        state_name(members["state"]),
-        state_name(members["old_state"]),
-        members["err"],
-        empty if has & _HAS["bytes"] else None,
-        flags(members["flags"]) if has & _HAS["flags"] else None,
+_MADE = {
+    "desc": "_full if bytes else _empty",
+    "ifname": "ifname(ifindex) if ifindex else None",
+}
+"""How a value is made that :class:`Made` does not say in Python itself."""
+_MADE_OF = {"ifname": "kind"}
+"""From which block."""
+_WORDS = "described(hooks[hook], has, err, state, old_state, flags)"
+
+
+def _described(
+    hook: FiredBy, has: int, err: int, state: int, old_state: int, raw_flags: int
+) -> tuple[str, str]:
+    """A row in plain words: with bytes, and without."""
+    full, empty = (
+        hook.describe(
+            Moment(
+                hook.point,
+                state_name(state),
+                state_name(old_state),
+                err,
+                none if has & _HAS["bytes"] else None,
+                flags(raw_flags) if has & _HAS["flags"] else None,
+            )
+        )
+        for none in (False, True)
     )
-    return hook.describe(moment)
+    return full, empty
 
 
 def _has_bits(event: type[Event]) -> dict[str, int]:
@@ -461,25 +470,11 @@ def _wire_expression(field: str, source: Wire, has: Mapping[str, int]) -> str:
     member = source.member or field
     value = member if source.to is None else f"to_{field}[{member}]"
     if source.has:
-        return f"{value} if has & {has[field]} else None"
+        flag = "has" if source.block == "kind" else "_has"
+        return f"{value} if {flag} & {has[field]} else None"
     if source.nullable:
         return f"{value} if {member} else None"
     return value
-
-
-def _wire_value(
-    field: str,
-    source: Wire,
-    members: Mapping[str, Any],
-    names: Mapping[str, Any],
-    has: Mapping[str, int],
-) -> Any:
-    """The same as the expression, now."""
-    raw = members[source.member or field]
-    if (source.has and not members["has"] & has[field]) or (source.nullable and not raw):
-        return None
-    to = names[f"to_{field}"]
-    return raw if to is None else to[raw]
 
 
 def _size(members: Iterable[tuple[str, str]]) -> int:

@@ -118,6 +118,7 @@ int main(int argc, char **argv)
 	server = fork();
 	if (!server) {
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		prctl(PR_SET_NAME, "server");
 		for (;;) {
 			pthread_t thread;
 			long fd = accept(listening, NULL, NULL);

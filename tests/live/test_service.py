@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from .harness import (
     patience,
     total,
 )
+from .witness import by_direction, packet, tcpdump
 
 SERVICE = ("--probe", "tcp_service")
 MESSAGE = 3000
@@ -339,9 +341,13 @@ def curls(folder: Path, port: int, requests: int) -> dict[str, int]:
 def test_nginx_with_all_three_probes(
     tmp_path: Path, running_tcplat: Callable[..., Tcplat], measured: Callable[[str], None]
 ) -> None:
-    needs("curl")
+    needs("curl", "tcpdump", "tshark")
     requests = REQUESTS if SLOW == 1 else 200
-    with nginx(tmp_path) as (port, pids):
+    pcap = tmp_path / "lo.pcap"
+    with (
+        nginx(tmp_path) as (port, pids),
+        tcpdump(pcap, "lo", f"tcp port {port}", only_in=True) as witness,
+    ):
         run = running_tcplat(
             *SERVICE, "--probe", f"xdp_port:iface=lo,port={port}", "--port", str(port),
             *("--ring-size", "64M"),
@@ -350,10 +356,18 @@ def test_nginx_with_all_three_probes(
         connections = requests // 2 + 2
         run.wait_for("all were gone", gone(port, connections))
         outcome = run.stop()
+        packets = [packet(row) for row in at(outcome.rows, "nic_rx")]
+        eventually(lambda: witness.count() >= len(packets), "tcpdump had written all")
+        seen = witness.packets()
     assert sum(workers.values()) == requests
     assert outcome.report["dropped"] == 0
     rows = of_service(outcome.rows, port)
-    measured(f"nginx, {requests} requests, three probes: {len(outcome.rows)} rows, 0 lost")
+    measured(
+        f"nginx, {requests} requests, three probes: {len(outcome.rows)} rows, 0 lost, "
+        f"{len(packets)} packets as tcpdump has them"
+    )
+    assert Counter(packets) == Counter(seen)
+    assert by_direction(packets) == by_direction(seen)
 
     # A row of a socket is its worker's from accept on, and nobody's before: never the master's.
     owned = [row for row in rows if row["point"] in ("accept", "recv", "send", "close")]

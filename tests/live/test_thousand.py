@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import socket
 import statistics
-import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -34,6 +32,7 @@ from .harness import (
     story,
     total,
 )
+from .witness import Tcpdump, tcpdump
 
 CONNECTIONS = 1000
 
@@ -91,57 +90,18 @@ def web_server(folder: Path, ip: int) -> Iterator[tuple[int, str]]:
         server.wait()
 
 
-@attrs.define(eq=False)
-class Tcpdump:
-    """tcpdump on `lo`, into a file."""
-
-    process: subprocess.Popen[bytes]
-    path: Path
-
-    @classmethod
-    def start(cls, folder: Path, port: int) -> Tcpdump:
-        path, log = folder / "lo.pcap", folder / "tcpdump.log"
-        with log.open("wb") as stderr:
-            process = subprocess.Popen(
-                [
-                    *("tcpdump", "-i", "lo", "-Z", "root", "-n", "-s", "96", "-B", "32768"),
-                    *("--time-stamp-precision", "nano", "--immediate-mode", "-U"),
-                    *("-w", str(path), f"tcp port {port}"),
-                ],
-                stderr=stderr,
-            )
-        eventually(lambda: "listening on" in log.read_text(), "tcpdump listened")
-        return cls(process, path)
-
-    def handshakes(self) -> dict[int, float]:
-        """Source port -> µs from the SYN to the ACK that ends the handshake."""
-        begun: dict[int, int] = {}
-        times: dict[int, float] = {}
-        for ts_ns, sport, flags in packets(self.path.read_bytes()):
-            if flags & 0x12 == 0x02:
-                begun.setdefault(sport, ts_ns)
-            elif flags & 0x12 == 0x10 and sport in begun and sport not in times:
-                times[sport] = (ts_ns - begun[sport]) / 1000
-        return times
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-            self.process.wait(patience())
-
-
-def packets(pcap: bytes) -> Iterator[tuple[int, int, int]]:
-    """Time in ns, source port and flags of each TCP packet (no IPv6 extension headers)."""
-    assert pcap[:4] == b"\x4d\x3c\xb2\xa1", "not a pcap file with nanoseconds"
-    offset = 24
-    while offset + 16 <= len(pcap):
-        seconds, nanos, length, _ = struct.unpack_from("<IIII", pcap, offset)
-        frame = pcap[offset + 16 : offset + 16 + length]
-        offset += 16 + length
-        if len(frame) < length:
-            return
+def handshakes(witness: Tcpdump) -> dict[int, float]:
+    """Source port -> µs from the SYN to the ACK that ends the handshake."""
+    begun: dict[int, int] = {}
+    times: dict[int, float] = {}
+    for ts_ns, frame in witness.frames():
         tcp = frame[14 + (40 if frame[14] >> 4 == 6 else (frame[14] & 15) * 4) :]
-        yield seconds * 10**9 + nanos, int.from_bytes(tcp[:2], "big"), tcp[13]
+        sport, flags = int.from_bytes(tcp[:2], "big"), tcp[13]
+        if flags & 0x12 == 0x02:
+            begun.setdefault(sport, ts_ns)
+        elif flags & 0x12 == 0x10 and sport in begun and sport not in times:
+            times[sport] = (ts_ns - begun[sport]) / 1000
+    return times
 
 
 def curl(folder: Path, ip: int, port: int) -> subprocess.Popen[bytes]:
@@ -169,8 +129,7 @@ def measure(
     folder.mkdir()
     port, name = stack.enter_context(web_server(folder, ip))
     run = running_tcplat(folder=folder)
-    tcpdump = Tcpdump.start(folder, port)
-    stack.callback(tcpdump.stop)
+    witness = stack.enter_context(tcpdump(folder / "lo.pcap", "lo", f"tcp port {port}"))
     client = curl(folder, ip, port)
     assert client.wait(patience(60)) == 0
     run.wait_for(
@@ -181,10 +140,10 @@ def measure(
     assert outcome.returncode == 0
     # check() has looked at order and books of all that the machine did meanwhile.
     assert outcome.report["dropped"] == 0
-    eventually(lambda: len(tcpdump.handshakes()) >= CONNECTIONS, "tcpdump had written all")
-    tcpdump.stop()
+    eventually(lambda: len(handshakes(witness)) >= CONNECTIONS, "tcpdump had written all")
+    witness.stop()
     rows = of_port(outcome.rows, port)
-    return Measurement(rows, tcpdump.handshakes(), client.pid, {row["comm"] for row in rows}), name
+    return Measurement(rows, handshakes(witness), client.pid, {row["comm"] for row in rows}), name
 
 
 @pytest.mark.parametrize("ip", [4, 6])

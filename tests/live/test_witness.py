@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import statistics
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,10 @@ from .harness import (
     gone,
     needs,
     network,
-    patience,
     read_exactly,
     total,
 )
+from .witness import tcpdump
 
 PORT = 9999
 CONNECTIONS = 60
@@ -87,38 +88,13 @@ def initial_rtts(pcap: Path) -> dict[int, float]:
     return found
 
 
-@pytest.fixture
-def capture(tmp_path: Path) -> Iterator[Callable[[Puppet, str], Path]]:
-    """Starts tcpdump on an interface of a puppet's; gives the file that it writes."""
-    processes = []
-
-    def start(there: Puppet, interface: str) -> Path:
-        path, said = tmp_path / "seen.pcap", tmp_path / "tcpdump.log"
-        with said.open("wb") as stderr:
-            process = subprocess.Popen(
-                [
-                    *("nsenter", f"--net=/proc/{there.pid}/ns/net", "tcpdump", "-Z", "root"),
-                    *("-i", interface, "-w", str(path), "-U", "-s", "128", "-B", "16384"),
-                    *("--time-stamp-precision", "nano", "--immediate-mode", "tcp"),
-                ],
-                stderr=stderr,
-            )
-        processes.append(process)
-        eventually(lambda: "listening on" in said.read_text(), "tcpdump listened")
-        return path
-
-    yield start
-    for process in processes:
-        process.terminate()
-        process.wait(patience())
-
-
 @pytest.mark.parametrize("ip", [4, 6])
 def test_connect_times_are_those_of_tshark(
     ip: int,
     puppet: Callable[..., Puppet],
     running_tcplat: Callable[..., Tcplat],
-    capture: Callable[[Puppet, str], Path],
+    tmp_path: Path,
+    stack: ExitStack,
     measured: Callable[[str], None],
 ) -> None:
     needs("tcpdump", "tshark", "tc")
@@ -128,7 +104,7 @@ def test_connect_times_are_those_of_tshark(
     inside(server, "tc", *SLOW_ANSWERS.split())
     server(_SERVE.format(ip=ip, host=HOSTS[ip], port=PORT))
     run = running_tcplat("-p", str(client.pid))
-    pcap = capture(client, "va")
+    pcap = stack.enter_context(tcpdump(tmp_path / "seen.pcap", "va", there=client)).path
     client.tell(_CALL.format(count=CONNECTIONS, host=HOSTS[ip], port=PORT))
     client.answer(60)
     rows = run.wait_for("all sockets were gone", gone(CONNECTIONS))

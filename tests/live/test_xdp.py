@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import struct
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import attrs
 import pytest
 
-from .harness import Outcome, Puppet, Row, Tcplat, eventually, needs, network, patience
+from .harness import Outcome, Puppet, Tcplat, eventually, needs, network
+from .witness import by_direction, packet, tcpdump
 
 PORT = 9999
 SERVER = {4: "10.78.0.2", 6: "fd78::2"}
@@ -117,87 +115,7 @@ def none_attached(there: Puppet) -> bool:
     return not any(links(there).values())
 
 
-# --- the witness
-
-
-@attrs.frozen
-class Tcpdump:
-    """A running tcpdump."""
-
-    process: subprocess.Popen[bytes]
-    path: Path
-
-    def count(self) -> int:
-        """Packets that it has written (pcap: a header of 24 bytes, then 16 before each)."""
-        data, at, count = self.path.read_bytes(), 24, 0
-        while at + 16 <= len(data):
-            (length,) = struct.unpack_from("=I", data, at + 8)
-            at += 16 + length
-            count += at <= len(data)
-        return count
-
-    def packets(self) -> list[tuple[object, ...]]:
-        """What it has seen, read by tshark."""
-        names = ["ip.src", "ipv6.src", "ip.dst", "ipv6.dst", "tcp.srcport", "tcp.dstport"]
-        names += ["tcp.seq_raw", "tcp.ack_raw", "tcp.flags", "tcp.len"]
-        read = subprocess.run(
-            [
-                *("tshark", "-r", str(self.path), "-T", "fields"),
-                *(word for name in names for word in ("-e", name)),
-            ],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        found: list[tuple[object, ...]] = []
-        for line in read.splitlines():
-            src4, src6, dst4, dst6, *numbers = line.split("\t")
-            sport, dport, seq, ack, flags, length = (int(number, 0) for number in numbers)
-            acked = ack if flags & 16 else None
-            found.append((src4 or src6, dst4 or dst6, sport, dport, seq, acked, flags, length))
-        return found
-
-
-@contextmanager
-def tcpdump(there: Puppet, interface: str, path: Path) -> Iterator[Tcpdump]:
-    """Tcpdump on an interface of a puppet's, listening."""
-    said = path.with_suffix(".tcpdump")
-    with said.open("wb") as stderr:
-        process = subprocess.Popen(
-            [
-                *("nsenter", f"--net=/proc/{there.pid}/ns/net", "tcpdump", "-Z", "root"),
-                *("-i", interface, "-w", str(path), "-U", "-s", "200", "-B", "65536"),
-                *("--immediate-mode", "-Q", "in", "tcp", "port", str(PORT)),
-            ],
-            stderr=stderr,
-        )
-    try:
-        eventually(lambda: "listening on" in said.read_text(), "tcpdump was listening")
-        yield Tcpdump(process, path)
-    finally:
-        process.terminate()
-        process.wait(patience())
-    assert "0 packets dropped by kernel" in said.read_text()
-
-
-_FLAGS = ("FIN", "SYN", "RST", "PSH", "ACK", "URG", "ECE", "CWR")
-
-
-def packet(row: Row) -> tuple[object, ...]:
-    """A row as tcpdump has it."""
-    flags = sum(1 << _FLAGS.index(flag) for flag in row["flags"].split("|"))
-    return (
-        *(row["saddr"], row["daddr"], row["sport"], row["dport"]),
-        *(row["seq"], row["ack"], flags, row["bytes"]),
-    )
-
-
-def by_direction(packets: list[tuple[object, ...]]) -> dict[object, list[tuple[object, ...]]]:
-    """The packets of each direction of each connection, in order."""
-    flows: dict[object, list[tuple[object, ...]]] = {}
-    for one in packets:
-        flows.setdefault(one[:4], []).append(one[4:])
-    return flows
+# --- tcpdump is the witness
 
 
 @pytest.mark.parametrize(
@@ -227,7 +145,9 @@ def test_one_row_per_packet_of_tcpdump(
         network(island, script=f"link set vb mtu {mtu}")
         network(client, script=f"link set va mtu {mtu}")
     run = running_tcplat(probes=[probe(island, interface, mode=mode)])
-    with tcpdump(island, interface, tmp_path / "seen.pcap") as witness:
+    with tcpdump(
+        tmp_path / "seen.pcap", interface, f"tcp port {PORT}", there=island, only_in=True
+    ) as witness:
         for host in hosts:
             talk(talker, host, 150)
         eventually(lambda: witness.count() == len(run.rows()), "both had seen as many packets")

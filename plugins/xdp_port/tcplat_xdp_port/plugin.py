@@ -21,7 +21,7 @@ from tcplat_core import (
 )
 
 _MOST_PORTS = 32
-"""Each is a comparison or two per packet."""
+"""They are compiled in, and looked for in each packet."""
 _HIGHEST_PORT = 65535
 
 Ports = tuple[int, ...]
@@ -121,7 +121,7 @@ def defines(options: Options) -> dict[str, int | str]:
         "XDP_DST": int(options["dir"] != "src"),
     }
     if options["port"]:
-        constants["XDP_PORTS"] = ", ".join(map(str, options["port"]))
+        constants["XDP_PORTS"] = " ".join(f"case {port}:" for port in options["port"])
     return constants
 
 

@@ -69,10 +69,10 @@ def test_interfaces() -> None:
 @pytest.mark.parametrize(
     ("given", "constants"),
     [
-        ({}, {"XDP_SRC": 1, "XDP_DST": 1, "XDP_PORTS": "9999"}),
-        ({"dir": "src"}, {"XDP_SRC": 1, "XDP_DST": 0, "XDP_PORTS": "9999"}),
-        ({"dir": "dst"}, {"XDP_SRC": 0, "XDP_DST": 1, "XDP_PORTS": "9999"}),
-        ({"port": "80+443+80"}, {"XDP_SRC": 1, "XDP_DST": 1, "XDP_PORTS": "80, 443"}),
+        ({}, {"XDP_SRC": 1, "XDP_DST": 1, "XDP_PORTS": "case 9999:"}),
+        ({"dir": "src"}, {"XDP_SRC": 1, "XDP_DST": 0, "XDP_PORTS": "case 9999:"}),
+        ({"dir": "dst"}, {"XDP_SRC": 0, "XDP_DST": 1, "XDP_PORTS": "case 9999:"}),
+        ({"port": "80+443+80"}, {"XDP_SRC": 1, "XDP_DST": 1, "XDP_PORTS": "case 80: case 443:"}),
         ({"port": "all"}, {"XDP_SRC": 1, "XDP_DST": 1}),
     ],
 )

@@ -1,0 +1,123 @@
+"""tcpdump as a witness: what it saw on an interface, read by tshark."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import attrs
+
+from .harness import Puppet, Row, eventually, patience
+
+Packet = tuple[object, ...]
+"""saddr, daddr, sport, dport, seq, ack or None, flags, bytes of payload."""
+
+
+@attrs.frozen
+class Tcpdump:
+    """A running tcpdump, and the file that it writes."""
+
+    process: subprocess.Popen[bytes]
+    path: Path
+
+    def frames(self) -> Iterator[tuple[int, bytes]]:
+        """Time in ns and bytes of each frame that it has written."""
+        data = self.path.read_bytes()
+        assert data[:4] == b"\x4d\x3c\xb2\xa1", "not a pcap file with nanoseconds"
+        at = 24
+        while at + 16 <= len(data):
+            seconds, nanos, length, _ = struct.unpack_from("=IIII", data, at)
+            at += 16 + length
+            if at <= len(data):
+                yield seconds * 10**9 + nanos, data[at - length : at]
+
+    def count(self) -> int:
+        """How many frames it has written."""
+        return sum(1 for _ in self.frames())
+
+    def packets(self) -> list[Packet]:
+        """What it has seen."""
+        names = ["ip.src", "ipv6.src", "ip.dst", "ipv6.dst", "tcp.srcport", "tcp.dstport"]
+        names += ["tcp.seq_raw", "tcp.ack_raw", "tcp.flags", "tcp.len"]
+        read = subprocess.run(
+            [
+                *("tshark", "-r", str(self.path), "-T", "fields"),
+                *(word for name in names for word in ("-e", name)),
+            ],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        found: list[Packet] = []
+        for line in read.splitlines():
+            src4, src6, dst4, dst6, *numbers = line.split("\t")
+            sport, dport, seq, ack, flags, length = (int(number, 0) for number in numbers)
+            acked = ack if flags & 16 else None
+            found.append((src4 or src6, dst4 or dst6, sport, dport, seq, acked, flags, length))
+        return found
+
+    def stop(self) -> None:
+        """End it; the file is whole then."""
+        self.process.terminate()
+        self.process.wait(patience())
+
+
+@contextmanager
+def tcpdump(
+    path: Path,
+    interface: str,
+    what: str = "tcp",
+    *,
+    there: Puppet | None = None,
+    only_in: bool = False,
+) -> Iterator[Tcpdump]:
+    """Tcpdump, listening.
+
+    Args:
+        path: The file it writes.
+        interface: Where it listens.
+        what: In its own language.
+        there: The puppet in whose network namespace it is; else in the test's.
+        only_in: Packets that the interface receives, and none that it sends.
+    """
+    said = path.with_suffix(".tcpdump")
+    inside = ["nsenter", f"--net=/proc/{there.pid}/ns/net"] if there else []
+    with said.open("wb") as stderr:
+        process = subprocess.Popen(
+            [
+                *(*inside, "tcpdump", "-Z", "root", "-n", "-i", interface, "-w", str(path)),
+                *("-U", "-s", "200", "-B", "65536", "--time-stamp-precision", "nano"),
+                *("--immediate-mode", *(("-Q", "in") if only_in else ()), what),
+            ],
+            stderr=stderr,
+        )
+    one = Tcpdump(process, path)
+    try:
+        eventually(lambda: "listening on" in said.read_text(), "tcpdump was listening")
+        yield one
+    finally:
+        one.stop()
+    assert "0 packets dropped by kernel" in said.read_text()
+
+
+_FLAGS = ("FIN", "SYN", "RST", "PSH", "ACK", "URG", "ECE", "CWR")
+
+
+def packet(row: Row) -> Packet:
+    """A row of xdp_port as tcpdump has it."""
+    flags = sum(1 << _FLAGS.index(flag) for flag in row["flags"].split("|"))
+    return (
+        *(row["saddr"], row["daddr"], row["sport"], row["dport"]),
+        *(row["seq"], row["ack"], flags, row["bytes"]),
+    )
+
+
+def by_direction(packets: list[Packet]) -> dict[object, list[Packet]]:
+    """The packets of each direction of each connection, in order."""
+    flows: dict[object, list[Packet]] = {}
+    for one in packets:
+        flows.setdefault(one[:4], []).append(one[4:])
+    return flows
