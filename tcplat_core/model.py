@@ -47,6 +47,8 @@ class ProbeSpec:
         options: What ``name:key=value`` may set.
         defines: C constants from the options.
         interfaces: Where its XDP programs go, from the options; needed if it has any.
+        track: Have the core learn who owns each socket. For a probe whose handlers run
+            in softirq alone, where no process calls: see include/tcplat/owner.bpf.h.
     """
 
     name: str = attrs.field(validator=checked_name)
@@ -59,6 +61,7 @@ class ProbeSpec:
     options: tuple[Option, ...] = ()
     defines: Callable[[Options], Mapping[str, int | str]] = lambda _: {}
     interfaces: Callable[[Options], Interfaces] | None = None
+    track: bool = False
 
 
 class Sink(Protocol):

@@ -243,6 +243,7 @@ def probe_request(spec: ProbeSpec, options: Mapping[str, Any]) -> ProbeRequest:
         types=spec.types,
         defines=spec.defines(options),
         interfaces=spec.interfaces(options) if spec.interfaces else None,
+        track=spec.track,
     )
 
 

@@ -94,10 +94,15 @@ class Loader:
                 self._undo()
 
     @property
-    def _tracks(self) -> bool:
+    def _follows_packets(self) -> bool:
         """Whether packets have to be told apart by process."""
         xdp_wanted = any(probe.interfaces is not None for probe in self.request.probes)
         return xdp_wanted and self.request.filter.by_task
+
+    @property
+    def _tracks(self) -> bool:
+        """Whether the core has to learn the owners itself."""
+        return self._follows_packets or any(probe.track for probe in self.request.probes)
 
     def _why_not(self, way: Way) -> str | None:
         return self._closed.get(way) or self._host.way(way)
@@ -156,7 +161,8 @@ class Loader:
             self._core(core, "tcplat_on_exit", "sched:sched_process_exit")
         if self._tracks:
             self._core(core, "tcplat_on_state", "sock:inet_sock_set_state")
-            self._core(core, "tcplat_on_queue", "net:net_dev_queue")
+            if self._follows_packets:
+                self._core(core, "tcplat_on_queue", "net:net_dev_queue")
             for use in ("sock:sock_recv_length", "sock:sock_send_length"):
                 # Before 6.3 a connection's owner stays its listener's.
                 if self._host.fact(use, is_tracepoint=True):

@@ -29,6 +29,8 @@ class ProbeRequest:
     types: tuple[str, ...]
     defines: Mapping[str, int | str]
     interfaces: Interfaces | None = None
+    track: bool = False
+    """The core is to learn who owns each socket."""
 
 
 @attrs.frozen(kw_only=True)

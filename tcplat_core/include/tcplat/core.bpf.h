@@ -54,9 +54,10 @@ int tcplat_on_exit(struct bpf_raw_tracepoint_args *ctx)
 
 #ifdef TCPLAT_TRACK
 /*
- * Packets know no process. To follow those of one, each of its connections has
- * to be known by its addresses, whatever the probes look at. Attached before
- * the probes, only where packets are to be told apart by process.
+ * Packets know no process, and neither does a handler in softirq. To follow
+ * those of one, each of its connections has to be known, by its addresses too,
+ * whatever the probes look at. Attached before the probes, only where packets
+ * are to be told apart by process, or a probe asks for it (ProbeSpec.track).
  */
 
 static __always_inline void tcplat_track(const struct sock *sk, struct tcplat_sock *s)

@@ -38,8 +38,8 @@ struct tcplat_seed {
 /*
  * struct sock * -> struct tcplat_sock.
  *
- * Inserted by tcplat_learn() when a socket begins to connect, and by
- * tcplat_find() when a seeded one is seen for the first time.
+ * Inserted by tcplat_learn() when a socket begins to connect, by tcplat_find()
+ * when a seeded one is seen for the first time, and by tcplat_meet().
  * Deleted by tcplat_on_destroy, which runs after every probe's handlers.
  */
 BPF_TABLE("hash", u64, struct tcplat_sock, tcplat_socks, 1024);
@@ -149,6 +149,22 @@ static __always_inline struct tcplat_sock *tcplat_find(const struct sock *sk)
 	__builtin_memcpy(fresh.comm, seed->comm, sizeof(fresh.comm));
 	tcplat_seeds.delete(&cookie);
 	return tcplat_insert(key, &fresh);
+}
+
+/*
+ * The same for handlers that report every socket: one that nothing is known of
+ * gets an entry without an owner, wanted unless somebody in particular is.
+ * Full sockets only: the entry is deleted when the kernel destroys the socket.
+ */
+static __always_inline struct tcplat_sock *tcplat_meet(const struct sock *sk)
+{
+	struct tcplat_sock *s = tcplat_find(sk);
+
+	if (s)
+		return s;
+	struct tcplat_sock fresh = {.id = tcplat_new_id(), .wanted = tcplat_wanted_nobody()};
+
+	return tcplat_insert((u64)sk, &fresh);
 }
 
 /* The same where the socket's own process calls: it is the owner from here on. */
