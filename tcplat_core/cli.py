@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import attrs
 import click
 
 from .errors import CannotRunError, EventsLostError, TcplatError, UsageError
@@ -65,8 +66,70 @@ def cli() -> None:
     sudo tcplat run --probe tcp_client -p PID
     sudo tcplat run --probe tcp_client --sink jsonl --duration 5 > out.jsonl
     sudo tcplat run --probe tcp_client -- curl -s http://127.0.0.1:9999/
+    tcplat replay out.jsonl --port 443
     tcplat plugins list
     """  # noqa: D301 - \b is click's own
+
+
+_SINKS = click.option(
+    "--sink",
+    "sinks",
+    multiple=True,
+    default=["table"],
+    metavar="NAME[:k=v,...]",
+    help="What becomes of the rows; repeatable.  [default: table]",
+)
+_COUNT = click.option(
+    "-n", "--count", type=click.IntRange(min=1), default=None, help="End after so many rows."
+)
+_QUIET = click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
+_FILTER_OPTIONS = (
+    click.option(
+        "-p",
+        "--pid",
+        "pids",
+        multiple=True,
+        metavar="PID",
+        help="Only sockets of this process; repeatable, or a list: 12,34.",
+    ),
+    click.option(
+        "--comm",
+        default="",
+        metavar="NAME",
+        help="Only sockets of processes of this name; NAME* for a beginning.",
+    ),
+    click.option(
+        "--port",
+        "ports",
+        multiple=True,
+        metavar="PORT",
+        help="Only this port, on either side; repeatable, or a list.",
+    ),
+    click.option("--lport", "lports", multiple=True, metavar="PORT", help="Only this local port."),
+    click.option("--rport", "rports", multiple=True, metavar="PORT", help="Only this remote port."),
+    click.option(
+        "--addr",
+        "networks",
+        multiple=True,
+        metavar="CIDR",
+        help="Only this address or network, on either side; repeatable.",
+    ),
+    click.option("-4", "ip", flag_value=4, type=int, help="Only IPv4."),
+    click.option("-6", "ip", flag_value=6, type=int, help="Only IPv6."),
+    click.option(
+        "--min-latency",
+        type=_Duration(),
+        default=0.0,
+        help="Leave out rows whose duration is shorter.",
+    ),
+)
+"""What `run` has the kernel leave out, and `replay` leaves out itself."""
+
+
+def _filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_FILTER_OPTIONS):
+        command = option(command)
+    return command
 
 
 @cli.command()
@@ -78,28 +141,8 @@ def cli() -> None:
     metavar="NAME[:k=v,...]",
     help="What to observe; repeatable.",
 )
-@click.option(
-    "--sink",
-    "sinks",
-    multiple=True,
-    default=["table"],
-    metavar="NAME[:k=v,...]",
-    help="What becomes of the rows; repeatable.  [default: table]",
-)
-@click.option(
-    "-p",
-    "--pid",
-    "pids",
-    multiple=True,
-    metavar="PID",
-    help="Only sockets of this process; repeatable, or a list: 12,34.",
-)
-@click.option(
-    "--comm",
-    default="",
-    metavar="NAME",
-    help="Only sockets of processes of this name; NAME* for a beginning.",
-)
+@_SINKS
+@_filter_options
 @click.option(
     "--cgroup",
     default="",
@@ -107,31 +150,10 @@ def cli() -> None:
     help="Only sockets of processes in this cgroup (v2) or below it.",
 )
 @click.option(
-    "--port",
-    "ports",
-    multiple=True,
-    metavar="PORT",
-    help="Only this port, on either side; repeatable, or a list.",
-)
-@click.option("--lport", "lports", multiple=True, metavar="PORT", help="Only this local port.")
-@click.option("--rport", "rports", multiple=True, metavar="PORT", help="Only this remote port.")
-@click.option(
-    "--addr",
-    "networks",
-    multiple=True,
-    metavar="CIDR",
-    help="Only this address or network, on either side; repeatable.",
-)
-@click.option(
     "--netns",
     default="",
     metavar="NS",
     help="Only this network namespace, interfaces too: a name, a process id or a path.",
-)
-@click.option("-4", "ip", flag_value=4, type=int, help="Only IPv4.")
-@click.option("-6", "ip", flag_value=6, type=int, help="Only IPv6.")
-@click.option(
-    "--min-latency", type=_Duration(), default=0.0, help="Leave out rows whose duration is shorter."
 )
 @click.option(
     "--attach",
@@ -141,9 +163,7 @@ def cli() -> None:
     help="How to listen; anything but auto is mandatory.",
 )
 @click.option("-d", "--duration", type=_Duration(), default=0.0, help="End after so long.")
-@click.option(
-    "-n", "--count", type=click.IntRange(min=1), default=None, help="End after so many rows."
-)
+@_COUNT
 @click.option("--ready-file", metavar="PATH", help="Made once everything is attached.")
 @click.option(
     "--hold",
@@ -160,7 +180,7 @@ def cli() -> None:
     help="Of each probe's ring, a power of two: 4K to 1G.  [default: 8M]",
 )
 @click.option("--fail-on-loss", is_flag=True, help="Exit 5 if an event was lost.")
-@click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
+@_QUIET
 @click.option("--dry-run", is_flag=True, help="Compile, load, attach, detach; say by what.")
 @click.option(
     "--debug",
@@ -174,45 +194,35 @@ def run(**arguments: Any) -> None:
     After -- comes a command to trace, with its children: the run ends with it,
     and has its exit status.
     """
-    wanted = _filter(**{name: arguments.pop(name) for name in _FILTERS})
-    sys.exit(_run(wanted, **arguments))
+    from .filters import cgroup_path, netns_inode  # noqa: PLC0415 - see the top
 
-
-_FILTERS = (
-    *("pids", "comm", "cgroup", "ports", "lports", "rports", "networks", "netns", "ip"),
-    "min_latency",
-)
-
-
-def _filter(
-    *,
-    pids: Sequence[str],
-    comm: str,
-    cgroup: str,
-    ports: Sequence[str],
-    lports: Sequence[str],
-    rports: Sequence[str],
-    networks: Sequence[str],
-    netns: str,
-    ip: int | None,
-    min_latency: float,
-) -> Filter:
-    from .filters import Filter, cgroup_path, netns_inode  # noqa: PLC0415 - see the top
-
-    return Filter(
-        pids=_pids(pids) or None,
-        comm=_comm(comm),
+    cgroup, netns = arguments.pop("cgroup"), arguments.pop("netns")
+    wanted = _filter(arguments)
+    _check_pids(wanted.pids or ())
+    wanted = attrs.evolve(
+        wanted,
         cgroup=cgroup and cgroup_path(cgroup),
         cgroup_id=Path(cgroup).stat().st_ino if cgroup else 0,
-        ports=_ports(ports),
-        lports=_ports(lports),
-        rports=_ports(rports),
-        networks=_networks(networks),
         # Now, while we are root: another user's namespace is visible to nobody else.
         netns=netns_inode(netns) if netns else 0,
         netns_at=netns,
-        ip=ip or 0,
-        min_ns=round(min_latency * 1e9),
+    )
+    sys.exit(_run(wanted, **arguments))
+
+
+def _filter(arguments: dict[str, Any]) -> Filter:
+    """What the options that `run` and `replay` share want; takes them from the arguments."""
+    from .filters import Filter  # noqa: PLC0415 - see the top
+
+    return Filter(
+        pids=_numbers(arguments.pop("pids"), "-p", 1 << 22) or None,
+        comm=_comm(arguments.pop("comm")),
+        ports=_ports(arguments.pop("ports")),
+        lports=_ports(arguments.pop("lports")),
+        rports=_ports(arguments.pop("rports")),
+        networks=_networks(arguments.pop("networks")),
+        ip=arguments.pop("ip") or 0,
+        min_ns=round(arguments.pop("min_latency") * 1e9),
     )
 
 
@@ -294,6 +304,80 @@ def _run(
     return _status(report, len(sinks), child, fail_on_loss=fail_on_loss)
 
 
+@cli.command()
+@click.argument("capture", metavar="FILE|unix:PATH|tcp:HOST:PORT|-")
+@_SINKS
+@click.option(
+    "--probe", "probes", multiple=True, metavar="NAME", help="Only rows of this probe; repeatable."
+)
+@click.option(
+    "--point", "points", multiple=True, metavar="NAME", help="Only rows of this point; repeatable."
+)
+@_filter_options
+@click.option(
+    "--netns", default="", metavar="NS", help="Only this network namespace: its number, or a name."
+)
+@_COUNT
+@_QUIET
+def replay(capture: str, **arguments: Any) -> None:
+    """Feed a capture to sinks: JSON lines or msgpack, from a file, a pipe or a socket.
+
+    Needs neither root nor a kernel. What is damaged is left out, and said.
+    """
+    from .filters import netns_recorded  # noqa: PLC0415 - see the top
+
+    netns = arguments.pop("netns")
+    wanted = attrs.evolve(_filter(arguments), netns=netns_recorded(netns) if netns else 0)
+    sys.exit(_replay(capture, wanted, **arguments))
+
+
+def _replay(
+    where: str,
+    wanted: Filter,
+    *,
+    sinks: Sequence[str],
+    probes: Sequence[str],
+    points: Sequence[str],
+    count: int | None,
+    quiet: bool,
+) -> int:
+    from . import privileges  # noqa: PLC0415 - see the top
+    from .capture import Capture, Source  # noqa: PLC0415
+    from .plugins import Plugins  # noqa: PLC0415
+    from .replay import Bar, Replay  # noqa: PLC0415
+    from .session import Signals  # noqa: PLC0415
+
+    gc.set_threshold(100_000, 50, 50)  # as in a run
+    signals = Signals()
+    signals.install()
+    # As whoever we are: a capture of root's, a socket of another user's.
+    source = Source.open(where)
+    privileges.drop()
+    plugins = Plugins.load()
+    events = {name: spec.event for name, spec in plugins.probes.items()}
+    say: Callable[[str], None] = (lambda _: None) if quiet else _say
+    one = Replay(
+        source=source,
+        capture=Capture(events, say),
+        sinks=_sinks(plugins, sinks, (), signals.stopping),
+        wanted=wanted,
+        probes=probes,
+        points=points,
+        count=count or 0,
+        stopping=signals.stopping,
+        bar=Bar(source, shown=not quiet and sys.stderr.isatty()),
+    )
+    report = one.run()
+    if not quiet:
+        _summary(
+            attrs.evolve(report, switched_off=one.router.switched_off),
+            "more were in the run, and are not in what was read",
+        )
+        for sentence in one.summary(report):
+            _say(sentence)
+    return TcplatError.exit_code if len(one.router.switched_off) == len(sinks) else 0
+
+
 def _status(report: RunReport, sinks: int, child: Command | None, *, fail_on_loss: bool) -> int:
     if len(report.switched_off) == sinks or (report.deaf and not child):
         return TcplatError.exit_code
@@ -316,8 +400,7 @@ def _ports(texts: Sequence[str]) -> tuple[int, ...]:
     return _numbers(texts, "port", 65535)
 
 
-def _pids(texts: Sequence[str]) -> tuple[int, ...]:
-    pids = _numbers(texts, "-p", 1 << 22)
+def _check_pids(pids: Sequence[int]) -> None:
     for pid in pids:
         try:
             status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
@@ -331,7 +414,6 @@ def _pids(texts: Sequence[str]) -> tuple[int, ...]:
             "-p means a process of the host, and this is a pid namespace of its own; "
             "run tcplat on the host or in a container with --pid=host"
         )
-    return pids
 
 
 def _comm(text: str) -> str:
@@ -390,9 +472,9 @@ def _attached(report: RunReport) -> None:
             click.echo(f"{name}: no {point}: {reason}", err=True)
 
 
-def _summary(report: RunReport) -> None:
+def _summary(report: RunReport, unread: str = "more were seen when the run ended") -> None:
     for name, probe in report.probes.items():
-        for words in _probe_summary(probe):
+        for words in _probe_summary(probe, unread):
             _say(f"{name}: {words}")
     if report.late:
         _say(f"{report.late} rows came out of order")
@@ -400,7 +482,7 @@ def _summary(report: RunReport) -> None:
         _say(f"sink {sink} was switched off: {reason}")
 
 
-def _probe_summary(probe: ProbeReport) -> Iterator[str]:
+def _probe_summary(probe: ProbeReport, unread_words: str) -> Iterator[str]:
     by_point: dict[str, int] = {}
     for hook in probe.hooks:
         by_point[hook.point] = by_point.get(hook.point, 0) + hook.delivered
@@ -421,7 +503,7 @@ def _probe_summary(probe: ProbeReport) -> Iterator[str]:
         yield f"{count} times the kernel skipped {func}: so many rows may be missing"
     unread = sum(hook.unread for hook in probe.hooks)
     if unread:
-        yield f"{unread} more were seen when the run ended"
+        yield f"{unread} {unread_words}"
 
 
 def _say(sentence: str) -> None:

@@ -1,15 +1,24 @@
-"""Who and what is wanted: filters that are compiled into the programs, as constants."""
+"""Who and what is wanted: constants that are compiled into the programs, and the same for rows."""
 
 from __future__ import annotations
 
 import contextlib
 import ipaddress
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import attrs
 
 from .errors import UsageError
 
+if TYPE_CHECKING:
+    from .schema import Event
+
+# The loader needs filters, and not what makes rows: that is imported where it is used.
+
+_MOST_PIDS = 1 << 22
+"""No process has a higher number; inodes of namespaces begin at 0xF0000000."""
 _MAPPED = 0xFFFF << 32
 """::ffff:0:0/96, as a number."""
 
@@ -109,11 +118,17 @@ def _level(path: str) -> int:
     return len([part for part in path.split("/") if part])
 
 
-def _network_test(text: str) -> str:
+def _network(text: str) -> tuple[int, int]:
+    """Address and mask, of 16 bytes."""
     network = ipaddress.ip_network(text, strict=False)
     address, mask = int(network.network_address), int(network.netmask)
     if network.version == 4:  # noqa: PLR2004 - IPv4
         address, mask = _MAPPED | address, ~0xFFFFFFFF & (1 << 128) - 1 | mask
+    return address, mask
+
+
+def _network_test(text: str) -> str:
+    address, mask = _network(text)
     tests = []
     for side in ("saddr", "daddr"):
         halves = [
@@ -139,6 +154,111 @@ def _in_cgroup(pid: int, path: str) -> bool:
     return False
 
 
+_MOST_OWNERS = 1 << 18
+"""Connections whose owner is remembered for the sake of their packets."""
+
+
+@attrs.define(eq=False)
+class RowFilter:
+    """A filter for rows that were recorded without it: what the kernel would have let pass.
+
+    Packets (``sock`` is 0) have two ends, and which of them is the local one is not
+    known: either will do. ``rx_ip`` knows, it is the receiver's. A packet that carries
+    no process is its connection's: let learn() see the rows around it first.
+    ``--cgroup`` is not in a row.
+    """
+
+    wanted: Filter
+    _owners: dict[tuple[object, ...], bool] = attrs.field(factory=dict, init=False)
+    """Namespace and addresses, local first -> whether the owner is wanted."""
+    _inside: dict[str, bool] = attrs.field(factory=dict, init=False)
+    """Address -> whether it is in one of the networks."""
+    _latencies: dict[type[Event], list[str]] = attrs.field(factory=dict, init=False)
+    _networks: list[tuple[int, int]] = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._networks = list(map(_network, self.wanted.networks))
+
+    def learn(self, rows: Iterable[Event]) -> None:
+        """Remember whose the connections are."""
+        for row in rows:
+            if row.sock and row.sport and row.dport:
+                ends = (row.netns, row.saddr, row.sport, row.daddr, row.dport)
+                if ends not in self._owners and len(self._owners) >= _MOST_OWNERS:
+                    del self._owners[next(iter(self._owners))]
+                self._owners[ends] = self._wants_owner(row)
+
+    def passes(self, row: Event) -> bool:
+        """Whether it is wanted."""
+        wanted = self.wanted
+        if (wanted.ip and row.ip != wanted.ip) or (wanted.netns and row.netns != wanted.netns):
+            return False
+        local, remote = row.sport, row.dport
+        if row.point == "rx_ip":
+            local, remote = remote, local
+        if not self._passes_ends(local, remote) and (
+            row.sock or row.point == "rx_ip" or not self._passes_ends(remote, local)
+        ):
+            return False
+        if wanted.networks and not (self._is_inside(row.saddr) or self._is_inside(row.daddr)):
+            return False
+        if wanted.min_ns and self._too_fast(row):
+            return False
+        return not wanted.by_task or self._wants_owner(row) or self._wants_packet(row)
+
+    def _passes_ends(self, local: int | None, remote: int | None) -> bool:
+        wanted = self.wanted
+        return (
+            (not wanted.ports or local in wanted.ports or remote in wanted.ports)
+            and (not wanted.lports or local in wanted.lports)
+            and (not wanted.rports or remote in wanted.rports)
+        )
+
+    def _is_inside(self, address: str) -> bool:
+        inside = self._inside.get(address)
+        if inside is None:
+            if len(self._inside) >= _MOST_OWNERS:
+                self._inside.clear()
+            inside = self._inside[address] = self._find(address)
+        return inside
+
+    def _find(self, address: str) -> bool:
+        try:
+            parsed = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        number = int(parsed) if parsed.version == 6 else _MAPPED | int(parsed)  # noqa: PLR2004 - IPv6
+        return any(number & mask == network for network, mask in self._networks)
+
+    def _too_fast(self, row: Event) -> bool:
+        from .schema import latencies  # noqa: PLC0415 - see the top
+
+        event = type(row)
+        if event not in self._latencies:
+            self._latencies[event] = latencies(event)
+        took = (getattr(row, name) for name in self._latencies[event])
+        return any(us is not None and round(us * 1000) < self.wanted.min_ns for us in took)
+
+    def _wants_owner(self, row: Event) -> bool:
+        from .schema import text  # noqa: PLC0415 - see the top
+
+        wanted = self.wanted
+        if not row.pid or (wanted.pids is not None and row.pid not in wanted.pids):
+            return False
+        if not wanted.comm:
+            return True
+        # Rows carry names escaped.
+        comm, pattern = row.comm or "", text(wanted.comm.removesuffix("*").encode())
+        return comm.startswith(pattern) if wanted.comm.endswith("*") else comm == pattern
+
+    def _wants_packet(self, row: Event) -> bool:
+        if row.sock or row.pid or row.point == "rx_ip":
+            return False
+        there = (row.netns, row.saddr, row.sport, row.daddr, row.dport)
+        back = (row.netns, row.daddr, row.dport, row.saddr, row.sport)
+        return self._owners.get(there, False) or self._owners.get(back, False)
+
+
 def netns_inode(text: str) -> int:
     """The inode of a network namespace: a name of ``ip netns``, a process id, or a path.
 
@@ -154,6 +274,17 @@ def netns_inode(text: str) -> int:
         return path.stat().st_ino
     except OSError as error:
         raise UsageError(f"there is no network namespace {text!r} ({path})") from error
+
+
+def netns_recorded(text: str) -> int:
+    """The same for rows of before: the inode's number will do, the namespace may be gone.
+
+    Raises:
+        UsageError: It is no number, and there is no such namespace.
+    """
+    if text.isdecimal() and int(text) > _MOST_PIDS:
+        return int(text)
+    return netns_inode(text)
 
 
 def cgroup_path(text: str) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import attrs
+import msgspec
 
 from .errors import UsageError
 from .hookpoints import HookPoint, Interfaces, checked_name
@@ -178,6 +179,17 @@ class RunReport:
     """Rows that came after a younger one was delivered."""
     switched_off: Mapping[str, str] = attrs.field(factory=dict)
     """Sink -> why it was switched off."""
+    incomplete: str = ""
+    """Why these are not the books of the whole run; empty where they are."""
+
+    @classmethod
+    def from_json(cls, value: Any) -> Self:
+        """The inverse of as_json(), for what it holds.
+
+        Raises:
+            ValueError: It is no report.
+        """
+        return msgspec.convert(value, cls)
 
     def as_json(self) -> dict[str, Any]:
         """What ends a capture: ``{"v":1,"report":...}``."""
@@ -202,6 +214,7 @@ class RunReport:
                 for name, probe in self.probes.items()
             },
             "switched_off": dict(self.switched_off),
+            **({"incomplete": self.incomplete} if self.incomplete else {}),
         }
 
     @property

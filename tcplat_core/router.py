@@ -66,12 +66,13 @@ class Router:
             self._cut.update(map(_HOOK, ready[room:]))
             ready = ready[:room]
         if ready:
-            self._deliver(ready)
+            self.deliver(ready)
         oldest_ns = self._waiting[0].ts_ns if self._waiting else None
         while self._losses and (oldest_ns is None or oldest_ns > self._losses[0][0]):
             self._each("lost", self._losses.pop(0)[1])
 
-    def _deliver(self, ready: list[Event]) -> None:
+    def deliver(self, ready: Sequence[Event]) -> None:
+        """Hand over rows that are in order already."""
         for row in ready:  # sorted: what is late stands first
             if row.ts_ns >= self._last_ns:
                 break

@@ -10,6 +10,7 @@ magnitude faster than attrs objects or dicts (see ARCHITECTURE.md).
 from __future__ import annotations
 
 import errno
+import functools
 import socket
 import struct
 import time
@@ -61,6 +62,11 @@ def text(raw: bytes) -> str:
     if plain.isprintable() and "\\" not in plain:
         return plain
     return "".join(map(_escaped, plain))
+
+
+def printable(plain: str) -> str:
+    """Text from elsewhere, escaped as by text(), but for backslashes: it may have been before."""
+    return "".join(char if char == "\\" else _escaped(char) for char in plain)
 
 
 def _escaped(char: str) -> str:
@@ -123,6 +129,8 @@ class Wire:
         block: The members of a block stand side by side, and change together or seldom:
             what they mean is worked out once for each value of the whole block. Either
             ``socket`` or ``kind``; for fields of your own leave it empty.
+        latency: It is a duration in µs, and ``--min-latency`` leaves out rows where it is
+            shorter: in the kernel the handler has to ask ``tcplat_too_fast()``.
     """
 
     c_type: str
@@ -132,6 +140,7 @@ class Wire:
     nullable: bool = False
     has: bool = False
     block: str = ""
+    latency: bool = False
 
 
 @attrs.frozen
@@ -252,6 +261,7 @@ class Event(msgspec.Struct, gc=False):
             member="connect_ns",
             to=micros,
             nullable=True,
+            latency=True,
         ),
     ]
     ifname: Annotated[str | None, Made("ifname", "interface of a packet")]
@@ -269,6 +279,7 @@ _HIDDEN = (
 """Members that reach the row only in translation."""
 
 
+@functools.cache  # a new socket needs it, and it takes a millisecond
 def _annotations(event: type[Event]) -> list[tuple[str, Wire | Hook | Made]]:
     hints = typing.get_type_hints(event, include_extras=True)
     return [(name, hints[name].__metadata__[0]) for name in event.__struct_fields__]
@@ -283,6 +294,17 @@ def documentation(event: type[Event] = Event) -> list[tuple[str, str, str]]:
         kinds = typing.get_args(hints[name]) or (hints[name],)
         rows.append((name, " or ".join(names[kind] for kind in kinds), source.doc))
     return rows
+
+
+def latencies(event: type[Event]) -> list[str]:
+    """The fields that ``--min-latency`` looks at."""
+    hints = typing.get_type_hints(event, include_extras=True)
+    return [
+        name
+        for name in event.__struct_fields__
+        for source in getattr(hints[name], "__metadata__", ())
+        if isinstance(source, Wire) and source.latency
+    ]
 
 
 @attrs.frozen

@@ -73,58 +73,45 @@ class Table:
     output: Output
     limit: int
     _widths: list[int] = attrs.field(init=False, factory=lambda: [c.width for c in COLUMNS])
+    _fitted: list[int] = attrs.field(init=False, factory=list)
     _headed: bool = attrs.field(init=False, default=False)
     _sockets: dict[tuple[object, ...], str] = attrs.field(init=False, factory=dict)
     _kinds: dict[tuple[object, ...], str] = attrs.field(init=False, factory=dict)
 
     def write(self, batch: Sequence[Event]) -> None:
-        """One line per row; the head again where a column had to grow."""
-        if not batch:
-            return
-        if not self.limit:
-            self._write_all(batch)
-            return
-        cells = [[column.value(row) for column in COLUMNS] for row in batch]
-        lines = []
-        needed = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        if any(need > width for need, width in zip(needed, self._widths, strict=True)):
-            self._widths = list(map(max, needed, self._widths))
-            self._headed = False
-        widths = self._fitted()
-        if not self._headed:
-            heads = [
-                _cut(column.head, width) for column, width in zip(COLUMNS, widths, strict=True)
-            ]
-            lines.append(self._line([*heads[:-1], self._last_head(widths)], widths))
-            self._headed = True
-        lines += [self._line(row, widths) for row in cells]
-        self.output.write("".join(f"{line}\n" for line in lines).encode())
+        """One line per row; the head again where a column had to grow.
 
-    def _write_all(self, batch: Sequence[Event]) -> None:
-        """The same where nothing has to be left out: ten times as fast."""
-        widths: list[int] = []
-        while widths != self._widths:  # again, if a cell was wider than its column
-            widths = list(self._widths)
-            lines = [self._whole(row) for row in batch]
-            if widths != self._widths:
-                self._headed = False
-                self._sockets.clear()
-                self._kinds.clear()
+        What comes out follows from the rows alone, not from where batches end.
+        """
+        lines = []
+        as_line = self._fitting if self.limit else self._whole
+        for row in batch:
+            line = as_line(row)
+            if not self._headed:
+                lines.append(self._head())
+                self._headed = True
+            lines.append(line)
+        if lines:
+            lines.append("")
+            self.output.write("\n".join(lines).encode())
+
+    def _fitting(self, row: Event) -> str:
+        cells = [column.value(row) for column in COLUMNS]
+        needed = list(map(max, map(len, cells), self._widths))
+        if needed != self._widths:
+            self._widths, self._headed = needed, False
         if not self._headed:
-            heads = [
-                _cut(column.head, width) for column, width in zip(COLUMNS, widths, strict=True)
-            ]
-            lines.insert(0, self._line([*heads[:-1], COLUMNS[-1].head], widths))
-            self._headed = True
-        lines.append("")
-        self.output.write("\n".join(lines).encode())
+            self._fitted = self._fit()
+        return self._line(cells, self._fitted)
 
     def _whole(self, row: Event) -> str:
+        """The same where nothing has to be left out: ten times as fast."""
         of_socket, of_kind = _OF_SOCKET(row), _OF_KIND(row)
         left = self._sockets.get(of_socket) or self._padded(self._sockets, of_socket, row, _SOCKET)
         right = self._kinds.get(of_kind) or self._padded(self._kinds, of_kind, row, _KIND)
-        time = COLUMNS[7].value(row)
-        self._widths[7] = max(self._widths[7], len(time))
+        time = str(row.ts_ns // 1000)
+        if len(time) > self._widths[7]:
+            self._widths[7], self._headed = len(time), False
         line = f"{left} {time.ljust(self._widths[7])} {right}"
         if row.connect_us is None:
             return line.rstrip()
@@ -134,8 +121,11 @@ class Table:
         self, known: dict[tuple[object, ...], str], key: tuple[object, ...], row: Event, part: slice
     ) -> str:
         cells = [column.value(row) for column in COLUMNS[part]]
-        self._widths[part] = map(max, map(len, cells), self._widths[part])
-        if len(known) >= _MOST:
+        needed = list(map(max, map(len, cells), self._widths[part]))
+        if needed != self._widths[part]:
+            self._widths[part], self._headed = needed, False
+            known.clear()
+        elif len(known) >= _MOST:
             known.clear()
         known[key] = " ".join(map(str.ljust, cells, self._widths[part]))
         return known[key]
@@ -153,9 +143,13 @@ class Table:
         """Nothing follows the last row."""
         self.output.close()
 
-    def _fitted(self) -> list[int]:
-        if not self.limit:
-            return self._widths
+    def _head(self) -> str:
+        widths = self._fitted if self.limit else self._widths
+        heads = [_cut(column.head, width) for column, width in zip(COLUMNS, widths, strict=True)]
+        return self._line([*heads[:-1], self._last_head(widths)], widths)
+
+    def _fit(self) -> list[int]:
+        """The widths, so that a line has room."""
         widths = list(self._widths)
         over = sum(widths) + len(widths) - 1 - self.limit
         for head in _SHRINK:

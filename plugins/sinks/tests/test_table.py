@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import random
 import re
 import struct
+import tempfile
 import termios
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tcplat_sinks.table import Table
 
 from tcplat_core import Event, Loss, Output, RunInfo, RunReport, UsageError
@@ -51,6 +55,16 @@ def cells(head: str, line: str) -> dict[str, str]:
     at = [found.start() for found in re.finditer(r"\S+", head)]
     at += [len(line) + 1] * (len(HEADS) + 1 - len(at))
     return {name: line[at[i] : at[i + 1]].strip() for i, name in enumerate(HEADS)}
+
+
+def headed(lines: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each row's line, and the head that it stands under."""
+    head = ""
+    for line in lines:
+        if line.startswith("PID "):
+            head = line
+        else:
+            yield head, line
 
 
 # --- columns
@@ -107,7 +121,7 @@ def test_a_connect_time_is_shown_only_where_there_is_one(write: Write) -> None:
 
 
 def test_ipv6_lines_up(write: Write) -> None:
-    head, four, six = write([make_event(), make_event(**V6)])
+    head, six, four = write([make_event(**V6), make_event()])
     assert cells(head, six)["SADDR"] == V6["saddr"]
     assert cells(head, six)["DADDR"] == V6["daddr"]
     assert cells(head, four)["SADDR"] == "127.0.0.1"
@@ -129,6 +143,30 @@ def test_the_head_comes_again_when_a_column_grows(write: Write) -> None:
     assert cells(lines[2], lines[4])["DADDR"] == "127.0.0.1"
 
 
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 2**32), max_size=30),
+    st.lists(st.integers(0, 30), max_size=10),
+    st.sampled_from([0, 60, 120, 160]),
+)
+def test_where_batches_end_changes_nothing(seeds: list[int], cuts: list[int], width: int) -> None:
+    rows = [row for seed in seeds for row in rows_of_all_kinds(1, seed)]
+    edges = [0, *sorted(min(cut, len(rows)) for cut in cuts), len(rows)]
+    batches = [rows[start:end] for start, end in itertools.pairwise(edges)]
+    assert table_of(batches, width) == table_of([rows], width)
+
+
+def table_of(batches: Sequence[Sequence[Event]], width: int) -> bytes:
+    """The table of these batches, as bytes."""
+    with tempfile.TemporaryFile() as file:
+        table = Table(Output(file.fileno(), lambda: True), width)
+        for batch in batches:
+            table.write(batch)
+        table.close(REPORT)
+        file.seek(0)
+        return file.read()
+
+
 def test_no_rows_no_head(write: Write) -> None:
     assert write() == []
 
@@ -136,8 +174,8 @@ def test_no_rows_no_head(write: Write) -> None:
 # --- the width
 
 
-def rows_of_all_kinds(count: int) -> Iterator[Event]:
-    chance = random.Random(20_240_503)  # noqa: S311 - reproducible on purpose
+def rows_of_all_kinds(count: int, seed: int = 20_240_503) -> Iterator[Event]:
+    chance = random.Random(seed)  # noqa: S311 - reproducible on purpose
     for _ in range(count):
         extra: dict[str, Any] = V6 if chance.random() < 0.3 else {}
         yield make_event(
@@ -163,7 +201,7 @@ def test_without_a_limit_nothing_is_cut(write: Write) -> None:
     rows = list(rows_of_all_kinds(300))
     lines = write(rows)
     assert "…" not in "".join(lines)
-    for row, line in zip(rows, lines[1:], strict=True):
+    for row, (_, line) in zip(rows, headed(lines), strict=True):
         assert row.desc in line
         assert row.saddr in line
 
@@ -179,8 +217,8 @@ def numbers_of(row: Event) -> list[str]:
 @pytest.mark.parametrize("width", [120, 160])
 def test_numbers_are_never_cut(write: Write, width: int) -> None:
     rows = list(rows_of_all_kinds(300))
-    head, *lines = write(rows, width=width)
-    for row, line in zip(rows, lines, strict=True):
+    lines = write(rows, width=width)
+    for row, (head, line) in zip(rows, headed(lines), strict=True):
         shown = cells(head, line)
         assert [shown[name] for name in NUMBERS] == numbers_of(row)
 
@@ -193,7 +231,7 @@ def test_a_connect_time_is_never_cut(write: Write, width: int, connect_us: int) 
         make_event(**V6, comm="a name of 15 b", func="sock:inet_sock_set_state"),
         make_event(connect_us=connect_us),
     ]
-    _, _, line = write(rows, width=width)
+    *_, line = write(rows, width=width)
     assert line.split()[-1] == str(connect_us)
 
 

@@ -43,12 +43,24 @@ class ServiceEvent(Event):
     call_us: Annotated[
         float | None,
         Wire(
-            "u64", "time inside recv, µs; null by tracepoint", "call_ns", to=micros, nullable=True
+            "u64",
+            "time inside recv, µs; null by tracepoint",
+            "call_ns",
+            to=micros,
+            nullable=True,
+            latency=True,
         ),
     ]
     accept_us: Annotated[
         float | None,
-        Wire("u64", "wait in the accept queue, µs", "accept_ns", to=micros, nullable=True),
+        Wire(
+            "u64",
+            "wait in the accept queue, µs",
+            "accept_ns",
+            to=micros,
+            nullable=True,
+            latency=True,
+        ),
     ]
 
 

@@ -1,0 +1,413 @@
+"""Reads captures: JSON lines, or a stream of msgpack maps; from a file, a pipe or a socket.
+
+What is damaged or foreign is left out, counted and reported, and never ends the reading.
+Memory is bounded by one chunk, whatever the capture holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import socket
+import stat
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, cast
+
+import attrs
+import msgpack
+import msgspec
+
+from .errors import UsageError
+from .model import Loss, RunReport
+from .schema import SCHEMA_VERSION, Event, printable
+
+CHUNK = 1 << 20
+"""Bytes that are read, and decoded, at once."""
+_LONGEST = 1 << 20
+"""A longer line, or map, is none of ours."""
+_MOST_CLASSES = 256
+"""Probes that are not installed may bring so many sets of fields; the rest is foreign."""
+_SAID = 3
+"""So many of what is left out are reported one by one."""
+_CONNECT_S = 10
+_PATIENCE_MS = 100
+"""How long a source may keep us from looking at anything else."""
+
+GAP = ("msgpack", "reader")
+"""Probe and point of the loss that stands for rows which a socket's sink kept from its reader."""
+
+
+class _ForeignError(Exception):
+    """A line is none of ours; says why."""
+
+
+@attrs.define(eq=False)
+class Source:
+    """Where bytes come from.
+
+    Args:
+        fd: Open for reading.
+        name: As the user calls it.
+        size: Bytes of a file; 0 where nobody knows.
+    """
+
+    fd: int
+    name: str
+    size: int = 0
+    consumed: int = attrs.field(default=0, init=False)
+
+    @classmethod
+    def open(cls, where: str) -> Source:
+        """A path, ``-`` for standard input, ``unix:PATH`` or ``tcp:HOST:PORT``.
+
+        Raises:
+            UsageError: It cannot be read.
+        """
+        try:
+            if where.startswith("unix:"):
+                return cls._connect(socket.AF_UNIX, where.removeprefix("unix:"), where)
+            if where.startswith("tcp:"):
+                return cls._connect(socket.AF_UNSPEC, where.removeprefix("tcp:"), where)
+            if where == "-":
+                if sys.stdin is None:
+                    raise UsageError("there is no standard input")
+                return cls(sys.stdin.fileno(), "standard input")
+            fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC)
+            status = os.fstat(fd)
+            if stat.S_ISDIR(status.st_mode):
+                os.close(fd)
+                raise UsageError(f"cannot read {where}: Is a directory")
+            return cls(fd, where, status.st_size)
+        except OSError as error:
+            raise UsageError(f"cannot read {where}: {error.strerror or error}") from error
+
+    @classmethod
+    def _connect(cls, family: int, where: str, name: str) -> Source:
+        with contextlib.ExitStack() as stack:
+            if family == socket.AF_UNIX:
+                made = stack.enter_context(socket.socket(family))
+                made.connect(where)
+            else:
+                host, colon, port = where.rpartition(":")
+                if not (colon and port.isdecimal()):
+                    raise UsageError(f"{name} is not of the form tcp:HOST:PORT")
+                address = (host.strip("[]"), int(port))
+                made = stack.enter_context(socket.create_connection(address, _CONNECT_S))
+                made.settimeout(None)
+            return cls(made.detach(), name)
+
+    def chunks(self) -> Iterator[bytes]:
+        """What comes, and b"" where nothing has come for a while."""
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        while True:
+            if not poll.poll(_PATIENCE_MS):
+                yield b""
+                continue
+            try:
+                data = os.read(self.fd, CHUNK)
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                return
+            self.consumed += len(data)
+            yield data
+
+
+class _Format(Protocol):
+    """What JSON lines and msgpack maps do not have in common."""
+
+    noun: str
+    head: re.Pattern[bytes]
+    """Of a row as we write it, up to its probe."""
+
+    def split(self, data: bytes, *, end: bool) -> tuple[list[bytes], int]:
+        """What is whole of `data`, and where the rest begins."""
+
+    def decoder(self, event: type[Event]) -> Callable[[bytes], Event]:
+        """From bytes to a row."""
+
+    def value(self, data: bytes) -> Any:
+        """From bytes to whatever they are."""
+
+    def encode(self, rows: Sequence[Event]) -> bytes:
+        """As a sink of ours would write these rows."""
+
+
+class _Jsonl:
+    noun = "line"
+    head = re.compile(rb'\{"v":1,"ts_ns":\d+,"time_ns":\d+,"probe":"([^"\\]+)"')
+
+    def __init__(self) -> None:
+        self._encoder = msgspec.json.Encoder()
+        self.value = msgspec.json.Decoder().decode
+        self.encode = self._encoder.encode_lines
+
+    def split(self, data: bytes, *, end: bool) -> tuple[list[bytes], int]:
+        lines = data.split(b"\n")
+        rest = lines.pop()
+        if end and rest:
+            return [*lines, rest], len(data)
+        return lines, len(data) - len(rest)
+
+    def decoder(self, event: type[Event]) -> Callable[[bytes], Event]:
+        return msgspec.json.Decoder(event).decode
+
+
+_START = re.compile(rb"(?:[\x80-\x8f]|\xde..|\xdf....)\xa1v", re.DOTALL)
+"""How each map of ours begins: with its version."""
+
+
+class _Msgpack:
+    noun = "map"
+    head = re.compile(
+        rb"(?:[\x80-\x8f]|\xde..)\xa1v\x01"
+        rb"\xa5ts_ns(?:[\x00-\x7f]|\xcc.|\xcd..|\xce.{4}|\xcf.{8})"
+        rb"\xa7time_ns(?:[\x00-\x7f]|\xcc.|\xcd..|\xce.{4}|\xcf.{8})"
+        rb"\xa5probe(?:[\xa0-\xbf]|\xd9.)([\w.-]+)\xa5point",
+        re.DOTALL,
+    )
+
+    def __init__(self) -> None:
+        self._encode_one = msgspec.msgpack.Encoder().encode
+        self.value = msgspec.msgpack.Decoder().decode
+
+    def split(self, data: bytes, *, end: bool) -> tuple[list[bytes], int]:
+        maps: list[bytes] = []
+        at = origin = 0
+        unpacker = self._unpacker(data)
+        while at < len(data):
+            if not _START.match(data, at):
+                # Rubbish, as far as the next map; a beginning may be cut in two.
+                found = _START.search(data, at + 1)
+                if not found and not end:
+                    return maps, at
+                stop = found.start() if found else len(data)
+                maps.append(data[at:stop])
+                at = origin = stop
+                unpacker = self._unpacker(data[at:])
+                continue
+            try:
+                unpacker.skip()
+            except msgpack.OutOfData:
+                if not end and len(data) - at < _LONGEST:
+                    return maps, at
+                stop = at + 1
+            except (ValueError, msgpack.UnpackException):
+                stop = at + 1
+            else:
+                stop = origin + unpacker.tell()
+                maps.append(data[at:stop])
+                at = stop
+                continue
+            found = _START.search(data, stop)
+            stop = found.start() if found else len(data)
+            maps.append(data[at:stop])
+            at = origin = stop
+            unpacker = self._unpacker(data[at:])
+        return maps, at
+
+    @staticmethod
+    def _unpacker(data: bytes) -> Any:
+        unpacker = msgpack.Unpacker(max_buffer_size=len(data) + 1, strict_map_key=False)
+        unpacker.feed(data)
+        return unpacker
+
+    def decoder(self, event: type[Event]) -> Callable[[bytes], Event]:
+        return msgspec.msgpack.Decoder(event).decode
+
+    def encode(self, rows: Sequence[Event]) -> bytes:
+        return b"".join(map(self._encode_one, rows))
+
+
+def _format_of(data: bytes) -> _Format:
+    """By what comes first: a row of the one or of the other kind."""
+    json_at, map_at = data.find(b'{"v":'), _START.search(data)
+    if map_at and (json_at < 0 or map_at.start() < json_at):
+        return _Msgpack()
+    return _Jsonl()
+
+
+@attrs.define(eq=False)
+class Capture:
+    """A capture, while it is read.
+
+    Args:
+        events: The row's class of each installed probe, by name. Rows of other
+            probes get one that is made from their keys.
+        say: Told what is left out, the first few one by one.
+    """
+
+    events: Mapping[str, type[Event]]
+    say: Callable[[str], None] = lambda _: None
+    reports: list[RunReport] = attrs.field(factory=list, init=False)
+    """One, unless captures stand behind each other in one file."""
+    ended: bool = attrs.field(default=False, init=False)
+    """The last thing read was a report."""
+    read: int = attrs.field(default=0, init=False)
+    """Rows, losses, headers and reports."""
+    left_out: int = attrs.field(default=0, init=False)
+    noun: str = attrs.field(default="line", init=False)
+    _number: int = attrs.field(default=0, init=False)
+    _format: _Format = attrs.field(init=False)
+    _known: dict[bytes, Callable[[bytes], Event]] = attrs.field(factory=dict, init=False)
+    """Probe -> decoder for rows as we write them."""
+    _classes: dict[tuple[str, ...], type[Event]] = attrs.field(factory=dict, init=False)
+
+    def items(self, chunks: Iterator[bytes]) -> Iterator[list[Event] | Loss | None]:
+        """Batches of rows and losses as they stand there; None where nothing comes for a while."""
+        data, skipping, begun = b"", False, False
+        for chunk in chunks:
+            if not chunk:
+                yield None
+                continue
+            data += chunk
+            if not begun:
+                self._begin(_format_of(data))
+                begun = True
+            if skipping:
+                _, newline, data = data.partition(b"\n")
+                skipping = not newline
+                if skipping:
+                    continue
+            frames, consumed = self._format.split(data, end=False)
+            yield from self._decode(frames, data[:consumed])
+            data = data[consumed:]
+            if len(data) > _LONGEST:
+                self._number += 1
+                self._leave_out(self._number, "it is too long")
+                data, skipping = b"", True
+        if data and not skipping:
+            frames, _ = self._format.split(data, end=True)
+            yield from self._decode(frames, data, torn=True)
+
+    def _begin(self, form: _Format) -> None:
+        self._format, self.noun = form, form.noun
+        for probe, event in self.events.items():
+            self._known[probe.encode()] = form.decoder(event)
+
+    def _decode(
+        self, frames: Sequence[bytes], data: bytes, *, torn: bool = False
+    ) -> Iterator[list[Event] | Loss]:
+        rows = self._plain(frames, data)
+        if rows is not None:
+            self._number += len(frames)
+            if rows:
+                self.read += len(rows)
+                self.ended = False
+                yield rows
+            return
+        rows = []
+        for number, frame in enumerate(frames, self._number + 1):
+            try:
+                # An empty line is nothing.
+                item = self._one(frame) if frame.strip() else None
+            except _ForeignError as error:
+                cut = torn and number == self._number + len(frames)
+                self._leave_out(number, "it is cut off" if cut else str(error))
+                continue
+            if isinstance(item, Event):
+                rows.append(item)
+            elif isinstance(item, Loss):
+                if rows:
+                    yield rows
+                rows = []
+                yield item
+        self._number += len(frames)
+        if rows:
+            yield rows
+
+    def _plain(self, frames: Sequence[bytes], data: bytes) -> list[Event] | None:
+        """Rows where there is nothing but rows, each as we write it; else None."""
+        head, known = self._format.head.match, self._known
+        try:
+            rows = [known[head(frame)[1]](frame) for frame in frames]  # type: ignore[index]
+        # No match, no such probe, no such row: looked at one by one, it will be said.
+        except (TypeError, KeyError, ValueError):
+            return None
+        try:
+            # This proves that no key is too many, and no number too large.
+            if self._format.encode(rows) != data:
+                return None
+        except OverflowError:
+            return None
+        if b"\\" in data or not data.isascii():
+            rows = [_tidy(row) for row in rows]
+        return rows
+
+    def _one(self, frame: bytes) -> Event | Loss | None:
+        """Whatever it is; None for what is no row: a header, a report.
+
+        Raises:
+            _ForeignError: It is nothing of ours.
+        """
+        try:
+            value = self._format.value(frame)
+        except (ValueError, RecursionError) as error:
+            raise _ForeignError("it is damaged, or not of a capture") from error
+        if not isinstance(value, dict) or "v" not in value:
+            raise _ForeignError("it is not of a capture")
+        if value["v"] != SCHEMA_VERSION or value["v"] is True:
+            version = str(value["v"])[:20]
+            raise _ForeignError(
+                f"its schema is {version!r}, and this tcplat reads {SCHEMA_VERSION}"
+            )
+        item: Event | Loss | None = None
+        try:
+            if "lost" in value:
+                item = msgspec.convert(value["lost"], Loss)
+            elif "gap" in value:
+                item = Loss(*GAP, msgspec.convert(value["gap"], int))
+            elif "report" in value:
+                self.reports.append(RunReport.from_json(value["report"]))
+            elif "schema" not in value:
+                item = self._row(value)
+        except (ValueError, TypeError, OverflowError) as error:
+            words = str(error).split(" - at")[0]
+            raise _ForeignError(f"it is not of a capture: {words}") from error
+        self.read += 1
+        self.ended = "report" in value
+        return item
+
+    def _row(self, value: dict[str, Any]) -> Event:
+        probe = msgspec.convert(value.get("probe"), str)
+        event = self.events.get(probe, Event)
+        if set(value) != set(event.__struct_fields__):
+            event = self._class(probe, [key for key in value if key not in Event.__struct_fields__])
+        row = msgspec.convert(value, event)
+        self._format.encode([row])  # numbers that no sink could write
+        if self._known.get(probe.encode()) is None:
+            self._known[probe.encode()] = self._format.decoder(event)
+        return _tidy(row)
+
+    def _class(self, probe: str, extra: Sequence[str]) -> type[Event]:
+        """A class for rows with these fields besides the common ones."""
+        made = self._classes.get((probe, *extra))
+        if made is None:
+            if len(self._classes) >= _MOST_CLASSES or not all(map(_is_field, extra)):
+                raise ValueError("it has fields that no probe has")
+            fields = [(key, Any) for key in extra]
+            made = cast("type[Event]", msgspec.defstruct("Event", fields, bases=(Event,)))
+            self._classes[probe, *extra] = made
+        return made
+
+    def _leave_out(self, number: int, reason: str) -> None:
+        self.left_out += 1
+        if self.left_out <= _SAID:
+            self.say(f"{self.noun} {number} is left out: {reason}")
+
+
+def _is_field(key: str) -> bool:
+    return key.isidentifier() and not key.startswith("_") and not hasattr(Event, key)
+
+
+def _tidy(row: Event) -> Event:
+    """The row, with every text such that a terminal may have it: who wrote it, nobody knows."""
+    for field in row.__struct_fields__:
+        value = getattr(row, field)
+        if isinstance(value, str) and not value.isprintable():
+            setattr(row, field, printable(value))
+    return row
