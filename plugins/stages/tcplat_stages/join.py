@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .model import CLIENT, SERVICE, Connection, End, Exchange, Flow, Log, reached
+from .model import CLIENT, SERVICE, STATS, Connection, End, Exchange, Flow, Log, reached
 from .stages import (
     ACCEPTED,
     CLIENT_SENT,
@@ -38,7 +38,8 @@ from .stages import (
 
 Told = Exchange | Connection
 _SECOND_NS = 1_000_000_000
-_ROLES = {"tcp_client": CLIENT, "tcp_service": SERVICE}
+_ROLES = {"tcp_client": CLIENT, "tcp_service": SERVICE, "client": CLIENT, "service": SERVICE}
+"""Whose socket it is, by the probe, or by what tcp_stats says."""
 _PACKETS = frozenset({"nic_tx", "nic_rx", "rx_ip"})
 _STRAGGLERS_NS = 2 * _SECOND_NS
 """So long a connection that is over still takes what belongs to it."""
@@ -86,6 +87,7 @@ class Joiner:
             "state": self._state,
             "accept": self._accept,
             "close": self._close,
+            "stats": self._stats,
         }
 
     def feed(self, rows: Iterable[Any]) -> list[Told]:
@@ -151,6 +153,8 @@ class Joiner:
     def _bind(self, row: Any) -> End | None:
         """A socket that has not been seen before."""
         index = _ROLES.get(row.probe)
+        if index is None:
+            index = _ROLES.get(getattr(row, "role", None))
         if index is None or row.dport is None or "TCP_LISTEN" in (row.state, row.old_state):
             return None
         if row.sport is None:
@@ -411,11 +415,13 @@ class Joiner:
 
     def _close(self, end: End, row: Any, ts_ns: int) -> None:
         end.closed_ns = ts_ns
-        end.stats = getattr(row, "stats", None)
         self._socks.pop(row.sock, None)
         other = end.conn.ends[1 - end.index]
         if not other.sock or other.closed_ns:
             self._finish(end.conn, "closed")
+
+    def _stats(self, end: End, row: Any, ts_ns: int) -> None:  # noqa: ARG002 - as all of them
+        end.stats = {name: getattr(row, name) for name in STATS}
 
     # --- packets
 
@@ -459,10 +465,10 @@ class Joiner:
                 flow.tx = finish
                 flow.tx_log.append((finish, ts_ns))
                 if flow.tx_if is None:
-                    flow.tx_if = row.ifname
+                    flow.tx_if = row.dev
                 if len(flow.tx_log) > _LONG:
                     self._prune(conn, index)
-            elif flow.tx_if == row.ifname:
+            elif flow.tx_if == row.dev:
                 self._again(conn, index, at)
         elif point == "nic_rx":
             if at <= flow.nic < finish:
@@ -510,11 +516,11 @@ class Joiner:
         if conn.stamps[number] is None:
             conn.stamps[number] = ts_ns
             if point == "nic_tx":
-                flow.tx_if = row.ifname
+                flow.tx_if = row.dev
             elif point == "nic_rx":
                 flow.rx_if = row.ifname
         elif index == CLIENT and (
-            (point == "nic_tx" and flow.tx_if == row.ifname)
+            (point == "nic_tx" and flow.tx_if == row.dev)
             or (point == "nic_rx" and flow.tx_if is None and flow.rx_if == row.ifname)
         ):
             conn.syns += 1

@@ -20,6 +20,9 @@ from .stages import (
 CLIENT, SERVICE = 0, 1
 """Numbers of the ends. Stream 0 flows from the client, stream 1 from the service."""
 
+STATS = ("srtt_us", "min_rtt_us", "rto_us", "retransmits", "bytes_acked", "bytes_received")
+"""What probe tcp_stats tells of a socket that closes."""
+
 Log = list[tuple[int, int | None]]
 """Position reached, and when: None where the rows that would tell were missed."""
 
@@ -134,8 +137,8 @@ class End:
         self.pid: int | None = None
         self.comm: str | None = None
         self.closed_ns = 0
-        self.stats: dict[str, int] | None = None
-        """What the kernel's socket had counted when it went: srtt_us, min_rtt_us, rto_us ..."""
+        self.stats: dict[str, int | None] | None = None
+        """What the kernel's socket had counted when it closed, by the names of STATS."""
 
 
 class Connection:
@@ -257,7 +260,7 @@ class Connection:
         """Segments that an end sent again; its SYNs count."""
         stats = self.ends[index].stats
         if stats is not None:
-            return stats["retransmits"]
+            return stats["retransmits"] or 0
         return self.flows[index].retransmits + (self.syns if index == CLIENT else 0)
 
     def bytes_of(self, index: int) -> int | None:

@@ -33,6 +33,7 @@ class PacketEvent(Event, gc=False):
     ack: Annotated[
         int | None, Wire("u32", "next sequence number the sender of a packet expects", has=True)
     ]
+    window: Annotated[int, Wire("u16", "how much its sender has room for; not scaled, so 0 is 0")]
 
 
 def _ports(text: str) -> Ports:

@@ -6,8 +6,9 @@
 
 struct tcplat_segment {
 	struct tcplat_addrs addrs; /* source, then destination */
-	u32 seq;
-	u32 bytes; /* of TCP payload */
+	u32 seq, ack;
+	u32 bytes;  /* of TCP payload */
+	u16 window; /* as in the header: not scaled */
 	u8 flags;
 };
 
@@ -28,7 +29,7 @@ static __always_inline u32 tcplat_be32(const u8 *at)
  */
 static __always_inline bool tcplat_parse_tcp(struct tcplat_segment *to, const u8 *l4, u32 rest)
 {
-	u8 tcp[14];
+	u8 tcp[16];
 	u32 length;
 
 	if (rest < 20 || bpf_probe_read_kernel(tcp, sizeof(tcp), l4))
@@ -39,7 +40,9 @@ static __always_inline bool tcplat_parse_tcp(struct tcplat_segment *to, const u8
 	to->addrs.sport = tcplat_be16(tcp);
 	to->addrs.dport = tcplat_be16(tcp + 2);
 	to->seq = tcplat_be32(tcp + 4);
+	to->ack = tcplat_be32(tcp + 8);
 	to->flags = tcp[13];
+	to->window = tcplat_be16(tcp + 14);
 	to->bytes = rest - length;
 	return true;
 }
