@@ -200,8 +200,8 @@ class Joiner:
             strange = bool(end.sock) and not conn.over and end.netns != row.netns
             if not conn.over and not end.sock:
                 return conn
-            if not conn.over and not strange:
-                self._finish(conn, "port reused")
+            if not strange:
+                self._replace(conn)
         conn = self._new(row, turned=index == SERVICE)
         self._register(conn, row.netns, apart=strange)
         return conn
@@ -214,8 +214,8 @@ class Joiner:
         own.client = (row.saddr, row.sport)
         own.service = (row.daddr, row.dport)
         if conn is None or conn.over or conn.ends[CLIENT].sock:
-            if conn is not None and not conn.over:
-                self._finish(conn, "port reused")
+            if conn is not None:
+                self._replace(conn)
             self._register(own, row.netns)
             return
         conn.ends = (end, conn.ends[SERVICE])
@@ -238,6 +238,22 @@ class Joiner:
         key = (netns if apart else None, *conn.client, *conn.service)
         self._tuples[key] = conn
         conn.keys.append(key)
+
+    def _replace(self, conn: Connection) -> None:
+        """Another connection has its addresses."""
+        if not conn.over:
+            self._finish(conn, "port reused")
+        self._release(conn)
+
+    def _release(self, conn: Connection) -> None:
+        """Its addresses are free for another connection."""
+        for key in conn.keys:
+            if self._tuples.get(key) is conn:
+                del self._tuples[key]
+        for key in conn.ways:
+            way = self._ways.get(key)
+            if way is not None and way[0] is conn:
+                del self._ways[key]
 
     def _turn(self, conn: Connection) -> None:
         """Which end is the client was guessed, and wrong."""
@@ -272,8 +288,7 @@ class Joiner:
             conn = self._find(row.netns, target, source)
             index = SERVICE if conn is not None else CLIENT
         if conn is not None and opens and self._is_new(conn, row):
-            if not conn.over:
-                self._finish(conn, "port reused")
+            self._replace(conn)
             conn = None
         if conn is None:
             # What does not begin a connection and carries nothing is the rest of an old one.
@@ -721,13 +736,7 @@ class Joiner:
         self._next_sweep_ns = (ts_ns // _SECOND_NS + 1) * _SECOND_NS
         over = self._over
         while over and over[0].last_ns + _STRAGGLERS_NS < ts_ns:
-            conn = over.popleft()
-            for key in conn.keys:
-                if self._tuples.get(key) is conn:
-                    del self._tuples[key]
-            for key in conn.ways:
-                if key in self._ways and self._ways[key][0] is conn:
-                    del self._ways[key]
+            self._release(over.popleft())
         ended = []
         for conn in self._conns.values():
             silent_ns = ts_ns - conn.last_ns
