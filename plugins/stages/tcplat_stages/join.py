@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .model import CLIENT, SERVICE, STATS, Connection, End, Exchange, Flow, Log, reached
+from .model import CLIENT, SERVICE, STATS, Connection, End, Exchange, Flow, Reach, reached
 from .stages import (
     ACCEPTED,
     CLIENT_SENT,
@@ -40,6 +40,7 @@ Told = Exchange | Connection
 _SECOND_NS = 1_000_000_000
 _ROLES = {"tcp_client": CLIENT, "tcp_service": SERVICE, "client": CLIENT, "service": SERVICE}
 """Whose socket it is, by the probe, or by what tcp_stats says."""
+_PLAIN = frozenset({"ACK", "PSH|ACK"})
 _PACKETS = frozenset({"nic_tx", "nic_rx", "rx_ip"})
 _STRAGGLERS_NS = 2 * _SECOND_NS
 """So long a connection that is over still takes what belongs to it."""
@@ -171,18 +172,13 @@ class Joiner:
         end.sock = row.sock
         end.netns, end.pid, end.comm = row.netns, row.pid, row.comm
         # What was taken for this end's from packets, was not: of a router between, say.
-        for flow, sending in (
-            (end.conn.flows[end.index], True),
-            (end.conn.flows[1 - end.index], False),
-        ):
-            if sending:
-                if flow.tx_netns not in (None, row.netns):
-                    flow.tx, flow.tx_log, flow.tx_if = -1, [], None
-                flow.tx_netns = row.netns
-            else:
-                if flow.rx_netns not in (None, row.netns):
-                    flow.nic, flow.nic_log, flow.late_nic, flow.rx_if = -1, [], [], None
-                flow.rx_netns = row.netns
+        sends, receives = end.conn.flows[end.index], end.conn.flows[1 - end.index]
+        if sends.tx_netns not in (None, row.netns):
+            sends.tx, sends.tx_dev = Reach(), None
+        sends.tx_netns = row.netns
+        if receives.rx_netns not in (None, row.netns):
+            receives.nic, receives.ip, receives.rx_if = Reach(), Reach(), None
+        receives.rx_netns = row.netns
 
     def _connection_of(self, row: Any, index: int) -> Connection:
         """The connection of a socket, by its addresses: known by its packets or its other end, or new."""
@@ -389,12 +385,9 @@ class Joiner:
 
     def _ready(self, end: End, row: Any, ts_ns: int) -> None:
         flow = end.conn.flows[1 - end.index]
-        position = flow.at(row.seq) + row.bytes
-        if position > flow.ready:
-            flow.ready = position
-            flow.ready_log.append((position, ts_ns))
-            if len(flow.ready_log) > _LONG:
-                self._prune(end.conn, 1 - end.index)
+        ready = flow.ready
+        if ready.pass_by(flow.at(row.seq) + row.bytes, ts_ns) and len(ready.log) > _LONG:
+            self._prune(end.conn, 1 - end.index)
 
     def _recv(self, end: End, row: Any, ts_ns: int) -> None:
         count = row.bytes
@@ -414,10 +407,10 @@ class Joiner:
         if end.pid != row.pid and row.pid is not None:
             end.pid, end.comm = row.pid, row.comm
         # What was read has come, whether or not its rows have.
-        if 0 <= flow.nic < finish:
-            flow.nic = _skip(flow.nic_log, flow.late_nic, finish)
-        if 0 <= flow.ip < finish:
-            flow.ip = _skip(flow.ip_log, flow.late_ip, finish)
+        if 0 <= flow.nic.position < finish:
+            flow.nic.skip(finish)
+        if 0 <= flow.ip.position < finish:
+            flow.ip.skip(finish)
         if index == SERVICE:
             if conn.answered < 0:
                 conn.answered = at
@@ -456,64 +449,65 @@ class Joiner:
             if flow.rx_netns is not None:
                 return
             flow.rx_netns = netns
-        count = row.bytes
-        if flags not in ("ACK", "PSH|ACK"):
-            if "SYN" in flags:
-                self._syn(conn, index, row, ts_ns, point, flags)
-            if "FIN" in flags:
-                self._fin(conn, index)
-                if len(conn.fins) > 1:
-                    conn.closing_ns = ts_ns
-            if "RST" in flags:
-                self._reset(conn, index)
-                conn.closing_ns = ts_ns
+        if flags not in _PLAIN:
+            self._flags(conn, index, row, ts_ns, point, flags)
         if point != "rx_ip" and (leaves or flow.tx_netns is None):
             self._window(conn, flow, row, flags)
-        if not count:
-            return
-        at = flow.at(row.seq + 1 if "SYN" in flags else row.seq)
-        finish = at + count
+        count = row.bytes
+        if count:
+            # A SYN has a number of its own, before that of the first byte.
+            at = flow.at(row.seq + 1 if "SYN" in flags else row.seq)
+            self._data(conn, index, row, ts_ns, at, at + count)
+
+    def _data(
+        self, conn: Connection, index: int, row: Any, ts_ns: int, at: int, finish: int
+    ) -> None:
+        """A packet's payload, from `at` to `finish`."""
+        flow = conn.flows[index]
+        point = row.point
         if flow.begin < 0:
             flow.begin = at
-        if leaves:
-            if finish > flow.tx:
-                flow.tx = finish
-                flow.tx_log.append((finish, ts_ns))
-                if flow.tx_if is None:
-                    flow.tx_if = row.dev
-                if len(flow.tx_log) > _LONG:
-                    self._prune(conn, index)
-            elif flow.tx_if == row.dev:
+        if point == "nic_tx":
+            reach = flow.tx
+            if reach.pass_by(finish, ts_ns):
+                if flow.tx_dev is None:
+                    flow.tx_dev = row.dev
+            elif flow.tx_dev == row.dev:
                 self._again(conn, index, at)
         elif point == "nic_rx":
-            if at <= flow.nic < finish:
-                flow.nic = _advance(flow.nic_log, flow.late_nic, finish, ts_ns)
-                if len(flow.nic_log) > _LONG:
-                    self._prune(conn, index)
-            elif flow.nic < 0:
+            reach = flow.nic
+            if flow.rx_if is None:
                 flow.rx_if = row.ifname
-                flow.nic = _first(flow, flow.nic_log, flow.late_nic, at, finish, ts_ns)
-            elif finish > flow.nic:
-                flow.late_nic.append((at, finish))
-            elif flow.tx_netns is None and flow.rx_if == row.ifname:
+            come = reach.arrive(at, finish, ts_ns, flow.begin)
+            if not come and flow.tx_netns is None and flow.rx_if == row.ifname:
                 self._again(conn, index, at)
-        elif at <= flow.ip < finish:
-            flow.ip = _advance(flow.ip_log, flow.late_ip, finish, ts_ns)
-            if len(flow.ip_log) > _LONG:
-                self._prune(conn, index)
-        elif flow.ip < 0:
-            flow.ip = _first(flow, flow.ip_log, flow.late_ip, at, finish, ts_ns)
-        elif finish > flow.ip:
-            flow.late_ip.append((at, finish))
+        else:
+            reach = flow.ip
+            reach.arrive(at, finish, ts_ns, flow.begin)
+        if len(reach.log) > _LONG:
+            self._prune(conn, index)
         if index == CLIENT:
             if conn.answered < 0:
                 conn.answered = at
-        else:
-            if finish > flow.sent and not conn.ends[SERVICE].sock:
-                flow.sent = finish
-                self._reply(conn, at, None)
-            if conn.waiting:
-                self._come(conn)
+            return
+        if finish > flow.sent and not conn.ends[SERVICE].sock:
+            flow.sent = finish
+            self._reply(conn, at, None)
+        if conn.waiting:
+            self._come(conn)
+
+    def _flags(
+        self, conn: Connection, index: int, row: Any, ts_ns: int, point: str, flags: str
+    ) -> None:
+        if "SYN" in flags:
+            self._syn(conn, index, row, ts_ns, point, flags)
+        if "FIN" in flags:
+            self._fin(conn, index)
+            if len(conn.fins) > 1:
+                conn.closing_ns = ts_ns
+        if "RST" in flags:
+            self._reset(conn, index)
+            conn.closing_ns = ts_ns
 
     def _syn(
         self, conn: Connection, index: int, row: Any, ts_ns: int, point: str, flags: str
@@ -531,12 +525,12 @@ class Joiner:
         if conn.stamps[number] is None:
             conn.stamps[number] = ts_ns
             if point == "nic_tx":
-                flow.tx_if = row.dev
+                flow.tx_dev = row.dev
             elif point == "nic_rx":
                 flow.rx_if = row.ifname
         elif index == CLIENT and (
-            (point == "nic_tx" and flow.tx_if == row.dev)
-            or (point == "nic_rx" and flow.tx_if is None and flow.rx_if == row.ifname)
+            (point == "nic_tx" and flow.tx_dev == row.dev)
+            or (point == "nic_rx" and flow.tx_dev is None and flow.rx_if == row.ifname)
         ):
             conn.syns += 1
 
@@ -586,7 +580,8 @@ class Joiner:
         if index == SERVICE and conn.stamps[CONNECTED] is None and conn.flows[SERVICE].begin < 0:
             conn.reset_why = "nobody listens there"
         elif end.sock:
-            if max(inbound.ip, inbound.ready, inbound.nic) > max(inbound.read, inbound.begin):
+            arrived = max(inbound.arrived(), inbound.ready.position)
+            if arrived > max(inbound.read, inbound.begin):
                 conn.reset_why = "it closed with unread data"
             elif index in conn.fins or end.closed_ns:
                 conn.reset_why = "data came after it had closed"
@@ -620,10 +615,10 @@ class Joiner:
         flow = conn.flows[CLIENT]
         if conn.ends[SERVICE].sock:
             return flow.read
-        arrived = max(flow.ip, flow.nic)
+        arrived = flow.arrived()
         if arrived >= 0:
             return arrived
-        return flow.tx if flow.tx >= 0 else flow.sent
+        return flow.tx.position if flow.tx.position >= 0 else flow.sent
 
     def _begin(self, conn: Connection, kind: str, end: int) -> Exchange:
         """An exchange, and what is known of its request's way."""
@@ -632,10 +627,10 @@ class Joiner:
         exchange.request_begin, exchange.request_end = conn.answered, end
         stamps = exchange.stamps
         stamps[CLIENT_SENT] = conn.ask_ns
-        stamps[REQUEST_TX] = reached(flow.tx_log, end)
-        stamps[REQUEST_RX] = reached(flow.nic_log, end)
-        stamps[REQUEST_IP] = reached(flow.ip_log, end)
-        stamps[REQUEST_READY] = reached(flow.ready_log, end)
+        stamps[REQUEST_TX] = reached(flow.tx.log, end)
+        stamps[REQUEST_RX] = reached(flow.nic.log, end)
+        stamps[REQUEST_IP] = reached(flow.ip.log, end)
+        stamps[REQUEST_READY] = reached(flow.ready.log, end)
         if flow.read >= end:
             stamps[REQUEST_READ] = flow.read_ns
         exchange.retransmits, conn.ask_retransmits = conn.ask_retransmits, 0
@@ -657,10 +652,10 @@ class Joiner:
         flow = conn.flows[SERVICE]
         if conn.ends[CLIENT].sock:
             return flow.read >= end
-        arrived = max(flow.ip, flow.nic)
+        arrived = flow.arrived()
         if arrived >= 0:
             return arrived >= end
-        return flow.tx < 0 or flow.tx >= end
+        return flow.tx.position < 0 or flow.tx.position >= end
 
     def _come(self, conn: Connection) -> None:
         while conn.waiting and self._has_come(conn, conn.waiting[0].reply_end):
@@ -672,10 +667,10 @@ class Joiner:
         flow = conn.flows[SERVICE]
         end = exchange.reply_end
         stamps = exchange.stamps
-        stamps[REPLY_TX] = reached(flow.tx_log, end)
-        stamps[REPLY_RX] = reached(flow.nic_log, end)
-        stamps[REPLY_IP] = reached(flow.ip_log, end)
-        stamps[REPLY_READY] = reached(flow.ready_log, end)
+        stamps[REPLY_TX] = reached(flow.tx.log, end)
+        stamps[REPLY_RX] = reached(flow.nic.log, end)
+        stamps[REPLY_IP] = reached(flow.ip.log, end)
+        stamps[REPLY_READY] = reached(flow.ready.log, end)
         if conn.ends[CLIENT].sock and flow.read >= end:
             stamps[REPLY_READ] = flow.read_ns
         flow.forget(end + 1)
@@ -724,12 +719,10 @@ class Joiner:
             if one.sock and self._socks.get(one.sock) is one:
                 del self._socks[one.sock]
         self._over.append(conn)
-        # Its keys stay for a while; what its streams held goes now.
+        # Its addresses stay for a while; what its streams held goes now.
         for flow in conn.flows:
-            for log in (flow.sends, flow.tx_log, flow.nic_log, flow.ip_log, flow.ready_log):
+            for log in flow.logs():
                 log.clear()
-            flow.late_nic.clear()
-            flow.late_ip.clear()
 
     def _sweep(self, ts_ns: int) -> None:
         """Once a second of the rows' time: what has been silent for long."""
@@ -761,7 +754,7 @@ class Joiner:
         else:
             needed = conn.waiting[0].reply_end if conn.waiting else flow.sent
         flow.forget(needed)
-        for log in (flow.sends, flow.tx_log, flow.nic_log, flow.ip_log, flow.ready_log):
+        for log in flow.logs():
             if len(log) > _LONGEST:
                 del log[: _LONGEST // 2]
 
@@ -769,34 +762,3 @@ class Joiner:
 def _is_loopback(address: str, other: str) -> bool:
     """Both ends are in one namespace, and every namespace has the same addresses."""
     return address == other or address.startswith("127.") or address == "::1"
-
-
-def _first(
-    flow: Flow, log: Log, late: list[tuple[int, int]], at: int, finish: int, ts_ns: int
-) -> int:
-    """The first arrival that this point saw of a stream."""
-    if at <= flow.begin:
-        log.append((finish, ts_ns))
-        return finish
-    late.append((at, finish))
-    return flow.begin
-
-
-def _advance(log: Log, late: list[tuple[int, int]], finish: int, ts_ns: int | None) -> int:
-    """The stream is whole up to `finish`, and on to where what came too early ends."""
-    if late:
-        late.sort()
-        while late and late[0][0] <= finish:
-            finish = max(finish, late.pop(0)[1])
-    log.append((finish, ts_ns))
-    return finish
-
-
-def _skip(log: Log, late: list[tuple[int, int]], finish: int) -> int:
-    """The rows that would have told of bytes up to `finish` are missing."""
-    log.append((finish, None))
-    if late:
-        late[:] = [piece for piece in late if piece[1] > finish]
-        if late and min(late)[0] <= finish:
-            return _advance(log, late, finish, None)
-    return finish

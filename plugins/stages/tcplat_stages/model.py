@@ -28,31 +28,110 @@ Log = list[tuple[int, int | None]]
 
 
 def reached(log: Log, position: int) -> int | None:
-    """When a point had the stream up to `position`; None where nobody can know."""
+    """When a log has the stream up to `position`; None where nobody can know."""
     index = bisect_left(log, (position,))
     return log[index][1] if index < len(log) else None
 
 
-class Flow:
-    """One direction of a connection: how far its bytes have come, at each point where they are seen.
+class Reach:
+    """How far a stream has come at one point where it is seen, and when it had come how far.
 
     A position is the number of the first byte that has not come so far; -1 for unknown.
+    """
+
+    __slots__ = ("late", "log", "position")
+
+    def __init__(self) -> None:
+        self.position = -1
+        self.log: Log = []
+        self.late: list[tuple[int, int]] = []
+        """What came behind a hole: from where to where."""
+
+    def pass_by(self, finish: int, ts_ns: int) -> bool:
+        """Bytes up to `finish` come, whatever is missing before. False if they had come already."""
+        if finish <= self.position:
+            return False
+        self.position = finish
+        self.log.append((finish, ts_ns))
+        return True
+
+    def arrive(self, at: int, finish: int, ts_ns: int, begin: int) -> bool:
+        """Bytes from `at` to `finish` come; they count when nothing is missing before them.
+
+        Args:
+            at: Their first.
+            finish: The one after their last.
+            ts_ns: Now.
+            begin: First byte of the stream, as far as it is known.
+
+        Returns:
+            False if they had come already.
+        """
+        position = self.position
+        if position < 0:
+            position = self.position = begin
+        if finish <= position:
+            return False
+        if at > position:
+            self.late.append((at, finish))
+            return True
+        if self.late:
+            finish = self._whole(finish)
+        self.position = finish
+        self.log.append((finish, ts_ns))
+        return True
+
+    def skip(self, finish: int) -> None:
+        """Bytes up to `finish` were read: they have come, and the rows that would tell are missing."""
+        if self.late:
+            finish = self._whole(finish)
+        self.position = finish
+        self.log.append((finish, None))
+
+    def _whole(self, finish: int) -> int:
+        """Where the stream is whole up to, once it is whole up to `finish`."""
+        self.late.sort()
+        while self.late and self.late[0][0] <= finish:
+            finish = max(finish, self.late.pop(0)[1])
+        return finish
+
+    def forget(self, position: int) -> None:
+        """Drop what only tells of bytes before `position`."""
+        log = self.log
+        if log and log[0][0] < position:
+            del log[: bisect_left(log, (position,))]
+
+
+class Flow:
+    """One direction of a connection.
+
+    Attributes:
+        ref: The highest sequence number seen: others are unwrapped by it.
+        begin: First byte.
+        syn: The SYN's own number, as on the wire.
+        sent: How far the sender's calls have come.
+        sends: End and instant of each of those calls.
+        last_send: Where the last one's bytes begin.
+        data_sent: Bytes handed to the kernel, in all.
+        tx: At the sender's device, in namespace tx_netns; device tx_dev is the first.
+        nic: At the receiver's interface, in namespace rx_netns; rx_if is the first.
+        ip: At the receiver's IP.
+        ready: In the receiver's socket.
+        read: How far the receiver's calls have come, the last of them at read_ns.
+        retransmits: Packets seen that carry what was sent before.
+        zero_windows: How often the sender of this stream closed its own window.
+        zero: It is closed.
     """
 
     __slots__ = (
         "begin",
         "data_sent",
         "ip",
-        "ip_log",
         "last_send",
-        "late_ip",
-        "late_nic",
         "nic",
-        "nic_log",
         "read",
         "read_ns",
         "ready",
-        "ready_log",
         "ref",
         "retransmits",
         "rx_if",
@@ -61,47 +140,24 @@ class Flow:
         "sent",
         "syn",
         "tx",
-        "tx_if",
-        "tx_log",
+        "tx_dev",
         "tx_netns",
         "zero",
         "zero_windows",
     )
 
     def __init__(self) -> None:
-        self.ref = -1
-        """The highest sequence number seen: others are unwrapped by it."""
-        self.begin = -1
-        """Of the first byte."""
-        self.syn = -1
-        """The SYN's own number, as on the wire."""
-        self.sent = -1
+        self.ref = self.begin = self.syn = -1
+        self.sent = self.last_send = self.read = -1
         self.sends: Log = []
-        self.last_send = -1
-        """Where the last call's bytes begin."""
-        self.data_sent = 0
-        """Bytes that were handed to the kernel."""
-        self.tx = -1
-        self.tx_log: Log = []
+        self.data_sent = self.read_ns = 0
+        self.tx, self.nic, self.ip, self.ready = Reach(), Reach(), Reach(), Reach()
         self.tx_netns: int | None = None
-        self.tx_if: str | None = None
-        self.nic = -1
-        self.nic_log: Log = []
-        self.late_nic: list[tuple[int, int]] = []
-        """What arrived behind a hole."""
-        self.ip = -1
-        self.ip_log: Log = []
-        self.late_ip: list[tuple[int, int]] = []
+        self.tx_dev: str | None = None
         self.rx_netns: int | None = None
         self.rx_if: str | None = None
-        self.ready = -1
-        self.ready_log: Log = []
-        self.read = -1
-        self.read_ns = 0
-        self.retransmits = 0
-        self.zero_windows = 0
+        self.retransmits = self.zero_windows = 0
         self.zero = False
-        """The sender of this stream has closed its own window."""
 
     def at(self, seq: int) -> int:
         """A sequence number, unwrapped."""
@@ -114,11 +170,23 @@ class Flow:
             self.ref = at
         return at
 
+    def arrived(self) -> int:
+        """How far it has come at the receiver's host."""
+        return max(self.ip.position, self.nic.position)
+
     def forget(self, position: int) -> None:
         """Drop what only tells of bytes before `position`."""
-        for log in (self.sends, self.tx_log, self.nic_log, self.ip_log, self.ready_log):
-            if log and log[0][0] < position:
-                del log[: bisect_left(log, (position,))]
+        sends = self.sends
+        if sends and sends[0][0] < position:
+            del sends[: bisect_left(sends, (position,))]
+        self.tx.forget(position)
+        self.nic.forget(position)
+        self.ip.forget(position)
+        self.ready.forget(position)
+
+    def logs(self) -> tuple[Log, ...]:
+        """All that grows with the stream."""
+        return (self.sends, self.tx.log, self.nic.log, self.ip.log, self.ready.log)
 
 
 class End:
@@ -268,7 +336,7 @@ class Connection:
         flow = self.flows[index]
         if flow.data_sent:
             return flow.data_sent
-        furthest = max(flow.tx, flow.nic, flow.ip, flow.ready, flow.read)
+        furthest = max(flow.tx.position, flow.arrived(), flow.ready.position, flow.read)
         return furthest - flow.begin if furthest >= flow.begin >= 0 else None
 
 

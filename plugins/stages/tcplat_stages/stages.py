@@ -101,12 +101,9 @@ def split(stamps: Sequence[int | None], stages: tuple[str, ...] = STAGES) -> Spl
     if len(known) < 2:  # noqa: PLR2004 - one instant is no time
         return NOTHING
     kept = known
-    before = known[0][1]
-    for _, at in known:
-        if at < before:
-            kept = _consistent(known)
-            break
-        before = at
+    wrong = [place for place in range(1, len(known)) if known[place][1] < known[place - 1][1]]
+    if wrong:
+        kept = _consistent(known, wrong)
     first, last = kept[0], kept[-1]
     total_ns = last[1] - first[1]
     left_out = (
@@ -136,11 +133,20 @@ def _names(stages: tuple[str, ...]) -> dict[tuple[int, int], str]:
     }
 
 
-def _consistent(known: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The longest part that is in order; it has both ends, if those are. The earlier one of equals.
+def _consistent(known: list[tuple[int, int]], wrong: list[int]) -> list[tuple[int, int]]:
+    """The longest part that is in order, with both ends if those are. Of equals, the earlier one.
 
-    What lasted how long in all is what matters most, and what the ends say.
+    How long it lasted in all is what matters most, and what the ends say.
+
+    Args:
+        known: Number and instant.
+        wrong: Places in it of which the instant is before the one ahead.
     """
+    if len(wrong) == 1:
+        # As on loopback, where XDP comes behind IP: one of two neighbours goes.
+        place = wrong[0]
+        if place < len(known) - 1 and known[place - 1][1] <= known[place + 1][1]:
+            return [*known[:place], *known[place + 1 :]]
     first, last = known[0], known[-1]
     if first[1] > last[1]:
         return _longest(known)
