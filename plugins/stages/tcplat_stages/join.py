@@ -91,7 +91,7 @@ class Joiner:
             "stats": self._stats,
         }
 
-    def feed(self, rows: Iterable[Any]) -> list[Told]:
+    def feed(self, rows: Iterable[Any]) -> list[Told]:  # noqa: C901 - one pass over a million rows
         """Take rows in order of time; what became complete by them.
 
         An exchange is complete when the next one's reply begins, when its connection
@@ -155,7 +155,7 @@ class Joiner:
         """A socket that has not been seen before."""
         index = _ROLES.get(row.probe)
         if index is None:
-            index = _ROLES.get(getattr(row, "role", None))
+            index = _ROLES.get(getattr(row, "role", None) or "")
         if index is None or row.dport is None or "TCP_LISTEN" in (row.state, row.old_state):
             return None
         if row.sport is None:
@@ -181,7 +181,7 @@ class Joiner:
         receives.rx_netns = row.netns
 
     def _connection_of(self, row: Any, index: int) -> Connection:
-        """The connection of a socket, by its addresses: known by its packets or its other end, or new."""
+        """The connection of a socket: known by its packets or its other end, or new."""
         near, far = (row.saddr, row.sport), (row.daddr, row.dport)
         client, service = (near, far) if index == CLIENT else (far, near)
         conn = self._find(row.netns, client, service)
@@ -274,7 +274,7 @@ class Joiner:
         return flow.syn != row.seq and (flow.syn >= 0 or flow.begin >= 0)
 
     def _route(self, row: Any, key: tuple[Any, ...]) -> tuple[Connection, int] | None:
-        """The connection and the direction of a packet that comes by this way for the first time."""
+        """Connection and direction of a packet that comes by this way for the first time."""
         source, target = (row.saddr, row.sport), (row.daddr, row.dport)
         flags = row.flags or ""
         opens = "SYN" in flags and "ACK" not in flags
@@ -351,8 +351,7 @@ class Joiner:
         flow.sends.append((finish, ts_ns))
         flow.last_send = at
         flow.data_sent += count
-        if finish > flow.sent:
-            flow.sent = finish
+        flow.sent = max(flow.sent, finish)
         if end.pid != row.pid and row.pid is not None:
             end.pid, end.comm = row.pid, row.comm
         if index == SERVICE:
@@ -414,7 +413,13 @@ class Joiner:
         if index == SERVICE:
             if conn.answered < 0:
                 conn.answered = at
-            return
+        else:
+            self._replied(conn, at, finish)
+
+    def _replied(self, conn: Connection, at: int, finish: int) -> None:
+        """Bytes of the service's stream are seen, behind the service."""
+        flow = conn.flows[SERVICE]
+        # Where nobody watches its socket, this is how we learn that it replies.
         if finish > flow.sent and not conn.ends[SERVICE].sock:
             flow.sent = finish
             self._reply(conn, at, None)
@@ -469,15 +474,12 @@ class Joiner:
             flow.begin = at
         if point == "nic_tx":
             reach = flow.tx
-            if reach.pass_by(finish, ts_ns):
-                if flow.tx_dev is None:
-                    flow.tx_dev = row.dev
-            elif flow.tx_dev == row.dev:
+            flow.tx_dev = flow.tx_dev or row.dev
+            if not reach.pass_by(finish, ts_ns) and flow.tx_dev == row.dev:
                 self._again(conn, index, at)
         elif point == "nic_rx":
             reach = flow.nic
-            if flow.rx_if is None:
-                flow.rx_if = row.ifname
+            flow.rx_if = flow.rx_if or row.ifname
             come = reach.arrive(at, finish, ts_ns, flow.begin)
             if not come and flow.tx_netns is None and flow.rx_if == row.ifname:
                 self._again(conn, index, at)
@@ -486,15 +488,10 @@ class Joiner:
             reach.arrive(at, finish, ts_ns, flow.begin)
         if len(reach.log) > _LONG:
             self._prune(conn, index)
-        if index == CLIENT:
-            if conn.answered < 0:
-                conn.answered = at
-            return
-        if finish > flow.sent and not conn.ends[SERVICE].sock:
-            flow.sent = finish
-            self._reply(conn, at, None)
-        if conn.waiting:
-            self._come(conn)
+        if index == SERVICE:
+            self._replied(conn, at, finish)
+        elif conn.answered < 0:
+            conn.answered = at
 
     def _flags(
         self, conn: Connection, index: int, row: Any, ts_ns: int, point: str, flags: str

@@ -12,6 +12,7 @@ from typing import Any
 from .stages import (
     CONNECT_MILESTONES,
     CONNECT_STAGES,
+    CONNECTED,
     MILESTONES,
     Split,
     split,
@@ -82,7 +83,7 @@ class Reach:
         return True
 
     def skip(self, finish: int) -> None:
-        """Bytes up to `finish` were read: they have come, and the rows that would tell are missing."""
+        """Bytes up to `finish` were read: they have come, and no row tells when."""
         if self.late:
             finish = self._whole(finish)
         self.position = finish
@@ -311,8 +312,13 @@ class Connection:
 
     @property
     def handshake(self) -> Split:
-        """How the time from connect() to accept() divides into stages."""
-        return split(self.stamps, CONNECT_STAGES)
+        """How the time from connect() until the client may send divides into stages.
+
+        Where the client is not watched: as far as is known, up to accept().
+        """
+        if self.stamps[CONNECTED] is None:
+            return split(self.stamps, CONNECT_STAGES)
+        return split(self.stamps[: CONNECTED + 1], CONNECT_STAGES[:CONNECTED])
 
     @property
     def duration_ns(self) -> int:

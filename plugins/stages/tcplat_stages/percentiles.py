@@ -46,7 +46,7 @@ GROUPINGS: dict[str, Callable[[Exchange], Any]] = {
 
 def _order(name: str) -> tuple[int, int]:
     """Stages in the order of their chain, then what is no stage."""
-    first = name.split("+")[0]
+    first = name.partition("+")[0]
     if first in STAGES:
         return STAGES.index(first), name.count("+")
     return len(STAGES) + (name == TOTAL), 0

@@ -64,13 +64,13 @@ class Summary:
 
 
 def _between(conn: Connection, first: int, last: int) -> int | None:
-    """ns between two instants of the handshake, if they are known and in order."""
+    """How many ns between two instants of the handshake, if they are known and in order."""
     began, ended = conn.stamps[first], conn.stamps[last]
     return ended - began if began is not None and ended is not None and ended >= began else None
 
 
 def _connect(conn: Connection) -> tuple[int | None, int | None, int | None, int | None]:
-    """All of it until the client may send, and its parts: SYN, SYN-ACK, and the ACK after it, ns."""
+    """All of it until the client may send; its parts: SYN, SYN-ACK; the ACK after it; ns."""
     return (
         _between(conn, CONNECT_CALLED, CONNECTED),
         _between(conn, CONNECT_CALLED, SYN_RX),
@@ -153,10 +153,8 @@ def as_json(conn: Connection) -> dict[str, Any]:
 
 def block(conn: Connection) -> str:
     """A connection in a few lines."""
-    lines = [
-        f"{moment(conn.first_ns + conn.offset_ns)}  {path(conn)}  {duration(conn.duration_ns)}"
-        f"  {_end(conn)}"
-    ]
+    began = moment(conn.first_ns + conn.offset_ns)
+    lines = [f"{began}  {path(conn)}  {duration(conn.duration_ns)}  {_end(conn)}"]
     connect, syn, synack, ack = _connect(conn)
     parts = [("SYN", syn), ("SYN-ACK", synack), ("ACK", ack)]
     known = [f"{name} {duration(ns)}" for name, ns in parts if ns is not None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 from collections.abc import Mapping
 
 from .model import Connection, End
@@ -43,7 +43,7 @@ def parse_duration(text: str) -> int:
 def moment(time_ns: int) -> str:
     """Unix time as a reader has it, UTC, with microseconds."""
     seconds, nanos = divmod(time_ns, 1_000_000_000)
-    time = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    time = dt.datetime.fromtimestamp(seconds, dt.UTC)
     return f"{time:%Y-%m-%d %H:%M:%S}.{nanos // 1000:06d}Z"
 
 

@@ -12,9 +12,9 @@ import msgspec
 from tcplat_core import Event, Loss, Output, RunReport
 
 from .join import Joiner, Told
-from .model import CLIENT, SERVICE, Connection, Exchange
-from .stages import CONNECT_STAGES, MILESTONES, STAGES, UNEXPLAINED, Split
-from .text import bar, duration, micros, moment, path, stage, stages_json
+from .model import SERVICE, Exchange
+from .stages import MILESTONES, STAGES, UNEXPLAINED, Split
+from .text import bar, duration, micros, moment, parse_duration, path, stage, stages_json
 
 TOTAL = "total"
 _LEAST_BAR = 10
@@ -143,6 +143,7 @@ def as_json(exchange: Exchange) -> dict[str, Any]:
         "retransmits": exchange.retransmits,
         "zero_windows": exchange.zero_windows,
         "ended": exchange.ended,
+        "accept_us": conn.accept_us if exchange.number == 1 else None,
         "connect": handshake
         and {
             "total_us": micros(handshake.total_ns),
@@ -170,9 +171,10 @@ def block(exchange: Exchange, width: int) -> str:
     handshake = _handshake(exchange)
     if handshake is not None:
         again = f", SYN sent again {conn.syns} times" if conn.syns else ""
-        lines.append(f"  connect {duration(handshake.total_ns)}{again}")
+        accept = "" if conn.accept_us is None else f", accepted after {conn.accept_us:.1f} µs"
+        lines.append(f"  connect {duration(handshake.total_ns)}{again}{accept}")
         lines += _bars(handshake, width)
-        lines.append("  then")
+        lines.append(f"  {exchange.kind} {duration(split.total_ns)}")
     lines += _bars(split, width)
     return "\n".join([*lines, "", ""])
 
@@ -218,8 +220,6 @@ def parse_at_least(text: str) -> AtLeast:
     Raises:
         ValueError: There is no such stage, or it is no duration.
     """
-    from .text import parse_duration  # noqa: PLC0415 - needed by this one alone
-
     limits = []
     for word in text.split("+"):
         name, _, least = word.partition(":")
