@@ -26,9 +26,18 @@ if TYPE_CHECKING:
     from .hookspecs import hookimpl
     from .model import Loss, Option, Options, ProbeSpec, RunInfo, RunReport, Sink, SinkSpec
     from .output import Output
-    from .schema import Event, Moment, Wire, micros
+    from .schema import (
+        SCHEMA_VERSION,
+        Event,
+        Moment,
+        Wire,
+        clock_offset_ns,
+        json_types,
+        micros,
+    )
 
 __all__ = [
+    "SCHEMA_VERSION",
     "CannotRunError",
     "Event",
     "Hook",
@@ -50,10 +59,12 @@ __all__ = [
     "UsageError",
     "Way",
     "Wire",
+    "clock_offset_ns",
     "fenter",
     "fentry",
     "fexit",
     "hookimpl",
+    "json_types",
     "kentry",
     "kprobe",
     "kreturn",
