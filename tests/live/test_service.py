@@ -291,7 +291,7 @@ http {{
     {http}
     server {{
         listen 127.0.0.1:{port};
-        location / {{ {location} add_header Worker $pid; return 200 "it works"; }}
+        location / {{ add_header Worker $pid; return 200 "it works"; }}
     }}
 }}
 """
@@ -303,7 +303,7 @@ def nginx(folder: Path, *, http: str = "", location: str = "") -> Iterator[tuple
     program = shutil.which("nginx") or "/usr/sbin/nginx"
     port = free_port()
     config = folder / "nginx.conf"
-    config.write_text(_NGINX.format(folder=folder, port=port, http=http, location=location))
+    config.write_text(_NGINX.format(folder=folder, port=port, http=http))
     error_log = folder / "error.log"
     master = subprocess.Popen([program, "-p", folder, "-c", config, "-e", error_log])
     try:
