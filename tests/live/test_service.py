@@ -298,8 +298,8 @@ http {{
 
 
 @contextmanager
-def nginx(folder: Path, *, http: str = "", location: str = "") -> Iterator[tuple[int, list[int]]]:
-    """Its port, and its workers; configured further by these texts."""
+def nginx(folder: Path, http: str = "") -> Iterator[tuple[int, list[int]]]:
+    """Its port, and its workers; `http` is more of its configuration."""
     program = shutil.which("nginx") or "/usr/sbin/nginx"
     port = free_port()
     config = folder / "nginx.conf"
