@@ -139,6 +139,17 @@ class Joiner:
             self._finish(conn, "end of run")
         return told
 
+    def untold(self) -> list[str]:
+        """What was left out, in plain words; nothing if nothing was."""
+        counts = (
+            (self.cut, "that were under way when the capture began"),
+            (self.untimed, "of which one instant alone is known"),
+        )
+        found = [f"without {count} exchanges {which}" for count, which in counts if count]
+        if self.given_up:
+            found.append(f"{self.given_up} connections were given up: too many at a time")
+        return found
+
     # --- whose row it is
 
     def _new(self, row: Any, *, turned: bool = False) -> Connection:
@@ -681,9 +692,11 @@ class Joiner:
             or (conn.ends[CLIENT].sock and exchange.stamps[CLIENT_SENT] is None)
         ):
             self.cut += 1
+            conn.untold += 1
             return
         if sum(at is not None for at in exchange.stamps) < 2:  # noqa: PLR2004 - no time between
             self.untimed += 1
+            conn.untold += 1
             return
         conn.exchanges += 1
         exchange.number = conn.exchanges

@@ -259,6 +259,7 @@ class Connection:
         "stamps",
         "syns",
         "think_ns",
+        "untold",
         "waiting",
         "ways",
     )
@@ -290,6 +291,8 @@ class Connection:
         self.think_ns = 0
         """Between the client's reading of a reply and its next request, in all."""
         self.exchanges = 0
+        self.untold = 0
+        """Exchanges of it that are left out: cut by the capture's beginning, or of one instant."""
         self.ended = ""
         self.over = False
         self.closing_ns = 0

@@ -79,6 +79,9 @@ class Waterfall:
         self._show(self.joiner.finish())
         slowest = sorted(self._slowest, key=lambda one: (-one[0], -one[1]))
         self._write([exchange for _, _, exchange in slowest])
+        untold = [] if self.as_json else self.joiner.untold()
+        if untold:
+            self.output.write("".join(f"-- {words} --\n" for words in untold).encode())
         self.output.close()
 
     def _show(self, told: list[Told]) -> None:
