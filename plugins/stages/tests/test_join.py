@@ -456,6 +456,18 @@ def test_a_long_transfer_is_remembered_no_longer_than_it_is_needed() -> None:
     assert exchange.stamps[7:9] == [at + 1, at + 2]
 
 
+def test_a_hole_that_nothing_fills_does_not_grow_for_ever() -> None:
+    history = History()
+    for number in range(10_000):
+        if number != 5:
+            history.packet(number, "nic_rx", CLIENT, number * 10, 10)
+    joiner = Joiner()
+    joiner.feed(history.rows())
+    (conn,) = joiner._conns.values()
+    assert len(conn.flows[CLIENT].nic.late or ()) < 5_000
+    assert conn.bytes_of(CLIENT) == 100_000
+
+
 def test_nothing_is_kept_of_connections_that_are_over() -> None:
     joiner = Joiner()
     for number in range(50):
