@@ -598,15 +598,20 @@ class Joiner:
         conn.reset_by = index
         end = conn.ends[index]
         inbound = conn.flows[1 - index]
-        if index == SERVICE and conn.stamps[CONNECTED] is None and conn.flows[SERVICE].begin < 0:
+        known = max(inbound.read, inbound.begin)
+        if (
+            index == SERVICE
+            and conn.began
+            and conn.stamps[CONNECTED] is None
+            and conn.flows[SERVICE].begin < 0
+        ):
             conn.reset_why = "nobody listens there"
         elif end.sock:
-            arrived = max(inbound.arrived(), inbound.ready.position)
-            if arrived > max(inbound.read, inbound.begin):
+            if inbound.arrived() > known:
                 conn.reset_why = "it closed with unread data"
             elif index in conn.fins or end.closed_ns:
                 conn.reset_why = "data came after it had closed"
-            else:
+            elif inbound.sent <= known:  # else some of it may have come, and not been read
                 conn.reset_why = "it aborted"
 
     # --- turns

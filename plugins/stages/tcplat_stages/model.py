@@ -359,7 +359,7 @@ class Connection:
         flow = self.flows[index]
         if flow.data_sent:
             return flow.data_sent
-        furthest = max(flow.tx.position, flow.arrived(), flow.ready.position, flow.read)
+        furthest = max(flow.tx.position, flow.arrived(), flow.read)  # not ready: a FIN counts there
         return furthest - flow.begin if furthest >= flow.begin >= 0 else None
 
 

@@ -218,14 +218,14 @@ def _bars(split: Split, width: int) -> list[str]:
 
 
 def parse_at_least(text: str) -> AtLeast:
-    """``queue:1ms``; several are joined by +, any of them will do.
+    """``queue:1ms`` or ``queue=1ms``; several are joined by +, any of them will do.
 
     Raises:
         ValueError: There is no such stage, or it is no duration.
     """
     limits = []
     for word in text.split("+"):
-        name, _, least = word.partition(":")
+        name, _, least = word.replace("=", ":").partition(":")
         if name not in (*STAGES, TOTAL, UNEXPLAINED):
             raise ValueError(f"there is no stage {name!r}; it is one of {', '.join(STAGES)}, total")
         limits.append((name, parse_duration(least)))
