@@ -23,26 +23,33 @@ if TYPE_CHECKING:
         tracepoints,
         xdp,
     )
-    from .hookspecs import hookimpl
+    from .hookspecs import HOOKSPEC_VERSION, hookimpl
+    from .kinds import Kind, boolean, choice, duration, integer, size
     from .model import Loss, Option, Options, ProbeSpec, RunInfo, RunReport, Sink, SinkSpec
     from .output import Output
     from .schema import (
         SCHEMA_VERSION,
         Event,
+        Field,
         Moment,
         Wire,
+        address,
         clock_offset_ns,
-        json_types,
+        fields,
         micros,
+        printable,
     )
 
 __all__ = [
+    "HOOKSPEC_VERSION",
     "SCHEMA_VERSION",
     "CannotRunError",
     "Event",
+    "Field",
     "Hook",
     "HookPoint",
     "Interfaces",
+    "Kind",
     "Loss",
     "Moment",
     "Option",
@@ -59,22 +66,29 @@ __all__ = [
     "UsageError",
     "Way",
     "Wire",
+    "address",
+    "boolean",
+    "choice",
     "clock_offset_ns",
+    "duration",
     "fenter",
     "fentry",
     "fexit",
+    "fields",
     "hookimpl",
-    "json_types",
+    "integer",
     "kentry",
     "kprobe",
     "kreturn",
     "micros",
+    "printable",
+    "size",
     "tracepoint",
     "tracepoints",
     "xdp",
 ]
 
-_HOMES = ("errors", "hookpoints", "hookspecs", "model", "output", "schema")
+_HOMES = ("errors", "hookpoints", "hookspecs", "kinds", "model", "output", "schema")
 
 
 def __getattr__(name: str) -> Any:
