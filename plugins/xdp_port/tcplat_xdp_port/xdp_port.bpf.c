@@ -54,6 +54,7 @@ static __always_inline void report(struct xdp_md *ctx, const struct tcplat_packe
 	e->seq = bpf_ntohl(tcp->seq);
 	e->bytes = bytes;
 	e->flags = tcp->flags;
+	e->window = bpf_ntohs(tcp->window);
 	e->has = TCPLAT_HAS_SEQ | TCPLAT_HAS_BYTES | TCPLAT_HAS_FLAGS;
 	/* Without the flag the field means nothing. */
 	if (tcp->flags & TCP_FLAG_ACK) {

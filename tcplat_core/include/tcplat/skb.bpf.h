@@ -6,8 +6,9 @@
 
 struct tcplat_segment {
 	struct tcplat_addrs addrs; /* source, then destination */
-	u32 seq;
-	u32 bytes; /* of TCP payload */
+	u32 seq, ack;
+	u32 bytes;  /* of TCP payload */
+	u16 window; /* as in the header: not scaled */
 	u8 flags;
 };
 
@@ -23,7 +24,7 @@ static __always_inline u32 tcplat_be32(const u8 *at)
 }
 
 /*
- * A TCP header that was copied to the stack; `rest` is how many bytes the packet has from it on.
+ * The first 16 bytes of a TCP header, copied to the stack; `rest` is how many bytes the packet has from it on.
  * False where the header does not fit.
  */
 static __always_inline bool tcplat_copied_tcp(struct tcplat_segment *to, const u8 *tcp, u32 rest)
@@ -38,7 +39,9 @@ static __always_inline bool tcplat_copied_tcp(struct tcplat_segment *to, const u
 	to->addrs.sport = tcplat_be16(tcp);
 	to->addrs.dport = tcplat_be16(tcp + 2);
 	to->seq = tcplat_be32(tcp + 4);
+	to->ack = tcplat_be32(tcp + 8);
 	to->flags = tcp[13];
+	to->window = tcplat_be16(tcp + 14);
 	to->bytes = rest - length;
 	return true;
 }
@@ -46,7 +49,7 @@ static __always_inline bool tcplat_copied_tcp(struct tcplat_segment *to, const u
 /* The same where it is. */
 static __always_inline bool tcplat_parse_tcp(struct tcplat_segment *to, const u8 *l4, u32 rest)
 {
-	u8 tcp[14];
+	u8 tcp[16];
 
 	return !bpf_probe_read_kernel(tcp, sizeof(tcp), l4) && tcplat_copied_tcp(to, tcp, rest);
 }

@@ -1,0 +1,1 @@
+"""Packets on their way out: the last moment before a device has them."""

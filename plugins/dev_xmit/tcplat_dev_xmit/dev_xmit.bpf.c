@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+/*
+ * TCP packets that leave: each as it is handed to a device, behind every queue.
+ *
+ * XMIT_PORTS: `case` labels of the wanted ports; not defined for all of them.
+ */
+#include <tcplat/event.bpf.h>
+#include <tcplat/owner.bpf.h>
+#include <tcplat/skb.bpf.h>
+
+#define TCP_FLAG_ACK 0x10
+
+#ifdef XMIT_PORTS
+static __always_inline bool is_wanted(u16 port)
+{
+	switch (port) {
+	XMIT_PORTS
+		return true;
+	}
+	return false;
+}
+#else
+#define is_wanted(port) true
+#endif
+
+/* Whose packet it is; the source is the local end. False where nobody wants it. */
+static __always_inline bool find_owner(const struct sk_buff *skb, struct tcplat_addrs *ends,
+				       struct tcplat_seed *who)
+{
+	struct sock *sk = tcplat_get(skb, sk);
+	struct tcplat_sock *s = sk ? tcplat_find(sk) : NULL;
+
+	if (s) {
+		who->pid = s->pid;
+		__builtin_memcpy(who->comm, s->comm, sizeof(who->comm));
+		return s->wanted;
+	}
+	/* What answers a SYN has no socket of its own yet, what is forwarded never has. */
+	if (tcplat_whose(ends, who))
+		return who->wanted;
+	return tcplat_wanted_nobody();
+}
+
+static __always_inline int report(const struct sk_buff *skb, const struct net_device *dev, u8 hook)
+{
+	u64 now = bpf_ktime_get_ns();
+	const u8 *l3 = (const u8 *)tcplat_get(skb, head) + tcplat_get(skb, network_header);
+	u32 length = tcplat_get(skb, len) - (u32)(l3 - (const u8 *)tcplat_get(skb, data));
+	struct tcplat_segment segment = {};
+	struct tcplat_seed who = {};
+	struct tcplat_event *e;
+	struct net *net;
+
+	if (!tcplat_parse_ip(&segment, l3, length))
+		return 0;
+	if (!is_wanted(segment.addrs.sport) && !is_wanted(segment.addrs.dport))
+		return 0;
+	net = tcplat_get(dev, nd_net.net);
+	segment.addrs.netns = tcplat_get(net, ns.inum);
+	if (!tcplat_wanted_addrs(&segment.addrs) || !find_owner(skb, &segment.addrs, &who))
+		return 0;
+	e = tcplat_reserve(hook, now);
+	if (!e)
+		return 0;
+	tcplat_fill_addrs(e, &segment.addrs);
+	tcplat_fill_segment(e, &segment);
+	e->pid = who.pid;
+	__builtin_memcpy(e->comm, who.comm, sizeof(e->comm));
+	bpf_probe_read_kernel(e->dev, sizeof(e->dev), dev->name);
+	e->window = segment.window;
+	/* Without the flag the field means nothing. */
+	if (segment.flags & TCP_FLAG_ACK) {
+		e->ack = segment.ack;
+		e->has |= TCPLAT_HAS_ACK;
+	}
+	tcplat_submit(e);
+	return 0;
+}
+
+int tp_start_xmit(struct bpf_raw_tracepoint_args *ctx)
+{
+	return report((const struct sk_buff *)ctx->args[0], (const struct net_device *)ctx->args[1],
+		      HOOK_tp_start_xmit);
+}
+
+int tp_queue(struct bpf_raw_tracepoint_args *ctx)
+{
+	const struct sk_buff *skb = (const struct sk_buff *)ctx->args[0];
+
+	return report(skb, tcplat_get(skb, dev), HOOK_tp_queue);
+}

@@ -1,0 +1,120 @@
+"""Which packets dev_xmit reports, and in which words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.resources import files
+from typing import Annotated
+
+from tcplat_core import (
+    Event,
+    HookPoint,
+    Moment,
+    Option,
+    Options,
+    ProbeSpec,
+    Wire,
+    hookimpl,
+    tracepoint,
+)
+
+_MOST_PORTS = 32
+_HIGHEST_PORT = 65535
+_PRINTS = range(0x21, 0x7F)
+
+
+def device(raw: bytes) -> str:
+    """A device's name, safe to print: the kernel forbids but slashes, colons and white space."""
+    name = raw.split(b"\0", 1)[0]
+    return "".join(
+        chr(byte) if byte in _PRINTS and byte != ord("\\") else f"\\x{byte:02x}" for byte in name
+    )
+
+
+class LeavingEvent(Event, gc=False):
+    """A row of dev_xmit."""
+
+    ack: Annotated[
+        int | None, Wire("u32", "next sequence number the sender of a packet expects", has=True)
+    ]
+    window: Annotated[int, Wire("u16", "how much its sender has room for; not scaled, so 0 is 0")]
+    dev: Annotated[
+        str, Wire("char[16]", "the device it leaves by, as its own namespace calls it", to=device)
+    ]
+
+
+def _ports(text: str) -> tuple[int, ...]:
+    """Several are joined by +; none at all stands for all."""
+    if text == "all":
+        return ()
+    ports = []
+    for word in text.split("+"):
+        if not (word.isascii() and word.isdecimal()) or not 0 < int(word) <= _HIGHEST_PORT:
+            raise ValueError(f"{word!r} is not a port; write 9999, 80+443 or all")
+        ports.append(int(word))
+    if len(ports) > _MOST_PORTS:
+        raise ValueError(f"{len(ports)} ports are too many; take {_MOST_PORTS}, or all")
+    return tuple(dict.fromkeys(ports))
+
+
+def defines(options: Options) -> dict[str, int | str]:
+    """What the C is compiled for."""
+    if not options["port"]:
+        return {}
+    return {"XMIT_PORTS": " ".join(f"case {port}:" for port in options["port"])}
+
+
+_WORDS = {
+    frozenset({"SYN"}): ("SYN leaves", "SYN, data leave"),
+    frozenset({"SYN", "ACK"}): ("SYN answered", "SYN answered"),
+    frozenset({"ACK"}): ("ACK leaves", "data leave"),
+    frozenset({"FIN", "ACK"}): ("FIN leaves", "data, FIN leave"),
+}
+"""Flags -> what an empty packet is, and one with payload."""
+
+
+def describe(moment: Moment) -> str:
+    """A packet in plain words, 15 letters at most: the table's column is no wider."""
+    flags = frozenset((moment.flags or "").split("|")) & {"SYN", "FIN", "RST", "ACK"}
+    if "RST" in flags:
+        return "RST leaves"
+    empty, full = _WORDS.get(flags, ("odd flags", "odd flags"))
+    return empty if moment.empty else full
+
+
+@hookimpl
+def tcplat_register_probes() -> Iterator[ProbeSpec]:
+    """Offer the probe."""
+    yield ProbeSpec(
+        name="dev_xmit",
+        summary="each TCP packet that leaves, as it is handed to a device",
+        source=files(__package__).joinpath("dev_xmit.bpf.c").read_text(encoding="utf-8"),
+        points=(
+            HookPoint(
+                "nic_tx",
+                (
+                    tracepoint(
+                        "net:net_dev_start_xmit",
+                        "tp_start_xmit",
+                        "const struct sk_buff *",
+                        "const struct net_device *",
+                    ),
+                    # In front of the device's queue: what waits there seems to be on the wire.
+                    tracepoint("net:net_dev_queue", "tp_queue", "struct sk_buff *"),
+                ),
+            ),
+        ),
+        types=("sk_buff", "net_device:nd_net", "net_device:name", "tcp_sock"),
+        event=LeavingEvent,
+        describe=describe,
+        options=(
+            Option(
+                name="port",
+                help="TCP ports, of either end, joined by +; all of them if not given",
+                convert=_ports,
+                default=(),
+            ),
+        ),
+        defines=defines,
+        track=True,
+    )

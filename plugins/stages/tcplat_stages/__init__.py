@@ -1,0 +1,1 @@
+"""Where the time goes: exchanges and their stages, from rows of any probes."""

@@ -1,0 +1,207 @@
+"""Percentiles of each stage, by groups of exchanges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+import msgspec
+
+from tcplat_core import Event, Loss, Output, RunReport
+
+from .histogram import Histogram
+from .join import Joiner, Told
+from .model import CLIENT, Exchange
+from .stages import STAGES, UNEXPLAINED
+from .text import duration, micros
+
+TOTAL = "total"
+PERCENTILES = ((50.0, "p50"), (90.0, "p90"), (99.0, "p99"), (99.9, "p99_9"))
+_MOST_GROUPS = 4096
+OTHERS = "(others)"
+
+Group = tuple[Any, ...]
+
+
+def _process(exchange: Exchange) -> Any:
+    return exchange.end.comm
+
+
+def _remote(exchange: Exchange) -> Any:
+    conn = exchange.conn
+    return conn.service[0] if exchange.end.index == CLIENT else conn.client[0]
+
+
+def _port(exchange: Exchange) -> Any:
+    return exchange.conn.service[1]
+
+
+GROUPINGS: dict[str, Callable[[Exchange], Any]] = {
+    "process": _process,  # name of the client's process; the service's, where that is unknown
+    "remote": _remote,  # address of the other end, as that process sees it
+    "port": _port,  # of the service
+}
+
+
+def _order(name: str) -> tuple[int, int]:
+    """Stages in the order of their chain, then what is no stage."""
+    first = name.partition("+")[0]
+    if first in STAGES:
+        return STAGES.index(first), name.count("+")
+    return len(STAGES) + (name == TOTAL), 0
+
+
+@attrs.define(eq=False)
+class Stages:
+    """Percentiles per group and stage.
+
+    Args:
+        output: Where to.
+        group_by: Names of GROUPINGS.
+        every_ns: Also every so often, by the rows' time; 0 for at the end alone.
+        as_json: One JSON object per group and stage.
+    """
+
+    output: Output
+    group_by: tuple[str, ...] = ("process", "port")
+    every_ns: int = 0
+    as_json: bool = False
+    joiner: Joiner = attrs.field(factory=Joiner)
+    _now: dict[Group, dict[str, Histogram]] = attrs.field(factory=dict, init=False)
+    _all: dict[Group, dict[str, Histogram]] = attrs.field(factory=dict, init=False)
+    _next_ns: int = attrs.field(default=0, init=False)
+    _lost: int = attrs.field(default=0, init=False)
+    _encoder: msgspec.json.Encoder = attrs.field(factory=msgspec.json.Encoder, init=False)
+
+    def write(self, batch: Sequence[Event]) -> None:
+        """Take rows; at the end of an interval, tell of it."""
+        if not self.every_ns:
+            self._count(self.joiner.feed(batch))
+            return
+        rows = batch
+        while rows and rows[-1].ts_ns >= self._next_ns:
+            # Where an interval ends is a matter of the rows, not of how they are divided.
+            cut = next(i for i, row in enumerate(rows) if row.ts_ns >= self._next_ns)
+            self._count(self.joiner.feed(rows[:cut]))
+            self._end_interval(rows[cut].ts_ns)
+            rows = rows[cut:]
+        self._count(self.joiner.feed(rows))
+
+    def lost(self, loss: Loss) -> None:
+        """Said with the figures."""
+        self._lost += loss.count
+
+    def idle(self) -> None:
+        """Notice a reader that has gone."""
+        self.output.look()
+
+    def close(self, report: RunReport) -> None:  # noqa: ARG002 - the summary is on stderr
+        """The figures of the whole run."""
+        self._count(self.joiner.finish())
+        self._add_up()
+        self._write(self._all, "")
+        self.output.close()
+
+    def _count(self, told: list[Told]) -> None:
+        groupings = [GROUPINGS[name] for name in self.group_by]
+        groups = self._now
+        for one in told:
+            if not isinstance(one, Exchange):
+                continue
+            group = tuple([grouping(one) for grouping in groupings])
+            found = groups.get(group)
+            if found is None:
+                if len(groups) >= _MOST_GROUPS:
+                    group = tuple(OTHERS for _ in groupings)
+                found = groups.setdefault(group, {})
+            split = one.split
+            parts = [*split.stages, (TOTAL, split.total_ns)]
+            if split.unexplained_ns:
+                parts.append((UNEXPLAINED, split.unexplained_ns))
+            for name, ns in parts:
+                histogram = found.get(name)
+                if histogram is None:
+                    histogram = found[name] = Histogram()
+                histogram.add(ns)
+
+    def _end_interval(self, ts_ns: int) -> None:
+        if self._next_ns:
+            self._write(self._now, f"until {self._next_ns // 1000} µs")
+        self._next_ns = (ts_ns // self.every_ns + 1) * self.every_ns
+        self._add_up()
+
+    def _add_up(self) -> None:
+        for group, found in self._now.items():
+            there = self._all.get(group)
+            if there is None and len(self._all) >= _MOST_GROUPS:
+                there = self._all.setdefault(tuple(OTHERS for _ in group), {})
+            elif there is None:
+                there = self._all.setdefault(group, {})
+            for name, histogram in found.items():
+                there.setdefault(name, Histogram()).merge(histogram)
+        self._now = {}
+
+    def _write(self, groups: dict[Group, dict[str, Histogram]], when: str) -> None:
+        rows = [
+            (group, name, groups[group][name])
+            for group in sorted(groups, key=_as_text)
+            for name in sorted(groups[group], key=_order)
+        ]
+        if self.as_json:
+            until = {"until_ns": self._next_ns} if when else {}
+            self.output.write(
+                self._encoder.encode_lines(
+                    [{**as_json(self.group_by, *row), **until} for row in rows]
+                )
+            )
+            return
+        self.output.write(self._table(rows, when).encode())
+
+    def _table(self, rows: list[tuple[Group, str, Histogram]], when: str) -> str:
+        lines = [f"-- {when}"] if when else []
+        if self._lost:
+            lines.append(f"-- {self._lost} events were lost: figures of what was seen")
+        if not when:
+            lines += [f"-- {words}" for words in self.joiner.untold()]
+        heads = [*(name.upper() for name in self.group_by), "STAGE", "COUNT"]
+        heads += ["P50", "P90", "P99", "P99.9", "MAX"]
+        cells = [
+            [
+                *("-" if value is None else str(value) for value in group),
+                name,
+                str(histogram.count),
+                *(duration(histogram.percentile(percent)) for percent, _ in PERCENTILES),
+                duration(histogram.max_ns),
+            ]
+            for group, name, histogram in rows
+        ]
+        widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+        left = len(self.group_by) + 1
+        for row in [heads, *cells]:
+            line = [
+                cell.ljust(width) if number < left else cell.rjust(width)
+                for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ]
+            lines.append("  ".join(line))
+        return "\n".join([*lines, ""])
+
+
+def _as_text(group: Group) -> tuple[str, ...]:
+    return tuple("" if value is None else str(value) for value in group)
+
+
+def as_json(
+    group_by: tuple[str, ...], group: Group, name: str, histogram: Histogram
+) -> dict[str, Any]:
+    """One group's stage as one object; null for what the groups are not told apart by."""
+    values = dict(zip(group_by, group, strict=True))
+    return {
+        "v": 1,
+        **{grouping: values.get(grouping) for grouping in GROUPINGS},
+        "stage": name,
+        "count": histogram.count,
+        **{f"{key}_us": micros(histogram.percentile(percent)) for percent, key in PERCENTILES},
+        "max_us": micros(histogram.max_ns),
+        "mean_us": round(histogram.sum_ns / histogram.count / 1000, 3),
+    }

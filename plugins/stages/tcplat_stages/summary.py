@@ -1,0 +1,227 @@
+"""A block per connection, when it is over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import msgspec
+
+from tcplat_core import Event, Loss, Output, RunReport
+
+from .join import Joiner, Told
+from .model import CLIENT, SERVICE, STATS, Connection
+from .stages import CONNECT_CALLED, CONNECTED, HANDSHAKE_DONE, SYN_RX
+from .text import duration, micros, moment, path, stages_json
+
+_ENDS = ("client", "service")
+
+
+@attrs.define(eq=False)
+class Summary:
+    """Connections as they end.
+
+    Args:
+        output: Where to.
+        as_json: One JSON object per connection.
+    """
+
+    output: Output
+    as_json: bool = False
+    joiner: Joiner = attrs.field(factory=Joiner)
+    _encoder: msgspec.json.Encoder = attrs.field(factory=msgspec.json.Encoder, init=False)
+
+    def write(self, batch: Sequence[Event]) -> None:
+        """Take rows; tell of the connections that end in them."""
+        self._show(self.joiner.feed(batch))
+
+    def lost(self, loss: Loss) -> None:
+        """A line at the place of the gap."""
+        if self.as_json:
+            self.output.write(self._encoder.encode({"v": 1, "lost": attrs.asdict(loss)}) + b"\n")
+        else:
+            text = f"-- {loss.count} events lost here ({loss.probe}, {loss.point}) --\n"
+            self.output.write(text.encode())
+
+    def idle(self) -> None:
+        """Notice a reader that has gone."""
+        self.output.look()
+
+    def close(self, report: RunReport) -> None:  # noqa: ARG002 - the summary is on stderr
+        """What is still open."""
+        self._show(self.joiner.finish())
+        self.output.close()
+
+    def _show(self, told: list[Told]) -> None:
+        found = [one for one in told if isinstance(one, Connection)]
+        if not found:
+            return
+        if self.as_json:
+            self.output.write(self._encoder.encode_lines([as_json(conn) for conn in found]))
+        else:
+            self.output.write("".join(map(block, found)).encode())
+
+
+def _between(conn: Connection, first: int, last: int) -> int | None:
+    """How many ns between two instants of the handshake, if they are known and in order."""
+    began, ended = conn.stamps[first], conn.stamps[last]
+    return ended - began if began is not None and ended is not None and ended >= began else None
+
+
+def _connect(conn: Connection) -> tuple[int | None, int | None, int | None, int | None]:
+    """All of it until the client may send; its parts: SYN, SYN-ACK; the ACK after it; ns."""
+    return (
+        _between(conn, CONNECT_CALLED, CONNECTED),
+        _between(conn, CONNECT_CALLED, SYN_RX),
+        _between(conn, SYN_RX, CONNECTED),
+        _between(conn, CONNECTED, HANDSHAKE_DONE),
+    )
+
+
+def _us(ns: int | None) -> float | None:
+    return None if ns is None else micros(ns)
+
+
+def _teller(conn: Connection) -> int:
+    """The end whose figures stand for the connection: the client's, if the kernel told them."""
+    return CLIENT if conn.ends[CLIENT].stats or not conn.ends[SERVICE].stats else SERVICE
+
+
+def _figures(conn: Connection, index: int) -> dict[str, Any]:
+    """What the kernel counted for an end; null where it did not tell."""
+    stats = conn.ends[index].stats or {}
+    return {name: stats.get(name) for name in STATS}
+
+
+def as_json(conn: Connection) -> dict[str, Any]:
+    """A connection as one object; times in µs."""
+    told = _figures(conn, _teller(conn))
+    connect, syn, synack, ack = _connect(conn)
+    ends = {
+        name: {
+            "pid": conn.ends[index].pid,
+            "comm": conn.ends[index].comm,
+            "netns": conn.ends[index].netns,
+            "bytes_sent": conn.bytes_of(index),
+            "retransmits_seen": conn.flows[index].retransmits,
+            "zero_windows": conn.flows[index].zero_windows,
+            **_figures(conn, index),
+        }
+        for index, name in enumerate(_ENDS)
+    }
+    end = conn.ends[CLIENT if conn.ends[CLIENT].pid is not None else SERVICE]
+    return {
+        "v": 1,
+        "ts_ns": conn.first_ns,
+        "time_ns": conn.first_ns + conn.offset_ns,
+        "conn": conn.number,
+        "pid": end.pid,
+        "comm": end.comm,
+        "ip": conn.ip,
+        "saddr": conn.client[0],
+        "sport": conn.client[1],
+        "daddr": conn.service[0],
+        "dport": conn.service[1],
+        "guessed": conn.guessed,
+        "began": conn.began,
+        "duration_us": micros(conn.duration_ns),
+        "connect_us": conn.connect_us if connect is None else micros(connect),
+        "syn_us": _us(syn),
+        "synack_us": _us(synack),
+        "ack_us": _us(ack),
+        "accept_us": conn.accept_us,
+        "connect_stages": stages_json(conn.handshake),
+        "syn_retransmits": conn.syns,
+        "exchanges": conn.exchanges,
+        "untold": conn.untold,
+        "think_us": micros(conn.think_ns),
+        "bytes_to_service": conn.bytes_of(CLIENT),
+        "bytes_to_client": conn.bytes_of(SERVICE),
+        "srtt_us": told["srtt_us"],
+        "min_rtt_us": told["min_rtt_us"],
+        "rto_us": told["rto_us"],
+        "retransmits": conn.retransmits,
+        "zero_windows": sum(flow.zero_windows for flow in conn.flows),
+        "closed_first": _ENDS[conn.fins[0]] if conn.fins else None,
+        "reset_by": None if conn.reset_by is None else _ENDS[conn.reset_by],
+        "reset_why": conn.reset_why,
+        "error": conn.error,
+        "ended": conn.ended,
+        **ends,
+    }
+
+
+def block(conn: Connection) -> str:
+    """A connection in a few lines."""
+    began = moment(conn.first_ns + conn.offset_ns)
+    lines = [f"{began}  {path(conn)}  {duration(conn.duration_ns)}  {_end(conn)}"]
+    connect, syn, synack, ack = _connect(conn)
+    parts = [("SYN", syn), ("SYN-ACK", synack), ("ACK", ack)]
+    known = [f"{name} {duration(ns)}" for name, ns in parts if ns is not None]
+    accept = (
+        []
+        if conn.accept_us is None
+        else [f"accepted after {duration(round(conn.accept_us * 1000))}"]
+    )
+    again = [f"SYN sent again {conn.syns} times"] if conn.syns else []
+    if connect is not None or known or accept:
+        whole = [] if connect is None else [f"{duration(connect)}"]
+        lines.append(_line("connect", [*whole, *known, *accept, *again]))
+    there, back = conn.bytes_of(CLIENT), conn.bytes_of(SERVICE)
+    plural = "" if conn.exchanges == 1 else "s"
+    lines.append(
+        _line(
+            "bytes",
+            [
+                f"{'?' if there is None else there} to the service",
+                f"{'?' if back is None else back} to the client",
+                f"{conn.exchanges} exchange{plural}",
+                *([f"client thought {duration(conn.think_ns)}"] if conn.think_ns else []),
+            ],
+        )
+    )
+    for index, name in enumerate(_ENDS):
+        stats = conn.ends[index].stats
+        if stats and stats["srtt_us"]:
+            lines.append(
+                _line(
+                    name,
+                    [
+                        f"srtt {duration(stats['srtt_us'] * 1000)}",
+                        f"min RTT {duration((stats['min_rtt_us'] or 0) * 1000)}",
+                        f"RTO {duration((stats['rto_us'] or 0) * 1000)}",
+                    ],
+                )
+            )
+    trouble = _trouble(conn)
+    if trouble:
+        lines.append(_line("trouble", trouble))
+    return "\n".join([*lines, "", ""])
+
+
+def _line(head: str, parts: list[str]) -> str:
+    return f"  {head:<8} {' · '.join(parts)}"
+
+
+def _end(conn: Connection) -> str:
+    if conn.reset_by is not None:
+        why = f": {conn.reset_why}" if conn.reset_why else ""
+        return f"reset by the {_ENDS[conn.reset_by]}{why}"
+    if conn.error:
+        return conn.error
+    if conn.fins:
+        return f"closed by the {_ENDS[conn.fins[0]]}"
+    return conn.ended
+
+
+def _trouble(conn: Connection) -> list[str]:
+    found = []
+    for index, name in enumerate(_ENDS):
+        count = conn.retransmits_of(index)
+        if count:
+            found.append(f"{name} retransmitted {count}")
+        windows = conn.flows[index].zero_windows
+        if windows:
+            found.append(f"{name} closed its window {windows} times")
+    return found

@@ -1,0 +1,90 @@
+"""How durations, ends and bars look."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping
+
+from .model import Connection, End
+from .stages import Split
+
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+_FEW = 4
+"""So many stages in one are named by the first and the last."""
+
+
+def micros(ns: int) -> float:
+    """As JSON has it: µs, exact to the nanosecond."""
+    return ns / 1000
+
+
+def duration(ns: int) -> str:
+    """Three digits or more, and the unit that suits."""
+    if ns < 1_000_000:  # noqa: PLR2004 - a millisecond
+        return f"{ns / 1000:.1f} µs"
+    if ns < 1_000_000_000:  # noqa: PLR2004 - a second
+        return f"{ns / 1e6:.2f} ms"
+    return f"{ns / 1e9:.3f} s"
+
+
+def parse_duration(text: str) -> int:
+    """``500us``, ``1ms`` or ``2s`` as ns.
+
+    Raises:
+        ValueError: It is not of that form.
+    """
+    for unit, factor in (("ns", 1), ("us", 1_000), ("ms", 1_000_000), ("s", 1_000_000_000)):
+        number = text.removesuffix(unit)
+        if number != text and number.replace(".", "", 1).isdecimal():
+            return round(float(number) * factor)
+    raise ValueError(f"{text!r} is no duration; write 500us, 1ms or 2s")
+
+
+def moment(time_ns: int) -> str:
+    """Unix time as a reader has it, UTC, with microseconds."""
+    seconds, nanos = divmod(time_ns, 1_000_000_000)
+    time = dt.datetime.fromtimestamp(seconds, dt.UTC)
+    return f"{time:%Y-%m-%d %H:%M:%S}.{nanos // 1000:06d}Z"
+
+
+def address(end: tuple[str, int | None]) -> str:
+    """Address and port."""
+    host, port = end
+    shown = "?" if port is None else str(port)
+    return f"[{host}]:{shown}" if ":" in host else f"{host}:{shown}"
+
+
+def who(end: End) -> str:
+    """Name and number of an end's process, in brackets; empty where nobody knows."""
+    if end.pid is None and end.comm is None:
+        return ""
+    return f" ({end.comm or '?'} {end.pid if end.pid is not None else '?'})"
+
+
+def path(conn: Connection) -> str:
+    """From whom to whom."""
+    client, service = conn.ends
+    guess = " (a guess)" if conn.guessed else ""
+    return f"{address(conn.client)}{who(client)} → {address(conn.service)}{who(service)}{guess}"
+
+
+def stage(name: str) -> str:
+    """A stage's name; of many in one the first and the last."""
+    parts = name.split("+")
+    return name if len(parts) < _FEW else f"{parts[0]}…{parts[-1]}"
+
+
+def bar(before_ns: int, ns: int, whole_ns: int, width: int) -> str:
+    """A part of the whole, at its place."""
+    if not whole_ns or width <= 0:
+        return ""
+    first = before_ns * width * 8 // whole_ns
+    last = (before_ns + ns) * width * 8 // whole_ns
+    start = first // 8
+    eighths = max(last - start * 8, 1)
+    return " " * start + "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
+
+
+def stages_json(split: Split) -> Mapping[str, float]:
+    """Name -> µs."""
+    return {name: micros(ns) for name, ns in split.stages}

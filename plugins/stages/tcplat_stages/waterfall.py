@@ -1,0 +1,232 @@
+"""A block per exchange: where its time went, stage after stage."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import msgspec
+
+from tcplat_core import Event, Loss, Output, RunReport
+
+from .join import Joiner, Told
+from .model import SERVICE, Exchange
+from .stages import MILESTONES, STAGES, UNEXPLAINED, Split
+from .text import bar, duration, micros, moment, parse_duration, path, stage, stages_json
+
+TOTAL = "total"
+_LEAST_BAR = 10
+
+
+@attrs.frozen
+class AtLeast:
+    """Only exchanges of which one stage took so long: name -> ns, any of them."""
+
+    limits: tuple[tuple[str, int], ...]
+
+    def passes(self, exchange: Exchange) -> bool:
+        """A stage that is one with others counts as a whole: it may have taken so long."""
+        split = exchange.split
+        parts = [(name.split("+"), ns) for name, ns in split.stages]
+        parts += [([TOTAL], split.total_ns), ([UNEXPLAINED], split.unexplained_ns)]
+        return any(
+            name in names and ns >= limit for name, limit in self.limits for names, ns in parts
+        )
+
+
+@attrs.define(eq=False)
+class Waterfall:
+    """Exchanges as they are complete.
+
+    Args:
+        output: Where to.
+        width: Columns to fit into.
+        as_json: One JSON object per exchange, instead of a picture.
+        slow: Only so many of the slowest, at the end; 0 for all, as they come.
+        at_least: Which ones; None for all.
+    """
+
+    output: Output
+    width: int = 100
+    as_json: bool = False
+    slow: int = 0
+    at_least: AtLeast | None = None
+    joiner: Joiner = attrs.field(factory=Joiner)
+    _slowest: list[tuple[int, int, Exchange]] = attrs.field(factory=list, init=False)
+    _count: int = attrs.field(default=0, init=False)
+    _encoder: msgspec.json.Encoder = attrs.field(factory=msgspec.json.Encoder, init=False)
+
+    def write(self, batch: Sequence[Event]) -> None:
+        """Take rows; show the exchanges that are complete by them."""
+        self._show(self.joiner.feed(batch))
+
+    def lost(self, loss: Loss) -> None:
+        """A line at the place of the gap."""
+        if self.as_json:
+            self.output.write(self._encoder.encode({"v": 1, "lost": attrs.asdict(loss)}) + b"\n")
+        else:
+            text = f"-- {loss.count} events lost here ({loss.probe}, {loss.point}) --\n\n"
+            self.output.write(text.encode())
+
+    def idle(self) -> None:
+        """Notice a reader that has gone."""
+        self.output.look()
+
+    def close(self, report: RunReport) -> None:  # noqa: ARG002 - the summary is on stderr
+        """What was still open; the slowest."""
+        self._show(self.joiner.finish())
+        slowest = sorted(self._slowest, key=lambda one: (-one[0], -one[1]))
+        self._write([exchange for _, _, exchange in slowest])
+        untold = [] if self.as_json else self.joiner.untold()
+        if untold:
+            self.output.write("".join(f"-- {words} --\n" for words in untold).encode())
+        self.output.close()
+
+    def _show(self, told: list[Told]) -> None:
+        found = [
+            one
+            for one in told
+            if isinstance(one, Exchange) and (self.at_least is None or self.at_least.passes(one))
+        ]
+        if not self.slow:
+            self._write(found)
+            return
+        for exchange in found:
+            self._count += 1
+            # Of two that took equally long, the earlier one stays.
+            item = (exchange.total_ns, -self._count, exchange)
+            if len(self._slowest) < self.slow:
+                heapq.heappush(self._slowest, item)
+            else:
+                heapq.heappushpop(self._slowest, item)
+
+    def _write(self, exchanges: list[Exchange]) -> None:
+        if not exchanges:
+            return
+        if self.as_json:
+            self.output.write(self._encoder.encode_lines([as_json(one) for one in exchanges]))
+        else:
+            self.output.write("".join(block(one, self.width) for one in exchanges).encode())
+
+
+def as_json(exchange: Exchange) -> dict[str, Any]:
+    """An exchange as one object; times in µs, exact to the nanosecond."""
+    conn = exchange.conn
+    split = exchange.split
+    end = exchange.end
+    service = conn.ends[SERVICE]
+    began_ns = exchange.began_ns
+    handshake = _handshake(exchange)
+    return {
+        "v": 1,
+        "kind": exchange.kind,
+        "ts_ns": began_ns,
+        "time_ns": began_ns + conn.offset_ns,
+        "conn": conn.number,
+        "number": exchange.number,
+        "pid": end.pid,
+        "comm": end.comm,
+        "service_pid": service.pid,
+        "service_comm": service.comm,
+        "netns": end.netns,
+        "ip": conn.ip,
+        "saddr": conn.client[0],
+        "sport": conn.client[1],
+        "daddr": conn.service[0],
+        "dport": conn.service[1],
+        "guessed": conn.guessed,
+        "total_us": micros(split.total_ns),
+        "stages": stages_json(split),
+        "unexplained_us": micros(split.unexplained_ns),
+        "left_out": [MILESTONES[number] for number in split.left_out],
+        "request_bytes": exchange.request_bytes,
+        "reply_bytes": exchange.reply_bytes,
+        "retransmits": exchange.retransmits,
+        "zero_windows": exchange.zero_windows,
+        "ended": exchange.ended,
+        "accept_us": conn.accept_us if exchange.number == 1 else None,
+        "connect": handshake
+        and {
+            "total_us": micros(handshake.total_ns),
+            "stages": stages_json(handshake),
+            "unexplained_us": micros(handshake.unexplained_ns),
+        },
+    }
+
+
+def _handshake(exchange: Exchange) -> Split | None:
+    """With a connection's first exchange, what came before."""
+    split = exchange.conn.handshake
+    return split if exchange.number == 1 and split.total_ns else None
+
+
+def block(exchange: Exchange, width: int) -> str:
+    """An exchange as a picture."""
+    conn = exchange.conn
+    split = exchange.split
+    head = (
+        f"{moment(exchange.began_ns + conn.offset_ns)}  {path(conn)}  "
+        f"{_what(exchange)}  {duration(split.total_ns)}{_marks(exchange)}"
+    )
+    lines = [head]
+    handshake = _handshake(exchange)
+    if handshake is not None:
+        again = f", SYN sent again {conn.syns} times" if conn.syns else ""
+        accept = "" if conn.accept_us is None else f", accepted after {conn.accept_us:.1f} µs"
+        lines.append(f"  connect {duration(handshake.total_ns)}{again}{accept}")
+        lines += _bars(handshake, width)
+        lines.append(f"  {exchange.kind} {duration(split.total_ns)}")
+    lines += _bars(split, width)
+    return "\n".join([*lines, "", ""])
+
+
+_ONE_WAY = {"request": "no reply", "push": "unasked"}
+
+
+def _what(exchange: Exchange) -> str:
+    if exchange.kind == "exchange":
+        return f"{exchange.request_bytes} B, reply {exchange.reply_bytes} B"
+    return f"{exchange.request_bytes or exchange.reply_bytes} B, {_ONE_WAY[exchange.kind]}"
+
+
+def _marks(exchange: Exchange) -> str:
+    marks = ""
+    if exchange.retransmits:
+        marks += f"  ! {exchange.retransmits} retransmitted"
+    if exchange.zero_windows:
+        marks += f"  ! window closed {exchange.zero_windows} times"
+    if exchange.ended not in ("turn", "closed"):
+        marks += f"  ({exchange.ended})"
+    return marks
+
+
+def _bars(split: Split, width: int) -> list[str]:
+    parts = [(stage(name), ns) for name, ns in split.stages]
+    if split.unexplained_ns:
+        parts.append((UNEXPLAINED, split.unexplained_ns))
+    names = max((len(name) for name, _ in parts), default=0)
+    times = max((len(duration(ns)) for _, ns in parts), default=0)
+    room = max(width - names - times - 6, _LEAST_BAR)
+    lines, before_ns = [], 0
+    for name, ns in parts:
+        shown = bar(before_ns, ns, split.total_ns, room)
+        lines.append(f"    {name:<{names}} {duration(ns):>{times}} {shown}".rstrip())
+        before_ns += ns
+    return lines
+
+
+def parse_at_least(text: str) -> AtLeast:
+    """``queue:1ms`` or ``queue=1ms``; several are joined by +, any of them will do.
+
+    Raises:
+        ValueError: There is no such stage, or it is no duration.
+    """
+    limits = []
+    for word in text.split("+"):
+        name, _, least = word.replace("=", ":").partition(":")
+        if name not in (*STAGES, TOTAL, UNEXPLAINED):
+            raise ValueError(f"there is no stage {name!r}; it is one of {', '.join(STAGES)}, total")
+        limits.append((name, parse_duration(least)))
+    return AtLeast(tuple(limits))

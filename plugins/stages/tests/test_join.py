@@ -1,0 +1,528 @@
+"""Rows joined to exchanges: by bytes, whatever the packets do."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+import attrs
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tcplat_stages.join import Joiner
+from tcplat_stages.model import Connection, Exchange
+from tcplat_stages.stages import MILESTONES, STAGES
+
+from .history import CLIENT, NETNS, SERVICE, History, Row
+
+DELAYS = st.lists(st.integers(1, 10_000_000), min_size=11, max_size=11)
+TURNS = st.lists(
+    st.tuples(DELAYS, st.integers(1, 100_000), st.integers(1, 100_000), st.integers(1, 6)),
+    min_size=1,
+    max_size=4,
+)
+NUMBERS = st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
+POINTS = ("nic_tx", "nic_rx", "rx_ip", "tcp_client", "ready", "tcp_service/recv")
+SECOND = 1_000_000_000
+
+
+def joined(rows: Sequence[Row], **how: Any) -> tuple[list[Exchange], list[Connection], Joiner]:
+    joiner = Joiner(**how)
+    told = joiner.feed(rows) + joiner.finish()
+    return (
+        [one for one in told if isinstance(one, Exchange)],
+        [one for one in told if isinstance(one, Connection)],
+        joiner,
+    )
+
+
+def of_turns(turns: Any, first: tuple[int, int], seed: int) -> tuple[History, list[list[int]]]:
+    """A history of requests and replies, one after the other, and the instants of each."""
+    history, truth = History(first), []
+    random = Random(seed)  # noqa: S311 - a history, no secret
+    now = history.shake_hands() + 10_000
+    for delays, asked, answered, pieces in turns:
+        at = list(itertools.accumulate(delays, initial=now))
+        history.message(CLIENT, asked, at[:6], pieces=pieces, random=random)
+        history.message(SERVICE, answered, at[6:], pieces=pieces, random=random)
+        truth.append(at)
+        now = at[-1] + 1
+    history.close(now + 1_000)
+    return history, truth
+
+
+def shape(told: Sequence[Exchange | Connection]) -> list[Any]:
+    return [
+        (one.number, one.stamps, one.retransmits, one.ended)
+        if isinstance(one, Exchange)
+        else (one.number, one.stamps, one.bytes_of(CLIENT), one.bytes_of(SERVICE), one.ended)
+        for one in told
+    ]
+
+
+@given(TURNS, NUMBERS, st.integers())
+@settings(deadline=None)
+def test_every_stage_is_what_truly_passed_however_it_was_cut_lost_and_sent_again(
+    turns: Any, first: tuple[int, int], seed: int
+) -> None:
+    history, truth = of_turns(turns, first, seed)
+    # The client has no rx_ip, and what is ready of the reply is told by nobody.
+    exchanges, connections, joiner = joined(history.rows(["tcp_client/ready"]))
+    assert len(exchanges) == len(truth)
+    for exchange, at, (delays, asked, answered, _) in zip(exchanges, truth, turns, strict=True):
+        assert exchange.kind == "exchange"
+        assert (exchange.request_bytes, exchange.reply_bytes) == (asked, answered)
+        known = dict(zip(MILESTONES, exchange.stamps, strict=True))
+        for name, when in zip(MILESTONES, at, strict=True):
+            assert known[name] == (None if name == "reply_ready" else when), name
+        parts = dict(exchange.split.stages)
+        assert parts == {
+            **dict(zip(STAGES[:9], delays[:9], strict=True)),
+            "tcp_back+queue_back": delays[9] + delays[10],
+        }
+        assert exchange.total_ns == sum(delays)
+    (conn,) = connections
+    assert conn.bytes_of(CLIENT) == sum(turn[1] for turn in turns)
+    assert conn.bytes_of(SERVICE) == sum(turn[2] for turn in turns)
+    assert (conn.ended, conn.fins) == ("closed", [CLIENT, SERVICE])
+    assert (joiner.cut, joiner.untimed, joiner.given_up) == (0, 0, 0)
+
+
+@given(TURNS, NUMBERS, st.integers(), st.sets(st.sampled_from(POINTS)))
+@settings(deadline=None)
+def test_what_is_not_watched_makes_stages_one_and_never_wrong(
+    turns: Any, first: tuple[int, int], seed: int, without: set[str]
+) -> None:
+    history, truth = of_turns(turns, first, seed)
+    exchanges, _, _ = joined(history.rows(without))
+    for exchange in exchanges:
+        split = exchange.split
+        assert sum(ns for _, ns in split.stages) + split.unexplained_ns == split.total_ns
+        assert all(ns >= 0 for _, ns in split.stages)
+    if "tcp_service/recv" in without:  # nobody knows where one request ends
+        return
+    assert len(exchanges) == len(truth)
+    for exchange, at in zip(exchanges, truth, strict=True):
+        for name, when, real in zip(MILESTONES, exchange.stamps, at, strict=True):
+            assert when in (None, real), name
+
+
+@given(TURNS, NUMBERS, st.integers(), st.lists(st.integers(1, 20)))
+@settings(deadline=None)
+def test_batches_make_no_difference(
+    turns: Any, first: tuple[int, int], seed: int, sizes: list[int]
+) -> None:
+    rows = of_turns(turns, first, seed)[0].rows()
+    at_once, in_parts = Joiner(), Joiner()
+    told = at_once.feed(rows) + at_once.finish()
+    parts, rest = [], rows
+    for size in sizes:
+        parts += in_parts.feed(rest[:size])
+        rest = rest[size:]
+    parts += in_parts.feed(rest) + in_parts.finish()
+    assert shape(parts) == shape(told)
+
+
+def simple(history: History, now: int, *, asked: int = 100, answered: int = 200) -> int:
+    """A request and a reply, a microsecond for each stage; when it is over."""
+    at = [now + 1_000 * step for step in range(12)]
+    history.message(CLIENT, asked, at[:6])
+    history.message(SERVICE, answered, at[6:])
+    return at[-1]
+
+
+def test_the_handshake_is_told_in_stages() -> None:
+    history = History()
+    history.close(simple(history, history.shake_hands() + 500) + 500)
+    (exchange,), (conn,), _ = joined(history.rows())
+    assert exchange.conn is conn
+    assert conn.handshake.stages == tuple(
+        (name, 1_000) for name in ("connect_send", "syn", "answer", "synack", "connect_done")
+    )
+    assert (conn.connect_us, conn.accept_us, conn.began) == (5.0, 1.0, True)
+    assert [end.pid for end in conn.ends] == [100, 101]
+
+
+def test_requests_in_flight_are_told_apart_by_what_the_service_had_read() -> None:
+    history = History()
+    now = history.shake_hands() + 1_000
+    # Three requests at once, and two replies before the client reads anything.
+    for number in range(3):
+        history.socket(now + number, CLIENT, "send", seq=history.seq(CLIENT, number * 10), bytes=10)
+    history.socket(now + 10, SERVICE, "recv", seq=history.seq(CLIENT, 0), bytes=10)
+    history.socket(now + 20, SERVICE, "send", seq=history.seq(SERVICE, 0), bytes=100)
+    history.socket(now + 30, SERVICE, "recv", seq=history.seq(CLIENT, 10), bytes=20)
+    history.socket(now + 40, SERVICE, "send", seq=history.seq(SERVICE, 100), bytes=50)
+    history.socket(now + 41, SERVICE, "send", seq=history.seq(SERVICE, 150), bytes=50)
+    history.socket(now + 50, CLIENT, "recv", seq=history.seq(SERVICE, 0), bytes=120)
+    history.socket(now + 60, CLIENT, "recv", seq=history.seq(SERVICE, 120), bytes=80)
+    history.sent = [30, 200]
+    history.close(now + 100)
+    (one, both), _, _ = joined(history.rows())
+    assert (one.request_bytes, one.reply_bytes) == (10, 100)
+    assert (both.request_bytes, both.reply_bytes) == (20, 100)
+    assert [one.stamps[i] for i in (0, 5, 6, 11)] == [now, now + 10, now + 20, now + 50]
+    # The first of the two began with its own send.
+    assert [both.stamps[i] for i in (0, 5, 6, 11)] == [now + 1, now + 30, now + 40, now + 60]
+
+
+def test_a_service_that_answers_before_it_has_read_everything_gets_no_negative_time() -> None:
+    history = History()
+    now = history.shake_hands() + 1_000
+    history.socket(now, CLIENT, "send", seq=history.seq(CLIENT, 0), bytes=100)
+    history.socket(now + 10, SERVICE, "recv", seq=history.seq(CLIENT, 0), bytes=50)
+    history.socket(now + 20, SERVICE, "send", seq=history.seq(SERVICE, 0), bytes=9)
+    history.socket(now + 30, CLIENT, "recv", seq=history.seq(SERVICE, 0), bytes=9)
+    history.socket(now + 40, SERVICE, "recv", seq=history.seq(CLIENT, 50), bytes=50)
+    history.socket(now + 50, SERVICE, "send", seq=history.seq(SERVICE, 9), bytes=9)
+    history.socket(now + 60, CLIENT, "recv", seq=history.seq(SERVICE, 9), bytes=9)
+    history.sent = [100, 18]
+    history.close(now + 100)
+    exchanges, _, _ = joined(history.rows())
+    assert [(one.request_bytes, one.reply_bytes) for one in exchanges] == [(50, 9), (50, 9)]
+    # Both halves were handed over by one call.
+    assert [one.stamps[0] for one in exchanges] == [now, now]
+
+
+def test_a_message_without_a_reply_and_one_that_nobody_asked_for() -> None:
+    history = History()
+    now = history.shake_hands() + 1_000
+    history.message(SERVICE, 30, [now + step for step in range(6)])
+    history.message(CLIENT, 40, [now + 100 + step for step in range(6)])
+    history.close(now + 1_000)
+    (greeting, last), _, _ = joined(history.rows())
+    assert (greeting.kind, greeting.reply_bytes, greeting.request_bytes) == ("push", 30, 0)
+    assert [name for name, _ in greeting.split.stages][:2] == ["server_send", "wire_back"]
+    assert (last.kind, last.request_bytes, last.reply_bytes) == ("request", 40, 0)
+    assert [name for name, _ in last.split.stages] == list(STAGES[:5])
+
+
+def test_half_closed_the_service_still_answers() -> None:
+    history = History()
+    now = history.shake_hands() + 1_000
+    history.message(CLIENT, 40, [now + step for step in range(6)])
+    history.socket(now + 10, CLIENT, "state", old_state="TCP_ESTABLISHED", state="TCP_FIN_WAIT1")
+    history.packet(now + 11, "nic_tx", CLIENT, 40, flags="FIN|ACK")
+    # The wake-up for the FIN counts it.
+    history.socket(now + 12, SERVICE, "ready", seq=history.seq(CLIENT, 40), bytes=1)
+    history.socket(now + 13, SERVICE, "recv", seq=history.seq(CLIENT, 40), bytes=0)
+    history.message(SERVICE, 30, [now + 100 + step for step in range(6)])
+    history.close(now + 1_000)
+    (exchange,), (conn,), _ = joined(history.rows())
+    assert (exchange.request_bytes, exchange.reply_bytes) == (40, 30)
+    assert conn.fins == [CLIENT, SERVICE]
+
+
+def test_what_the_kernel_did_not_take_is_not_sent() -> None:
+    history = History()
+    now = history.shake_hands() + 1_000
+    history.socket(now, CLIENT, "send", seq=history.seq(CLIENT, 0), bytes=100)
+    history.socket(now + 1, CLIENT, "send_short", seq=history.seq(CLIENT, 60), bytes=40)
+    history.socket(now + 2, CLIENT, "send", seq=history.seq(CLIENT, 60), bytes=40)
+    history.socket(now + 3, CLIENT, "send_short", seq=history.seq(CLIENT, 60), bytes=40)
+    history.socket(now + 9, SERVICE, "recv", seq=history.seq(CLIENT, 0), bytes=60)
+    history.message(SERVICE, 30, [now + 100 + step for step in range(6)])
+    history.sent[CLIENT] = 60
+    history.close(now + 1_000)
+    (exchange,), (conn,), _ = joined(history.rows())
+    assert (exchange.stamps[0], exchange.request_bytes) == (now, 60)
+    assert conn.bytes_of(CLIENT) == 60
+
+
+def test_a_port_that_is_used_again_is_another_connection() -> None:
+    one, other = History(), History((7, 7), socks=(33, 44))
+    one.close(simple(one, one.shake_hands() + 500) + 500)
+    later = simple(other, other.shake_hands(100_000) + 500)
+    other.close(later + 500)
+    exchanges, connections, _ = joined(one.rows() + other.rows())
+    assert [(exchange.conn.number, len(exchange.split.stages)) for exchange in exchanges] == [
+        (connections[0].number, 11),
+        (connections[1].number, 11),
+    ]
+    assert [conn.ended for conn in connections] == ["closed", "closed"]
+
+
+@pytest.mark.parametrize("flags", ["SYN", "SYN|ECE|CWR"])
+def test_a_syn_with_another_number_begins_another_connection(flags: str) -> None:
+    one, other = History(), History((7, 7))
+    simple(one, one.shake_hands() + 500)
+    simple(other, other.shake_hands(100_000) + 500)
+    rows = one.rows() + other.rows()
+    packets = [row for row in rows if row.probe in ("xdp_port", "dev_xmit")]
+    for row in packets:
+        row.flags = flags if row.flags == "SYN" else row.flags
+    exchanges, connections, _ = joined(packets)
+    assert [conn.ended for conn in connections] == ["port reused", "end of run"]
+    assert [exchange.conn for exchange in exchanges] == connections
+    assert not any(conn.guessed for conn in connections)
+
+
+def test_a_connection_whose_end_nobody_saw_ends_where_its_port_is_used_again() -> None:
+    one, other = History(), History((7, 7), socks=(33, 44))
+    simple(one, one.shake_hands() + 500)
+    simple(other, other.shake_hands(100_000) + 500)
+    exchanges, connections, _ = joined(one.rows() + other.rows())
+    assert [conn.ended for conn in connections] == ["port reused", "end of run"]
+    assert [len(exchange.split.stages) for exchange in exchanges] == [11, 11]
+
+
+def test_the_same_loopback_addresses_in_two_namespaces_are_two_connections() -> None:
+    ends = [("127.0.0.1", 40_000), ("127.0.0.1", 80)]
+    histories = [
+        History(netns=(number, number), ends=ends, socks=(number, number + 50), first=(number, 9))
+        for number in (1, 2)
+    ]
+    for offset, history in enumerate(histories):
+        history.close(simple(history, history.shake_hands(1_000 + offset) + 500) + 500)
+    rows = sorted(histories[0].rows() + histories[1].rows(), key=lambda row: row.ts_ns)
+    exchanges, connections, _ = joined(rows)
+    assert len(connections) == 2
+    assert [len(exchange.split.stages) for exchange in exchanges] == [11, 11]
+    assert {exchange.total_ns for exchange in exchanges} == {11_000}
+
+
+def test_a_router_on_the_way_is_neither_end() -> None:
+    history = History()
+    now = history.shake_hands() + 500
+    history.close(simple(history, now) + 500)
+    for row in list(history.made):
+        if row.point in ("nic_tx", "nic_rx") and row.bytes:
+            shift = 300 if row.point == "nic_tx" else -300
+            there = attrs.evolve(row, netns=77, ts_ns=row.ts_ns + shift, dev="r0", ifname="r0")
+            history.made.append(there)
+    (exchange,), (conn,), _ = joined(history.rows())
+    assert {ns for _, ns in exchange.split.stages} == {1_000}
+    assert conn.retransmits == 0
+
+
+def test_through_a_bond_and_its_card_nothing_is_sent_twice() -> None:
+    history = History()
+    history.close(simple(history, history.shake_hands() + 500) + 500)
+    for row in list(history.made):
+        if row.point == "nic_tx":
+            history.made.append(attrs.evolve(row, ts_ns=row.ts_ns + 10, dev="eth0"))
+    (exchange,), (conn,), _ = joined(history.rows())
+    assert (exchange.retransmits, conn.retransmits, conn.syns) == (0, 0, 0)
+
+
+def test_what_is_sent_again_is_counted_with_its_exchange() -> None:
+    history = History()
+    now = history.shake_hands() + 500
+    over = simple(history, now)
+    history.packet(now + 1_500, "nic_tx", CLIENT, 0, 100)
+    history.packet(over - 3_500, "nic_tx", SERVICE, 0, 200)
+    history.packet(over - 3_400, "nic_tx", SERVICE, 0, 200)
+    last = simple(history, over + 1_000)
+    history.close(last + 500)
+    (one, other), (conn,), _ = joined(history.rows())
+    assert (one.retransmits, other.retransmits) == (3, 0)
+    assert [conn.retransmits_of(end) for end in (CLIENT, SERVICE)] == [1, 2]
+
+
+def test_a_window_that_closes_is_counted_once_until_it_opens() -> None:
+    history = History()
+    now = history.shake_hands() + 500
+    over = simple(history, now)
+    for step, window in enumerate((0, 0, 300, 0)):
+        history.packet(over - 5_000 + step, "nic_tx", CLIENT, 100, window=window)
+        history.packet(over - 4_990 + step, "nic_rx", CLIENT, 100, window=window)
+    history.close(over + 500)
+    (exchange,), (conn,), _ = joined(history.rows())
+    assert exchange.zero_windows == 2
+    assert [flow.zero_windows for flow in conn.flows] == [2, 0]
+
+
+def test_a_syn_that_is_sent_again_is_part_of_the_handshake() -> None:
+    history = History()
+    history.packet(1_500, "nic_tx", CLIENT, -1, flags="SYN")
+    over = history.shake_hands()
+    history.close(simple(history, over + 500) + 500)
+    _, (conn,), _ = joined(history.rows())
+    assert conn.syns == 1
+    assert dict(conn.handshake.stages)["syn"] == 1_500
+
+
+@pytest.mark.parametrize(
+    ("state", "why"),
+    [
+        ({"desc": "refused", "old_state": "TCP_SYN_SENT"}, "nobody listens there"),
+        ({"desc": "ECONNRESET", "old_state": "TCP_ESTABLISHED"}, None),
+    ],
+)
+def test_who_reset_it_follows_from_whose_socket_was_told(state: Any, why: str | None) -> None:
+    history = History()
+    history.socket(1_000, CLIENT, "connect", sport=None, state="TCP_SYN_SENT")
+    history.packet(1_100, "nic_tx", CLIENT, -1, flags="SYN")
+    if why is None:
+        history.socket(1_200, CLIENT, "state", old_state="TCP_SYN_SENT", connect_us=1.0)
+    history.socket(2_000, CLIENT, "state", **{"state": "TCP_CLOSE", **state})
+    history.socket(2_100, CLIENT, "close", state="TCP_CLOSE")
+    _, (conn,), _ = joined(history.rows())
+    assert (conn.reset_by, conn.reset_why, conn.error) == (SERVICE, why, state["desc"])
+
+
+def test_a_service_that_closes_with_unread_data_resets() -> None:
+    history = History()
+    now = history.shake_hands() + 500
+    history.socket(now, CLIENT, "send", seq=history.seq(CLIENT, 0), bytes=100)
+    history.packet(now + 1, "nic_rx", CLIENT, 0, 100)
+    history.socket(now + 2, SERVICE, "ready", seq=history.seq(CLIENT, 0), bytes=100)
+    history.packet(now + 3, "nic_tx", SERVICE, 0, flags="RST|ACK")
+    history.socket(now + 4, SERVICE, "close", state="TCP_CLOSE")
+    history.socket(
+        now + 5, CLIENT, "state", old_state="TCP_ESTABLISHED", state="TCP_CLOSE", desc="ECONNRESET"
+    )
+    history.socket(now + 6, CLIENT, "close", state="TCP_CLOSE")
+    (exchange,), (conn,), _ = joined(history.rows())
+    assert (conn.reset_by, conn.reset_why) == (SERVICE, "it closed with unread data")
+    # The request was never read, and what is known of it is told.
+    assert (exchange.kind, exchange.request_bytes, exchange.stamps[5]) == ("request", 100, None)
+
+
+def test_a_fin_is_no_byte_and_not_unread() -> None:
+    history = History()
+    now = history.shake_hands() + 500
+    history.message(CLIENT, 40, [now + step for step in range(6)])
+    history.socket(now + 10, CLIENT, "state", old_state="TCP_ESTABLISHED", state="TCP_FIN_WAIT1")
+    history.socket(now + 12, SERVICE, "ready", seq=history.seq(CLIENT, 40), bytes=1)
+    history.packet(now + 20, "nic_tx", SERVICE, 0, flags="RST|ACK")
+    history.socket(now + 21, SERVICE, "close", state="TCP_CLOSE")
+    _, (conn,), _ = joined(history.rows(["tcp_client"]))
+    assert conn.bytes_of(CLIENT) == 40
+    assert (conn.reset_by, conn.reset_why) == (SERVICE, "it aborted")
+
+
+def test_where_nobody_saw_what_arrived_no_reason_is_made_up() -> None:
+    history = History()
+    now = history.shake_hands() + 500
+    history.message(CLIENT, 40, [now + step for step in range(6)])
+    history.socket(now + 10, SERVICE, "send", seq=history.seq(SERVICE, 0), bytes=10)
+    history.packet(now + 20, "nic_tx", CLIENT, 40, flags="RST|ACK")
+    history.socket(now + 21, CLIENT, "close", state="TCP_CLOSE")
+    _, (conn,), _ = joined(history.rows())
+    assert (conn.reset_by, conn.reset_why) == (CLIENT, None)
+
+
+def test_an_exchange_under_way_when_the_capture_began_is_counted_and_not_told() -> None:
+    history = History()
+    now = simple(history, 10_000)
+    history.close(simple(history, now + 1_000) + 500)
+    for begin in (12_500, 16_500, 20_500):
+        rows = [row for row in history.rows() if row.ts_ns > begin]
+        exchanges, (conn,), joiner = joined(rows)
+        assert [exchange.total_ns for exchange in exchanges] == [11_000]
+        assert joiner.cut == 1
+        assert not conn.began
+
+
+def test_packets_alone_are_an_exchange_too_and_who_is_who_a_guess() -> None:
+    history = History()
+    now = simple(history, 10_000)
+    simple(history, now + 1_000)
+    rows = [row for row in history.rows() if row.probe in ("xdp_port", "dev_xmit")]
+    exchanges, (conn,), _ = joined(rows)
+    assert conn.guessed
+    assert conn.client == ("10.0.0.1", 40_000)
+    assert [exchange.split.stages for exchange in exchanges] == [
+        (("wire", 1_000), ("softirq+tcp+queue+server+server_send", 5_000), ("wire_back", 1_000))
+    ] * 2
+
+
+def test_a_wrong_guess_is_mended_by_the_sockets() -> None:
+    ends = (("10.0.0.1", 80), ("10.0.0.2", 40_000))
+    history = History(ends=ends)
+    now = simple(history, 10_000)
+    history.close(simple(history, now + 1_000) + 500)
+    rows = [row for row in history.rows() if row.ts_ns > 10_500]
+    exchanges, (conn,), _ = joined(rows)
+    assert (conn.client, conn.guessed) == (ends[CLIENT], False)
+    assert exchanges[-1].total_ns == 11_000
+
+
+def test_a_reply_is_over_when_nothing_has_moved_for_long() -> None:
+    history, other = History(), History(ends=(("10.9.9.9", 1), ("10.9.9.8", 2)), socks=(5, 6))
+    over = simple(history, history.shake_hands() + 500)
+    other.shake_hands(over + 11 * SECOND)
+    joiner = Joiner()
+    assert joiner.feed(history.rows()) == []
+    (exchange,) = joiner.feed(other.rows())
+    assert isinstance(exchange, Exchange)
+    assert (exchange.ended, exchange.total_ns) == ("idle", 11_000)
+    # And the connection goes on.
+    later = History()
+    later.sent = [100, 200]
+    simple(later, over + 12 * SECOND)
+    told = joiner.feed(later.rows()) + joiner.finish()
+    assert [one.total_ns for one in told if isinstance(one, Exchange)] == [11_000]
+
+
+def test_memory_is_bounded_and_what_goes_is_counted() -> None:
+    rows: list[Row] = []
+    for number in range(100):
+        history = History(
+            ends=(("10.0.0.1", 1_000 + number), ("10.0.0.2", 80)),
+            socks=(number + 1, number + 1_000),
+        )
+        simple(history, history.shake_hands(1_000 + 20_000 * number) + 100)
+        rows += history.rows()
+    exchanges, connections, joiner = joined(rows, most=10)
+    assert len(connections) == len(exchanges) == 100
+    assert [conn.ended for conn in connections].count("given up") == joiner.given_up >= 90
+
+
+def test_a_long_transfer_is_remembered_no_longer_than_it_is_needed() -> None:
+    history = History()
+    now = history.shake_hands() + 1_000
+    history.message(CLIENT, 10, [now + step for step in range(6)])
+    for number in range(20_000):
+        at = now + 100 + number * 10
+        seq = history.seq(SERVICE, number * 1_000)
+        history.socket(at, SERVICE, "send", seq=seq, bytes=1_000)
+        history.packet(at + 1, "nic_tx", SERVICE, number * 1_000, 1_000)
+        history.packet(at + 2, "nic_rx", SERVICE, number * 1_000, 1_000)
+        history.socket(at + 3, CLIENT, "recv", seq=seq, bytes=1_000)
+    history.sent[SERVICE] = 20_000_000
+    joiner, longest = Joiner(), 0
+    for row in history.rows():
+        joiner.feed([row])
+        for conn in joiner._conns.values():
+            longest = max(longest, *(len(log) for log in conn.flows[SERVICE].logs()))
+    assert longest < 300
+    (exchange,) = [one for one in joiner.finish() if isinstance(one, Exchange)]
+    assert exchange.reply_bytes == 20_000_000
+    assert exchange.stamps[7:9] == [at + 1, at + 2]
+
+
+def test_a_hole_that_nothing_fills_does_not_grow_for_ever() -> None:
+    history = History()
+    for number in range(10_000):
+        if number != 5:
+            history.packet(number, "nic_rx", CLIENT, number * 10, 10)
+    joiner = Joiner()
+    joiner.feed(history.rows())
+    (conn,) = joiner._conns.values()
+    assert len(conn.flows[CLIENT].nic.late or ()) < 5_000
+    assert conn.bytes_of(CLIENT) == 100_000
+
+
+def test_nothing_is_kept_of_connections_that_are_over() -> None:
+    joiner = Joiner()
+    for number in range(50):
+        history = History(
+            ends=(("10.0.0.1", 1_000 + number), ("10.0.0.2", 80)),
+            socks=(number + 1, number + 1_000),
+        )
+        history.close(simple(history, history.shake_hands(number * SECOND) + 100) + 100)
+        joiner.feed(history.rows())
+        assert len(joiner._tuples) + len(joiner._ways) < 20
+    assert not joiner._conns
+    assert not joiner._socks
+
+
+def test_the_two_ends_need_not_be_in_two_namespaces() -> None:
+    history = History(netns=(NETNS[0], NETNS[0]))
+    history.close(simple(history, history.shake_hands() + 500) + 500)
+    (exchange,), _, _ = joined(history.rows())
+    assert len(exchange.split.stages) == 11

@@ -1,0 +1,1 @@
+"""What the kernel's socket has counted, once per connection."""
