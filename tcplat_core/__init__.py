@@ -24,23 +24,38 @@ if TYPE_CHECKING:
         xdp,
     )
     from .hookspecs import hookimpl
-    from .model import Loss, Option, Options, ProbeSpec, RunInfo, RunReport, Sink, SinkSpec
+    from .model import (
+        HOST_BITS,
+        Loss,
+        Merge,
+        Option,
+        Options,
+        ProbeSpec,
+        RunInfo,
+        RunReport,
+        Sink,
+        SinkSpec,
+    )
     from .output import Output
+    from .reading import Reader
     from .schema import Event, Moment, Wire, micros
 
 __all__ = [
+    "HOST_BITS",
     "CannotRunError",
     "Event",
     "Hook",
     "HookPoint",
     "Interfaces",
     "Loss",
+    "Merge",
     "Moment",
     "Option",
     "Options",
     "Output",
     "PluginError",
     "ProbeSpec",
+    "Reader",
     "ReaderGoneError",
     "RunInfo",
     "RunReport",
@@ -63,7 +78,7 @@ __all__ = [
     "xdp",
 ]
 
-_HOMES = ("errors", "hookpoints", "hookspecs", "model", "output", "schema")
+_HOMES = ("errors", "hookpoints", "hookspecs", "model", "output", "reading", "schema")
 
 
 def __getattr__(name: str) -> Any:
