@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from random import Random
 from typing import Any
 
@@ -174,10 +175,10 @@ class History:
         peer = 1 - end
         pieces = min(pieces, count)
         cuts = [0, *sorted(random.sample(range(1, count), pieces - 1)), count]
-        segments = list(zip(cuts, cuts[1:], strict=False))
+        segments = list(itertools.pairwise(cuts))
         # Several calls; the first one counts.
         calls = cuts if random.random() < 0.5 else [0, count]
-        for number, (first, last) in enumerate(zip(calls, calls[1:], strict=False)):
+        for number, (first, last) in enumerate(itertools.pairwise(calls)):
             when = sent + number * (left - sent) // (len(calls) - 1)
             self.socket(when, end, "send", seq=self.seq(end, begin + first), bytes=last - first)
         last_one = random.randrange(pieces)
@@ -199,22 +200,10 @@ class History:
             later = ip if comes == nic else min(comes + (ip - nic), ip)
             self.packet(later, "rx_ip", end, begin + first, last - first)
         # Readers of a part: as far as the stream was whole.
-        whole, had = 0, []
-        for comes, first, last in sorted(arrivals):
-            had.append((first, last))
-            for piece in sorted(had):
-                if piece[0] <= whole < piece[1]:
-                    whole = piece[1]
-            if whole == count:
-                break
-            if whole and random.random() < 0.5:
-                self.socket(
-                    comes + (ready - nic) // 2 if comes < nic else ready,
-                    peer,
-                    "ready",
-                    seq=self.seq(end, begin),
-                    bytes=whole,
-                )
+        for comes, whole in _grown(arrivals):
+            if whole < count and random.random() < 0.5:
+                when = comes + (ready - nic) // 2 if comes < nic else ready
+                self.socket(when, peer, "ready", seq=self.seq(end, begin), bytes=whole)
         self.socket(ready, peer, "ready", seq=self.seq(end, begin), bytes=count)
         part = random.randrange(count) if random.random() < 0.5 else 0
         if part:
@@ -241,3 +230,16 @@ class History:
             ts_ns + 90, SERVICE, "state", old_state="TCP_LAST_ACK", state="TCP_CLOSE", desc="closed"
         )
         self.socket(ts_ns + 90, SERVICE, "close", state="TCP_CLOSE")
+
+
+def _grown(arrivals: Iterable[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
+    """When more of the stream was whole, and how much, from segments and when they came."""
+    whole, had = 0, []
+    for comes, first, last in sorted(arrivals):
+        had.append((first, last))
+        before = whole
+        for piece in sorted(had):
+            if piece[0] <= whole < piece[1]:
+                whole = piece[1]
+        if whole > before:
+            yield comes, whole

@@ -74,7 +74,7 @@ def test_every_stage_is_what_truly_passed_however_it_was_cut_lost_and_sent_again
     for exchange, at, (delays, asked, answered, _) in zip(exchanges, truth, turns, strict=True):
         assert exchange.kind == "exchange"
         assert (exchange.request_bytes, exchange.reply_bytes) == (asked, answered)
-        known = {name: when for name, when in zip(MILESTONES, exchange.stamps, strict=True)}
+        known = dict(zip(MILESTONES, exchange.stamps, strict=True))
         for name, when in zip(MILESTONES, at, strict=True):
             assert known[name] == (None if name == "reply_ready" else when), name
         parts = dict(exchange.split.stages)

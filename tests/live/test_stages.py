@@ -1,0 +1,509 @@
+"""Where the time of real traffic goes: known delays, real clients, and other tools' figures."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import subprocess
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+
+from .harness import (
+    SLOW,
+    TCPLAT,
+    Puppet,
+    Row,
+    Tcplat,
+    at,
+    eventually,
+    gone,
+    needs,
+    network,
+    patience,
+)
+from .test_service import nginx
+from .witness import Tcpdump, by_direction, packet, tcpdump
+
+PORT = 9999
+CLIENT, SERVER = "10.81.1.1", "10.81.2.1"
+_TO_ROUTER = """
+link add ca type veth peer name ra netns {pid}
+link set ca up
+address add 10.81.1.1/24 dev ca
+"""
+_ROUTER = """
+link add rb type veth peer name sa netns {pid}
+link set ra up
+link set rb up
+address add 10.81.1.2/24 dev ra
+address add 10.81.2.2/24 dev rb
+"""
+_SERVER = """
+link set sa up
+address add 10.81.2.1/24 dev sa
+route add default via 10.81.2.2
+"""
+_ALL_PROBES = ("tcp_client", "tcp_service", "dev_xmit:port={port}", "tcp_stats")
+_SERVE = """
+listening = socket.create_server(({host!r}, {port}))
+waited, thought = [], []
+def serve():
+    while True:
+        peer, _ = listening.accept()
+        while True:
+            select.select([peer], [], [])
+            began = time.monotonic_ns()
+            time.sleep({lag})
+            ended = time.monotonic_ns()
+            if not peer.recv({asked}, socket.MSG_WAITALL):
+                break
+            waited.append(ended - began)
+            began = time.monotonic_ns()
+            time.sleep({think})
+            thought.append(time.monotonic_ns() - began)
+            peer.sendall(bytes({answered}))
+        peer.close()
+threading.Thread(target=serve, daemon=True).start()
+"""
+_ASK = """
+with socket.create_connection(({host!r}, {port})) as s:
+    s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for _ in range({times}):
+        s.sendall(bytes({asked}))
+        s.recv({answered}, socket.MSG_WAITALL)
+        time.sleep(0.002)
+"""
+
+
+@attrs.frozen
+class Road:
+    """A client and a server, and a router between them, each in a namespace of its own."""
+
+    client: Puppet
+    router: Puppet
+    server: Puppet
+
+
+@pytest.fixture
+def road(puppet: Callable[..., Puppet]) -> Road:
+    client, router, server = (puppet(alone=True) for _ in range(3))
+    network(client, script=_TO_ROUTER.format(pid=router.pid))
+    network(client, script="route add default via 10.81.1.2")
+    network(router, script=_ROUTER.format(pid=server.pid))
+    network(server, script=_SERVER)
+    router("open('/proc/sys/net/ipv4/ip_forward', 'w').write('1')")
+    return Road(client, router, server)
+
+
+def inside(there: Puppet, *command: str) -> str:
+    """What a program in a puppet's network namespace prints."""
+    enter = ("nsenter", f"--net=/proc/{there.pid}/ns/net")
+    return subprocess.run([*enter, *command], check=True, capture_output=True, text=True).stdout
+
+
+def told(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def check_sums(exchanges: list[dict[str, Any]]) -> None:
+    """To the nanosecond: µs with three decimals."""
+    for exchange in exchanges:
+        parts = [*exchange["stages"].values(), exchange["unexplained_us"]]
+        whole = round(exchange["total_us"] * 1000)
+        assert sum(round(part * 1000) for part in parts) == whole, exchange
+        assert min(parts) >= 0, exchange
+
+
+@attrs.frozen
+class Measured:
+    """What tcplat says of some exchanges, and what the server itself has measured (µs)."""
+
+    exchanges: list[dict[str, Any]]
+    waited: list[float]
+    thought: list[float]
+
+    def median(self, stage: str) -> float:
+        return statistics.median(one["stages"][stage] for one in self.exchanges)
+
+    @property
+    def stages(self) -> set[str]:
+        return {name for one in self.exchanges for name in one["stages"]}
+
+
+@pytest.fixture
+def measure(
+    road: Road, tmp_path: Path, running_tcplat: Callable[..., Tcplat]
+) -> Callable[..., Measured]:
+    """Has the client ask the server so many times, and tcplat watch."""
+
+    def run(
+        *, lag: float = 0, think: float = 0, asked: int = 100, answered: int = 100, times: int = 30
+    ) -> Measured:
+        number = len(list(tmp_path.glob("*.waterfall")))
+        path, port = tmp_path / f"{number}.waterfall", PORT + number
+        where = {"host": SERVER, "port": port}
+        sizes = {"asked": asked, "answered": answered}
+        road.server(_SERVE.format(**where, **sizes, lag=lag, think=think))
+        tcplat = running_tcplat(
+            *("--port", str(port)),
+            probes=[
+                *(probe.format(port=port) for probe in _ALL_PROBES),
+                f"xdp_port:iface=sa,port={port},netns={road.server.pid},mode=generic",
+            ],
+            sinks=(f"waterfall:format=json,path={path}", f"jsonl:path={tmp_path / 'rows.jsonl'}"),
+        )
+        road.client.tell(_ASK.format(**where, **sizes, times=times))
+        road.client.answer(60)
+        eventually(lambda: len(told(path)) >= times, "all exchanges were told")
+        assert tcplat.stop().returncode == 0
+        exchanges = told(path)
+        assert len(exchanges) == times
+        check_sums(exchanges)
+        assert {one["pid"] for one in exchanges} == {road.client.pid}
+        assert {one["service_pid"] for one in exchanges} == {road.server.pid}
+        waited, thought = (
+            [ns / 1000 for ns in road.server(name)] for name in ("waited", "thought")
+        )
+        return Measured(exchanges, waited, thought)
+
+    return run
+
+
+def assert_others_stay(before: Measured, after: Measured, moved: str) -> None:
+    assert before.stages == after.stages
+    for stage in before.stages - {moved}:
+        change = abs(after.median(stage) - before.median(stage))
+        assert change < max(100 * SLOW, 0.05 * before.median(stage)), stage
+
+
+def test_known_delays_land_where_they_belong(
+    road: Road, measure: Callable[..., Measured], measured: Callable[[str], None]
+) -> None:
+    needs("tc")
+    plain = measure()
+    assert {"client_send", "wire", "queue", "server", "server_send"} < plain.stages
+
+    thinks = measure(think=0.010)
+    off = [
+        one["stages"]["server"] - thought
+        for one, thought in zip(thinks.exchanges, thinks.thought, strict=True)
+    ]
+    assert statistics.median(off) < max(100 * SLOW, 0.05 * 10_000)
+    assert min(off) >= 0
+    assert_others_stay(plain, thinks, "server")
+
+    waits = measure(lag=0.010)
+    late = [
+        one["stages"]["queue"] - waited
+        for one, waited in zip(waits.exchanges, waits.waited, strict=True)
+    ]
+    assert statistics.median(late) < max(100 * SLOW, 0.05 * 10_000)
+    assert min(late) >= 0
+    assert_others_stay(plain, waits, "queue")
+
+    # 4,000 bytes are three packets of 66 bytes more each, and 1,600 go at once.
+    size, rate, burst = 4_000, 1_000_000, 1_600
+    large = measure(asked=size)
+    inside(road.router, *f"tc qdisc add dev rb root tbf rate {rate} burst {burst} limit 1m".split())
+    shaped = measure(asked=size, times=10)
+    expected_us = (size + 3 * 66 - burst) * 8 * 1e6 / rate
+    wire = shaped.median("wire")
+    assert wire == pytest.approx(expected_us, rel=0.05, abs=100)
+    assert_others_stay(large, shaped, "wire")
+    measured(
+        f"a server that thinks 10 ms: off by {statistics.median(off):.0f} µs; a reader that waits "
+        f"10 ms: {statistics.median(late):.0f} µs; a link of 1 Mbit/s: wire {wire:.0f} µs, "
+        f"reckoned {expected_us:.0f} µs"
+    )
+
+
+@pytest.mark.parametrize("size", [100, 300_000])
+def test_what_leaves_is_what_tcpdump_sees_leave(
+    size: int, road: Road, tmp_path: Path, running_tcplat: Callable[..., Tcplat]
+) -> None:
+    needs("tcpdump", "tshark")
+    road.server(_SERVE.format(host=SERVER, port=PORT, asked=size, answered=size, lag=0, think=0))
+    run = running_tcplat(probes=[f"dev_xmit:port={PORT}"])
+    with tcpdump(tmp_path / "ca.pcap", "ca", f"src host {CLIENT}", there=road.client) as seen:
+        road.client.tell(_ASK.format(host=SERVER, port=PORT, asked=size, answered=size, times=3))
+        road.client.answer(60)
+        rows = run.wait_for("the last FIN left", lambda rows: len(_left(rows, "FIN")) >= 1)
+        eventually(lambda: seen.count() >= len(_left(rows, "")), "tcpdump saw as many")
+    rows = run.stop().rows
+    ours = _left(rows, "")
+    assert by_direction([packet(row) for row in ours]) == by_direction(seen.packets())
+    assert sum(row["bytes"] for row in ours) == 3 * size
+    # Segments of many packets are one row, as they are one of tcpdump's.
+    assert (max(row["bytes"] for row in ours) > 1_448) == (size > 1_448)
+    assert {row["pid"] for row in ours if row["bytes"]} == {road.client.pid}
+    assert {row["ifname"] for row in rows} == {None}
+    # The router's, too: nobody's.
+    assert {row["dev"] for row in rows} == {"ca", "ra", "rb", "sa"}
+    assert {row["pid"] for row in rows if row["dev"][0] == "r"} == {None}
+
+
+def _left(rows: list[Row], flag: str) -> list[Row]:
+    return [row for row in rows if row["dev"] == "ca" and flag in row["flags"]]
+
+
+def test_p_follows_what_a_process_sends(road: Road, running_tcplat: Callable[..., Tcplat]) -> None:
+    serving = {"host": SERVER, "port": PORT, "asked": 10, "answered": 10}
+    road.server(_SERVE.format(**serving, lag=0, think=0))
+    run = running_tcplat("-p", str(road.client.pid), probes=["dev_xmit"])
+    road.client.tell(_ASK.format(**serving, times=3))
+    road.client.answer(60)
+    rows = run.wait_for("the last FIN left", lambda rows: len(_left(rows, "FIN")) >= 1)
+    assert {row["dev"] for row in rows} == {"ca"}
+    assert {row["pid"] for row in rows} == {road.client.pid}
+    assert [row["flags"] for row in rows][:2] == ["SYN", "ACK"]
+
+
+# --- a real server and a real client
+
+REQUESTS = 10_000
+_WRITE_OUT = "%{local_port} %{time_connect} %{time_pretransfer} %{time_starttransfer} %{time_total}"
+
+
+def curls(folder: Path, port: int, requests: int, *, keep_alive: bool) -> list[dict[str, float]]:
+    """Requests of one curl, and what it says of each, in µs."""
+    config = folder / "curl"
+    one = f'url = "http://127.0.0.1:{port}/"\noutput = "/dev/null"\n'
+    close = "" if keep_alive else 'header = "Connection: close"\n'
+    config.write_text(f'silent\n{close}write-out = "{_WRITE_OUT}\\n"\n{one * requests}')
+    out = subprocess.run(
+        ["curl", "-q", "--config", str(config)], check=True, capture_output=True, text=True
+    ).stdout
+    names = ("port", "connect", "pretransfer", "starttransfer", "total")
+    return [
+        {
+            name: float(word) * (1 if name == "port" else 1e6)
+            for name, word in zip(names, line.split(), strict=True)
+        }
+        for line in out.splitlines()
+    ]
+
+
+@pytest.mark.parametrize("keep_alive", [True, False])
+def test_ten_thousand_requests_add_up_and_agree_with_curl(
+    *,
+    keep_alive: bool,
+    tmp_path: Path,
+    running_tcplat: Callable[..., Tcplat],
+    measured: Callable[[str], None],
+) -> None:
+    needs("curl")
+    requests = REQUESTS // 2 if SLOW == 1 else 200
+    capture, waterfall = tmp_path / "rows.jsonl", tmp_path / "waterfall"
+    with nginx(tmp_path) as (port, workers):
+        run = running_tcplat(
+            *("--ring-size", "64M", "--port", str(port)),
+            probes=[probe.format(port=port) for probe in _ALL_PROBES],
+            sinks=(f"waterfall:format=json,path={waterfall}", f"jsonl:path={capture}"),
+        )
+        theirs = curls(tmp_path, port, requests, keep_alive=keep_alive)
+        eventually(lambda: waterfall.read_bytes().count(b"\n") >= requests, "all were told", 30)
+        outcome = run.stop()
+    assert "0 lost" in outcome.stderr
+    ours = told(waterfall)
+    assert len(ours) == len(theirs) == requests
+    check_sums(ours)
+    assert {one["kind"] for one in ours} == {"exchange"}
+    assert {one["unexplained_us"] for one in ours} == {0}
+    assert {one["comm"] for one in ours} == {"curl"}
+    assert {one["service_pid"] for one in ours} <= set(workers)
+    shapes = Counter(tuple(one["stages"]) for one in ours)
+    assert shapes.most_common(1)[0][1] > 0.99 * requests, shapes
+    # In the order in which they were asked; of each connection its own.
+    ours.sort(key=lambda one: one["ts_ns"])
+    assert [one["sport"] for one in ours] == [one["port"] for one in theirs]
+    # From the request's first byte on its way to the last byte of the reply.
+    reckoned = [one["total"] - one["pretransfer"] for one in theirs]
+    mine = [one["total_us"] for one in ours]
+    off = statistics.median((a - b) / b for a, b in zip(mine, reckoned, strict=True))
+    measured(
+        f"curl, {requests} requests, keep-alive {keep_alive}: {statistics.median(mine):.0f} µs, "
+        f"curl says {statistics.median(reckoned):.0f} µs, {off:+.1%} at the median"
+    )
+    assert abs(off) < 0.05
+    # Live is what replay makes of the same rows, byte for byte.
+    for sink in ("waterfall:format=json", "waterfall", "summary", "stages", "stages:every=1s"):
+        outputs = [
+            subprocess.run(
+                [*TCPLAT, "replay", str(capture), "--sink", sink], check=True, capture_output=True
+            ).stdout
+            for _ in range(1 if sink != "waterfall:format=json" else 2)
+        ]
+        assert outputs[0]
+        if sink == "waterfall:format=json":
+            assert outputs == [waterfall.read_bytes()] * 2
+
+
+# --- what the kernel itself counts
+
+
+def _ss(there: Puppet, port: int) -> dict[str, float]:
+    shown = inside(there, "ss", "-tinHO", f"( sport = :{port} or dport = :{port} )")
+    numbers = dict(re.findall(r"(\w+):([\d.]+)(?=[\s/]|$)", shown))
+    retrans = re.search(r"retrans:\d+/(\d+)", shown)
+    return {
+        **{name: float(number) for name, number in numbers.items()},
+        "retrans": float(retrans[1]) if retrans else 0,
+    }
+
+
+def test_the_summary_agrees_with_ss_and_tshark(
+    road: Road,
+    tmp_path: Path,
+    running_tcplat: Callable[..., Tcplat],
+    measured: Callable[[str], None],
+) -> None:
+    needs("ss", "tcpdump", "tshark", "nft")
+    road.server(f"""
+listening = socket.create_server(({SERVER!r}, {PORT}))
+""")
+    # Every 20th packet to the service is lost.
+    inside(
+        road.router,
+        "nft",
+        (
+            "table ip lossy { chain f { type filter hook forward priority 0; "
+            f"ip daddr {SERVER} tcp dport {PORT} numgen inc mod 20 == 9 drop; }}; }}"
+        ),
+    )
+    path = tmp_path / "summary"
+    run = running_tcplat(
+        *("--port", str(PORT)),
+        probes=[probe.format(port=PORT) for probe in _ALL_PROBES],
+        sinks=(f"summary:format=json,path={path}",),
+    )
+    with tcpdump(tmp_path / "ca.pcap", "ca", there=road.client) as seen:
+        road.client(f"s = socket.create_connection(({SERVER!r}, {PORT}))")
+        road.server("peer = listening.accept()[0]")
+        asked, answered = 400_000, 30_000
+        road.client.tell(f"s.sendall(bytes({asked})); len(s.recv({answered}, socket.MSG_WAITALL))")
+        road.server(f"len(peer.recv({asked}, socket.MSG_WAITALL)), peer.sendall(bytes({answered}))")
+        assert road.client.answer(60) == answered
+        shown = eventually(
+            lambda: (
+                found if (found := _ss(road.client, PORT)).get("bytes_acked") == asked + 1 else {}
+            ),
+            "all was acknowledged",
+        )
+        there = _ss(road.server, PORT)
+        road.client("s.close()")
+        road.server("len(peer.recv(1)), peer.close()")
+        eventually(lambda: path.read_text() if path.exists() else "", "the connection was told")
+        witness = _retransmissions(seen)
+    run.stop()
+    (conn,) = told(path)
+    client, service = conn["client"], conn["service"]
+    assert (conn["bytes_to_service"], conn["bytes_to_client"]) == (asked, answered)
+    assert client["retransmits"] == shown["retrans"] > 0
+    assert client["retransmits_seen"] == witness == conn["retransmits"]
+    assert service["retransmits"] == there.get("retrans") == 0
+    # The FIN's acknowledgement is one more sample.
+    assert client["srtt_us"] == pytest.approx(shown["rtt"] * 1000, rel=0.25)
+    assert client["min_rtt_us"] <= shown["minrtt"] * 1000
+    assert client["min_rtt_us"] == pytest.approx(shown["minrtt"] * 1000, rel=0.2, abs=5)
+    # ss rounds to ticks, of 4 ms at most.
+    assert client["rto_us"] == pytest.approx(shown["rto"] * 1000, abs=8_000)
+    assert (conn["closed_first"], conn["ended"], conn["reset_by"]) == ("client", "closed", None)
+    measured(
+        f"summary and ss: srtt {client['srtt_us']} and {shown['rtt'] * 1000:.0f} µs, min RTT "
+        f"{client['min_rtt_us']} and {shown['minrtt'] * 1000:.0f} µs, retransmits "
+        f"{client['retransmits']} and {shown['retrans']:.0f}, tshark {witness}"
+    )
+
+
+def _retransmissions(seen: Tcpdump) -> int:
+    read = subprocess.run(
+        [
+            *("tshark", "-r", str(seen.path), "-T", "fields", "-e", "tcp.seq", "-Y"),
+            f"tcp.analysis.retransmission and ip.src == {CLIENT}",
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    return len(read.splitlines())
+
+
+def test_a_reset_says_who_and_why(
+    road: Road, tmp_path: Path, running_tcplat: Callable[..., Tcplat]
+) -> None:
+    road.server(f"listening = socket.create_server(({SERVER!r}, {PORT}))")
+    path = tmp_path / "summary"
+    run = running_tcplat(
+        *("--addr", f"{SERVER}/32"),
+        probes=[probe.format(port=PORT) for probe in _ALL_PROBES],
+        sinks=(f"summary:format=json,path={path}", f"jsonl:path={tmp_path / 'rows.jsonl'}"),
+    )
+    # A service that closes without having read.
+    road.client(f"s = socket.create_connection(({SERVER!r}, {PORT})); s.sendall(b'hello')")
+    road.server("peer = listening.accept()[0]; select.select([peer], [], []); peer.close()")
+    road.client("""
+try: s.recv(1)
+except ConnectionResetError: pass
+s.close()
+""")
+    # A client that aborts.
+    road.client(f"s = socket.create_connection(({SERVER!r}, {PORT}))")
+    road.server("peer = listening.accept()[0]")
+    road.client(
+        "s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0)); s.close()"
+    )
+    road.server("select.select([peer], [], []); peer.close()")
+    # Nobody there.
+    road.client(f"""
+try: socket.create_connection(({SERVER!r}, {PORT + 1}))
+except ConnectionRefusedError: pass
+""")
+    eventually(lambda: path.exists() and len(told(path)) >= 3, "all were told", patience(10))
+    run.stop()
+    unread, aborted, refused = sorted(told(path), key=lambda conn: int(conn["ts_ns"]))
+    assert (unread["reset_by"], unread["reset_why"]) == ("service", "it closed with unread data")
+    assert (aborted["reset_by"], aborted["reset_why"]) == ("client", "it aborted")
+    assert (refused["reset_by"], refused["reset_why"]) == ("service", "nobody listens there")
+    assert refused["error"] == "refused"
+
+
+def test_live_is_replay(road: Road, tmp_path: Path, start_tcplat: Callable[..., Tcplat]) -> None:
+    serving = {"host": SERVER, "port": PORT, "asked": 3_000, "answered": 3_000}
+    road.server(_SERVE.format(**serving, lag=0, think=0.001))
+    sinks = {
+        "waterfall": tmp_path / "1",
+        "waterfall:slow=3,min_stage=server:500us": tmp_path / "2",
+        "summary": tmp_path / "3",
+        "stages:group_by=remote+port": tmp_path / "4",
+        "stages:format=json,every=10ms": tmp_path / "5",
+    }
+    capture = tmp_path / "capture"
+    given = [name + (":" if ":" not in name else ",") + f"path={sinks[name]}" for name in sinks]
+    run = start_tcplat(
+        *("--port", str(PORT)),
+        probes=[probe.format(port=PORT) for probe in _ALL_PROBES],
+        sinks=(*given, f"jsonl:path={capture}"),
+    ).wait_ready()
+    road.client.tell(_ASK.format(**serving, times=20))
+    road.client.answer(60)
+    eventually(lambda: gone(2)(parsed(capture)), "both sockets were gone")
+    run.stop()
+    for name, path in sinks.items():
+        again = subprocess.run(
+            [*TCPLAT, "replay", str(capture), "--sink", name], check=True, capture_output=True
+        ).stdout
+        assert again == path.read_bytes(), name
+        assert again
+
+
+def parsed(capture: Path) -> list[Row]:
+    lines = capture.read_text(encoding="utf-8").split("\n")[:-1]
+    rows = [json.loads(line) for line in lines]
+    assert at(rows, "send") or len(rows) < 1_000
+    return [row for row in rows if "point" in row]
