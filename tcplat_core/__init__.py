@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     )
     from .output import Output
     from .reading import Reader
+    from .replay import add_reports
     from .schema import Event, Moment, Wire, micros
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "UsageError",
     "Way",
     "Wire",
+    "add_reports",
     "fenter",
     "fentry",
     "fexit",
@@ -78,7 +80,7 @@ __all__ = [
     "xdp",
 ]
 
-_HOMES = ("errors", "hookpoints", "hookspecs", "model", "output", "reading", "schema")
+_HOMES = ("errors", "hookpoints", "hookspecs", "model", "output", "reading", "replay", "schema")
 
 
 def __getattr__(name: str) -> Any:

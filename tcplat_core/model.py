@@ -134,6 +134,7 @@ class Merge:
         name: As the user called its capture.
         offset_ns: Its CLOCK_MONOTONIC minus that of host 0, at its first packet that both saw.
         drift_ppm: How much faster its clock runs, over the whole capture.
+        drift_bound_ppm: So far that may be wrong.
         bound_ns: The offset that was taken off its rows is right within so much, wherever
             a packet between the two hosts was seen.
         packets: So many of those bound it.
@@ -143,6 +144,7 @@ class Merge:
     name: str
     offset_ns: int = 0
     drift_ppm: float = 0.0
+    drift_bound_ppm: float = 0.0
     bound_ns: int = 0
     packets: int = 0
 

@@ -13,7 +13,7 @@ from .capture import Capture, Source
 from .errors import TcplatError
 from .model import Loss, Merge, RunReport
 from .plugins import Plugins
-from .replay import Bar, plus
+from .replay import Bar, add_reports
 from .schema import Event
 
 
@@ -87,7 +87,7 @@ class Reader:
         """Its books; such as say why not, where it has none."""
         report = RunReport(probes={}, duration_s=0)
         for one in self._capture.reports:
-            report = plus(report, one) if report.probes else one
+            report = add_reports(report, one) if report.probes else one
         if not self._capture.ended:
             report = attrs.evolve(report, incomplete="the capture has no end")
         return report

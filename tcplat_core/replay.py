@@ -187,7 +187,7 @@ class Replay:
         """
         report = RunReport(probes={}, duration_s=0)
         for number, one in enumerate(self.capture.reports):
-            report = plus(report, one) if number else one
+            report = add_reports(report, one) if number else one
         delivered, filtered, lost = self.delivered.copy(), self.filtered.copy(), self.lost.copy()
         probes = {
             name: attrs.evolve(
@@ -212,7 +212,7 @@ class Replay:
         if self.whole:
             reason = "the run did not end, or the capture lacks its beginning or end"
         return attrs.evolve(
-            plus(report, _counted(+delivered, +lost)),
+            add_reports(report, _counted(+delivered, +lost)),
             duration_s=max(0, self._last_ns - self._first_ns) / 1e9,
             late=self.late,
             incomplete=f"counted from the rows: {reason}",
@@ -252,7 +252,7 @@ def _counted(delivered: Hooks, lost: Counter[tuple[str, str]]) -> RunReport:
     )
 
 
-def plus(one: RunReport, other: RunReport) -> RunReport:
+def add_reports(one: RunReport, other: RunReport) -> RunReport:
     """The books of both: captures that stand behind each other, or are of two hosts."""
     probes = dict(one.probes)
     for name, probe in other.probes.items():
