@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import click
+from tcplat_stages.join import Joiner, Told
 
 from tcplat_core import Reader, UsageError
-from tcplat_stages.join import Joiner, Told
 
 
 def told(reader: Reader, joiner: Joiner) -> Iterator[Told]:

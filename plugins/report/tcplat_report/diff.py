@@ -26,14 +26,14 @@ from typing import Any
 import attrs
 import click
 import msgspec
-
-from tcplat_core import Reader, UsageError
 from tcplat_stages.histogram import Histogram
 from tcplat_stages.join import Joiner
 from tcplat_stages.model import Connection, Exchange
 from tcplat_stages.percentiles import GROUPINGS, OTHERS, TOTAL
 from tcplat_stages.stages import CONNECTED, STAGES, UNEXPLAINED
 from tcplat_stages.text import duration, micros, parse_duration
+
+from tcplat_core import Reader, UsageError
 
 from .common import remarks, say, told
 
