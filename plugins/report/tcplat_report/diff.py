@@ -20,7 +20,7 @@ import sys
 import zlib
 from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from typing import Any
 
 import attrs
@@ -43,6 +43,8 @@ CONFIDENCE = 0.99
 """Of the interval: one in 200 lies above the truth by chance, one in 200 below."""
 _DRAWS = 2000
 _BLOCKS = 64
+_FEWEST_BLOCKS = 12
+"""Of fewer, how much they differ says little."""
 _LEAST = 20
 """Requests, below which nothing is judged."""
 _MOST_GROUPS = 256
@@ -101,16 +103,21 @@ class Quantiles:
     def independent(self, share: float) -> float:
         """For how many independent durations it counts, at this percentile."""
         limit = self.value(share)
-        above = [sum(n for ns, n in one.buckets() if ns > limit) for one in self._sample.blocks]
-        sizes = [one.count for one in self._sample.blocks]
-        p = sum(above) / self.count
-        if len(sizes) < 2 or not 0 < p < 1:  # noqa: PLR2004 - nothing to compare
+        parts = [
+            (sum(n for ns, n in one.buckets() if ns > limit), one.count)
+            for one in self._sample.blocks
+        ]
+        p = sum(above for above, _ in parts) / self.count
+        if not 0 < p < 1:
             return self.count
-        excess = sum(
-            (number - p * size) ** 2 / (p * (1 - p) * size)
-            for number, size in zip(above, sizes, strict=True)
-        )
-        return self.count / max(1.0, excess / (len(sizes) - 1))
+        # A burst may be longer than a block: the same for blocks twice and four times as long.
+        effect = 1.0
+        while len(parts) >= _FEWEST_BLOCKS:
+            excess = sum((above - p * size) ** 2 / (p * (1 - p) * size) for above, size in parts)
+            effect = max(effect, excess / (len(parts) - 1))
+            pairs = zip_longest(parts[::2], parts[1::2], fillvalue=(0, 0))
+            parts = [(one[0] + other[0], one[1] + other[1]) for one, other in pairs]
+        return self.count / effect
 
     def draw(self, share: float, chance: random.Random) -> list[int]:
         """The percentile of so many resamples."""
@@ -270,8 +277,10 @@ def changes(base: dict[Key, Sample], new: dict[Key, Sample], seed: int) -> list[
             ]
             if short:
                 words = f"{', '.join(short)}; it takes {least}"
-                values = [one.value(share) if one.count else None for one in (before, after)]
-                found.append(Change(group, stage, name, counts, *values, too_little=words))
+                old_ns, new_ns = (
+                    one.value(share) if one.count else None for one in (before, after)
+                )
+                found.append(Change(group, stage, name, counts, old_ns, new_ns, too_little=words))
                 continue
             # Each of its own, so that a stage's figures do not hang on what else there is.
             label = f"{seed} {group!r} {stage} {name}"

@@ -55,7 +55,8 @@ def words(host: Merge, first: Merge) -> str:
     return (
         f"the clock of {host.name} is {host.offset_ns / 1e9:+.9f} s from that of {first.name}, "
         f"± {host.bound_ns / 1000:.1f} µs, and drifts by {host.drift_ppm:+.1f} "
-        f"± {host.drift_bound_ppm:.1f} ppm, by {host.packets} packets: wire times are right within that bound"
+        f"± {host.drift_bound_ppm:.1f} ppm, by {host.packets} packets: "
+        "wire times are right within that bound"
     )
 
 

@@ -33,7 +33,7 @@ def page(title: str, data: str) -> bytes:
 style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{html.escape(title)} – tcplat</title>
+<title>{html.escape(title)} - tcplat</title>
 <style>{style}</style>
 <main id="main"><noscript>This page is drawn by the script in it.</noscript></main>
 <script type="application/json" id="data">{data.translate(_ESCAPES)}</script>

@@ -8,6 +8,7 @@ to the nanosecond. Written as it comes: memory does not grow with the capture.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, BinaryIO
 
 import attrs
@@ -163,7 +164,7 @@ class Trace:
             )
 
         show(name, begin_ns, end_ns, args=about)
-        for (first, since_ns), (last, until_ns) in zip(chain, chain[1:], strict=False):
+        for (first, since_ns), (last, until_ns) in pairwise(chain):
             show("+".join(stages[first:last]), since_ns, until_ns)
         return pid, tid
 
