@@ -39,10 +39,19 @@ if TYPE_CHECKING:
     from .output import Output
     from .reading import Reader
     from .replay import add_reports
-    from .schema import Event, Moment, Wire, micros
+    from .schema import (
+        SCHEMA_VERSION,
+        Event,
+        Moment,
+        Wire,
+        clock_offset_ns,
+        json_types,
+        micros,
+    )
 
 __all__ = [
     "HOST_BITS",
+    "SCHEMA_VERSION",
     "CannotRunError",
     "Event",
     "Hook",
@@ -67,10 +76,12 @@ __all__ = [
     "Way",
     "Wire",
     "add_reports",
+    "clock_offset_ns",
     "fenter",
     "fentry",
     "fexit",
     "hookimpl",
+    "json_types",
     "kentry",
     "kprobe",
     "kreturn",

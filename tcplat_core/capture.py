@@ -7,12 +7,14 @@ Memory is bounded by one chunk, whatever the capture holds.
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import re
 import select
 import socket
 import stat
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -22,7 +24,7 @@ import msgspec
 
 from .errors import UsageError
 from .model import Loss, Merge, RunReport
-from .schema import SCHEMA_VERSION, Event, printable
+from .schema import SCHEMA_VERSION, Event, json_types, printable
 
 CHUNK = 1 << 20
 """Bytes that are read, and decoded, at once."""
@@ -32,12 +34,17 @@ _MOST_CLASSES = 256
 """Probes that are not installed may bring so many sets of fields; the rest is foreign."""
 _SAID = 3
 """So many of what is left out are reported one by one."""
+_BEGINNING = 64
+"""Bytes that tell JSON lines from msgpack; no row is so short."""
 _CONNECT_S = 10
 _PATIENCE_MS = 100
 """How long a source may keep us from looking at anything else."""
 
 GAP = ("msgpack", "reader")
 """Probe and point of the loss that stands for rows which a socket's sink kept from its reader."""
+
+
+_TEXTS = operator.attrgetter(*(n for n, kind in json_types().items() if "str" in kind))
 
 
 class _ForeignError(Exception):
@@ -74,8 +81,11 @@ class Source:
             if where == "-":
                 if sys.stdin is None:
                     raise UsageError("there is no standard input")
-                return cls(sys.stdin.fileno(), "standard input")
-            fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC)
+                fd = sys.stdin.fileno()
+                return cls(fd, "standard input", os.fstat(fd).st_size)
+            # Without O_NONBLOCK a FIFO that nobody writes would keep us here, deaf to Ctrl-C.
+            fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            os.set_blocking(fd, True)
             status = os.fstat(fd)
             if stat.S_ISDIR(status.st_mode):
                 os.close(fd)
@@ -127,6 +137,9 @@ class _Format(Protocol):
     def split(self, data: bytes, *, end: bool) -> tuple[list[bytes], int]:
         """What is whole of `data`, and where the rest begins."""
 
+    def swallowed(self, data: bytes) -> list[bytes]:
+        """What is whole again behind the beginning of something damaged."""
+
     def decoder(self, event: type[Event]) -> Callable[[bytes], Event]:
         """From bytes to a row."""
 
@@ -153,12 +166,17 @@ class _Jsonl:
             return [*lines, rest], len(data)
         return lines, len(data) - len(rest)
 
+    def swallowed(self, data: bytes) -> list[bytes]:  # noqa: ARG002 - a newline ends each line
+        return []
+
     def decoder(self, event: type[Event]) -> Callable[[bytes], Event]:
         return msgspec.json.Decoder(event).decode
 
 
 _START = re.compile(rb"(?:[\x80-\x8f]|\xde..|\xdf....)\xa1v", re.DOTALL)
 """How each map of ours begins: with its version."""
+_SPLIT = 6
+"""Bytes of it that a chunk may end with."""
 
 
 class _Msgpack:
@@ -183,9 +201,11 @@ class _Msgpack:
             if not _START.match(data, at):
                 # Rubbish, as far as the next map; a beginning may be cut in two.
                 found = _START.search(data, at + 1)
-                if not found and not end:
-                    return maps, at
                 stop = found.start() if found else len(data)
+                if not found and not end:
+                    stop -= _SPLIT
+                    if stop <= at:
+                        return maps, at
                 maps.append(data[at:stop])
                 at = origin = stop
                 unpacker = self._unpacker(data[at:])
@@ -210,6 +230,10 @@ class _Msgpack:
             unpacker = self._unpacker(data[at:])
         return maps, at
 
+    def swallowed(self, data: bytes) -> list[bytes]:
+        found = _START.search(data, 1)
+        return self.split(data[found.start() :], end=True)[0] if found else []
+
     @staticmethod
     def _unpacker(data: bytes) -> Any:
         unpacker = msgpack.Unpacker(max_buffer_size=len(data) + 1, strict_map_key=False)
@@ -224,9 +248,8 @@ class _Msgpack:
 
 
 def _format_of(data: bytes) -> _Format:
-    """By what comes first: a row of the one or of the other kind."""
-    json_at, map_at = data.find(b'{"v":'), _START.search(data)
-    if map_at and (json_at < 0 or map_at.start() < json_at):
+    """By whose rows begin more often in it."""
+    if len(_START.findall(data)) > data.count(b'{"v":'):
         return _Msgpack()
     return _Jsonl()
 
@@ -254,7 +277,10 @@ class Capture:
     _number: int = attrs.field(default=0, init=False)
     _format: _Format = attrs.field(init=False)
     _known: dict[bytes, Callable[[bytes], Event]] = attrs.field(factory=dict, init=False)
-    """Probe -> decoder for rows as we write them."""
+    """Probe -> decoder for its rows as they were last."""
+    _decoders: dict[type[Event], Callable[[bytes], Event]] = attrs.field(factory=dict, init=False)
+    _numeric: set[type[Event]] = attrs.field(factory=set, init=False)
+    """Classes that add no texts to the common ones."""
     _classes: dict[tuple[str, ...], type[Event]] = attrs.field(factory=dict, init=False)
 
     def items(self, chunks: Iterator[bytes]) -> Iterator[list[Event] | Loss | Merge | None]:
@@ -266,6 +292,8 @@ class Capture:
                 continue
             data += chunk
             if not begun:
+                if len(data) < _BEGINNING:
+                    continue
                 self._begin(_format_of(data))
                 begun = True
             if skipping:
@@ -280,6 +308,8 @@ class Capture:
                 self._number += 1
                 self._leave_out(self._number, "it is too long")
                 data, skipping = b"", True
+        if not begun:
+            self._begin(_format_of(data))
         if data and not skipping:
             frames, _ = self._format.split(data, end=True)
             yield from self._decode(frames, data, torn=True)
@@ -287,7 +317,15 @@ class Capture:
     def _begin(self, form: _Format) -> None:
         self._format, self.noun = form, form.noun
         for probe, event in self.events.items():
-            self._known[probe.encode()] = form.decoder(event)
+            self._know(probe, event)
+
+    def _know(self, probe: str, event: type[Event]) -> None:
+        if event not in self._decoders:
+            self._decoders[event] = self._format.decoder(event)
+            types = [*json_types(event).values()][len(Event.__struct_fields__) :]
+            if not any("str" in kind or "any" in kind for kind in types):
+                self._numeric.add(event)
+        self._known[probe.encode()] = self._decoders[event]
 
     def _decode(
         self, frames: Sequence[bytes], data: bytes, *, torn: bool = False
@@ -301,13 +339,17 @@ class Capture:
                 yield rows
             return
         rows = []
-        for number, frame in enumerate(frames, self._number + 1):
+        todo = deque(frames)
+        while todo:
+            frame = todo.popleft()
+            self._number += 1
             try:
                 # An empty line is nothing.
                 item = self._one(frame) if frame.strip() else None
             except _ForeignError as error:
-                cut = torn and number == self._number + len(frames)
-                self._leave_out(number, "it is cut off" if cut else str(error))
+                todo.extendleft(reversed(self._format.swallowed(frame)))
+                cut = torn and not todo
+                self._leave_out(self._number, "it is cut off" if cut else str(error))
                 continue
             if isinstance(item, Event):
                 rows.append(item)
@@ -316,7 +358,6 @@ class Capture:
                     yield rows
                 rows = []
                 yield item
-        self._number += len(frames)
         if rows:
             yield rows
 
@@ -328,15 +369,17 @@ class Capture:
         # No match, no such probe, no such row: looked at one by one, it will be said.
         except (TypeError, KeyError, ValueError):
             return None
-        try:
-            # This proves that no key is too many, and no number too large.
-            if self._format.encode(rows) != data:
-                return None
-        except OverflowError:
+        # This proves that no key is too many.
+        if self._format.encode(rows) != data:
             return None
-        if b"\\" in data or not data.isascii():
-            rows = [_tidy(row) for row in rows]
-        return rows
+        return rows if self._is_tidy(rows, data) else [_tidy(row) for row in rows]
+
+    def _is_tidy(self, rows: Sequence[Event], data: bytes) -> bool:
+        """Whether all texts are printable, as far as that is seen at a glance."""
+        if data.isascii() and b"\\" not in data:  # JSON
+            return True
+        texts = {text for of_row in set(map(_TEXTS, rows)) for text in of_row if text is not None}
+        return all(map(str.isprintable, texts)) and self._numeric.issuperset(map(type, rows))
 
     def _one(self, frame: bytes) -> Event | Loss | Merge | None:
         """Whatever it is; None for what is no row: a header, a report.
@@ -348,7 +391,7 @@ class Capture:
             value = self._format.value(frame)
         except (ValueError, RecursionError) as error:
             raise _ForeignError("it is damaged, or not of a capture") from error
-        if not isinstance(value, dict) or "v" not in value:
+        if not isinstance(value, dict) or "v" not in value or set(map(type, value)) != {str}:
             raise _ForeignError("it is not of a capture")
         if value["v"] != SCHEMA_VERSION or value["v"] is True:
             version = str(value["v"])[:20]
@@ -368,7 +411,7 @@ class Capture:
                 self.reports.append(RunReport.from_json(value["report"]))
             elif "schema" not in value:
                 item = self._row(value)
-        except (ValueError, TypeError, OverflowError) as error:
+        except (ValueError, TypeError) as error:
             words = str(error).split(" - at")[0]
             raise _ForeignError(f"it is not of a capture: {words}") from error
         self.read += 1
@@ -381,9 +424,7 @@ class Capture:
         if set(value) != set(event.__struct_fields__):
             event = self._class(probe, [key for key in value if key not in Event.__struct_fields__])
         row = msgspec.convert(value, event)
-        self._format.encode([row])  # numbers that no sink could write
-        if self._known.get(probe.encode()) is None:
-            self._known[probe.encode()] = self._format.decoder(event)
+        self._know(probe, event)
         return _tidy(row)
 
     def _class(self, probe: str, extra: Sequence[str]) -> type[Event]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from .command import Command
     from .filters import Filter
-    from .model import ProbeReport, RunReport, Sink
+    from .model import ProbeReport, RunInfo, RunReport, Sink
     from .plugins import Plugins
 
 # What a command needs is imported when it is called: `plugins list` and --help
@@ -247,6 +247,7 @@ def _run(
     from . import privileges  # noqa: PLC0415 - see the top
     from .command import Command  # noqa: PLC0415
     from .loader.protocol import Request  # noqa: PLC0415
+    from .model import RunInfo  # noqa: PLC0415
     from .plugins import Plugins  # noqa: PLC0415
     from .session import LoaderProcess, Session, Signals  # noqa: PLC0415
     from .trace import TracePipe  # noqa: PLC0415
@@ -267,7 +268,15 @@ def _run(
         session = Session(
             loader=loader,
             probes=chosen,
-            sinks=_sinks(plugins, sinks, [spec.name for spec, _ in chosen], signals.stopping),
+            sinks=_sinks(
+                plugins,
+                sinks,
+                RunInfo(
+                    probes=tuple(spec.name for spec, _ in chosen),
+                    stopping=signals.stopping,
+                    events={spec.name: spec.event for spec, _ in chosen},
+                ),
+            ),
             request=Request(
                 probes=(),
                 attach=attach,
@@ -344,6 +353,7 @@ def _replay(
 ) -> int:
     from . import privileges  # noqa: PLC0415 - see the top
     from .capture import Capture, Source  # noqa: PLC0415
+    from .model import RunInfo  # noqa: PLC0415
     from .plugins import Plugins  # noqa: PLC0415
     from .replay import Bar, Replay  # noqa: PLC0415
     from .session import Signals  # noqa: PLC0415
@@ -360,7 +370,7 @@ def _replay(
     one = Replay(
         source=source,
         capture=Capture(events, say),
-        sinks=_sinks(plugins, sinks, (), signals.stopping),
+        sinks=_sinks(plugins, sinks, RunInfo((), signals.stopping, live=False)),
         wanted=wanted,
         probes=probes,
         points=points,
@@ -449,10 +459,8 @@ def _probes(plugins: Plugins, texts: Sequence[str]) -> list[tuple[Any, Any]]:
     return chosen
 
 
-def _sinks(
-    plugins: Plugins, texts: Sequence[str], probes: Sequence[str], stopping: Callable[[], bool]
-) -> dict[str, Sink]:
-    from .model import RunInfo, parse_choice, read_options  # noqa: PLC0415 - see the top
+def _sinks(plugins: Plugins, texts: Sequence[str], run: RunInfo) -> dict[str, Sink]:
+    from .model import parse_choice, read_options  # noqa: PLC0415 - see the top
 
     made: dict[str, Sink] = {}
     for text in texts:
@@ -461,7 +469,7 @@ def _sinks(
         if text in made:
             raise UsageError(f"--sink {text} is given twice")
         options = read_options(f"sink {name}", spec.options, given)
-        made[text] = spec.factory(options, RunInfo(tuple(probes), stopping))
+        made[text] = spec.factory(options, run)
     return made
 
 

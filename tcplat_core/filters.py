@@ -176,8 +176,14 @@ class RowFilter:
     _latencies: dict[type[Event], list[str]] = attrs.field(factory=dict, init=False)
     _networks: list[tuple[int, int]] = attrs.field(init=False)
 
+    _pattern: str = attrs.field(init=False)
+    """`comm` as rows carry it: escaped."""
+
     def __attrs_post_init__(self) -> None:
+        from .schema import text  # noqa: PLC0415 - see the top
+
         self._networks = list(map(_network, self.wanted.networks))
+        self._pattern = text(self.wanted.comm.removesuffix("*").encode())
 
     def learn(self, rows: Iterable[Event]) -> None:
         """Remember whose the connections are."""
@@ -231,25 +237,24 @@ class RowFilter:
         return any(number & mask == network for network, mask in self._networks)
 
     def _too_fast(self, row: Event) -> bool:
-        from .schema import latencies  # noqa: PLC0415 - see the top
-
         event = type(row)
         if event not in self._latencies:
+            from .schema import latencies  # noqa: PLC0415 - see the top
+
             self._latencies[event] = latencies(event)
         took = (getattr(row, name) for name in self._latencies[event])
         return any(us is not None and round(us * 1000) < self.wanted.min_ns for us in took)
 
     def _wants_owner(self, row: Event) -> bool:
-        from .schema import text  # noqa: PLC0415 - see the top
-
         wanted = self.wanted
         if not row.pid or (wanted.pids is not None and row.pid not in wanted.pids):
             return False
         if not wanted.comm:
             return True
-        # Rows carry names escaped.
-        comm, pattern = row.comm or "", text(wanted.comm.removesuffix("*").encode())
-        return comm.startswith(pattern) if wanted.comm.endswith("*") else comm == pattern
+        comm = row.comm or ""
+        if wanted.comm.endswith("*"):
+            return comm.startswith(self._pattern)
+        return comm == self._pattern
 
     def _wants_packet(self, row: Event) -> bool:
         if row.sock or row.pid or row.point == "rx_ip":

@@ -69,7 +69,9 @@ class Sink(Protocol):
     """Consumes batches. A method that raises gets the sink switched off; the run goes on.
 
     A sink may also have ``idle()``: called once a second, so that it can raise
-    ReaderGoneError while there is nothing to write.
+    ReaderGoneError while there is nothing to write. And ``poll()``: called whenever the
+    rings have been looked at, every 3 to 20 ms, also when nothing came (in a replay at
+    least every 100 ms); it must not block.
     """
 
     def write(self, batch: Sequence[Event]) -> None:
@@ -106,10 +108,14 @@ class RunInfo:
     Args:
         probes: Names of the probes.
         stopping: Says whether the user asked to stop: a blocked write then gives up.
+        events: The rows' class of each probe.
+        live: False in a replay: whose rows there will be is not known, nor are host and clocks.
     """
 
     probes: tuple[str, ...]
     stopping: Callable[[], bool] = lambda: False
+    events: Mapping[str, type[Event]] = attrs.field(factory=dict)
+    live: bool = True
 
 
 @attrs.frozen

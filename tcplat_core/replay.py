@@ -93,6 +93,7 @@ class Replay:
         for item in self.capture.items(self.source.chunks()):
             if self.stopping():
                 break
+            self.bar.hide()
             if isinstance(item, list) and self.wanted.by_task:
                 self._filter.learn(item)
                 self._deliver(waiting)
@@ -100,6 +101,7 @@ class Replay:
                 waiting.append(item)
             if item is None or not self.wanted.by_task:
                 self._deliver(waiting)
+            self.router.poll()
             if item is None or time.monotonic() >= look:
                 look = time.monotonic() + _LOOK_S
                 self.router.idle()
@@ -176,7 +178,7 @@ class Replay:
         if self.whole and not self.capture.ended:
             yield f"{self.source.name} has no end: its run was killed, or it is cut off"
         elif self.whole and report.incomplete:
-            yield f"{self.source.name} lacks books for some of its rows"
+            yield f"{self.source.name}: the books are {report.incomplete}"
 
     def report(self) -> RunReport:
         """The run's own books, of the rows that were replayed; counted where it has none.
@@ -259,8 +261,8 @@ def add_reports(one: RunReport, other: RunReport) -> RunReport:
         if name not in probes:
             probes[name] = probe
             continue
-        hooks = {(hook.point, hook.func, hook.attach): hook for hook in probes[name].hooks}
-        for hook in probe.hooks:
+        hooks: dict[tuple[str, str, str], HookReport] = {}
+        for hook in (*probes[name].hooks, *probe.hooks):
             key = (hook.point, hook.func, hook.attach)
             known = hooks.get(key, HookReport(*key, 0, 0, 0))
             hooks[key] = HookReport(
@@ -299,6 +301,8 @@ class Bar:
     shown: bool
     _next: float = attrs.field(init=False, factory=lambda: time.monotonic() + _BAR_AFTER_S)
     _bar: Any = attrs.field(init=False, default=None)
+    _in_the_way: bool = attrs.field(init=False, default=False)
+    """It is drawn on the terminal that standard output is, too."""
 
     def update(self) -> None:
         """Draw it, not too often."""
@@ -311,8 +315,15 @@ class Bar:
                 length=self.source.size, label=self.source.name, file=sys.stderr
             )
         self._bar.update(self.source.consumed - self._bar.pos)
+        self._in_the_way = sys.stdout is not None and sys.stdout.isatty()
+
+    def hide(self) -> None:
+        """Make room for rows, if they come to the same terminal."""
+        if self._in_the_way:
+            self.close()
 
     def close(self) -> None:
         """Wipe it away."""
         if self._bar is not None:
             click.echo("\r\x1b[K", nl=False, err=True)
+        self._in_the_way = False

@@ -100,9 +100,16 @@ class Router:
 
     def idle(self) -> None:
         """Let sinks notice that their reader has gone, also while nothing happens."""
+        self._those_with("idle")
+
+    def poll(self) -> None:
+        """Let sinks serve their readers, also while nothing happens."""
+        self._those_with("poll")
+
+    def _those_with(self, method: str) -> None:
         for name, sink in list(self.sinks.items()):
-            if hasattr(sink, "idle"):
-                self._call(name, sink.idle)
+            if hasattr(sink, method):
+                self._call(name, getattr(sink, method))
 
     def close(self, report: RunReport) -> None:
         """End every sink, those that were switched off before excepted."""

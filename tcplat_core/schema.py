@@ -285,15 +285,22 @@ def _annotations(event: type[Event]) -> list[tuple[str, Wire | Hook | Made]]:
     return [(name, hints[name].__metadata__[0]) for name in event.__struct_fields__]
 
 
+def json_types(event: type[Event] = Event) -> dict[str, str]:
+    """JSON type of each field, in order: ``int or null``; ``any`` where nothing is declared."""
+    names: dict[Any, str] = {int: "int", float: "float", str: "str", type(None): "null"}
+    hints = typing.get_type_hints(event)
+    return {
+        name: " or ".join(
+            names.get(kind, "any") for kind in typing.get_args(hints[name]) or (hints[name],)
+        )
+        for name in event.__struct_fields__
+    }
+
+
 def documentation(event: type[Event] = Event) -> list[tuple[str, str, str]]:
     """Name, JSON type and meaning of each field, in order."""
-    names = {int: "int", float: "float", str: "str", type(None): "null"}
-    hints = typing.get_type_hints(event)
-    rows = []
-    for name, source in _annotations(event):
-        kinds = typing.get_args(hints[name]) or (hints[name],)
-        rows.append((name, " or ".join(names[kind] for kind in kinds), source.doc))
-    return rows
+    types = json_types(event)
+    return [(name, types[name], source.doc) for name, source in _annotations(event)]
 
 
 def latencies(event: type[Event]) -> list[str]:

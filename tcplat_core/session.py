@@ -388,6 +388,7 @@ class Session:
             settled_ns = min(previous_ns, now_ns - int(self.hold_s * 1e9))
             came, horizon_ns = _drain(runs, router, clock, settled_ns)
             router.flush(horizon_ns)
+            router.poll()
             if horizon_ns < settled_ns:  # there is more than one helping
                 continue
             previous_ns = now_ns

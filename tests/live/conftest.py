@@ -1,7 +1,8 @@
 """Live tests: real TCP over `lo` and over networks of our own, seen through a real tcplat.
 
 Environment: TCPLAT_ATTACH names the mechanism (auto), TCPLAT_SLOW how many times slower
-this machine is than it might be (1), TCPLAT_REQUIRE_ROOT=1 forbids to skip for want of root.
+this machine is than it might be (1), TCPLAT_REQUIRE_ROOT=1 forbids to skip for want of root,
+TCPLAT_LONG=1 lets the readers of test_socket.py read for a minute instead of 10 s.
 """
 
 from __future__ import annotations

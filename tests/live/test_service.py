@@ -288,6 +288,7 @@ http {{
     fastcgi_temp_path {folder}/c;
     uwsgi_temp_path {folder}/d;
     scgi_temp_path {folder}/e;
+    {http}
     server {{
         listen 127.0.0.1:{port};
         location / {{ add_header Worker $pid; return 200 "it works"; }}
@@ -297,12 +298,12 @@ http {{
 
 
 @contextmanager
-def nginx(folder: Path) -> Iterator[tuple[int, list[int]]]:
-    """Its port, and its workers."""
+def nginx(folder: Path, http: str = "") -> Iterator[tuple[int, list[int]]]:
+    """Its port, and its workers; `http` is more of its configuration."""
     program = shutil.which("nginx") or "/usr/sbin/nginx"
     port = free_port()
     config = folder / "nginx.conf"
-    config.write_text(_NGINX.format(folder=folder, port=port))
+    config.write_text(_NGINX.format(folder=folder, port=port, http=http))
     error_log = folder / "error.log"
     master = subprocess.Popen([program, "-p", folder, "-c", config, "-e", error_log])
     try:

@@ -14,7 +14,10 @@ import attrs
 import pytest
 
 from tcplat_core.errors import UsageError
-from tcplat_core.filters import Filter, cgroup_path, netns_inode
+from tcplat_core.filters import Filter, RowFilter, cgroup_path, netns_inode, netns_recorded
+from tcplat_core.plugins import Plugins
+from tcplat_core.schema import text
+from tcplat_core.testing import make_event
 
 
 @attrs.frozen(kw_only=True)
@@ -205,7 +208,111 @@ def test_a_cgroup_holds_what_is_below_it(monkeypatch: pytest.MonkeyPatch) -> Non
     assert levels == [1, 2, 3]
 
 
+# --- rows that were recorded
+
+
+def turned(addrs: Addrs) -> Addrs:
+    return attrs.evolve(
+        addrs, saddr=addrs.daddr, daddr=addrs.saddr, sport=addrs.dport, dport=addrs.sport
+    )
+
+
+PLACES = ("127.0.0.1", "10.0.0.1", "10.0.0.2", "::1", "2001:db8::1", "fe80::1")
+NETWORKS = ("127.0.0.1", "10.0.0.0/31", "0.0.0.0/0", "::/0", "2001:db8::/32", "::ffff:0:0/96")
+
+
+def test_a_recorded_row_passes_where_the_kernel_would_have_let_it() -> None:
+    chance = random.Random(20_261_125)  # noqa: S311 - reproducible on purpose
+    outcomes = set()
+    for _ in range(5000):
+
+        def some(values: tuple[Any, ...], most: int = 2) -> tuple[Any, ...]:
+            wanted = chance.random() < 0.3
+            return tuple(chance.sample(values, chance.randint(1, most))) if wanted else ()
+
+        wanted = Filter(
+            ports=some((80, 443)),
+            lports=some((80, 1024)),
+            rports=some((80, 1024)),
+            networks=some(NETWORKS),
+            netns=next(iter(some((1, 2), 1)), 0),
+            ip=next(iter(some((4, 6), 1)), 0),
+        )
+        saddr, daddr = chance.choices(PLACES, k=2)
+        addrs = Addrs(
+            saddr=packed(saddr),
+            daddr=packed(daddr),
+            netns=chance.choice((1, 2)),
+            sport=chance.choice((0, 80, 443, 1024)),
+            dport=chance.choice((80, 443, 1024)),
+            ip=6 if ":" in saddr else 4,
+        )
+        point, sock = chance.choice((("send", 7), ("rx_ip", 0), ("nic_rx", 0)))
+        row = make_event(
+            point=point,
+            sock=sock,
+            ip=addrs.ip,
+            netns=addrs.netns,
+            saddr=saddr,
+            daddr=daddr,
+            sport=addrs.sport or None,
+            dport=addrs.dport,
+        )
+        # As report_packet() and tcplat_wanted_packet() do it.
+        ways = {"send": (addrs,), "rx_ip": (turned(addrs),), "nic_rx": (addrs, turned(addrs))}
+        expected = any(passes(wanted, way) for way in ways[point])
+        assert RowFilter(wanted).passes(row) == expected, (wanted, row)
+        outcomes.add((point, expected))
+    assert len(outcomes) == 6
+
+
+@pytest.mark.parametrize(
+    "pattern", ["curl", "cur*", "*", "Bücher", "Büc*", "a\\*", "a\\b", "x\x1b*"]
+)
+@pytest.mark.parametrize("comm", ["curl", "curly", "Bücher", "a\\b", "a\x01", "x\x1bc", "x\\x1bc"])
+def test_a_recorded_name_passes_as_it_does_in_the_kernel(pattern: str, comm: str) -> None:
+    row = make_event(comm=text(comm.encode()))
+    assert RowFilter(Filter(comm=pattern)).passes(row) == comm_passes(pattern, comm)
+
+
+def test_recorded_rows_of_nobody_pass_no_filter_for_processes() -> None:
+    row = make_event(pid=None, comm=None)
+    assert not RowFilter(Filter(comm="*")).passes(row)
+    assert not RowFilter(Filter(pids=(4711,))).passes(row)
+    assert RowFilter(Filter(pids=(4711,))).passes(make_event())
+    assert not RowFilter(Filter(pids=(4711,), comm="wget")).passes(make_event())
+
+
+def test_recorded_packets_are_those_of_a_process_whose_connection_they_are() -> None:
+    rows = RowFilter(Filter(pids=(4711,)))
+    rows.learn([make_event(), make_event(pid=7, sport=50_000)])
+    packet = {"point": "nic_rx", "sock": 0, "pid": None, "comm": None}
+    assert rows.passes(make_event(**packet))
+    assert rows.passes(make_event(**packet, sport=9999, dport=40_000))
+    assert not rows.passes(make_event(**packet, sport=50_000))
+    assert not rows.passes(make_event(**packet, sport=60_000))
+    assert not rows.passes(make_event(**packet, netns=1))
+    assert not rows.passes(make_event(**{**packet, "point": "rx_ip"}))
+
+
+def test_a_recorded_duration_must_be_long_enough_and_what_has_none_passes() -> None:
+    rows = RowFilter(Filter(min_ns=1_000_001))
+    service = Plugins.load().probe("tcp_service").event
+    for took, expected in ((None, True), (1000.0, False), (1000.001, True), (2e6, True)):
+        assert rows.passes(make_event(connect_us=took)) == expected
+        for name in ("call_us", "accept_us"):
+            times = {"call_us": None, "accept_us": None, name: took}
+            assert rows.passes(make_event(service, **times)) == expected
+
+
 # --- what users say
+
+
+def test_a_namespace_of_before_is_named_by_its_number() -> None:
+    assert netns_recorded("4026531840") == 4_026_531_840
+    assert netns_recorded(str(os.getpid())) == os.stat("/proc/self/ns/net").st_ino
+    with pytest.raises(UsageError, match="there is no network namespace"):
+        netns_recorded("no-such")
 
 
 def test_a_namespace_is_named_by_process_or_path() -> None:

@@ -307,3 +307,38 @@ def test_every_sink_that_is_left_is_closed_once() -> None:
         [REPORT],
     ]
     assert off.reports == []
+
+
+# --- between batches
+
+
+@pytest.mark.parametrize("method", ["idle", "poll"])
+def test_sinks_that_want_it_are_called_between_batches(
+    router: Router, sink: RecordingSink, method: str
+) -> None:
+    calls = []
+
+    class Serving(RecordingSink):
+        def idle(self) -> None:
+            calls.append("idle")
+
+        def poll(self) -> None:
+            calls.append("poll")
+
+    router.sinks["serving"] = Serving()
+    getattr(router, method)()
+    assert calls == [method]
+    assert router.sinks.keys() == {"it", "serving"}
+    assert sink.batches == []
+
+
+def test_a_sink_that_fails_between_batches_is_switched_off_alone(router: Router) -> None:
+    class Failing(RecordingSink):
+        def poll(self) -> None:
+            raise TcplatError("no more")
+
+    router.sinks["failing"] = Failing()
+    router.poll()
+    assert router.switched_off == {"failing": "no more"}
+    assert router.sinks.keys() == {"it"}
+    assert not router.done

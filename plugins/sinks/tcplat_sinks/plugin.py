@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 
 from tcplat_core import Option, Options, Output, RunInfo, Sink, SinkSpec, hookimpl
@@ -10,11 +11,39 @@ from tcplat_core import Option, Options, Output, RunInfo, Sink, SinkSpec, hookim
 _PATH = Option(name="path", help="file to write; standard output if not given")
 
 
-def _width(text: str) -> int:
+def _count(text: str) -> int:
     value = int(text)
     if value < 0:
-        raise ValueError("it must be 0 (no limit) or a number of columns")
+        raise ValueError("it must be 0 or more")
     return value
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"(\d+)([KMG]?)", text)
+    size = int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]] if found else 0
+    if size < 1 << 16:
+        raise ValueError("it must be 64K or more")
+    return size
+
+
+def _flag(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise ValueError("it is 0 or 1")
+    return text == "1"
+
+
+def _address(text: str) -> tuple[str, int]:
+    """``HOST:PORT``; without a host this one."""
+    host, colon, port = text.rpartition(":")
+    if not (colon and port.isdecimal() and int(port) < 1 << 16):
+        raise ValueError("write HOST:PORT, 127.0.0.1:4711 or [::1]:4711")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def _msgpack(options: Options, run: RunInfo) -> Sink:
+    from .msgpack import Msgpack  # noqa: PLC0415 - only the sinks in use are imported
+
+    return Msgpack.open(options, run)
 
 
 def _jsonl(options: Options, run: RunInfo) -> Sink:
@@ -61,7 +90,40 @@ def tcplat_register_sinks() -> Iterator[SinkSpec]:
             Option(
                 name="width",
                 help="columns to fit into, 0 for no limit; the terminal's if not given",
-                convert=_width,
+                convert=_count,
+            ),
+        ),
+    )
+    yield SinkSpec(
+        name="msgpack",
+        summary="msgpack maps to whoever reads a socket",
+        factory=_msgpack,
+        options=(
+            Option(name="unix", help="path of the socket, which its owner alone may use"),
+            Option(name="tcp", help="HOST:PORT instead of it", convert=_address),
+            Option(
+                name="connect",
+                help="1: go to a reader that listens there, instead of letting readers come",
+                convert=_flag,
+                default=False,
+            ),
+            Option(
+                name="buffer",
+                help="bytes that may wait for one reader; what is more, he misses",
+                convert=_size,
+                default=8 << 20,
+            ),
+            Option(
+                name="wait",
+                help="so many readers must have come before the run begins",
+                convert=_count,
+                default=0,
+            ),
+            Option(
+                name="public",
+                help="1: tcp= may be an address that other hosts reach",
+                convert=_flag,
+                default=False,
             ),
         ),
     )

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-
-import attrs
+from typing import NamedTuple
 
 CLIENT_SENT, REQUEST_TX, REQUEST_RX, REQUEST_IP, REQUEST_READY, REQUEST_READ = range(6)
 REPLY_SENT, REPLY_TX, REPLY_RX, REPLY_IP, REPLY_READY, REPLY_READ = range(6, 12)
@@ -69,9 +68,8 @@ CONNECT_STAGES = (
 UNEXPLAINED = "unexplained"
 
 
-@attrs.frozen(slots=True)
-class Split:
-    """A chain's total, and what it is made of.
+class Split(NamedTuple):
+    """A chain's total, and what it is made of. A tuple: one is made for each exchange.
 
     Args:
         stages: Name and ns, in order. Where instants between them are unknown, stages

@@ -1,0 +1,104 @@
+"""Options, words and the record: no root needed."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tcplat_dev_xmit.plugin import LeavingEvent, describe, device, tcplat_register_probes
+
+from tcplat_core import Moment, UsageError
+from tcplat_core.model import read_options
+from tcplat_core.schema import TCP_FLAGS, FiredBy, Record
+from tcplat_core.testing import make_record
+
+SPEC = next(tcplat_register_probes())
+
+
+def options(**given: str) -> Any:
+    return read_options("dev_xmit", SPEC.options, given)
+
+
+def packet(flags: str | None, *, empty: bool = True) -> str:
+    return describe(Moment("nic_tx", None, None, 0, empty, flags))
+
+
+@pytest.mark.parametrize(
+    ("flags", "empty", "full"),
+    [
+        ("SYN", "SYN leaves", "SYN, data leave"),
+        ("SYN|ACK", "SYN answered", "SYN answered"),
+        ("PSH|ACK", "ACK leaves", "data leave"),
+        ("FIN|ACK", "FIN leaves", "data, FIN leave"),
+        ("RST|ACK", "RST leaves", "RST leaves"),
+        ("SYN|FIN", "odd flags", "odd flags"),
+        (None, "odd flags", "odd flags"),
+    ],
+)
+def test_words(flags: str | None, empty: str, full: str) -> None:
+    assert (packet(flags), packet(flags, empty=False)) == (empty, full)
+
+
+def test_every_packet_has_words_that_fit() -> None:
+    for count in range(9):
+        for flags in itertools.combinations(TCP_FLAGS, count):
+            for empty in (True, False):
+                assert 0 < len(packet("|".join(flags), empty=empty)) <= 15
+
+
+def test_ports_become_cases_and_none_is_all() -> None:
+    assert SPEC.defines(options(port="80+443+80")) == {"XMIT_PORTS": "case 80: case 443:"}
+    assert SPEC.defines(options()) == SPEC.defines(options(port="all")) == {}
+
+
+@pytest.mark.parametrize(
+    "port", ["0", "65536", "http", "", "80+", "+".join(map(str, range(1, 40)))]
+)
+def test_what_is_no_port_is_refused(port: str) -> None:
+    with pytest.raises(UsageError, match="port"):
+        options(port=port)
+
+
+@pytest.mark.parametrize(
+    ("raw", "name"),
+    [
+        (b"eth0\0\0\0\0\0\0\0\0\0\0\0\0", "eth0"),
+        (b"a\x1b[31mb\0", "a\\x1b[31mb"),
+        ("schön".encode(), "sch\\xc3\\xb6n"),
+        (b"back\\slash", "back\\x5cslash"),
+    ],
+)
+def test_a_devices_name_is_safe_to_print(raw: bytes, name: str) -> None:
+    assert device(raw) == name
+
+
+def test_a_record_becomes_a_row() -> None:
+    record = Record(LeavingEvent)
+    raw = make_record(
+        LeavingEvent,
+        saddr="10.0.0.1",
+        daddr="10.0.0.2",
+        sport=40_000,
+        dport=80,
+        seq=7,
+        bytes=100,
+        flags=24,
+        ack=9,
+        window=0,
+        dev="eth0",
+        has=15,
+    )
+    hooks = [FiredBy("nic_tx", "net:net_dev_start_xmit", "tracepoint", describe)]
+    (row,) = record.decoder("dev_xmit", hooks, str)(record.layout.iter_unpack(raw), 0)
+    assert (row.point, row.desc, row.flags) == ("nic_tx", "data leave", "PSH|ACK")
+    assert isinstance(row, LeavingEvent)
+    assert (row.ack, row.window, row.dev, row.ifname) == (9, 0, "eth0", None)
+    assert (row.pid, row.sock) == (None, 0)
+
+
+def test_the_readme_has_every_option() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for option in SPEC.options:
+        assert f"| `{option.name}` |" in readme

@@ -1,0 +1,575 @@
+"""The socket: whole maps, exact counts, and nobody who keeps the run waiting."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import attrs
+import msgpack
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tcplat_sinks.msgpack import Msgpack, Reader
+
+from tcplat_core import Event, Loss, ReaderGoneError, RunInfo, RunReport, UsageError
+from tcplat_core.model import read_options
+from tcplat_core.plugins import Plugins
+from tcplat_core.testing import make_event
+
+PLUGINS = Plugins.load()
+CLIENT = PLUGINS.probe("tcp_client").event
+RUN = RunInfo(("tcp_client",), events={"tcp_client": CLIENT})
+REPORT = RunReport(probes={}, duration_s=1.5)
+LOSS = Loss("tcp_client", "send", 3)
+
+Map = dict[str, Any]
+
+
+@attrs.define
+class Client:
+    """Somebody who reads."""
+
+    socket: socket.socket
+    unpacker: Any = attrs.field(factory=lambda: msgpack.Unpacker(max_buffer_size=1 << 30))
+
+    def read(self, count: int) -> list[Map]:
+        """So many maps."""
+        maps: list[Map] = []
+        while len(maps) < count:
+            try:
+                maps.append(self.unpacker.unpack())
+            except msgpack.OutOfData:
+                data = self.socket.recv(1 << 20)
+                assert data, f"the stream ended after {maps}"
+                self.unpacker.feed(data)
+        return maps
+
+    def take(self) -> None:
+        """What is there, without waiting."""
+        with contextlib.suppress(BlockingIOError):
+            self.unpacker.feed(self.socket.recv(1 << 20, socket.MSG_DONTWAIT))
+
+    def rest(self) -> list[Map]:
+        """What is left until the end, all of it whole."""
+        while data := self.socket.recv(1 << 20):
+            self.unpacker.feed(data)
+        maps = list(self.unpacker)
+        assert self.unpacker.read_bytes(1) == b"", "the last map is not whole"
+        return maps
+
+
+@attrs.define
+class Bench:
+    """A folder for sockets, and what has to be closed."""
+
+    folder: Path
+    stack: ExitStack
+
+    @property
+    def path(self) -> str:
+        return str(self.folder / "s")
+
+    def sink(self, run: RunInfo = RUN, **given: Any) -> Msgpack:
+        """A sink at `path`, unless told otherwise."""
+        spec = PLUGINS.sink("msgpack")
+        if "tcp" not in given:
+            given = {"unix": self.path, **given}
+        sink = spec.factory(read_options("sink msgpack", spec.options, given), run)
+        assert isinstance(sink, Msgpack)
+        return sink
+
+    def client(self, where: str | tuple[str, int] | None = None) -> Client:
+        """Somebody who has connected."""
+        where = where or self.path
+        made = socket.socket(socket.AF_UNIX if isinstance(where, str) else socket.AF_INET)
+        self.stack.callback(made.close)
+        made.settimeout(20)
+        made.connect(where)
+        return Client(made)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    with ExitStack() as stack:
+        yield Bench(tmp_path, stack)
+
+
+def rows(count: int, start: int = 0) -> list[Event]:
+    return [make_event(CLIENT, ts_ns=number) for number in range(start, start + count)]
+
+
+def counts(maps: Sequence[Map]) -> tuple[int, int]:
+    """Rows, and rows that were told as missing."""
+    return sum("point" in one for one in maps), sum(one.get("gap", 0) for one in maps)
+
+
+# --- the stream
+
+
+def test_a_run_is_a_header_rows_losses_in_their_place_and_the_books(bench: Bench) -> None:
+    sink = bench.sink()
+    client = bench.client()
+    sink.write(rows(2))
+    sink.lost(LOSS)
+    sink.write(rows(1, 2))
+    sink.close(REPORT)
+    header, *maps = client.rest()
+    assert header["v"] == header["schema"]["version"] == 1
+    assert header["host"] == platform.node()
+    assert abs(header["start_ns"] - time.time_ns()) < 60e9
+    monotonic_ns = time.time_ns() - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    assert abs(header["clock_offset_ns"] - monotonic_ns) < 1e9
+    fields = header["schema"]["probes"]["tcp_client"]
+    assert [name for name, _ in fields] == list(CLIENT.__struct_fields__)
+    assert dict(fields)["pid"] == "int or null"
+    expected = [msgspec.structs.asdict(row) for row in rows(3)]
+    lost = {"v": 1, "lost": attrs.asdict(LOSS)}
+    assert maps == [*expected[:2], lost, expected[2], {"v": 1, "report": REPORT.as_json()}]
+
+
+def test_who_comes_later_gets_the_header_and_what_comes_from_then_on(bench: Bench) -> None:
+    sink = bench.sink()
+    sink.write(rows(5))
+    client = bench.client()
+    sink.poll()
+    (header,) = client.read(1)  # at once, without a row
+    assert "schema" in header
+    sink.write(rows(5, 5))
+    assert [one["ts_ns"] for one in client.read(5)] == [5, 6, 7, 8, 9]
+    sink.close(REPORT)
+    assert ["report" in one for one in client.rest()] == [True]
+
+
+def test_a_probe_that_turns_up_has_its_header_before_its_first_row(bench: Bench) -> None:
+    class Retransmit(Event):
+        why: object
+
+    sink = bench.sink(RunInfo((), live=False))
+    client = bench.client()
+    sink.write(rows(1))
+    sink.write([make_event(Retransmit, probe="retransmit", why="x"), *rows(1)])
+    _, first, _, second, row, _ = client.read(6)
+    assert list(first["schema"]["probes"]) == ["tcp_client"]
+    assert second["schema"]["probes"]["retransmit"][-1] == ["why", "any"]
+    assert row["why"] == "x"
+    assert first["host"] is first["start_ns"] is first["clock_offset_ns"] is None
+    late = bench.client()
+    sink.poll()
+    assert set(late.read(1)[0]["schema"]["probes"]) == {"tcp_client", "retransmit"}
+    sink.close(REPORT)
+
+
+# --- readers that are slow
+
+
+def ended(sink: Msgpack, client: Client) -> list[Map]:
+    """What a client gets who begins to read at the end."""
+    while any(reader.waiting for reader in sink.readers.values()):
+        client.take()
+        sink.poll()
+    sink.close(REPORT)
+    return client.rest()
+
+
+def test_who_does_not_read_misses_rows_and_is_told_how_many_and_where(bench: Bench) -> None:
+    sink = bench.sink(buffer="64K")
+    slow, quick = bench.client(), bench.client()
+    sink.poll()
+    got = quick.read(1)
+    for start in range(0, 20_000, 100):
+        sink.write(rows(100, start))
+        got += quick.read(100)
+        assert all(reader._size < (64 << 10) + 100 * 400 for reader in sink.readers.values())
+    seen = slow.read(300)  # some room again
+    sink.poll()
+    sink.write(rows(100, 20_000))
+    got += quick.read(100)
+    seen += ended(sink, slow)
+    expected = 0
+    for one in seen:
+        expected += one.get("gap", 0)
+        if "ts_ns" in one:
+            assert one["ts_ns"] == expected
+            expected += 1
+    assert expected == sum(counts(seen)) == 20_100
+    assert 15_000 < counts(seen)[1] < 20_000
+    assert seen[-1] == {"v": 1, "report": REPORT.as_json()}
+    assert counts(got) == (20_100, 0)
+
+
+def test_losses_of_the_run_are_told_to_who_missed_them_as_well(bench: Bench) -> None:
+    sink = bench.sink(buffer="64K")
+    slow = bench.client()
+    for start in range(0, 20_000, 100):
+        sink.write(rows(100, start))
+        sink.lost(LOSS)
+    maps = ended(sink, slow)
+    assert sum(counts(maps)) == 20_000
+    lost = [one["lost"]["count"] for one in maps if "lost" in one]
+    assert sum(lost) == 200 * LOSS.count
+    assert len(lost) < 200
+
+
+def test_who_never_reads_delays_the_end_by_a_second_at_most(bench: Bench) -> None:
+    sink = bench.sink(buffer="64K")
+    bench.client()
+    for start in range(0, 10_000, 100):
+        sink.write(rows(100, start))
+    began = time.monotonic()
+    sink.close(REPORT)
+    assert 0.9 < time.monotonic() - began < 4
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.one_of(st.integers(1, 400), st.just("lost"), st.just("read")), max_size=60))
+def test_whatever_the_order_rows_and_gaps_add_up(steps: list[int | str]) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        reader, unpacker = Reader(ours, 20_000), msgpack.Unpacker(max_buffer_size=1 << 30)
+        sent = lost = 0
+        for step in [*steps, "read"]:
+            if step == "lost":
+                lost += LOSS.count
+                reader.lose(LOSS, msgspec.msgpack.encode({"lost": attrs.asdict(LOSS)}))
+            elif step == "read":
+                drain(reader, theirs, unpacker)
+            else:
+                numbers = range(sent, sent + int(step))
+                data = b"".join(msgspec.msgpack.encode({"n": number}) for number in numbers)
+                reader.offer(data, len(numbers))
+                sent += len(numbers)
+            assert reader._size <= 20_000
+        maps = list(unpacker)
+    expected = 0
+    for one in maps:
+        expected += one.get("gap", 0)
+        if "n" in one:
+            assert one["n"] == expected
+            expected += 1
+    assert expected == sent
+    assert sum(one["lost"]["count"] for one in maps if "lost" in one) == lost
+
+
+def drain(reader: Reader, theirs: socket.socket, unpacker: Any) -> None:
+    """Read until nothing waits any more."""
+    reader.send()
+    while True:
+        try:
+            unpacker.feed(theirs.recv(1 << 16))
+        except BlockingIOError:
+            if not reader.waiting:
+                return
+        reader.send()
+
+
+# --- readers that come and go
+
+
+def test_who_leaves_is_no_trouble_for_the_others(bench: Bench) -> None:
+    sink = bench.sink()
+    leaving, staying = bench.client(), bench.client()
+    sink.write(rows(10))
+    leaving.read(3)
+    leaving.socket.close()
+    for start in range(10, 100, 10):
+        sink.write(rows(10, start))
+    assert len(sink.readers) == 1
+    sink.close(REPORT)
+    assert counts(staying.rest()) == (100, 0)
+
+
+def test_who_leaves_is_noticed_also_while_nothing_happens(bench: Bench) -> None:
+    sink = bench.sink()
+    client = bench.client()
+    sink.poll()
+    assert len(sink.readers) == 1
+    client.socket.close()
+    sink.poll()
+    assert len(sink.readers) == 0
+    sink.close(REPORT)
+
+
+def test_who_talks_is_not_listened_to_and_gets_everything(bench: Bench) -> None:
+    sink = bench.sink(tcp=f"127.0.0.1:{free_port()}")
+    assert sink.listening
+    client = bench.client(sink.listening.getsockname())
+    for start in range(0, 100, 10):
+        client.socket.sendall(os.urandom(10_000))
+        sink.write(rows(10, start))
+    sink.close(REPORT)
+    assert counts(client.rest()) == (100, 0)
+
+
+def test_who_says_that_he_will_say_no_more_may_read_on(bench: Bench) -> None:
+    sink = bench.sink()
+    client = bench.client()
+    client.socket.shutdown(socket.SHUT_WR)
+    for start in range(0, 100, 10):
+        sink.write(rows(10, start))
+        sink.poll()
+    sink.close(REPORT)
+    assert counts(client.rest()) == (100, 0)
+
+
+def test_a_peer_that_has_gone_without_a_word_is_given_up_after_a_minute(bench: Bench) -> None:
+    """By the kernel: it is asked whether it will."""
+    sink = bench.sink(tcp=f"127.0.0.1:{free_port()}")
+    assert sink.listening
+    bench.client(sink.listening.getsockname())
+    sink.poll()
+    (reader,) = sink.readers.values()
+    for option, value in ((socket.TCP_USER_TIMEOUT, 60_000), (socket.TCP_KEEPIDLE, 60)):
+        assert reader.socket.getsockopt(socket.IPPROTO_TCP, option) == value
+    assert reader.socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    sink.close(REPORT)
+
+
+def test_no_reader_is_no_error(bench: Bench) -> None:
+    sink = bench.sink()
+    sink.write(rows(10))
+    sink.lost(LOSS)
+    sink.poll()
+    sink.close(REPORT)
+
+
+def test_nothing_stays_open_after_the_end(bench: Bench) -> None:
+    before = os.listdir("/proc/self/fd")
+    sink = bench.sink()
+    client = bench.client()
+    sink.poll()
+    sink.close(REPORT)
+    client.socket.close()
+    assert sorted(os.listdir("/proc/self/fd")) == sorted(before)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        return int(one.getsockname()[1])
+
+
+# --- the other way round
+
+
+def test_it_goes_to_a_reader_that_listens_and_ends_when_he_leaves(bench: Bench) -> None:
+    listening = socket.socket(socket.AF_UNIX)
+    with listening:
+        listening.bind(bench.path)
+        listening.listen()
+        sink = bench.sink(connect="1")
+        peer, _ = listening.accept()
+        client = Client(peer)
+        sink.write(rows(3))
+        assert counts(client.read(4)) == (3, 0)
+        peer.close()
+        with pytest.raises(ReaderGoneError):
+            sink.poll()
+    assert Path(bench.path).exists()  # it is the reader's
+
+
+def test_nobody_to_go_to_is_said(bench: Bench) -> None:
+    with pytest.raises(UsageError, match=r"sink msgpack: unix=.*: No such file or directory"):
+        bench.sink(connect="1")
+    with pytest.raises(UsageError, match="Connection refused"):
+        bench.sink(connect="1", tcp=f"127.0.0.1:{free_port()}")
+
+
+# --- the path
+
+
+def test_the_socket_is_its_owners_alone_and_goes_at_the_end(bench: Bench) -> None:
+    sink = bench.sink()
+    status = os.lstat(bench.path)
+    assert stat.S_ISSOCK(status.st_mode)
+    assert stat.S_IMODE(status.st_mode) == 0o600
+    assert status.st_uid == os.geteuid()
+    sink.close(REPORT)
+    assert not Path(bench.path).exists()
+
+
+def test_a_socket_that_was_left_behind_gives_way(bench: Bench) -> None:
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(bench.path)
+    sink = bench.sink()
+    client = bench.client()
+    sink.close(REPORT)
+    assert len(client.rest()) == 2
+
+
+def test_a_socket_that_somebody_listens_at_is_left_alone(bench: Bench) -> None:
+    sink = bench.sink()
+    with pytest.raises(UsageError, match=r"somebody listens at .* already"):
+        bench.sink()
+    client = bench.client()
+    sink.close(REPORT)
+    assert len(client.rest()) == 2
+
+
+@pytest.mark.parametrize("make", ["file", "link to a file", "dangling link", "link to a socket"])
+def test_what_is_no_socket_is_left_alone(bench: Bench, make: str) -> None:
+    other = bench.folder / "other"
+    if make == "file":
+        Path(bench.path).write_text("precious")
+    else:
+        Path(bench.path).symlink_to(other)
+        if make == "link to a file":
+            other.write_text("precious")
+        elif make == "link to a socket":
+            with socket.socket(socket.AF_UNIX) as left:
+                left.bind(str(other))
+    before = {path: os.lstat(path) for path in bench.folder.iterdir()}
+    with pytest.raises(UsageError, match="is there already, and is no socket"):
+        bench.sink()
+    assert {path: os.lstat(path) for path in bench.folder.iterdir()} == before
+
+
+def test_a_socket_that_took_its_place_is_not_removed(bench: Bench) -> None:
+    sink = bench.sink()
+    Path(bench.path).unlink()
+    Path(bench.path).write_text("another's")
+    sink.close(REPORT)
+    assert Path(bench.path).read_text() == "another's"
+
+
+# --- TCP, and options
+
+
+def test_without_a_host_it_listens_on_loopback(bench: Bench) -> None:
+    sink = bench.sink(tcp=f":{free_port()}")
+    assert sink.listening
+    assert sink.listening.getsockname()[0] == "127.0.0.1"
+    sink.close(REPORT)
+
+
+def test_other_hosts_may_read_only_if_that_is_meant(bench: Bench) -> None:
+    with pytest.raises(UsageError, match=r"everybody who reaches 0\.0\.0\.0 could read the rows"):
+        bench.sink(tcp=f"0.0.0.0:{free_port()}")
+    bench.sink(tcp=f"0.0.0.0:{free_port()}", public="1").close(REPORT)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "needs unix=PATH or tcp=HOST:PORT"),
+        ({"unix": "x", "tcp": ":1"}, "one of them"),
+        ({"tcp": "x"}, "write HOST:PORT"),
+        ({"tcp": "x:99999"}, "write HOST:PORT"),
+        ({"unix": "x" * 200}, "too long"),
+        ({"unix": "/no/where"}, "No such file or directory"),
+        ({"unix": "x", "buffer": "1K"}, "it must be 64K or more"),
+        ({"unix": "x", "connect": "yes"}, "it is 0 or 1"),
+        ({"unix": "x", "wait": "-1"}, "it must be 0 or more"),
+    ],
+)
+def test_a_mistake_is_said(given: dict[str, str], said: str) -> None:
+    spec = PLUGINS.sink("msgpack")
+    with pytest.raises(UsageError, match=re.escape(said)):
+        spec.factory(read_options("sink msgpack", spec.options, given), RUN)
+
+
+def test_a_port_that_is_taken_is_said(bench: Bench) -> None:
+    sink = bench.sink(tcp=f"127.0.0.1:{free_port()}")
+    assert sink.listening
+    with pytest.raises(UsageError, match="Address already in use"):
+        bench.sink(tcp="{}:{}".format(*sink.listening.getsockname()))
+    sink.close(REPORT)
+
+
+# --- the program
+
+
+@pytest.fixture
+def tcplat(bench: Bench) -> Callable[..., subprocess.Popen[bytes]]:
+    """Starts the whole program."""
+
+    def start(*arguments: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-m", "tcplat_core", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        bench.stack.enter_context(process)
+        bench.stack.callback(process.kill)
+        return process
+
+    return start
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def connections(path: str) -> int:
+    """Who has connected to a unix socket, accepted or not."""
+    lines = Path("/proc/net/unix").read_text(encoding="utf-8").splitlines()
+    return sum(line.split()[5] == "03" and line.endswith(f" {path}") for line in lines)
+
+
+def capture_of(batch: Sequence[Event]) -> bytes:
+    lines: list[object] = [*batch, {"v": 1, "report": REPORT.as_json()}]
+    return b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
+
+
+def test_the_reader_in_the_readme_reads(
+    bench: Bench, tcplat: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) <= 10
+    writer = tcplat("replay", "-", "--sink", f"msgpack:unix={bench.path},wait=1")
+    eventually(lambda: Path(bench.path).exists())
+    reader = subprocess.Popen(
+        [sys.executable, "-c", code, bench.path], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    writer.communicate(capture_of(rows(3)), timeout=30)
+    out, err = reader.communicate(timeout=30)
+    assert (out, err) == (b"send 127.0.0.1 127.0.0.1 100\n" * 3, b"")
+
+
+def test_a_reader_has_its_header_while_nothing_comes_and_replay_reads_it_live(
+    bench: Bench, tcplat: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    writer = tcplat("replay", "-", "--sink", f"msgpack:unix={bench.path}")
+    eventually(lambda: Path(bench.path).exists())
+    client = bench.client()
+    assert "schema" in client.read(1)[0]
+    reader = tcplat("replay", f"unix:{bench.path}", "--sink", "jsonl")
+    eventually(lambda: connections(bench.path) == 2)
+    data = capture_of(rows(3))
+    writer.communicate(data, timeout=30)
+    out, _ = reader.communicate(timeout=30)
+    assert out.splitlines()[:3] == data.splitlines()[:3]
+    assert counts(client.rest()) == (3, 0)
+    assert (reader.returncode, writer.returncode) == (0, 0)
+
+
+def test_what_a_reader_missed_is_a_loss_in_its_replay(
+    bench: Bench, tcplat: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    path = bench.folder / "capture.mp"
+    maps: list[Any] = [*rows(2), {"v": 1, "gap": 7}, *rows(1, 9)]
+    path.write_bytes(b"".join(map(msgspec.msgpack.encode, maps)))
+    done = tcplat("replay", str(path), "--sink", "jsonl")
+    out, err = done.communicate(timeout=30)
+    third = msgspec.json.decode(out.splitlines()[2])
+    assert third == {"v": 1, "lost": {"probe": "msgpack", "point": "reader", "count": 7}}
+    assert b"7 rows were kept from us, because we did not read fast enough" in err

@@ -1,0 +1,270 @@
+"""What the sinks write."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tcplat_stages.percentiles import Stages
+from tcplat_stages.plugin import tcplat_register_sinks
+from tcplat_stages.waterfall import parse_at_least
+
+from tcplat_core import Loss, RunInfo, RunReport, UsageError
+from tcplat_core.model import read_options
+
+from .history import CLIENT, SERVICE, History, Row
+
+SPECS = {spec.name: spec for spec in tcplat_register_sinks()}
+REPORT = RunReport(probes={}, duration_s=1.0)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """What a sink writes of rows."""
+
+    def write(name: str, rows: Sequence[Row], *, size: int = 10**6, **options: str) -> str:
+        path = tmp_path / "out"
+        given = read_options(name, SPECS[name].options, {"path": str(path), **options})
+        sink: Any = SPECS[name].factory(given, RunInfo(("tcp_client",)))
+        for first in range(0, len(rows), size):
+            sink.write(rows[first : first + size])
+        sink.close(REPORT)
+        return path.read_text(encoding="utf-8")
+
+    before = os.environ.pop("COLUMNS", None)
+    yield write
+    if before is not None:
+        os.environ["COLUMNS"] = before
+
+
+def exchanges(*totals_us: int) -> list[Row]:
+    """One connection, requests that take so long: half of it the server's."""
+    history = History()
+    now = history.shake_hands() + 1_000
+    for total in totals_us:
+        step = total * 1_000 // 20
+        at = [now + step * number for number in range(6)]
+        history.message(CLIENT, 100, at)
+        at = [now + step * (15 + number) for number in range(6)]
+        history.message(SERVICE, 200, at)
+        now = at[-1] + 1_000
+    history.close(now + 1_000)
+    return history.rows()
+
+
+def objects(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_waterfall_object_has_its_stages_in_microseconds(written: Callable[..., str]) -> None:
+    one, other = objects(written("waterfall", exchanges(1_000, 400), format="json"))
+    assert one["total_us"] == 1_000
+    assert one["stages"]["server"] == 500
+    assert list(one["stages"])[:5] == ["client_send", "wire", "softirq", "tcp", "queue"]
+    assert one["unexplained_us"] == 0
+    assert (one["pid"], one["comm"], one["service_pid"]) == (100, "curl", 101)
+    assert (one["saddr"], one["sport"], one["daddr"], one["dport"]) == (
+        *("10.0.0.1", 40_000),
+        *("10.0.0.2", 80),
+    )
+    assert (one["request_bytes"], one["reply_bytes"]) == (100, 200)
+    # The handshake stands with the first one.
+    assert one["connect"]["stages"]["synack"] == 1
+    assert one["connect"]["total_us"] == 5
+    assert other["connect"] is None
+    assert (one["number"], other["number"]) == (1, 2)
+
+
+def test_a_waterfall_is_a_bar_for_each_stage_as_wide_as_it_may_be(
+    written: Callable[..., str],
+) -> None:
+    for width in (60, 100, 180):
+        text = written("waterfall", exchanges(1_000, 400), width=str(width))
+        bars = [line for line in text.splitlines() if line.startswith("    ")]
+        assert len(bars) == 5 + 2 * 11
+        # Half of the bars' room is the server's.
+        bars = bars[5:16]
+        longest = max(map(len, bars))
+        assert width - 3 <= longest <= width
+        begin = bars[0].index("µs ") + 3
+        server = next(line for line in bars if " server " in line)
+        assert abs(server.count("█") - (longest - begin) / 2) <= 1
+        assert "10.0.0.1:40000 (curl 100) → 10.0.0.2:80 (nginx 101)" in text
+        assert "100 B, reply 200 B  1.00 ms" in text
+
+
+def test_the_slowest_come_at_the_end_slowest_first(written: Callable[..., str]) -> None:
+    rows = exchanges(200, 900, 100, 900, 500)
+    slowest = objects(written("waterfall", rows, format="json", slow="3"))
+    assert [(one["total_us"], one["number"]) for one in slowest] == [(900, 2), (900, 4), (500, 5)]
+
+
+def test_only_those_of_which_a_stage_took_long(written: Callable[..., str]) -> None:
+    rows = exchanges(200, 900, 100)
+    for limit, numbers in (
+        ("server:100us", [1, 2]),
+        ("server:451us", []),
+        ("total:0.5ms", [2]),
+        ("server:451us+total:900us", [2]),
+        ("queue_back:1ns", [1, 2, 3]),
+    ):
+        found = objects(written("waterfall", rows, format="json", min_stage=limit))
+        assert [one["number"] for one in found] == numbers, limit
+
+
+@pytest.mark.parametrize("text", ["", "queue", "kitchen:1ms", "queue:soon", "queue:1"])
+def test_a_limit_that_means_nothing_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"stage|duration"):
+        parse_at_least(text)
+
+
+def test_trouble_is_marked(written: Callable[..., str]) -> None:
+    history = History()
+    now = history.shake_hands() + 1_000
+    history.message(CLIENT, 100, [now + 10 * step for step in range(6)])
+    history.packet(now + 15, "nic_tx", CLIENT, 0, 100)
+    history.packet(now + 16, "nic_tx", CLIENT, 100, window=0)
+    history.message(SERVICE, 100, [now + 100 + 10 * step for step in range(6)])
+    history.close(now + 1_000)
+    text = written("waterfall", history.rows())
+    assert "! 1 retransmitted  ! window closed 1 times" in text
+    text = written("summary", history.rows())
+    assert "trouble  client retransmitted 1 · client closed its window 1 times" in text
+
+
+def stats(history: History, ts_ns: int, end: int, **figures: int) -> None:
+    history.socket(ts_ns, end, "stats", role=("client", "service")[end], **figures)
+
+
+def test_a_summary_has_the_handshake_bytes_and_what_the_kernel_counted(
+    written: Callable[..., str],
+) -> None:
+    history = History()
+    now = history.shake_hands() + 1_000
+    for _ in range(2):
+        history.message(CLIENT, 100, [now + 1_000 * step for step in range(6)])
+        history.message(SERVICE, 200, [now + 6_000 + 1_000 * step for step in range(6)])
+        now += 50_000
+    figures = {"srtt_us": 1_200, "min_rtt_us": 900, "rto_us": 201_000, "retransmits": 3}
+    stats(history, now + 55, CLIENT, **figures, bytes_acked=201, bytes_received=401)
+    history.close(now)
+    (conn,) = objects(written("summary", history.rows(), format="json"))
+    assert (conn["syn_us"], conn["synack_us"], conn["ack_us"]) == (2, 3, 1)
+    assert (conn["connect_us"], conn["accept_us"]) == (5, 1)
+    assert (conn["bytes_to_service"], conn["bytes_to_client"], conn["exchanges"]) == (200, 400, 2)
+    assert {name: conn[name] for name in figures} == figures
+    assert conn["client"]["bytes_acked"] == 201
+    assert conn["service"]["srtt_us"] is None
+    # From the reading of the first reply to the second request.
+    assert conn["think_us"] == 39
+    assert (conn["closed_first"], conn["ended"], conn["reset_by"]) == ("client", "closed", None)
+    text = written("summary", history.rows())
+    assert (
+        "connect  5.0 µs · SYN 2.0 µs · SYN-ACK 3.0 µs · ACK 1.0 µs · accepted after 1.0 µs" in text
+    )
+    assert "200 to the service · 400 to the client · 2 exchanges · client thought 39.0 µs" in text
+    assert "client   srtt 1.20 ms · min RTT 900.0 µs · RTO 201.00 ms" in text
+    assert "closed by the client" in text
+
+
+def test_stages_are_percentiles_by_group(written: Callable[..., str]) -> None:
+    rows = exchanges(*range(100, 1_100, 10))
+    found = {one["stage"]: one for one in objects(written("stages", rows, format="json"))}
+    assert list(found)[-1] == "total"
+    total = found["total"]
+    assert (total["process"], total["port"], total["remote"]) == ("curl", 80, None)
+    assert total["count"] == 100
+    assert total["p50_us"] == pytest.approx(590, rel=0.01)
+    assert total["p90_us"] == pytest.approx(990, rel=0.01)
+    assert total["p99_us"] == pytest.approx(1_080, rel=0.01)
+    assert total["max_us"] == 1_090
+    assert found["server"]["p50_us"] == pytest.approx(295, rel=0.01)
+    by_remote = objects(written("stages", rows, format="json", group_by="remote"))
+    assert {(one["remote"], one["port"]) for one in by_remote} == {("10.0.0.2", None)}
+    table = written("stages", rows, group_by="none").splitlines()
+    assert table[0].split() == ["STAGE", "COUNT", "P50", "P90", "P99", "P99.9", "MAX"]
+    assert table[-1].split()[:2] == ["total", "100"]
+
+
+def test_stages_without_anything_to_tell_are_a_head(written: Callable[..., str]) -> None:
+    assert written("stages", []).split()[0] == "PROCESS"
+    assert written("stages", [], format="json") == ""
+
+
+def test_intervals_end_by_the_rows_time(written: Callable[..., str]) -> None:
+    rows = exchanges(*[900] * 10)
+    found = objects(written("stages", rows, format="json", every="2ms"))
+    whole = [one for one in found if "until_ns" not in one and one["stage"] == "total"]
+    parts = [one for one in found if "until_ns" in one and one["stage"] == "total"]
+    assert [one["count"] for one in whole] == [10]
+    assert len(parts) > 2
+    assert sum(one["count"] for one in parts) < 10  # the last interval did not end
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("waterfall", {}),
+        ("waterfall", {"format": "json", "slow": "2"}),
+        ("summary", {}),
+        ("stages", {"every": "1ms"}),
+        ("stages", {"format": "json", "every": "500us"}),
+    ],
+)
+def test_batches_make_no_difference(
+    written: Callable[..., str], name: str, options: dict[str, str]
+) -> None:
+    rows = exchanges(200, 900, 100, 4_000, 500)
+    at_once = written(name, rows, **options)
+    assert {written(name, rows, size=size, **options) for size in (1, 7, 50)} == {at_once}
+
+
+@pytest.mark.parametrize("name", ["waterfall", "summary"])
+def test_a_loss_is_told_at_its_place(tmp_path: Path, name: str) -> None:
+    for form in ("text", "json"):
+        path = tmp_path / form
+        options = read_options(name, SPECS[name].options, {"path": str(path), "format": form})
+        sink: Any = SPECS[name].factory(options, RunInfo(()))
+        sink.lost(Loss("tcp_client", "send", 7))
+        sink.close(REPORT)
+        text = path.read_text(encoding="utf-8")
+        if form == "json":
+            assert json.loads(text)["lost"] == {"probe": "tcp_client", "point": "send", "count": 7}
+        else:
+            assert text.startswith("-- 7 events lost here (tcp_client, send) --\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("waterfall", {"format": "xml"}),
+        ("waterfall", {"slow": "-1"}),
+        ("waterfall", {"min_stage": "queue"}),
+        ("stages", {"group_by": "colour"}),
+        ("stages", {"every": "now"}),
+        ("summary", {"slow": "1"}),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(name: str, given: dict[str, str]) -> None:
+    with pytest.raises(UsageError):
+        read_options(name, SPECS[name].options, given)
+
+
+def test_groups_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tcplat_stages.percentiles._MOST_GROUPS", 3)
+    sink = Stages(None, ("remote",))  # type: ignore[arg-type] # nothing is written
+    for number in range(10):
+        history = History(
+            ends=(("10.0.0.1", 1_000), (f"10.0.1.{number}", 80)), socks=(number + 1, number + 99)
+        )
+        now = history.shake_hands(number * 1_000_000) + 1_000
+        history.message(CLIENT, 1, [now + step for step in range(6)])
+        history.message(SERVICE, 1, [now + 6 + step for step in range(6)])
+        history.close(now + 100)
+        sink.write(history.rows())  # type: ignore[arg-type] # as good as an event
+    assert len(sink._now) == 4
+    assert sink._now[("(others)",)]["total"].count == 7

@@ -1,0 +1,555 @@
+"""Captures: what was recorded comes back as it was; what is damaged is left out, and said."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import resource
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import tracemalloc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tcplat_core import Event, Loss, RunInfo, RunReport
+from tcplat_core.capture import Capture, Source
+from tcplat_core.errors import TcplatError, UsageError
+from tcplat_core.filters import Filter
+from tcplat_core.model import HookReport, ProbeReport, parse_choice, read_options
+from tcplat_core.plugins import Plugins
+from tcplat_core.replay import Replay
+from tcplat_core.testing import RecordingSink, make_event
+
+PLUGINS = Plugins.load()
+EVENTS = {name: spec.event for name, spec in PLUGINS.probes.items()}
+
+
+class Retransmit(Event):
+    """A row of a probe that is not installed."""
+
+    rto: float
+    why: str
+
+
+def rows_of_all_probes(count: int) -> list[Event]:
+    """In turns of tcp_client, tcp_service, xdp_port and a probe that is not installed."""
+    rows: list[Event] = []
+    for number in range(1, count + 1):
+        fields: dict[str, Any] = {"ts_ns": number, "comm": r"a\x1bb"}
+        if number % 4 == 0:
+            rows.append(make_event(Retransmit, probe="retransmit", rto=204e3, why="É", **fields))
+        elif number % 4 == 1:
+            rows.append(make_event(EVENTS["tcp_client"], connect_us=0.1, **fields))
+        elif number % 4 == 2:
+            fields |= {"call_us": 1.234, "accept_us": None}
+            rows.append(make_event(EVENTS["tcp_service"], probe="tcp_service", **fields))
+        else:
+            fields |= {"ack": 2**32 - 1, "sock": 0, "pid": None, "point": "nic_rx"}
+            rows.append(make_event(EVENTS["xdp_port"], probe="xdp_port", **fields))
+    return rows
+
+
+def report_of(rows: Sequence[Event], losses: Sequence[Loss] = ()) -> RunReport:
+    """The books of a run that delivered these rows."""
+    probes = {}
+    for row in {row.probe: row for row in rows}.values():
+        count = sum(other.probe == row.probe for other in rows)
+        lost = sum(loss.count for loss in losses if loss.probe == row.probe)
+        hook = HookReport(row.point, row.func, row.attach, count + lost, lost, count)
+        probes[row.probe] = ProbeReport(hooks=(hook,), missing={"accept": "no such"}, untracked=2)
+    return RunReport(probes=probes, duration_s=1.25, switched_off={"table": "disk full"})
+
+
+def encoded(item: object, form: str = "jsonl") -> bytes:
+    """A row, a loss or a report, as sinks write them."""
+    if isinstance(item, Loss):
+        item = {"v": 1, "lost": attrs.asdict(item)}
+    elif isinstance(item, RunReport):
+        item = {"v": 1, "report": item.as_json()}
+    return msgspec.json.encode(item) + b"\n" if form == "jsonl" else msgspec.msgpack.encode(item)
+
+
+@attrs.define
+class Played:
+    """What became of a capture."""
+
+    sink: RecordingSink
+    said: list[str]
+
+    @property
+    def report(self) -> RunReport:
+        (report,) = self.sink.reports
+        return report
+
+    @property
+    def times(self) -> list[int]:
+        return [row.ts_ns for row in self.sink.rows]
+
+
+@pytest.fixture
+def replay(tmp_path: Path) -> Callable[..., Played]:
+    """Replays these bytes to a sink that remembers."""
+
+    def call(data: bytes, **how: Any) -> Played:
+        path = tmp_path / "capture"
+        path.write_bytes(data)
+        return played(Source.open(str(path)), **how)
+
+    return call
+
+
+def played(source: Source, **how: Any) -> Played:
+    sink, said = RecordingSink(), list[str]()
+    one = Replay(source, Capture(EVENTS, said.append), {"it": sink}, **how)
+    try:
+        said += one.summary(one.run())
+    finally:
+        os.close(source.fd)
+    return Played(sink, said)
+
+
+Replayed = Callable[..., Played]
+ROWS = rows_of_all_probes(8)
+GOOD = b"".join(map(encoded, [*ROWS, report_of(ROWS)]))
+
+# --- nothing changes on the way
+
+
+@pytest.mark.parametrize("form", ["jsonl", "msgpack"])
+def test_rows_losses_and_report_come_back_as_they_were(replay: Replayed, form: str) -> None:
+    rows = rows_of_all_probes(5000)  # more than a chunk
+    losses = [Loss("tcp_client", "send", 3), Loss("xdp_port", "nic_rx", 1)]
+    stream: list[Event | Loss] = [*rows[:10], losses[0], *rows[10:4000], losses[1], *rows[4000:]]
+    report = report_of(rows, losses)
+    found = replay(b"".join(encoded(item, form) for item in [*stream, report]))
+    assert [encoded(item) for item in found.sink.stream] == [encoded(item) for item in stream]
+    assert encoded(found.report) == encoded(report)
+    assert found.said == []
+    for probe, event in EVENTS.items():
+        assert {type(row) for row in found.sink.rows if row.probe == probe} <= {event}
+
+
+def test_a_report_is_the_same_after_its_way_through_json() -> None:
+    report = report_of(ROWS, [Loss("tcp_client", "send", 3)])
+    again = RunReport.from_json(json.loads(json.dumps(report.as_json())))
+    assert again == report
+    assert again.as_json() == report.as_json()
+
+
+@pytest.mark.parametrize("sink", ["jsonl", "table", "table:width=120"])
+@pytest.mark.parametrize("form", ["jsonl", "msgpack"])
+def test_every_sink_writes_the_same_live_and_replayed(tmp_path: Path, form: str, sink: str) -> None:
+    rows = rows_of_all_probes(100)
+    path, live = tmp_path / "in", tmp_path / "live"
+    path.write_bytes(b"".join(encoded(item, form) for item in [*rows, report_of(rows)]))
+    name, given = parse_choice(sink)
+    spec = PLUGINS.sink(name)
+    one = spec.factory(read_options("", spec.options, {**given, "path": str(live)}), RunInfo(()))
+    for start in range(0, 100, 7):
+        one.write(rows[start : start + 7])
+    one.close(report_of(rows))
+    assert tcplat("replay", str(path), "--sink", sink).stdout == live.read_bytes()
+
+
+def tcplat(*arguments: str, **how: Any) -> subprocess.CompletedProcess[bytes]:
+    """The whole program."""
+    return subprocess.run(
+        [sys.executable, "-I", "-m", "tcplat_core", *arguments],
+        capture_output=True,
+        check=False,
+        timeout=60,
+        env={**os.environ, "COLUMNS": ""},
+        **how,
+    )
+
+
+def test_standard_input_is_a_capture_too() -> None:
+    done = tcplat("replay", "-", "--sink", "jsonl", "-q", input=GOOD)
+    assert (done.returncode, done.stdout, done.stderr) == (0, GOOD, b"")
+
+
+def test_rows_of_a_probe_with_other_fields_than_the_installed_one(replay: Replayed) -> None:
+    class Older(Event):
+        gone: int
+
+    rows = [make_event(Older, gone=7), make_event(EVENTS["tcp_client"]), make_event(Older, gone=8)]
+    data = b"".join(map(encoded, [*rows, report_of(rows)]))
+    found = replay(data)
+    assert b"".join(map(encoded, [*found.sink.stream, found.report])) == data
+
+
+# --- what is damaged
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (b"hello", "it is damaged, or not of a capture"),
+        (b'{"v":1', "it is damaged"),
+        (b"\x00\x00\x00", "it is damaged"),
+        (bytes(set(range(256)) - {10}), "it is damaged"),
+        (b'{"a":1}', "it is not of a capture"),
+        (b"[1,2]", "it is not of a capture"),
+        (b'"v"', "it is not of a capture"),
+        (b"1e999", "it is damaged"),
+        (b"[" * 100_000, "it is damaged"),
+        (encoded(ROWS[0])[:-1].replace(b'"v":1', b'"v":2'), "its schema is '2'"),
+        (encoded(ROWS[0])[:-1].replace(b'"v":1', b'"v":true'), "its schema is 'True'"),
+        (encoded(ROWS[0])[:-1].replace(b'"pid":4711', b'"pid":"x"'), "Expected `int | null`"),
+        (encoded(ROWS[0])[:-1].replace(b'"seq":1,', b""), "missing required field `seq`"),
+        (encoded(ROWS[0])[:-1].replace(b'"seq"', b'"not a name":1,"seq"'), "no probe has"),
+        (b'{"v":1,"lost":{"probe":"x"}}', "missing required field `point`"),
+        (b'{"v":1,"report":[]}', "Expected `object`"),
+        (b'{"v":1,"gap":-0.5}', "Expected `int`"),
+        (b'{"v":1,"probe":3}', "Expected `str`"),
+        (b"x" * 3_000_000, ""),
+    ],
+)
+@pytest.mark.parametrize("at", [0, 3, 8])
+def test_a_line_that_is_damaged_is_left_out_and_said(
+    replay: Replayed, bad: bytes, reason: str, at: int
+) -> None:
+    lines = GOOD.splitlines(keepends=True)
+    found = replay(b"".join([*lines[:at], bad + b"\n", *lines[at:]]))
+    assert found.times == [row.ts_ns for row in ROWS]
+    assert encoded(found.report) == encoded(report_of(ROWS))
+    assert len(found.said) == 2
+    assert found.said[0].startswith(f"line {at + 1} is left out: ")
+    assert reason in found.said[0]
+    assert found.said[1].startswith("1 line of ")
+    assert found.said[1].endswith(" was left out")
+
+
+def test_of_many_damaged_lines_the_first_are_said_and_all_are_counted(replay: Replayed) -> None:
+    found = replay(b"x\n" * 1000 + GOOD)
+    assert len(found.sink.rows) == 8
+    assert [words.split(":")[0] for words in found.said[:-1]] == [
+        f"line {number} is left out" for number in (1, 2, 3)
+    ]
+    assert found.said[-1].startswith("1000 lines of ")
+
+
+def test_what_is_left_out_is_not_in_the_books(replay: Replayed) -> None:
+    lines = GOOD.splitlines(keepends=True)
+    found = replay(b"".join([b"x\n", *lines[1:]]))
+    (hook,) = found.report.probes["tcp_client"].hooks
+    assert (hook.produced, hook.delivered, hook.unread) == (2, 1, 1)
+    assert found.report.delivered == len(found.sink.rows) == 7
+
+
+def test_carriage_returns_and_empty_lines_do_no_harm(replay: Replayed) -> None:
+    found = replay(b"\n\r\n" + GOOD.replace(b"\n", b"\r\n\n"))
+    assert found.times == [row.ts_ns for row in ROWS]
+    assert found.said == []
+
+
+def test_a_torn_last_line_is_said_and_the_rest_replayed(replay: Replayed) -> None:
+    found = replay(GOOD[:-30])
+    assert len(found.sink.rows) == 8
+    assert found.said[0] == "line 9 is left out: it is cut off"
+    assert found.said[-1].endswith("has no end: its run was killed, or it is cut off")
+    assert found.report.incomplete.startswith("counted from the rows: ")
+
+
+@pytest.mark.parametrize("bad", [b"", b"x", b"hello\nworld\n", bytes(1000), b"\xff" * 2_000_000])
+def test_what_is_no_capture_is_one_sentence(replay: Replayed, bad: bytes) -> None:
+    with pytest.raises(TcplatError, match="is no capture: nothing of tcplat's is in it"):
+        replay(bad)
+
+
+def test_no_control_character_of_a_capture_reaches_a_sink(replay: Replayed) -> None:
+    row = encoded(make_event(comm="\x1b]0;x\x07", desc="a\u202eb"))
+    (shown,) = replay(row).sink.rows
+    assert shown.comm == r"\x1b]0;x\x07"
+    assert shown.desc == r"a\u202eb"
+
+
+@settings(deadline=None, max_examples=500)
+@given(st.data())
+@pytest.mark.parametrize("form", ["jsonl", "msgpack"])
+def test_whatever_happens_to_its_bytes_a_capture_is_read_to_its_end(
+    form: str, data: st.DataObject
+) -> None:
+    whole = b"".join(encoded(item, form) for item in [*ROWS, report_of(ROWS)])
+    at = data.draw(st.integers(0, len(whole)))
+    until = data.draw(st.integers(at, min(len(whole), at + 50)))
+    broken = whole[:at] + data.draw(st.binary(max_size=50)) + whole[until:]
+    capture = Capture(EVENTS)
+    rows = [item for item in capture.items(iter([broken])) if isinstance(item, list)]
+    sound = sum(map(len, rows))
+    # A piece of at most 50 bytes spoils two rows, or makes of one two.
+    assert 8 - 2 <= sound <= 8 + 1
+    assert capture.left_out or sound >= 7
+
+
+@pytest.mark.parametrize("form", ["jsonl", "msgpack"])
+@pytest.mark.parametrize("size", [1, 7, 100, 1000])
+def test_where_chunks_end_changes_nothing(form: str, size: int) -> None:
+    whole = b"".join(encoded(item, form) for item in [*ROWS, report_of(ROWS)])
+    capture = Capture(EVENTS)
+    chunks = (whole[at : at + size] for at in range(0, len(whole), size))
+    found = [item for item in capture.items(chunks) if isinstance(item, list)]
+    assert b"".join(encoded(row, form) for batch in found for row in batch) in whole
+    assert sum(map(len, found)) == 8
+    assert (capture.left_out, capture.ended) == (0, True)
+
+
+def test_rubbish_between_msgpack_maps_is_left_out(replay: Replayed) -> None:
+    rubbish = bytes(range(256)) * 3
+    parts = [encoded(item, "msgpack") for item in [*ROWS, report_of(ROWS)]]
+    found = replay(b"".join([*parts[:4], rubbish, *parts[4:]]))
+    assert found.times == [row.ts_ns for row in ROWS]
+    assert found.said[0].startswith("map 5 is left out: ")
+
+
+# --- the books
+
+
+def test_a_capture_without_end_has_books_that_say_so(replay: Replayed) -> None:
+    rows = rows_of_all_probes(8)
+    loss = Loss("tcp_client", "send", 5)
+    found = replay(b"".join(map(encoded, [*rows[:4], loss, *rows[4:]])))
+    assert found.said[-1].endswith("has no end: its run was killed, or it is cut off")
+    assert found.report.incomplete
+    assert found.report.as_json()["incomplete"] == found.report.incomplete
+    assert (found.report.delivered, found.report.dropped) == (8, 5)
+    (hook,) = found.report.probes["tcp_client"].hooks
+    assert hook == HookReport("send", "tcp_sendmsg", "kprobe", 7, 5, 2)
+    assert found.report.duration_s == 7e-9
+
+
+def test_captures_behind_each_other_have_the_books_of_both(replay: Replayed) -> None:
+    found = replay(GOOD + GOOD)
+    assert found.said == []
+    assert found.report.delivered == len(found.sink.rows) == 16
+    assert found.report.duration_s == 2.5
+    assert not found.report.incomplete
+
+
+def test_rows_behind_the_books_are_counted_besides(replay: Replayed) -> None:
+    found = replay(GOOD + encoded(ROWS[0]))
+    assert found.report.delivered == len(found.sink.rows) == 9
+    assert found.report.incomplete
+
+
+def test_late_rows_of_a_capture_without_end_are_counted(replay: Replayed) -> None:
+    found = replay(b"".join(encoded(make_event(ts_ns=ns)) for ns in (1, 5, 3, 4, 6)))
+    assert found.times == [1, 5, 3, 4, 6]
+    assert found.report.late == 2
+
+
+# --- which rows
+
+
+def test_probe_and_point_choose_rows_losses_and_books(replay: Replayed) -> None:
+    losses = [Loss("tcp_client", "send", 3), Loss("xdp_port", "nic_rx", 1)]
+    data = b"".join(map(encoded, [*ROWS, *losses, report_of(ROWS, losses)]))
+    found = replay(data, probes=["tcp_client", "tcp_service"])
+    assert {row.probe for row in found.sink.rows} == {"tcp_client", "tcp_service"}
+    assert (found.report.delivered, found.report.dropped) == (4, 3)
+    found = replay(data, points=["nic_rx"])
+    assert {row.point for row in found.sink.rows} == {"nic_rx"}
+    assert (found.report.delivered, found.report.dropped) == (2, 1)
+    assert found.sink.stream[-1] == losses[1]
+
+
+def test_what_a_filter_leaves_out_was_never_produced(replay: Replayed) -> None:
+    rows = [make_event(ts_ns=ns, dport=80 + ns % 3) for ns in range(9)]
+    losses = [Loss("tcp_client", "send", 2)]
+    data = b"".join(map(encoded, [*rows, *losses, report_of(rows, losses)]))
+    found = replay(data, wanted=Filter(rports=(80,)))
+    (hook,) = found.report.probes["tcp_client"].hooks
+    assert (hook.delivered, hook.dropped, hook.produced, hook.unread) == (3, 2, 5, 0)
+    assert len(found.sink.rows) == 3
+    assert not found.report.incomplete
+
+
+def test_so_many_rows_and_no_more(replay: Replayed) -> None:
+    found = replay(GOOD, count=3)
+    assert found.times == [1, 2, 3]
+    assert found.report.delivered == 3
+    assert found.report.incomplete == (
+        "counted from the rows: the replay ended before the capture did"
+    )
+    assert replay(GOOD, count=2, probes=["xdp_port"]).times == [3, 7]
+
+
+# --- the program
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        ("no-such-file", 2, "cannot read no-such-file: No such file or directory"),
+        ("/", 2, "cannot read /: Is a directory"),
+        ("unix:/no/where", 2, "cannot read unix:/no/where: No such file"),
+        ("tcp:nowhere", 2, "tcp:nowhere is not of the form tcp:HOST:PORT"),
+        ("tcp:127.0.0.1:1", 2, "cannot read tcp:127.0.0.1:1: Connection refused"),
+        ("/dev/null", 1, "/dev/null is no capture: nothing of tcplat's is in it"),
+        ("/dev/null --sink tabel", 4, "there is no sink named 'tabel'"),
+        ("/dev/null --port 0", 2, "port '0' is not a number from 1 to 65535"),
+        ("/dev/null --netns no-such", 2, "there is no network namespace 'no-such'"),
+        ("/dev/null --cgroup /", 2, "No such option '--cgroup'"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments: str, status: int, said: str) -> None:
+    done = tcplat("replay", *arguments.split())
+    assert done.returncode == status
+    assert done.stdout == b""
+    assert said in done.stderr.decode()
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_process_that_is_long_gone_can_be_asked_for() -> None:
+    done = tcplat("replay", "-", "-p", "4194303", "--netns", "4026531840", input=GOOD)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert b"tcp_client: 0 rows" in done.stderr
+
+
+def test_what_was_left_out_is_said_and_is_no_failure() -> None:
+    done = tcplat("replay", "-", input=b"rubbish\n" + GOOD)
+    assert done.returncode == 0
+    assert b"tcplat: line 1 is left out: " in done.stderr
+    assert b"tcplat: 1 line of standard input was left out\n" in done.stderr
+    assert tcplat("replay", "-", "-q", input=b"rubbish\n" + GOOD).stderr == b""
+
+
+def test_a_reader_that_goes_away_is_a_clean_end(tmp_path: Path) -> None:
+    path = tmp_path / "in"
+    path.write_bytes(encoded(make_event()) * 50_000)
+    done = subprocess.run(
+        [
+            *("bash", "-c", '"$@" | head -1; exit ${PIPESTATUS[0]}', "bash"),
+            *(sys.executable, "-I", "-m", "tcplat_core", "replay", str(path), "-q"),
+        ],
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.startswith(b"PID ")
+
+
+def test_ctrl_c_is_a_clean_end() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-I", "-m", "tcplat_core", "replay", "-", "--sink", "jsonl"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(encoded(ROWS[0]))
+        process.stdin.flush()
+        assert process.stdout.readline() == encoded(ROWS[0])
+        process.send_signal(signal.SIGINT)
+        end = json.loads(process.stdout.read())
+        assert process.wait(20) == 0
+    assert end["report"]["delivered"] == 1
+    assert "ended before the capture" in end["report"]["incomplete"]
+
+
+def test_a_sink_that_fails_alone_is_a_failure() -> None:
+    done = tcplat("replay", "-", "--sink", "jsonl:path=/dev/full", input=GOOD)
+    assert done.returncode == 1
+    assert b"was switched off: writing failed: No space left on device" in done.stderr
+
+
+def test_a_socket_is_read_while_it_is_written(tmp_path: Path) -> None:
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(tmp_path / "s"))
+    listening.listen()
+
+    def serve() -> None:
+        peer, _ = listening.accept()
+        with peer:
+            peer.sendall(b"".join(encoded(item, "msgpack") for item in [*ROWS, report_of(ROWS)]))
+
+    server = threading.Thread(target=serve)
+    server.start()
+    found = played(Source.open(f"unix:{tmp_path / 's'}"))
+    server.join()
+    listening.close()
+    assert found.times == [row.ts_ns for row in ROWS]
+    assert encoded(found.report) == encoded(report_of(ROWS))
+
+
+def test_a_pipe_whose_writer_comes_later_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    source = Source.open(str(path))  # returns, though nobody writes
+    writer = threading.Thread(target=path.write_bytes, args=(GOOD,))
+    chunks = source.chunks()
+    assert next(chunks) == b""
+    writer.start()
+    assert b"".join(chunks) == GOOD
+    writer.join()
+    os.close(source.fd)
+
+
+def test_what_takes_long_shows_how_far_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "in"
+    path.write_bytes(encoded(make_event()) * 400_000)
+    main, terminal = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-I", "-m", "tcplat_core", "replay", str(path), "--sink", "jsonl"],
+        stdout=subprocess.DEVNULL,
+        stderr=terminal,
+        env={**os.environ, "TERM": "xterm"},
+    ) as process:
+        os.close(terminal)
+        shown = b""
+        while process.poll() is None or select.select([main], [], [], 0)[0]:
+            try:
+                shown += os.read(main, 4096)
+            except OSError:
+                break
+    os.close(main)
+    assert b"%" in shown
+    assert shown.rstrip().endswith(b"its run was killed, or it is cut off")
+
+
+def test_memory_does_not_grow_with_the_capture() -> None:
+    row = encoded(make_event())
+    capture = Capture(EVENTS)
+
+    def most(chunks: int) -> int:
+        tracemalloc.start()
+        try:
+            rows = sum(
+                len(item)
+                for item in capture.items(row * 100 for _ in range(chunks))
+                if isinstance(item, list)
+            )
+            assert rows == 100 * chunks
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert most(300) < most(30) * 1.5
+
+
+def test_a_line_without_end_is_not_kept_in_memory() -> None:
+    capture = Capture(EVENTS)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    items = list(capture.items(b"x" * (1 << 20) for _ in range(200)))
+    assert items == []
+    assert capture.left_out == 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+
+
+def test_nothing_to_read_is_usage() -> None:
+    with pytest.raises(UsageError):
+        Source.open("unix:")
