@@ -535,7 +535,7 @@ def plugins_list(give_up_root: Callable[[], None] | None, *, as_json: bool) -> N
     if give_up_root:
         give_up_root()
     found = Plugins.load().found
-    for entry, status, summary in commands.found():
+    for entry, status, summary in commands.found(cli.commands):
         dist = entry.dist
         version, distribution = (dist.version, dist.name) if dist else ("?", "?")
         found.append(Found(entry.name, "command", version, distribution, status, summary))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import click
 
@@ -43,9 +43,18 @@ class Commands(click.Group):
             return _broken(cmd_name, error)
 
 
-def found() -> Iterator[tuple[importlib.metadata.EntryPoint, str, str]]:
-    """Each plugin's command: entry point, status and summary, as `tcplat plugins list` has it."""
-    for _, entry in sorted(_entries().items()):
+def found(own: Iterable[str]) -> Iterator[tuple[importlib.metadata.EntryPoint, str, str]]:
+    """Each plugin's command: entry point, status and summary, as `tcplat plugins list` has it.
+
+    Args:
+        own: Names that are tcplat's.
+    """
+    taken = set(own)
+    for entry in _sorted():
+        if entry.name in taken:
+            yield entry, "broken", "there is a command of this name already"
+            continue
+        taken.add(entry.name)
         try:
             yield entry, "ok", load(entry).get_short_help_str(80)
         except PluginError as error:
@@ -67,8 +76,14 @@ def load(entry: importlib.metadata.EntryPoint) -> click.Command:
     return command
 
 
+def _sorted() -> list[importlib.metadata.EntryPoint]:
+    # The same plugin may be installed twice: in tcplat's wheel and by itself.
+    entries = importlib.metadata.entry_points(group=GROUP)
+    return [one for _, one in sorted({(one.name, one.value): one for one in entries}.items())]
+
+
 def _entries() -> dict[str, importlib.metadata.EntryPoint]:
-    return {entry.name: entry for entry in importlib.metadata.entry_points(group=GROUP)}
+    return {entry.name: entry for entry in reversed(_sorted())}
 
 
 def _broken(name: str, error: PluginError) -> click.Command:

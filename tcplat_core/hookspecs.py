@@ -2,6 +2,14 @@
 
 A plugin is a module named by an entry point in the group ``tcplat``. There is no
 hook per event: a pluggy call costs more than all the rest of an event's way.
+
+Commands of a plugin have no hook: an entry point in the group ``tcplat.commands`` names
+each, and is a ``click.Command``. It is imported when it is called or listed, as an
+unprivileged user; ``run`` and ``replay`` never import it. With ``tcplat_core.Reader`` it
+reads captures. Example, in pyproject.toml::
+
+    [project.entry-points."tcplat.commands"]
+    report = "tcplat_report.commands:report"
 """
 
 from __future__ import annotations

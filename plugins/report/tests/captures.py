@@ -102,7 +102,9 @@ class Traffic:
             _, _, host, row = heapq.heappop(waiting)
             yield host, row
 
-    def _connection(self, number: int, ts_ns: int, chance: Random) -> Iterator[tuple[int, Event]]:
+    def _connection(  # noqa: C901 - a story, told from its beginning to its end
+        self, number: int, ts_ns: int, chance: Random
+    ) -> Iterator[tuple[int, Event]]:
         near, far = ("10.0.0.1", 10_000 + number % 50_000), ("10.0.0.2", 80)
         first = (chance.randrange(2**32), chance.randrange(2**32))
         sent = [0, 0]

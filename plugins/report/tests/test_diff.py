@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-
-from tcplat_core.errors import UsageError
 from tcplat_report.commands import diff
 from tcplat_report.diff import Change, Condition, Quantiles, Sample, changes
+
+from tcplat_core.errors import UsageError
 
 from .captures import STAGES_US, Traffic, joint, write
 
@@ -28,13 +28,13 @@ def sample(values: Sequence[float]) -> Sample:
 
 
 def lognormal(seed: int, count: int = 2000, factor: float = 1.0) -> list[float]:
-    chance = Random(seed)
+    chance = Random(seed)  # noqa: S311 - made-up traffic
     return [factor * 30_000 * chance.lognormvariate(0, 0.5) for _ in range(count)]
 
 
 def in_bursts(seed: int, count: int = 2000) -> list[float]:
     """Half of the time all is slow; slow and fast times last 50 requests, on average."""
-    chance = Random(seed)
+    chance = Random(seed)  # noqa: S311 - made-up traffic
     values, slow = [], False
     for _ in range(count):
         slow ^= chance.random() < 1 / 50

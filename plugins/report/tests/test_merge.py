@@ -12,12 +12,12 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from tcplat_core import Event, Reader, UsageError
 from tcplat_report.clocks import DRIFT_PPM, Corridor, Sightings, UnboundedError
 from tcplat_report.commands import merge
 from tcplat_stages.join import Joiner
 from tcplat_stages.model import Exchange
+
+from tcplat_core import Event, Reader, UsageError
 
 from .captures import Traffic, joint, of_host, write
 

@@ -15,7 +15,6 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
-
 from tcplat_report.commands import report
 
 from .captures import Traffic, joint, write
@@ -44,7 +43,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
     options.binary_location = str(shutil.which("chromium"))
     for flag in (*_FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
         options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = Chrome(options=options, service=Service(shutil.which("chromedriver")))
     driver.set_page_load_timeout(60)
     yield driver
@@ -62,6 +61,12 @@ def page(browser: Chrome, tmp_path_factory: pytest.TempPathFactory) -> Chrome:
     CliRunner().invoke(report, [str(capture), "-o", str(out)], catch_exceptions=False)
     browser.get(out.as_uri())
     return browser
+
+
+def console(page: Chrome) -> list[Any]:
+    """What was said since the last look."""
+    said: list[Any] = page.get_log("browser")  # type: ignore[no-untyped-call] # selenium's
+    return said
 
 
 def one(page: Chrome, selector: str) -> WebElement:
@@ -87,7 +92,7 @@ def test_it_draws_and_says_nothing_on_the_console(page: Chrome) -> None:
     assert len(all_of(page, "#lines path")) == 3
     assert len(all_of(page, "#heat rect")) > 20
     assert len(all_of(page, "#stages tbody tr")) == 13
-    assert page.get_log("browser") == []
+    assert console(page) == []
 
 
 def test_it_asks_for_nothing_but_itself(page: Chrome) -> None:
@@ -170,7 +175,7 @@ def test_it_follows_the_readers_colours(page: Chrome, scheme: str) -> None:
 
 
 def test_nothing_was_said_on_the_console_meanwhile(page: Chrome) -> None:
-    assert page.get_log("browser") == []
+    assert console(page) == []
 
 
 def test_an_empty_capture_draws_too(browser: Chrome, tmp_path: Path) -> None:
@@ -178,4 +183,4 @@ def test_an_empty_capture_draws_too(browser: Chrome, tmp_path: Path) -> None:
     CliRunner().invoke(report, [str(capture), "-o", str(out)], catch_exceptions=False)
     browser.get(out.as_uri())
     assert "Nothing of a connection" in one(browser, "header").text
-    assert browser.get_log("browser") == []
+    assert console(browser) == []

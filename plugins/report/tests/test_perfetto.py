@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-
 from tcplat_report.commands import report
 
 from .captures import STAGES_US, Traffic, joint, write

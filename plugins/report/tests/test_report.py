@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-
-from tcplat_core import Event
 from tcplat_report import courses, report
 from tcplat_report.commands import report as command
 from tcplat_report.courses import FIELDS
+
+from tcplat_core import Event
 
 from .captures import STAGES_US, Traffic, joint, write
 
