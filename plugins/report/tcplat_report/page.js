@@ -107,11 +107,11 @@ function drawTimeline() {
   const part = section("Latency over time",
     `Requests by when they began, in windows of ${short(T.window_us)}; both axes in the two pictures are the same.`);
   part.append(el("div", {class: "legend"}, ["p50", "p90", "p99"].map(p =>
-    el("span", {}, el("i", {style: `background:var(--${p})`}), p)), el("span", {}, "heat map: darker is more requests")));
+    el("span", {}, el("i", {style: `background:var(--${p})`}), p)), el("span", {}, "heat map: the stronger, the more requests")));
   const values = T.series.flatMap(s => [s[2], s[5]]).filter(v => v > 0);
   const low = Math.min(...T.cells.map(c => 2 ** (c[1] / T.per_octave)), ...values);
   const high = Math.max(...T.cells.map(c => 2 ** ((c[1] + 1) / T.per_octave)), ...values);
-  const high_ = 220, top = 8, bottom = 22, plot = high_ - top - bottom;
+  const tall = 220, top = 8, bottom = 22, plot = tall - top - bottom;
   const x = us => LEFT + (us - from) / (until - from) * (WIDE - LEFT - RIGHT);
   const y = us => top + plot - Math.log(Math.max(us, low) / low) / Math.log(high / low || 2) * plot;
   const axes = picture => {
@@ -120,9 +120,9 @@ function drawTimeline() {
       picture.append(svg("text", {x: LEFT - 6, y: y(tick) + 4, "text-anchor": "end"}, short(tick)));
     }
     for (const tick of linearTicks(from, until))
-      picture.append(svg("text", {x: x(tick), y: high_ - 6, "text-anchor": "middle"}, short(Math.max(tick, 0))));
+      picture.append(svg("text", {x: x(tick), y: tall - 6, "text-anchor": x(tick) > WIDE - 40 ? "end" : "middle"}, short(Math.max(tick, 0))));
   };
-  const lines = svg("svg", {viewBox: `0 0 ${WIDE} ${high_}`, role: "img", id: "lines",
+  const lines = svg("svg", {viewBox: `0 0 ${WIDE} ${tall}`, role: "img", id: "lines",
     "aria-label": `p50, p90 and p99 of latency over ${time(D.span_us)}`});
   axes(lines);
   for (const [name, column] of [["p50", 2], ["p90", 3], ["p99", 4]]) {
@@ -149,7 +149,7 @@ function drawTimeline() {
   });
   lines.addEventListener("pointerleave", () => { mark.setAttribute("visibility", "hidden"); readout.textContent = ""; });
   part.append(lines);
-  const heat = svg("svg", {viewBox: `0 0 ${WIDE} ${high_}`, role: "img", id: "heat",
+  const heat = svg("svg", {viewBox: `0 0 ${WIDE} ${tall}`, role: "img", id: "heat",
     "aria-label": "Heat map: how many requests took how long, over time"});
   const most = Math.max(...T.cells.map(c => c[2]));
   const paint = () => {
@@ -263,15 +263,18 @@ if (D.table.length) {
   };
   const show = () => {
     body.replaceChildren(...found.slice(0, room).map(c => el("tr", {},
-      COLUMNS.map(column => { const v = value(column, c); return el("td", {class: column[3] ? "l name" : "", title: column[3] ? v : null}, String(column[2](v))); }),
-      el("td", {}, D.courses[c.n] ? el("button", {class: "plain", type: "button", "aria-label": `Packets of connection ${c.n}`,
-        onclick: () => choose(c.n, true)}, "packets") : ""))));
+      el("td", {class: "l"}, D.courses[c.n] ? el("button", {class: "plain small", type: "button", "aria-label": `Packets of connection ${c.n}`,
+        onclick: () => choose(c.n, true)}, "packets") : ""),
+      COLUMNS.map(column => {
+        const v = value(column, c);
+        return el("td", {class: column[3] ? "l name" : "", title: column[3] ? v : null}, String(column[2](v)));
+      }))));
     count.textContent = `${number(Math.min(room, found.length))} of ${number(found.length)} shown`;
     more.hidden = room >= found.length;
   };
   search.addEventListener("input", update);
   section("Connections", null, el("div", {class: "tools"}, search, count),
-    el("div", {class: "scroll"}, el("table", {id: "connections"}, el("thead", {}, el("tr", {}, heads, el("th"))), body)),
+    el("div", {class: "scroll tall", tabindex: 0, role: "region", "aria-label": "Connections"}, el("table", {id: "connections"}, el("thead", {}, el("tr", {}, el("th"), heads)), body)),
     el("div", {class: "tools", style: "margin:8px 0 0"}, more));
   update();
 }
@@ -315,11 +318,11 @@ if (chosen.length) {
       graph.append(svg("text", {x: LEFT - 6, y: y(tick) + 4, "text-anchor": "end"}, bytes(Math.round(tick))));
     }
     for (const tick of linearTicks(from, until))
-      graph.append(svg("text", {x: x(tick), y: HIGH - 6, "text-anchor": "middle"}, short(Math.round(tick * 1000) / 1000)));
+      graph.append(svg("text", {x: x(tick), y: HIGH - 6, "text-anchor": x(tick) > WIDE - 40 ? "end" : "middle"}, short(Math.round(tick * 1000) / 1000)));
     for (const kind of kinds) {
       const mine = seen.filter(p => p.kind === kind);
       graph.append(svg("path", {fill: "none", stroke: LOOKS[kind][0], "stroke-width": 1, opacity: 0.45,
-        d: mine.map((p, i) => `${i ? "L" : "M"}${x(p.at).toFixed(1)} ${y(p.from + p.count).toFixed(1)}`).join("")}));
+        d: mine.map((p, i) => (i ? `H${x(p.at).toFixed(1)}V` : `M${x(p.at).toFixed(1)} `) + y(p.from + p.count).toFixed(1)).join("")}));
       for (const p of mine) {
         const mark = svg("rect", {class: `mark ${kind}`, x: (x(p.at) - 1.5).toFixed(1), width: 3, rx: 1, fill: LOOKS[kind][0],
           y: y(p.from + p.count).toFixed(1), height: Math.max(3, y(p.from) - y(p.from + p.count)).toFixed(1)});
