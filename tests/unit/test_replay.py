@@ -56,7 +56,7 @@ def rows_of_all_probes(count: int) -> list[Event]:
             fields |= {"call_us": 1.234, "accept_us": None}
             rows.append(make_event(EVENTS["tcp_service"], probe="tcp_service", **fields))
         else:
-            fields |= {"ack": 2**32 - 1, "sock": 0, "pid": None, "point": "nic_rx"}
+            fields |= {"ack": 2**32 - 1, "window": 0, "sock": 0, "pid": None, "point": "nic_rx"}
             rows.append(make_event(EVENTS["xdp_port"], probe="xdp_port", **fields))
     return rows
 

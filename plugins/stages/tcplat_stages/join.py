@@ -79,6 +79,8 @@ class Joiner:
         self._ways: dict[tuple[Any, ...], tuple[Connection, int]] = {}
         self._over: deque[Connection] = deque()
         self._next_sweep_ns = 0
+        self._closed_windows = 0
+        """Streams whose sender has closed its own window."""
         self._points: dict[str, Callable[[End, Any, int], None]] = {
             "send": self._send,
             "recv": self._recv,
@@ -118,8 +120,16 @@ class Joiner:
                 end.conn.last_ns = ts_ns
                 handler(end, row, ts_ns)
             elif point in _PACKETS:
-                key = (row.netns, row.saddr, row.sport, row.daddr, row.dport)
                 flags = row.flags
+                # Half of all packets: an ACK that tells nothing, while no window is closed.
+                if (
+                    flags == "ACK"
+                    and not row.bytes
+                    and not self._closed_windows
+                    and (point == "rx_ip" or getattr(row, "window", 1))
+                ):
+                    continue
+                key = (row.netns, row.saddr, row.sport, row.daddr, row.dport)
                 way = ways.get(key)
                 if way is None or (flags == "SYN" and self._is_new(way[0], row)):
                     way = self._route(row, key)
@@ -138,6 +148,17 @@ class Joiner:
         for conn in list(self._conns.values()):
             self._finish(conn, "end of run")
         return told
+
+    def untold(self) -> list[str]:
+        """What was left out, in plain words; nothing if nothing was."""
+        counts = (
+            (self.cut, "that were under way when the capture began"),
+            (self.untimed, "of which one instant alone is known"),
+        )
+        found = [f"without {count} exchanges {which}" for count, which in counts if count]
+        if self.given_up:
+            found.append(f"{self.given_up} connections were given up: too many at a time")
+        return found
 
     # --- whose row it is
 
@@ -536,9 +557,12 @@ class Joiner:
         if window is None or "RST" in flags:
             return
         if window:
-            flow.zero = False
+            if flow.zero:
+                flow.zero = False
+                self._closed_windows -= 1
         elif not flow.zero:
             flow.zero = True
+            self._closed_windows += 1
             flow.zero_windows += 1
             if conn.replying is not None:
                 conn.replying.zero_windows += 1
@@ -574,15 +598,20 @@ class Joiner:
         conn.reset_by = index
         end = conn.ends[index]
         inbound = conn.flows[1 - index]
-        if index == SERVICE and conn.stamps[CONNECTED] is None and conn.flows[SERVICE].begin < 0:
+        known = max(inbound.read, inbound.begin)
+        if (
+            index == SERVICE
+            and conn.began
+            and conn.stamps[CONNECTED] is None
+            and conn.flows[SERVICE].begin < 0
+        ):
             conn.reset_why = "nobody listens there"
         elif end.sock:
-            arrived = max(inbound.arrived(), inbound.ready.position)
-            if arrived > max(inbound.read, inbound.begin):
+            if inbound.arrived() > known:
                 conn.reset_why = "it closed with unread data"
             elif index in conn.fins or end.closed_ns:
                 conn.reset_why = "data came after it had closed"
-            else:
+            elif inbound.sent <= known:  # else some of it may have come, and not been read
                 conn.reset_why = "it aborted"
 
     # --- turns
@@ -681,9 +710,11 @@ class Joiner:
             or (conn.ends[CLIENT].sock and exchange.stamps[CLIENT_SENT] is None)
         ):
             self.cut += 1
+            conn.untold += 1
             return
         if sum(at is not None for at in exchange.stamps) < 2:  # noqa: PLR2004 - no time between
             self.untimed += 1
+            conn.untold += 1
             return
         conn.exchanges += 1
         exchange.number = conn.exchanges
@@ -718,6 +749,8 @@ class Joiner:
         self._over.append(conn)
         # Its addresses stay for a while; what its streams held goes now.
         for flow in conn.flows:
+            self._closed_windows -= flow.zero
+            flow.zero = False
             for log in flow.logs():
                 log.clear()
 

@@ -28,6 +28,10 @@ Log = list[tuple[int, int | None]]
 """Position reached, and when: None where the rows that would tell were missed."""
 
 
+_MOST_LATE = 4_096
+"""Packets behind a hole."""
+
+
 def reached(log: Log, position: int) -> int | None:
     """When a log has the stream up to `position`; None where nobody can know."""
     index = bisect_left(log, (position,))
@@ -45,8 +49,8 @@ class Reach:
     def __init__(self) -> None:
         self.position = -1
         self.log: Log = []
-        self.late: list[tuple[int, int]] = []
-        """What came behind a hole: from where to where."""
+        self.late: list[tuple[int, int]] | None = None
+        """What came behind a hole: from where to where. Seldom there."""
 
     def pass_by(self, finish: int, ts_ns: int) -> bool:
         """Bytes up to `finish` come, whatever is missing before. False if they had come already."""
@@ -74,7 +78,7 @@ class Reach:
         if finish <= position:
             return False
         if at > position:
-            self.late.append((at, finish))
+            self._keep(at, finish)
             return True
         if self.late:
             finish = self._whole(finish)
@@ -82,8 +86,17 @@ class Reach:
         self.log.append((finish, ts_ns))
         return True
 
+    def _keep(self, at: int, finish: int) -> None:
+        """Bytes that came too early."""
+        if self.late is None:
+            self.late = []
+        self.late.append((at, finish))
+        if len(self.late) > _MOST_LATE:
+            # No hole is so wide: the rows that would fill it are missing.
+            self.skip(min(self.late)[0])
+
     def skip(self, finish: int) -> None:
-        """Bytes up to `finish` were read: they have come, and no row tells when."""
+        """Bytes up to `finish` have come, and no row tells when."""
         if self.late:
             finish = self._whole(finish)
         self.position = finish
@@ -91,9 +104,10 @@ class Reach:
 
     def _whole(self, finish: int) -> int:
         """Where the stream is whole up to, once it is whole up to `finish`."""
-        self.late.sort()
-        while self.late and self.late[0][0] <= finish:
-            finish = max(finish, self.late.pop(0)[1])
+        late = sorted(self.late or ())
+        while late and late[0][0] <= finish:
+            finish = max(finish, late.pop(0)[1])
+        self.late = late
         return finish
 
     def forget(self, position: int) -> None:
@@ -259,6 +273,7 @@ class Connection:
         "stamps",
         "syns",
         "think_ns",
+        "untold",
         "waiting",
         "ways",
     )
@@ -290,6 +305,8 @@ class Connection:
         self.think_ns = 0
         """Between the client's reading of a reply and its next request, in all."""
         self.exchanges = 0
+        self.untold = 0
+        """Exchanges of it that are left out: cut by the capture's beginning, or of one instant."""
         self.ended = ""
         self.over = False
         self.closing_ns = 0
@@ -342,7 +359,7 @@ class Connection:
         flow = self.flows[index]
         if flow.data_sent:
             return flow.data_sent
-        furthest = max(flow.tx.position, flow.arrived(), flow.ready.position, flow.read)
+        furthest = max(flow.tx.position, flow.arrived(), flow.read)  # not ready: a FIN counts there
         return furthest - flow.begin if furthest >= flow.begin >= 0 else None
 
 

@@ -178,12 +178,8 @@ class Stages:
             lines.append(f"-- between hosts, wire and wire_back are right ± {duration(bound_ns)}")
         if self._lost:
             lines.append(f"-- {self._lost} events were lost: figures of what was seen")
-        for title, left_out in (
-            ("that were under way when the capture began", self.joiner.cut),
-            ("of which one instant alone is known", self.joiner.untimed),
-        ):
-            if left_out and not when:
-                lines.append(f"-- without {left_out} exchanges {title}")
+        if not when:
+            lines += [f"-- {words}" for words in self.joiner.untold()]
         heads = [*(name.upper() for name in self.group_by), "STAGE", "COUNT"]
         heads += ["P50", "P90", "P99", "P99.9", "MAX"]
         cells = [

@@ -134,6 +134,7 @@ def as_json(conn: Connection) -> dict[str, Any]:
         "connect_stages": stages_json(conn.handshake),
         "syn_retransmits": conn.syns,
         "exchanges": conn.exchanges,
+        "untold": conn.untold,
         "think_us": micros(conn.think_ns),
         "bytes_to_service": conn.bytes_of(CLIENT),
         "bytes_to_client": conn.bytes_of(SERVICE),

@@ -85,6 +85,9 @@ class Waterfall:
         self._show(self.joiner.finish())
         slowest = sorted(self._slowest, key=lambda one: (-one[0], -one[1]))
         self._write([exchange for _, _, exchange in slowest])
+        untold = [] if self.as_json else self.joiner.untold()
+        if untold:
+            self.output.write("".join(f"-- {words} --\n" for words in untold).encode())
         self.output.close()
 
     def _show(self, told: list[Told]) -> None:
@@ -234,14 +237,14 @@ def _bars(split: Split, width: int, bound_ns: int | None) -> list[str]:
 
 
 def parse_at_least(text: str) -> AtLeast:
-    """``queue:1ms``; several are joined by +, any of them will do.
+    """``queue:1ms`` or ``queue=1ms``; several are joined by +, any of them will do.
 
     Raises:
         ValueError: There is no such stage, or it is no duration.
     """
     limits = []
     for word in text.split("+"):
-        name, _, least = word.partition(":")
+        name, _, least = word.replace("=", ":").partition(":")
         if name not in (*STAGES, TOTAL, UNEXPLAINED):
             raise ValueError(f"there is no stage {name!r}; it is one of {', '.join(STAGES)}, total")
         limits.append((name, parse_duration(least)))

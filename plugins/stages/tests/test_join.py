@@ -366,6 +366,30 @@ def test_a_service_that_closes_with_unread_data_resets() -> None:
     assert (exchange.kind, exchange.request_bytes, exchange.stamps[5]) == ("request", 100, None)
 
 
+def test_a_fin_is_no_byte_and_not_unread() -> None:
+    history = History()
+    now = history.shake_hands() + 500
+    history.message(CLIENT, 40, [now + step for step in range(6)])
+    history.socket(now + 10, CLIENT, "state", old_state="TCP_ESTABLISHED", state="TCP_FIN_WAIT1")
+    history.socket(now + 12, SERVICE, "ready", seq=history.seq(CLIENT, 40), bytes=1)
+    history.packet(now + 20, "nic_tx", SERVICE, 0, flags="RST|ACK")
+    history.socket(now + 21, SERVICE, "close", state="TCP_CLOSE")
+    _, (conn,), _ = joined(history.rows(["tcp_client"]))
+    assert conn.bytes_of(CLIENT) == 40
+    assert (conn.reset_by, conn.reset_why) == (SERVICE, "it aborted")
+
+
+def test_where_nobody_saw_what_arrived_no_reason_is_made_up() -> None:
+    history = History()
+    now = history.shake_hands() + 500
+    history.message(CLIENT, 40, [now + step for step in range(6)])
+    history.socket(now + 10, SERVICE, "send", seq=history.seq(SERVICE, 0), bytes=10)
+    history.packet(now + 20, "nic_tx", CLIENT, 40, flags="RST|ACK")
+    history.socket(now + 21, CLIENT, "close", state="TCP_CLOSE")
+    _, (conn,), _ = joined(history.rows())
+    assert (conn.reset_by, conn.reset_why) == (CLIENT, None)
+
+
 def test_an_exchange_under_way_when_the_capture_began_is_counted_and_not_told() -> None:
     history = History()
     now = simple(history, 10_000)
@@ -454,6 +478,18 @@ def test_a_long_transfer_is_remembered_no_longer_than_it_is_needed() -> None:
     (exchange,) = [one for one in joiner.finish() if isinstance(one, Exchange)]
     assert exchange.reply_bytes == 20_000_000
     assert exchange.stamps[7:9] == [at + 1, at + 2]
+
+
+def test_a_hole_that_nothing_fills_does_not_grow_for_ever() -> None:
+    history = History()
+    for number in range(10_000):
+        if number != 5:
+            history.packet(number, "nic_rx", CLIENT, number * 10, 10)
+    joiner = Joiner()
+    joiner.feed(history.rows())
+    (conn,) = joiner._conns.values()
+    assert len(conn.flows[CLIENT].nic.late or ()) < 5_000
+    assert conn.bytes_of(CLIENT) == 100_000
 
 
 def test_nothing_is_kept_of_connections_that_are_over() -> None:

@@ -109,6 +109,7 @@ def test_only_those_of_which_a_stage_took_long(written: Callable[..., str]) -> N
         ("server:100us", [1, 2]),
         ("server:451us", []),
         ("total:0.5ms", [2]),
+        ("total=0.5ms", [2]),
         ("server:451us+total:900us", [2]),
         ("queue_back:1ns", [1, 2, 3]),
     ):
