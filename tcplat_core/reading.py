@@ -36,8 +36,13 @@ class Reader:
     merges: list[Merge] = attrs.field(factory=list, init=False)
 
     @classmethod
-    def open(cls, where: str, *, quiet: bool = False) -> Reader:
+    def open(cls, where: str, *, quiet: bool = False, again: bool = False) -> Reader:
         """A path, ``-`` for standard input, ``unix:PATH`` or ``tcp:HOST:PORT``.
+
+        Args:
+            where: One of these.
+            quiet: Without a bar, and without a word on what is left out.
+            again: It was read before: what is left out was said.
 
         Raises:
             UsageError: It cannot be read.
@@ -47,7 +52,7 @@ class Reader:
         events = {name: spec.event for name, spec in Plugins.load().probes.items()}
 
         def say(sentence: str) -> None:
-            if not quiet:
+            if not quiet and not again:
                 click.echo(f"tcplat: {source.name}: {sentence}", err=True)
 
         bar = Bar(source, shown=not quiet and sys.stderr.isatty())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import attrs
@@ -86,3 +87,20 @@ def test_a_host_that_is_damaged_is_left_out(tmp_path: Path) -> None:
     ]
     assert reader.rows == len(rows)
     assert any("1 line(s) are damaged" in sentence for sentence in reader.remarks())
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_bar_on_a_terminal_says_how_far_it_is(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    quiet: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    monkeypatch.setattr("tcplat_core.replay._BAR_AFTER_S", -1)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    capture(tmp_path / "capture")
+    list(Reader.open(str(tmp_path / "capture"), quiet=quiet).items())
+    shown = capsys.readouterr()
+    assert ("100%" in shown.err) is not quiet
+    assert shown.err.endswith("\x1b[K") is not quiet
+    assert shown.out == ""

@@ -34,16 +34,16 @@ class Course:
         near: Address and port of the end that direction 0 flows from.
         points: FIELDS numbers each.
         every: One row in so many was kept.
-        over: Its connection is over.
+        ways: By which it is found.
     """
 
-    __slots__ = ("_furthest", "_last", "_seen", "every", "near", "over", "points")
+    __slots__ = ("_furthest", "_last", "_seen", "every", "near", "points", "ways")
 
     def __init__(self, near: tuple[str, int | None]) -> None:
         self.near = near
         self.points = array("q")
         self.every = 1
-        self.over = False
+        self.ways: list[Any] = []
         self._seen = 0
         self._last: list[tuple[int, int] | None] = [None, None]
         """Sequence number and position of the furthest byte, per direction."""
@@ -106,7 +106,7 @@ class Courses:
             if code is None or not row.bytes or row.seq is None or row.sport is None:
                 continue
             way = ways.get((row.netns, row.saddr, row.sport, row.daddr, row.dport))
-            if way is None or way[0].over:
+            if way is None:
                 way = self._way(row)
                 if way is None:
                     continue
@@ -124,7 +124,9 @@ class Courses:
             course = self._courses[key] = Course(near)
         if len(self._ways) >= _MOST_WAYS:
             self._ways.clear()
-        way = self._ways[row.netns, *near, *far] = (course, int(near != course.near))
+        name = (row.netns, *near, *far)
+        course.ways.append(name)
+        way = self._ways[name] = (course, int(near != course.near))
         return way
 
     def take(self, conn: Connection) -> Course | None:
@@ -137,7 +139,8 @@ class Courses:
                 break
         else:
             return None
-        course.over = True
+        for way in course.ways:
+            self._ways.pop(way, None)
         rest = course.cut(conn.last_ns)
         if rest is not None:
             self._courses[key] = rest

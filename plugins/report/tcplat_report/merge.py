@@ -41,8 +41,9 @@ def join_captures(first: str, second: str, output: str, *, quiet: bool) -> None:
     offset = sightings.corridor.offset()
     own, joined = _hosts(readers, offset)
     shift = _Shift(offset, joined[0].host, unix_ns or 0)
+    again = [Reader.open(one.name, quiet=quiet, again=True) for one in readers]
     with written(output) as file:
-        _write(file, [*own, *joined], [Reader.open(one.name, quiet=True) for one in readers], shift)
+        _write(file, [*own, *joined], again, shift)
     if not quiet:
         for reader in readers:
             for sentence in reader.remarks():

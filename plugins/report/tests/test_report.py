@@ -95,6 +95,31 @@ def test_what_there_is_no_room_for_is_said(tmp_path: Path, monkeypatch: pytest.M
     assert any("packets are kept for 4 connections" in words for words in told["remarks"])
 
 
+def test_of_connections_that_are_over_the_table_alone_is_kept() -> None:
+    story = report.Story(slow=5, most_connections=10)
+    rows = list(joint(Traffic(connections=200)))
+    for at in range(0, len(rows), 500):
+        story.write(rows[at : at + 500])
+    story.close()
+    told = story.as_json("capture", [])
+    assert (told["connections"], len(told["table"]), len(told["slowest"])) == (200, 10, 5)
+    assert len(story._slowest) == 5
+    assert len(story._kept) == 10
+    assert story._busy == {}
+    assert story._courses._count == 0
+    assert story._courses._courses == story._courses._ways == {}
+
+
+def test_more_points_than_there_is_room_for_are_refused_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(courses, "_MOST_OPEN", 100)
+    told = data(made(tmp_path, joint(Traffic(connections=50, gap_us=1)))[1])
+    assert told["exchanges"] == 500
+    assert 0 < len(told["courses"]) < 50
+    assert any("there was no room" in words for words in told["remarks"])
+
+
 def test_a_long_connection_is_thinned_and_says_so(tmp_path: Path) -> None:
     told = data(made(tmp_path, joint(Traffic(connections=1, exchanges=200)))[1])
     (course,) = told["courses"].values()
