@@ -8,7 +8,7 @@ BENCH_PACKAGES := $(TEST_PACKAGES) bpftrace
 apt = dpkg -s $(1) >/dev/null 2>&1 || { apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1) >/dev/null; }
 
-.PHONY: demo test test-vm lint format bench clean
+.PHONY: demo test test-vm lint format docs bench clean
 
 demo: $(VENV)/demo
 	@$(call apt,$(DEMO_PACKAGES))
@@ -35,6 +35,10 @@ lint: $(VENV)/dev
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# events.md and hooks.md; a test fails where they are not what the code says.
+docs: $(VENV)/dev
+	$(BIN)/python docs/generate.py
 
 bench: $(VENV)/dev
 	@$(call apt,$(BENCH_PACKAGES))

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
         tracepoints,
         xdp,
     )
-    from .hookspecs import hookimpl
+    from .hookspecs import HOOKSPEC_VERSION, hookimpl
+    from .kinds import Kind, boolean, choice, duration, integer, size
     from .model import (
         HOST_BITS,
         Loss,
@@ -42,21 +43,27 @@ if TYPE_CHECKING:
     from .schema import (
         SCHEMA_VERSION,
         Event,
+        Field,
         Moment,
         Wire,
+        address,
         clock_offset_ns,
-        json_types,
+        fields,
         micros,
+        printable,
     )
 
 __all__ = [
+    "HOOKSPEC_VERSION",
     "HOST_BITS",
     "SCHEMA_VERSION",
     "CannotRunError",
     "Event",
+    "Field",
     "Hook",
     "HookPoint",
     "Interfaces",
+    "Kind",
     "Loss",
     "Merge",
     "Moment",
@@ -76,22 +83,39 @@ __all__ = [
     "Way",
     "Wire",
     "add_reports",
+    "address",
+    "boolean",
+    "choice",
     "clock_offset_ns",
+    "duration",
     "fenter",
     "fentry",
     "fexit",
+    "fields",
     "hookimpl",
-    "json_types",
+    "integer",
     "kentry",
     "kprobe",
     "kreturn",
     "micros",
+    "printable",
+    "size",
     "tracepoint",
     "tracepoints",
     "xdp",
 ]
 
-_HOMES = ("errors", "hookpoints", "hookspecs", "model", "output", "reading", "replay", "schema")
+_HOMES = (
+    "errors",
+    "hookpoints",
+    "hookspecs",
+    "kinds",
+    "model",
+    "output",
+    "schema",
+    "reading",
+    "replay",
+)
 
 
 def __getattr__(name: str) -> Any:

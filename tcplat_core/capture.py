@@ -24,7 +24,7 @@ import msgspec
 
 from .errors import UsageError
 from .model import Loss, Merge, RunReport
-from .schema import SCHEMA_VERSION, Event, json_types, printable
+from .schema import SCHEMA_VERSION, Event, fields, printable
 
 CHUNK = 1 << 20
 """Bytes that are read, and decoded, at once."""
@@ -44,7 +44,7 @@ GAP = ("msgpack", "reader")
 """Probe and point of the loss that stands for rows which a socket's sink kept from its reader."""
 
 
-_TEXTS = operator.attrgetter(*(n for n, kind in json_types().items() if "str" in kind))
+_TEXTS = operator.attrgetter(*(field.name for field in fields() if "str" in field.type))
 
 
 class _ForeignError(Exception):
@@ -322,7 +322,7 @@ class Capture:
     def _know(self, probe: str, event: type[Event]) -> None:
         if event not in self._decoders:
             self._decoders[event] = self._format.decoder(event)
-            types = [*json_types(event).values()][len(Event.__struct_fields__) :]
+            types = [field.type for field in fields(event) if field.own]
             if not any("str" in kind or "any" in kind for kind in types):
                 self._numeric.add(event)
         self._known[probe.encode()] = self._decoders[event]

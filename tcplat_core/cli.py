@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import ipaddress
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import attrs
 import click
 
+from . import kinds
 from .commands import Commands
 from .errors import CannotRunError, EventsLostError, TcplatError, UsageError
 from .hookpoints import SKIPPED_FUNCS
@@ -39,10 +40,13 @@ class _Duration(click.ParamType[float]):
     ) -> float:
         if isinstance(value, float):
             return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h)?", value)
-        if not found or float(found[1]) == 0:
+        try:
+            seconds = float(kinds.duration(value))
+        except ValueError:
+            seconds = 0
+        if not seconds:
             self.fail(f"{value!r} is not a time; write 5, 500ms, 30s, 2m or 1h", param, ctx)
-        return float(found[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[found[2] or "s"]
+        return seconds
 
 
 class _Size(click.ParamType[int]):
@@ -51,11 +55,13 @@ class _Size(click.ParamType[int]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        found = re.fullmatch(r"(\d+)([KMG]?)", value)
-        size = int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]] if found else 0
-        if size & (size - 1) or not 1 << 12 <= size <= 1 << 30:
+        try:
+            number = int(kinds.size(value))
+        except ValueError:
+            number = 0
+        if number & (number - 1) or not 1 << 12 <= number <= 1 << 30:
             self.fail(f"{value!r} is not a power of two from 4K to 1G", param, ctx)
-        return size
+        return number
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -552,6 +558,80 @@ def plugins_list(give_up_root: Callable[[], None] | None, *, as_json: bool) -> N
     ):
         padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
         click.echo(" ".join(padded).rstrip())
+
+
+@plugins.command("check")
+@click.argument("choice", metavar="NAME[:k=v,...]")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_obj
+def plugins_check(give_up_root: Callable[[], None] | None, choice: str, *, as_json: bool) -> None:
+    """Whether a probe or sink keeps what plugins promise.
+
+    Most of it needs no root. With root a probe is also loaded and attached, in a
+    network namespace of its own. Exits with 1 if a check failed.
+    """
+    from .testing import conformance, trial  # noqa: PLC0415 - see the top
+
+    with contextlib.ExitStack() as stack:
+        privileged = trial.as_root()
+        if privileged:
+            stack.callback(privileged.close)
+        if give_up_root:
+            give_up_root()
+        outcomes = list(conformance.check_plugin(choice, trial=lambda: privileged))
+    if as_json:
+        click.echo(json.dumps(conformance.as_json(outcomes), indent=2))
+    else:
+        click.echo(conformance.as_text(outcomes))
+    failed = any(outcome.verdict == "failed" for _, outcome in outcomes)
+    sys.exit(TcplatError.exit_code if failed else 0)
+
+
+@plugins.command("show")
+@click.argument("name")
+@click.option(
+    "--kind",
+    type=click.Choice(["probe", "sink"]),
+    help="Which, where a probe and a sink have one name.",
+)
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_obj
+def plugins_show(
+    give_up_root: Callable[[], None] | None, *, name: str, kind: str | None, as_json: bool
+) -> None:
+    """What a probe or sink is, and how this host would run it."""
+    from . import show  # noqa: PLC0415 - see the top
+    from .plugins import Plugins  # noqa: PLC0415
+
+    sight = show.Sight.now()
+    if give_up_root:
+        give_up_root()
+    several = Plugins.load().named(name, kind)
+    if len(several) > 1:
+        raise UsageError(f"there are a probe and a sink named {name!r}: --kind says which")
+    told = show.as_json(*several[0], sight)
+    click.echo(json.dumps(told, indent=2) if as_json else show.as_text(told))
+
+
+@plugins.command("new")
+@click.argument("kind", type=click.Choice(["probe", "sink"]))
+@click.argument("name")
+@click.option("--dir", "folder", default=".", metavar="DIR", help="Where to.  [default: .]")
+@click.pass_obj
+def plugins_new(
+    give_up_root: Callable[[], None] | None, *, kind: str, name: str, folder: str
+) -> None:
+    """A project of your own, tcplat-NAME, with a probe or sink that works."""
+    from . import new  # noqa: PLC0415 - see the top
+
+    if give_up_root:
+        give_up_root()
+    project, *files = new.create(kind, name, Path(folder))
+    click.echo(f"{project}: {len(files)} files. Next:")
+    click.echo(f"  pip install {project if project.is_absolute() else f'./{project}'}")
+    click.echo(f"  tcplat plugins check {name}")
+    run = f"--probe {name}" if kind == "probe" else f"--probe tcp_client --sink {name}"
+    click.echo(f"  sudo tcplat run {run}")
 
 
 @cli.command()

@@ -19,6 +19,7 @@ from .loader.bpf import tracefs
 from .loader.compile import find_bcc
 from .loader.host import Host, choose
 from .plugins import Plugins
+from .show import described
 
 _OLDEST = (5, 8)
 """The first kernel with BPF ring buffers (457f44363a88)."""
@@ -54,6 +55,7 @@ def examine() -> tuple[list[Check], dict[str, Any]]:
     host = Host()
     checks = [_kernel(), _btf(host), _lockdown(), _tracefs(), _bcc(), _privileges()]
     if checks[1].ok:
+        host.look()
         checks += [_mechanism(host, name) for name in MECHANISMS]
     privileges.drop()
     probes: dict[str, Any] = {}
@@ -64,14 +66,9 @@ def examine() -> tuple[list[Check], dict[str, Any]]:
             except CannotRunError as error:
                 probes[name] = {"cannot": str(error)}
                 continue
-            takes = {point: _hooks(way.mechanism, way.hooks) for point, way in choice.taken.items()}
+            takes = {point: described(way) for point, way in choice.taken.items()}
             probes[name] = {"takes": takes, "missing": dict(choice.missing)}
     return checks, probes
-
-
-def _hooks(mechanism: str, hooks: tuple[Any, ...]) -> str:
-    names = dict.fromkeys(hook.func for hook in hooks)
-    return f"{mechanism}:{'+'.join(names)}"
 
 
 def _kernel() -> Check:

@@ -1,7 +1,16 @@
 """Everything that a plugin may implement.
 
-A plugin is a module named by an entry point in the group ``tcplat``. There is no
-hook per event: a pluggy call costs more than all the rest of an event's way.
+A plugin is a module named by an entry point in the group ``tcplat``, with at least
+one of these hooks, marked ``@hookimpl``. There is no hook per event: a pluggy call
+costs more than all the rest of an event's way.
+
+A plugin may say which version of this specification it was made for::
+
+    tcplat_hookspec = "1.0"
+
+Additions raise the second number, and what breaks plugins raises the first. One
+that was made for a newer first number is refused; one that says nothing counts
+as made for 1.0.
 
 Commands of a plugin have no hook: an entry point in the group ``tcplat.commands`` names
 each, and is a ``click.Command``. It is imported when it is called or listed, as an
@@ -20,8 +29,12 @@ import pluggy
 
 from .model import ProbeSpec, SinkSpec
 
+HOOKSPEC_VERSION = "1.0"
+"""Of the hooks below, and of all that ``tcplat_core`` exports."""
+
 hookspec = pluggy.HookspecMarker("tcplat")
 hookimpl = pluggy.HookimplMarker("tcplat")
+"""Stands above a function that implements a hook; without it, tcplat does not take it for one."""
 
 
 @hookspec
@@ -38,9 +51,7 @@ def tcplat_register_probes() -> Iterable[ProbeSpec]:
                 name="tcp_retransmit",
                 summary="each segment that is sent again",
                 source=files(__package__).joinpath("tcp_retransmit.bpf.c").read_text(),
-                points=(
-                    HookPoint("retransmit", (tracepoint("tcp:tcp_retransmit_skb", "tp_retrans"),)),
-                ),
+                points=(HookPoint("again", (tracepoint("tcp:tcp_retransmit_skb", "tp_again"),)),),
             )
     """
     return ()

@@ -8,9 +8,10 @@ from typing import Any, Protocol, Self
 import attrs
 import msgspec
 
-from .errors import UsageError
+from .errors import PluginError, UsageError
 from .hookpoints import HookPoint, Interfaces, checked_name
-from .schema import Event, Moment
+from .kinds import Kind
+from .schema import Event, Moment, checked_event
 
 
 @attrs.frozen(kw_only=True)
@@ -20,17 +21,46 @@ class Option:
     Args:
         name: The key.
         help: One line for ``tcplat plugins show``.
-        convert: Turns the text into the value; raises ValueError with what it wants.
+        convert: Turns the text into the value: :func:`integer`, :func:`choice`, `boolean`,
+            `duration`, `size`, or a function of your own that raises ValueError with what it
+            wants. A text stays as it is unless given.
         default: The value when it is not given.
+        required: It has to be given.
+        metavar: What to write for a value; follows from `convert` unless given.
+        example: A value for the example in ``tcplat plugins show``; a required option needs it.
     """
 
     name: str = attrs.field(validator=checked_name)
     help: str
     convert: Callable[[str], Any] = str
     default: Any = None
+    required: bool = False
+    metavar: str = attrs.field()
+    example: str = attrs.field(default="")
+
+    @metavar.default
+    def _metavar(self) -> str:
+        return self.convert.metavar if isinstance(self.convert, Kind) else "TEXT"
+
+    @example.validator
+    def _check_example(self, _: object, example: str) -> None:
+        if self.required and not example:
+            raise PluginError(f"option {self.name} is required, and has no example")
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words to choose from; none where anything may stand."""
+        return self.convert.choices if isinstance(self.convert, Kind) else ()
 
 
 Options = Mapping[str, Any]
+"""What a probe or sink is given: each of its options, converted, or its default."""
+
+
+def example(name: str, options: Sequence[Option]) -> str:
+    """A probe or sink as the command line names it, with what it cannot do without."""
+    given = ",".join(f"{option.name}={option.example}" for option in options if option.required)
+    return f"{name}:{given}" if given else name
 
 
 @attrs.frozen(kw_only=True)
@@ -57,7 +87,7 @@ class ProbeSpec:
     source: str
     points: tuple[HookPoint, ...]
     types: tuple[str, ...] = ()
-    event: type[Event] = Event
+    event: type[Event] = attrs.field(default=Event, validator=checked_event)
     describe: Callable[[Moment], str] = lambda moment: moment.point
     options: tuple[Option, ...] = ()
     defines: Callable[[Options], Mapping[str, int | str]] = lambda _: {}
@@ -75,13 +105,16 @@ class Sink(Protocol):
     """
 
     def write(self, batch: Sequence[Event]) -> None:
-        """Take a batch of rows, sorted by time. Output must be flushed when this returns."""
+        """Take a batch of rows, sorted by time. Output must be flushed when this returns.
+
+        Where a batch ends is chance: what is written follows from the rows alone.
+        """
 
     def lost(self, loss: Loss) -> None:
         """Events were lost at this place in the stream."""
 
     def close(self, report: RunReport) -> None:
-        """The run is over. Called once; not where a method has failed before."""
+        """The run is over. Not called where a method has failed before; twice does no harm."""
 
 
 @attrs.frozen(kw_only=True)
@@ -108,7 +141,7 @@ class RunInfo:
     Args:
         probes: Names of the probes.
         stopping: Says whether the user asked to stop: a blocked write then gives up.
-        events: The rows' class of each probe.
+        events: Probe -> the class of its rows; :func:`tcplat_core.fields` says what is in them.
         live: False in a replay: whose rows there will be is not known, nor are host and clocks.
     """
 
@@ -288,8 +321,13 @@ def parse_choice(text: str) -> tuple[str, dict[str, str]]:
 def read_options(owner: str, declared: Sequence[Option], given: Mapping[str, str]) -> Options:
     """Check and convert what was given, and fill in defaults.
 
+    Args:
+        owner: ``probe NAME`` or ``sink NAME``.
+        declared: Its options.
+        given: As texts.
+
     Raises:
-        UsageError: An option that is not declared, or a value that does not convert.
+        UsageError: An option that is not declared or is missing, or a value that does not convert.
     """
     known = {option.name: option for option in declared}
     for key in given:
@@ -299,6 +337,9 @@ def read_options(owner: str, declared: Sequence[Option], given: Mapping[str, str
     values: dict[str, Any] = {}
     for option in declared:
         if option.name not in given:
+            if option.required:
+                whole = example(owner.rpartition(" ")[2], declared)
+                raise UsageError(f"{owner} needs {option.name}=, as in {whole}")
             values[option.name] = option.default
             continue
         try:

@@ -28,6 +28,7 @@ class Output:
 
     fd: int
     stopping: Callable[[], bool]
+    closed: bool = attrs.field(default=False, init=False)
     _may_block: bool = attrs.field(init=False)
     _owned: bool = attrs.field(default=False, init=False)
 
@@ -97,6 +98,8 @@ class Output:
                 raise TcplatError("its reader did not read, and the run was stopped")
 
     def close(self) -> None:
-        """Close the file; standard output stays open."""
+        """Close the file; standard output stays open. Again it does nothing."""
         if self._owned:
             os.close(self.fd)
+        self._owned = False
+        self.closed = True

@@ -11,17 +11,23 @@ from __future__ import annotations
 
 import errno
 import functools
+import inspect
+import keyword
+import re
 import socket
 import struct
 import time
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import attrs
 import msgspec
 
+from .errors import PluginError
+
 SCHEMA_VERSION = 1
+"""Of the event: the `v` of every row and every capture."""
 
 TCP_STATES = (
     None,
@@ -46,7 +52,39 @@ TCP_FLAGS = ("FIN", "SYN", "RST", "PSH", "ACK", "URG", "ECE", "CWR")
 _HAS = {"seq": 1, "bytes": 2, "flags": 4}
 """Bits of the record's `has`, as in include/tcplat/event.bpf.h; a subclass has the other five."""
 
-_C_TYPES = {"u64": ("Q", 8), "u32": ("I", 4), "u16": ("H", 2), "u8": ("B", 1)}
+_C_TYPES = {
+    "u64": ("Q", 8),
+    "u32": ("I", 4),
+    "u16": ("H", 2),
+    "u8": ("B", 1),
+    "s64": ("q", 8),
+    "s32": ("i", 4),
+    "s16": ("h", 2),
+    "s8": ("b", 1),
+    "bool": ("?", 1),
+}
+"""C type -> its letter in :mod:`struct`, and its size. Arrays are of u8 or char."""
+
+LARGEST_RECORD = 1024
+"""Bytes: what BPF can fill with zeros in one go. The smallest ring has room for three."""
+
+_RESERVED = frozenset(
+    {
+        # C11, and what the headers define besides.
+        *("auto", "break", "case", "char", "const", "continue", "default", "do", "double"),
+        *("else", "enum", "extern", "float", "for", "goto", "if", "inline", "int", "long"),
+        *("register", "restrict", "return", "short", "signed", "sizeof", "static", "struct"),
+        *("switch", "typedef", "union", "unsigned", "void", "volatile", "while", "bool"),
+        *("true", "false", "asm", "typeof", "linux", "unix", "current", "size_t"),
+        *("u8", "u16", "u32", "u64", "s8", "s16", "s32", "s64"),
+        *keyword.kwlist,
+        "offset_ns",  # what the decoder works with
+    }
+)
+"""No name for a member of a record."""
+
+_UNITS = ("ns", "us", "ms", "s", "bytes")
+"""How the name of a field may end; it is then the unit."""
 
 
 def text(raw: bytes) -> str:
@@ -66,6 +104,8 @@ def text(raw: bytes) -> str:
 
 def printable(plain: str) -> str:
     """Text from elsewhere, escaped as by text(), but for backslashes: it may have been before."""
+    if plain.isprintable():
+        return plain
     return "".join(char if char == "\\" else _escaped(char) for char in plain)
 
 
@@ -115,32 +155,66 @@ class _Memo(dict[Any, Any]):
         return value
 
 
+def _checked_type(_: object, __: object, c_type: str) -> None:
+    found = re.fullmatch(r"([a-z]+\d*)(\[[1-9]\d*\])?", c_type)
+    if found and found[1] in ("char", "u8") and found[2]:
+        return
+    if found is None or found[1] not in _C_TYPES or found[2]:
+        raise PluginError(
+            f"a field cannot be of the C type {c_type!r}, but of "
+            f"{', '.join(_C_TYPES)}, char[N] or u8[N]"
+        )
+
+
+def _checked_block(_: object, __: object, block: str) -> None:
+    if block not in ("", "socket", "kind"):
+        raise PluginError(f"there is no block {block!r}; for a field of your own leave it empty")
+
+
 @attrs.frozen
 class Wire:
     """A member of the kernel's record.
 
     Args:
-        c_type: u8, u16, u32, u64, or an array of u8 or char: ``u8[16]``.
-        doc: What the value is, with its unit.
+        c_type: u8 to u64, s8 to s64 (signed), bool, char[N] (a text that ends at its first
+            NUL, escaped so that it is safe to print), or u8[N] (bytes, which want `to`).
+        doc: What the value is.
         member: Its name in C; the field's name unless given.
         to: Turns the raw value into the field's; must be pure, answers are remembered.
-        nullable: A raw 0 means that nobody can know: the field is None.
-        has: The field is None unless the handler set TCPLAT_HAS_<NAME>.
+            :func:`micros` for ns, :func:`address` for 16 bytes in network order.
+        nullable: A raw 0, or nothing but zeros, means that nobody can know: the field is None.
+        has: The field is None unless the handler set TCPLAT_HAS_<NAME>; five at most.
         block: The members of a block stand side by side, and change together or seldom:
             what they mean is worked out once for each value of the whole block. Either
             ``socket`` or ``kind``; for fields of your own leave it empty.
         latency: It is a duration in µs, and ``--min-latency`` leaves out rows where it is
             shorter: in the kernel the handler has to ask ``tcplat_too_fast()``.
+        column: Its head in the sink `table`; the name in capitals, with its unit in brackets,
+            unless given: ``rto_us`` is ``RTO(us)``. Empty: it has no column.
+
+    Raises:
+        PluginError: There is no such type or block.
     """
 
-    c_type: str
+    c_type: str = attrs.field(validator=_checked_type)
     doc: str
     member: str = ""
     to: Callable[[Any], Any] | None = None
     nullable: bool = False
     has: bool = False
-    block: str = ""
+    block: str = attrs.field(default="", validator=_checked_block)
     latency: bool = False
+    column: str | None = None
+
+    @property
+    def converter(self) -> Callable[[Any], Any] | None:
+        """What turns the raw value into the field's, where `to` leaves it to the type."""
+        if self.c_type.startswith("char") and self.to is None:
+            return name if self.nullable else text
+        if "[" in self.c_type and self.nullable and self.to is not None:
+            to = self.to
+            return lambda raw: to(raw) if any(raw) else None
+        return self.to
 
 
 @attrs.frozen
@@ -206,8 +280,8 @@ class Event(msgspec.Struct, gc=False):
 
     v: Annotated[int, Made("1", "schema version")]
     ts_ns: Annotated[int, Wire("u64", "when, CLOCK_MONOTONIC, ns since boot")]
-    time_ns: Annotated[int, Made("ts_ns + offset_ns", "Unix time of the same instant, ns")]
-    probe: Annotated[str, Made("probe", "which probe saw it")]
+    time_ns: Annotated[int, Made("ts_ns + OFFSET_NS", "Unix time of the same instant, ns")]
+    probe: Annotated[str, Made("PROBE", "which probe saw it")]
     point: Annotated[str, Hook("point", "what happened: connect, state, send, recv, close ...")]
     func: Annotated[str, Hook("func", "the very hook: tcp_sendmsg, tcp:tcp_sendmsg_locked")]
     attach: Annotated[str, Hook("attach", "fentry, kprobe, tracepoint or xdp")]
@@ -279,38 +353,154 @@ _HIDDEN = (
 """Members that reach the row only in translation."""
 
 
-@functools.cache  # a new socket needs it, and it takes a millisecond
-def _annotations(event: type[Event]) -> list[tuple[str, Wire | Hook | Made]]:
+def _sources(event: type[Event]) -> Iterator[tuple[str, Wire | Hook | Made | None]]:
+    """Each field and where its value comes from; None where that is not said."""
     hints = typing.get_type_hints(event, include_extras=True)
-    return [(name, hints[name].__metadata__[0]) for name in event.__struct_fields__]
+    for field in event.__struct_fields__:
+        found = (*getattr(hints[field], "__metadata__", ()), None)[0]
+        yield field, found if isinstance(found, Wire | Hook | Made) else None
 
 
-def json_types(event: type[Event] = Event) -> dict[str, str]:
-    """JSON type of each field, in order: ``int or null``; ``any`` where nothing is declared."""
-    names: dict[Any, str] = {int: "int", float: "float", str: "str", type(None): "null"}
+@functools.cache  # it evaluates the text of every annotation, and is asked for each new socket
+def _annotations(event: type[Event]) -> tuple[tuple[str, Wire | Hook | Made], ...]:
+    """The same of a class that a probe may have: all of it is said."""
+    return tuple((field, source) for field, source in _sources(event) if source)
+
+
+@attrs.frozen
+class Field:
+    """What a sink or a reader may want to know of a field.
+
+    Args:
+        name: In Python and in JSON.
+        type: In JSON: ``int``, ``float or null`` ...
+        unit: ns, us, ms, s or bytes, as its name ends; empty where it has none.
+        doc: What it means.
+        own: It is not in every event, but this probe's.
+        column: Its head in a table; empty where it is to have none.
+    """
+
+    name: str
+    type: str
+    unit: str
+    doc: str
+    own: bool
+    column: str
+
+
+_TYPES = {int: "int", float: "float", str: "str", bool: "bool", type(None): "null"}
+
+
+def fields(event: type[Event] = Event) -> tuple[Field, ...]:
+    """The fields of an event's class, in the order of its JSON keys.
+
+    Of the rows of a probe that is not installed, as a capture has them, nothing is
+    known but the names of the fields.
+    """
     hints = typing.get_type_hints(event)
-    return {
-        name: " or ".join(
-            names.get(kind, "any") for kind in typing.get_args(hints[name]) or (hints[name],)
+    return tuple(
+        Field(
+            name=field,
+            type=" or ".join(_TYPES.get(kind, "any") for kind in _kinds(hints[field])),
+            unit=_unit(field),
+            doc=source.doc if source else "",
+            own=field not in Event.__struct_fields__,
+            column=_column(field, source),
         )
-        for name in event.__struct_fields__
+        for field, source in _sources(event)
+    )
+
+
+def _unit(field: str) -> str:
+    unit = field.rpartition("_")[2]
+    return unit if unit in _UNITS else ""
+
+
+def _column(field: str, source: Wire | Hook | Made | None) -> str:
+    if isinstance(source, Wire) and source.column is not None:
+        return source.column
+    stem = field.removesuffix(f"_{_unit(field)}")
+    return field.upper() if stem == field else f"{stem.upper()}({_unit(field)})"
+
+
+def wires(event: type[Event]) -> dict[str, tuple[str, Wire]]:
+    """Member of the record -> the field that it fills, and how."""
+    return {
+        source.member or field: (field, source)
+        for field, source in _annotations(event)
+        if isinstance(source, Wire)
     }
 
 
-def documentation(event: type[Event] = Event) -> list[tuple[str, str, str]]:
-    """Name, JSON type and meaning of each field, in order."""
-    types = json_types(event)
-    return [(name, types[name], source.doc) for name, source in _annotations(event)]
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """``int | None`` as its parts."""
+    return typing.get_args(hint) or (hint,)
+
+
+def checked_event(_: object, __: object, event: type[Event]) -> None:
+    """Validate a probe's event class: its fields become C, Python, JSON and a column.
+
+    Raises:
+        PluginError: The sentence names the field, and what is wrong with it.
+    """
+    if not (isinstance(event, type) and issubclass(event, Event)):
+        raise PluginError(f"event={event!r} is no subclass of tcplat_core.Event")
+    again = [
+        field
+        for cls in event.__mro__[: event.__mro__.index(Event)]
+        for field in inspect.get_annotations(cls)
+        if field in Event.__struct_fields__
+    ]
+    if again:
+        raise PluginError(f"{event.__name__}.{again[0]} is a field of every event already")
+    hints = typing.get_type_hints(event)
+    taken = {member for member, _ in Record(Event).members}
+    for field, source in _sources(event):
+        if field in Event.__struct_fields__:
+            continue
+        what = f"{event.__name__}.{field}"
+        if source is None:
+            raise PluginError(
+                f'{what} is not declared as {field}: Annotated[int, Wire("u32", "what it is")]'
+            )
+        kinds = _kinds(hints[field])
+        if not set(kinds) <= _TYPES.keys():
+            raise PluginError(f"{what}: a field is int, float, str or bool, or that or None")
+        if isinstance(source, Wire):
+            _check_wire(what, field, source, kinds, taken)
+    if len(_has_bits(event)) > 8:  # noqa: PLR2004 - it is a u8
+        raise PluginError(f"{event.__name__} has more than five fields with has=True")
+    size = Record(event).size
+    if size > LARGEST_RECORD:
+        raise PluginError(
+            f"a record of {event.__name__} has {size} bytes; {LARGEST_RECORD} are the most"
+        )
+
+
+def _check_wire(
+    what: str, field: str, source: Wire, kinds: tuple[Any, ...], taken: set[str]
+) -> None:
+    member = source.member or field
+    for word in (field, member):
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", word):
+            raise PluginError(f"{what}: {word!r} must be lower-case letters, digits, underscores")
+    if member in _RESERVED:
+        raise PluginError(f"{what}: {member!r} is a reserved word; give it another member=")
+    if member in taken or member == "event_pad":
+        raise PluginError(f"{what}: the record has a member {member!r} already")
+    taken.add(member)
+    if (source.nullable or source.has) and type(None) not in kinds:
+        raise PluginError(f"{what} may be unknown, and is not declared as ... | None")
+    if source.latency and not field.endswith("_us"):
+        raise PluginError(f"{what}: a latency is in µs, and its name ends in _us")
+    if source.c_type.startswith("u8[") and source.to is None:
+        raise PluginError(f"{what}: the bytes of {source.c_type} want to=, as in to=address")
 
 
 def latencies(event: type[Event]) -> list[str]:
     """The fields that ``--min-latency`` looks at."""
-    hints = typing.get_type_hints(event, include_extras=True)
     return [
-        name
-        for name in event.__struct_fields__
-        for source in getattr(hints[name], "__metadata__", ())
-        if isinstance(source, Wire) and source.latency
+        field for field, source in _sources(event) if isinstance(source, Wire) and source.latency
     ]
 
 
@@ -397,22 +587,23 @@ class Record:
         that follow from a block are worked out once and remembered, see :class:`Wire`.
         """
         has = _has_bits(self.event)
+        # Capitals: fields have none, so that theirs cannot clash with these.
         names: dict[str, Any] = {
-            "Event": self.event,
-            "probe": probe,
-            "hooks": hooks,
-            "ifname": ifname,
-            "described": _described,
+            "EVENT": self.event,
+            "PROBE": probe,
+            "HOOKS": hooks,
+            "IFNAME": ifname,
+            "DESCRIBED": _described,
         }
         values: list[str] = []
         of_block: dict[str, dict[str, str]] = {"socket": {}, "kind": {}}
         """What follows from a block alone: its name in the comprehension -> how it is made."""
         for field, source in _annotations(self.event):
             if isinstance(source, Wire):
-                names[f"to_{field}"] = source.to and _Memo(source.to)
+                names[f"TO_{field}"] = source.converter and _Memo(source.converter)
                 made, block = _wire_expression(field, source, has), source.block
             elif isinstance(source, Hook):
-                made, block = f"hooks[hook].{source.attribute}", "kind"
+                made, block = f"HOOKS[hook].{source.attribute}", "kind"
             else:
                 made, block = _MADE.get(source.by, source.by), _MADE_OF.get(source.by, "")
             if block:
@@ -421,18 +612,18 @@ class Record:
         # What the kind means for this very row, the row itself has to say.
         of_block["kind"] |= {"_has": "has", "_full": f"{_WORDS}[0]", "_empty": f"{_WORDS}[1]"}
         for block, made_of in of_block.items():
-            names[block] = self._remembering(block, made_of.values(), names)
+            names[f"OF_{block.upper()}"] = self._remembering(block, made_of.values(), names)
         others = [member for member, _ in self._block("") if member != "event_pad"]
         source_text = (
-            "def decode(records, offset_ns):\n"
-            f"    return [Event({', '.join(values)})\n"
-            f"        for {', '.join(['of_socket', 'of_kind', *others])} in records\n"
-            f"        for {', '.join(of_block['socket'])} in (socket[of_socket],)\n"
-            f"        for {', '.join(of_block['kind'])} in (kind[of_kind],)]\n"
+            "def DECODE(RECORDS, OFFSET_NS):\n"
+            f"    return [EVENT({', '.join(values)})\n"
+            f"        for {', '.join(['SOCKET', 'KIND', *others])} in RECORDS\n"
+            f"        for {', '.join(of_block['socket'])} in (OF_SOCKET[SOCKET],)\n"
+            f"        for {', '.join(of_block['kind'])} in (OF_KIND[KIND],)]\n"
         )
         exec(source_text, names)  # noqa: S102 - made above from the schema alone
         return typing.cast(
-            "Callable[[Iterable[tuple[Any, ...]], int], list[Event]]", names["decode"]
+            "Callable[[Iterable[tuple[Any, ...]], int], list[Event]]", names["DECODE"]
         )
 
     def _remembering(
@@ -441,12 +632,12 @@ class Record:
         """The values of these expressions, from the bytes of a block."""
         members = ", ".join(member for member, _ in self._block(block))
         unpack = self._packing(block).unpack
-        scope = {**names, "unpack": unpack}
+        scope = {**names, "UNPACK": unpack}
         source_text = (
-            f"def read(raw):\n    {members} = unpack(raw)\n    return {', '.join(expressions)}\n"
+            f"def READ(RAW):\n    {members} = UNPACK(RAW)\n    return {', '.join(expressions)}\n"
         )
         exec(source_text, scope)  # noqa: S102 - made from the schema alone
-        return _Memo(scope["read"])
+        return _Memo(scope["READ"])
 
     def hook(self, kind: bytes) -> int:
         """The number of the hook, from the block `kind`."""
@@ -459,12 +650,12 @@ class Record:
 
 _MADE = {
     "desc": "_full if bytes else _empty",
-    "ifname": "ifname(ifindex) if ifindex else None",
+    "ifname": "IFNAME(ifindex) if ifindex else None",
 }
 """How a value is made that :class:`Made` does not say in Python itself."""
 _MADE_OF = {"ifname": "kind"}
 """From which block."""
-_WORDS = "described(hooks[hook], has, err, state, old_state, flags)"
+_WORDS = "DESCRIBED(HOOKS[hook], has, err, state, old_state, flags)"
 
 
 def _described(
@@ -497,11 +688,11 @@ def _has_bits(event: type[Event]) -> dict[str, int]:
 
 def _wire_expression(field: str, source: Wire, has: Mapping[str, int]) -> str:
     member = source.member or field
-    value = member if source.to is None else f"to_{field}[{member}]"
+    value = member if source.converter is None else f"TO_{field}[{member}]"
     if source.has:
         flag = "has" if source.block == "kind" else "_has"
         return f"{value} if {flag} & {has[field]} else None"
-    if source.nullable:
+    if source.nullable and "[" not in source.c_type:
         return f"{value} if {member} else None"
     return value
 

@@ -48,8 +48,8 @@ LOOK_S = 1.0
 """Between two looks at whether interfaces are still there."""
 LINGER_S = 0.1
 """How long the run outlives what it traces: closing handshakes go on without the process."""
-SETTLE_S = 1.0
-"""How long the last records may take to turn up after everything is detached."""
+SETTLE_S = 0.5
+"""How long the last records may take after everything is detached: Ctrl-C has a second in all."""
 
 HELPING = 8
 """Batches taken from one ring before the sinks get their turn: bounds memory under overload."""

@@ -11,8 +11,7 @@ import attrs
 
 from tcplat_core import netdev, owners
 from tcplat_core.errors import CannotRunError, PluginError
-from tcplat_core.hookpoints import Hook, Way, reporting
-from tcplat_core.ring import books_slots, possible_cpus
+from tcplat_core.hookpoints import Hook, Way
 
 from . import bpf, kheaders, seeding, xdp
 from .btf import BtfError
@@ -23,6 +22,7 @@ from .compile import (
     Compiled,
     compile_text,
     compiler_identity,
+    core_defines,
     program_text,
 )
 from .host import BTF_PATH, SYSCALLS, Choice, Host, choose, syscall_id
@@ -172,13 +172,7 @@ class Loader:
 
     def _open(self, probe: ProbeRequest, choice: Choice, room: int) -> _Module:
         """Compile a probe, or take it from the cache, and create its maps."""
-        hooks = len(reporting(probe.points))
-        defines = {
-            "TCPLAT_HOOKS": hooks,
-            "TCPLAT_BOOKS": books_slots(possible_cpus(), hooks),
-            "TCPLAT_CPU_BITS": possible_cpus().bit_length(),
-            **self.request.filter.defines(),
-        }
+        defines = core_defines(probe.points, self.request.filter)
         taken = {point: way.mechanism for point, way in choice.taken.items()}
         if self.request.debug:
             defines["TCPLAT_DEBUG"] = 1

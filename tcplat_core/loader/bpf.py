@@ -8,6 +8,7 @@ perf_event_attr in include/uapi/linux/perf_event.h.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import platform
@@ -21,7 +22,10 @@ _SYSCALLS = {"x86_64": (321, 298), "aarch64": (280, 241)}
 """Machine -> numbers of bpf and perf_event_open."""
 
 _MAP_CREATE, _MAP_UPDATE, _PROG_LOAD, _RAW_TRACEPOINT_OPEN, _MAP_UPDATE_BATCH = 0, 2, 5, 17, 26
+_PROG_TEST_RUN = 10
 _PROG_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD, _LINK_CREATE = 13, 15, 28
+_GET_FD_BY_ID = {"prog": _PROG_GET_FD_BY_ID, "map": 14, "link": 30}
+_MOST_FRAME = 1 << 12
 _XDP = 37
 """BPF_XDP, an attach type."""
 _PERF_TYPE_TRACEPOINT = 2
@@ -181,11 +185,60 @@ def program_name(number: int) -> str:
     """The name of the program with this id; empty if it has none."""
     fd = _bpf(_PROG_GET_FD_BY_ID, struct.pack("=4I", number, 0, 0, 0))
     try:
-        info = ctypes.create_string_buffer(80)  # struct bpf_prog_info up to its name
-        _bpf(_OBJ_GET_INFO_BY_FD, struct.pack("=IIQ", fd, len(info), _pointer(info)))
+        info = _info(fd)  # struct bpf_prog_info up to its name
     finally:
         os.close(fd)
-    return info.raw[64:].split(b"\0", 1)[0].decode(errors="replace")
+    return info[64:].split(b"\0", 1)[0].decode(errors="replace")
+
+
+def program_type(fd: int) -> int:
+    """Of enum bpf_prog_type."""
+    return int(struct.unpack_from("=I", _info(fd))[0])
+
+
+def identity(fd: int) -> tuple[str, int]:
+    """Kind (prog, map, link) and id of what a fd stands for; id 0 where it has none."""
+    kind = os.readlink(f"/proc/self/fd/{fd}").removeprefix("anon_inode:").strip("[]")
+    kind = kind.removeprefix("bpf-").removeprefix("bpf_").replace("raw-tracepoint", "link")
+    if kind not in _GET_FD_BY_ID:
+        return kind, 0
+    # struct bpf_prog_info, bpf_map_info and bpf_link_info all begin with type and id.
+    return kind, int(struct.unpack_from("=4xI", _info(fd))[0])
+
+
+def exists(kind: str, number: int) -> bool:
+    """Whether the kernel has a prog, map or link of this id."""
+    try:
+        os.close(_bpf(_GET_FD_BY_ID[kind], struct.pack("=4I", number, 0, 0, 0)))
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        return False
+    return True
+
+
+def test_run(program: int, frame: bytes) -> tuple[int, bytes]:
+    """Give an XDP program one frame: its verdict, and what it made of the frame.
+
+    Raises:
+        OSError: The kernel does not take the frame.
+    """
+    out = ctypes.create_string_buffer(_MOST_FRAME)
+    # union bpf_attr, the struct named test: prog_fd, retval, data_size_in and _out, data_in,
+    # data_out, repeat, duration; the rest stays zero.
+    sizes = (program, 0, len(frame), len(out))
+    attr = ctypes.create_string_buffer(
+        struct.pack("=IIIIQQII40x", *sizes, _pointer(frame), _pointer(out), 1, 0), 80
+    )
+    _syscall(0, _PROG_TEST_RUN, attr, len(attr))
+    verdict, _, size = struct.unpack_from("=III", attr, 4)
+    return int(verdict), out.raw[:size]
+
+
+def _info(fd: int) -> bytes:
+    info = ctypes.create_string_buffer(80)  # the beginning of struct bpf_*_info
+    _bpf(_OBJ_GET_INFO_BY_FD, struct.pack("=IIQ", fd, len(info), _pointer(info)))
+    return info.raw
 
 
 def tracefs() -> Path | None:

@@ -19,7 +19,9 @@ from typing import Any
 import attrs
 
 from tcplat_core.errors import CannotRunError, PluginError
-from tcplat_core.hookpoints import reporting
+from tcplat_core.filters import Filter
+from tcplat_core.hookpoints import HookPoint, reporting
+from tcplat_core.ring import books_slots, possible_cpus
 
 from .protocol import ProbeRequest
 
@@ -205,6 +207,17 @@ def import_bcc() -> Any:
             f"bcc's library libbcc.so.0 does not load ({error}): {_INSTALL}"
         ) from error
     return module
+
+
+def core_defines(points: Sequence[HookPoint], wanted: Filter) -> dict[str, int | str]:
+    """The constants that the shared headers are compiled for."""
+    hooks, cpus = len(reporting(points)), possible_cpus()
+    return {
+        "TCPLAT_HOOKS": hooks,
+        "TCPLAT_BOOKS": books_slots(cpus, hooks),
+        "TCPLAT_CPU_BITS": cpus.bit_length(),
+        **wanted.defines(),
+    }
 
 
 def program_text(

@@ -40,6 +40,8 @@ class Host:
     _btf: Btf | None = None
     _fentry: str | None = None
     """Why not, empty if it works; None before it was tried."""
+    _syscalls: frozenset[str] | None = None
+    """All tracepoints of that group; None before look()."""
 
     @property
     def btf(self) -> Btf:
@@ -57,6 +59,13 @@ class Host:
                     "boot one with CONFIG_DEBUG_INFO_BTF=y, as every distribution's is since 2021"
                 ) from error
         return self._btf
+
+    def look(self) -> None:
+        """Learn what only root can see, so that it can be asked for without."""
+        folder = bpf.tracefs()
+        names = os.listdir(folder / "events" / "syscalls") if folder else []
+        self._syscalls = frozenset(f"{SYSCALLS}{name}" for name in names)
+        self.mechanism("fentry")
 
     def mechanism(self, name: str) -> str | None:
         """None if the mechanism works here, else why not."""
@@ -91,15 +100,19 @@ class Host:
         if hook.mechanism == "xdp":
             return None
         if hook.func.startswith(SYSCALLS):
-            return None if syscall_id(hook.func) else _NO_SYSCALL.format(hook.func)
+            if self._syscalls is None:
+                there = syscall_id(hook.func) is not None
+            else:
+                there = hook.func in self._syscalls
+            return None if there else _NO_SYSCALL.format(hook.func)
         is_tracepoint = hook.mechanism == "tracepoint"
         found = self.fact(hook.func, is_tracepoint=is_tracepoint)
         if found is None:
             kind = "tracepoint" if is_tracepoint else "function"
             return f"this kernel has no {kind} {hook.func}"
-        have = found[1]
-        if hook.args and list(hook.args) != have[: len(hook.args)]:
-            return f"{hook.func} takes ({', '.join(have)}) here, not ({', '.join(hook.args)})"
+        args = found[1]
+        if hook.args and list(hook.args) != args[: len(hook.args)]:
+            return f"{hook.func} takes ({', '.join(args)}) here, not ({', '.join(hook.args)})"
         return None
 
     def fact(self, func: str, *, is_tracepoint: bool) -> tuple[int, list[str]] | None:

@@ -1,22 +1,50 @@
-"""Fakes for tests: rows, a sink that remembers, and a kernel side that needs no kernel.
+"""Fakes for tests, and the conformance kit: for tcplat's own tests and for those of a plugin.
 
-For tcplat's own tests and for those of a plugin::
+Rows, a sink that remembers, and a kernel side that needs no kernel::
 
     from tcplat_core.testing import make_event
 
     def test_my_sink_shows_the_bytes():
         sink.write([make_event(bytes=42)])
+
+The conformance kit, as `tcplat plugins check NAME` has it, one test per check; pytest
+knows the mark and the fixture wherever tcplat is installed (:mod:`tcplat_core.testing.plugin`)::
+
+    @pytest.mark.tcplat_plugin("my_probe")
+    def test_it_conforms(tcplat_check):
+        tcplat_check()
 """
 
-from .kernel import FakeBooks, FakeLoader, FakeProbe, FakeRing
-from .rows import RecordingSink, make_event, make_record
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .conformance import Outcome, check_plugin
+    from .kernel import FakeBooks, FakeLoader, FakeProbe, FakeRing
+    from .rows import RecordingSink, make_event, make_record, make_row
 
 __all__ = [
     "FakeBooks",
     "FakeLoader",
     "FakeProbe",
     "FakeRing",
+    "Outcome",
     "RecordingSink",
+    "check_plugin",
     "make_event",
     "make_record",
+    "make_row",
 ]
+
+_HOMES = ("kernel", "rows", "conformance")
+
+
+# Names are imported when they are first used: pytest loads the plugin in this package
+# wherever tcplat is installed, also for tests that have nothing to do with it.
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for home in _HOMES:
+            module = import_module(f".{home}", __name__)
+            if name in vars(module):
+                return vars(module)[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

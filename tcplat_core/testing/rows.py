@@ -9,8 +9,9 @@ from typing import Any, TypeVar, overload
 
 import attrs
 
-from tcplat_core.model import Loss, RunReport
+from tcplat_core.model import Loss, ProbeSpec, RunReport
 from tcplat_core.schema import SCHEMA_VERSION, Event, Record
+from tcplat_core.session import fired_by
 
 _AnyEvent = TypeVar("_AnyEvent", bound=Event)
 
@@ -73,6 +74,23 @@ def make_record(event: type[Event] = Event, /, **members: int | bytes | str) -> 
     if members:
         raise TypeError(f"a record of {event.__name__} has no {', '.join(members)}")
     return record.packing.pack(*values)
+
+
+def make_row(spec: ProbeSpec, program: str, /, **members: int | bytes | str) -> Any:
+    """The row that a run makes of a record of one of the probe's programs.
+
+    Args:
+        spec: The probe.
+        program: The C function that filled the record.
+        members: As for :func:`make_record`.
+    """
+    hooks = fired_by(spec)
+    number = [hook.program for hook in hooks].index(program)
+    record = _layout(spec.event)
+    decode = record.decoder(spec.name, hooks, lambda index: f"if{index}")
+    raw = make_record(spec.event, hook=number, **members)
+    (row,) = decode(record.layout.iter_unpack(raw), 0)
+    return row
 
 
 _layout = functools.cache(Record)

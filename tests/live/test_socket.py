@@ -33,7 +33,7 @@ def test_fifty_readers_one_of_whom_never_reads(
     traffic = popen(stack, str(flood), str(RATE), str(SECONDS))
     assert traffic.stdout
     pid = int(traffic.stdout.readline())
-    sink = f"msgpack:unix={path},wait={READERS},buffer=32M"
+    sink = f"msgpack:unix={path},wait={READERS}"
     run = start_tcplat("-p", str(pid), sinks=[sink])
     eventually(path.exists, "the socket was there", 30)
     never = stack.enter_context(socket.socket(socket.AF_UNIX))

@@ -100,8 +100,14 @@ def here(loader: FakeLoader, monkeypatch: pytest.MonkeyPatch) -> Callable[..., i
         ("run --probe tcp_client:x", "'tcp_client:x': 'x' is not of the form key=value"),
         ("run --probe tcp_client:x=1", "probe tcp_client has no option 'x'"),
         ("run --probe tcp_client --sink table:hight=1", "sink table has no option 'hight'"),
-        ("run --probe tcp_client --sink table:width=x", "sink table: option width='x': invalid"),
-        ("run --probe tcp_client --sink table:width=-1", "option width='-1': it must be 0"),
+        (
+            "run --probe tcp_client --sink table:width=x",
+            "option width='x': it must be a whole number",
+        ),
+        (
+            "run --probe tcp_client --sink table:width=-1",
+            "option width='-1': it must be a whole number from 0",
+        ),
         ("run --probe tcp_client --probe tcp_client", "--probe tcp_client is given twice"),
         ("run --probe tcp_client --sink table --sink table", "--sink table is given twice"),
         ("run --probe tcp_client --sink jsonl:path=no/where", "cannot write no/where: No such"),
@@ -130,6 +136,9 @@ def here(loader: FakeLoader, monkeypatch: pytest.MonkeyPatch) -> Callable[..., i
         ("run --probe tcp_client --ring-size 0", "'0' is not a power of two"),
         ("run --probe tcp_client -- no-such-program", "there is no program 'no-such-program'"),
         ("plugins list --xml", "No such option"),
+        ("plugins show tcp_client --kind hook", "Invalid value for '--kind'"),
+        ("plugins new hook mine", "'hook' is not one of 'probe', 'sink'"),
+        ("plugins new probe my-probe", "'my-probe' is no name for a plugin"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(
@@ -184,6 +193,21 @@ def test_a_plugin_that_there_is_not_is_named(
     sentence = one_sentence(*capfd.readouterr())
     assert said in sentence
     assert sentence.endswith("(tcplat plugins list)")
+
+
+def test_a_plugin_that_there_is_not_cannot_be_shown(
+    here: Callable[..., int], capfd: Capture
+) -> None:
+    assert here("plugins", "show", "no_such") == 4
+    assert "there is no plugin named 'no_such'; there is" in one_sentence(*capfd.readouterr())
+
+
+def test_a_plugin_is_shown_as_json(tcplat: Tcplat) -> None:
+    done = tcplat("plugins", "show", "xdp_port", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    told = json.loads(done.stdout)
+    assert told["example"] == "sudo tcplat run --probe xdp_port:iface=eth0,port=80+443"
+    assert [point["takes"] for point in told["points"]] == ["xdp:xdp"]
 
 
 @pytest.mark.parametrize(("probe", "exit_code"), [("no_such", 4), ("tcp_client:x=1", 2)])

@@ -10,6 +10,7 @@ import pytest
 
 from tcplat_core.errors import PluginError, UsageError
 from tcplat_core.hookpoints import HookPoint, Way, kentry, kprobe, kreturn, tracepoint
+from tcplat_core.kinds import Kind, boolean, choice, duration, integer, size
 from tcplat_core.model import (
     HookReport,
     Option,
@@ -171,3 +172,66 @@ def test_the_books_of_a_run_add_up() -> None:
         "delivered": 5,
         "unread": 2,
     }
+
+
+# --- kinds of options
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        (integer(), "-5", -5),
+        (integer(0, 10), "10", 10),
+        (choice("in", "out"), "out", "out"),
+        (boolean, "yes", True),
+        (boolean, "0", False),
+        (duration, "500us", 0.0005),
+        (duration, "2.5ms", 0.0025),
+        (duration, "30", 30.0),
+        (duration, "2m", 120.0),
+        (duration, "0", 0.0),
+        (size, "4096", 4096),
+        (size, "64K", 65536),
+        (size, "1G", 1 << 30),
+    ],
+)
+def test_a_text_becomes_a_value(kind: Kind, text: str, value: Any) -> None:
+    got = kind(text)
+    assert got == pytest.approx(value)
+    assert type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "wants"),
+    [
+        *((integer(1, 9), text, "a whole number from 1 to 9") for text in ("0", "10", "", "٣")),
+        (integer(), "1.5", "it must be a whole number$"),
+        (choice("in", "out"), "both", "it is one of in, out"),
+        (boolean, "maybe", "it must be yes or no"),
+        *((duration, text, "it is not a time; write") for text in ("", "5d", "-1s", "1e3", "s")),
+        *((size, text, "it is not a size; write") for text in ("", "1T", "-1", "1.5K", "K")),
+    ],
+)
+def test_a_text_that_does_not_fit_says_what_would(kind: Kind, text: str, wants: str) -> None:
+    with pytest.raises(ValueError, match=wants):
+        kind(text)
+
+
+def test_an_option_says_what_to_write() -> None:
+    assert Option(name="a", help="h", convert=choice("x", "y")).metavar == "x|y"
+    assert Option(name="a", help="h", convert=choice("x", "y")).choices == ("x", "y")
+    assert Option(name="a", help="h", convert=integer()).metavar == "N"
+    assert Option(name="a", help="h").metavar == "TEXT"
+    assert Option(name="a", help="h", metavar="FILE").metavar == "FILE"
+
+
+def test_a_required_option_has_to_be_given() -> None:
+    options = (
+        Option(name="iface", help="h", required=True, example="eth0"),
+        Option(name="port", help="h", required=True, example="80"),
+    )
+    with pytest.raises(UsageError) as error:
+        read_options("probe x", options, {"port": "443"})
+    assert str(error.value) == "probe x needs iface=, as in x:iface=eth0,port=80"
+    with pytest.raises(PluginError, match="option iface is required, and has no example"):
+        Option(name="iface", help="h", required=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
@@ -42,7 +43,44 @@ BROKEN = {
     "raises_at_import": ("raise RuntimeError('not today\\nnor tomorrow')", "RuntimeError: not"),
     "misspelled_hook": (
         "@hookimpl\ndef tcplat_register_probe(): return []",
-        "PluginValidationError: unknown hook 'tcplat_register_probe'",
+        "there is no hook tcplat_register_probe; it is tcplat_register_probes",
+    ),
+    "misspelled_without_mark": (
+        "def tcplat_register_sinsk(): return []",
+        "there is no hook tcplat_register_sinsk; it is tcplat_register_sinks",
+    ),
+    "hook_of_another_name": (
+        "@hookimpl\ndef probes(): return []",
+        "there is no hook probes; it is tcplat_register_probes",
+    ),
+    "hook_without_mark": (
+        "def tcplat_register_sinks(): return [sink('x')]",
+        "tcplat_register_sinks is not marked @hookimpl",
+    ),
+    "no_hook": ("", "it offers no probe and no sink"),
+    "offers_nothing": (
+        "@hookimpl\ndef tcplat_register_probes(): return []",
+        "it offers no probe and no sink",
+    ),
+    "exits": ("raise SystemExit('I need a newer Python')", "SystemExit: I need a newer Python"),
+    "interrupts": ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+    "ends_everything": ("class End(BaseException): pass\nraise End('now')", "End: now"),
+    "error_without_words": (
+        "class Mute(Exception):\n    def __str__(self): raise TypeError\nraise Mute",
+        "Mute",
+    ),
+    "newer_hooks": (
+        "tcplat_hookspec = '2.0'",
+        "it was made for version 2.0 of the plugin hooks, and this tcplat has 1.0: upgrade tcplat",
+    ),
+    "odd_version": ("tcplat_hookspec = 1.0", "tcplat_hookspec is 1.0; write '1.0'"),
+    "twice_itself": (
+        "@hookimpl\ndef tcplat_register_sinks(): return [sink('x'), sink('x')]",
+        "it offers two sinks named 'x'",
+    ),
+    "bad_field": (
+        "from tcplat_core import Wire\nWire('int', 'the timer')",
+        "a field cannot be of the C type 'int', but of u64, u32, ",
     ),
     "wrong_argument": (
         "@hookimpl\ndef tcplat_register_sinks(config): return []",
@@ -50,11 +88,11 @@ BROKEN = {
     ),
     "wrong_type": (
         "@hookimpl\ndef tcplat_register_sinks(): return ['count']",
-        "PluginError: it offers a str as a sink",
+        "it offers a str as a sink",
     ),
     "probe_as_sink": (
         "@hookimpl\ndef tcplat_register_sinks(): return [probe('x')]",
-        "PluginError: it offers a ProbeSpec as a sink",
+        "it offers a ProbeSpec as a sink",
     ),
     "no_list": (
         "@hookimpl\ndef tcplat_register_sinks(): return 3",
@@ -66,7 +104,7 @@ BROKEN = {
     ),
     "bad_name": (
         "@hookimpl\ndef tcplat_register_probes(): yield probe('Bad Name')",
-        "PluginError: name 'Bad Name' must be lower-case",
+        "name 'Bad Name' must be lower-case",
     ),
 }
 """Module -> its code, and how the reason begins."""
@@ -139,12 +177,52 @@ def test_a_broken_plugin_offers_nothing(install: Install) -> None:
     assert load_new().sinks == {}
 
 
-def test_a_plugin_that_exits_at_import_is_broken_and_no_more(install: Install) -> None:
-    install("raise SystemExit('I need a newer Python')", "exits")
-    install(GOOD, "zz_good")
-    plugins = load_new()
-    assert plugins.found[0].status == "broken"
-    assert "retransmits" in plugins.probes
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ("good:there_is_none", "AttributeError: module 'good' has no attribute 'there_is_none'"),
+        ("no_such_package.plugin", "ModuleNotFoundError: No module named 'no_such_package'"),
+        ("good or bad", "its entry point lost = 'good or bad' is no module:object"),
+    ],
+)
+def test_an_entry_point_that_leads_nowhere_is_broken(
+    install: Install, entry: str, reason: str
+) -> None:
+    install(GOOD, "good")
+    (found,) = Plugins.load([EntryPoint("lost", entry, GROUP)]).found
+    assert (found.name, found.kind, found.status) == ("lost", "plugin", "broken")
+    assert found.summary == reason
+
+
+@pytest.mark.parametrize("version", ["1", "1.0", "1.99"])
+def test_a_plugin_made_for_our_major_version_is_taken(install: Install, version: str) -> None:
+    install(f"tcplat_hookspec = {version!r}\n{GOOD}", "good")
+    assert "retransmits" in load_new().probes
+
+
+def test_what_plugins_print_as_they_are_loaded_is_no_data(
+    install: Install, capfd: pytest.CaptureFixture[str]
+) -> None:
+    install("import os\nprint('by Python')\nos.write(1, b'by its fd\\n')\n" + GOOD, "chatty")
+    print("before")  # noqa: T201 - data, which has to stay where it is
+    assert "retransmits" in load_new().probes
+    print("after")  # noqa: T201
+    out, err = capfd.readouterr()
+    assert out == "before\nafter\n"
+    assert {"by Python", "by its fd"} <= set(err.splitlines())
+
+
+def test_plugins_load_without_a_standard_output(install: Install) -> None:
+    install("print('hello')\n" + GOOD, "chatty")
+    code = (
+        "import os, sys; sys.path.insert(0, sys.argv[1]); os.close(1); sys.stdout = None\n"
+        "from importlib.metadata import EntryPoint\n"
+        "from tcplat_core.plugins import Plugins\n"
+        "found = Plugins.load([EntryPoint('chatty', 'chatty', 'tcplat')]).found\n"
+        "assert [one.status for one in found] == ['ok'] * 3, found\n"
+    )
+    (folder,) = (path for path in sys.path if (Path(path) / "chatty.py").exists())
+    subprocess.run([sys.executable, "-c", code, folder], check=True)
 
 
 @pytest.mark.parametrize("kind", ["probe", "sink"])
@@ -153,7 +231,7 @@ def test_asking_for_a_broken_plugin_names_it_and_the_reason(install: Install, ki
     with pytest.raises(PluginError) as error:
         getattr(load_new(), kind)("histogram")
     assert str(error.value) == (
-        "plugin histogram (from tcplat-histogram) is broken: "
+        "plugin histogram (from tcplat-histogram 2.5) is broken: "
         "ModuleNotFoundError: No module named 'there_is_no_such_module'"
     )
 
@@ -169,22 +247,54 @@ def test_asking_for_what_there_is_not_tells_what_there_is(install: Install) -> N
         Plugins.load([]).probe("x")
 
 
-def test_of_two_plugins_of_one_name_the_first_is_taken_and_the_other_reported(
-    install: Install,
-) -> None:
+def test_of_two_plugins_of_one_name_neither_is_taken(install: Install) -> None:
+    """Which of the two it would be is chance."""
     install(GOOD, "a_first")
-    install(GOOD.replace("watches", "also watches"), "b_second")
+    install("@hookimpl\ndef tcplat_register_probes(): yield probe('retransmits')", "b_second")
     plugins = load_new()
     assert [(found.name, found.distribution, found.status) for found in plugins.found] == [
-        ("retransmits", "tcplat-a_first", "ok"),
+        ("retransmits", "tcplat-a_first", "broken"),
         ("count", "tcplat-a_first", "ok"),
         ("graph", "tcplat-a_first", "ok"),
         ("retransmits", "tcplat-b_second", "broken"),
-        ("count", "tcplat-b_second", "broken"),
-        ("graph", "tcplat-b_second", "broken"),
     ]
-    assert plugins.found[3].summary == "tcplat-a_first already has a probe of this name"
-    assert plugins.probe("retransmits").name == "retransmits"
+    reason = (
+        "tcplat-a_first 2.5 and tcplat-b_second 2.5 both have a probe of this name: "
+        "uninstall one of them"
+    )
+    assert {found.summary for found in plugins.found if found.status == "broken"} == {reason}
+    with pytest.raises(PluginError) as error:
+        plugins.probe("retransmits")
+    assert str(error.value) == (f"probe retransmits (from tcplat-a_first 2.5) is broken: {reason}")
+
+
+def test_of_two_entry_points_of_one_name_neither_is_loaded(install: Install) -> None:
+    install("raise RuntimeError('loaded')", "a_first", entry="graphs")
+    install("raise RuntimeError('loaded')", "b_second", entry="graphs")
+    install(GOOD, "good")
+    plugins = load_new()
+    broken = [found for found in plugins.found if found.status == "broken"]
+    assert [(found.name, found.distribution) for found in broken] == [
+        ("graphs", "tcplat-a_first"),
+        ("graphs", "tcplat-b_second"),
+    ]
+    assert all("both have an entry point of this name" in found.summary for found in broken)
+    assert "retransmits" in plugins.probes
+
+
+def test_nobody_takes_a_name_of_our_own(install: Install) -> None:
+    install("@hookimpl\ndef tcplat_register_probes(): yield probe('tcp_client')", "aaa")
+    install(GOOD, "bbb", entry="sinks")
+    plugins = Plugins.load()
+    assert plugins.probe("tcp_client").points
+    assert {"table", "jsonl"} <= set(plugins.sinks)
+    broken = {
+        (one.name, one.distribution): one.summary for one in plugins.found if one.status != "ok"
+    }
+    assert broken == {
+        ("tcp_client", "tcplat-aaa"): "tcplat itself has a probe of this name",
+        ("sinks", "tcplat-bbb"): "tcplat itself has an entry point of this name",
+    }
 
 
 def test_a_probe_and_a_sink_may_have_one_name(install: Install) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -12,13 +13,16 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterable
 from importlib.resources import files
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import msgspec
 import pytest
 
+from tcplat_core.errors import PluginError
+from tcplat_core.model import ProbeSpec
 from tcplat_core.schema import (
     _HAS,
+    LARGEST_RECORD,
     TCP_FLAGS,
     TCP_STATES,
     Event,
@@ -29,7 +33,7 @@ from tcplat_core.schema import (
     Wire,
     address,
     clock_offset_ns,
-    documentation,
+    fields,
     flags,
     name,
     text,
@@ -47,7 +51,9 @@ HAS_SEQ, HAS_BYTES, HAS_FLAGS = 1, 2, 4
 
 TYPEDEFS = (
     "typedef unsigned char u8; typedef unsigned short u16;"
-    "typedef unsigned int u32; typedef unsigned long long u64;\n"
+    "typedef unsigned int u32; typedef unsigned long long u64;"
+    "typedef signed char s8; typedef short s16; typedef int s32; typedef long long s64;"
+    "typedef _Bool bool;\n"
 )
 
 needs_clang = pytest.mark.skipif(not shutil.which("clang"), reason="clang is not installed")
@@ -60,6 +66,19 @@ class Retransmit(Event, gc=False):
     cause: Annotated[str | None, Wire("char[6]", "why it was sent again", to=name)]
     rto_us: Annotated[int | None, Wire("u32", "the timer, µs", nullable=True)]
     twice: Annotated[int, Made("tries * 2", "twice as many")]
+
+
+class Everything(Event, gc=False):
+    """A field of each kind that there is."""
+
+    kind: Annotated[int, Wire("s8", "named like a block")]
+    socket: Annotated[int | None, Wire("s16", "named like the other", has=True)]
+    delta_us: Annotated[int, Wire("s32", "signed")]
+    to_kind: Annotated[int, Wire("s64", "named like a converter")]
+    fast: Annotated[bool, Wire("bool", "a truth")]
+    label: Annotated[str, Wire("char[5]", "a text")]
+    cause: Annotated[str | None, Wire("char[8]", "a text, or nothing", nullable=True)]
+    via: Annotated[str | None, Wire("u8[16]", "an address, or none", to=address, nullable=True)]
 
 
 def words(moment: Moment) -> str:
@@ -90,10 +109,11 @@ def decode_one(event: type[Event] = Event, **members: int | bytes | str) -> Any:
 # --- the record
 
 
-@pytest.mark.parametrize("event", [Event, Retransmit])
+@pytest.mark.parametrize("event", [Event, Retransmit, Everything])
 def test_a_record_has_no_holes(event: type[Event]) -> None:
     """Member after member; that the compiler sees it so as well is asserted in C, below."""
-    sizes = {"u64": 8, "u32": 4, "u16": 2, "u8": 1, "char": 1}
+    sizes = {f"{sign}{8 * size}": size for sign in "us" for size in (1, 2, 4, 8)}
+    sizes |= {"char": 1, "bool": 1}
     record = Record(event)
     types = [c_type.rstrip("]").partition("[") for _, c_type in record.members]
     total = sum(sizes[base] * int(count or 1) for base, _, count in types)
@@ -225,6 +245,122 @@ def test_a_subclass_adds_its_fields_behind_ours() -> None:
     ]
 
 
+def test_a_field_may_be_of_any_of_these_kinds() -> None:
+    row = decode_one(
+        Everything,
+        kind=-128,
+        socket=-1,
+        has=8,
+        delta_us=-5,
+        to_kind=-(1 << 63),
+        fast=True,
+        label=b"a\x1bbcd",
+        cause=b"RACK",
+        via="2001:db8::1",
+    )
+    assert (row.kind, row.socket, row.delta_us, row.to_kind) == (-128, -1, -5, -(1 << 63))
+    assert (row.fast, row.label, row.cause, row.via) == (True, r"a\x1bbcd", "RACK", "2001:db8::1")
+    keys = json.loads(msgspec.json.encode(row))
+    assert (keys["fast"], keys["socket"]) == (True, -1)
+
+
+def test_nothing_but_zeros_may_mean_that_nobody_knows() -> None:
+    row = decode_one(Everything)
+    assert (row.socket, row.cause, row.via) == (None, None, None)
+    assert (row.kind, row.fast, row.label) == (0, False, "")
+
+
+def test_a_field_has_a_unit_and_a_column_after_its_name() -> None:
+    class Own(Event):
+        rto_us: Annotated[int, Wire("u32", "a time")]
+        tries: Annotated[int, Wire("u8", "a number")]
+        queue_bytes: Annotated[int, Wire("u32", "room", column="QUEUE")]
+        hidden: Annotated[int, Wire("u8", "no column", column="")]
+
+    own = [field for field in fields(Own) if field.own]
+    assert [(field.name, field.unit, field.column) for field in own] == [
+        ("rto_us", "us", "RTO(us)"),
+        ("tries", "", "TRIES"),
+        ("queue_bytes", "bytes", "QUEUE"),
+        ("hidden", "", ""),
+    ]
+    assert not any(field.own for field in fields(Event))
+
+
+def test_of_a_probe_that_is_not_installed_the_names_are_known() -> None:
+    class Captured(Event):
+        rto_us: Any
+
+    (own,) = (field for field in fields(Captured) if field.own)
+    assert (own.name, own.type, own.unit, own.doc) == ("rto_us", "any", "us", "")
+    assert own.column == "RTO(us)"
+
+
+# --- what is no field
+
+
+@pytest.mark.parametrize("c_type", ["int", "u128", "u32[4]", "char", "char[0]", "u8[", "", "s8[4]"])
+def test_there_is_no_such_c_type(c_type: str) -> None:
+    with pytest.raises(PluginError, match=r"a field cannot be of the C type .* but of u64, u32"):
+        Wire(c_type, "odd")
+
+
+def test_there_is_no_such_block() -> None:
+    with pytest.raises(PluginError, match="there is no block 'sockets'"):
+        Wire("u8", "odd", block="sockets")
+
+
+NO_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
+    "core": ({"pid": Annotated[int, Wire("u32", "x")]}, "Odd.pid is a field of every event"),
+    "bare": ({"rto": int}, 'Odd.rto is not declared as rto: Annotated.int, Wire."u32"'),
+    "other": ({"rto": Annotated[int, "the timer"]}, "Odd.rto is not declared as"),
+    "bytes": ({"raw": Annotated[bytes, Wire("u8[4]", "x", to=bytes)]}, "int, float, str or bool"),
+    "no_to": ({"raw": Annotated[str, Wire("u8[4]", "x")]}, "want to=, as in to=address"),
+    "c_word": ({"register": Annotated[int, Wire("u8", "x")]}, "'register' is a reserved word"),
+    "member": ({"a": Annotated[int, Wire("u8", "x", member="in")]}, "'in' is a reserved word"),
+    "hidden": ({"err": Annotated[int, Wire("u8", "x")]}, "the record has a member 'err' already"),
+    "twice": (
+        {
+            "a": Annotated[int, Wire("u8", "x", member="c")],
+            "b": Annotated[int, Wire("u8", "x", member="c")],
+        },
+        "Odd.b: the record has a member 'c' already",
+    ),
+    "capitals": ({"RTO": Annotated[int, Wire("u8", "x")]}, "'RTO' must be lower-case"),
+    "nullable": ({"a": Annotated[int, Wire("u8", "x", nullable=True)]}, "is not declared as ... |"),
+    "latency": (
+        {"wait_ms": Annotated[int, Wire("u32", "x", latency=True)]},
+        "a latency is in µs, and its name ends in _us",
+    ),
+    "six": (
+        {f"a{n}": Annotated[int | None, Wire("u8", "x", has=True)] for n in range(6)},
+        "Odd has more than five fields with has=True",
+    ),
+    "large": (
+        {"a": Annotated[str, Wire("char[1000]", "x")]},
+        r"a record of Odd has 11\d\d bytes; 1024 are the most",
+    ),
+}
+"""Fields, and what is wrong with them."""
+
+
+def event_with(own: dict[str, Any]) -> type[Event]:
+    return cast("type[Event]", msgspec.defstruct("Odd", list(own.items()), bases=(Event,)))
+
+
+@pytest.mark.parametrize("case", NO_FIELDS)
+def test_a_probe_cannot_be_declared_with(case: str) -> None:
+    own, reason = NO_FIELDS[case]
+    event = event_with(own)
+    with pytest.raises(PluginError, match=reason):
+        ProbeSpec(name="odd", summary="odd", source="", points=(), event=event)
+
+
+def test_the_event_of_a_probe_is_one_of_ours() -> None:
+    with pytest.raises(PluginError, match=r"is no subclass of tcplat_core\.Event"):
+        ProbeSpec(name="odd", summary="odd", source="", points=(), event=dict)  # type: ignore[arg-type] # that is the fault
+
+
 # --- addresses
 
 
@@ -326,11 +462,11 @@ def test_json_keeps_every_digit() -> None:
     assert (read["sock"], read["ts_ns"], read["connect_us"]) == (big, (1 << 63) - 1, 0.001)
 
 
-@pytest.mark.parametrize("event", [Event, Retransmit])
+@pytest.mark.parametrize("event", [Event, Retransmit, Everything])
 def test_every_field_is_documented(event: type[Event]) -> None:
-    rows = documentation(event)
-    assert [name for name, _, _ in rows] == list(event.__struct_fields__)
-    assert all(meaning and kind for _, kind, meaning in rows)
+    found = fields(event)
+    assert [field.name for field in found] == list(event.__struct_fields__)
+    assert all(field.doc and field.type for field in found)
 
 
 def test_documented_types_are_those_of_the_rows() -> None:
@@ -338,14 +474,14 @@ def test_documented_types_are_those_of_the_rows() -> None:
     full = make_event(old_state="TCP_CLOSE", flags="SYN", connect_us=1.5, ifname="lo")
     for row in (full, decode_one()):
         values = msgspec.structs.asdict(row)
-        for field, kind, _ in documentation():
-            assert kinds[type(values[field])] in kind.split(" or "), field
+        for field in fields():
+            assert kinds[type(values[field.name])] in field.type.split(" or "), field
 
 
 # --- C
 
 
-def compile_c(code: str) -> subprocess.CompletedProcess[bytes]:
+def compile_c(code: str, *how: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         [
             "clang",
@@ -355,7 +491,7 @@ def compile_c(code: str) -> subprocess.CompletedProcess[bytes]:
             "c",
             "-Wall",
             "-Werror",
-            "-fsyntax-only",
+            *(how or ["-fsyntax-only"]),
             "-",
         ],
         input=(TYPEDEFS + code).encode(),
@@ -365,13 +501,26 @@ def compile_c(code: str) -> subprocess.CompletedProcess[bytes]:
 
 
 @needs_clang
-@pytest.mark.parametrize("event", [Event, Retransmit])
+@pytest.mark.parametrize("event", [Event, Retransmit, Everything])
 def test_the_compiler_lays_the_struct_out_as_python_reads_it(event: type[Event]) -> None:
     code = Record(event).c_struct()
     done = compile_c(code)
     assert done.returncode == 0, done.stderr.decode()
     # One assertion per member, and one for the size.
     assert code.count("_Static_assert") == len(Record(event).members) + 1
+
+
+@needs_clang
+def test_the_largest_record_can_be_filled_with_zeros() -> None:
+    size = LARGEST_RECORD - Record(Event).size
+    event = event_with({"a": Annotated[str, Wire(f"char[{size}]", "as long as can be")]})
+    ProbeSpec(name="large", summary="large", source="", points=(), event=event)
+    code = Record(event).c_struct() + (
+        "void clear(struct tcplat_event *e) { __builtin_memset(e, 0, sizeof(*e)); }\n"
+    )
+    assert compile_c(code, "-O2", "-c", "-o", os.devnull).returncode == 0
+    larger = code.replace(f"char a[{size}]", f"char a[{size + 8}]").replace("_Static_assert", "//")
+    assert compile_c(larger, "-O2", "-c", "-o", os.devnull).returncode != 0
 
 
 @needs_clang

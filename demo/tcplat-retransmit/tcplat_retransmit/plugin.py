@@ -30,10 +30,14 @@ class RetransmitEvent(Event, gc=False):
 
     rto_us: Annotated[
         int | None,
-        Wire("u32", "the retransmission timeout (RFC 6298) in force at this moment, µs", nullable=True),
+        Wire(
+            "u32",
+            "retransmission timeout (RFC 6298) in force at this moment",
+            nullable=True,
+        ),
     ]
     srtt_us: Annotated[
-        int | None, Wire("u32", "smoothed round-trip time, µs; null before a sample", nullable=True)
+        int | None, Wire("u32", "smoothed round-trip time; null before a sample", nullable=True)
     ]
     segments: Annotated[
         int, Wire("u16", "how many segments the bytes make on the wire (GSO sends them as one)")

@@ -35,15 +35,17 @@ class Course:
         points: FIELDS numbers each.
         every: One row in so many was kept.
         ways: By which it is found.
+        short: There was no room for what came later.
     """
 
-    __slots__ = ("_furthest", "_last", "_seen", "every", "near", "points", "ways")
+    __slots__ = ("_furthest", "_last", "_seen", "every", "near", "points", "short", "ways")
 
     def __init__(self, near: tuple[str, int | None]) -> None:
         self.near = near
         self.points = array("q")
         self.every = 1
         self.ways: list[Any] = []
+        self.short = False
         self._seen = 0
         self._last: list[tuple[int, int] | None] = [None, None]
         """Sequence number and position of the furthest byte, per direction."""
@@ -110,6 +112,9 @@ class Courses:
                 way = self._way(row)
                 if way is None:
                     continue
+            if self._count >= _MOST_OPEN:
+                self.refused = way[0].short = True
+                continue
             direction = way[1] ^ (row.point in _OF_THE_OTHER)
             self._count += way[0].add(row, direction, code)
 

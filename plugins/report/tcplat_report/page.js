@@ -303,6 +303,7 @@ if (chosen.length) {
     const kinds = D.kinds.filter(kind => points.some(p => p.kind === kind));
     legend.replaceChildren(...kinds.map(kind => el("span", {}, el("i", {style: `background:${LOOKS[kind][0]}`}), LOOKS[kind][1])));
     words.textContent = (course.every > 1 ? `One event in ${course.every} is kept of this connection. ` : "") +
+      (course.short ? "There was no room for its later events. " : "") +
       `Each mark spans the bytes concerned. Drag to look closer; on the keyboard + and −, arrows.`;
     graph.setAttribute("aria-label", `Bytes over time, ${points.length} events`);
     if (!points.length) { graph.append(svg("text", {x: WIDE / 2, y: HIGH / 2, "text-anchor": "middle"}, "No bytes were seen in this direction.")); return; }

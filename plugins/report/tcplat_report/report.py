@@ -260,7 +260,8 @@ class Story:
             )
         if without or self._courses.refused:
             said.append(
-                f"packets are kept for {len(courses)} connections; for the others there was no room"
+                f"packets are kept for {len(courses)} connections; "
+                "for others, or for all of theirs, there was no room"
             )
         bound_ns = self.hosts.worst_ns()
         if bound_ns is not None:
@@ -309,7 +310,12 @@ class Story:
         for n in range(0, len(points), FIELDS):
             ts_ns, code, position, count = points[n : n + FIELDS]
             flat += (micros(ts_ns - start_ns), code ^ turned, position - least[code % 2], count)
-        return {"from_us": micros(start_ns - self.first_ns), "every": course.every, "points": flat}
+        return {
+            "from_us": micros(start_ns - self.first_ns),
+            "every": course.every,
+            "short": course.short,
+            "points": flat,
+        }
 
 
 def _order(item: tuple[str, Histogram]) -> tuple[int, int]:

@@ -35,6 +35,8 @@ class Jsonl:
 
     def close(self, report: RunReport) -> None:
         """The books, as the last line."""
+        if self.output.closed:
+            return
         self._line({"v": 1, "report": report.as_json()})
         self.output.close()
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import ipaddress
 import itertools
+import math
 import os
 import platform
 import select
@@ -30,7 +31,7 @@ from tcplat_core import (
     RunReport,
     UsageError,
     clock_offset_ns,
-    json_types,
+    fields,
 )
 
 _PIECE = 256
@@ -38,6 +39,7 @@ _PIECE = 256
 _AT_ONCE = 64
 """Pieces that are handed to the kernel in one call."""
 _BACKLOG = 128
+_LEAST_S = 0.001
 _CONNECT_S = 10
 _LINGER_S = 1.0
 """At the end: how long readers may keep us waiting without taking anything."""
@@ -162,6 +164,10 @@ class Msgpack:
     path: tuple[str, int, int] | None = None
     readers: dict[int, Reader] = attrs.field(factory=dict, init=False)
     """By fd."""
+    _left_s: float = attrs.field(factory=time.monotonic, init=False)
+    """When readers had been served last."""
+    _until_s: float = attrs.field(default=math.inf, init=False)
+    """How long they are served now."""
     _epoll: select.epoll = attrs.field(factory=select.epoll, init=False)
     _classes: set[tuple[str, type[Event]]] = attrs.field(factory=set, init=False)
     _schema: dict[str, list[tuple[str, str]]] = attrs.field(factory=dict, init=False)
@@ -212,7 +218,8 @@ class Msgpack:
 
     def write(self, batch: Sequence[Event]) -> None:
         """Send each row to every reader that has room for it."""
-        self.poll()
+        self._begin()
+        self.serve(0)
         for probe, event in {(row.probe, type(row)) for row in batch} - self._classes:
             self._learn(probe, event)
             for reader in self.readers.values():
@@ -225,6 +232,7 @@ class Msgpack:
             for reader in self.readers.values():
                 reader.offer(data, len(rows))
             self._send()
+        self._left_s = time.monotonic()
 
     def lost(self, loss: Loss) -> None:
         """A map at the place of the gap."""
@@ -241,11 +249,15 @@ class Msgpack:
 
     def poll(self) -> None:
         """Let readers come and go, and take what waits for them."""
+        self._begin()
         self.serve(0)
+        self._send()
+        self._left_s = time.monotonic()
 
     def close(self, report: RunReport) -> None:
         """The books; then who still reads gets what waits for him."""
         self.poll()
+        self._until_s = math.inf
         for reader in self.readers.values():
             reader.tell()
             reader.push(_encode({"v": SCHEMA_VERSION, "report": report.as_json()}))
@@ -277,7 +289,7 @@ class Msgpack:
             try:
                 if events & select.EPOLLIN:
                     reader.listen()
-                if events & select.EPOLLOUT:
+                if events & select.EPOLLOUT and time.monotonic() < self._until_s:
                     reader.send()
                 if events & (select.EPOLLHUP | select.EPOLLERR):
                     raise BrokenPipeError
@@ -309,15 +321,24 @@ class Msgpack:
                 return
             self.add(made)
 
+    def _begin(self) -> None:
+        """Readers get no more of our time than the run had since they were served last."""
+        now = time.monotonic()
+        self._until_s = now + max(_LEAST_S, now - self._left_s)
+
     def _send(self) -> None:
         for fd, reader in list(self.readers.items()):
-            if reader.waiting and not reader.blocked:
-                try:
-                    reader.send()
-                except OSError:
-                    self._lose(fd)
-                else:
-                    self._watch(fd, reader)
+            if not reader.waiting or reader.blocked:
+                continue
+            if time.monotonic() > self._until_s:
+                return
+            self.readers[fd] = self.readers.pop(fd)  # the last one in the next round
+            try:
+                reader.send()
+            except OSError:
+                self._lose(fd)
+            else:
+                self._watch(fd, reader)
 
     def _watch(self, fd: int, reader: Reader) -> None:
         wanted = (0 if reader.mute else select.EPOLLIN) | (select.EPOLLOUT if reader.blocked else 0)
@@ -336,7 +357,7 @@ class Msgpack:
 
     def _learn(self, probe: str, event: type[Event]) -> None:
         self._classes.add((probe, event))
-        self._schema[probe] = list(json_types(event).items())
+        self._schema[probe] = [(field.name, field.type) for field in fields(event)]
 
     def _header(self, *probes: str) -> bytes:
         fields = {probe: self._schema[probe] for probe in probes}

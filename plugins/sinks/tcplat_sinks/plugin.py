@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 
-from tcplat_core import Option, Options, Output, RunInfo, Sink, SinkSpec, hookimpl
+from tcplat_core import (
+    Option,
+    Options,
+    Output,
+    RunInfo,
+    Sink,
+    SinkSpec,
+    boolean,
+    hookimpl,
+    integer,
+    size,
+)
 
-_PATH = Option(name="path", help="file to write; standard output if not given")
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError("it must be 0 or more")
-    return value
+_PATH = Option(name="path", help="file to write; standard output if not given", metavar="FILE")
 
 
 def _size(text: str) -> int:
-    found = re.fullmatch(r"(\d+)([KMG]?)", text)
-    size = int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]] if found else 0
-    if size < 1 << 16:
+    value = int(size(text))
+    if value < 1 << 16:
         raise ValueError("it must be 64K or more")
-    return size
-
-
-def _flag(text: str) -> bool:
-    if text not in ("0", "1"):
-        raise ValueError("it is 0 or 1")
-    return text == "1"
+    return value
 
 
 def _address(text: str) -> tuple[str, int]:
@@ -90,7 +86,7 @@ def tcplat_register_sinks() -> Iterator[SinkSpec]:
             Option(
                 name="width",
                 help="columns to fit into, 0 for no limit; the terminal's if not given",
-                convert=_count,
+                convert=integer(least=0),
             ),
         ),
     )
@@ -99,30 +95,37 @@ def tcplat_register_sinks() -> Iterator[SinkSpec]:
         summary="msgpack maps to whoever reads a socket",
         factory=_msgpack,
         options=(
-            Option(name="unix", help="path of the socket, which its owner alone may use"),
-            Option(name="tcp", help="HOST:PORT instead of it", convert=_address),
+            Option(
+                name="unix",
+                help="path of the socket, which its owner alone may use",
+                metavar="PATH",
+            ),
+            Option(
+                name="tcp", help="HOST:PORT instead of it", convert=_address, metavar="HOST:PORT"
+            ),
             Option(
                 name="connect",
-                help="1: go to a reader that listens there, instead of letting readers come",
-                convert=_flag,
+                help="go to a reader that listens there, instead of letting readers come",
+                convert=boolean,
                 default=False,
             ),
             Option(
                 name="buffer",
                 help="bytes that may wait for one reader; what is more, he misses",
                 convert=_size,
+                metavar=size.metavar,
                 default=8 << 20,
             ),
             Option(
                 name="wait",
                 help="so many readers must have come before the run begins",
-                convert=_count,
+                convert=integer(least=0),
                 default=0,
             ),
             Option(
                 name="public",
-                help="1: tcp= may be an address that other hosts reach",
-                convert=_flag,
+                help="tcp= may be an address that other hosts reach",
+                convert=boolean,
                 default=False,
             ),
         ),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 
 import attrs
 
-from tcplat_core import Event, Loss, Output, RunReport
+from tcplat_core import Event, Loss, Output, RunReport, fields, printable
 
 
 @attrs.frozen
@@ -28,22 +29,22 @@ class Column:
 
 
 def _text(value: object) -> str:
-    return "-" if value is None else str(value)
+    return "-" if value is None else printable(str(value))
 
 
 COLUMNS: tuple[Column, ...] = (
     Column("PID", lambda row: _text(row.pid), 6),
     Column("COMM", lambda row: _text(row.comm), 7, 7),
     Column("IP", lambda row: _text(row.ip), 2),
-    Column("SADDR", lambda row: row.saddr, 9, 14),
+    Column("SADDR", lambda row: _text(row.saddr), 9, 14),
     Column("SPORT", lambda row: _text(row.sport), 5),
-    Column("DADDR", lambda row: row.daddr, 9, 14),
+    Column("DADDR", lambda row: _text(row.daddr), 9, 14),
     Column("DPORT", lambda row: _text(row.dport), 5),
     Column("TIMESTAMP(us)", lambda row: str(row.ts_ns // 1000), 13),
     # The name after the colon says it all; the event keeps the tracepoint's group.
-    Column("FUNC", lambda row: row.func.rpartition(":")[2], 19, 11),
+    Column("FUNC", lambda row: _text(row.func.rpartition(":")[2]), 19, 11),
     Column("TCP_STATE", lambda row: _text(row.state), 15),
-    Column("TCP_DESCRIPTION", lambda row: row.desc, 15, 8),
+    Column("TCP_DESCRIPTION", lambda row: _text(row.desc), 15, 8),
     Column(
         "TCP_CONNECT_TIME(us)",
         lambda row: "" if row.connect_us is None else f"{row.connect_us:.0f}",
@@ -60,6 +61,11 @@ _SHRINK = ("TCP_DESCRIPTION", "FUNC", "COMM", "SADDR", "DADDR")
 """Which columns give way first."""
 
 
+def _own(name: str, row: Event) -> str:
+    value = getattr(row, name, None)  # rows of other probes do not have it
+    return _text(round(value, 3) if isinstance(value, float) else value)
+
+
 @attrs.define(eq=False)
 class Table:
     """Rows as a table.
@@ -72,6 +78,11 @@ class Table:
 
     output: Output
     limit: int
+    _columns: tuple[Column, ...] = attrs.field(init=False, default=COLUMNS)
+    _extra: tuple[Column, ...] = attrs.field(init=False, default=())
+    """Columns of the probes' own fields, in front of the last one of all."""
+    _known: set[type[Event]] = attrs.field(init=False, factory=lambda: {Event})
+    """Kinds of rows whose fields have their columns."""
     _widths: list[int] = attrs.field(init=False, factory=lambda: [c.width for c in COLUMNS])
     _fitted: list[int] = attrs.field(init=False, factory=list)
     _headed: bool = attrs.field(init=False, default=False)
@@ -86,6 +97,8 @@ class Table:
         lines = []
         as_line = self._fitting if self.limit else self._whole
         for row in batch:
+            if type(row) not in self._known:
+                self._add_columns(type(row))
             line = as_line(row)
             if not self._headed:
                 lines.append(self._head())
@@ -95,8 +108,20 @@ class Table:
             lines.append("")
             self.output.write("\n".join(lines).encode())
 
+    def _add_columns(self, event: type[Event]) -> None:
+        """The head comes again, with columns for the fields that this kind of row adds."""
+        self._known.add(event)
+        heads = [column.head for column in self._columns]
+        for field in fields(event):
+            if field.own and field.column and field.column not in heads:
+                value = functools.partial(_own, field.name)
+                self._extra += (Column(field.column, value, len(field.column)),)
+                self._widths.insert(-1, len(field.column))
+                self._headed = False
+        self._columns = (*COLUMNS[:-1], *self._extra, COLUMNS[-1])
+
     def _fitting(self, row: Event) -> str:
-        cells = [column.value(row) for column in COLUMNS]
+        cells = [column.value(row) for column in self._columns]
         needed = list(map(max, map(len, cells), self._widths))
         if needed != self._widths:
             self._widths, self._headed = needed, False
@@ -113,6 +138,11 @@ class Table:
         if len(time) > self._widths[7]:
             self._widths[7], self._headed = len(time), False
         line = f"{left} {time.ljust(self._widths[7])} {right}"
+        for at, column in enumerate(self._extra, _KIND.stop):
+            cell = column.value(row)
+            if len(cell) > self._widths[at]:
+                self._widths[at], self._headed = len(cell), False
+            line = f"{line} {cell.ljust(self._widths[at])}"
         if row.connect_us is None:
             return line.rstrip()
         return f"{line} {COLUMNS[11].value(row)}"
@@ -145,7 +175,9 @@ class Table:
 
     def _head(self) -> str:
         widths = self._fitted if self.limit else self._widths
-        heads = [_cut(column.head, width) for column, width in zip(COLUMNS, widths, strict=True)]
+        heads = [
+            _cut(column.head, width) for column, width in zip(self._columns, widths, strict=True)
+        ]
         return self._line([*heads[:-1], self._last_head(widths)], widths)
 
     def _fit(self) -> list[int]:

@@ -12,17 +12,17 @@ import tempfile
 import termios
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tcplat_sinks.table import Table
 
-from tcplat_core import Event, Loss, Output, RunInfo, RunReport, UsageError
+from tcplat_core import Event, Loss, Output, RunInfo, RunReport, UsageError, Wire
 from tcplat_core.model import read_options
 from tcplat_core.plugins import Plugins
-from tcplat_core.schema import text
+from tcplat_core.schema import Made, text
 from tcplat_core.testing import make_event
 
 HEADS = [
@@ -259,6 +259,51 @@ def test_no_control_byte_of_a_name_reaches_the_terminal(write: Write) -> None:
     lines = write(rows)
     assert len(lines) == 256
     assert all(line.isprintable() for line in lines)
+
+
+# --- fields of the probes' own
+
+
+class Again(Event):
+    rto_us: Annotated[int | None, Wire("u32", "the timer", nullable=True)]
+    share: Annotated[float, Made("0.5", "a part")]
+    hidden: Annotated[int, Wire("u8", "no column", column="")]
+
+
+class Ended(Event):
+    rto_us: Annotated[int | None, Wire("u32", "the same timer", nullable=True)]
+    cause: Annotated[str, Wire("char[8]", "why", column="WHY")]
+
+
+AGAIN = make_event(Again, rto_us=204_000, share=1 / 3, hidden=1, connect_us=58.4)
+ENDED = make_event(Ended, rto_us=None, cause="RST")
+
+
+@pytest.mark.parametrize("width", [0, 300])
+def test_fields_of_a_probes_own_stand_before_the_last_column(write: Write, width: int) -> None:
+    head, first, head_again, second, third = write([AGAIN, ENDED, make_event()], width=width)
+    own = ["RTO(us)", "SHARE"]
+    assert head.split() == [*HEADS[:-1], *own, HEADS[-1]]
+    assert first.split()[-3:] == ["204000", "0.333", "58"]
+    # The head comes again with the first row that has more.
+    assert head_again.split() == [*HEADS[:-1], *own, "WHY", HEADS[-1]]
+    assert second.split()[-3:] == ["-", "-", "RST"]
+    assert third.split()[-3:] == ["-", "-", "-"]
+    for line, value, name in ((first, "204000", "RTO(us)"), (second, "RST", "WHY")):
+        assert line[head_again.index(name) :].startswith(value)
+
+
+def test_a_column_of_a_probes_own_grows_as_any(write: Write) -> None:
+    first, second = (make_event(Ended, rto_us=1, cause=cause) for cause in ("RST", "overlong"))
+    lines = write([first, second])
+    assert len(lines) == 4
+    assert lines[2].index("TCP_CONNECT") - lines[2].index("WHY") == len("overlong ")
+
+
+@pytest.mark.parametrize("width", [0, 100, 180])
+def test_where_batches_end_makes_no_difference_to_columns(write: Write, width: int) -> None:
+    rows = [make_event(), AGAIN, ENDED, make_event(), ENDED, AGAIN]
+    assert write(rows, width=width) == write(*([row] for row in rows), width=width)
 
 
 # --- losses

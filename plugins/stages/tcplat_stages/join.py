@@ -131,7 +131,9 @@ class Joiner:
                     continue
                 key = (row.netns, row.saddr, row.sport, row.daddr, row.dport)
                 way = ways.get(key)
-                if way is None or (flags == "SYN" and self._is_new(way[0], row)):
+                if way is None or (
+                    flags not in _PLAIN and _opens(flags) and self._is_new(way[0], row)
+                ):
                     way = self._route(row, key)
                     if way is None:
                         continue
@@ -298,7 +300,7 @@ class Joiner:
         """Connection and direction of a packet that comes by this way for the first time."""
         source, target = (row.saddr, row.sport), (row.daddr, row.dport)
         flags = row.flags or ""
-        opens = "SYN" in flags and "ACK" not in flags
+        opens = _opens(flags)
         index = CLIENT
         conn = self._find(row.netns, source, target)
         if conn is None:
@@ -536,7 +538,7 @@ class Joiner:
             flow.syn = row.seq
             if flow.begin < 0:
                 flow.begin = flow.at(row.seq) + 1
-        if index == CLIENT and "ACK" not in flags:
+        if _opens(flags):
             number = SYN_TX if point == "nic_tx" else SYN_RX
         else:
             number = SYNACK_TX if point == "nic_tx" else SYNACK_RX
@@ -787,6 +789,11 @@ class Joiner:
         for log in flow.logs():
             if len(log) > _LONGEST:
                 del log[: _LONGEST // 2]
+
+
+def _opens(flags: str) -> bool:
+    """A SYN, whatever it says besides (ECN), and no answer to one."""
+    return "SYN" in flags and "ACK" not in flags
 
 
 def _is_loopback(address: str, other: str) -> bool:

@@ -244,6 +244,21 @@ def test_a_port_that_is_used_again_is_another_connection() -> None:
     assert [conn.ended for conn in connections] == ["closed", "closed"]
 
 
+@pytest.mark.parametrize("flags", ["SYN", "SYN|ECE|CWR"])
+def test_a_syn_with_another_number_begins_another_connection(flags: str) -> None:
+    one, other = History(), History((7, 7))
+    simple(one, one.shake_hands() + 500)
+    simple(other, other.shake_hands(100_000) + 500)
+    rows = one.rows() + other.rows()
+    packets = [row for row in rows if row.probe in ("xdp_port", "dev_xmit")]
+    for row in packets:
+        row.flags = flags if row.flags == "SYN" else row.flags
+    exchanges, connections, _ = joined(packets)
+    assert [conn.ended for conn in connections] == ["port reused", "end of run"]
+    assert [exchange.conn for exchange in exchanges] == connections
+    assert not any(conn.guessed for conn in connections)
+
+
 def test_a_connection_whose_end_nobody_saw_ends_where_its_port_is_used_again() -> None:
     one, other = History(), History((7, 7), socks=(33, 44))
     simple(one, one.shake_hands() + 500)

@@ -49,6 +49,7 @@ class ServiceEvent(Event):
             to=micros,
             nullable=True,
             latency=True,
+            column="",
         ),
     ]
     accept_us: Annotated[
@@ -60,6 +61,7 @@ class ServiceEvent(Event):
             to=micros,
             nullable=True,
             latency=True,
+            column="",
         ),
     ]
 

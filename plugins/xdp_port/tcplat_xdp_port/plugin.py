@@ -14,8 +14,8 @@ from tcplat_core import (
     Option,
     Options,
     ProbeSpec,
-    UsageError,
     Wire,
+    choice,
     hookimpl,
     xdp,
 )
@@ -31,7 +31,8 @@ class PacketEvent(Event, gc=False):
     """A row of xdp_port."""
 
     ack: Annotated[
-        int | None, Wire("u32", "next sequence number the sender of a packet expects", has=True)
+        int | None,
+        Wire("u32", "next sequence number the sender of a packet expects", has=True, column=""),
     ]
     window: Annotated[int, Wire("u16", "how much its sender has room for; not scaled, so 0 is 0")]
 
@@ -60,29 +61,33 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _one_of(text: str, *words: str) -> str:
-    if text not in words:
-        raise ValueError(f"it is one of {', '.join(words)}")
-    return text
-
-
 OPTIONS = (
     Option(
         name="iface",
-        help="interfaces, joined by +; all-up for every one that is up. Needed",
+        help="interfaces, joined by +; all-up for every one that is up",
         convert=_names,
+        required=True,
+        metavar="IFACE+IFACE|all-up",
+        example="eth0",
     ),
-    Option(name="port", help="TCP ports, joined by +; or all. Needed", convert=_ports),
+    Option(
+        name="port",
+        help="TCP ports, joined by +; or all",
+        convert=_ports,
+        required=True,
+        metavar="PORT+PORT|all",
+        example="80+443",
+    ),
     Option(
         name="dir",
         help="which port of a packet has to be one of these: src, dst or either",
-        convert=lambda text: _one_of(text, "src", "dst", "either"),
+        convert=choice("src", "dst", "either"),
         default="either",
     ),
     Option(
         name="mode",
         help="native, generic, or auto: generic where the driver knows no XDP",
-        convert=lambda text: _one_of(text, "auto", "native", "generic"),
+        convert=choice("auto", "native", "generic"),
         default="auto",
     ),
     Option(
@@ -90,33 +95,18 @@ OPTIONS = (
         help="network namespace of the interfaces: a name of ip netns, a path or a process id; "
         "that of --netns unless given",
         default="",
+        metavar="NAME|PATH|PID",
     ),
 )
 
 
-def _check(options: Options) -> None:
-    for name in ("iface", "port"):
-        if options[name] is None:
-            raise UsageError(f"probe xdp_port needs {name}=, as in xdp_port:iface=eth0,port=80+443")
-
-
 def interfaces(options: Options) -> Interfaces:
-    """Where it is attached.
-
-    Raises:
-        UsageError: iface= or port= is missing.
-    """
-    _check(options)
+    """Where it is attached."""
     return Interfaces(names=options["iface"], mode=options["mode"], netns=options["netns"])
 
 
 def defines(options: Options) -> dict[str, int | str]:
-    """What the C is compiled for.
-
-    Raises:
-        UsageError: iface= or port= is missing.
-    """
-    _check(options)
+    """What the C is compiled for."""
     constants: dict[str, int | str] = {
         "XDP_SRC": int(options["dir"] != "dst"),
         "XDP_DST": int(options["dir"] != "src"),

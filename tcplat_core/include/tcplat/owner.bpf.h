@@ -89,18 +89,22 @@ struct tcplat_flow {
  */
 BPF_TABLE("hash", struct tcplat_addrs, struct tcplat_flow, tcplat_flows, 1024);
 
-/* The current task becomes the owner. Only where the socket's own process calls. */
-static __always_inline void tcplat_own(struct tcplat_sock *s)
+/*
+ * The current task becomes the owner; the result is its tid.
+ * Only where the socket's own process calls.
+ */
+static __always_inline u32 tcplat_own(struct tcplat_sock *s)
 {
 	u64 both = bpf_get_current_pid_tgid();
 
 	s->tid = both;
 	if (s->pid == both >> 32)
-		return;
+		return both;
 	s->pid = both >> 32;
 	bpf_get_current_comm(&s->comm, sizeof(s->comm));
 	s->wanted = tcplat_wanted_task(s->comm);
 	tcplat_debug("sock %llu belongs to pid %d, wanted %d", s->id, s->pid, s->wanted);
+	return both;
 }
 
 static __always_inline u64 tcplat_new_id(void)

@@ -62,15 +62,17 @@ tcplat_make_state(const struct sock *sk, struct tcplat_sock *s, int old, int new
 static __always_inline struct tcplat_event *
 tcplat_make_send(const struct sock *sk, u8 role, u32 bytes, u8 hook)
 {
-	u64 now = bpf_ktime_get_ns();
-	/* Not s->tid: another thread may be in recv() on another CPU, and the owner as well. */
-	u32 me = bpf_get_current_pid_tgid();
-	struct tcplat_sock *s = tcplat_touch(sk);
+	struct tcplat_sock *s = tcplat_find(sk);
 	struct tcplat_event *e;
-	u32 seq;
+	u32 me, seq;
+	u64 now;
 
+	/* The clock after that: most sockets of a busy host are nobody's business. */
 	if (!tcplat_is(s, role) || !bytes)
 		return NULL;
+	now = bpf_ktime_get_ns();
+	/* Not s->tid: another thread may be in recv() on another CPU, and the owner as well. */
+	me = tcplat_own(s);
 	seq = tcplat_get((const struct tcp_sock *)sk, write_seq);
 	/*
 	 * The tracepoint sits in the copying loop; only the first round of a call
@@ -132,19 +134,22 @@ static __always_inline u32 tcplat_next_byte(const struct tcp_sock *tp)
 static __always_inline struct tcplat_event *
 tcplat_make_recv(const struct sock *sk, u8 role, int ret, u8 hook)
 {
-	u64 now = bpf_ktime_get_ns();
-	struct tcplat_sock *s = tcplat_touch(sk);
+	struct tcplat_sock *s = tcplat_find(sk);
 	struct tcplat_event *e;
+	u64 now;
+	u32 me;
 
 	if (!tcplat_is(s, role) || ret < 0)
 		return NULL;
+	now = bpf_ktime_get_ns();
+	me = tcplat_own(s);
 	/* Nothing was asked for: that is not the end of the stream. */
 	if (!ret && !(tcplat_get(sk, sk_shutdown) & TCPLAT_RCV_SHUTDOWN))
 		return NULL;
 	e = tcplat_reserve_for(sk, s, hook, now);
 	if (!e)
 		return NULL;
-	e->tid = bpf_get_current_pid_tgid();
+	e->tid = me;
 	tcplat_add_seq(e, tcplat_next_byte((const struct tcp_sock *)sk) - ret, ret);
 	return e;
 }

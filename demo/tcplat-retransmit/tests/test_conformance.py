@@ -1,0 +1,12 @@
+"""The probe keeps what tcplat asks of a probe: one test for each check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+
+@pytest.mark.tcplat_plugin("tcp_retransmit:min_rto_us=1000")
+def test_it_conforms(tcplat_check: Callable[[], None]) -> None:
+    tcplat_check()

@@ -1,0 +1,228 @@
+"""Writes ``events.md`` and ``hooks.md`` from the code, so that they cannot say anything else.
+
+``make docs`` runs it; a test fails where the files differ from what it would write.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import attrs
+import msgspec
+
+import tcplat_core
+from tcplat_core import Event, Field, fields, hookspecs
+from tcplat_core.model import RunReport
+from tcplat_core.plugins import Plugins
+from tcplat_core.schema import TCP_STATES, Record
+from tcplat_core.testing import make_event
+
+HERE = Path(__file__).parent
+_MADE = "<!-- docs/generate.py makes this file from the code: make docs -->\n"
+
+
+def events() -> str:
+    """The event's schema."""
+    row = msgspec.json.encode(make_event()).decode()
+    lost = '{"v":1,"lost":{"probe":"tcp_client","point":"send","count":3}}'
+    report = RunReport(probes={}, duration_s=1.5)
+    end = msgspec.json.encode({"v": 1, "report": report.as_json()}).decode()
+    return "\n".join(
+        [
+            _MADE,
+            "# The event",
+            "",
+            f"Schema version {tcplat_core.SCHEMA_VERSION}. One JSON object a line (or one msgpack",
+            "map), keys always present and in this order, `null` where the hook cannot know:",
+            "",
+            "```json",
+            row,
+            "```",
+            "",
+            *_table(fields(Event)),
+            "",
+            *textwrap.wrap(f"States: {', '.join(map(str, TCP_STATES[1:]))}.", 100),
+            "",
+            "Texts are escaped: what does not print is `\\x1b` or the like, a backslash is two.",
+            "`sock` and the `_ns` fields need 64 bits.",
+            "",
+            "## Fields of single probes",
+            "",
+            "They follow the common ones. `tcplat plugins show NAME` lists those of any probe.",
+            "",
+            *_own(),
+            "## Lines that are no rows",
+            "",
+            "Where events were lost, at the place of the gap:",
+            "",
+            "```json",
+            lost,
+            "```",
+            "",
+            "The end of a capture, with the books of the run (of no probe, here). For each hook,",
+            "produced = delivered + dropped + unread:",
+            "",
+            "```json",
+            end,
+            "```",
+            "",
+            "## The record",
+            "",
+            "What the kernel side fills. `has` tells which of `seq`, `bytes`, `flags` and of a",
+            "probe's own fields with `has=True` are known (`TCPLAT_HAS_SEQ` ...); of the others",
+            "that may be `null`, 0 means so. Addresses are in network order, IPv4 as",
+            "`::ffff:a.b.c.d`; ports are in host order. A probe's own fields come at the end.",
+            "",
+            "```c",
+            Record(Event).c_struct().partition("_Static_assert")[0].rstrip(),
+            "```",
+            "",
+        ]
+    )
+
+
+def _table(rows: tuple[Field, ...] | list[Field]) -> Iterator[str]:
+    yield "| key | type | meaning |"
+    yield "|---|---|---|"
+    for field in rows:
+        yield f"| `{field.name}` | {field.type} | {_cell(field.doc)} |"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _own() -> Iterator[str]:
+    plugins = Plugins.load()
+    for found in plugins.found:
+        if found.kind != "probe" or found.distribution != "tcplat":
+            continue
+        own = [field for field in fields(plugins.probe(found.name).event) if field.own]
+        if own:
+            yield f"### {found.name}"
+            yield ""
+            yield from _table(own)
+            yield ""
+
+
+SECTIONS = {
+    "Marks and versions": ("hookimpl", "HOOKSPEC_VERSION", "SCHEMA_VERSION"),
+    "A probe": ("ProbeSpec", "HookPoint", "Way", "Hook", "Interfaces", "Moment"),
+    "Ways to listen": (
+        *("tracepoint", "tracepoints", "fentry", "fenter", "fexit", "kprobe", "kentry", "kreturn"),
+        "xdp",
+    ),
+    "The row": ("Event", "Wire", "micros", "address", "clock_offset_ns", "Field", "fields"),
+    "Options": (
+        *("Option", "Options", "Kind", "integer", "choice", "boolean", "duration", "size"),
+    ),
+    "A sink": ("SinkSpec", "Sink", "RunInfo", "Output", "printable", "Loss", "RunReport"),
+    "Errors": (*("TcplatError", "UsageError", "CannotRunError", "PluginError", "ReaderGoneError"),),
+}
+"""Every public name, in the order in which one needs them."""
+
+
+def hooks() -> str:
+    """The hook specification, and all that a plugin may import."""
+    parts = [
+        _MADE,
+        "# The hooks, and what a plugin may import",
+        "",
+        f"Version {tcplat_core.HOOKSPEC_VERSION}.",
+        "",
+        *_prose(inspect.getdoc(hookspecs) or ""),
+    ]
+    for name in [name for name in vars(hookspecs) if name.startswith("tcplat_")]:
+        parts += ["", f"## {name}", "", *_prose(inspect.getdoc(getattr(hookspecs, name)) or "")]
+    parts += ["", "Everything below is imported from `tcplat_core`, and nothing else may be."]
+    values = _docs_of_values()
+    for section, names in SECTIONS.items():
+        parts += ["", f"## {section}"]
+        for name in names:
+            parts += ["", f"### {_head(name)}", "", *_described(name, values)]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join([*parts, ""]))
+
+
+def _docs_of_values() -> dict[str, str]:
+    """What stands below the public values: Python keeps no docstring of theirs."""
+    found = {}
+    for home in ("hookspecs", "schema", "model", "kinds"):
+        tree = ast.parse((Path(tcplat_core.__file__).with_name(f"{home}.py")).read_text())
+        for value, doc in zip(tree.body, tree.body[1:], strict=False):
+            if not isinstance(value, ast.Assign) or not isinstance(doc, ast.Expr):
+                continue
+            if isinstance(value.targets[0], ast.Name) and isinstance(doc.value, ast.Constant):
+                found[value.targets[0].id] = str(doc.value.value)
+    return found
+
+
+def _head(name: str) -> str:
+    value = getattr(tcplat_core, name)
+    return f"{name}{_signature(value)}" if inspect.isfunction(value) else name
+
+
+def _signature(function: Callable[..., object]) -> str:
+    """As one would write it: annotations are texts here, and `self` is not given."""
+    shown = re.sub(r"<class '[\w.]*?(\w+)'>", r"\1", str(inspect.signature(function)))
+    return re.sub(r"^\((?:self|cls)(?:, )?", "(", shown.replace("'", ""))
+
+
+def _described(name: str, values: dict[str, str]) -> Iterator[str]:
+    value = getattr(tcplat_core, name)
+    yield from _prose(inspect.cleandoc(values.get(name) or value.__doc__))
+    if not inspect.isclass(value):
+        return
+    if attrs.has(value) and "Args:" not in (value.__doc__ or ""):
+        yield ""
+        yield from (f"- `{one.name}`: {one.type}" for one in attrs.fields(value))
+    if exit_code := getattr(value, "exit_code", None):
+        yield f"Exit status {exit_code}."
+    if name not in ("Sink", "Output", "Moment"):
+        return
+    for method, function in vars(value).items():
+        plain = function.__func__ if isinstance(function, classmethod) else function
+        if isinstance(plain, property):
+            yield from ("", f"- `{method}`: {_inline(plain.__doc__ or '')}")
+        elif inspect.isfunction(plain) and not method.startswith("_"):
+            yield from ("", f"- `{method}{_signature(plain)}`:")
+            yield textwrap.indent("\n".join(_prose(inspect.getdoc(plain) or "")), "  ")
+
+
+def _prose(doc: str) -> Iterator[str]:
+    """A docstring as Markdown: literals, examples, and lists of what is taken and raised."""
+    for block in re.split(r"\n\n(?=\S)", doc):
+        head, colons, code = block.partition("::\n\n")
+        if colons:
+            yield from (_inline(f"{head}:"), "", "```python")
+            yield from (textwrap.dedent(code).rstrip(), "```", "")
+        elif found := re.match(r"(Args|Raises|Returns):\n", block):
+            if found[1] != "Args":
+                yield from (f"{found[1]}:", "")
+            for item in re.split(r"\n(?=\S)", textwrap.dedent(block[found.end() :])):
+                name, _, words = re.sub(r"\s+", " ", item).partition(": ")
+                yield f"- `{name}`: {_inline(words)}" if words else f"- {_inline(name)}"
+            yield ""
+        else:
+            yield from (_inline(block), "")
+
+
+def _inline(text: str) -> str:
+    text = re.sub(r":\w+:`(?:[\w.]*\.)?(\w+)`", r"`\1`", text)
+    return text.replace("``", "`")
+
+
+def main() -> None:
+    """Write both."""
+    for name, make in MAKES.items():
+        (HERE / name).write_text(make(), encoding="utf-8")
+
+
+MAKES = {"events.md": events, "hooks.md": hooks}
+
+if __name__ == "__main__":
+    main()

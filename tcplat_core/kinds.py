@@ -1,0 +1,83 @@
+"""What an option of a probe or sink may be: each kind turns a text into a value."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+
+@attrs.frozen
+class Kind:
+    """A readable type of option: call it with a text, and it gives the value.
+
+    Args:
+        metavar: What to write for a value, as ``tcplat plugins show`` has it.
+        convert: Raises ValueError with what it wants.
+        choices: All there are, where there are but a few.
+    """
+
+    metavar: str
+    convert: Callable[[str], Any]
+    choices: tuple[str, ...] = ()
+
+    def __call__(self, text: str) -> Any:
+        """The value of a text."""
+        return self.convert(text)
+
+
+def integer(least: int | None = None, most: int | None = None) -> Kind:
+    """A whole number within these bounds."""
+    words = "a whole number" + (f" from {least}" if least is not None else "")
+    words += f" to {most}" if most is not None else ""
+
+    def convert(text: str) -> int:
+        if not re.fullmatch(r"-?[0-9]+", text):
+            raise ValueError(f"it must be {words}")
+        value = int(text)
+        if (least is not None and value < least) or (most is not None and value > most):
+            raise ValueError(f"it must be {words}")
+        return value
+
+    return Kind("N", convert)
+
+
+def choice(*words: str) -> Kind:
+    """One of these words."""
+
+    def convert(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"it is one of {', '.join(words)}")
+        return text
+
+    return Kind("|".join(words), convert, words)
+
+
+def _boolean(text: str) -> bool:
+    if text not in ("yes", "no", "true", "false", "on", "off", "1", "0"):
+        raise ValueError("it must be yes or no")
+    return text in ("yes", "true", "on", "1")
+
+
+def _duration(text: str) -> float:
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(us|ms|s|m|h)?", text)
+    if not found:
+        raise ValueError("it is not a time; write 5, 500ms, 30s, 2m or 1h")
+    return float(found[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}[found[2] or "s"]
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"([0-9]+)([KMG]?)", text)
+    if not found:
+        raise ValueError("it is not a size; write 4096, 64K, 16M or 1G")
+    return int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]]
+
+
+boolean = Kind("yes|no", _boolean, ("yes", "no"))
+"""yes or no (true, false, on, off, 1, 0), as a bool."""
+duration = Kind("TIME", _duration)
+"""``500us``, ``2.5ms``, ``30``, ``30s``, ``2m``, ``1h``, as seconds."""
+size = Kind("SIZE", _size)
+"""``4096``, ``64K``, ``16M``, ``1G``, as bytes."""

@@ -1,0 +1,251 @@
+"""The conformance kit: what a plugin promises, one named check each, most of it without root.
+
+``tcplat plugins check NAME`` shows it, :mod:`tcplat_core.testing.plugin` makes a test of each
+check, and :func:`check_plugin` gives the outcomes to whoever wants to look at them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import attrs
+
+from tcplat_core.errors import UsageError
+from tcplat_core.model import Options, ProbeSpec, SinkSpec, parse_choice, read_options
+from tcplat_core.plugins import Plugins
+
+from .trial import Trial
+
+Verdict = Literal["passed", "failed", "not checked"]
+
+
+class Fault(Exception):  # noqa: N818 - it is what the plugin has, not what went wrong here
+    """The plugin breaks a promise: one sentence that names the fault and what mends it."""
+
+
+class NotChecked(Exception):  # noqa: N818 - the same
+    """The check cannot be made here: why."""
+
+
+@attrs.frozen
+class Outcome:
+    """One check of one plugin.
+
+    Args:
+        check: Its name.
+        verdict: passed, failed, or not checked: what could not be looked at has not passed.
+        why: Where it failed, the fault and what mends it; where it was not checked, why not.
+    """
+
+    check: str
+    verdict: Verdict
+    why: str = ""
+
+
+@attrs.frozen(kw_only=True)
+class Subject:
+    """A probe or a sink under examination, with the options it is examined with.
+
+    Args:
+        spec: What the plugin offers.
+        given: Options, as the user would write them.
+        trial: Gives a process that may load programs, or None where there is none.
+    """
+
+    spec: ProbeSpec | SinkSpec
+    given: Mapping[str, str]
+    trial: Callable[[], Trial | None] = lambda: None
+    known: dict[str, Any] = attrs.field(factory=dict, init=False)
+    """What one check has found out and another needs, too."""
+
+    @property
+    def kind(self) -> str:
+        """A word: probe or sink."""
+        return "probe" if isinstance(self.spec, ProbeSpec) else "sink"
+
+    def options(self) -> Options:
+        """What was given, the examples of what it cannot do without, and the defaults.
+
+        Raises:
+            UsageError: Something that was given does not convert.
+        """
+        return read_options(f"{self.kind} {self.spec.name}", self.spec.options, self.texts)
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """The options that it is examined with, as the user would write them; no defaults."""
+        examples = {one.name: one.example for one in self.spec.options if one.required}
+        return {**examples, **self.given}
+
+
+Check = Callable[[Subject], None]
+"""Returns where all is well. Raises Fault or NotChecked; any other exception is the plugin's."""
+
+
+def checks(subject: Subject) -> dict[str, Check]:
+    """All checks that there are for it, by name."""
+    from . import probe_checks, sink_checks  # noqa: PLC0415 - they build on this module
+
+    of_kind = probe_checks if subject.kind == "probe" else sink_checks
+    return {"help": _help, "options": _options, **of_kind.checks_of(subject)}
+
+
+def run(name: str, check: Check, subject: Subject) -> Outcome:
+    """Make one check."""
+    try:
+        check(subject)
+    except Fault as fault:
+        return Outcome(name, "failed", str(fault))
+    except (NotChecked, UsageError) as reason:
+        return Outcome(name, "not checked", str(reason))
+    except Exception as error:  # noqa: BLE001 - whatever a plugin raises
+        return Outcome(name, "failed", f"it raises {named(error)}: it must not")
+    return Outcome(name, "passed")
+
+
+def subjects(
+    choice: str,
+    plugins: Plugins | None = None,
+    trial: Callable[[], Trial | None] = lambda: None,
+) -> list[Subject]:
+    """The probe, the sink, or both, of a name.
+
+    Args:
+        choice: ``NAME`` or ``NAME:key=value,...``.
+        plugins: Where to look; all that are installed unless given.
+        trial: See :class:`Subject`.
+
+    Raises:
+        PluginError: There is none, or it is broken.
+        UsageError: An option that it does not have.
+    """
+    name, given = parse_choice(choice)
+    made = [
+        Subject(spec=spec, given=given, trial=trial)
+        for _, spec in (plugins or Plugins.load()).named(name)
+    ]
+    for subject in made:
+        subject.options()
+    return made
+
+
+def check_plugin(
+    choice: str,
+    plugins: Plugins | None = None,
+    trial: Callable[[], Trial | None] = lambda: None,
+) -> Iterator[tuple[Subject, Outcome]]:
+    """Make all checks of a plugin, one after the other.
+
+    Args:
+        choice: ``NAME`` or ``NAME:key=value,...``.
+        plugins: Where to look; all that are installed unless given.
+        trial: See :class:`Subject`.
+
+    Raises:
+        PluginError: There is no such plugin, or it is broken.
+        UsageError: An option that it does not have.
+    """
+    for subject in subjects(choice, plugins, trial):
+        for name, check in checks(subject).items():
+            yield subject, run(name, check, subject)
+
+
+def named(error: BaseException) -> str:
+    """An exception in a sentence."""
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+def _help(subject: Subject) -> None:
+    """Whoever reads `tcplat plugins list` and `show` learns what it is for."""
+    texts = {"summary": subject.spec.summary}
+    texts |= {f"the help of option {one.name}": one.help for one in subject.spec.options}
+    for what, text in texts.items():
+        if not isinstance(text, str) or not text.strip():
+            raise Fault(f"{what} is empty: say in one line what it is for")
+        if not text.isprintable():
+            raise Fault(f"{what} does not print, or has more than one line: {text!r}")
+
+
+_RUBBISH = (
+    *("", " ", "?", "-1", "0", "0x", "1e999", "nan", "9" * 30, "\x00", "\x1b[31m", "\n", "é", "٣"),
+    *("a+b", "+", "/", "..", "[", "%s", "::1", "1.2.3.4/99", "True", "None", "x" * 5000),
+)
+
+
+def _options(subject: Subject) -> None:
+    """Options have names of their own, defaults that convert, and refuse rubbish in words."""
+    names = [one.name for one in subject.spec.options]
+    if doubled := _doubled(names):
+        raise Fault(f"it has two options named {doubled!r}: rename one")
+    for option in subject.spec.options:
+        default = option.default
+        if isinstance(default, str | int | float) and not option.required:
+            # True is written "true".
+            text = str(default).lower() if isinstance(default, bool) else str(default)
+            try:
+                value = option.convert(text)
+            except Exception as error:
+                raise Fault(
+                    f"the default of option {option.name}, {default!r}, does not convert "
+                    f"({named(error)}): give one that the user could write"
+                ) from error
+            if value != default:
+                raise Fault(
+                    f"the default of option {option.name} is {default!r}, and what a user writes "
+                    f"as {text!r} becomes {value!r}: give the converted value"
+                )
+        for rubbish in _RUBBISH:
+            try:
+                option.convert(rubbish)
+            except ValueError as error:
+                if not str(error):
+                    raise Fault(
+                        f"option {option.name}={rubbish[:20]!r} is refused without a word: "
+                        "let its ValueError say what is wanted"
+                    ) from error
+            except Exception as error:
+                raise Fault(
+                    f"option {option.name}={rubbish[:20]!r} raises {named(error)}: "
+                    "its converter has to raise ValueError, in words for the user"
+                ) from error
+
+
+def _doubled(names: Sequence[str]) -> str | None:
+    return next((name for name in names if names.count(name) > 1), None)
+
+
+def as_json(outcomes: Sequence[tuple[Subject, Outcome]]) -> list[dict[str, Any]]:
+    """For ``tcplat plugins check --json``: one object per probe or sink."""
+    by_spec: dict[int, tuple[Subject, list[Outcome]]] = {}
+    for subject, outcome in outcomes:
+        by_spec.setdefault(id(subject), (subject, []))[1].append(outcome)
+    return [
+        {
+            "name": subject.spec.name,
+            "kind": subject.kind,
+            "options": subject.texts,
+            "passed": sum(one.verdict == "passed" for one in of_it),
+            "failed": sum(one.verdict == "failed" for one in of_it),
+            "not_checked": sum(one.verdict == "not checked" for one in of_it),
+            "checks": [attrs.asdict(one) for one in of_it],
+        }
+        for subject, of_it in by_spec.values()
+    ]
+
+
+def as_text(outcomes: Sequence[tuple[Subject, Outcome]]) -> str:
+    """For people: a line for each check, and the sum."""
+    lines = []
+    for one in as_json(outcomes):
+        options = ",".join(f"{name}={text}" for name, text in one["options"].items())
+        lines.append(f"{one['kind']} {one['name']}" + (options and f":{options}"))
+        for check in one["checks"]:
+            shown = "FAILED" if check["verdict"] == "failed" else check["verdict"]
+            why = f": {check['why']}" if check["why"] else ""
+            lines.append(f"  {shown:11}  {check['check']}{why}")
+        lines.append(
+            f"{one['passed']} passed, {one['failed']} failed, {one['not_checked']} not checked"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,508 @@
+"""What a sink promises. Each check has a sink of its own, in a process of its own.
+
+In there standard output is a file, a full device or a pipe that nobody reads; what the sink
+holds in memory can be measured; and what it breaks is gone with the process.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import select
+import signal
+import sys
+import tempfile
+import time
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import attrs
+import msgpack
+
+from tcplat_core.errors import ReaderGoneError, TcplatError
+from tcplat_core.model import HookReport, Loss, ProbeReport, RunInfo, RunReport, Sink, SinkSpec
+from tcplat_core.schema import Event, Wire, fields, text
+
+from .conformance import Check, Fault, NotChecked, Subject, named
+from .rows import make_event
+
+MANY = 1_000_000
+"""Events that have to go through in bounded memory."""
+WARM = 200_000
+"""After so many a sink has what it remembers; its memory may grow by GROWTH from there."""
+GROWTH = 64 << 20
+"""Bytes."""
+_PATIENCE_S = 300.0
+
+
+def checks_of(_: Subject) -> dict[str, Check]:
+    """All checks of a sink, by name."""
+    return {
+        "methods": _methods,
+        "batches": _batches,
+        "empty batch": _empty_batch,
+        "nulls": _nulls,
+        "every byte": _every_byte,
+        "flushes": _flushes,
+        "losses and report": _losses_and_report,
+        "close twice": _close_twice,
+        "full device": _full_device,
+        "reader gone": _reader_gone,
+        "bounded memory": _bounded_memory,
+    }
+
+
+class _OwnEvent(Event, gc=False):
+    """A row of a third party's probe."""
+
+    rto_us: Annotated[int | None, Wire("u32", "a field of its own", nullable=True)]
+
+
+_INFO = RunInfo(("tcp_client", "theirs"), events={"tcp_client": Event, "theirs": _OwnEvent})
+_REPORT = RunReport(
+    probes={
+        "tcp_client": ProbeReport(
+            hooks=(HookReport("send", "tcp_sendmsg", "kprobe", 12, 2, 9),),
+            missing={"recv": "this kernel has no function tcp_recvmsg"},
+            untracked=3,
+            interfaces={"eth0": "native"},
+            skipped={"tcp_sendmsg": 1},
+            silent={"eth1": "it is gone"},
+        )
+    },
+    duration_s=1.5,
+    late=1,
+    switched_off={"other": "writing failed: No space left on device"},
+)
+_LOSS = Loss("tcp_client", "send", 2)
+
+
+def _stream(count: int, start: int = 0) -> list[Event]:
+    """Connections of ten rows each: begun, used, and gone."""
+    story = (
+        *(("connect", "TCP_SYN_SENT", None), ("state", "TCP_ESTABLISHED", "TCP_SYN_SENT")),
+        *(("send", "TCP_ESTABLISHED", None), ("recv", "TCP_ESTABLISHED", None)) * 2,
+        *(("state", "TCP_FIN_WAIT1", "TCP_ESTABLISHED"), ("recv", "TCP_FIN_WAIT2", None)),
+        *(("state", "TCP_CLOSE", "TCP_FIN_WAIT2"), ("close", "TCP_CLOSE", None)),
+    )
+    rows = []
+    for number in range(start, start + count):
+        connection, step = divmod(number, len(story))
+        point, state, old_state = story[step]
+        rows.append(
+            make_event(
+                ts_ns=1_000_000_000 + number * 1000,
+                time_ns=1_700_000_000_000_000_000 + number * 1000,
+                sock=connection + 1,
+                sport=1024 + connection % 60_000,
+                daddr=f"10.{connection >> 16 & 255}.{connection >> 8 & 255}.{connection & 255}",
+                point=point,
+                state=state,
+                old_state=old_state,
+                seq=number * 100 % 2**32,
+            )
+        )
+    return rows
+
+
+# --- the process
+
+
+@attrs.frozen
+class _Ran:
+    """What became of it."""
+
+    output: bytes
+    error: str
+    """What the sink raised; empty if nothing."""
+    told: Any
+    """What the play returned."""
+
+    def fine(self) -> _Ran:
+        """Itself, where the sink raised nothing."""
+        if self.error:
+            raise Fault(f"it raises {self.error}: it has to take whatever a run may hand it")
+        return self
+
+
+def _run(subject: Subject, play: Callable[[Sink], Any], out: str | int = "") -> _Ran:
+    """Make the sink in a child, its output at a file or `out`, and play with it there."""
+    spec = subject.spec
+    assert isinstance(spec, SinkSpec)  # noqa: S101 - checks() has looked
+    options = dict(subject.options())
+    with tempfile.TemporaryDirectory(prefix="tcplat-") as folder:
+        file = Path(folder, "output")
+        target = out or str(file)
+        # Where it takes a path, it writes there; else to standard output.
+        if "path" in options and "path" not in subject.given and isinstance(target, str):
+            options["path"] = target
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        answer, theirs = os.pipe()
+        child = os.fork()
+        if not child:
+            _child(theirs, target, lambda: spec.factory(options, _INFO), play)
+        os.close(theirs)
+        try:
+            data = _read(answer, child)
+        finally:
+            os.close(answer)
+            _, status = os.waitpid(child, 0)
+        if not data:
+            raise Fault(f"it ends the whole process (status {status}): let it raise instead")
+        told = msgpack.unpackb(data)
+        output = file.read_bytes() if file.exists() else b""
+    if told["unable"]:
+        raise NotChecked(told["unable"])
+    return _Ran(output, told["error"], told["told"])
+
+
+def _child(
+    answer: int, target: str | int, make: Callable[[], Sink], play: Callable[[Sink], Any]
+) -> None:
+    """Never returns: whatever happens is told through the pipe."""
+    told: dict[str, Any] = {"unable": "", "error": "", "told": None}
+    try:
+        fd = target if isinstance(target, int) else os.open(target, os.O_WRONLY | os.O_CREAT, 0o644)
+        os.dup2(fd, 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - the sink's, until the end
+        try:
+            sink = make()
+        except TcplatError as error:
+            told["unable"] = str(error)
+        else:
+            told["told"] = play(sink)
+    except BaseException as error:  # noqa: BLE001 - SystemExit is the sink's fault, too
+        told["error"] = named(error)
+    finally:
+        os.write(answer, msgpack.packb(told, default=str))
+        os._exit(0)
+
+
+def _read(answer: int, child: int) -> bytes:
+    """All that comes through the pipe; a child that hangs is ended."""
+    deadline = time.monotonic() + _PATIENCE_S
+    data = b""
+    while select.select([answer], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        chunk = os.read(answer, 1 << 16)
+        if not chunk:
+            return data
+        data += chunk
+    os.kill(child, signal.SIGKILL)
+    raise Fault(f"it did not return within {_PATIENCE_S:.0f} s")
+
+
+def _written() -> int:
+    """In the child: bytes of output so far, wherever the sink has them from."""
+    return os.fstat(1).st_size
+
+
+def _is_silent(subject: Subject) -> bool:
+    """Whether nothing of it ever gets to standard output or path=."""
+
+    def play(sink: Sink) -> None:
+        sink.write(_stream(1000))
+        sink.close(_REPORT)
+
+    if "silent" not in subject.known:
+        subject.known["silent"] = not _run(subject, play).fine().output
+    return bool(subject.known["silent"])
+
+
+_NO_OUTPUT = "it writes neither to standard output nor to a path="
+
+
+# --- the checks
+
+
+def _methods(subject: Subject) -> None:
+    """It has write(), lost() and close(), and each takes what a run hands it."""
+
+    def play(sink: Sink) -> list[str]:
+        faults = []
+        for name in ("write", "lost", "close"):
+            method = getattr(sink, name, None)
+            if not callable(method):
+                faults.append(f"it has no method {name}(): a run calls it")
+                continue
+            try:
+                inspect.signature(method).bind(None)
+            except TypeError:
+                faults.append(f"{name}() does not take one argument, as a run gives it")
+        idle = getattr(sink, "idle", None)
+        if idle is not None:
+            idle()
+        return faults
+
+    faults = _run(subject, play).fine().told
+    if faults:
+        raise Fault(faults[0])
+
+
+def _batches(subject: Subject) -> None:
+    """It takes rows of several probes, own fields and all, in batches of any size."""
+
+    def play(sink: Sink) -> None:
+        sink.write(_stream(1))
+        sink.write(_stream(5000, 1))
+        theirs = [make_event(_OwnEvent, probe="theirs", rto_us=rto) for rto in (None, 204_000)]
+        sink.write(theirs)
+        sink.write((*theirs, *_stream(3)))
+        sink.close(_REPORT)
+
+    _run(subject, play).fine()
+    # A replay has other batches than the run had, and must come to the same.
+    whole, single = (_run(subject, _in_batches_of(size)).fine().output for size in (100, 1))
+    if whole != single:
+        raise Fault(
+            "rows one by one give another output than the same rows at once: where a batch ends "
+            "is chance, so let nothing depend on it"
+        )
+
+
+def _in_batches_of(size: int) -> Callable[[Sink], None]:
+    def play(sink: Sink) -> None:
+        rows = _stream(100)
+        for start in range(0, len(rows), size):
+            sink.write(rows[start : start + size])
+        sink.close(_REPORT)
+
+    return play
+
+
+def _empty_batch(subject: Subject) -> None:
+    """A batch without rows is one."""
+
+    def play(sink: Sink) -> None:
+        sink.write([])
+        sink.write(_stream(10))
+        sink.write([])
+        sink.close(_REPORT)
+
+    _run(subject, play).fine()
+
+
+def _nulls(subject: Subject) -> None:
+    """Each field may be null that the schema says may be, alone or with all others."""
+    nullable = [field.name for field in fields(Event) if field.type.endswith("null")]
+
+    def play(sink: Sink) -> str:
+        for names in (*([name] for name in nullable), nullable):
+            for number, row in enumerate(_stream(10)):
+                known = {name: getattr(row, name) for name in row.__struct_fields__}
+                try:
+                    sink.write([make_event(**{**known, **dict.fromkeys(names)})])
+                except Exception as error:  # noqa: BLE001 - whatever the sink raises
+                    which = names[0] if len(names) == 1 else "every field that may be"
+                    return f"{which} is null ({_stream(10)[number].point}): {named(error)}"
+        sink.close(_REPORT)
+        return ""
+
+    fault = _run(subject, play).fine().told
+    if fault:
+        raise Fault(f"it fails where {fault}; a null says that nobody can know")
+
+
+_TEXTS = ("comm", "desc", "ifname")
+
+
+def _every_byte(subject: Subject) -> None:
+    """No text, whatever is in it, breaks its lines or commands the terminal."""
+
+    def output(odd: Callable[[int], str]) -> bytes:
+        rows = []
+        for byte in range(256):
+            texts = {name: odd(byte).join(_marks(name, byte)) for name in _TEXTS}
+            rows.append(make_event(sock=byte + 1, **texts))
+
+        def play(sink: Sink) -> None:
+            sink.write(rows)
+            sink.close(_REPORT)
+
+        return _run(subject, play).fine().output
+
+    plain = output(lambda _: "-")
+    if not plain:
+        raise NotChecked(_NO_OUTPUT)
+    # As the core escapes what a process calls itself; and as a capture that somebody has
+    # written by hand may have it: then ESC and its like are what must not get through.
+    for what, odd, harmful in (
+        ("an escaped", lambda byte: text(bytes([byte])), "\x9f"),
+        ("a raw", chr, "\x1f"),
+    ):
+        shown = output(odd)
+        before, after = _control(plain), _control(shown)
+        if before is None:
+            continue  # it writes no text
+        if after is None:
+            raise Fault(f"{what} byte in a text makes its output no text any more")
+        broken = _unbroken(plain) - _unbroken(shown)
+        if broken:
+            name, byte = min(broken)
+            raise Fault(
+                f"{what} byte ({byte:#04x} in {name}) breaks its lines: escape what is not "
+                "printable (tcplat_core.printable)"
+            )
+        strange = sorted(char for char in after.keys() - before.keys() if char <= harmful)
+        if strange:
+            raise Fault(
+                f"{what} byte ({strange[0]!r}) gets through to the terminal: escape what is not "
+                "printable (tcplat_core.printable)"
+            )
+
+
+def _marks(name: str, byte: int) -> tuple[str, str]:
+    """What stands before and behind an odd byte."""
+    return f"{name[0]}{byte}{name[0]}", f"{name[0].upper()}{byte}{name[0].upper()}"
+
+
+def _unbroken(output: bytes) -> set[tuple[str, int]]:
+    """Field and byte of which both marks stand in one line."""
+    lines = output.decode().split("\n")
+    marks = {_marks(name, byte): (name, byte) for name in _TEXTS for byte in range(256)}
+    return {
+        what
+        for (before, behind), what in marks.items()
+        if any(behind in line.partition(before)[2] for line in lines)
+    }
+
+
+def _control(output: bytes) -> Counter[str] | None:
+    """How many of each control character a text has; None where it is no text."""
+    try:
+        shown = output.decode()
+    except UnicodeDecodeError:
+        return None
+    return Counter(char for char in shown if unicodedata.category(char) == "Cc")
+
+
+def _flushes(subject: Subject) -> None:
+    """What it has written when write() returns is whole, and nothing is held back."""
+
+    def play(sink: Sink) -> list[int]:
+        sizes = []
+        for batch in (_stream(1), _stream(1000, 1)):
+            sink.write(batch)
+            sizes.append(_written())
+        sink.close(_REPORT)
+        return [*sizes, _written()]
+
+    ran = _run(subject, play).fine()
+    first, second, last = ran.told
+    if not last:
+        raise NotChecked(_NO_OUTPUT)
+    if not second:
+        raise NotChecked("it writes nothing before close()")
+    if not first:
+        raise Fault(
+            "a row is not in its output when write() returns: it has a buffer, "
+            "which has to be flushed (tcplat_core.Output has none)"
+        )
+    if _control(ran.output) is not None and ran.output[second - 1 : second] != b"\n":
+        raise Fault("when write() returns its output ends within a line: write whole ones")
+
+
+def _losses_and_report(subject: Subject) -> None:
+    """It is told of losses at any place, and of how the run went."""
+
+    def play(sink: Sink) -> None:
+        sink.lost(_LOSS)
+        sink.write(_stream(3))
+        sink.lost(_LOSS)
+        sink.lost(Loss("theirs", "retransmit", 2**40))
+        sink.close(_REPORT)
+
+    _run(subject, play).fine()
+    _run(subject, lambda sink: sink.close(RunReport(probes={}, duration_s=0))).fine()
+
+
+def _close_twice(subject: Subject) -> None:
+    """A second close() does no harm."""
+
+    def play(sink: Sink) -> str:
+        sink.write(_stream(3))
+        sink.close(_REPORT)
+        try:
+            sink.close(_REPORT)
+        except Exception as error:  # noqa: BLE001 - whatever the sink raises
+            return named(error)
+        return ""
+
+    error = _run(subject, play).fine().told
+    if error:
+        raise Fault(f"a second close() raises {error}: let it do nothing")
+
+
+def _full_device(subject: Subject) -> None:
+    """What it could not write it does not keep to itself."""
+    if _is_silent(subject):
+        raise NotChecked(_NO_OUTPUT)
+    ran = _run(subject, _everything, "/dev/full")
+    if not ran.error:
+        raise Fault(
+            "its output is on a full device, and nobody hears of it: let write() and close() "
+            "raise what the operating system says"
+        )
+    _check_is_error(ran.error)
+
+
+def _reader_gone(subject: Subject) -> None:
+    """Where nobody reads any more it says so, and the run ends."""
+    if _is_silent(subject) or "path" in subject.given:
+        raise NotChecked("it does not write to standard output")
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        ran = _run(subject, _everything, writer)
+    finally:
+        os.close(writer)
+    if not ran.error.startswith(ReaderGoneError.__name__):
+        raise Fault(
+            f"nobody reads its output any more, and it raises {ran.error or 'nothing'}: "
+            "raise ReaderGoneError, as tcplat_core.Output does"
+        )
+
+
+def _everything(sink: Sink) -> None:
+    sink.write(_stream(1000))
+    sink.lost(_LOSS)
+    sink.close(_REPORT)
+
+
+def _check_is_error(error: str) -> None:
+    if error.startswith(("SystemExit", "KeyboardInterrupt")):
+        raise Fault(f"it raises {error}, which ends the whole run: raise an error of its own")
+
+
+def _bounded_memory(subject: Subject) -> None:
+    """A million events go through it, and its memory does not grow with them."""
+
+    def play(sink: Sink) -> int:
+        settled = 0
+        for batch in _many():
+            sink.write(batch)
+            if not settled and batch[-1].ts_ns >= 1_000_000_000 + (WARM - 1) * 1000:
+                settled = _resident()
+        return _resident() - settled
+
+    grown = _run(subject, play, os.devnull).fine().told
+    if grown > GROWTH:
+        raise Fault(
+            f"its memory grows by {grown >> 20} MB over {MANY - WARM} events: "
+            "let it forget what it has written, or keep sums instead of rows"
+        )
+
+
+def _many() -> Iterator[list[Event]]:
+    for start in range(0, MANY, 1000):
+        yield _stream(1000, start)
+
+
+def _resident() -> int:
+    """Bytes of memory that this process holds."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,674 @@
+"""The conformance kit: what comes with tcplat passes it, and each fault is called by its name."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import attrs
+import pytest
+from click.testing import CliRunner, Result
+
+from tcplat_core import (
+    Event,
+    HookPoint,
+    Loss,
+    Moment,
+    Option,
+    Output,
+    PluginError,
+    ProbeSpec,
+    RunReport,
+    SinkSpec,
+    Wire,
+    integer,
+    tracepoint,
+)
+from tcplat_core.cli import cli
+from tcplat_core.hookpoints import Hook, Way
+from tcplat_core.new import create
+from tcplat_core.plugins import Found, Plugins
+from tcplat_core.testing import conformance, sink_checks
+from tcplat_core.testing.conformance import Outcome, Subject, checks, run
+
+BUILT_IN = [found.name for found in Plugins.load().found if found.distribution == "tcplat"]
+
+
+def test_there_is_something_that_comes_with_tcplat() -> None:
+    assert {"tcp_client", "tcp_service", "xdp_port", "jsonl", "table"} <= set(BUILT_IN)
+
+
+@pytest.mark.tcplat_plugin(*BUILT_IN, root=False)
+def test_what_comes_with_tcplat_conforms(tcplat_check: Callable[[], None]) -> None:
+    tcplat_check()
+
+
+@pytest.mark.parametrize("kind", ["probe", "sink"])
+def test_what_plugins_new_makes_conforms(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, *_ = create(kind, f"fresh_{kind}", tmp_path)
+    monkeypatch.syspath_prepend(str(project))
+    entry = importlib.metadata.EntryPoint("fresh", f"tcplat_fresh_{kind}.plugin", "tcplat")
+    found = [one for _, one in conformance.check_plugin(f"fresh_{kind}", Plugins.load([entry]))]
+    assert "passed" in {one.verdict for one in found}
+    assert [one for one in found if one.verdict == "failed"] == []
+
+
+# --- planted faults: probes
+
+
+class OwnEvent(Event, gc=False):
+    rto_us: Annotated[int | None, Wire("u32", "a field of its own", nullable=True)]
+
+
+SOURCE = """
+int tp_gone(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct tcplat_event *e = tcplat_reserve(HOOK_tp_gone, bpf_ktime_get_ns());
+
+	if (!e)
+		return 0;
+	e->rto_us = 5;
+	tcplat_submit(e);
+	return 0;
+}
+"""
+GONE = tracepoint("tcp:tcp_destroy_sock", "tp_gone", "struct sock *")
+
+GOOD = ProbeSpec(
+    name="gone",
+    summary="each socket that goes",
+    source=SOURCE,
+    points=(HookPoint("close", (GONE,)),),
+    event=OwnEvent,
+    options=(Option(name="least", help="a number", convert=integer(0, 9), default=3),),
+)
+
+
+def without_root(spec: ProbeSpec | SinkSpec) -> Subject:
+    return Subject(spec=spec, given={})
+
+
+def outcome(spec: ProbeSpec | SinkSpec, check: str) -> Outcome:
+    """Of one check."""
+    subject = without_root(spec)
+    return run(check, checks(subject)[check], subject)
+
+
+def test_the_probe_that_faults_are_planted_in_has_none() -> None:
+    subject = without_root(GOOD)
+    verdicts = {name: run(name, check, subject) for name, check in checks(subject).items()}
+    needs_root = {"attaches", "leaves nothing", "lets packets pass"}
+    assert {one.check for one in verdicts.values() if one.verdict == "not checked"} == needs_root
+    assert {one.verdict for one in verdicts.values()} == {"passed", "not checked"}
+    assert verdicts["attaches"].why == "it needs root: run it with sudo"
+
+
+def fails_on_listening(moment: Moment) -> str:
+    if moment.state == "TCP_LISTEN":
+        raise KeyError(moment.state)
+    return "gone"
+
+
+def an_option(**fields: Any) -> tuple[Option, ...]:
+    return (Option(**{"name": "least", "help": "a number", **fields}),)
+
+
+def in_points(*points: HookPoint) -> dict[str, Any]:
+    return {"points": points}
+
+
+def raises_type_error(text: str) -> int:
+    return int(text) if text.isascii() else len(None)  # type: ignore[arg-type]  # the fault
+
+
+class Narrow(Event, gc=False):
+    rto_us: Annotated[int, Wire("u32", "ms, and it says µs", to=lambda raw: f"{raw} ms")]
+
+
+class Picky(Event, gc=False):
+    rto_us: Annotated[str, Wire("u32", "a word", to={0: "none", 1: "one"}.__getitem__)]
+
+
+CLOSE = GOOD.points[0]
+PROBE_FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "no summary": ({"summary": " "}, "help", "summary is empty: say in one line"),
+    "a help of two lines": (
+        {"options": an_option(help="a\nb")},
+        "help",
+        "the help of option least does not print, or has more than one line",
+    ),
+    "a default that does not convert": (
+        {"options": an_option(convert=integer(1), default=0)},
+        "options",
+        "the default of option least, 0, does not convert (ValueError: it must be",
+    ),
+    "a default that nobody could write": (
+        {"options": an_option(convert=integer(), default="5")},
+        "options",
+        "the default of option least is '5', and what a user writes as '5' becomes 5",
+    ),
+    "a converter that raises TypeError": (
+        {"options": an_option(convert=raises_type_error, default=1)},
+        "options",
+        "has no len(): its converter has to raise ValueError, in words for the user",
+    ),
+    "two options of one name": (
+        {"options": (*GOOD.options, *GOOD.options)},
+        "options",
+        "two options named 'least': rename one",
+    ),
+    "two points of one name": (
+        in_points(CLOSE, CLOSE),
+        "hook points",
+        "two hook points are named 'close': rename one",
+    ),
+    "no points": (in_points(), "hook points", "it has no hook points"),
+    "a point without a way": (
+        in_points(HookPoint("close", ())),
+        "hook points",
+        "hook point 'close' has no way to listen",
+    ),
+    "nobody reports": (
+        in_points(
+            HookPoint("close", (Way("tracepoint", (attrs.evolve(GONE.hooks[0], quiet=True),)),))
+        ),
+        "hook points",
+        "has no hook that reports: one of them must not be quiet",
+    ),
+    "a program for two functions": (
+        in_points(CLOSE, HookPoint("reset", (tracepoint("tcp:tcp_send_reset", "tp_gone"),))),
+        "hook points",
+        "is for tracepoint:tcp:tcp_destroy_sock and for tracepoint:tcp:tcp_send_reset: a row could",
+    ),
+    "a kprobe among tracepoints": (
+        in_points(HookPoint("close", (Way("tracepoint", (Hook("f", "tp_gone", "kprobe"),)),))),
+        "hook points",
+        "has the program tp_gone, which is a kprobe: give it a way of its own",
+    ),
+    "a name that bcc attaches": (
+        in_points(HookPoint("close", (tracepoint("tcp:tcp_destroy_sock", "kprobe__gone"),))),
+        "hook points",
+        "bcc attaches kprobe__gone by itself",
+    ),
+    "a constant of the core's": (
+        {"defines": lambda _: {"TCPLAT_HOOKS": 1}},
+        "constants",
+        "defines() gives TCPLAT_HOOKS, a name of the core's: rename it",
+    ),
+    "no words for a state": (
+        {"describe": fails_on_listening},
+        "descriptions",
+        "describe() raises KeyError: 'TCP_LISTEN' for point 'close', state TCP_LISTEN",
+    ),
+    "too many words": (
+        {"describe": lambda _: "a socket is gone"},
+        "descriptions",
+        "old_state None, err 0, 16 letters: the table has room for 15",
+    ),
+    "a conversion that gives another type": (
+        {"event": Narrow},
+        "round trip",
+        "which does not fit the field's type (ValidationError: Expected `int`, got `str`",
+    ),
+    "a conversion that knows two values": (
+        {"event": Picky},
+        "round trip",
+        "a record with rto_us = 2147483647 does not become a row (KeyError: 2147483647)",
+    ),
+    "a struct of its own": (
+        {"source": "#pragma pack(1)\n" + SOURCE.replace("tp_gone(", "tp_went(")},
+        "programs",
+        "hook point 'close' names the program tp_gone, and the C has no such function",
+    ),
+    "a program without a hook": (
+        {"source": SOURCE + "int tp_odd(void *ctx) { return 0; }\n"},
+        "programs",
+        "the C has a program tp_odd that no hook point names: name it, or make the function static",
+    ),
+    "a program that reports nothing": (
+        {"source": "int tp_gone(void *ctx) { return 0; }\n"},
+        "programs",
+        "nothing in the C is reported as HOOK_tp_gone",
+    ),
+    "a misspelt member": (
+        {"source": SOURCE.replace("e->rto_us", "e->rto_ms")},
+        "compiles by tracepoint",
+        "the C does not compile: gone.bpf.c:8: no member named 'rto_ms' in 'struct tcplat_event'",
+    ),
+    "a header that there is not": (
+        {"source": "#include <tcplat/sockets.bpf.h>\n" + SOURCE},
+        "compiles by tracepoint",
+        "there is no header <tcplat/sockets.bpf.h>",
+    ),
+    "a kernel type that there is not": (
+        {"types": ("tcp_socket",)},
+        "compiles by tracepoint",
+        "tcp_socket",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "check", "sentence"), PROBE_FAULTS.values(), ids=PROBE_FAULTS)
+def test_a_fault_of_a_probe_is_named(change: dict[str, Any], check: str, sentence: str) -> None:
+    found = outcome(attrs.evolve(GOOD, **change), check)
+    assert found.verdict == "failed"
+    assert sentence in found.why
+    assert "\n" not in found.why
+
+
+def test_a_record_that_the_compiler_lays_out_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if tcplat itself had it wrong: a declaration cannot make it so."""
+    from tcplat_core.schema import Record  # noqa: PLC0415 - this test alone plays with it
+
+    right = Record.c_struct
+    monkeypatch.setattr(
+        Record, "c_struct", lambda record: right(record).replace("u32 rto_us", "u64 rto_us")
+    )
+    found = outcome(GOOD, "compiles by tracepoint")
+    assert found.verdict == "failed"
+    assert "the compiler gives tcplat_event" in found.why
+    assert "than the schema" in found.why
+
+
+def test_what_cannot_be_looked_at_has_not_passed() -> None:
+    """Whatever comes after a C that does not compile."""
+    found = outcome(attrs.evolve(GOOD, source="int tp_gone("), "programs")
+    assert found == Outcome("programs", "not checked", "the C does not compile by tracepoint")
+
+
+# --- planted faults: sinks
+
+
+@attrs.define(eq=False)
+class Lines:
+    """A sink without a fault: one line for each row."""
+
+    output: Output
+
+    def write(self, batch: Sequence[Event]) -> None:
+        self.output.write("".join(f"{row.comm!r} {row.desc!a}\n" for row in batch).encode())
+
+    def lost(self, loss: Loss) -> None:
+        self.output.write(f"lost {loss.count}\n".encode())
+
+    def close(self, report: RunReport) -> None:
+        if not self.output.closed:
+            self.output.write(f"{report.delivered} rows\n".encode())
+        self.output.close()
+
+
+def sink(cls: type[Lines]) -> SinkSpec:
+    return SinkSpec(
+        name="lines",
+        summary="one line for each row",
+        factory=lambda _, run: cls(Output.open(None, run.stopping)),
+    )
+
+
+class SwallowsErrors(Lines):
+    def write(self, batch: Sequence[Event]) -> None:
+        try:
+            super().write(batch)
+        except Exception:  # noqa: BLE001 - the fault
+            return
+
+    def lost(self, loss: Loss) -> None: ...
+
+    def close(self, report: RunReport) -> None: ...
+
+
+class KeepsAll(Lines):
+    kept: list[Event] = []  # noqa: RUF012 - in a process of its own
+
+    def write(self, batch: Sequence[Event]) -> None:
+        self.kept.extend(batch)
+
+
+class WantsRows(Lines):
+    def write(self, batch: Sequence[Event]) -> None:
+        assert batch[0].ts_ns
+        super().write(batch)
+
+
+class BreaksLines(Lines):
+    def write(self, batch: Sequence[Event]) -> None:
+        self.output.write("".join(f"{row.comm}\n" for row in batch).encode())
+
+
+class CommandsTerminal(Lines):
+    def write(self, batch: Sequence[Event]) -> None:
+        self.output.write(
+            "".join(f"{' '.join((row.comm or '').split())}\n" for row in batch).encode()
+        )
+
+
+class CountsBatches(Lines):
+    def write(self, batch: Sequence[Event]) -> None:
+        super().write(batch)
+        self.output.write(b"---\n")
+
+
+class ClosesOnce(Lines):
+    def close(self, report: RunReport) -> None:  # noqa: ARG002 - it does nothing with it
+        self.output.write(b"end\n")
+        os.close(self.output.fd)
+
+
+class HoldsBack(Lines):
+    kept = b""
+
+    def write(self, batch: Sequence[Event]) -> None:
+        self.kept += b"".join(b"row\n" for _ in batch)
+        if len(self.kept) > 100:
+            self.output.write(self.kept)
+            self.kept = b""
+
+
+class HalfLines(Lines):
+    def write(self, batch: Sequence[Event]) -> None:
+        self.output.write("".join(f"\n{row.comm!r}" for row in batch).encode())
+
+
+class WantsPort(Lines):
+    def write(self, batch: Sequence[Event]) -> None:
+        self.output.write("".join(f"{row.sport:5}\n" for row in batch).encode())
+
+
+class ExitsOnError(Lines):
+    def write(self, batch: Sequence[Event]) -> None:
+        try:
+            super().write(batch)
+        except Exception:  # noqa: BLE001 - the fault
+            os._exit(1)
+
+
+class MisunderstandsReader(Lines):
+    def write(self, batch: Sequence[Event]) -> None:
+        os.write(1, b"row\n" * len(batch))
+
+
+class CountsProbes(Lines):
+    def close(self, report: RunReport) -> None:
+        next(iter(report.probes.values()))
+        super().close(report)
+
+
+class LosesArgument(Lines):
+    def lost(self) -> None: ...  # type: ignore[override]  # the fault
+
+
+class NoLost:
+    write = Lines.write
+    close = Lines.close
+
+    def __init__(self, output: Output) -> None:
+        self.output = output
+
+
+SINK_FAULTS: dict[str, tuple[Any, str, str]] = {
+    "it swallows a failing write": (
+        SwallowsErrors,
+        "full device",
+        "its output is on a full device, and nobody hears of it",
+    ),
+    "it ends the process": (
+        ExitsOnError,
+        "full device",
+        "it ends the whole process (status 256): let it raise instead",
+    ),
+    "it keeps all rows": (KeepsAll, "bounded memory", "MB over 800000 events: let it forget"),
+    "it shows where a batch ends": (
+        CountsBatches,
+        "batches",
+        "rows one by one give another output than the same rows at once",
+    ),
+    "it wants a row": (WantsRows, "empty batch", "it raises IndexError: list index out of range"),
+    "it breaks on a newline": (
+        BreaksLines,
+        "every byte",
+        "a raw byte (0x0a in comm) breaks its lines: escape what is not printable",
+    ),
+    "it lets ESC through": (
+        CommandsTerminal,
+        "every byte",
+        "a raw byte ('\\x00') gets through to the terminal: escape what is not printable",
+    ),
+    "it cannot be closed twice": (
+        ClosesOnce,
+        "close twice",
+        "a second close() raises TcplatError: writing failed: Bad file descriptor",
+    ),
+    "it holds rows back": (
+        HoldsBack,
+        "flushes",
+        "a row is not in its output when write() returns: it has a buffer",
+    ),
+    "it ends within a line": (HalfLines, "flushes", "its output ends within a line"),
+    "it wants a port": (WantsPort, "nulls", "it fails where sport is null (connect): TypeError"),
+    "it knows no ReaderGoneError": (
+        MisunderstandsReader,
+        "reader gone",
+        "it raises BrokenPipeError: [Errno 32] Broken pipe: raise ReaderGoneError",
+    ),
+    "it wants a probe in the report": (
+        CountsProbes,
+        "losses and report",
+        "it raises StopIteration",
+    ),
+    "it is told nothing of losses": (LosesArgument, "methods", "lost() does not take one argument"),
+    "it has no lost()": (NoLost, "methods", "it has no method lost(): a run calls it"),
+}
+
+
+def test_the_sink_that_faults_are_planted_in_has_none() -> None:
+    subject = without_root(sink(Lines))
+    found = [run(name, check, subject) for name, check in checks(subject).items()]
+    assert [one for one in found if one.verdict != "passed"] == []
+
+
+@pytest.mark.parametrize(("cls", "check", "sentence"), SINK_FAULTS.values(), ids=SINK_FAULTS)
+def test_a_fault_of_a_sink_is_named(cls: Any, check: str, sentence: str) -> None:
+    found = outcome(sink(cls), check)
+    assert found.verdict == "failed", found
+    assert sentence in found.why
+
+
+def test_a_sink_that_does_not_return_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hangs(Lines):
+        def write(self, batch: Sequence[Event]) -> None:  # noqa: ARG002 - it does nothing with it
+            time.sleep(60)
+
+    monkeypatch.setattr(sink_checks, "_PATIENCE_S", 0.5)
+    assert outcome(sink(Hangs), "batches").why == "it did not return within 0 s"
+
+
+def test_a_sink_that_writes_elsewhere_is_not_said_to_have_passed() -> None:
+    class Silent(Lines):
+        def write(self, batch: Sequence[Event]) -> None: ...
+
+        def close(self, report: RunReport) -> None: ...
+
+    for check in ("full device", "flushes", "reader gone", "every byte"):
+        assert outcome(sink(Silent), check).verdict == "not checked"
+
+
+# --- plugins that do not even load
+
+
+PLUGIN = """
+from tcplat_core import Event, HookPoint, ProbeSpec, Wire, hookimpl, tracepoint
+from typing import Annotated
+{extra}
+class Own(Event, gc=False):
+    {field}: Annotated[int, Wire({c_type!r}, "a field")]
+
+@hookimpl
+def {hook}():
+    yield ProbeSpec(name="theirs", summary="s", source="", points=(), event=Own)
+"""
+UNLOADABLE = {
+    "a misspelt hook": (
+        {"hook": "tcplat_register_probe"},
+        "there is no hook tcplat_register_probe; it is tcplat_register_probes",
+    ),
+    "a newer hook specification": (
+        {"extra": "tcplat_hookspec = '99.0'"},
+        "it was made for version 99.0 of the plugin hooks, and this tcplat has",
+    ),
+    "a field of the core's": ({"field": "pid"}, "Own.pid is a field of every event already"),
+    "a member of the core's": ({"field": "err"}, "the record has a member 'err' already"),
+    "a type that no record has": ({"c_type": "u32[4]"}, "a field cannot be of the C type 'u32[4]'"),
+}
+
+
+@pytest.mark.parametrize(("change", "sentence"), UNLOADABLE.values(), ids=UNLOADABLE)
+def test_a_plugin_that_does_not_load_is_broken(
+    change: dict[str, str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {"extra": "", "field": "rto_us", "c_type": "u32", "hook": "tcplat_register_probes"}
+    name = f"theirs_{abs(hash(sentence))}"
+    (tmp_path / f"{name}.py").write_text(PLUGIN.format(**(parts | change)))
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = importlib.metadata.EntryPoint("theirs", name, "tcplat")
+    with pytest.raises(PluginError, match=r"plugin theirs .* is broken: ") as caught:
+        conformance.subjects("theirs", Plugins.load([entry]))
+    assert sentence in str(caught.value)
+
+
+# --- the command
+
+
+def check(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, ["plugins", "check", *arguments])
+
+
+@pytest.fixture
+def unprivileged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is loaded or attached by these tests, whoever runs them."""
+    monkeypatch.setattr("tcplat_core.testing.trial.as_root", lambda: None)
+
+
+@pytest.mark.usefixtures("unprivileged")
+def test_the_command_shows_each_check_and_the_sum() -> None:
+    done = check("xdp_port:iface=lo,port=9999")
+    assert done.exit_code == 0
+    lines = done.stdout.splitlines()
+    assert lines[0] == "probe xdp_port:iface=lo,port=9999"
+    assert "  passed       round trip" in lines
+    assert "  not checked  attaches: it needs root: run it with sudo" in lines
+    assert lines[-1] == "8 passed, 0 failed, 3 not checked"
+
+
+@pytest.mark.usefixtures("unprivileged")
+def test_the_command_speaks_json() -> None:
+    done = check("xdp_port", "--json")
+    (one,) = json.loads(done.stdout)
+    assert (one["name"], one["kind"]) == ("xdp_port", "probe")
+    # Its own examples, where nothing is given.
+    assert one["options"] == {"iface": "eth0", "port": "80+443"}
+    assert (one["passed"], one["failed"], one["not_checked"]) == (8, 0, 3)
+    assert {
+        "check": "attaches",
+        "verdict": "not checked",
+        "why": "it needs root: run it with sudo",
+    } in one["checks"]
+
+
+@pytest.mark.usefixtures("unprivileged")
+def test_a_failed_check_is_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    faulty = attrs.evolve(GOOD, summary="", source="int tp_gone(")
+    found = Found("gone", "probe", "1.0", "theirs", "ok", faulty.summary)
+    plugins = Plugins(probes={"gone": faulty}, found=[found])
+    monkeypatch.setattr(Plugins, "load", lambda: plugins)
+    done = check("gone")
+    assert done.exit_code == 1
+    assert "  FAILED       help: summary is empty: say in one line what it is for" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("choice", "status", "sentence"),
+    [
+        ("no_such_thing", 4, "there is no plugin named 'no_such_thing'"),
+        ("jsonl:color=red", 2, "sink jsonl has no option 'color'"),
+        ("xdp_port:port=none", 2, "is not a port"),
+    ],
+)
+def test_what_cannot_be_checked_at_all(choice: str, status: int, sentence: str) -> None:
+    done = subprocess.run(
+        [Path(sys.executable).with_name("tcplat"), "plugins", "check", choice],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (status, "")
+    assert sentence in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_without_any_capability_the_c_is_compiled_all_the_same() -> None:
+    """All that bcc needs rights for is to create maps, and by then it has compiled."""
+    drop = ("setpriv", "--bounding-set=-all", "--inh-caps=-all") if os.geteuid() == 0 else ()
+    tcplat = str(Path(sys.executable).with_name("tcplat"))
+    done = subprocess.run(
+        [*drop, tcplat, "plugins", "check", "tcp_client", "--json"], capture_output=True, check=True
+    )
+    verdicts = {one["check"]: one for one in json.loads(done.stdout)[0]["checks"]}
+    for name in ("compiles by kprobe", "compiles by fentry", "compiles by tracepoint", "programs"):
+        assert verdicts[name]["verdict"] == "passed", verdicts[name]
+    assert verdicts["attaches"]["verdict"] == "not checked"
+
+
+# --- for pytest
+
+
+def test_pytest_makes_a_test_of_each_check(tmp_path: Path) -> None:
+    test = tmp_path / "test_theirs.py"
+    test.write_text(
+        "import pytest\n"
+        '@pytest.mark.tcplat_plugin("jsonl")\n'
+        "def test_it_conforms(tcplat_check): tcplat_check()\n"
+    )
+    run_it = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--strict-markers")
+    done = subprocess.run(
+        [*run_it, "-v", "-k", "methods or nulls", test],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert "test_it_conforms[methods] PASSED" in done.stdout
+    assert "test_it_conforms[nulls] PASSED" in done.stdout
+    assert "2 passed, 11 deselected" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("mark", "sentence"),
+    [
+        ("", 'has no mark that says of which plugin: @pytest.mark.tcplat_plugin("NAME")'),
+        ('@pytest.mark.tcplat_plugin("gone")', "there is no plugin named 'gone'; there is "),
+        ('@pytest.mark.tcplat_plugin("jsonl:color=red")', "sink jsonl has no option 'color'"),
+    ],
+    ids=["no mark", "no such plugin", "no such option"],
+)
+def test_pytest_says_what_it_cannot_make_tests_of(mark: str, sentence: str, tmp_path: Path) -> None:
+    test = tmp_path / "test_theirs.py"
+    test.write_text(f"import pytest\n{mark}\ndef test_it(tcplat_check): tcplat_check()\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", test],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == pytest.ExitCode.INTERRUPTED
+    assert sentence in done.stdout
+    assert "Traceback" not in done.stdout

@@ -1,0 +1,130 @@
+"""``tcplat plugins new`` writes projects that work, from templates that are projects themselves."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tcplat_core.errors import UsageError
+from tcplat_core.new import create
+from tcplat_core.plugins import Plugins
+
+ROOT = Path(__file__).parents[2]
+LONGEST = "n2345678_0123456_8901234_6789012"
+"""32 characters."""
+
+every_kind = pytest.mark.parametrize("kind", ["probe", "sink"])
+every_name = pytest.mark.parametrize("name", ["x", "slow_link", "zzz9", LONGEST])
+
+
+def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=cwd,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@every_kind
+@every_name
+def test_it_is_clean_and_of_one_name(kind: str, name: str, tmp_path: Path) -> None:
+    project, *files = create(kind, name, tmp_path)
+    assert project.name == f"tcplat-{name.replace('_', '-')}"
+    assert not any("skeleton" in f"{file} {file.read_text()}" for file in files)
+    # By its own rules, and by ours.
+    for how in ((), ("--config", ROOT / "pyproject.toml")):
+        checked = run("ruff", "check", "--no-cache", *how, ".", cwd=project)
+        assert checked.returncode == 0, checked.stdout
+        formatted = run("ruff", "format", "--no-cache", "--check", *how, ".", cwd=project)
+        assert formatted.returncode == 0, formatted.stdout
+
+
+@every_kind
+def test_its_tests_pass(kind: str, tmp_path: Path) -> None:
+    project, *_ = create(kind, "slow_link", tmp_path)
+    done = run("pytest", "-q", "-p", "no:cacheprovider", cwd=project)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"[4-9] passed", done.stdout)
+
+
+@every_kind
+def test_its_types_are_strict(kind: str, tmp_path: Path) -> None:
+    project, *_ = create(kind, "slow_link", tmp_path)
+    done = run("mypy", "--strict", "tcplat_slow_link", "tests", cwd=project)
+    assert done.returncode == 0, done.stdout
+
+
+@every_kind
+def test_it_is_found_by_its_entry_point(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, *_ = create(kind, "slow_link", tmp_path)
+    told = tomllib.loads((project / "pyproject.toml").read_text())
+    info = project / "tcplat_slow_link-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Name: {told['project']['name']}\nVersion: 0.1.0\n")
+    entries = told["project"]["entry-points"]["tcplat"]
+    lines = [f"{entry} = {value}" for entry, value in entries.items()]
+    (info / "entry_points.txt").write_text("\n".join(["[tcplat]", *lines]))
+    monkeypatch.syspath_prepend(str(project))
+    plugins = Plugins.load()
+    for module in [name for name in sys.modules if name.startswith("tcplat_slow_link")]:
+        del sys.modules[module]
+    ((found, spec),) = plugins.named("slow_link")
+    assert (found.kind, found.distribution, found.status) == (kind, "tcplat-slow-link", "ok")
+    assert spec.options
+
+
+@every_kind
+def test_it_says_under_which_licence_it_is(kind: str, tmp_path: Path) -> None:
+    project, *_ = create(kind, "slow_link", tmp_path)
+    assert "MIT License" in (project / "LICENSE").read_text()
+    assert "Licence: MIT" in (project / "README.md").read_text()
+    assert "__pycache__/" in (project / ".gitignore").read_text()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "Demo", "1st", "_x", "x_", "a__b", "my-probe", "ö", "a b", "../x", "x.y", f"{LONGEST}3"],
+)
+def test_that_is_no_name(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is no name for a plugin: take lower-case letters"):
+        create("probe", name, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("class", "is a word of Python's"),
+        ("core", "is a name of tcplat's own"),
+        ("sinks", "is a name of tcplat's own"),
+        ("tcp_client", "is a name of tcplat's own"),
+        ("jsonl", "is a name of tcplat's own"),
+    ],
+)
+def test_that_name_is_taken(name: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=reason):
+        create("sink", name, tmp_path)
+
+
+def test_nothing_is_written_over(tmp_path: Path) -> None:
+    there = tmp_path / "tcplat-slow-link"
+    there.mkdir()
+    with pytest.raises(UsageError, match="is there already; remove it, or name another --dir"):
+        create("probe", "slow_link", tmp_path)
+    assert not list(there.iterdir())
+
+
+def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"cannot write .*nowhere/tcplat-x: No such file"):
+        create("probe", "x", tmp_path / "nowhere")

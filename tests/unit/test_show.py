@@ -1,0 +1,199 @@
+"""``tcplat plugins show``: what is told of a plugin, and what is not known of the host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import attrs
+import pytest
+
+from tcplat_core import show
+from tcplat_core.errors import CannotRunError
+from tcplat_core.hookpoints import (
+    HookPoint,
+    Way,
+    fenter,
+    fentry,
+    kentry,
+    kprobe,
+    tracepoint,
+    tracepoints,
+)
+from tcplat_core.kinds import boolean, choice, integer
+from tcplat_core.loader.host import Host
+from tcplat_core.model import Option, ProbeSpec, SinkSpec
+from tcplat_core.plugins import Found
+from tcplat_core.schema import Event, Wire, fields
+
+FUNCTION = {"tcp_sendmsg": (1, ["sk", "msg", "size"]), "tcp_close": (2, ["sk"])}
+TRACEPOINT = {"tcp:tcp_probe": (0, ["struct sock *"])}
+BY_FENTRY = fentry(fenter("tcp_sendmsg", "fe_send"))
+BY_KPROBE = kprobe(kentry("tcp_sendmsg", "kp_send"))
+BY_TRACEPOINT = tracepoint("tcp:tcp_probe", "tp_send")
+BY_SYSCALL = tracepoints(("syscalls:sys_exit_accept4", "tp_accept"))
+
+
+@pytest.fixture(autouse=True)
+def _kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No kprobes, no tracefs; what BTF says stands in the facts below."""
+    monkeypatch.setattr("tcplat_core.loader.host.KPROBE_PMU", tmp_path / "none")
+    monkeypatch.setattr("tcplat_core.loader.bpf.tracefs", lambda: None)
+    monkeypatch.setattr(show, "tracefs", lambda: None)
+
+
+def host(*, fentry: str = "") -> Host:
+    """A kernel that has these functions and that tracepoint; why it has no fentry."""
+    facts: dict[str, tuple[int, list[str]] | None] = {**FUNCTION, **TRACEPOINT, "tcp_nowhere": None}
+    return Host(facts=facts, fentry=fentry)
+
+
+def point(*ways: Way, sight: show.Sight, optional: bool = False) -> tuple[Any, Any, Any]:
+    told = sight.point(HookPoint("send", ways, optional=optional))
+    return told["takes"], told["perhaps"], told["why_not"]
+
+
+def test_root_knows_what_works() -> None:
+    works = show.Sight(host(), as_root=True)
+    assert point(BY_FENTRY, BY_TRACEPOINT, sight=works) == ("fentry:tcp_sendmsg", None, None)
+    refuses = show.Sight(host(fentry="this kernel refuses fentry programs"), as_root=True)
+    assert point(BY_FENTRY, BY_TRACEPOINT, sight=refuses) == (
+        "tracepoint:tcp:tcp_probe",
+        None,
+        None,
+    )
+
+
+def test_without_root_fentry_is_a_perhaps() -> None:
+    sight = show.Sight(host())
+    assert point(BY_FENTRY, BY_TRACEPOINT, sight=sight) == (
+        "tracepoint:tcp:tcp_probe",
+        "fentry:tcp_sendmsg",
+        None,
+    )
+    assert point(BY_FENTRY, sight=sight) == (
+        None,
+        "fentry:tcp_sendmsg",
+        "whether fentry works only root can find out",
+    )
+
+
+def test_without_root_a_function_that_there_is_not_is_no_perhaps() -> None:
+    nowhere = fentry(fenter("tcp_nowhere", "fe_nowhere"))
+    takes, perhaps, _ = point(nowhere, BY_TRACEPOINT, sight=show.Sight(host()))
+    assert (takes, perhaps) == ("tracepoint:tcp:tcp_probe", None)
+
+
+def test_without_root_nobody_sees_the_tracepoints_of_system_calls() -> None:
+    assert point(BY_SYSCALL, sight=show.Sight(host())) == (
+        None,
+        "tracepoint:syscalls:sys_exit_accept4",
+        "which tracepoints of system calls there are only root can see",
+    )
+
+
+def test_no_way_has_its_reason() -> None:
+    sight = show.Sight(host(), as_root=True)
+    assert point(BY_KPROBE, sight=sight) == (
+        None,
+        None,
+        "this kernel has no kprobes (CONFIG_KPROBE_EVENTS)",
+    )
+
+
+def test_a_kernel_that_does_not_describe_itself_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def nothing(_: Host) -> None:
+        raise CannotRunError("this kernel does not describe its types")
+
+    monkeypatch.setattr(Host, "btf", property(nothing))
+    takes, perhaps, why_not = point(BY_TRACEPOINT, sight=show.Sight())
+    assert (takes, perhaps) == (None, None)
+    assert why_not == "this kernel does not describe its types"
+
+
+class Own(Event):
+    rto_us: Annotated[int | None, Wire("u32", "the timer, µs", nullable=True)]
+
+
+PROBE = ProbeSpec(
+    name="again",
+    summary="each segment that is sent again",
+    source="",
+    points=(
+        HookPoint("send", (BY_FENTRY, BY_TRACEPOINT)),
+        HookPoint("accept", (BY_KPROBE,), optional=True),
+    ),
+    event=Own,
+    options=(
+        Option(name="iface", help="where", required=True, example="eth0", metavar="IFACE"),
+        Option(name="most", help="how many", convert=integer(1, 9), default=3),
+        Option(name="dir", help="which way", convert=choice("in", "out"), default="in"),
+        Option(name="quick", help="not long", convert=boolean, default=False),
+        Option(name="odd", help="a thing", default=(1, 2)),
+        Option(name="path", help="a file"),
+    ),
+)
+FOUND = Found("again", "probe", "2.5", "tcplat-again", "ok", PROBE.summary)
+
+
+def test_all_there_is_to_know_of_a_probe() -> None:
+    told = show.as_json(FOUND, PROBE, show.Sight(host()))
+    assert list(told) == [
+        *("name", "kind", "version", "distribution", "summary", "options", "example"),
+        *("points", "fields"),
+    ]
+    assert told["example"] == "sudo tcplat run --probe again:iface=eth0"
+    assert [one["point"] for one in told["points"]] == ["send", "accept"]
+    assert told["fields"] == [attrs.asdict(field) for field in fields(Own)]
+    assert [field["name"] for field in told["fields"] if field["own"]] == ["rto_us"]
+    assert told["options"][2] == {
+        "name": "dir",
+        "type": "in|out",
+        "choices": ["in", "out"],
+        "default": "in",
+        "required": False,
+        "help": "which way",
+    }
+    assert [option["default"] for option in told["options"]] == [
+        None,
+        3,
+        "in",
+        False,
+        "(1, 2)",
+        None,
+    ]
+
+
+def test_the_same_for_a_reader() -> None:
+    text = show.as_text(show.as_json(FOUND, PROBE, show.Sight(host())))
+    lines = text.splitlines()
+    assert lines[:2] == [
+        "again: each segment that is sent again",
+        "probe, from tcplat-again 2.5",
+    ]
+    assert "  send    fentry:tcp_sendmsg if that works here, else tracepoint:tcp:tcp_probe" in lines
+    assert "  accept  no: this kernel has no kprobes (CONFIG_KPROBE_EVENTS)" in lines
+    assert "  root can tell for sure: sudo tcplat plugins show again" in lines
+    assert "  iface=IFACE   where  [required]" in lines
+    assert "  most=N        how many  [default: 3]" in lines
+    assert "  quick=yes|no  not long  [default: no]" in lines
+    assert "  path=TEXT     a file" in lines
+    (own,) = (line for line in lines if line.startswith("  *"))
+    assert own.split() == ["*", "rto_us", "int", "or", "null", "us", "the", "timer,", "µs"]
+    assert lines[-1] == "  sudo tcplat run --probe again:iface=eth0"
+
+
+def test_a_probe_that_cannot_run_here_says_so() -> None:
+    spec = attrs.evolve(PROBE, points=(HookPoint("send", (BY_KPROBE,)),))
+    text = show.as_text(show.as_json(FOUND, spec, show.Sight(host(), as_root=True)))
+    assert "no kprobes (CONFIG_KPROBE_EVENTS); the probe cannot do without" in text
+
+
+def test_a_sink_has_neither_points_nor_fields() -> None:
+    sink = SinkSpec(name="again", summary="s", factory=lambda _, __: pytest.fail("opened"))
+    told = show.as_json(attrs.evolve(FOUND, kind="sink"), sink, show.Sight(host()))
+    assert not {"points", "fields"} & set(told)
+    assert told["example"] == "sudo tcplat run --probe tcp_client --sink again"
+    assert "no options" in show.as_text(told)
