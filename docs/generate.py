@@ -122,6 +122,7 @@ SECTIONS = {
         *("Option", "Options", "Kind", "integer", "choice", "boolean", "duration", "size"),
     ),
     "A sink": ("SinkSpec", "Sink", "RunInfo", "Output", "printable", "Loss", "RunReport"),
+    "A command": ("Reader", "Merge", "HOST_BITS", "add_reports"),
     "Errors": (*("TcplatError", "UsageError", "CannotRunError", "PluginError", "ReaderGoneError"),),
 }
 """Every public name, in the order in which one needs them."""

@@ -102,6 +102,9 @@ class Sink(Protocol):
     ReaderGoneError while there is nothing to write. And ``poll()``: called whenever the
     rings have been looked at, every 3 to 20 ms, also when nothing came (in a replay at
     least every 100 ms); it must not block.
+
+    One that tells of many rows in one says so by ``joins = True``: the conformance kit
+    does not expect each row in its output then.
     """
 
     def write(self, batch: Sequence[Event]) -> None:

@@ -40,10 +40,13 @@ Told = Exchange | Connection
 _SECOND_NS = 1_000_000_000
 _ROLES = {"tcp_client": CLIENT, "tcp_service": SERVICE, "client": CLIENT, "service": SERVICE}
 """Whose socket it is, by the probe, or by what tcp_stats says."""
+_STREAM = frozenset({"send", "send_short", "recv", "ready"})
 _PLAIN = frozenset({"ACK", "PSH|ACK"})
 _PACKETS = frozenset({"nic_tx", "nic_rx", "rx_ip"})
 _STRAGGLERS_NS = 2 * _SECOND_NS
 """So long a connection that is over still takes what belongs to it."""
+_MOST_OVER = 8_192
+"""Connections that are over and still take what belongs to them."""
 _LONG = 256
 """Entries of a log that are kept without looking whether they are needed."""
 _LONGEST = 16_384
@@ -110,7 +113,8 @@ class Joiner:
             sock = row.sock
             if sock:
                 handler = points.get(point)
-                if handler is None:
+                # A null says that nobody can know: then there is nothing to join by.
+                if handler is None or (point in _STREAM and row.seq is None):
                     continue
                 end = socks.get(sock) or self._bind(row)
                 if end is None:
@@ -120,7 +124,9 @@ class Joiner:
                 end.conn.last_ns = ts_ns
                 handler(end, row, ts_ns)
             elif point in _PACKETS:
-                flags = row.flags
+                flags = row.flags or ""
+                if row.seq is None:
+                    continue
                 # Half of all packets: an ACK that tells nothing, while no window is closed.
                 if (
                     flags == "ACK"
@@ -366,7 +372,7 @@ class Joiner:
         conn = end.conn
         index = end.index
         flow = conn.flows[index]
-        count = row.bytes
+        count = row.bytes or 0
         at = flow.at(row.seq)
         if flow.begin < 0:
             flow.begin = at
@@ -395,7 +401,7 @@ class Joiner:
         conn = end.conn
         flow = conn.flows[end.index]
         at = flow.at(row.seq)
-        flow.data_sent -= row.bytes
+        flow.data_sent -= row.bytes or 0
         flow.sent = at
         if not flow.sends:
             return
@@ -408,7 +414,7 @@ class Joiner:
     def _ready(self, end: End, row: Any, ts_ns: int) -> None:
         flow = end.conn.flows[1 - end.index]
         ready = flow.ready
-        if ready.pass_by(flow.at(row.seq) + row.bytes, ts_ns) and len(ready.log) > _LONG:
+        if ready.pass_by(flow.at(row.seq) + (row.bytes or 0), ts_ns) and len(ready.log) > _LONG:
             self._prune(end.conn, 1 - end.index)
 
     def _recv(self, end: End, row: Any, ts_ns: int) -> None:
@@ -749,6 +755,8 @@ class Joiner:
             if one.sock and self._socks.get(one.sock) is one:
                 del self._socks[one.sock]
         self._over.append(conn)
+        if len(self._over) > _MOST_OVER:
+            self._release(self._over.popleft())
         # Its addresses stay for a while; what its streams held goes now.
         for flow in conn.flows:
             self._closed_windows -= flow.zero

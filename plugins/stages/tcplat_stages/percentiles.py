@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 import msgspec
 
-from tcplat_core import Event, Loss, Merge, Output, RunReport
+from tcplat_core import Event, Loss, Merge, Output, RunReport, printable
 
 from .histogram import Histogram
 from .hosts import Hosts, crosses
@@ -64,12 +64,16 @@ class Stages:
         as_json: One JSON object per group and stage.
     """
 
+    joins = True
+    """What it writes is of many rows: it comes when all of them are there."""
+
     output: Output
     group_by: tuple[str, ...] = ("process", "port")
     every_ns: int = 0
     as_json: bool = False
     joiner: Joiner = attrs.field(factory=Joiner)
     hosts: Hosts = attrs.field(factory=Hosts)
+    _closed: bool = attrs.field(default=False, init=False)
     _now: dict[Group, dict[str, Histogram]] = attrs.field(factory=dict, init=False)
     _all: dict[Group, dict[str, Histogram]] = attrs.field(factory=dict, init=False)
     _next_ns: int = attrs.field(default=0, init=False)
@@ -104,6 +108,9 @@ class Stages:
 
     def close(self, report: RunReport) -> None:  # noqa: ARG002 - the summary is on stderr
         """The figures of the whole run."""
+        if self._closed:
+            return
+        self._closed = True
         self._count(self.joiner.finish())
         self._add_up()
         self._write(self._all, "")
@@ -200,7 +207,7 @@ class Stages:
                 for number, (cell, width) in enumerate(zip(row, widths, strict=True))
             ]
             lines.append("  ".join(line))
-        return "\n".join([*lines, ""])
+        return "\n".join([*map(printable, lines), ""])
 
 
 def _as_text(group: Group) -> tuple[str, ...]:

@@ -5,17 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from tcplat_core import Option, Options, Output, RunInfo, Sink, SinkSpec, hookimpl
+from tcplat_core import Option, Options, Output, RunInfo, Sink, SinkSpec, choice, hookimpl
 
 _PIPE_WIDTH = 100
 _GROUPINGS = ("process", "remote", "port")
 _DEFAULT_GROUPS = ("process", "port")
-
-
-def _format(text: str) -> bool:
-    if text not in ("text", "json"):
-        raise ValueError("it is one of text, json")
-    return text == "json"
 
 
 def _number(text: str) -> int:
@@ -37,7 +31,7 @@ def _groups(text: str) -> tuple[str, ...]:
 def _duration(text: str) -> int:
     from .text import parse_duration  # noqa: PLC0415 - only the sinks in use are imported
 
-    return parse_duration(text)
+    return 0 if text == "0" else parse_duration(text)
 
 
 def _at_least(text: str) -> object:
@@ -63,7 +57,7 @@ def _waterfall(options: Options, run: RunInfo) -> Sink:
     return Waterfall(
         output,
         options["width"] or _columns(output.fd),
-        as_json=options["format"],
+        as_json=options["format"] == "json",
         slow=options["slow"],
         at_least=options["min_stage"],
     )
@@ -72,7 +66,7 @@ def _waterfall(options: Options, run: RunInfo) -> Sink:
 def _summary(options: Options, run: RunInfo) -> Sink:
     from .summary import Summary  # noqa: PLC0415 - only the sinks in use are imported
 
-    return Summary(Output.open(options["path"], run.stopping), as_json=options["format"])
+    return Summary(Output.open(options["path"], run.stopping), as_json=options["format"] == "json")
 
 
 def _stages(options: Options, run: RunInfo) -> Sink:
@@ -82,13 +76,18 @@ def _stages(options: Options, run: RunInfo) -> Sink:
         Output.open(options["path"], run.stopping),
         options["group_by"],
         options["every"],
-        as_json=options["format"],
+        as_json=options["format"] == "json",
     )
 
 
 _COMMON = (
     Option(name="path", help="file to write; standard output if not given"),
-    Option(name="format", help="text, or json: one object a line", convert=_format, default=False),
+    Option(
+        name="format",
+        help="text, or json: one object a line",
+        convert=choice("text", "json"),
+        default="text",
+    ),
 )
 
 

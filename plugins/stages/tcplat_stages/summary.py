@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 import msgspec
 
-from tcplat_core import Event, Loss, Output, RunReport
+from tcplat_core import Event, Loss, Output, RunReport, printable
 
 from .join import Joiner, Told
 from .model import CLIENT, SERVICE, STATS, Connection
@@ -27,9 +27,13 @@ class Summary:
         as_json: One JSON object per connection.
     """
 
+    joins = True
+    """What it writes is of many rows: it comes when all of them are there."""
+
     output: Output
     as_json: bool = False
     joiner: Joiner = attrs.field(factory=Joiner)
+    _closed: bool = attrs.field(default=False, init=False)
     _encoder: msgspec.json.Encoder = attrs.field(factory=msgspec.json.Encoder, init=False)
 
     def write(self, batch: Sequence[Event]) -> None:
@@ -50,6 +54,9 @@ class Summary:
 
     def close(self, report: RunReport) -> None:  # noqa: ARG002 - the summary is on stderr
         """What is still open."""
+        if self._closed:
+            return
+        self._closed = True
         self._show(self.joiner.finish())
         self.output.close()
 
@@ -197,7 +204,7 @@ def block(conn: Connection) -> str:
     trouble = _trouble(conn)
     if trouble:
         lines.append(_line("trouble", trouble))
-    return "\n".join([*lines, "", ""])
+    return "\n".join([*map(printable, lines), "", ""])
 
 
 def _line(head: str, parts: list[str]) -> str:

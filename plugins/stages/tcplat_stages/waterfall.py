@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 import msgspec
 
-from tcplat_core import Event, Loss, Merge, Output, RunReport
+from tcplat_core import Event, Loss, Merge, Output, RunReport, printable
 
 from .hosts import Hosts, crosses
 from .join import Joiner, Told
@@ -49,6 +49,9 @@ class Waterfall:
         at_least: Which ones; None for all.
     """
 
+    joins = True
+    """What it writes is of many rows: it comes when all of them are there."""
+
     output: Output
     width: int = 100
     as_json: bool = False
@@ -56,6 +59,7 @@ class Waterfall:
     at_least: AtLeast | None = None
     joiner: Joiner = attrs.field(factory=Joiner)
     hosts: Hosts = attrs.field(factory=Hosts)
+    _closed: bool = attrs.field(default=False, init=False)
     _slowest: list[tuple[int, int, Exchange]] = attrs.field(factory=list, init=False)
     _count: int = attrs.field(default=0, init=False)
     _encoder: msgspec.json.Encoder = attrs.field(factory=msgspec.json.Encoder, init=False)
@@ -82,6 +86,9 @@ class Waterfall:
 
     def close(self, report: RunReport) -> None:  # noqa: ARG002 - the summary is on stderr
         """What was still open; the slowest."""
+        if self._closed:
+            return
+        self._closed = True
         self._show(self.joiner.finish())
         slowest = sorted(self._slowest, key=lambda one: (-one[0], -one[1]))
         self._write([exchange for _, _, exchange in slowest])
@@ -194,7 +201,7 @@ def block(exchange: Exchange, width: int, hosts: Hosts | None = None) -> str:
         lines += _bars(handshake, width, bound_ns)
         lines.append(f"  {exchange.kind} {duration(split.total_ns)}")
     lines += _bars(split, width, bound_ns)
-    return "\n".join([*lines, "", ""])
+    return "\n".join([*map(printable, lines), "", ""])
 
 
 _ONE_WAY = {"request": "no reply", "push": "unasked"}
