@@ -18,6 +18,7 @@ from tcplat_stages.join import Joiner
 from tcplat_stages.model import Exchange
 
 from tcplat_core import Event, Reader, UsageError
+from tcplat_core.cli import cli
 
 from .captures import Traffic, joint, of_host, write
 
@@ -229,3 +230,24 @@ def test_segments_sent_again_merged_or_split_do_not_mislead() -> None:
     highs = sightings.corridor.highs
     assert sightings.corridor.counts == [5, 0]  # SYN, three times bytes, and one acknowledgement
     assert min(highs.values()) >= 0
+
+
+def test_wire_times_are_printed_with_their_bound(tmp_path: Path) -> None:
+    traffic = Traffic(connections=5)
+    _, out = merged(tmp_path, of_host(traffic, 0), of_host(traffic, 1, drifting))
+    bound_us = heads(out)[1]["bound_ns"] / 1000
+
+    def replayed(sink: str) -> str:
+        shown = tmp_path / "shown"
+        arguments = ["replay", str(out), "-q", "--sink", f"{sink},path={shown}"]
+        CliRunner().invoke(cli, arguments, catch_exceptions=False)
+        return shown.read_text(encoding="utf-8")
+
+    stages = [json.loads(line) for line in replayed("stages:format=json").splitlines()]
+    bounds = {one["stage"]: one["wire_bound_us"] for one in stages if "wire_bound_us" in one}
+    assert bounds == {"wire": bound_us, "wire_back": bound_us}
+    said = f"± {bound_us:.1f} µs"
+    assert said in replayed("stages:group_by=none")
+    lines = replayed("waterfall:width=100").splitlines()
+    marked = {line.split()[0] for line in lines if said in line}
+    assert marked == {"wire", "wire_back", "syn", "synack"}
