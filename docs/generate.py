@@ -126,6 +126,7 @@ SECTIONS = {
         *("Histogram", "Aggregation", "Aggregates", "Distribution", "Group", "AggregateSink"),
     ),
     "A sink": ("SinkSpec", "Sink", "RunInfo", "Output", "printable", "Loss", "RunReport"),
+    "A command": ("Reader", "Merge", "HOST_BITS", "add_reports"),
     "Errors": (*("TcplatError", "UsageError", "CannotRunError", "PluginError", "ReaderGoneError"),),
 }
 """Every public name, in the order in which one needs them."""

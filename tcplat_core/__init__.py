@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from .kinds import Kind, boolean, choice, duration, integer, size
     from .maps import Maps, MapView, ReadableMap
     from .model import (
+        HOST_BITS,
         AggregateSink,
         Loss,
+        Merge,
         Option,
         Options,
         ProbeSpec,
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
         SinkSpec,
     )
     from .output import Output
+    from .reading import Reader
+    from .replay import add_reports
     from .schema import (
         SCHEMA_VERSION,
         Event,
@@ -54,6 +58,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HOOKSPEC_VERSION",
+    "HOST_BITS",
     "SCHEMA_VERSION",
     "AggregateSink",
     "Aggregates",
@@ -71,6 +76,7 @@ __all__ = [
     "Loss",
     "MapView",
     "Maps",
+    "Merge",
     "Moment",
     "Option",
     "Options",
@@ -78,6 +84,7 @@ __all__ = [
     "PluginError",
     "ProbeSpec",
     "ReadableMap",
+    "Reader",
     "ReaderGoneError",
     "RunInfo",
     "RunReport",
@@ -87,6 +94,7 @@ __all__ = [
     "UsageError",
     "Way",
     "Wire",
+    "add_reports",
     "address",
     "boolean",
     "choice",
@@ -111,7 +119,7 @@ __all__ = [
 
 _HOMES = (
     *("errors", "histogram", "hookpoints", "hookspecs", "kinds", "maps", "model", "output"),
-    "schema",
+    *("schema", "reading", "replay"),
 )
 
 

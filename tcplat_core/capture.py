@@ -23,7 +23,7 @@ import msgpack
 import msgspec
 
 from .errors import UsageError
-from .model import Loss, RunReport
+from .model import Loss, Merge, RunReport
 from .schema import SCHEMA_VERSION, Event, fields, printable
 
 CHUNK = 1 << 20
@@ -271,7 +271,7 @@ class Capture:
     ended: bool = attrs.field(default=False, init=False)
     """The last thing read was a report."""
     read: int = attrs.field(default=0, init=False)
-    """Rows, losses, headers and reports."""
+    """Rows, losses, hosts, headers and reports."""
     left_out: int = attrs.field(default=0, init=False)
     noun: str = attrs.field(default="line", init=False)
     _number: int = attrs.field(default=0, init=False)
@@ -283,8 +283,8 @@ class Capture:
     """Classes that add no texts to the common ones."""
     _classes: dict[tuple[str, ...], type[Event]] = attrs.field(factory=dict, init=False)
 
-    def items(self, chunks: Iterator[bytes]) -> Iterator[list[Event] | Loss | None]:
-        """Batches of rows and losses as they stand there; None where nothing comes for a while."""
+    def items(self, chunks: Iterator[bytes]) -> Iterator[list[Event] | Loss | Merge | None]:
+        """Batches of rows, losses and hosts, in place; None where nothing comes for a while."""
         data, skipping, begun = b"", False, False
         for chunk in chunks:
             if not chunk:
@@ -329,7 +329,7 @@ class Capture:
 
     def _decode(
         self, frames: Sequence[bytes], data: bytes, *, torn: bool = False
-    ) -> Iterator[list[Event] | Loss]:
+    ) -> Iterator[list[Event] | Loss | Merge]:
         rows = self._plain(frames, data)
         if rows is not None:
             self._number += len(frames)
@@ -353,7 +353,7 @@ class Capture:
                 continue
             if isinstance(item, Event):
                 rows.append(item)
-            elif isinstance(item, Loss):
+            elif item is not None:
                 if rows:
                     yield rows
                 rows = []
@@ -381,7 +381,7 @@ class Capture:
         texts = {text for of_row in set(map(_TEXTS, rows)) for text in of_row if text is not None}
         return all(map(str.isprintable, texts)) and self._numeric.issuperset(map(type, rows))
 
-    def _one(self, frame: bytes) -> Event | Loss | None:
+    def _one(self, frame: bytes) -> Event | Loss | Merge | None:
         """Whatever it is; None for what is no row: a header, a report.
 
         Raises:
@@ -398,10 +398,13 @@ class Capture:
             raise _ForeignError(
                 f"its schema is {version!r}, and this tcplat reads {SCHEMA_VERSION}"
             )
-        item: Event | Loss | None = None
+        item: Event | Loss | Merge | None = None
         try:
             if "lost" in value:
                 item = msgspec.convert(value["lost"], Loss)
+            elif "merge" in value:
+                item = msgspec.convert(value["merge"], Merge)
+                item = attrs.evolve(item, name=printable(item.name))
             elif "gap" in value:
                 item = Loss(*GAP, msgspec.convert(value["gap"], int))
             elif "report" in value:

@@ -16,6 +16,7 @@ import attrs
 import click
 
 from . import kinds
+from .commands import Commands
 from .errors import CannotRunError, EventsLostError, TcplatError, UsageError
 from .hookpoints import SKIPPED_FUNCS
 
@@ -64,7 +65,7 @@ class _Size(click.ParamType[int]):
         return number
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="tcplat")
 def cli() -> None:
     """Where does the time go in a TCP connection?
@@ -593,12 +594,18 @@ def plugins() -> None:
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.pass_obj
 def plugins_list(give_up_root: Callable[[], None] | None, *, as_json: bool) -> None:
-    """All probes and sinks, broken ones included."""
-    from .plugins import Plugins  # noqa: PLC0415 - see the top
+    """All probes, sinks and plugins' commands, broken ones included."""
+    from . import commands  # noqa: PLC0415 - see the top
+    from .plugins import Found, Plugins  # noqa: PLC0415
 
     if give_up_root:
         give_up_root()
-    found = sorted(Plugins.load().found, key=lambda one: (one.kind, one.name))
+    found = Plugins.load().found
+    for entry, status, summary in commands.found(cli.commands):
+        dist = entry.dist
+        version, distribution = (dist.version, dist.name) if dist else ("?", "?")
+        found.append(Found(entry.name, "command", version, distribution, status, summary))
+    found.sort(key=lambda one: (one.kind, one.name))
     names = ("name", "kind", "version", "distribution", "status", "summary")
     rows = [{name: getattr(one, name) for name in names} for one in found]
     if as_json:

@@ -11,6 +11,22 @@ A plugin may say which version of this specification it was made for::
 Additions raise the second number, and what breaks plugins raises the first. One
 that was made for a newer first number is refused; one that says nothing counts
 as made for 1.0.
+
+Commands of a plugin have no hook: an entry point in the group ``tcplat.commands``, such as
+``count = "tcplat_count:count"``, names each, and is a ``click.Command``. It is imported when
+it is called or listed, as an unprivileged user; ``run`` and ``replay`` never import it.
+
+Example::
+
+    import click
+
+    from tcplat_core import Reader
+
+
+    @click.command()
+    @click.argument("capture")
+    def count(capture):
+        click.echo(sum(map(len, Reader.open(capture).batches())))
 """
 
 from __future__ import annotations

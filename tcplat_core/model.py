@@ -185,6 +185,34 @@ class Loss:
     count: int
 
 
+HOST_BITS = 32
+"""In a capture of several hosts, `netns` is the host's own number plus `host << HOST_BITS`."""
+
+
+@attrs.frozen
+class Merge:
+    """A host of a capture that was made of several; stands before the rows.
+
+    Args:
+        host: Its number: 0 is the host by whose clock all rows are stamped.
+        name: As the user called its capture.
+        offset_ns: Its CLOCK_MONOTONIC minus that of host 0, at its first packet that both saw.
+        drift_ppm: How much faster its clock runs, over the whole capture.
+        drift_bound_ppm: So far that may be wrong.
+        bound_ns: The offset that was taken off its rows is right within so much, wherever
+            a packet between the two hosts was seen.
+        packets: So many of those bound it.
+    """
+
+    host: int
+    name: str
+    offset_ns: int = 0
+    drift_ppm: float = 0.0
+    drift_bound_ppm: float = 0.0
+    bound_ns: int = 0
+    packets: int = 0
+
+
 @attrs.frozen
 class HookReport:
     """The books of one hook: produced = delivered + dropped + unread."""

@@ -31,7 +31,7 @@ class Found:
 
     name: str
     kind: str
-    """probe, sink, or plugin where it broke before it could say."""
+    """probe, sink, command, or plugin where it broke before it could say."""
     version: str
     distribution: str
     status: str

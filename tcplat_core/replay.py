@@ -15,7 +15,7 @@ import click
 from .capture import GAP, Capture, Source
 from .errors import TcplatError
 from .filters import Filter, RowFilter
-from .model import HookReport, Loss, ProbeReport, RunReport, Sink
+from .model import HookReport, Loss, Merge, ProbeReport, RunReport, Sink
 from .router import Router
 from .schema import Event
 
@@ -88,7 +88,7 @@ class Replay:
             TcplatError: There is nothing in it that could be read.
         """
         # Whose the packets are that stand in one batch, may stand in the next.
-        waiting: deque[list[Event] | Loss] = deque()
+        waiting: deque[list[Event] | Loss | Merge] = deque()
         look = time.monotonic() + _LOOK_S
         for item in self.capture.items(self.source.chunks()):
             if self.stopping():
@@ -118,9 +118,12 @@ class Replay:
         self.router.close(report)
         return report
 
-    def _deliver(self, waiting: deque[list[Event] | Loss]) -> None:
+    def _deliver(self, waiting: deque[list[Event] | Loss | Merge]) -> None:
         while waiting and not self.router.done:
             item = waiting.popleft()
+            if isinstance(item, Merge):
+                self.router.merged(item)
+                continue
             if isinstance(item, Loss):
                 if self._is_chosen(item.probe, item.point):
                     if (item.probe, item.point) == GAP:  # not lost to the run
@@ -186,7 +189,7 @@ class Replay:
         """
         report = RunReport(probes={}, duration_s=0)
         for number, one in enumerate(self.capture.reports):
-            report = _plus(report, one) if number else one
+            report = add_reports(report, one) if number else one
         delivered, filtered, lost = self.delivered.copy(), self.filtered.copy(), self.lost.copy()
         probes = {
             name: attrs.evolve(
@@ -211,7 +214,7 @@ class Replay:
         if self.whole:
             reason = "the run did not end, or the capture lacks its beginning or end"
         return attrs.evolve(
-            _plus(report, _counted(+delivered, +lost)),
+            add_reports(report, _counted(+delivered, +lost)),
             duration_s=max(0, self._last_ns - self._first_ns) / 1e9,
             late=self.late,
             incomplete=f"counted from the rows: {reason}",
@@ -251,8 +254,8 @@ def _counted(delivered: Hooks, lost: Counter[tuple[str, str]]) -> RunReport:
     )
 
 
-def _plus(one: RunReport, other: RunReport) -> RunReport:
-    """The books of both: captures that stand behind each other."""
+def add_reports(one: RunReport, other: RunReport) -> RunReport:
+    """The books of both: captures that stand behind each other, or are of two hosts."""
     probes = dict(one.probes)
     for name, probe in other.probes.items():
         if name not in probes:

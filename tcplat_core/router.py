@@ -11,7 +11,7 @@ import attrs
 
 from .errors import ReaderGoneError
 from .histogram import Aggregates
-from .model import Loss, RunReport, Sink
+from .model import Loss, Merge, RunReport, Sink
 from .schema import Event
 
 _BY_TIME = operator.attrgetter("ts_ns")
@@ -92,6 +92,12 @@ class Router:
             self._losses.append((max(row.ts_ns for row in self._waiting), loss))
         else:
             self._each("lost", loss)
+
+    def merged(self, merge: Merge) -> None:
+        """Tell the sinks that want to know that the rows are of several hosts."""
+        for name, sink in list(self.sinks.items()):
+            if hasattr(sink, "merged"):
+                self._call(name, functools.partial(sink.merged, merge))
 
     def idle(self) -> None:
         """Let sinks notice that their reader has gone, also while nothing happens."""

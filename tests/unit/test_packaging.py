@@ -23,13 +23,14 @@ def project(folder: Path) -> dict[str, Any]:
     return tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def test_the_root_has_the_entry_points_of_all_plugins() -> None:
+@pytest.mark.parametrize("group", ["tcplat", "tcplat.commands"])
+def test_the_root_has_the_entry_points_of_all_plugins(group: str) -> None:
     entries: dict[str, str] = {}
     for folder in FOLDERS:
-        own = project(folder)["project"]["entry-points"]["tcplat"]
+        own = project(folder)["project"]["entry-points"].get(group, {})
         assert not own.keys() & entries.keys()
         entries |= own
-    root = project(ROOT)["project"]["entry-points"]["tcplat"]
+    root = project(ROOT)["project"]["entry-points"][group]
     # A folder without a pyproject.toml is being written: its entries are not looked at.
     written = {f"tcplat_{folder.name}" for folder in FOLDERS}
     assert {

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import attrs
 import msgspec
 
-from tcplat_core import Event, Loss, Output, RunReport
+from tcplat_core import Event, Loss, Merge, Output, RunReport
 
 
 @attrs.define(eq=False)
@@ -24,6 +24,10 @@ class Jsonl:
     def lost(self, loss: Loss) -> None:
         """A line at the place of the gap."""
         self._line({"v": 1, "lost": attrs.asdict(loss)})
+
+    def merged(self, merge: Merge) -> None:
+        """A line for each host, before the rows."""
+        self._line({"v": 1, "merge": attrs.asdict(merge)})
 
     def idle(self) -> None:
         """Notice a reader that has gone."""

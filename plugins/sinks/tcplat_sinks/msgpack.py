@@ -25,6 +25,7 @@ from tcplat_core import (
     SCHEMA_VERSION,
     Event,
     Loss,
+    Merge,
     ReaderGoneError,
     RunInfo,
     RunReport,
@@ -170,6 +171,7 @@ class Msgpack:
     _epoll: select.epoll = attrs.field(factory=select.epoll, init=False)
     _classes: set[tuple[str, type[Event]]] = attrs.field(factory=set, init=False)
     _schema: dict[str, list[tuple[str, str]]] = attrs.field(factory=dict, init=False)
+    _hosts: list[bytes] = attrs.field(factory=list, init=False)
     _about: Mapping[str, Any] = attrs.field(init=False)
 
     @_about.default
@@ -238,6 +240,13 @@ class Msgpack:
             reader.lose(loss, _loss(loss))
         self._send()
 
+    def merged(self, merge: Merge) -> None:
+        """A map for each host; who comes later gets it with the header."""
+        self._hosts.append(_encode({"v": SCHEMA_VERSION, "merge": attrs.asdict(merge)}))
+        for reader in self.readers.values():
+            reader.push(self._hosts[-1])
+        self._send()
+
     def poll(self) -> None:
         """Let readers come and go, and take what waits for them."""
         self._begin()
@@ -299,6 +308,8 @@ class Msgpack:
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENCE_S)
         reader = self.readers[made.fileno()] = Reader(made, self.limit)
         reader.push(self._header(*self._schema))
+        for host in self._hosts:
+            reader.push(host)
         self._epoll.register(made, select.EPOLLIN)
         self._send()
 

@@ -8,9 +8,10 @@ from typing import Any
 import attrs
 import msgspec
 
-from tcplat_core import Event, Loss, Output, RunReport, printable
+from tcplat_core import Event, Loss, Merge, Output, RunReport, printable
 
 from .histogram import Histogram
+from .hosts import Hosts, crosses
 from .join import Joiner, Told
 from .model import CLIENT, Exchange
 from .stages import STAGES, UNEXPLAINED
@@ -71,6 +72,7 @@ class Stages:
     every_ns: int = 0
     as_json: bool = False
     joiner: Joiner = attrs.field(factory=Joiner)
+    hosts: Hosts = attrs.field(factory=Hosts)
     _closed: bool = attrs.field(default=False, init=False)
     _now: dict[Group, dict[str, Histogram]] = attrs.field(factory=dict, init=False)
     _all: dict[Group, dict[str, Histogram]] = attrs.field(factory=dict, init=False)
@@ -95,6 +97,10 @@ class Stages:
     def lost(self, loss: Loss) -> None:
         """Said with the figures."""
         self._lost += loss.count
+
+    def merged(self, merge: Merge) -> None:
+        """The rows are of several hosts: times between these are right within a bound."""
+        self.hosts.learn(merge)
 
     def idle(self) -> None:
         """Notice a reader that has gone."""
@@ -159,14 +165,24 @@ class Stages:
             until = {"until_ns": self._next_ns} if when else {}
             self.output.write(
                 self._encoder.encode_lines(
-                    [{**as_json(self.group_by, *row), **until} for row in rows]
+                    [
+                        {**as_json(self.group_by, *row), **self._bound(row[1]), **until}
+                        for row in rows
+                    ]
                 )
             )
             return
         self.output.write(self._table(rows, when).encode())
 
+    def _bound(self, stage: str) -> dict[str, float]:
+        bound_ns = self.hosts.worst_ns()
+        return {} if bound_ns is None or not crosses(stage) else {"wire_bound_us": micros(bound_ns)}
+
     def _table(self, rows: list[tuple[Group, str, Histogram]], when: str) -> str:
         lines = [f"-- {when}"] if when else []
+        bound_ns = self.hosts.worst_ns()
+        if bound_ns is not None:
+            lines.append(f"-- between hosts, wire and wire_back are right ± {duration(bound_ns)}")
         if self._lost:
             lines.append(f"-- {self._lost} events were lost: figures of what was seen")
         if not when:

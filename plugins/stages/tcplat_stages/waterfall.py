@@ -9,8 +9,9 @@ from typing import Any
 import attrs
 import msgspec
 
-from tcplat_core import Event, Loss, Output, RunReport, printable
+from tcplat_core import Event, Loss, Merge, Output, RunReport, printable
 
+from .hosts import Hosts, crosses
 from .join import Joiner, Told
 from .model import SERVICE, Exchange
 from .stages import MILESTONES, STAGES, UNEXPLAINED, Split
@@ -57,6 +58,7 @@ class Waterfall:
     slow: int = 0
     at_least: AtLeast | None = None
     joiner: Joiner = attrs.field(factory=Joiner)
+    hosts: Hosts = attrs.field(factory=Hosts)
     _closed: bool = attrs.field(default=False, init=False)
     _slowest: list[tuple[int, int, Exchange]] = attrs.field(factory=list, init=False)
     _count: int = attrs.field(default=0, init=False)
@@ -73,6 +75,10 @@ class Waterfall:
         else:
             text = f"-- {loss.count} events lost here ({loss.probe}, {loss.point}) --\n\n"
             self.output.write(text.encode())
+
+    def merged(self, merge: Merge) -> None:
+        """The rows are of several hosts: times between these are right within a bound."""
+        self.hosts.learn(merge)
 
     def idle(self) -> None:
         """Notice a reader that has gone."""
@@ -113,19 +119,26 @@ class Waterfall:
         if not exchanges:
             return
         if self.as_json:
-            self.output.write(self._encoder.encode_lines([as_json(one) for one in exchanges]))
+            self.output.write(
+                self._encoder.encode_lines([as_json(one, self.hosts) for one in exchanges])
+            )
         else:
-            self.output.write("".join(block(one, self.width) for one in exchanges).encode())
+            blocks = [block(one, self.width, self.hosts) for one in exchanges]
+            self.output.write("".join(blocks).encode())
 
 
-def as_json(exchange: Exchange) -> dict[str, Any]:
-    """An exchange as one object; times in µs, exact to the nanosecond."""
+def as_json(exchange: Exchange, hosts: Hosts | None = None) -> dict[str, Any]:
+    """An exchange as one object; times in µs, exact to the nanosecond.
+
+    ``wire_bound_us`` is there where two hosts' clocks stamped the two ends of the wire.
+    """
     conn = exchange.conn
     split = exchange.split
     end = exchange.end
     service = conn.ends[SERVICE]
     began_ns = exchange.began_ns
     handshake = _handshake(exchange)
+    bound_ns = hosts.wire_bound_ns(conn) if hosts else None
     return {
         "v": 1,
         "kind": exchange.kind,
@@ -147,6 +160,7 @@ def as_json(exchange: Exchange) -> dict[str, Any]:
         "total_us": micros(split.total_ns),
         "stages": stages_json(split),
         "unexplained_us": micros(split.unexplained_ns),
+        **({} if bound_ns is None else {"wire_bound_us": micros(bound_ns)}),
         "left_out": [MILESTONES[number] for number in split.left_out],
         "request_bytes": exchange.request_bytes,
         "reply_bytes": exchange.reply_bytes,
@@ -169,9 +183,10 @@ def _handshake(exchange: Exchange) -> Split | None:
     return split if exchange.number == 1 and split.total_ns else None
 
 
-def block(exchange: Exchange, width: int) -> str:
+def block(exchange: Exchange, width: int, hosts: Hosts | None = None) -> str:
     """An exchange as a picture."""
     conn = exchange.conn
+    bound_ns = hosts.wire_bound_ns(conn) if hosts else None
     split = exchange.split
     head = (
         f"{moment(exchange.began_ns + conn.offset_ns)}  {path(conn)}  "
@@ -183,9 +198,9 @@ def block(exchange: Exchange, width: int) -> str:
         again = f", SYN sent again {conn.syns} times" if conn.syns else ""
         accept = "" if conn.accept_us is None else f", accepted after {conn.accept_us:.1f} µs"
         lines.append(f"  connect {duration(handshake.total_ns)}{again}{accept}")
-        lines += _bars(handshake, width)
+        lines += _bars(handshake, width, bound_ns)
         lines.append(f"  {exchange.kind} {duration(split.total_ns)}")
-    lines += _bars(split, width)
+    lines += _bars(split, width, bound_ns)
     return "\n".join([*map(printable, lines), "", ""])
 
 
@@ -209,17 +224,21 @@ def _marks(exchange: Exchange) -> str:
     return marks
 
 
-def _bars(split: Split, width: int) -> list[str]:
-    parts = [(stage(name), ns) for name, ns in split.stages]
+def _bars(split: Split, width: int, bound_ns: int | None) -> list[str]:
+    bound = "" if bound_ns is None else f" ± {duration(bound_ns)}"
+    parts = [
+        (stage(name), ns, duration(ns) + (bound if crosses(name) else ""))
+        for name, ns in split.stages
+    ]
     if split.unexplained_ns:
-        parts.append((UNEXPLAINED, split.unexplained_ns))
-    names = max((len(name) for name, _ in parts), default=0)
-    times = max((len(duration(ns)) for _, ns in parts), default=0)
+        parts.append((UNEXPLAINED, split.unexplained_ns, duration(split.unexplained_ns)))
+    names = max((len(name) for name, _, _ in parts), default=0)
+    times = max((len(time) for _, _, time in parts), default=0)
     room = max(width - names - times - 6, _LEAST_BAR)
     lines, before_ns = [], 0
-    for name, ns in parts:
+    for name, ns, time in parts:
         shown = bar(before_ns, ns, split.total_ns, room)
-        lines.append(f"    {name:<{names}} {duration(ns):>{times}} {shown}".rstrip())
+        lines.append(f"    {name:<{names}} {time:>{times}} {shown}".rstrip())
         before_ns += ns
     return lines
 

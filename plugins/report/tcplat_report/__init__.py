@@ -1,0 +1,1 @@
+"""Commands that tell about captures: report, diff and merge."""

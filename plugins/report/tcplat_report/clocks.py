@@ -1,0 +1,295 @@
+"""How far two hosts' clocks are apart, as the packets between them bound it.
+
+A packet that leaves host A at `a` by its clock, and arrives at B at `b` by B's, was under way
+for no less than nothing: B's clock is ahead by ``b - a`` at most. One that goes the other way
+says the same of the least. NTP is not asked.
+
+Clocks drift, but by 200 ppm at most against each other (crystals are within 100 ppm, and
+NTP holds them closer). So a bound that holds at one time holds at another, widened by 200 ppm of
+the time between: of all packets, the tightest bound at each time is taken. The rate itself
+is not fitted: temperature and NTP change it.
+
+CLOCK_MONOTONIC (`ts_ns`) is what is compared. Unix time may be set, and step; this one never does.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import attrs
+
+from tcplat_core import TcplatError
+
+DRIFT_PPM = 200
+_MILLION = 1_000_000
+_FIRST_WINDOW_NS = 1 << 20
+_MOST_WINDOWS = 1 << 17
+_MOST_WAITING = 500_000
+"""Packets that were seen on one host, and not yet on the other."""
+_UNSURE_NS = 1_000_000_000
+_HALF = 1 << 31
+_WHOLE = 1 << 32
+_PACKETS = frozenset({"nic_tx", "nic_rx", "rx_ip"})
+
+Key = tuple[Any, ...]
+
+
+def drift(ns: int) -> int:
+    """How much an offset may change (ns) in so long."""
+    return -(-abs(ns) * DRIFT_PPM // _MILLION)
+
+
+class UnboundedError(TcplatError):
+    """The packets do not tell how far the clocks are apart; says why."""
+
+
+@attrs.frozen
+class Offset:
+    """B's clock minus A's, as a function of B's time, and how far it may be wrong.
+
+    Args:
+        times: By B's clock, ascending.
+        lows: Bounds at these.
+        highs: Bounds at these.
+        bound_ns: Of the worst of them: the offset is right within so much.
+        packets: So many gave the bounds.
+    """
+
+    times: tuple[int, ...]
+    lows: tuple[int, ...]
+    highs: tuple[int, ...]
+    bound_ns: int
+    packets: int
+
+    def at(self, ts_ns: int) -> int:
+        """The middle between the bounds: it changes by less than DRIFT_PPM, so order stays."""
+        place = bisect_right(self.times, ts_ns)
+        if place == 0 or place == len(self.times):
+            place = min(place, len(self.times) - 1)
+            return (self.lows[place] + self.highs[place]) // 2
+        left, right = self.times[place - 1], self.times[place]
+        before = self.lows[place - 1] + self.highs[place - 1]
+        after = self.lows[place] + self.highs[place]
+        return (before + (after - before) * (ts_ns - left) // (right - left)) // 2
+
+    @property
+    def first_ns(self) -> int:
+        """The offset at the first packet."""
+        return self.at(self.times[0])
+
+    @property
+    def drift_ppm(self) -> float:
+        """How much faster B's clock runs, from the first packet to the last."""
+        return (self.at(self.times[-1]) - self.first_ns) / self._span_ns * _MILLION
+
+    @property
+    def drift_bound_ppm(self) -> float:
+        """So far that may be wrong."""
+        return min(2 * self.bound_ns / self._span_ns * _MILLION, 2.0 * DRIFT_PPM)
+
+    @property
+    def _span_ns(self) -> int:
+        return max(self.times[-1] - self.times[0], 1)
+
+
+class Corridor:
+    """Bounds of the offset, by windows of B's time: each stands at its window's middle."""
+
+    def __init__(self) -> None:
+        self.window_ns = _FIRST_WINDOW_NS
+        self.highs: dict[int, int] = {}
+        self.lows: dict[int, int] = {}
+        self.counts = [0, 0]
+
+    def at_most(self, ts_ns: int, offset: int) -> None:
+        """A packet to B, that arrived at `ts_ns`."""
+        self.counts[0] += 1
+        window, off = self._place(ts_ns)
+        offset += off
+        known = self.highs.get(window)
+        if known is None or offset < known:
+            self.highs[window] = offset
+            if len(self.highs) > _MOST_WINDOWS:
+                self._widen()
+
+    def at_least(self, ts_ns: int, offset: int) -> None:
+        """A packet from B, that left at `ts_ns`."""
+        self.counts[1] += 1
+        window, off = self._place(ts_ns)
+        offset -= off
+        known = self.lows.get(window)
+        if known is None or offset > known:
+            self.lows[window] = offset
+            if len(self.lows) > _MOST_WINDOWS:
+                self._widen()
+
+    def _place(self, ts_ns: int) -> tuple[int, int]:
+        window = ts_ns // self.window_ns
+        return window, drift(ts_ns - self._middle(window))
+
+    def _middle(self, window: int) -> int:
+        return window * self.window_ns + self.window_ns // 2
+
+    def _widen(self) -> None:
+        """Windows twice as long."""
+        far = drift(self.window_ns // 2)
+        self.window_ns *= 2
+        highs, lows = self.highs, self.lows
+        self.highs, self.lows = {}, {}
+        for window, offset in highs.items():
+            new = window // 2
+            self.highs[new] = min(offset + far, self.highs.get(new, offset + far))
+        for window, offset in lows.items():
+            new = window // 2
+            self.lows[new] = max(offset - far, self.lows.get(new, offset - far))
+
+    def offset(self) -> Offset:
+        """The tightest bounds that all packets together give.
+
+        Raises:
+            UnboundedError: One direction is missing, or the packets contradict each other.
+        """
+        for count, way in zip(self.counts, ("A to B", "B to A"), strict=True):
+            if not count:
+                raise UnboundedError(
+                    f"how far the clocks are apart cannot be told: no packet from {way} was seen "
+                    "leaving on the one host and arriving on the other; "
+                    "run dev_xmit and xdp_port on both, at the same time"
+                )
+        windows = sorted(self.highs.keys() | self.lows.keys())
+        times = [self._middle(window) for window in windows]
+        highs = _spread([self.highs.get(window) for window in windows], times)
+        lows = _spread(
+            [-n if (n := self.lows.get(w)) is not None else None for w in windows], times
+        )
+        lows = [-low for low in lows]
+        worst = min(high - low for low, high in zip(lows, highs, strict=True))
+        if worst < 0:
+            raise UnboundedError(
+                f"the packets contradict each other by {-worst / 1000:.1f} µs: their clocks "
+                f"drift by more than {DRIFT_PPM} ppm, events were lost, or these are not "
+                "captures of the same packets"
+            )
+        widest = max(high - low for low, high in zip(lows, highs, strict=True))
+        bound = -(-widest // 2) + drift(self.window_ns // 2)
+        return Offset(tuple(times), tuple(lows), tuple(highs), bound, sum(self.counts))
+
+
+def _spread(bounds: list[int | None], times: list[int]) -> list[int]:
+    """Upper bounds at each time, by their neighbours' as well; one at least is known."""
+    spread: list[int] = []
+    for turn in (1, -1):
+        bounds, times = bounds[::turn], times[::turn]
+        spread = []
+        last: int | None = None
+        before = 0
+        for bound, time in zip(bounds, times, strict=True):
+            if last is not None:
+                last += drift(time - before)
+            if bound is not None and (last is None or bound < last):
+                last = bound
+            before = time
+            spread.append(last)  # type: ignore[arg-type] # what is None comes out of the way back
+        bounds, times = spread[::turn], times[::turn]  # type: ignore[assignment] # the same
+    return spread[::-1]
+
+
+class _Way:
+    """How far one direction of a connection has come at one host."""
+
+    __slots__ = ("acked", "position", "since")
+
+    def __init__(self, since: int) -> None:
+        self.position = self.acked = -1
+        self.since = since
+
+
+class Sightings:
+    """Packets, as the two hosts see them, matched by TCP's numbers -> a corridor.
+
+    What counts is when a byte, or an acknowledgement of one, is seen for the first time: that
+    it left before it arrived is true whatever is segmented, merged, or sent again in between.
+    So of each packet its last byte and its acknowledgement count, if they are new there.
+    """
+
+    def __init__(self) -> None:
+        self.corridor = Corridor()
+        self._ways: dict[Key, _Way] = {}
+        self._left: dict[Key, int] = {}
+        self._arrived: dict[Key, int] = {}
+        self.forgotten = 0
+
+    def feed(self, host: int, rows: Iterable[Any]) -> None:
+        """Rows of one host, in order of time."""
+        ways = self._ways
+        for row in rows:
+            point = row.point
+            if point not in _PACKETS or row.sock or row.seq is None or row.bytes is None:
+                continue
+            leaves = point == "nic_tx"
+            flags = row.flags or ""
+            ts_ns = row.ts_ns
+            way_key = (leaves, host, row.saddr, row.sport, row.daddr, row.dport)
+            way = ways.get(way_key)
+            if way is None or "SYN" in flags:
+                # Where the beginning was missed, what seems new may have been sent before.
+                since = ts_ns if "SYN" in flags else ts_ns + _UNSURE_NS
+                if way is None or (row.seq + 1) % _WHOLE != way.position:
+                    way = ways[way_key] = _Way(since)
+                    if len(ways) > _MOST_WAITING:
+                        del ways[next(iter(ways))]
+            end = row.seq + row.bytes + ("SYN" in flags) + ("FIN" in flags)
+            if end != row.seq and (found := _newer(end % _WHOLE, way.position)):
+                way.position = found - 1
+                if ts_ns >= way.since:
+                    self._see(leaves, host, ts_ns, (*way_key[2:], "byte", found))
+            ack = getattr(row, "ack", None)
+            if ack is not None and "ACK" in flags and (found := _newer(ack, way.acked)):
+                way.acked = found - 1
+                if ts_ns >= way.since:
+                    self._see(leaves, host, ts_ns, (*way_key[2:], "ack", found))
+
+    def _see(self, leaves: bool, host: int, ts_ns: int, key: Key) -> None:  # noqa: FBT001 - a fact
+        """A packet's number, new at this point. It goes from `host` if it leaves, else to it."""
+        sender = host if leaves else 1 - host
+        key = (sender, *key)
+        here, there = (self._left, self._arrived) if leaves else (self._arrived, self._left)
+        other = there.pop(key, None)
+        if other is None:
+            if key not in here:
+                here[key] = ts_ns
+                if len(here) > _MOST_WAITING:
+                    del here[next(iter(here))]
+                    self.forgotten += 1
+            return
+        left, arrived = (ts_ns, other) if leaves else (other, ts_ns)
+        if sender == 0:
+            self.corridor.at_most(arrived, arrived - left)
+        else:
+            self.corridor.at_least(left, left - arrived)
+
+
+def _newer(number: int, known: int) -> int:
+    """1 more than the number, if it is beyond the known one (modulo 2^32); else 0."""
+    if known >= 0 and not 0 < (number - known) % _WHOLE < _HALF:
+        return 0
+    return number + 1
+
+
+def together(
+    first: Iterator[list[Any]], second: Iterator[list[Any]]
+) -> Iterator[tuple[int, list[Any]]]:
+    """Batches of both, by Unix time as the hosts tell it: good enough for an order of reading."""
+    streams = (first, second)
+    heads: list[list[Any] | None] = [next(stream, None) for stream in streams]
+    while True:
+        left = [(rows[0].time_ns, host) for host, rows in enumerate(heads) if rows]
+        if not left:
+            return
+        _, host = min(left)
+        rows = heads[host]
+        if rows:
+            yield host, rows
+        heads[host] = next(streams[host], None)

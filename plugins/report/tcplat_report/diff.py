@@ -1,0 +1,445 @@
+"""Two captures, compared stage by stage.
+
+The interval of a change is a bootstrap's. The k-th smallest value of a resample of n values
+is ``F^-1(U)``, where F is the sample's own distribution and U the k-th smallest of n uniform
+numbers, which is Beta(k, n + 1 - k) distributed. So a resample's percentile is drawn at
+once, out of the histogram, without making the resample: exactly the bootstrap's
+distribution, in time that does not depend on n.
+
+Requests of one capture are not independent: slow ones come in bursts. Each capture is
+divided into blocks of consecutive requests; where the share of requests above the percentile
+varies more from block to block than chance would have it, the sample counts for as many
+independent requests as explain that (the design effect of survey statistics).
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+import zlib
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import accumulate, zip_longest
+from typing import Any
+
+import attrs
+import click
+import msgspec
+from tcplat_stages.histogram import Histogram
+from tcplat_stages.join import Joiner
+from tcplat_stages.model import Connection, Exchange
+from tcplat_stages.percentiles import GROUPINGS, OTHERS, TOTAL
+from tcplat_stages.stages import CONNECTED, STAGES, UNEXPLAINED
+from tcplat_stages.text import duration, micros, parse_duration
+
+from tcplat_core import Reader, UsageError
+
+from .common import remarks, say, told
+
+CONNECT = "connect"
+PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+CONFIDENCE = 0.99
+"""Of the interval: one in 200 lies above the truth by chance, one in 200 below."""
+_DRAWS = 2000
+_BLOCKS = 64
+_FEWEST_BLOCKS = 12
+"""Of fewer, how much they differ says little."""
+_LEAST = 20
+"""Requests, below which nothing is judged."""
+_MOST_GROUPS = 256
+
+Key = tuple[tuple[Any, ...], str]
+"""Group and stage."""
+
+
+class Sample:
+    """Durations of one stage: histograms of 64 blocks of consecutive ones, at most."""
+
+    __slots__ = ("_room", "blocks", "size")
+
+    def __init__(self) -> None:
+        self.blocks: list[Histogram] = []
+        self.size = 1
+        """Durations in a block."""
+        self._room = 0
+
+    def add(self, ns: int) -> None:
+        """Count a duration."""
+        if not self._room:
+            if len(self.blocks) == _BLOCKS:
+                for even, odd in zip(self.blocks[::2], self.blocks[1::2], strict=True):
+                    even.merge(odd)
+                del self.blocks[1::2]
+                self.size *= 2
+            self.blocks.append(Histogram())
+            self._room = self.size
+        self.blocks[-1].add(ns)
+        self._room -= 1
+
+    def whole(self) -> Histogram:
+        """All of them."""
+        whole = Histogram()
+        for block in self.blocks:
+            whole.merge(block)
+        return whole
+
+
+class Quantiles:
+    """What a sample's percentiles may be."""
+
+    def __init__(self, sample: Sample) -> None:
+        self._sample = sample
+        self.whole = sample.whole()
+        self.count = self.whole.count
+        buckets = list(self.whole.buckets())
+        self._values = [min(max(ns, self.whole.min_ns), self.whole.max_ns) for ns, _ in buckets]
+        self._ranks = list(accumulate(count for _, count in buckets))
+
+    def value(self, share: float) -> int:
+        """The least duration (ns) that so great a share does not exceed."""
+        return self._values[bisect_left(self._ranks, share * self.count - 1e-9)]
+
+    def independent(self, share: float) -> float:
+        """For how many independent durations it counts, at this percentile."""
+        limit = self.value(share)
+        parts = [
+            (sum(n for ns, n in one.buckets() if ns > limit), one.count)
+            for one in self._sample.blocks
+        ]
+        p = sum(above for above, _ in parts) / self.count
+        if not 0 < p < 1:
+            return self.count
+        # A burst may be longer than a block: the same for blocks twice and four times as long.
+        effect = 1.0
+        while len(parts) >= _FEWEST_BLOCKS:
+            excess = sum((above - p * size) ** 2 / (p * (1 - p) * size) for above, size in parts)
+            effect = max(effect, excess / (len(parts) - 1))
+            pairs = zip_longest(parts[::2], parts[1::2], fillvalue=(0, 0))
+            parts = [(one[0] + other[0], one[1] + other[1]) for one, other in pairs]
+        return self.count / effect
+
+    def draw(self, share: float, chance: random.Random) -> list[int]:
+        """The percentile of so many resamples."""
+        n = max(self.independent(share), 1.0)
+        alpha, beta = n * share, n * (1 - share) + 1
+        top = len(self._values) - 1
+        return [
+            self._values[
+                min(bisect_left(self._ranks, chance.betavariate(alpha, beta) * self.count), top)
+            ]
+            for _ in range(_DRAWS)
+        ]
+
+
+@attrs.frozen
+class Change:
+    """Of one percentile of one stage.
+
+    Args:
+        base: ns; None where there is too little.
+        interval: Of `change`, as shares: 0.1 is +10 %.
+        interval_ns: The same as a difference.
+        too_little: Why it is not judged; empty where it is.
+    """
+
+    group: tuple[Any, ...]
+    stage: str
+    percentile: str
+    counts: tuple[int, int]
+    base: int | None = None
+    new: int | None = None
+    interval: tuple[float, float] | None = None
+    interval_ns: tuple[int, int] | None = None
+    too_little: str = ""
+
+    @property
+    def change(self) -> float | None:
+        """As a share of the base; None where that is nothing."""
+        return self.new / self.base - 1 if self.base and self.new is not None else None
+
+    @property
+    def certain(self) -> bool:
+        """The interval has no zero in it."""
+        return self.interval_ns is not None and (self.interval_ns[0] > 0 or self.interval_ns[1] < 0)
+
+
+@attrs.frozen
+class Condition:
+    """``queue.p99:+10%``: a change beyond `limit` fails, if the whole interval lies there."""
+
+    text: str
+    stage: str
+    percentile: str
+    share: float | None
+    ns: int | None
+    rises: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Condition:
+        """From the command line.
+
+        Raises:
+            UsageError: It is not of that form.
+        """
+        found = re.fullmatch(r"([a-z_+]+)\.(p\d+):([+-])(?:(\d+(?:\.\d+)?)%|(\w[\w.]*))", text)
+        if not found:
+            raise UsageError(
+                f"--fail-on {text!r} is not of the form STAGE.PCT:LIMIT; "
+                "write queue.p99:+10% or total.p50:+2ms"
+            )
+        stage, percentile, sign, share, absolute = found.groups()
+        names = (*STAGES, TOTAL, CONNECT, UNEXPLAINED)
+        for name in stage.split("+"):
+            if name not in names:
+                raise UsageError(
+                    f"--fail-on {text!r}: there is no stage {name!r}; "
+                    f"it is one of {', '.join(names)}"
+                )
+        if percentile not in PERCENTILES:
+            raise UsageError(f"--fail-on {text!r}: it is one of {', '.join(PERCENTILES)}")
+        factor = 1 if sign == "+" else -1
+        try:
+            return cls(
+                text,
+                stage,
+                percentile,
+                factor * float(share) / 100 if share else None,
+                factor * parse_duration(absolute) if absolute else None,
+                sign == "+",
+            )
+        except ValueError as error:
+            raise UsageError(f"--fail-on {text!r}: {error}") from error
+
+    def met_by(self, change: Change) -> bool:
+        """The whole interval lies beyond the limit."""
+        interval = change.interval_ns if self.share is None else change.interval
+        limit = self.ns if self.share is None else self.share
+        if interval is None or limit is None:
+            return False
+        return interval[0] > limit if self.rises else interval[1] < limit
+
+
+def parse_groups(text: str) -> tuple[str, ...]:
+    """``process+port``, or none.
+
+    Raises:
+        UsageError: There is no such grouping.
+    """
+    names = () if text == "none" else tuple(dict.fromkeys(text.split("+")))
+    for name in names:
+        if name not in GROUPINGS:
+            raise UsageError(f"--group-by {name!r} is none of {', '.join(GROUPINGS)}, none")
+    return names
+
+
+def collect(reader: Reader, group_by: Sequence[str]) -> tuple[dict[Key, Sample], list[str]]:
+    """A capture's durations, and what has to be said about them."""
+    joiner = Joiner()
+    groupings = [GROUPINGS[name] for name in group_by]
+    samples: dict[Key, Sample] = {}
+    groups: set[tuple[Any, ...]] = set()
+    for one in told(reader, joiner):
+        if isinstance(one, Connection):
+            split = one.handshake
+            parts = [(CONNECT, split.total_ns)] if one.stamps[CONNECTED] and split.total_ns else []
+            exchange = Exchange(one, "exchange")
+        else:
+            split = one.split
+            parts = [*split.stages, (TOTAL, split.total_ns)]
+            if split.unexplained_ns:
+                parts.append((UNEXPLAINED, split.unexplained_ns))
+            exchange = one
+        group = tuple([grouping(exchange) for grouping in groupings])
+        if group not in groups:
+            if len(groups) >= _MOST_GROUPS:
+                group = tuple(OTHERS for _ in groupings)
+            groups.add(group)
+        for name, ns in parts:
+            sample = samples.get((group, name))
+            if sample is None:
+                sample = samples[group, name] = Sample()
+            sample.add(ns)
+    return samples, list(remarks(reader, joiner))
+
+
+def changes(base: dict[Key, Sample], new: dict[Key, Sample], seed: int) -> list[Change]:
+    """Of every group, stage and percentile, in order."""
+    found = []
+    for key in sorted(base.keys() | new.keys(), key=_order):
+        group, stage = key
+        before, after = (Quantiles(one.get(key, Sample())) for one in (base, new))
+        counts = (before.count, after.count)
+        for name, share in PERCENTILES.items():
+            least = max(_LEAST, round(1 / (1 - share)))
+            short = [
+                f"{n} in {which}" for n, which in zip(counts, _NAMES, strict=True) if n < least
+            ]
+            if short:
+                words = f"{', '.join(short)}; it takes {least}"
+                old_ns, new_ns = (
+                    one.value(share) if one.count else None for one in (before, after)
+                )
+                found.append(Change(group, stage, name, counts, old_ns, new_ns, too_little=words))
+                continue
+            # Each of its own, so that a stage's figures do not hang on what else there is.
+            label = f"{seed} {group!r} {stage} {name}"
+            chance = random.Random(zlib.crc32(label.encode()))  # noqa: S311 - statistics
+            old, fresh = before.draw(share, chance), after.draw(share, chance)
+            differences = sorted(b - a for a, b in zip(old, fresh, strict=True))
+            ratios = sorted(
+                b / a - 1 if a else float(b > 0) for a, b in zip(old, fresh, strict=True)
+            )
+            low = round(_DRAWS * (1 - CONFIDENCE) / 2)
+            found.append(
+                Change(
+                    group,
+                    stage,
+                    name,
+                    counts,
+                    before.value(share),
+                    after.value(share),
+                    (ratios[low], ratios[-1 - low]),
+                    (differences[low], differences[-1 - low]),
+                )
+            )
+    return found
+
+
+_NAMES = ("BASE", "NEW")
+
+
+def _order(key: Key) -> tuple[tuple[str, ...], int, int, str]:
+    group, stage = key
+    first = stage.split("+")[0]
+    place = STAGES.index(first) if first in STAGES else len(STAGES) + (stage == TOTAL)
+    if stage == CONNECT:
+        place = -1
+    return tuple("" if one is None else str(one) for one in group), place, stage.count("+"), stage
+
+
+def compare(
+    base: str,
+    new: str,
+    conditions: Sequence[str],
+    group_by: str,
+    *,
+    as_json: bool,
+    seed: int,
+    quiet: bool,
+) -> None:
+    """Run the command; ends the process with status 1 if a condition is met."""
+    wanted = [Condition.parse(text) for text in conditions]
+    groupings = parse_groups(group_by)
+    readers = [Reader.open(where, quiet=quiet) for where in (base, new)]
+    (before, words), (after, more) = (collect(reader, groupings) for reader in readers)
+    found = changes(before, after, seed)
+    verdicts = [_judge(condition, found) for condition in wanted]
+    if as_json:
+        encoder = msgspec.json.Encoder()
+        lines = [_json(one, groupings, wanted) for one in found]
+        click.echo(encoder.encode_lines(lines), nl=False)
+    else:
+        click.echo(_table(found, groupings), nl=False)
+    if not quiet:
+        for sentence in [*words, *more]:
+            say(sentence)
+    for failed, sentence in verdicts:
+        if failed or not quiet:
+            say(sentence)
+    if any(failed for failed, _ in verdicts):
+        sys.exit(1)
+
+
+def _judge(condition: Condition, found: Sequence[Change]) -> tuple[bool, str]:
+    mine = [
+        one
+        for one in found
+        if one.stage == condition.stage and one.percentile == condition.percentile
+    ]
+    met = [one for one in mine if condition.met_by(one)]
+    if met:
+        whose = "; ".join(f"{_whose(one)}{_interval(one)}" for one in met)
+        return True, f"{condition.text}: failed: {whose}"
+    if not mine:
+        merged = {one.stage for one in found if condition.stage in one.stage.split("+")}
+        where = f"; it is part of {', '.join(sorted(merged))}" if merged else ""
+        return False, f"{condition.text}: not judged: no {condition.stage} by itself{where}"
+    short = [one for one in mine if one.too_little]
+    if short:
+        whose = "; ".join(f"{_whose(one)}{one.too_little}" for one in short)
+        return False, f"{condition.text}: too little data to judge: {whose}"
+    return False, f"{condition.text}: not met: {'; '.join(_whose(o) + _interval(o) for o in mine)}"
+
+
+def _whose(change: Change) -> str:
+    return f"{'/'.join(map(str, change.group))} " if change.group else ""
+
+
+def _percent(share: float) -> str:
+    return f"{share:+.1%}"
+
+
+def _interval(change: Change) -> str:
+    if change.interval is None:
+        return ""
+    return f"{_percent(change.interval[0])} to {_percent(change.interval[1])}"
+
+
+def _table(found: Sequence[Change], group_by: Sequence[str]) -> str:
+    heads = [*(name.upper() for name in group_by), "STAGE", "", "COUNT", "BASE", "NEW", "CHANGE"]
+    heads += [f"{CONFIDENCE:.0%} INTERVAL", ""]
+    cells = [
+        [
+            *("-" if value is None else str(value) for value in one.group),
+            one.stage,
+            one.percentile,
+            f"{one.counts[0]}/{one.counts[1]}",
+            "-" if one.base is None else duration(one.base),
+            "-" if one.new is None else duration(one.new),
+            "-" if one.change is None or one.too_little else _percent(one.change),
+            _interval(one),
+            f"too little data: {one.too_little}"
+            if one.too_little
+            else ("*" if one.certain else ""),
+        ]
+        for one in found
+    ]
+    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+    left = len(group_by) + 1
+    lines = []
+    for row in [heads, *cells]:
+        line = [
+            cell.ljust(width) if number <= left or number == len(row) - 1 else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(line).rstrip())
+    return "\n".join([*lines, ""])
+
+
+def _json(
+    change: Change, group_by: Sequence[str], conditions: Sequence[Condition]
+) -> dict[str, Any]:
+    values = dict(zip(group_by, change.group, strict=True))
+    mine = [
+        one
+        for one in conditions
+        if (one.stage, one.percentile) == (change.stage, change.percentile)
+    ]
+    return {
+        "v": 1,
+        **{grouping: values.get(grouping) for grouping in GROUPINGS},
+        "stage": change.stage,
+        "percentile": change.percentile,
+        "base_count": change.counts[0],
+        "new_count": change.counts[1],
+        "base_us": None if change.base is None else micros(change.base),
+        "new_us": None if change.new is None else micros(change.new),
+        "change": None if change.too_little else change.change,
+        "interval": change.interval,
+        "interval_us": change.interval_ns and [micros(ns) for ns in change.interval_ns],
+        "confidence": CONFIDENCE,
+        "certain": change.certain,
+        "too_little": change.too_little or None,
+        "failed": [one.text for one in mine if one.met_by(change)],
+    }

@@ -1,0 +1,145 @@
+"""Captures of two hosts, joined into one by the clock of the first."""
+
+from __future__ import annotations
+
+import heapq
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+import attrs
+import msgspec
+
+from tcplat_core import HOST_BITS, Event, Loss, Merge, Reader, UsageError, add_reports
+
+from .clocks import Offset, Sightings, together
+from .common import say, written
+
+_SOCK_BITS = 59
+"""A socket's number is a time since boot: below this bit for eighteen years."""
+_MOST_HOSTS = 16
+_BATCH = 10_000
+_TIME = operator.itemgetter(0)
+
+
+def join_captures(first: str, second: str, output: str, *, quiet: bool) -> None:
+    """Run the command.
+
+    Raises:
+        UnboundedError: The packets do not tell how far the clocks are apart.
+    """
+    for where in (first, second):
+        if where == "-" or where.startswith(("unix:", "tcp:")):
+            raise UsageError(f"{where} cannot be read twice: keep it in a file")
+    readers = [Reader.open(where, quiet=quiet) for where in (first, second)]
+    sightings = Sightings()
+    unix_ns: int | None = None
+    for host, rows in together(readers[0].batches(), readers[1].batches()):
+        if unix_ns is None and host == 0:
+            unix_ns = rows[0].time_ns - rows[0].ts_ns
+        sightings.feed(host, rows)
+    offset = sightings.corridor.offset()
+    own, joined = _hosts(readers, offset)
+    shift = _Shift(offset, joined[0].host, unix_ns or 0)
+    again = [Reader.open(one.name, quiet=quiet, again=True) for one in readers]
+    with written(output) as file:
+        _write(file, [*own, *joined], again, shift)
+    if not quiet:
+        for reader in readers:
+            for sentence in reader.remarks():
+                say(sentence)
+        say(words(joined[0], own[0]))
+
+
+def words(host: Merge, first: Merge) -> str:
+    """What is known of a host's clock."""
+    return (
+        f"the clock of {host.name} is {host.offset_ns / 1e9:+.9f} s from that of {first.name}, "
+        f"± {host.bound_ns / 1000:.1f} µs, and drifts by {host.drift_ppm:+.1f} "
+        f"± {host.drift_bound_ppm:.1f} ppm, by {host.packets} packets: "
+        "wire times are right within that bound"
+    )
+
+
+def _hosts(readers: list[Reader], offset: Offset) -> tuple[list[Merge], list[Merge]]:
+    """The hosts of A and those of B, by their new numbers; each may have been merged itself."""
+    own, others = (reader.merges or [Merge(0, reader.name)] for reader in readers)
+    base = max(host.host for host in own) + 1
+    joined = [
+        attrs.evolve(
+            host,
+            host=base + host.host,
+            offset_ns=offset.first_ns + host.offset_ns,
+            drift_ppm=round(offset.drift_ppm + host.drift_ppm, 3),
+            drift_bound_ppm=round(offset.drift_bound_ppm + host.drift_bound_ppm, 3),
+            bound_ns=offset.bound_ns + host.bound_ns,
+            packets=host.packets or offset.packets,
+        )
+        for host in others
+    ]
+    if joined[-1].host >= _MOST_HOSTS:
+        raise UsageError(f"more than {_MOST_HOSTS} hosts do not fit into one capture")
+    return own, joined
+
+
+@attrs.frozen
+class _Shift:
+    """Makes rows of B look as if they had been captured beside A's.
+
+    Args:
+        offset: Of B's clock.
+        host: The number of B's first host.
+        unix_ns: Unix time minus A's clock.
+    """
+
+    offset: Offset
+    host: int
+    unix_ns: int
+
+    def __call__(self, row: Event) -> Event:
+        """The row, by A's clock; what both hosts number alike is told apart."""
+        row.ts_ns -= self.offset.at(row.ts_ns)
+        row.time_ns = row.ts_ns + self.unix_ns
+        if row.netns is not None:
+            row.netns += self.host << HOST_BITS
+        if row.sock:
+            row.sock += self.host << _SOCK_BITS
+        return row
+
+
+def _write(file: BinaryIO, hosts: list[Merge], readers: list[Reader], shift: _Shift) -> None:
+    encoder = msgspec.json.Encoder()
+
+    def line(**value: Any) -> None:
+        file.write(encoder.encode({"v": 1, **value}) + b"\n")
+
+    for host in hosts:
+        line(merge=attrs.asdict(host))
+    first, second = readers
+    batch: list[Event] = []
+    for _, item in heapq.merge(_timed(first), _timed(second, shift), key=_TIME):
+        if isinstance(item, Event):
+            batch.append(item)
+        if len(batch) >= _BATCH or isinstance(item, Loss):
+            file.write(encoder.encode_lines(batch))
+            batch.clear()
+        if isinstance(item, Loss):
+            line(lost=attrs.asdict(item))
+    file.write(encoder.encode_lines(batch))
+    line(report=add_reports(first.report, second.report).as_json())
+
+
+def _timed(
+    reader: Reader, shift: Callable[[Event], Event] = lambda row: row
+) -> Iterator[tuple[int, Event | Loss]]:
+    """Rows and losses, with the time that gives them their place."""
+    ts_ns = 0
+    for item in reader.items():
+        if isinstance(item, Loss):
+            yield ts_ns, item
+        elif isinstance(item, list):
+            for one in item:
+                row = shift(one)
+                # Rows that came late in the run stay where they are.
+                ts_ns = max(ts_ns, row.ts_ns)
+                yield ts_ns, row

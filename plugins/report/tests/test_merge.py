@@ -1,0 +1,253 @@
+"""tcplat merge: two hosts' captures become one, by bounds that hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tcplat_report.clocks import DRIFT_PPM, Corridor, Sightings, UnboundedError
+from tcplat_report.commands import merge
+from tcplat_stages.join import Joiner
+from tcplat_stages.model import Exchange
+
+from tcplat_core import Event, Reader, UsageError
+from tcplat_core.cli import cli
+
+from .captures import Traffic, joint, of_host, write
+
+SHIFT_NS = 3_700_000_000
+
+
+def drifting(ts_ns: int) -> int:
+    """3.7 s ahead, and 50 ppm too fast."""
+    return ts_ns + SHIFT_NS + ts_ns * 50 // 1_000_000
+
+
+def merged(folder: Path, first: Iterator[Event], second: Iterator[Event]) -> tuple[Result, Path]:
+    paths = [write(folder / "a", first), write(folder / "b", second)]
+    out = folder / "out"
+    arguments = [*map(str, paths), "-o", str(out)]
+    return CliRunner().invoke(merge, arguments, catch_exceptions=False), out
+
+
+def heads(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        return [value["merge"] for line in file if "merge" in (value := json.loads(line))]
+
+
+def exchanges(rows: Iterator[Event]) -> list[Exchange]:
+    joiner = Joiner()
+    return [one for one in [*joiner.feed(rows), *joiner.finish()] if isinstance(one, Exchange)]
+
+
+def read(path: Path) -> Iterator[Event]:
+    for batch in Reader.open(str(path), quiet=True).batches():
+        yield from batch
+
+
+def test_shift_and_drift_are_found_within_the_bound(tmp_path: Path) -> None:
+    traffic = Traffic(connections=200, gap_us=50_000)
+    result, out = merged(tmp_path, of_host(traffic, 0), of_host(traffic, 1, drifting))
+    host, other = heads(out)
+    assert (host["host"], host["offset_ns"], host["bound_ns"]) == (0, 0, 0)
+    assert other["host"] == 1
+    truth = drifting(traffic.began_ns) - traffic.began_ns
+    assert abs(other["offset_ns"] - truth) <= other["bound_ns"]
+    assert 0 < other["bound_ns"] < 30_000  # the fastest packets took about 20 µs each way
+    assert abs(other["drift_ppm"] - 50) <= other["drift_bound_ppm"] < 10
+    assert "± " in result.stderr
+    # And so is every row: of the same packet, host B's is where it truly was.
+    true = sorted((row.seq or 0, row.ts_ns) for host, row in traffic.rows() if host == 1)
+    got = sorted((row.seq or 0, row.ts_ns) for row in read(out) if (row.netns or 0) >> 32 == 1)
+    assert len(true) == len(got)
+    for (_, expected), (_, found) in zip(true, got, strict=True):
+        assert abs(found - expected) <= other["bound_ns"]
+
+
+def test_the_joined_capture_tells_what_a_capture_of_both_would(tmp_path: Path) -> None:
+    traffic = Traffic(connections=100)
+    _, out = merged(tmp_path, of_host(traffic, 0), of_host(traffic, 1, drifting))
+    bound = heads(out)[1]["bound_ns"]
+    expected, found = exchanges(joint(traffic)), exchanges(read(out))
+    assert len(found) == len(expected) == 1000
+    key = {(one.conn.client, one.number): one for one in expected}
+    for one in found:
+        true = key[one.conn.client, one.number]
+        assert (one.request_bytes, one.reply_bytes) == (true.request_bytes, true.reply_bytes)
+        assert [name for name, _ in one.split.stages] == [name for name, _ in true.split.stages]
+        assert abs(one.total_ns - true.total_ns) <= 1  # by the client's clock alone
+        for (name, ns), (_, true_ns) in zip(one.split.stages, true.split.stages, strict=True):
+            # Elsewhere: host B's own drift, and how fast the bounds may move.
+            drift = 3 + true_ns * (DRIFT_PPM + 50) // 1_000_000
+            allowed = bound if name.startswith("wire") else drift
+            assert abs(ns - true_ns) <= allowed, name
+
+
+def test_it_is_a_capture_sorted_and_read_back_as_it_is(tmp_path: Path) -> None:
+    traffic = Traffic(connections=20)
+    _, out = merged(tmp_path, of_host(traffic, 0), of_host(traffic, 1, drifting))
+    rows = list(read(out))
+    times = [row.ts_ns for row in rows]
+    assert times == sorted(times)
+    assert {(row.netns or 0) >> 32 for row in rows} == {0, 1}
+    assert len({row.sock for row in rows if row.sock}) == 2 * 20
+    assert {row.time_ns - row.ts_ns for row in rows} == {1_700_000_000_000_000_000}
+    reader = Reader.open(str(out), quiet=True)
+    assert len([1 for _ in reader.items()]) > 0
+    assert [host.host for host in reader.merges] == [0, 1]
+    assert not list(reader.remarks())
+
+
+def test_a_merged_capture_can_be_merged_again(tmp_path: Path) -> None:
+    traffic = Traffic(connections=20)
+    _, out = merged(tmp_path, of_host(traffic, 0), of_host(traffic, 1, drifting))
+    again = tmp_path / "again"
+    arguments = [str(tmp_path / "b"), str(out), "-o", str(again)]
+    CliRunner().invoke(merge, arguments, catch_exceptions=False)
+    assert [host["host"] for host in heads(again)] == [0, 1, 2]
+    assert {(row.netns or 0) >> 32 for row in read(again)} == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("without", "words"),
+    [
+        (("0/nic_rx", "0/rx_ip"), "no packet from B to A"),
+        (("1/nic_tx",), "no packet from B to A"),
+        (("0/nic_tx",), "no packet from A to B"),
+    ],
+)
+def test_a_direction_that_is_missing_is_said(
+    tmp_path: Path, without: tuple[str, ...], words: str
+) -> None:
+    traffic = Traffic(without=frozenset(without))
+    with pytest.raises(UnboundedError, match=words):
+        merged(tmp_path, of_host(traffic, 0), of_host(traffic, 1))
+    assert not (tmp_path / "out").exists()
+
+
+def test_packets_that_contradict_each_other_are_said(tmp_path: Path) -> None:
+    traffic = Traffic(connections=50, gap_us=100_000)
+    fast: Callable[[int], int] = lambda ts_ns: ts_ns + ts_ns // 1000  # noqa: E731 - 1000 ppm
+    with pytest.raises(UnboundedError, match="contradict each other"):
+        merged(tmp_path, of_host(traffic, 0), of_host(traffic, 1, fast))
+
+
+def test_what_cannot_be_read_twice_is_said() -> None:
+    with pytest.raises(UsageError, match="cannot be read twice"):
+        CliRunner().invoke(merge, ["-", "x"], catch_exceptions=False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    ppm=st.integers(-150, 150),
+    shift=st.integers(-(10**15), 10**15),
+    gap_us=st.integers(1, 3_000_000),
+    one_way_us=st.tuples(st.integers(1, 5000), st.integers(1, 5000)),
+)
+def test_the_truth_is_within_the_bounds_at_every_packet(
+    seed: int, ppm: int, shift: int, gap_us: int, one_way_us: tuple[int, int]
+) -> None:
+    """Whatever the ways take, in whichever direction, however seldom packets are."""
+    chance = Random(seed)  # noqa: S311 - made-up traffic
+
+    def clock(ts_ns: int) -> int:
+        return ts_ns + shift + ts_ns * ppm // 1_000_000
+
+    corridor = Corridor()
+    now = 10**12
+    seen = []
+    for number in range(300):
+        now += chance.randrange(1, 2 * gap_us * 1000)
+        way = number and chance.randrange(2)
+        took = round(one_way_us[way] * 1000 * (1 + chance.expovariate(1)))
+        if number < 2 or way == 0:
+            corridor.at_most(clock(now + took), clock(now + took) - now)
+            seen.append(now + took)
+        if number < 2 or way == 1:
+            corridor.at_least(clock(now), clock(now) - now - took)
+            seen.append(now)
+    offset = corridor.offset()
+    for true in seen:
+        truth = clock(true) - true
+        assert abs(offset.at(clock(true)) - truth) <= offset.bound_ns + 1
+    moved = [true - truth for true, truth in ((t, offset.at(t)) for t in sorted(map(clock, seen)))]
+    assert moved == sorted(moved)
+
+
+def test_windows_grow_and_bounds_still_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tcplat_report.clocks._MOST_WINDOWS", 64)
+    corridor = Corridor()
+    for now in range(0, 10**10, 10**7):
+        corridor.at_most(now + 20_000, 20_000)
+        corridor.at_least(now, -20_000)
+    assert corridor.window_ns > 10**8
+    assert len(corridor.highs) <= 64
+    offset = corridor.offset()
+    assert all(abs(offset.at(now)) <= offset.bound_ns for now in range(0, 10**10, 10**7))
+
+
+def test_segments_sent_again_merged_or_split_do_not_mislead() -> None:
+    """B's clock is A's: no bound may be below 0."""
+    traffic = Traffic(connections=1, exchanges=1)
+    sightings = Sightings()
+    like = {
+        (row.point, host): row
+        for host, row in traffic.rows()
+        if row.point in ("nic_tx", "nic_rx") and not row.bytes
+    }
+
+    def packet(
+        host: int, point: str, sender: int, ts_ns: int, seq: int, count: int, **more: Any
+    ) -> None:
+        row = like[point, host]
+        values = {name: getattr(row, name) for name in row.__struct_fields__}
+        ends = [("10.0.0.1", 1000), ("10.0.0.2", 80)]
+        (saddr, sport), (daddr, dport) = ends[sender], ends[1 - sender]
+        values |= {"ts_ns": ts_ns, "seq": seq, "bytes": count, "flags": "ACK", "ack": 7}
+        values |= {"saddr": saddr, "sport": sport, "daddr": daddr, "dport": dport, **more}
+        sightings.feed(host, [type(row)(**values)])
+
+    packet(0, "nic_tx", 0, 0, 99, 0, flags="SYN", ack=None)
+    packet(0, "nic_tx", 0, 1_000, 100, 1000)  # lost
+    packet(0, "nic_tx", 0, 900_000, 100, 1000)  # again: arrives
+    packet(1, "nic_rx", 0, 0, 99, 0, flags="SYN", ack=None)
+    packet(1, "nic_rx", 0, 930_000, 100, 1000)
+    packet(0, "nic_tx", 0, 1_000_000, 1100, 3000)  # three packets on the wire
+    packet(0, "nic_tx", 0, 1_001_000, 1100, 1000)  # and the first of them once more
+    for step in range(3):
+        packet(1, "nic_rx", 0, 1_000_500 + step * 10_000, 1100 + 1000 * step, 1000)
+    packet(0, "nic_tx", 0, 2_000_000, 4100, 1000)
+    packet(0, "nic_tx", 0, 2_010_000, 5100, 1000)
+    packet(1, "nic_rx", 0, 2_040_000, 4100, 2000)  # GRO
+    highs = sightings.corridor.highs
+    assert sightings.corridor.counts == [5, 0]  # SYN, three times bytes, and one acknowledgement
+    assert min(highs.values()) >= 0
+
+
+def test_wire_times_are_printed_with_their_bound(tmp_path: Path) -> None:
+    traffic = Traffic(connections=5)
+    _, out = merged(tmp_path, of_host(traffic, 0), of_host(traffic, 1, drifting))
+    bound_us = heads(out)[1]["bound_ns"] / 1000
+
+    def replayed(sink: str) -> str:
+        shown = tmp_path / "shown"
+        arguments = ["replay", str(out), "-q", "--sink", f"{sink},path={shown}"]
+        CliRunner().invoke(cli, arguments, catch_exceptions=False)
+        return shown.read_text(encoding="utf-8")
+
+    stages = [json.loads(line) for line in replayed("stages:format=json").splitlines()]
+    bounds = {one["stage"]: one["wire_bound_us"] for one in stages if "wire_bound_us" in one}
+    assert bounds == {"wire": bound_us, "wire_back": bound_us}
+    said = f"± {bound_us:.1f} µs"
+    assert said in replayed("stages:group_by=none")
+    lines = replayed("waterfall:width=100").splitlines()
+    marked = {line.split()[0] for line in lines if said in line}
+    assert marked == {"wire", "wire_back", "syn", "synack"}

@@ -1,0 +1,147 @@
+"""The trace keeps to Chrome's Trace Event Format, and says what the stages say."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from tcplat_report.commands import report
+
+from .captures import STAGES_US, Traffic, joint, write
+
+Slice = dict[str, Any]
+
+
+def ns(us: float) -> int:
+    return round(us * 1000)
+
+
+@pytest.fixture(scope="module")
+def events(tmp_path_factory: pytest.TempPathFactory) -> list[Slice]:
+    folder = tmp_path_factory.mktemp("trace")
+    hosts = [{"merge": {"host": n, "name": f"host{n}", "bound_ns": 5000 * n}} for n in (0, 1)]
+    capture = write(folder / "capture", joint(Traffic(connections=30)), head=hosts)
+    out = folder / "trace.json"
+    arguments = [str(capture), "-o", str(out), "--format", "perfetto", "-q"]
+    assert CliRunner().invoke(report, arguments, catch_exceptions=False).exit_code == 0
+    trace = json.loads(out.read_text(encoding="utf-8"))
+    assert trace["displayTimeUnit"] == "ns"
+    found: list[Slice] = trace["traceEvents"]
+    return found
+
+
+def slices(events: list[Slice]) -> dict[tuple[int, int], list[Slice]]:
+    tracks = defaultdict(list)
+    for event in events:
+        if event["ph"] == "X":
+            tracks[event["pid"], event["tid"]].append(event)
+    return tracks
+
+
+def test_every_event_has_what_its_kind_needs(events: list[Slice]) -> None:
+    needs = {
+        "X": {"name", "cat", "pid", "tid", "ts", "dur"},
+        "M": {"name", "pid", "tid", "args"},
+        "s": {"name", "cat", "pid", "tid", "ts", "id"},
+        "f": {"name", "cat", "pid", "tid", "ts", "id", "bp"},
+    }
+    for event in events:
+        assert needs[event["ph"]] <= event.keys()
+        assert isinstance(event["pid"], int)
+        assert isinstance(event["tid"], int)
+        assert event.get("dur", 0) >= 0
+    assert {event["ph"] for event in events} == set(needs)
+
+
+def test_slices_of_a_track_nest_and_follow_each_other(events: list[Slice]) -> None:
+    tracks = slices(events)
+    assert len(tracks) == 2 * 30
+    for track in tracks.values():
+        begins = [ns(event["ts"]) for event in track]
+        assert begins == sorted(begins)
+        open_until: list[int] = []
+        for event in track:
+            begin, end = ns(event["ts"]), ns(event["ts"]) + ns(event["dur"])
+            while open_until and open_until[-1] <= begin:
+                open_until.pop()
+            assert not open_until or end <= open_until[-1]
+            open_until.append(end)
+
+
+def test_the_stages_of_a_request_fill_it(events: list[Slice]) -> None:
+    whole = 0
+    for track in slices(events).values():
+        for place, event in enumerate(track):
+            if event["name"].startswith("exchange"):
+                parts = track[place + 1 : place + 1 + len(STAGES_US)]
+                assert [part["name"] for part in parts] == list(STAGES_US)
+                assert sum(ns(part["dur"]) for part in parts) == ns(event["dur"])
+                assert event["args"]["wire_bound_us"] == 5
+                whole += 1
+    assert whole == 30 * 10
+
+
+def test_flows_go_from_a_slice_of_the_client_to_one_of_the_service_and_back(
+    events: list[Slice],
+) -> None:
+    starts = {event["id"]: event for event in events if event["ph"] == "s"}
+    ends = {event["id"]: event for event in events if event["ph"] == "f"}
+    assert starts.keys() == ends.keys()
+    assert len(starts) == sum(event["ph"] == "s" for event in events) == 2 * 30 * 10
+    tracks = slices(events)
+    for number, start in starts.items():
+        end = ends[number]
+        assert start["pid"] != end["pid"]
+        assert ns(start["ts"]) <= ns(end["ts"])
+        for one in (start, end):
+            assert any(
+                ns(event["ts"]) <= ns(one["ts"]) <= ns(event["ts"]) + ns(event["dur"])
+                for event in tracks[one["pid"], one["tid"]]
+            )
+
+
+def test_processes_and_tracks_have_names(events: list[Slice]) -> None:
+    names = {
+        (event["name"], event["pid"], event["tid"]): event["args"]["name"]
+        for event in events
+        if event["ph"] == "M"
+    }
+    processes = {name for (what, _, _), name in names.items() if what == "process_name"}
+    # The two hosts have a process of one number.
+    assert processes == {"curl 100 on host0", "nginx 100 on host1"}
+    pids = [pid for what, pid, _ in names if what == "process_name"]
+    assert len(set(pids)) == len(pids) == 2
+    for pid, tid in slices(events):
+        assert "10.0.0.2:80" in names["thread_name", pid, tid]
+
+
+def test_what_overlaps_gets_lanes_of_its_own(tmp_path: Path) -> None:
+    """Pipelining: the next request is sent before the last one's reply is read."""
+    traffic = Traffic(connections=1, exchanges=2)
+    rows = list(joint(traffic))
+    asked = [row for row in rows if row.probe == "tcp_client" and row.point == "send"]
+    first = next(row for row in rows if row.point == "recv" and row.probe == "tcp_client")
+    asked[1].ts_ns = first.ts_ns - 1000
+    rows.sort(key=lambda row: row.ts_ns)
+    capture = write(tmp_path / "capture", iter(rows))
+    out = tmp_path / "trace.json"
+    CliRunner().invoke(report, [str(capture), "-o", str(out), "--format", "perfetto", "-q"])
+    found = json.loads(out.read_text(encoding="utf-8"))["traceEvents"]
+    requests = [event for event in found if event["name"].startswith("exchange")]
+    assert len({event["tid"] for event in requests}) == 2
+    test_slices = slices(found)
+    for track in test_slices.values():
+        ends = [ns(event["ts"]) + ns(event["dur"]) for event in track if "args" in event]
+        begins = [ns(event["ts"]) for event in track if "args" in event]
+        assert all(end <= begin for end, begin in zip(ends, begins[1:], strict=False))
+
+
+def test_an_empty_run_is_an_empty_trace(tmp_path: Path) -> None:
+    capture = write(tmp_path / "capture", iter(()))
+    out = tmp_path / "trace.json"
+    CliRunner().invoke(report, [str(capture), "-o", str(out), "--format", "perfetto", "-q"])
+    assert json.loads(out.read_text(encoding="utf-8"))["traceEvents"] == []

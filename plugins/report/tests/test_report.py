@@ -1,0 +1,196 @@
+"""tcplat report: the page has what the capture tells, and no more than it has room for."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from tcplat_report import courses, report
+from tcplat_report.commands import report as command
+from tcplat_report.courses import FIELDS
+
+from tcplat_core import Event
+
+from .captures import STAGES_US, Traffic, joint, write
+
+
+def made(folder: Path, rows: Iterator[Event], *arguments: str, **more: Any) -> tuple[Result, str]:
+    capture = write(folder / "capture.jsonl", rows, **more)
+    out = folder / "report.html"
+    result = CliRunner().invoke(
+        command, [str(capture), "-o", str(out), *arguments], catch_exceptions=False
+    )
+    assert result.exit_code == 0
+    return result, out.read_text(encoding="utf-8")
+
+
+def data(page: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert found
+    value: dict[str, Any] = json.loads(found[1])
+    return value
+
+
+def test_the_figures_are_those_of_the_requests(tmp_path: Path) -> None:
+    slow = {(7, 3): 50_000, (11, 0): 40_000}
+    told = data(made(tmp_path, joint(Traffic(connections=50, slow=slow)))[1])
+    assert (told["exchanges"], told["connections"], told["retransmits"]) == (500, 50, 0)
+    stages = {stage[0]: stage for stage in told["stages"]}
+    assert list(stages) == ["connect", *STAGES_US, "total"]
+    assert stages["queue"][1] == 500
+    assert stages["queue"][2] == pytest.approx(STAGES_US["queue"], rel=0.1)
+    first, second = told["slowest"][:2]
+    assert (first["sport"], first["number"]) == (10_007, 4)
+    assert (second["sport"], second["number"]) == (10_011, 1)
+    assert dict(first["stages"])["server"] > 50_000
+    assert sum(us for _, us in first["stages"]) == pytest.approx(first["total_us"])
+    assert second["connect"]["total_us"] == pytest.approx(90)
+    assert len(told["slowest"]) == 50
+    assert told["remarks"] == []
+
+
+def test_time_goes_on_in_windows_that_hold_every_request(tmp_path: Path) -> None:
+    traffic = Traffic(connections=300, exchanges=3, gap_us=20_000)
+    timeline = data(made(tmp_path, joint(traffic))[1])["timeline"]
+    assert timeline["windows"] <= 240
+    assert sum(point[1] for point in timeline["series"]) == 900
+    assert sum(count for _, _, count in timeline["cells"]) == 900
+    assert timeline["windows"] * timeline["window_us"] >= 300 * 20_000
+    assert all(0 <= column < timeline["windows"] for column, _, _ in timeline["cells"])
+    medians = [point[2] for point in timeline["series"]]
+    assert statistics.median(medians) == pytest.approx(sum(STAGES_US.values()), rel=0.15)
+
+
+def test_the_course_of_a_connection_is_what_it_sent(tmp_path: Path) -> None:
+    told = data(made(tmp_path, joint(Traffic(connections=3, exchanges=5)))[1])
+    assert len(told["courses"]) == 3
+    for row in told["table"]:
+        course = told["courses"][str(row["n"])]
+        points = [course["points"][n : n + FIELDS] for n in range(0, len(course["points"]), FIELDS)]
+        assert course["every"] == 1
+        assert len(points) == 5 * 12
+        for direction, count in ((0, row["sent"]), (1, row["received"])):
+            ways = [point for point in points if point[1] % 2 == direction]
+            assert len(ways) == 5 * 6
+            assert min(point[2] for point in ways) == 0
+            assert max(point[2] + point[3] for point in ways) == count
+            kinds = [told["kinds"][point[1] >> 1] for point in ways[:6]]
+            assert kinds == ["send", "nic_tx", "nic_rx", "rx_ip", "ready", "recv"]
+
+
+def test_what_there_is_no_room_for_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "_MOST_POINTS_SHOWN", 500)
+    slow = {(7, 3): 50_000}
+    told = data(made(tmp_path, joint(Traffic(connections=50, slow=slow)), "--connections", "20")[1])
+    assert len(told["table"]) == 20
+    assert told["table"][0]["sport"] == 10_007
+    assert sum(len(one["points"]) // FIELDS for one in told["courses"].values()) <= 500
+    assert any("20 of 50 connections" in words for words in told["remarks"])
+    assert any("packets are kept for 4 connections" in words for words in told["remarks"])
+
+
+def test_of_connections_that_are_over_the_table_alone_is_kept() -> None:
+    story = report.Story(slow=5, most_connections=10)
+    rows = list(joint(Traffic(connections=200)))
+    for at in range(0, len(rows), 500):
+        story.write(rows[at : at + 500])
+    story.close()
+    told = story.as_json("capture", [])
+    assert (told["connections"], len(told["table"]), len(told["slowest"])) == (200, 10, 5)
+    assert len(story._slowest) == 5
+    assert len(story._kept) == 10
+    assert story._busy == {}
+    assert story._courses._count == 0
+    assert not story._courses._courses
+    assert not story._courses._ways
+
+
+def test_more_points_than_there_is_room_for_are_refused_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(courses, "_MOST_OPEN", 100)
+    told = data(made(tmp_path, joint(Traffic(connections=50, gap_us=1)))[1])
+    assert told["exchanges"] == 500
+    kept = told["courses"].values()
+    assert sum(len(course["points"]) // FIELDS for course in kept) <= 100
+    assert all(course["short"] for course in kept)
+    assert any("there was no room" in words for words in told["remarks"])
+
+
+def test_a_long_connection_is_thinned_and_says_so(tmp_path: Path) -> None:
+    told = data(made(tmp_path, joint(Traffic(connections=1, exchanges=200)))[1])
+    (course,) = told["courses"].values()
+    assert course["every"] == 8  # of 2,400 events
+    assert len(course["points"]) // FIELDS < courses.MOST_POINTS
+    times = course["points"][::FIELDS]
+    assert times == sorted(times)
+    assert times[-1] > 0.9 * told["span_us"]
+
+
+def test_a_port_used_again_has_a_course_of_its_own(tmp_path: Path) -> None:
+    rows = [
+        *joint(Traffic(connections=1, exchanges=2)),
+        *joint(Traffic(connections=1, exchanges=3, seed=9, began_ns=1_000_100_000_000)),
+    ]
+    told = data(made(tmp_path, iter(rows))[1])
+    lengths = {
+        row["exchanges"]: len(told["courses"][str(row["n"])]["points"]) // FIELDS
+        for row in told["table"]
+    }
+    assert lengths == {2: 24, 3: 36}
+    for row in told["table"]:
+        points = told["courses"][str(row["n"])]["points"]
+        assert max(points[2::FIELDS]) < 3 * 1400
+
+
+def test_no_name_of_a_process_becomes_markup(tmp_path: Path) -> None:
+    evil = "</script><img src=x onerror=alert(1)>\u2028<!--<script>"
+    page = made(tmp_path, joint(Traffic(connections=2, comm=evil)))[1]
+    assert page.count("</script>") == 2
+    assert "<img" not in page
+    assert "\u2028" not in page
+    assert data(page)["table"][0]["comm"].startswith("</script><img src=x onerror=alert(1)>")
+
+
+def test_the_page_asks_nobody(tmp_path: Path) -> None:
+    page = made(tmp_path, joint(Traffic(connections=2)))[1]
+    without_data = re.sub(r'id="data">.*?</script>', "", page, flags=re.DOTALL)
+    assert "default-src 'none'" in page
+    urls = set(re.findall(r"[a-z]+://[^\s\"']+", without_data))
+    assert urls == {"http://www.w3.org/2000/svg"}  # a name, not an address
+    assert not re.findall(r"<(?:link|img|iframe|script src)", without_data)
+
+
+def test_what_is_wrong_with_the_capture_stands_on_the_page(tmp_path: Path) -> None:
+    head = [{"lost": {"probe": "tcp_client", "point": "send", "count": 5}}]
+    result, page = made(tmp_path, joint(Traffic(connections=2)), end=False, head=head)
+    remarks = data(page)["remarks"]
+    assert any("5 events were lost" in words for words in remarks)
+    assert any("has no end" in words for words in remarks)
+    assert "5 events were lost" in result.stderr
+
+
+def test_two_hosts_wire_is_marked(tmp_path: Path) -> None:
+    hosts = [{"merge": {"host": n, "name": f"host{n}", "bound_ns": 5000 * n}} for n in (0, 1)]
+    told = data(made(tmp_path, joint(Traffic(connections=2)), head=hosts)[1])
+    assert {stage[0] for stage in told["stages"] if stage[7]} == {"wire", "wire_back"}
+    assert {one["wire_bound_us"] for one in told["slowest"]} == {5}
+    assert any("± 5.0 µs" in words for words in told["remarks"])
+
+
+def test_a_capture_without_connections_is_a_page_too(tmp_path: Path) -> None:
+    told = data(made(tmp_path, iter(()))[1])
+    assert (told["exchanges"], told["table"], told["timeline"]["series"]) == (0, [], [])
+
+
+def test_nothing_is_left_of_a_report_that_failed(tmp_path: Path) -> None:
+    (tmp_path / "capture").write_text("no capture\n", encoding="utf-8")
+    arguments = [str(tmp_path / "capture"), "-o", str(tmp_path / "out")]
+    assert CliRunner().invoke(command, arguments).exit_code != 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["capture"]

@@ -1,0 +1,100 @@
+"""Commands that plugins bring, beside those of cli.py."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable, Iterator
+
+import click
+
+from .errors import PluginError
+
+GROUP = "tcplat.commands"
+"""Entry points: the command's name, and the click.Command that it is."""
+
+
+class Commands(click.Group):
+    """The command line: its own commands, and those of plugins.
+
+    Of a plugin's command the entry point alone is read, until the command is called
+    or --help wants its line. Before anything of a plugin is imported, root is given up.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names."""
+        return sorted({*super().list_commands(ctx), *_entries()})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """A command of that name; one that says why it is broken; None if there is none.
+
+        Ours come first: no plugin can take the place of one.
+        """
+        own = super().get_command(ctx, cmd_name)
+        if own is not None:
+            return own
+        entry = _entries().get(cmd_name)
+        if entry is None:
+            return None
+        if callable(ctx.obj):
+            ctx.obj()
+        try:
+            return load(entry)
+        except PluginError as error:
+            return _broken(cmd_name, error)
+
+
+def found(own: Iterable[str]) -> Iterator[tuple[importlib.metadata.EntryPoint, str, str]]:
+    """Each plugin's command: entry point, status and summary, as `tcplat plugins list` has it.
+
+    Args:
+        own: Names that are tcplat's.
+    """
+    taken = set(own)
+    for entry in _sorted():
+        if entry.name in taken:
+            yield entry, "broken", "there is a command of this name already"
+            continue
+        taken.add(entry.name)
+        try:
+            yield entry, "ok", load(entry).get_short_help_str(80)
+        except PluginError as error:
+            yield entry, "broken", str(error)
+
+
+def load(entry: importlib.metadata.EntryPoint) -> click.Command:
+    """The command itself.
+
+    Raises:
+        PluginError: It cannot be imported, or is none.
+    """
+    try:
+        command = entry.load()
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    if not isinstance(command, click.Command):
+        raise PluginError(f"it offers a {type(command).__name__} as a command")
+    return command
+
+
+def _sorted() -> list[importlib.metadata.EntryPoint]:
+    # The same plugin may be installed twice: in tcplat's wheel and by itself.
+    entries = importlib.metadata.entry_points(group=GROUP)
+    return [one for _, one in sorted({(one.name, one.value): one for one in entries}.items())]
+
+
+def _entries() -> dict[str, importlib.metadata.EntryPoint]:
+    return {entry.name: entry for entry in reversed(_sorted())}
+
+
+def _broken(name: str, error: PluginError) -> click.Command:
+    def fail(_: tuple[str, ...]) -> None:
+        raise PluginError(f"command {name} is broken: {error}")
+
+    return click.Command(
+        name,
+        callback=fail,
+        params=[click.Argument(["_"], nargs=-1, type=click.UNPROCESSED)],
+        context_settings={"ignore_unknown_options": True},
+        help=f"Broken: {error}",
+        add_help_option=False,
+    )

@@ -1,0 +1,109 @@
+"""A capture, as a command reads it: row by row, with a bar and with words about what is amiss."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator
+
+import attrs
+import click
+
+from .capture import Capture, Source
+from .errors import TcplatError
+from .model import Loss, Merge, RunReport
+from .plugins import Plugins
+from .replay import Bar, add_reports
+from .schema import Event
+
+
+@attrs.define(eq=False)
+class Reader:
+    """Reads one capture from beginning to end, in bounded memory.
+
+    Attributes:
+        name: As the user calls it.
+        rows: So many were read.
+        lost: Events that the capture says were lost.
+        merges: Its hosts, where it was made of several.
+    """
+
+    _source: Source
+    _capture: Capture
+    _bar: Bar
+    rows: int = attrs.field(default=0, init=False)
+    lost: int = attrs.field(default=0, init=False)
+    merges: list[Merge] = attrs.field(factory=list, init=False)
+
+    @classmethod
+    def open(cls, where: str, *, quiet: bool = False, again: bool = False) -> Reader:
+        """A path, ``-`` for standard input, ``unix:PATH`` or ``tcp:HOST:PORT``.
+
+        Args:
+            where: One of these.
+            quiet: Without a bar, and without a word on what is left out.
+            again: It was read before: what is left out was said.
+
+        Raises:
+            UsageError: It cannot be read.
+        """
+        gc.set_threshold(100_000, 50, 50)  # rows are in no cycle
+        source = Source.open(where)
+        events = {name: spec.event for name, spec in Plugins.load().probes.items()}
+
+        def say(sentence: str) -> None:
+            if not quiet and not again:
+                click.echo(f"tcplat: {source.name}: {sentence}", err=True)
+
+        bar = Bar(source, shown=not quiet and sys.stderr.isatty())
+        return cls(source, Capture(events, say), bar)
+
+    @property
+    def name(self) -> str:
+        """As the user calls it."""
+        return self._source.name
+
+    def items(self) -> Iterator[list[Event] | Loss | Merge]:
+        """Batches of rows, and what is said between them.
+
+        Raises:
+            TcplatError: There is nothing in it that could be read.
+        """
+        for item in self._capture.items(self._source.chunks()):
+            self._bar.update()
+            if isinstance(item, list):
+                self.rows += len(item)
+            elif isinstance(item, Loss):
+                self.lost += item.count
+            elif isinstance(item, Merge):
+                self.merges.append(item)
+            if item is not None:
+                yield item
+        self._bar.close()
+        if not self._capture.read:
+            raise TcplatError(f"{self.name} is no capture: nothing of tcplat's is in it")
+
+    def batches(self) -> Iterator[list[Event]]:
+        """Its rows alone."""
+        return (item for item in self.items() if isinstance(item, list))
+
+    @property
+    def report(self) -> RunReport:
+        """Its books; such as say why not, where it has none."""
+        report = RunReport(probes={}, duration_s=0)
+        for one in self._capture.reports:
+            report = add_reports(report, one) if report.probes else one
+        if not self._capture.ended:
+            report = attrs.evolve(report, incomplete="the capture has no end")
+        return report
+
+    def remarks(self) -> Iterator[str]:
+        """Once it is read: what a reader of the figures has to know about the capture."""
+        lost = max(self.lost, self.report.dropped)
+        if lost:
+            yield f"{self.name}: {lost} events were lost in the run: figures of what was seen"
+        if self._capture.left_out:
+            noun = self._capture.noun
+            yield f"{self.name}: {self._capture.left_out} {noun}(s) are damaged and left out"
+        if not self._capture.ended:
+            yield f"{self.name} has no end: its run was killed, or it is cut off"

@@ -1,0 +1,121 @@
+"""Plugins bring commands; a broken one breaks itself alone."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from tcplat_core import commands
+from tcplat_core.cli import cli
+from tcplat_core.errors import PluginError
+
+Install = Callable[[str, str, str], None]
+GOOD = """
+import click
+
+@click.command()
+@click.argument("name")
+def greet(name):
+    \"\"\"Say hello.\"\"\"
+    click.echo(f"hello {name}")
+"""
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Installs a distribution with one command, as pip would."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    modules: list[str] = []
+
+    def add(module: str, code: str, entry: str) -> None:
+        (tmp_path / f"{module}.py").write_text(code, encoding="utf-8")
+        modules.append(module)
+        info = tmp_path / f"tcplat_{module}-2.5.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: tcplat-{module}\nVersion: 2.5\n"
+        )
+        (info / "entry_points.txt").write_text(f"[tcplat.commands]\n{entry}\n")
+
+    yield add
+    for module in modules:
+        sys.modules.pop(module, None)
+
+
+def ran(*arguments: str, **how: object) -> Result:
+    return CliRunner().invoke(cli, arguments, catch_exceptions=False, **how)  # type: ignore[arg-type] # obj=
+
+
+def test_a_plugins_command_runs_and_stands_in_the_help(install: Install) -> None:
+    install("good", GOOD, "greet = good:greet")
+    assert ran("greet", "world").output == "hello world\n"
+    assert "Say hello." in ran("--help").output
+    (line,) = [line for line in ran("plugins", "list").output.splitlines() if "greet" in line]
+    assert line.split()[:5] == ["greet", "command", "2.5", "tcplat-good", "ok"]
+
+
+def test_of_a_plugin_nothing_is_imported_until_it_is_asked_for(install: Install) -> None:
+    install("good", GOOD, "greet = good:greet")
+    ran("run", "--help")
+    ran("plugins", "--help")
+    assert "good" not in sys.modules
+
+
+def test_root_is_given_up_before_a_plugin_is_imported(install: Install) -> None:
+    install("good", GOOD, "greet = good:greet")
+    given: list[bool] = []
+    ran("greet", "world", obj=lambda: given.append("good" in sys.modules))
+    assert given == [False]
+
+
+@pytest.mark.parametrize(
+    ("code", "entry", "words"),
+    [
+        ("import there_is_no_such_module", "bad = bad:bad", "ModuleNotFoundError: No module"),
+        ("raise SystemExit(3)", "bad = bad:bad", "SystemExit: 3"),
+        ("bad = 5", "bad = bad:bad", "it offers a int as a command"),
+        ("", "bad = bad:nothing", "AttributeError: "),
+    ],
+)
+def test_a_broken_command_says_so_and_the_others_go_on(
+    install: Install, code: str, entry: str, words: str
+) -> None:
+    install("bad", code, entry)
+    install("good", GOOD, "greet = good:greet")
+    with pytest.raises(PluginError, match=words):
+        ran("bad", "--any", "thing")
+    assert "Broken: " in ran("--help").output
+    assert ran("greet", "world").exit_code == 0
+    (line,) = [line for line in ran("plugins", "list").output.splitlines() if "tcplat-bad" in line]
+    assert "broken" in line
+    assert words in line
+
+
+def test_no_plugin_takes_the_place_of_a_command_of_ours(install: Install) -> None:
+    install("thief", GOOD, "replay = thief:greet")
+    assert "Feed a capture to sinks" in ran("replay", "--help").output
+    (line,) = [line for line in ran("plugins", "list").output.splitlines() if "thief" in line]
+    assert "there is a command of this name already" in line
+
+
+def test_there_is_no_such_command() -> None:
+    with pytest.raises(click.UsageError, match="No such command"):
+        cli.main(["nonesuch"], standalone_mode=False)
+
+
+def test_help_is_quick() -> None:
+    ran("--help")
+    began = time.process_time()
+    ran("--help")
+    assert time.process_time() - began < 0.2
+
+
+def test_the_built_in_ones_are_found() -> None:
+    names = {entry.name: status for entry, status, _ in commands.found(())}
+    assert names.items() >= {"report": "ok", "diff": "ok", "merge": "ok"}.items()

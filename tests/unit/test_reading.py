@@ -1,0 +1,106 @@
+"""A capture as a command reads it, and hosts of a merged one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import attrs
+import msgspec
+import pytest
+from click.testing import CliRunner
+
+from tcplat_core import HOST_BITS, Event, Loss, Merge, Reader, TcplatError
+from tcplat_core.cli import cli
+from tcplat_core.model import RunReport
+from tcplat_core.testing import make_event
+
+HOSTS = [
+    Merge(0, "a.jsonl"),
+    Merge(1, "b.jsonl", 3_700_000_123, 50.25, 0.5, 7_300, 1090),
+]
+LOSS = Loss("tcp_client", "send", 3)
+REPORT = RunReport(probes={}, duration_s=1.0)
+
+
+def capture(path: Path, *, end: bool = True) -> list[Event]:
+    rows = [make_event(ts_ns=1000 + n, netns=4 + (n % 2 << HOST_BITS)) for n in range(10)]
+    encode = msgspec.json.Encoder().encode
+    lines = [encode({"v": 1, "merge": attrs.asdict(host)}) for host in HOSTS]
+    lines += [encode(row) for row in rows[:5]]
+    lines.append(encode({"v": 1, "lost": attrs.asdict(LOSS)}))
+    lines += [encode(row) for row in rows[5:]]
+    if end:
+        lines.append(encode({"v": 1, "report": REPORT.as_json()}))
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    return rows
+
+
+def test_everything_comes_in_its_place(tmp_path: Path) -> None:
+    rows = capture(tmp_path / "capture")
+    reader = Reader.open(str(tmp_path / "capture"))
+    items = list(reader.items())
+    assert items == [*HOSTS, rows[:5], LOSS, rows[5:]]
+    assert (reader.rows, reader.lost, reader.merges) == (10, 3, HOSTS)
+    assert list(reader.remarks()) == [
+        f"{tmp_path}/capture: 3 events were lost in the run: figures of what was seen"
+    ]
+    assert not reader.report.incomplete
+
+
+def test_batches_are_the_rows_alone(tmp_path: Path) -> None:
+    rows = capture(tmp_path / "capture")
+    assert sum(Reader.open(str(tmp_path / "capture")).batches(), []) == rows  # noqa: RUF017 - two
+
+
+def test_a_capture_without_an_end_says_so(tmp_path: Path) -> None:
+    capture(tmp_path / "capture", end=False)
+    reader = Reader.open(str(tmp_path / "capture"))
+    list(reader.items())
+    assert reader.report.incomplete
+    assert any("has no end" in sentence for sentence in reader.remarks())
+
+
+def test_what_is_no_capture_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("hello\n")
+    with pytest.raises(TcplatError, match="is no capture"):
+        list(Reader.open(str(tmp_path / "x"), quiet=True).items())
+
+
+def test_replay_keeps_the_hosts(tmp_path: Path) -> None:
+    capture(tmp_path / "capture")
+    arguments = ["replay", str(tmp_path / "capture"), "--sink", f"jsonl:path={tmp_path / 'out'}"]
+    assert CliRunner().invoke(cli, arguments).exit_code == 0
+    before, after = (
+        (tmp_path / name).read_bytes().splitlines()[:-1] for name in ("capture", "out")
+    )
+    assert before == after
+
+
+def test_a_host_that_is_damaged_is_left_out(tmp_path: Path) -> None:
+    rows = capture(tmp_path / "capture")
+    path = tmp_path / "capture"
+    path.write_bytes(path.read_bytes().replace(b'"host":1', b'"host":"one"'))
+    reader = Reader.open(str(path), quiet=True)
+    assert [host.host for host in (item for item in reader.items() if isinstance(item, Merge))] == [
+        0
+    ]
+    assert reader.rows == len(rows)
+    assert any("1 line(s) are damaged" in sentence for sentence in reader.remarks())
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_bar_on_a_terminal_says_how_far_it_is(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    quiet: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    monkeypatch.setattr("tcplat_core.replay._BAR_AFTER_S", -1)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    capture(tmp_path / "capture")
+    list(Reader.open(str(tmp_path / "capture"), quiet=quiet).items())
+    shown = capsys.readouterr()
+    assert ("100%" in shown.err) is not quiet
+    assert shown.err.endswith("\x1b[K") is not quiet
+    assert shown.out == ""
