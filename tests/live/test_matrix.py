@@ -149,11 +149,9 @@ def test_tcp_stats(traffic: tuple[list[Row], int, int], ip: int) -> None:
     else:
         assert found == {"client": CONNECTIONS, "service": CONNECTIONS}
     for row in ours:
-        assert row["bytes_received"] in (
-            MESSAGES * SIZE,
-            MESSAGES * SIZE + 1,
-        )  # with FIN or without
-        assert row["bytes_acked"] in (MESSAGES * SIZE + 1, MESSAGES * SIZE + 2)  # with SYN, and FIN
+        # The FIN counts where it has come, or was acknowledged, by then; the SYN always does.
+        assert row["bytes_received"] - MESSAGES * SIZE in (0, 1)
+        assert row["bytes_acked"] - MESSAGES * SIZE in (1, 2)
         assert row["retransmits"] == 0
         assert 0 < row["min_rtt_us"] <= row["srtt_us"] * 8
         assert row["srtt_us"] < row["rto_us"]
