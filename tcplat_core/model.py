@@ -112,8 +112,9 @@ class Sink(Protocol):
     A sink may also have ``idle()``: called once a second, so that it can raise
     ReaderGoneError while there is nothing to write. And ``poll()``: called whenever the
     rings have been looked at, every 3 to 20 ms, also when nothing came (in a replay at
-    least every 100 ms); it must not block. One whose spec has `aggregate`
-    has ``aggregates()``, see :class:`AggregateSink`.
+    least every 100 ms); it must not block. And ``merged()``: it gets a :class:`Merge` for each
+    host of a capture that was made of several, before the rows. One whose spec has
+    `aggregate` has ``aggregates()``, see :class:`AggregateSink`.
 
     One that tells of many rows in one says so by ``joins = True``: the conformance kit
     does not expect each row in its output then.
