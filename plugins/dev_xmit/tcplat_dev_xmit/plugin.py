@@ -35,11 +35,20 @@ class LeavingEvent(Event, gc=False):
     """A row of dev_xmit."""
 
     ack: Annotated[
-        int | None, Wire("u32", "next sequence number the sender of a packet expects", has=True)
+        int | None,
+        Wire("u32", "next sequence number the sender of a packet expects", has=True, column=""),
     ]
-    window: Annotated[int, Wire("u16", "how much its sender has room for; not scaled, so 0 is 0")]
+    window: Annotated[
+        int, Wire("u16", "how much its sender has room for; not scaled, so 0 is 0", column="")
+    ]
     dev: Annotated[
-        str, Wire("char[16]", "the device it leaves by, as its own namespace calls it", to=device)
+        str,
+        Wire(
+            "char[16]",
+            "the device it leaves by, as its own namespace calls it",
+            to=device,
+            column="",
+        ),
     ]
 
 

@@ -34,7 +34,9 @@ class PacketEvent(Event, gc=False):
         int | None,
         Wire("u32", "next sequence number the sender of a packet expects", has=True, column=""),
     ]
-    window: Annotated[int, Wire("u16", "how much its sender has room for; not scaled, so 0 is 0")]
+    window: Annotated[
+        int, Wire("u16", "how much its sender has room for; not scaled, so 0 is 0", column="")
+    ]
 
 
 def _ports(text: str) -> Ports:
