@@ -29,7 +29,8 @@ class Option:
         default: The value when it is not given.
         required: It has to be given.
         metavar: What to write for a value; follows from `convert` unless given.
-        example: A value for the example in ``tcplat plugins show``; a required option needs it.
+        example: A value for the example in ``tcplat plugins show``; a required option needs
+            it, and so does one of several of which one has to be given.
     """
 
     name: str = attrs.field(validator=checked_name)
@@ -60,8 +61,8 @@ Options = Mapping[str, Any]
 
 
 def example(name: str, options: Sequence[Option]) -> str:
-    """A probe or sink as the command line names it, with what it cannot do without."""
-    given = ",".join(f"{option.name}={option.example}" for option in options if option.required)
+    """A probe or sink as the command line names it, with each option that has an example."""
+    given = ",".join(f"{option.name}={option.example}" for option in options if option.example)
     return f"{name}:{given}" if given else name
 
 

@@ -83,7 +83,7 @@ def _stages(options: Options, run: RunInfo) -> Sink:
 
 
 _COMMON = (
-    Option(name="path", help="file to write; standard output if not given"),
+    Option(name="path", help="file to write; standard output if not given", metavar="FILE"),
     Option(
         name="format",
         help="text, or json: one object a line",
@@ -112,6 +112,7 @@ def tcplat_register_sinks() -> Iterator[SinkSpec]:
                 name="min_stage",
                 help="only where a stage, or total, took so long: queue:1ms; several joined by +",
                 convert=_at_least,
+                metavar="STAGE:TIME",
             ),
             Option(
                 name="width",
@@ -137,6 +138,7 @@ def tcplat_register_sinks() -> Iterator[SinkSpec]:
                 name="group_by",
                 help="process, remote, port, joined by +; or none",
                 convert=parse_groups,
+                metavar="NAME+NAME|none",
                 default=_DEFAULT_GROUPS,
             ),
             Option(
