@@ -128,7 +128,7 @@ SECTIONS = {
     ),
     "The row": ("Event", "Wire", "micros", "address", "clock_offset_ns", "Field", "fields"),
     "Options": (
-        *("Option", "Options", "Kind", "integer", "choice", "boolean", "duration", "size"),
+        *("Option", "Options", "Kind", "integer", "choice", "ports", "boolean", "duration", "size"),
     ),
     "Maps that Python reads": ("ReadableMap", "Maps", "MapView"),
     "What the kernel counts": (

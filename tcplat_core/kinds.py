@@ -55,6 +55,26 @@ def choice(*words: str) -> Kind:
     return Kind("|".join(words), convert, words)
 
 
+_HIGHEST_PORT = 65535
+
+
+def ports(most: int) -> Kind:
+    """TCP ports, joined by +, so many at most, as a tuple; ``all`` is the empty one."""
+
+    def convert(text: str) -> tuple[int, ...]:
+        if text == "all":
+            return ()
+        words = text.split("+")
+        for word in words:
+            if not re.fullmatch(r"[0-9]{1,5}", word) or not 0 < int(word) <= _HIGHEST_PORT:
+                raise ValueError(f"{word!r} is not a port; write 9999, 80+443 or all")
+        if len(words) > most:
+            raise ValueError(f"{len(words)} ports are too many; take {most}, or all")
+        return tuple(dict.fromkeys(map(int, words)))
+
+    return Kind("PORT+PORT|all", convert)
+
+
 def _boolean(text: str) -> bool:
     if text not in ("yes", "no", "true", "false", "on", "off", "1", "0"):
         raise ValueError("it must be yes or no")

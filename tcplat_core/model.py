@@ -23,9 +23,9 @@ class Option:
     Args:
         name: The key.
         help: One line for ``tcplat plugins show``.
-        convert: Turns the text into the value: :func:`integer`, :func:`choice`, `boolean`,
-            `duration`, `size`, or a function of your own that raises ValueError with what it
-            wants. A text stays as it is unless given.
+        convert: Turns the text into the value: :func:`integer`, :func:`choice`, :func:`ports`,
+            `boolean`, `duration`, `size`, or a function of your own that raises ValueError with
+            what it wants. A text stays as it is unless given.
         default: The value when it is not given.
         required: It has to be given.
         metavar: What to write for a value; follows from `convert` unless given.

@@ -161,7 +161,7 @@ def test_all_there_is_to_know_of_a_probe() -> None:
         3,
         "in",
         False,
-        "(1, 2)",
+        "1+2",
         None,
     ]
 
