@@ -16,7 +16,7 @@ import attrs
 import msgspec
 
 import tcplat_core
-from tcplat_core import Event, Field, fields, hookspecs
+from tcplat_core import Event, Field, Merge, fields, hookspecs
 from tcplat_core.model import RunReport
 from tcplat_core.plugins import Plugins
 from tcplat_core.schema import TCP_STATES, Record
@@ -30,6 +30,8 @@ def events() -> str:
     """The event's schema."""
     row = msgspec.json.encode(make_event()).decode()
     lost = '{"v":1,"lost":{"probe":"tcp_client","point":"send","count":3}}'
+    host = attrs.asdict(Merge(1, "service.jsonl", offset_ns=-3_000_000, bound_ns=15_000))
+    merge = msgspec.json.encode({"v": 1, "merge": host}).decode()
     report = RunReport(probes={}, duration_s=1.5)
     end = msgspec.json.encode({"v": 1, "report": report.as_json()}).decode()
     return "\n".join(
@@ -62,6 +64,13 @@ def events() -> str:
             "",
             "```json",
             lost,
+            "```",
+            "",
+            "A host of several, where `tcplat merge` has joined their captures: one line for each,",
+            "before the rows (`Merge` in [hooks.md](hooks.md)):",
+            "",
+            "```json",
+            merge,
             "```",
             "",
             "The end of a capture, with the books of the run (of no probe, here). For each hook,",
@@ -119,7 +128,7 @@ SECTIONS = {
     ),
     "The row": ("Event", "Wire", "micros", "address", "clock_offset_ns", "Field", "fields"),
     "Options": (
-        *("Option", "Options", "Kind", "integer", "choice", "boolean", "duration", "size"),
+        *("Option", "Options", "Kind", "integer", "choice", "ports", "boolean", "duration", "size"),
     ),
     "Maps that Python reads": ("ReadableMap", "Maps", "MapView"),
     "What the kernel counts": (
@@ -130,6 +139,10 @@ SECTIONS = {
     "Errors": (*("TcplatError", "UsageError", "CannotRunError", "PluginError", "ReaderGoneError"),),
 }
 """Every public name, in the order in which one needs them."""
+
+
+_WITH_METHODS = ("Sink", "AggregateSink", "Output", "Moment", "Distribution", "Maps", "Reader")
+"""Classes whose methods a plugin has, or calls."""
 
 
 def hooks() -> str:
@@ -182,12 +195,13 @@ def _described(name: str, values: dict[str, str]) -> Iterator[str]:
     yield from _prose(inspect.cleandoc(values.get(name) or value.__doc__))
     if not inspect.isclass(value):
         return
-    if attrs.has(value) and "Args:" not in (value.__doc__ or ""):
+    if attrs.has(value) and not re.search("(Args|Attributes):", value.__doc__ or ""):
         yield ""
-        yield from (f"- `{one.name}`: {one.type}" for one in attrs.fields(value))
+        members = [one for one in attrs.fields(value) if not one.name.startswith("_")]
+        yield from (f"- `{one.name}`: {one.type}" for one in members)
     if exit_code := getattr(value, "exit_code", None):
         yield f"Exit status {exit_code}."
-    if name not in ("Sink", "Output", "Moment"):
+    if name not in _WITH_METHODS:
         return
     for method, function in vars(value).items():
         plain = function.__func__ if isinstance(function, classmethod) else function
@@ -205,8 +219,8 @@ def _prose(doc: str) -> Iterator[str]:
         if colons:
             yield from (_inline(f"{head}:"), "", "```python")
             yield from (textwrap.dedent(code).rstrip(), "```", "")
-        elif found := re.match(r"(Args|Raises|Returns):\n", block):
-            if found[1] != "Args":
+        elif found := re.match(r"(Args|Attributes|Raises|Returns):\n", block):
+            if found[1] not in ("Args", "Attributes"):
                 yield from (f"{found[1]}:", "")
             for item in re.split(r"\n(?=\S)", textwrap.dedent(block[found.end() :])):
                 name, _, words = re.sub(r"\s+", " ", item).partition(": ")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         xdp,
     )
     from .hookspecs import HOOKSPEC_VERSION, hookimpl
-    from .kinds import Kind, boolean, choice, duration, integer, size
+    from .kinds import Kind, boolean, choice, duration, integer, ports, size
     from .maps import Maps, MapView, ReadableMap
     from .model import (
         HOST_BITS,
@@ -110,6 +110,7 @@ __all__ = [
     "kprobe",
     "kreturn",
     "micros",
+    "ports",
     "printable",
     "size",
     "tracepoint",

@@ -55,17 +55,40 @@ def choice(*words: str) -> Kind:
     return Kind("|".join(words), convert, words)
 
 
+_HIGHEST_PORT = 65535
+
+
+def ports(most: int) -> Kind:
+    """TCP ports, joined by +, so many at most, as a tuple; ``all`` is the empty one."""
+
+    def convert(text: str) -> tuple[int, ...]:
+        if text == "all":
+            return ()
+        words = text.split("+")
+        for word in words:
+            if not re.fullmatch(r"[0-9]{1,5}", word) or not 0 < int(word) <= _HIGHEST_PORT:
+                raise ValueError(f"{word!r} is not a port; write 9999, 80+443 or all")
+        if len(words) > most:
+            raise ValueError(f"{len(words)} ports are too many; take {most}, or all")
+        return tuple(dict.fromkeys(map(int, words)))
+
+    return Kind("PORT+PORT|all", convert)
+
+
 def _boolean(text: str) -> bool:
     if text not in ("yes", "no", "true", "false", "on", "off", "1", "0"):
         raise ValueError("it must be yes or no")
     return text in ("yes", "true", "on", "1")
 
 
+_SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
+
+
 def _duration(text: str) -> float:
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(us|ms|s|m|h)?", text)
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(ns|us|ms|s|m|h)?", text)
     if not found:
         raise ValueError("it is not a time; write 5, 500ms, 30s, 2m or 1h")
-    return float(found[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}[found[2] or "s"]
+    return float(found[1]) * _SECONDS[found[2] or "s"]
 
 
 def _size(text: str) -> int:
@@ -78,6 +101,6 @@ def _size(text: str) -> int:
 boolean = Kind("yes|no", _boolean, ("yes", "no"))
 """yes or no (true, false, on, off, 1, 0), as a bool."""
 duration = Kind("TIME", _duration)
-"""``500us``, ``2.5ms``, ``30``, ``30s``, ``2m``, ``1h``, as seconds."""
+"""``800ns``, ``500us``, ``2.5ms``, ``30``, ``30s``, ``2m``, ``1h``, as seconds."""
 size = Kind("SIZE", _size)
 """``4096``, ``64K``, ``16M``, ``1G``, as bytes."""

@@ -23,13 +23,14 @@ class Option:
     Args:
         name: The key.
         help: One line for ``tcplat plugins show``.
-        convert: Turns the text into the value: :func:`integer`, :func:`choice`, `boolean`,
-            `duration`, `size`, or a function of your own that raises ValueError with what it
-            wants. A text stays as it is unless given.
+        convert: Turns the text into the value: :func:`integer`, :func:`choice`, :func:`ports`,
+            `boolean`, `duration`, `size`, or a function of your own that raises ValueError with
+            what it wants. A text stays as it is unless given.
         default: The value when it is not given.
         required: It has to be given.
         metavar: What to write for a value; follows from `convert` unless given.
-        example: A value for the example in ``tcplat plugins show``; a required option needs it.
+        example: A value for the example in ``tcplat plugins show``; a required option needs
+            it, and so does one of several of which one has to be given.
     """
 
     name: str = attrs.field(validator=checked_name)
@@ -60,8 +61,8 @@ Options = Mapping[str, Any]
 
 
 def example(name: str, options: Sequence[Option]) -> str:
-    """A probe or sink as the command line names it, with what it cannot do without."""
-    given = ",".join(f"{option.name}={option.example}" for option in options if option.required)
+    """A probe or sink as the command line names it, with each option that has an example."""
+    given = ",".join(f"{option.name}={option.example}" for option in options if option.example)
     return f"{name}:{given}" if given else name
 
 
@@ -112,8 +113,9 @@ class Sink(Protocol):
     A sink may also have ``idle()``: called once a second, so that it can raise
     ReaderGoneError while there is nothing to write. And ``poll()``: called whenever the
     rings have been looked at, every 3 to 20 ms, also when nothing came (in a replay at
-    least every 100 ms); it must not block. One whose spec has `aggregate`
-    has ``aggregates()``, see :class:`AggregateSink`.
+    least every 100 ms); it must not block. And ``merged()``: it gets a :class:`Merge` for each
+    host of a capture that was made of several, before the rows. One whose spec has
+    `aggregate` has ``aggregates()``, see :class:`AggregateSink`.
 
     One that tells of many rows in one says so by ``joins = True``: the conformance kit
     does not expect each row in its output then.

@@ -22,7 +22,6 @@ class Reader:
     """Reads one capture from beginning to end, in bounded memory.
 
     Attributes:
-        name: As the user calls it.
         rows: So many were read.
         lost: Events that the capture says were lost.
         merges: Its hosts, where it was made of several.

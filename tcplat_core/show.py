@@ -113,7 +113,9 @@ def as_json(found: Found, spec: ProbeSpec | SinkSpec, sight: Sight) -> dict[str,
 
 def _option(option: Option) -> dict[str, Any]:
     default = option.default
-    if not isinstance(default, str | int | float | None):
+    if isinstance(default, tuple):  # of several, as one writes them
+        default = "+".join(map(str, default))
+    elif not isinstance(default, str | int | float | None):
         default = str(default)
     return {
         "name": option.name,

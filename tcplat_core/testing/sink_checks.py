@@ -2,20 +2,27 @@
 
 In there standard output is a file, a full device or a pipe that nobody reads; what the sink
 holds in memory can be measured; and what it breaks is gone with the process.
+
+Options have meanings by their names: at ``path=`` there is such a file, and at ``unix=`` a
+sink lets readers come: one who reads is there, and what he gets is the sink's output.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import select
 import signal
+import socket
 import sys
 import tempfile
+import threading
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +30,17 @@ import attrs
 import msgpack
 
 from tcplat_core.errors import ReaderGoneError, TcplatError
-from tcplat_core.model import HookReport, Loss, ProbeReport, RunInfo, RunReport, Sink, SinkSpec
+from tcplat_core.histogram import BUCKETS, Aggregates, Distribution, Group, Histogram, bucket
+from tcplat_core.model import (
+    HookReport,
+    Loss,
+    Merge,
+    ProbeReport,
+    RunInfo,
+    RunReport,
+    Sink,
+    SinkSpec,
+)
 from tcplat_core.router import spare_the_collector
 from tcplat_core.schema import Event, Wire, fields, text
 
@@ -37,6 +54,8 @@ WARM = 200_000
 GROWTH = 64 << 20
 """Bytes."""
 _PATIENCE_S = 300.0
+_SOON_S = 2.0
+"""A reader at a socket has by then what write() has handed over; a run polls all the while."""
 
 
 def checks_of(_: Subject) -> dict[str, Check]:
@@ -63,6 +82,8 @@ class _OwnEvent(Event, gc=False):
 
 
 _INFO = RunInfo(("tcp_client", "theirs"), events={"tcp_client": Event, "theirs": _OwnEvent})
+_REPLAYED = attrs.evolve(_INFO, live=False)
+"""When a run began is not in what is written of its replay."""
 _REPORT = RunReport(
     probes={
         "tcp_client": ProbeReport(
@@ -109,6 +130,97 @@ def _stream(count: int, start: int = 0) -> list[Event]:
     return rows
 
 
+def _counted(samples: int, comms: Sequence[str] = ("curl",), *, final: bool = True) -> Aggregates:
+    """What the kernel has counted of each process: so many durations of a millisecond."""
+    counts = [0] * BUCKETS
+    counts[bucket(1_000_000)] = samples
+    return Aggregates(
+        ts_ns=1_000_000_000,
+        time_ns=1_700_000_000_000_000_000,
+        elapsed_s=float(samples),
+        distributions=[
+            Distribution(
+                probe="tcp_client",
+                histogram=Histogram("connect", "SYN to established", ("connect",)),
+                group=Group(pid=number, comm=comm),
+                counts=counts,
+                over=number % 2,
+                unmeasured=number % 3,
+            )
+            for number, comm in enumerate(comms, 1)
+        ],
+        final=final,
+    )
+
+
+def _end(sink: Sink) -> None:
+    """As a run ends it: what the kernel has counted, then the books."""
+    if hasattr(sink, "aggregates"):
+        sink.aggregates(_counted(3))
+    sink.close(_REPORT)
+
+
+# --- who reads a socket
+
+
+def _at_socket(subject: Subject) -> bool:
+    """Whether readers come to it, at a place that is ours to say."""
+    names = {option.name for option in subject.spec.options}
+    return "unix" in names and not {"unix", "tcp", "connect"} & subject.given.keys()
+
+
+@contextlib.contextmanager
+def _one_reads(path: str) -> Iterator[None]:
+    """What he gets is written to standard output, all of it by the end."""
+    with socket.socket(socket.AF_UNIX) as made:
+        made.connect(path)
+        reader = threading.Thread(target=_copy, args=(made,), daemon=True)
+        reader.start()
+        yield
+        # What is under way still comes; the sink may be open yet.
+        made.shutdown(socket.SHUT_RD)
+        reader.join()
+
+
+def _copy(made: socket.socket) -> None:
+    with contextlib.suppress(ConnectionError):  # it may end with what he had to say unread
+        while data := made.recv(1 << 18):
+            os.write(1, data)
+
+
+@contextlib.contextmanager
+def _another_does_not(path: str) -> Iterator[None]:
+    """Besides one who reads there is one who never does."""
+    with socket.socket(socket.AF_UNIX) as made:
+        made.connect(path)
+        with _one_reads(path):
+            yield
+
+
+@contextlib.contextmanager
+def _one_leaves(path: str) -> Iterator[None]:
+    """He has come, and is gone before he got anything."""
+    with socket.socket(socket.AF_UNIX) as made:
+        made.connect(path)
+    yield
+
+
+def _written() -> int:
+    """In the child: bytes of output so far, wherever the sink has them from."""
+    return os.fstat(1).st_size
+
+
+def _until_more(sink: Sink, least: int, seconds: float) -> int:
+    """Bytes that its reader has, once they are more than so many or time is over."""
+    end = time.monotonic() + seconds
+    poll = getattr(sink, "poll", None)
+    while _written() <= least and time.monotonic() < end:
+        if poll:
+            poll()
+        time.sleep(0.002)
+    return _written()
+
+
 # --- the process
 
 
@@ -129,7 +241,13 @@ class _Ran:
         return self
 
 
-def _run(subject: Subject, play: Callable[[Sink], Any], out: str | int = "") -> _Ran:
+def _run(
+    subject: Subject,
+    play: Callable[[Sink], Any],
+    out: str | int = "",
+    info: RunInfo = _INFO,
+    readers: Callable[[str], AbstractContextManager[None]] = _one_reads,
+) -> _Ran:
     """Make the sink in a child, its output at a file or `out`, and play with it there."""
     spec = subject.spec
     assert isinstance(spec, SinkSpec)  # noqa: S101 - checks() has looked
@@ -140,12 +258,15 @@ def _run(subject: Subject, play: Callable[[Sink], Any], out: str | int = "") -> 
         # Where it takes a path, it writes there; else to standard output.
         if "path" in options and "path" not in subject.given and isinstance(target, str):
             options["path"] = target
+        if _at_socket(subject):
+            options["unix"] = str(Path(folder, "socket"))
         if sys.stdout is not None:
             sys.stdout.flush()
         answer, theirs = os.pipe()
         child = os.fork()
         if not child:
-            _child(theirs, target, lambda: spec.factory(options, _INFO), play)
+            about = readers(options["unix"]) if _at_socket(subject) else contextlib.nullcontext()
+            _child(theirs, target, lambda: spec.factory(options, info), play, about)
         os.close(theirs)
         try:
             data = _read(answer, child)
@@ -162,7 +283,11 @@ def _run(subject: Subject, play: Callable[[Sink], Any], out: str | int = "") -> 
 
 
 def _child(
-    answer: int, target: str | int, make: Callable[[], Sink], play: Callable[[Sink], Any]
+    answer: int,
+    target: str | int,
+    make: Callable[[], Sink],
+    play: Callable[[Sink], Any],
+    readers: AbstractContextManager[None],
 ) -> None:
     """Never returns: whatever happens is told through the pipe."""
     told: dict[str, Any] = {"unable": "", "error": "", "told": None}
@@ -176,7 +301,8 @@ def _child(
         except TcplatError as error:
             told["unable"] = str(error)
         else:
-            told["told"] = play(sink)
+            with readers:
+                told["told"] = play(sink)
     except BaseException as error:  # noqa: BLE001 - SystemExit is the sink's fault, too
         told["error"] = named(error)
     finally:
@@ -197,17 +323,12 @@ def _read(answer: int, child: int) -> bytes:
     raise Fault(f"it did not return within {_PATIENCE_S:.0f} s")
 
 
-def _written() -> int:
-    """In the child: bytes of output so far, wherever the sink has them from."""
-    return os.fstat(1).st_size
-
-
 def _is_silent(subject: Subject) -> bool:
     """Whether nothing of it ever gets to standard output or path=."""
 
     def play(sink: Sink) -> None:
         sink.write(_stream(1000))
-        sink.close(_REPORT)
+        _end(sink)
 
     if "silent" not in subject.known:
         subject.known["silent"] = not _run(subject, play).fine().output
@@ -222,10 +343,12 @@ _NO_OUTPUT = "it writes neither to standard output nor to a path="
 
 def _methods(subject: Subject) -> None:
     """It has write(), lost() and close(), and each takes what a run hands it."""
+    assert isinstance(subject.spec, SinkSpec)  # noqa: S101 - checks() has looked
+    needed = ["write", "lost", *(["aggregates"] if subject.spec.aggregate else []), "close"]
 
     def play(sink: Sink) -> list[str]:
         faults = []
-        for name in ("write", "lost", "close"):
+        for name in needed:
             method = getattr(sink, name, None)
             if not callable(method):
                 faults.append(f"it has no method {name}(): a run calls it")
@@ -234,9 +357,9 @@ def _methods(subject: Subject) -> None:
                 inspect.signature(method).bind(None)
             except TypeError:
                 faults.append(f"{name}() does not take one argument, as a run gives it")
-        idle = getattr(sink, "idle", None)
-        if idle is not None:
-            idle()
+        for name in ("idle", "poll"):
+            if hasattr(sink, name):
+                getattr(sink, name)()
         return faults
 
     faults = _run(subject, play).fine().told
@@ -253,11 +376,13 @@ def _batches(subject: Subject) -> None:
         theirs = [make_event(_OwnEvent, probe="theirs", rto_us=rto) for rto in (None, 204_000)]
         sink.write(theirs)
         sink.write((*theirs, *_stream(3)))
-        sink.close(_REPORT)
+        _end(sink)
 
     _run(subject, play).fine()
     # A replay has other batches than the run had, and must come to the same.
-    whole, single = (_run(subject, _in_batches_of(size)).fine().output for size in (100, 1))
+    whole, single = (
+        _run(subject, _in_batches_of(size), info=_REPLAYED).fine().output for size in (100, 1)
+    )
     if whole != single:
         raise Fault(
             "rows one by one give another output than the same rows at once: where a batch ends "
@@ -270,7 +395,7 @@ def _in_batches_of(size: int) -> Callable[[Sink], None]:
         rows = _stream(100)
         for start in range(0, len(rows), size):
             sink.write(rows[start : start + size])
-        sink.close(_REPORT)
+        _end(sink)
 
     return play
 
@@ -282,7 +407,7 @@ def _empty_batch(subject: Subject) -> None:
         sink.write([])
         sink.write(_stream(10))
         sink.write([])
-        sink.close(_REPORT)
+        _end(sink)
 
     _run(subject, play).fine()
 
@@ -313,20 +438,7 @@ _TEXTS = ("comm", "desc", "ifname")
 
 def _every_byte(subject: Subject) -> None:
     """No text, whatever is in it, breaks its lines or commands the terminal."""
-
-    def output(odd: Callable[[int], str]) -> bytes:
-        rows = []
-        for byte in range(256):
-            texts = {name: odd(byte).join(_marks(name, byte)) for name in _TEXTS}
-            rows.append(make_event(sock=byte + 1, **texts))
-
-        def play(sink: Sink) -> None:
-            sink.write(rows)
-            sink.close(_REPORT)
-
-        return _run(subject, play).fine().output
-
-    plain = output(lambda _: "-")
+    plain = _output_with(subject, lambda _: "-")
     if not plain:
         raise NotChecked(_NO_OUTPUT)
     # As the core escapes what a process calls itself; and as a capture that somebody has
@@ -335,7 +447,7 @@ def _every_byte(subject: Subject) -> None:
         ("an escaped", lambda byte: text(bytes([byte])), "\x9f"),
         ("a raw", chr, "\x1f"),
     ):
-        shown = output(odd)
+        shown = _output_with(subject, odd)
         before, after = _control(plain), _control(shown)
         if before is None:
             continue  # it writes no text
@@ -354,6 +466,22 @@ def _every_byte(subject: Subject) -> None:
                 f"{what} byte ({strange[0]!r}) gets through to the terminal: escape what is not "
                 "printable (tcplat_core.printable)"
             )
+
+
+def _output_with(subject: Subject, odd: Callable[[int], str]) -> bytes:
+    """Of 256 rows, each with another odd byte in each of its texts."""
+    rows = []
+    for byte in range(256):
+        texts = {name: odd(byte).join(_marks(name, byte)) for name in _TEXTS}
+        rows.append(make_event(sock=byte + 1, **texts))
+
+    def play(sink: Sink) -> None:
+        sink.write(rows)
+        if hasattr(sink, "aggregates"):
+            sink.aggregates(_counted(1, [row.comm or "" for row in rows]))
+        sink.close(_REPORT)
+
+    return _run(subject, play).fine().output
 
 
 def _marks(name: str, byte: int) -> tuple[str, str]:
@@ -383,23 +511,28 @@ def _control(output: bytes) -> Counter[str] | None:
 
 def _flushes(subject: Subject) -> None:
     """What it has written when write() returns is whole, and nothing is held back."""
+    soon = _SOON_S if _at_socket(subject) else 0
 
     def play(sink: Sink) -> list[int]:
+        # What comes with a reader, a header say, is no row.
+        sink.write([])
+        sizes = [_until_more(sink, 0, soon / 10)]
         # A sink whose `joins` is true tells of many rows in one: a row alone may wait for others.
-        sizes = []
         for batch in (_stream(999 if getattr(sink, "joins", False) else 1), _stream(1000, 999)):
+            if hasattr(sink, "aggregates"):
+                sink.aggregates(_counted(len(batch), final=False))
             sink.write(batch)
-            sizes.append(_written())
-        sink.close(_REPORT)
+            sizes.append(_until_more(sink, sizes[-1], soon))
+        _end(sink)
         return [*sizes, _written()]
 
     ran = _run(subject, play).fine()
-    first, second, last = ran.told
-    if not last:
+    before, first, second, last = ran.told
+    if not (last or ran.output):
         raise NotChecked(_NO_OUTPUT)
-    if not second:
+    if second == before:
         raise NotChecked("it writes nothing before close()")
-    if not first:
+    if first == before:
         raise Fault(
             "a row is not in its output when write() returns: it has a buffer, "
             "which has to be flushed (tcplat_core.Output has none)"
@@ -409,9 +542,12 @@ def _flushes(subject: Subject) -> None:
 
 
 def _losses_and_report(subject: Subject) -> None:
-    """It is told of losses at any place, and of how the run went."""
+    """It is told of losses at any place, of hosts before the rows, and of how the run went."""
 
     def play(sink: Sink) -> None:
+        if hasattr(sink, "merged"):
+            for host in range(2):
+                sink.merged(Merge(host, f"{host}.jsonl", bound_ns=host * 1000))
         sink.lost(_LOSS)
         sink.write(_stream(3))
         sink.lost(_LOSS)
@@ -427,7 +563,7 @@ def _close_twice(subject: Subject) -> None:
 
     def play(sink: Sink) -> str:
         sink.write(_stream(3))
-        sink.close(_REPORT)
+        _end(sink)
         try:
             sink.close(_REPORT)
         except Exception as error:  # noqa: BLE001 - whatever the sink raises
@@ -441,6 +577,8 @@ def _close_twice(subject: Subject) -> None:
 
 def _full_device(subject: Subject) -> None:
     """What it could not write it does not keep to itself."""
+    if _at_socket(subject):
+        raise NotChecked("it writes to a socket, not to a device")
     if _is_silent(subject):
         raise NotChecked(_NO_OUTPUT)
     ran = _run(subject, _everything, "/dev/full")
@@ -453,7 +591,15 @@ def _full_device(subject: Subject) -> None:
 
 
 def _reader_gone(subject: Subject) -> None:
-    """Where nobody reads any more it says so, and the run ends."""
+    """Where nobody reads any more it says so, and the run ends; where others may come, not."""
+    if _at_socket(subject):
+        gone = _run(subject, _everything, readers=_one_leaves)
+        if gone.error:
+            raise Fault(
+                f"a reader has left its socket, and it raises {gone.error}: others may come, "
+                "so let the run go on"
+            )
+        return
     if _is_silent(subject) or "path" in subject.given:
         raise NotChecked("it does not write to standard output")
     reader, writer = os.pipe()
@@ -472,7 +618,7 @@ def _reader_gone(subject: Subject) -> None:
 def _everything(sink: Sink) -> None:
     sink.write(_stream(1000))
     sink.lost(_LOSS)
-    sink.close(_REPORT)
+    _end(sink)
 
 
 def _check_is_error(error: str) -> None:
@@ -481,7 +627,7 @@ def _check_is_error(error: str) -> None:
 
 
 def _bounded_memory(subject: Subject) -> None:
-    """A million events go through it, and its memory does not grow with them."""
+    """A million events go through it, and its memory does not grow, whoever does not read."""
 
     def play(sink: Sink) -> int:
         spare_the_collector()  # as in a run
@@ -492,7 +638,7 @@ def _bounded_memory(subject: Subject) -> None:
                 settled = _resident()
         return _resident() - settled
 
-    grown = _run(subject, play, os.devnull).fine().told
+    grown = _run(subject, play, os.devnull, readers=_another_does_not).fine().told
     if grown > GROWTH:
         raise Fault(
             f"its memory grows by {grown >> 20} MB over {MANY - WARM} events: "

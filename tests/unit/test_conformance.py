@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,14 +20,18 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tcplat_core import (
+    Aggregates,
+    Aggregation,
     Event,
     HookPoint,
     Loss,
     Moment,
     Option,
+    Options,
     Output,
     PluginError,
     ProbeSpec,
+    RunInfo,
     RunReport,
     SinkSpec,
     Wire,
@@ -48,6 +55,19 @@ def test_there_is_something_that_comes_with_tcplat() -> None:
 @pytest.mark.tcplat_plugin(*BUILT_IN, root=False)
 def test_what_comes_with_tcplat_conforms(tcplat_check: Callable[[], None]) -> None:
     tcplat_check()
+
+
+def not_checked(choice: str) -> dict[str, str]:
+    return {
+        one.check: one.why
+        for _, one in conformance.check_plugin(choice)
+        if one.verdict == "not checked"
+    }
+
+
+def test_what_a_sink_does_at_a_socket_or_with_histograms_is_looked_at_too() -> None:
+    assert not_checked("msgpack") == {"full device": "it writes to a socket, not to a device"}
+    assert not_checked("histogram") == {}
 
 
 @pytest.mark.parametrize("kind", ["probe", "sink"])
@@ -478,6 +498,166 @@ def test_the_sink_that_faults_are_planted_in_has_none() -> None:
 @pytest.mark.parametrize(("cls", "check", "sentence"), SINK_FAULTS.values(), ids=SINK_FAULTS)
 def test_a_fault_of_a_sink_is_named(cls: Any, check: str, sentence: str) -> None:
     found = outcome(sink(cls), check)
+    assert found.verdict == "failed", found
+    assert sentence in found.why
+
+
+# --- planted faults: sinks at a socket
+
+
+@attrs.define(eq=False)
+class Served:
+    """A sink without a fault: one line for each row to whoever reads, and has room for it."""
+
+    listening: socket.socket
+    readers: list[socket.socket] = attrs.field(factory=list)
+
+    def write(self, batch: Sequence[Event]) -> None:
+        self.poll()
+        self.send("".join(f"{row.comm!a} {row.desc!a}\n" for row in batch).encode())
+
+    def lost(self, loss: Loss) -> None:
+        self.send(f"lost {loss.count}\n".encode())
+
+    def poll(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            made, _ = self.listening.accept()
+            self.readers.append(made)
+
+    def close(self, report: RunReport) -> None:
+        self.send(f"{report.delivered} rows\n".encode())
+        while self.readers:
+            self.readers.pop().close()
+
+    def send(self, data: bytes) -> None:
+        for reader in self.readers:
+            with contextlib.suppress(OSError):
+                reader.send(data, socket.MSG_DONTWAIT)
+
+
+@attrs.define(eq=False)
+class WaitsForReaders(Served):
+    """It keeps for each what he has not got."""
+
+    waiting: dict[socket.socket, deque[Sequence[Event]]] = attrs.field(factory=dict)
+
+    def write(self, batch: Sequence[Event]) -> None:
+        self.poll()
+        for reader in self.readers:
+            waiting = self.waiting.setdefault(reader, deque())
+            waiting.append(batch)
+            with contextlib.suppress(BlockingIOError):
+                while waiting:
+                    reader.send(b"row\n" * len(waiting[0]), socket.MSG_DONTWAIT)
+                    waiting.popleft()
+
+
+class CannotLetGo(Served):
+    def send(self, data: bytes) -> None:
+        for reader in self.readers:
+            reader.sendall(data)
+
+
+class SendsLater(Served):
+    """It greets at once, and has a buffer for rows."""
+
+    kept = b"hello\n"
+
+    def write(self, batch: Sequence[Event]) -> None:
+        self.poll()
+        self.send(self.kept)
+        self.kept = b"".join(b"row\n" for _ in batch)
+
+
+class HangsUpTwice(Served):
+    def close(self, report: RunReport) -> None:
+        super().close(report)
+        self.listening.listen()
+        self.listening.close()
+
+
+def served(cls: type[Served]) -> SinkSpec:
+    def make(options: Options, _: RunInfo) -> Served:
+        listening = socket.socket(socket.AF_UNIX)
+        listening.bind(options["unix"])
+        listening.listen()
+        listening.setblocking(False)
+        return cls(listening)
+
+    return SinkSpec(
+        name="served",
+        summary="one line for each row",
+        factory=make,
+        options=(Option(name="unix", help="path of the socket"),),
+    )
+
+
+def test_the_socket_that_faults_are_planted_in_has_none() -> None:
+    subject = without_root(served(Served))
+    found = [run(name, check, subject) for name, check in checks(subject).items()]
+    assert [one.check for one in found if one.verdict != "passed"] == ["full device"]
+
+
+@pytest.mark.parametrize(
+    ("cls", "check", "sentence"),
+    [
+        (WaitsForReaders, "bounded memory", "its memory grows by"),
+        (CannotLetGo, "reader gone", "a reader has left its socket, and it raises BrokenPipeError"),
+        (SendsLater, "flushes", "a row is not in its output when write() returns"),
+        (HangsUpTwice, "close twice", "a second close() raises OSError"),
+    ],
+)
+def test_a_fault_of_a_sink_at_a_socket_is_named(
+    cls: type[Served], check: str, sentence: str
+) -> None:
+    found = outcome(served(cls), check)
+    assert found.verdict == "failed", found
+    assert sentence in found.why
+
+
+# --- planted faults: sinks of what the kernel counts
+
+
+class Counts(Lines):
+    """A sink without a fault."""
+
+    def aggregates(self, them: Aggregates) -> None:
+        self.output.write(
+            "".join(f"{one.group.comm!a} {one.count}\n" for one in them.distributions).encode()
+        )
+
+
+class TrustsNames(Counts):
+    def aggregates(self, them: Aggregates) -> None:
+        self.output.write(
+            "".join(f"{one.group.comm} {one.count}\n" for one in them.distributions).encode()
+        )
+
+
+class HasNoAggregates(Lines): ...
+
+
+def counting(cls: type[Lines]) -> SinkSpec:
+    return attrs.evolve(sink(cls), aggregate=lambda _: Aggregation("process", 16, 1))
+
+
+def test_the_sink_that_counts_and_that_faults_are_planted_in_has_none() -> None:
+    subject = without_root(counting(Counts))
+    found = [run(name, check, subject) for name, check in checks(subject).items()]
+    assert [one for one in found if one.verdict != "passed"] == []
+
+
+@pytest.mark.parametrize(
+    ("cls", "check", "sentence"),
+    [
+        (TrustsNames, "every byte", "gets through to the terminal: escape what is not printable"),
+        (HasNoAggregates, "methods", "it has no method aggregates(): a run calls it"),
+    ],
+)
+def test_a_fault_of_a_sink_that_counts_is_named(
+    cls: type[Lines], check: str, sentence: str
+) -> None:
+    found = outcome(counting(cls), check)
     assert found.verdict == "failed", found
     assert sentence in found.why
 

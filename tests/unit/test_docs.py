@@ -207,7 +207,12 @@ def parsed(words: list[str]) -> None:
     with cli.make_context("tcplat", words) as top:
         name, command, rest = cli.resolve_command(top, top._protected_args + top.args)
         assert command
-        assert name in ("run", "replay")
+        if isinstance(command, click.Group):  # plugins
+            with command.make_context(name, rest, parent=top) as below:
+                name, command, rest = command.resolve_command(
+                    below, below._protected_args + below.args
+                )
+            assert command
         parameters = command.make_context(name, rest, parent=top).params
     plugins = Plugins.load()
     for kind in ("probe", "sink"):
@@ -278,6 +283,28 @@ def test_commands_are_shown() -> None:
         shown = "".join(block.code for block in blocks(page) if block.language == "console")
         assert shown.count("$ tcplat plugins new") == 1
         assert "$ sudo tcplat run" in shown
+
+
+READMES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in [ROOT / "README.md", *ROOT.glob("plugins/*/README.md"), *ROOT.glob("demo/*/*.md")]
+)
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_commands_of_the_readmes_are_such_as_tcplat_takes(readme: str) -> None:
+    text = (ROOT / readme).read_text(encoding="utf-8").replace("\\\n", " ")
+    # What the shell puts in: a process id.
+    text = re.sub(r'"\$\(pidof[^)]*\)"', "1", text)
+    code = re.findall(r"^```\n(.*?)^```$|^    (\S[^\n]*\n)", text, re.MULTILINE | re.DOTALL)
+    lines = "".join(map("".join, code))
+    found = re.findall(r"^(?:\$ )?(?:sudo )?tcplat ((?!run \.\.\.).*)$", lines, re.MULTILINE)
+    assert found
+    for line in found:
+        command = re.split(r" (?:\||<|&&|--) ", line)[0]
+        words = shlex.split(command, comments=True)
+        if not re.search("tcp_retransmit|demo1", command):  # they are not installed here
+            parsed(words)
 
 
 def test_a_command_that_tcplat_does_not_take_would_be_noticed() -> None:

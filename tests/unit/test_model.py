@@ -10,7 +10,7 @@ import pytest
 
 from tcplat_core.errors import PluginError, UsageError
 from tcplat_core.hookpoints import HookPoint, Way, kentry, kprobe, kreturn, tracepoint
-from tcplat_core.kinds import Kind, boolean, choice, duration, integer, size
+from tcplat_core.kinds import Kind, boolean, choice, duration, integer, ports, size
 from tcplat_core.model import (
     HookReport,
     Option,
@@ -183,8 +183,11 @@ def test_the_books_of_a_run_add_up() -> None:
         (integer(), "-5", -5),
         (integer(0, 10), "10", 10),
         (choice("in", "out"), "out", "out"),
+        (ports(3), "443+80+443", (443, 80)),
+        (ports(3), "all", ()),
         (boolean, "yes", True),
         (boolean, "0", False),
+        (duration, "800ns", 8e-7),
         (duration, "500us", 0.0005),
         (duration, "2.5ms", 0.0025),
         (duration, "30", 30.0),
@@ -207,6 +210,8 @@ def test_a_text_becomes_a_value(kind: Kind, text: str, value: Any) -> None:
         *((integer(1, 9), text, "a whole number from 1 to 9") for text in ("0", "10", "", "٣")),
         (integer(), "1.5", "it must be a whole number$"),
         (choice("in", "out"), "both", "it is one of in, out"),
+        *((ports(3), text, "is not a port; write 9999") for text in ("", "0", "65536", "80+", "٣")),
+        (ports(3), "1+2+3+4", "4 ports are too many; take 3, or all"),
         (boolean, "maybe", "it must be yes or no"),
         *((duration, text, "it is not a time; write") for text in ("", "5d", "-1s", "1e3", "s")),
         *((size, text, "it is not a size; write") for text in ("", "1T", "-1", "1.5K", "K")),

@@ -13,7 +13,7 @@ from tcplat_core.hookpoints import MECHANISMS, Hook, reporting
 from tcplat_core.loader.compile import program_text
 from tcplat_core.model import ProbeSpec, read_options
 from tcplat_core.plugins import Plugins
-from tcplat_core.schema import TCP_STATES, Moment
+from tcplat_core.schema import TCP_STATES, Moment, fields
 from tcplat_core.session import probe_request
 
 PLUGINS = Plugins.load()
@@ -37,6 +37,13 @@ def hooks(spec: ProbeSpec) -> Iterator[Hook]:
 
 def test_there_are_probes_to_test() -> None:
     assert "tcp_client" in {spec.name for spec in OURS}
+
+
+@every_probe
+def test_the_columns_of_the_table_are_the_ancestors(spec: ProbeSpec) -> None:
+    """A field in every row of a packet would widen all other rows, and show their head again."""
+    own = [field.name for field in fields(spec.event) if field.own and field.column]
+    assert bool(own) == (spec.name == "tcp_stats"), own
 
 
 @every_probe

@@ -23,7 +23,7 @@ from tcplat_core.hookpoints import (
 from tcplat_core.kinds import boolean, choice, integer
 from tcplat_core.loader.host import Host
 from tcplat_core.model import Option, ProbeSpec, SinkSpec
-from tcplat_core.plugins import Found
+from tcplat_core.plugins import Found, Plugins
 from tcplat_core.schema import Event, Wire, fields
 
 FUNCTION = {"tcp_sendmsg": (1, ["sk", "msg", "size"]), "tcp_close": (2, ["sk"])}
@@ -161,7 +161,7 @@ def test_all_there_is_to_know_of_a_probe() -> None:
         3,
         "in",
         False,
-        "(1, 2)",
+        "1+2",
         None,
     ]
 
@@ -197,3 +197,9 @@ def test_a_sink_has_neither_points_nor_fields() -> None:
     assert not {"points", "fields"} & set(told)
     assert told["example"] == "sudo tcplat run --probe tcp_client --sink again"
     assert "no options" in show.as_text(told)
+
+
+def test_an_example_has_what_has_to_be_given() -> None:
+    msgpack = Plugins.load().sink("msgpack")
+    told = show.as_json(attrs.evolve(FOUND, kind="sink"), msgpack, show.Sight(host()))
+    assert told["example"].endswith("--sink msgpack:unix=/run/user/1000/tcplat.sock")

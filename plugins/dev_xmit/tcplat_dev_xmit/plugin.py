@@ -15,11 +15,11 @@ from tcplat_core import (
     ProbeSpec,
     Wire,
     hookimpl,
+    ports,
     tracepoint,
 )
 
 _MOST_PORTS = 32
-_HIGHEST_PORT = 65535
 _PRINTS = range(0x21, 0x7F)
 
 
@@ -35,26 +35,21 @@ class LeavingEvent(Event, gc=False):
     """A row of dev_xmit."""
 
     ack: Annotated[
-        int | None, Wire("u32", "next sequence number the sender of a packet expects", has=True)
+        int | None,
+        Wire("u32", "next sequence number the sender of a packet expects", has=True, column=""),
     ]
-    window: Annotated[int, Wire("u16", "how much its sender has room for; not scaled, so 0 is 0")]
+    window: Annotated[
+        int, Wire("u16", "how much its sender has room for; not scaled, so 0 is 0", column="")
+    ]
     dev: Annotated[
-        str, Wire("char[16]", "the device it leaves by, as its own namespace calls it", to=device)
+        str,
+        Wire(
+            "char[16]",
+            "the device it leaves by, as its own namespace calls it",
+            to=device,
+            column="",
+        ),
     ]
-
-
-def _ports(text: str) -> tuple[int, ...]:
-    """Several are joined by +; none at all stands for all."""
-    if text == "all":
-        return ()
-    ports = []
-    for word in text.split("+"):
-        if not (word.isascii() and word.isdecimal()) or not 0 < int(word) <= _HIGHEST_PORT:
-            raise ValueError(f"{word!r} is not a port; write 9999, 80+443 or all")
-        ports.append(int(word))
-    if len(ports) > _MOST_PORTS:
-        raise ValueError(f"{len(ports)} ports are too many; take {_MOST_PORTS}, or all")
-    return tuple(dict.fromkeys(ports))
 
 
 def defines(options: Options) -> dict[str, int | str]:
@@ -111,7 +106,7 @@ def tcplat_register_probes() -> Iterator[ProbeSpec]:
             Option(
                 name="port",
                 help="TCP ports, of either end, joined by +; all of them if not given",
-                convert=_ports,
+                convert=ports(_MOST_PORTS),
                 default=(),
             ),
         ),

@@ -30,8 +30,9 @@ from tcplat_stages.histogram import Histogram
 from tcplat_stages.join import Joiner
 from tcplat_stages.model import Connection, Exchange
 from tcplat_stages.percentiles import GROUPINGS, OTHERS, TOTAL
+from tcplat_stages.plugin import parse_groups
 from tcplat_stages.stages import CONNECTED, STAGES, UNEXPLAINED
-from tcplat_stages.text import duration, micros, parse_duration
+from tcplat_stages.text import duration, micros, nanos
 
 from tcplat_core import Reader, UsageError
 
@@ -182,7 +183,8 @@ class Condition:
         Raises:
             UsageError: It is not of that form.
         """
-        found = re.fullmatch(r"([a-z_+]+)\.(p\d+):([+-])(?:(\d+(?:\.\d+)?)%|(\w[\w.]*))", text)
+        limit = r"(?:(\d+(?:\.\d+)?)%|(\d+(?:\.\d+)?(?:ns|us|ms|s)))"
+        found = re.fullmatch(rf"([a-z_+]+)\.(p\d+):([+-]){limit}", text, re.ASCII)
         if not found:
             raise UsageError(
                 f"--fail-on {text!r} is not of the form STAGE.PCT:LIMIT; "
@@ -199,17 +201,14 @@ class Condition:
         if percentile not in PERCENTILES:
             raise UsageError(f"--fail-on {text!r}: it is one of {', '.join(PERCENTILES)}")
         factor = 1 if sign == "+" else -1
-        try:
-            return cls(
-                text,
-                stage,
-                percentile,
-                factor * float(share) / 100 if share else None,
-                factor * parse_duration(absolute) if absolute else None,
-                sign == "+",
-            )
-        except ValueError as error:
-            raise UsageError(f"--fail-on {text!r}: {error}") from error
+        return cls(
+            text,
+            stage,
+            percentile,
+            factor * float(share) / 100 if share else None,
+            factor * nanos(absolute) if absolute else None,
+            sign == "+",
+        )
 
     def met_by(self, change: Change) -> bool:
         """The whole interval lies beyond the limit."""
@@ -218,19 +217,6 @@ class Condition:
         if interval is None or limit is None:
             return False
         return interval[0] > limit if self.rises else interval[1] < limit
-
-
-def parse_groups(text: str) -> tuple[str, ...]:
-    """``process+port``, or none.
-
-    Raises:
-        UsageError: There is no such grouping.
-    """
-    names = () if text == "none" else tuple(dict.fromkeys(text.split("+")))
-    for name in names:
-        if name not in GROUPINGS:
-            raise UsageError(f"--group-by {name!r} is none of {', '.join(GROUPINGS)}, none")
-    return names
 
 
 def collect(reader: Reader, group_by: Sequence[str]) -> tuple[dict[Key, Sample], list[str]]:
@@ -330,7 +316,10 @@ def compare(
 ) -> None:
     """Run the command; ends the process with status 1 if a condition is met."""
     wanted = [Condition.parse(text) for text in conditions]
-    groupings = parse_groups(group_by)
+    try:
+        groupings = parse_groups(group_by)
+    except ValueError as error:
+        raise UsageError(f"--group-by {error}") from error
     readers = [Reader.open(where, quiet=quiet) for where in (base, new)]
     (before, words), (after, more) = (collect(reader, groupings) for reader in readers)
     found = changes(before, after, seed)

@@ -10,7 +10,16 @@ from typing import Any
 import attrs
 import msgspec
 
-from tcplat_core import Aggregates, Distribution, Event, Group, Loss, Output, RunReport
+from tcplat_core import (
+    Aggregates,
+    Distribution,
+    Event,
+    Group,
+    Loss,
+    Output,
+    RunReport,
+    printable,
+)
 
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 _BAR = 40
@@ -54,7 +63,9 @@ class Histograms:
             self._show(them.distributions, them, them.elapsed_s, "run")
 
     def close(self, report: RunReport) -> None:
-        """What this host could not measure; in JSON all the books."""
+        """What this host could not measure; in JSON all the books. Again it does nothing."""
+        if self.output.closed:
+            return
         if self.as_json:
             self.output.write(self._encoder.encode({"v": 1, "report": report.as_json()}) + b"\n")
         else:
@@ -169,5 +180,5 @@ def _of(group: Group) -> str:
     if group.port is not None:
         return f" of port {group.port}"
     if group.pid is not None:
-        return f" of {group.comm} ({group.pid})"
+        return f" of {printable(str(group.comm))} ({group.pid})"
     return ""

@@ -255,7 +255,9 @@ class Msgpack:
         self._left_s = time.monotonic()
 
     def close(self, report: RunReport) -> None:
-        """The books; then who still reads gets what waits for him."""
+        """The books; then who still reads gets what waits for him. Again it does nothing."""
+        if self._epoll.closed:
+            return
         self.poll()
         self._until_s = math.inf
         for reader in self.readers.values():

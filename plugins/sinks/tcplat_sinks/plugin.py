@@ -158,6 +158,7 @@ def tcplat_register_sinks() -> Iterator[SinkSpec]:
                 name="unix",
                 help="path of the socket, which its owner alone may use",
                 metavar="PATH",
+                example="/run/user/1000/tcplat.sock",
             ),
             Option(
                 name="tcp", help="HOST:PORT instead of it", convert=_address, metavar="HOST:PORT"

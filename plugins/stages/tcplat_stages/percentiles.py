@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
-import msgspec
 
-from tcplat_core import Event, Loss, Merge, Output, RunReport, printable
+from tcplat_core import Event, Loss, Merge, printable
 
 from .histogram import Histogram
 from .hosts import Hosts, crosses
-from .join import Joiner, Told
+from .join import Told
+from .joined import Joined
 from .model import CLIENT, Exchange
 from .stages import STAGES, UNEXPLAINED
 from .text import duration, micros
@@ -54,7 +54,7 @@ def _order(name: str) -> tuple[int, int]:
 
 
 @attrs.define(eq=False)
-class Stages:
+class Stages(Joined):
     """Percentiles per group and stage.
 
     Args:
@@ -64,21 +64,13 @@ class Stages:
         as_json: One JSON object per group and stage.
     """
 
-    joins = True
-    """What it writes is of many rows: it comes when all of them are there."""
-
-    output: Output
     group_by: tuple[str, ...] = ("process", "port")
     every_ns: int = 0
-    as_json: bool = False
-    joiner: Joiner = attrs.field(factory=Joiner)
-    hosts: Hosts = attrs.field(factory=Hosts)
-    _closed: bool = attrs.field(default=False, init=False)
+    hosts: Hosts = attrs.field(factory=Hosts, init=False)
     _now: dict[Group, dict[str, Histogram]] = attrs.field(factory=dict, init=False)
     _all: dict[Group, dict[str, Histogram]] = attrs.field(factory=dict, init=False)
     _next_ns: int = attrs.field(default=0, init=False)
     _lost: int = attrs.field(default=0, init=False)
-    _encoder: msgspec.json.Encoder = attrs.field(factory=msgspec.json.Encoder, init=False)
 
     def write(self, batch: Sequence[Event]) -> None:
         """Take rows; at the end of an interval, tell of it."""
@@ -102,19 +94,11 @@ class Stages:
         """The rows are of several hosts: times between these are right within a bound."""
         self.hosts.learn(merge)
 
-    def idle(self) -> None:
-        """Notice a reader that has gone."""
-        self.output.look()
-
-    def close(self, report: RunReport) -> None:  # noqa: ARG002 - the summary is on stderr
+    def finish(self, told: list[Told]) -> None:
         """The figures of the whole run."""
-        if self._closed:
-            return
-        self._closed = True
-        self._count(self.joiner.finish())
+        self._count(told)
         self._add_up()
         self._write(self._all, "")
-        self.output.close()
 
     def _count(self, told: list[Told]) -> None:
         groupings = [GROUPINGS[name] for name in self.group_by]
@@ -164,7 +148,7 @@ class Stages:
         if self.as_json:
             until = {"until_ns": self._next_ns} if when else {}
             self.output.write(
-                self._encoder.encode_lines(
+                self.encoder.encode_lines(
                     [
                         {**as_json(self.group_by, *row), **self._bound(row[1]), **until}
                         for row in rows

@@ -5,33 +5,35 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from tcplat_core import Option, Options, Output, RunInfo, Sink, SinkSpec, choice, hookimpl
+from tcplat_core import (
+    Option,
+    Options,
+    Output,
+    RunInfo,
+    Sink,
+    SinkSpec,
+    choice,
+    duration,
+    hookimpl,
+    integer,
+)
 
 _PIPE_WIDTH = 100
 _GROUPINGS = ("process", "remote", "port")
 _DEFAULT_GROUPS = ("process", "port")
 
 
-def _number(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError("it must be 0 or more")
-    return value
+def parse_groups(text: str) -> tuple[str, ...]:
+    """``process+port``, or none.
 
-
-def _groups(text: str) -> tuple[str, ...]:
-    """Several are joined by +."""
+    Raises:
+        ValueError: There is no such grouping.
+    """
     names = () if text == "none" else tuple(dict.fromkeys(text.split("+")))
     for name in names:
         if name not in _GROUPINGS:
             raise ValueError(f"{name!r} is none of {', '.join(_GROUPINGS)}, none")
     return names
-
-
-def _duration(text: str) -> int:
-    from .text import parse_duration  # noqa: PLC0415 - only the sinks in use are imported
-
-    return 0 if text == "0" else parse_duration(text)
 
 
 def _at_least(text: str) -> object:
@@ -75,13 +77,13 @@ def _stages(options: Options, run: RunInfo) -> Sink:
     return Stages(
         Output.open(options["path"], run.stopping),
         options["group_by"],
-        options["every"],
+        round(options["every"] * 1e9),
         as_json=options["format"] == "json",
     )
 
 
 _COMMON = (
-    Option(name="path", help="file to write; standard output if not given"),
+    Option(name="path", help="file to write; standard output if not given", metavar="FILE"),
     Option(
         name="format",
         help="text, or json: one object a line",
@@ -103,18 +105,19 @@ def tcplat_register_sinks() -> Iterator[SinkSpec]:
             Option(
                 name="slow",
                 help="only so many of the slowest, at the end; 0 for all",
-                convert=_number,
+                convert=integer(least=0),
                 default=0,
             ),
             Option(
                 name="min_stage",
                 help="only where a stage, or total, took so long: queue:1ms; several joined by +",
                 convert=_at_least,
+                metavar="STAGE:TIME",
             ),
             Option(
                 name="width",
                 help="columns to fit into; the terminal's if not given",
-                convert=_number,
+                convert=integer(least=0),
                 default=0,
             ),
         ),
@@ -134,14 +137,15 @@ def tcplat_register_sinks() -> Iterator[SinkSpec]:
             Option(
                 name="group_by",
                 help="process, remote, port, joined by +; or none",
-                convert=_groups,
+                convert=parse_groups,
+                metavar="NAME+NAME|none",
                 default=_DEFAULT_GROUPS,
             ),
             Option(
                 name="every",
                 help="also so often, by the rows' time: 10s; else at the end alone",
-                convert=_duration,
-                default=0,
+                convert=duration,
+                default=0.0,
             ),
         ),
     )

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import attrs
-import msgspec
 
-from tcplat_core import Event, Loss, Output, RunReport, printable
+from tcplat_core import Event, printable
 
-from .join import Joiner, Told
+from .join import Told
+from .joined import Joined
 from .model import CLIENT, SERVICE, STATS, Connection
 from .stages import CONNECT_CALLED, CONNECTED, HANDSHAKE_DONE, SYN_RX
 from .text import duration, micros, moment, path, stages_json
@@ -19,53 +19,20 @@ _ENDS = ("client", "service")
 
 
 @attrs.define(eq=False)
-class Summary:
-    """Connections as they end.
-
-    Args:
-        output: Where to.
-        as_json: One JSON object per connection.
-    """
-
-    joins = True
-    """What it writes is of many rows: it comes when all of them are there."""
-
-    output: Output
-    as_json: bool = False
-    joiner: Joiner = attrs.field(factory=Joiner)
-    _closed: bool = attrs.field(default=False, init=False)
-    _encoder: msgspec.json.Encoder = attrs.field(factory=msgspec.json.Encoder, init=False)
+class Summary(Joined):
+    """Connections as they end."""
 
     def write(self, batch: Sequence[Event]) -> None:
         """Take rows; tell of the connections that end in them."""
-        self._show(self.joiner.feed(batch))
+        self.finish(self.joiner.feed(batch))
 
-    def lost(self, loss: Loss) -> None:
-        """A line at the place of the gap."""
-        if self.as_json:
-            self.output.write(self._encoder.encode({"v": 1, "lost": attrs.asdict(loss)}) + b"\n")
-        else:
-            text = f"-- {loss.count} events lost here ({loss.probe}, {loss.point}) --\n"
-            self.output.write(text.encode())
-
-    def idle(self) -> None:
-        """Notice a reader that has gone."""
-        self.output.look()
-
-    def close(self, report: RunReport) -> None:  # noqa: ARG002 - the summary is on stderr
-        """What is still open."""
-        if self._closed:
-            return
-        self._closed = True
-        self._show(self.joiner.finish())
-        self.output.close()
-
-    def _show(self, told: list[Told]) -> None:
+    def finish(self, told: list[Told]) -> None:
+        """Tell of those that are over."""
         found = [one for one in told if isinstance(one, Connection)]
         if not found:
             return
         if self.as_json:
-            self.output.write(self._encoder.encode_lines([as_json(conn) for conn in found]))
+            self.output.write(self.encoder.encode_lines([as_json(conn) for conn in found]))
         else:
             self.output.write("".join(map(block, found)).encode())
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Mapping
 
+from tcplat_core import duration as seconds
+
 from .model import Connection, End
 from .stages import Split
 
@@ -27,17 +29,16 @@ def duration(ns: int) -> str:
     return f"{ns / 1e9:.3f} s"
 
 
-def parse_duration(text: str) -> int:
-    """``500us``, ``1ms`` or ``2s`` as ns.
+def nanos(text: str) -> int:
+    """A time with its unit, ``1ms``, as ns.
 
     Raises:
-        ValueError: It is not of that form.
+        ValueError: It is none, or has no unit: 10 might be meant as ms, or as percent.
     """
-    for unit, factor in (("ns", 1), ("us", 1_000), ("ms", 1_000_000), ("s", 1_000_000_000)):
-        number = text.removesuffix(unit)
-        if number != text and number.replace(".", "", 1).isdecimal():
-            return round(float(number) * factor)
-    raise ValueError(f"{text!r} is no duration; write 500us, 1ms or 2s")
+    if text[-1:].isdecimal():
+        raise ValueError(f"{text!r} has no unit; write 500us, 1ms or 2s")
+    found: float = seconds(text)
+    return round(found * 1e9)
 
 
 def moment(time_ns: int) -> str:

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import attrs
-import msgspec
 
-from tcplat_core import Event, Loss, Merge, Output, RunReport, printable
+from tcplat_core import Event, Merge, printable
 
 from .hosts import Hosts, crosses
-from .join import Joiner, Told
+from .join import Told
+from .joined import Joined
 from .model import SERVICE, Exchange
 from .stages import MILESTONES, STAGES, UNEXPLAINED, Split
-from .text import bar, duration, micros, moment, parse_duration, path, stage, stages_json
+from .text import bar, duration, micros, moment, nanos, path, stage, stages_json
 
 TOTAL = "total"
 _LEAST_BAR = 10
@@ -38,7 +38,7 @@ class AtLeast:
 
 
 @attrs.define(eq=False)
-class Waterfall:
+class Waterfall(Joined):
     """Exchanges as they are complete.
 
     Args:
@@ -49,53 +49,29 @@ class Waterfall:
         at_least: Which ones; None for all.
     """
 
-    joins = True
-    """What it writes is of many rows: it comes when all of them are there."""
-
-    output: Output
     width: int = 100
-    as_json: bool = False
-    slow: int = 0
-    at_least: AtLeast | None = None
-    joiner: Joiner = attrs.field(factory=Joiner)
-    hosts: Hosts = attrs.field(factory=Hosts)
-    _closed: bool = attrs.field(default=False, init=False)
+    slow: int = attrs.field(default=0, kw_only=True)
+    at_least: AtLeast | None = attrs.field(default=None, kw_only=True)
+    hosts: Hosts = attrs.field(factory=Hosts, init=False)
     _slowest: list[tuple[int, int, Exchange]] = attrs.field(factory=list, init=False)
     _count: int = attrs.field(default=0, init=False)
-    _encoder: msgspec.json.Encoder = attrs.field(factory=msgspec.json.Encoder, init=False)
 
     def write(self, batch: Sequence[Event]) -> None:
         """Take rows; show the exchanges that are complete by them."""
         self._show(self.joiner.feed(batch))
 
-    def lost(self, loss: Loss) -> None:
-        """A line at the place of the gap."""
-        if self.as_json:
-            self.output.write(self._encoder.encode({"v": 1, "lost": attrs.asdict(loss)}) + b"\n")
-        else:
-            text = f"-- {loss.count} events lost here ({loss.probe}, {loss.point}) --\n\n"
-            self.output.write(text.encode())
-
     def merged(self, merge: Merge) -> None:
         """The rows are of several hosts: times between these are right within a bound."""
         self.hosts.learn(merge)
 
-    def idle(self) -> None:
-        """Notice a reader that has gone."""
-        self.output.look()
-
-    def close(self, report: RunReport) -> None:  # noqa: ARG002 - the summary is on stderr
+    def finish(self, told: list[Told]) -> None:
         """What was still open; the slowest."""
-        if self._closed:
-            return
-        self._closed = True
-        self._show(self.joiner.finish())
+        self._show(told)
         slowest = sorted(self._slowest, key=lambda one: (-one[0], -one[1]))
         self._write([exchange for _, _, exchange in slowest])
         untold = [] if self.as_json else self.joiner.untold()
         if untold:
             self.output.write("".join(f"-- {words} --\n" for words in untold).encode())
-        self.output.close()
 
     def _show(self, told: list[Told]) -> None:
         found = [
@@ -120,7 +96,7 @@ class Waterfall:
             return
         if self.as_json:
             self.output.write(
-                self._encoder.encode_lines([as_json(one, self.hosts) for one in exchanges])
+                self.encoder.encode_lines([as_json(one, self.hosts) for one in exchanges])
             )
         else:
             blocks = [block(one, self.width, self.hosts) for one in exchanges]
@@ -254,5 +230,5 @@ def parse_at_least(text: str) -> AtLeast:
         name, _, least = word.replace("=", ":").partition(":")
         if name not in (*STAGES, TOTAL, UNEXPLAINED):
             raise ValueError(f"there is no stage {name!r}; it is one of {', '.join(STAGES)}, total")
-        limits.append((name, parse_duration(least)))
+        limits.append((name, nanos(least)))
     return AtLeast(tuple(limits))

@@ -17,14 +17,12 @@ from tcplat_core import (
     Wire,
     choice,
     hookimpl,
+    ports,
     xdp,
 )
 
 _MOST_PORTS = 32
 """They are compiled in, and looked for in each packet."""
-_HIGHEST_PORT = 65535
-
-Ports = tuple[int, ...]
 
 
 class PacketEvent(Event, gc=False):
@@ -34,21 +32,9 @@ class PacketEvent(Event, gc=False):
         int | None,
         Wire("u32", "next sequence number the sender of a packet expects", has=True, column=""),
     ]
-    window: Annotated[int, Wire("u16", "how much its sender has room for; not scaled, so 0 is 0")]
-
-
-def _ports(text: str) -> Ports:
-    """Several are joined by +; none at all stands for all."""
-    if text == "all":
-        return ()
-    ports = []
-    for word in text.split("+"):
-        if not (word.isascii() and word.isdecimal()) or not 0 < int(word) <= _HIGHEST_PORT:
-            raise ValueError(f"{word!r} is not a port; write 9999, 80+443 or all")
-        ports.append(int(word))
-    if len(ports) > _MOST_PORTS:
-        raise ValueError(f"{len(ports)} ports are too many; take {_MOST_PORTS}, or all")
-    return tuple(dict.fromkeys(ports))
+    window: Annotated[
+        int, Wire("u16", "how much its sender has room for; not scaled, so 0 is 0", column="")
+    ]
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -73,9 +59,8 @@ OPTIONS = (
     Option(
         name="port",
         help="TCP ports, joined by +; or all",
-        convert=_ports,
+        convert=ports(_MOST_PORTS),
         required=True,
-        metavar="PORT+PORT|all",
         example="80+443",
     ),
     Option(
