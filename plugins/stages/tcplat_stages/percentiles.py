@@ -86,9 +86,7 @@ class Stages:
             self._count(self.joiner.feed(batch))
             return
         rows = batch
-        while rows and rows[-1].ts_ns >= self._next_ns:
-            # Where an interval ends is a matter of the rows, not of how they are divided.
-            cut = next(i for i, row in enumerate(rows) if row.ts_ns >= self._next_ns)
+        while (cut := self._end_in(rows)) is not None:
             self._count(self.joiner.feed(rows[:cut]))
             self._end_interval(rows[cut].ts_ns)
             rows = rows[cut:]
@@ -143,6 +141,10 @@ class Stages:
             self._write(self._now, f"until {self._next_ns // 1000} µs")
         self._next_ns = (ts_ns // self.every_ns + 1) * self.every_ns
         self._add_up()
+
+    def _end_in(self, rows: Sequence[Event]) -> int | None:
+        """The first row of the next interval: a late one may follow it, and be its batch's last."""
+        return next((i for i, row in enumerate(rows) if row.ts_ns >= self._next_ns), None)
 
     def _add_up(self) -> None:
         for group, found in self._now.items():
