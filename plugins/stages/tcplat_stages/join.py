@@ -250,6 +250,7 @@ class Joiner:
         conn.began = conn.began or own.began
         conn.cut = conn.cut and own.cut
         del self._conns[own.number]
+        del own.ends[SERVICE].conn  # as in _finish
         self._own(end, row)
 
     def _find(self, netns: Any, client: Any, service: Any) -> Connection | None:
@@ -754,6 +755,7 @@ class Joiner:
         for one in conn.ends:
             if one.sock and self._socks.get(one.sock) is one:
                 del self._socks[one.sock]
+            del one.conn  # a cycle: the collector would come for it after millions of rows
         self._over.append(conn)
         if len(self._over) > _MOST_OVER:
             self._release(self._over.popleft())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Sequence
 from random import Random
@@ -519,6 +520,28 @@ def test_nothing_is_kept_of_connections_that_are_over() -> None:
         assert len(joiner._tuples) + len(joiner._ways) < 20
     assert not joiner._conns
     assert not joiner._socks
+
+
+def test_what_is_over_goes_at_once_and_waits_for_no_collector() -> None:
+    def alive() -> int:
+        return sum(isinstance(one, Connection) for one in gc.get_objects())
+
+    joiner, kept = Joiner(), []
+    gc.collect()
+    before = alive()
+    gc.disable()
+    try:
+        for number in range(50):
+            history = History(
+                ends=(("10.0.0.1", 1_000 + number), ("10.0.0.2", 80)),
+                socks=(number + 1, number + 1_000),
+            )
+            history.close(simple(history, history.shake_hands(number * SECOND) + 100) + 100)
+            joiner.feed(history.rows())
+            kept.append(alive() - before)
+    finally:
+        gc.enable()
+    assert 0 < max(kept) < 10
 
 
 def test_the_two_ends_need_not_be_in_two_namespaces() -> None:
