@@ -251,3 +251,8 @@ def test_wire_times_are_printed_with_their_bound(tmp_path: Path) -> None:
     lines = replayed("waterfall:width=100").splitlines()
     marked = {line.split()[0] for line in lines if said in line}
     assert marked == {"wire", "wire_back", "syn", "synack"}
+    connections = [json.loads(line) for line in replayed("summary:format=json").splitlines()]
+    assert [one["wire_bound_us"] for one in connections] == [bound_us] * 5
+    assert None not in {one["synack_us"] for one in connections}
+    connects = [line for line in replayed("summary:format=text").splitlines() if "connect " in line]
+    assert [line.count(said) for line in connects] == [2] * 5  # SYN-ACK, ACK

@@ -8,8 +8,9 @@ from typing import Any
 import attrs
 import msgspec
 
-from tcplat_core import Event, Loss, Output, RunReport, printable
+from tcplat_core import Event, Loss, Merge, Output, RunReport, printable
 
+from .hosts import Hosts
 from .join import Joiner, Told
 from .model import CLIENT, SERVICE, STATS, Connection
 from .stages import CONNECT_CALLED, CONNECTED, HANDSHAKE_DONE, SYN_RX
@@ -33,6 +34,7 @@ class Summary:
     output: Output
     as_json: bool = False
     joiner: Joiner = attrs.field(factory=Joiner)
+    hosts: Hosts = attrs.field(factory=Hosts)
     _closed: bool = attrs.field(default=False, init=False)
     _encoder: msgspec.json.Encoder = attrs.field(factory=msgspec.json.Encoder, init=False)
 
@@ -47,6 +49,10 @@ class Summary:
         else:
             text = f"-- {loss.count} events lost here ({loss.probe}, {loss.point}) --\n"
             self.output.write(text.encode())
+
+    def merged(self, merge: Merge) -> None:
+        """The rows are of several hosts: times between these are right within a bound."""
+        self.hosts.learn(merge)
 
     def idle(self) -> None:
         """Notice a reader that has gone."""
@@ -65,9 +71,11 @@ class Summary:
         if not found:
             return
         if self.as_json:
-            self.output.write(self._encoder.encode_lines([as_json(conn) for conn in found]))
+            self.output.write(
+                self._encoder.encode_lines([as_json(conn, self.hosts) for conn in found])
+            )
         else:
-            self.output.write("".join(map(block, found)).encode())
+            self.output.write("".join([block(conn, self.hosts) for conn in found]).encode())
 
 
 def _between(conn: Connection, first: int, last: int) -> int | None:
@@ -101,8 +109,12 @@ def _figures(conn: Connection, index: int) -> dict[str, Any]:
     return {name: stats.get(name) for name in STATS}
 
 
-def as_json(conn: Connection) -> dict[str, Any]:
-    """A connection as one object; times in µs."""
+def as_json(conn: Connection, hosts: Hosts) -> dict[str, Any]:
+    """A connection as one object; times in µs.
+
+    ``wire_bound_us`` is there where two hosts' clocks stamped SYN, SYN-ACK and ACK.
+    """
+    bound_ns = hosts.wire_bound_ns(conn)
     told = _figures(conn, _teller(conn))
     connect, syn, synack, ack = _connect(conn)
     ends = {
@@ -137,6 +149,7 @@ def as_json(conn: Connection) -> dict[str, Any]:
         "syn_us": _us(syn),
         "synack_us": _us(synack),
         "ack_us": _us(ack),
+        **({} if bound_ns is None else {"wire_bound_us": micros(bound_ns)}),
         "accept_us": conn.accept_us,
         "connect_stages": stages_json(conn.handshake),
         "syn_retransmits": conn.syns,
@@ -159,13 +172,15 @@ def as_json(conn: Connection) -> dict[str, Any]:
     }
 
 
-def block(conn: Connection) -> str:
+def block(conn: Connection, hosts: Hosts) -> str:
     """A connection in a few lines."""
+    bound_ns = hosts.wire_bound_ns(conn)
+    bound = "" if bound_ns is None else f" ± {duration(bound_ns)}"
     began = moment(conn.first_ns + conn.offset_ns)
     lines = [f"{began}  {path(conn)}  {duration(conn.duration_ns)}  {_end(conn)}"]
     connect, syn, synack, ack = _connect(conn)
     parts = [("SYN", syn), ("SYN-ACK", synack), ("ACK", ack)]
-    known = [f"{name} {duration(ns)}" for name, ns in parts if ns is not None]
+    known = [f"{name} {duration(ns)}{bound}" for name, ns in parts if ns is not None]
     accept = (
         []
         if conn.accept_us is None
