@@ -8,8 +8,10 @@ rounded up to 8 bytes.
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,11 +41,15 @@ class Ring:
         fd: Of a BPF_MAP_TYPE_RINGBUF, or a file of the same layout.
         size: Bytes of data; a power of two.
         layout: The record, without the ring's own header.
+        tag_at: Where in the record the byte stands by which `taken` counts.
     """
 
     fd: int
     size: int
     layout: struct.Struct
+    tag_at: int = 0
+    taken: Counter[int] = attrs.field(factory=Counter, init=False)
+    """Records that were drained, by that byte."""
     _consumer: mmap.mmap = attrs.field(init=False)
     _rest: mmap.mmap = attrs.field(init=False)
     _position: memoryview = attrs.field(init=False)
@@ -97,9 +103,15 @@ class Ring:
             records = list(
                 self._record.iter_unpack(self._data[start : start + count * self._stride])
             )
+            first = start + _HEADER + self.tag_at
+            tags = bytes(self._data[first : start + count * self._stride : self._stride])
             if lengths.count(self.layout.size) != count:
-                pairs = zip(records, lengths, strict=True)
-                records = [record for record, length in pairs if not length & _DISCARD]
+                kept = [not length & _DISCARD for length in lengths]
+                records = list(itertools.compress(records, kept))
+                tags = bytes(itertools.compress(tags, kept))
+            # A column at a time: to look at each record would cost as much as to unpack it.
+            for tag in set(tags):
+                self.taken[tag] += tags.count(tag)
             here += count * self._stride
             self._position[0] = here
             yield records

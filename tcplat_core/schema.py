@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import functools
 import inspect
+import itertools
 import keyword
 import re
 import socket
@@ -658,10 +659,10 @@ class Record:
         exec(source_text, scope)  # noqa: S102 - made from the schema alone
         return _Memo(scope["READ"])
 
-    def hook(self, kind: bytes) -> int:
-        """The number of the hook, from the block `kind`."""
-        members = [member for member, _ in self._block("kind")]
-        return int(self._packing("kind").unpack(kind)[members.index("hook")])
+    def offset(self, member: str) -> int:
+        """Where a member begins, in bytes."""
+        before = itertools.takewhile(lambda one: one[0] != member, self.members)
+        return _size(before)
 
     def _packing(self, block: str) -> struct.Struct:
         return struct.Struct("=" + "".join(_code(c_type) for _, c_type in self._block(block)))

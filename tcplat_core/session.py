@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import operator
 import os
 import select
 import signal
@@ -60,7 +59,6 @@ HELPING = 8
 _GUARD_NS = 1_000_000
 """Records in a ring are in order but for interrupts, which take less than this."""
 _FOREVER = 1 << 63
-_KIND = operator.itemgetter(1)
 
 
 @attrs.define(eq=False)
@@ -157,8 +155,6 @@ class ProbeRun:
     """What poll() reads."""
     counters: Counters | None
     """What the kernel counts for a sink."""
-    consumed: Counter[bytes] = attrs.field(factory=Counter)
-    """Records taken from the ring, by their block `kind`: it tells the hook."""
     polled: Counter[str] = attrs.field(factory=Counter)
     """Rows that poll() made, by point."""
     poll_error: str = ""
@@ -171,7 +167,7 @@ class ProbeRun:
         return cls(
             spec,
             hooks,
-            Ring(loaded.ring_fd, request.ring_bytes, record.layout),
+            Ring(loaded.ring_fd, request.ring_bytes, record.layout, record.offset("hook")),
             Books(loaded.books_fd, cpus, len(hooks)),
             record.decoder(spec.name, hooks, _ifname(loaded)),
             loaded,
@@ -214,14 +210,7 @@ class ProbeRun:
 
     def settled(self) -> bool:
         """Whether all that was produced is either dropped or here."""
-        return sum(made - lost for made, lost in self.books.read()) == self.consumed.total()
-
-    def by_hook(self) -> Counter[int]:
-        """Records taken from the ring, by the hook's number."""
-        record, found = Record(self.spec.event), Counter[int]()
-        for kind, count in self.consumed.items():
-            found[record.hook(kind)] += count
-        return found
+        return sum(made - lost for made, lost in self.books.read()) == self.ring.taken.total()
 
     def close(self) -> None:
         """Unmap, and close the loader's fds."""
@@ -554,7 +543,6 @@ def _drain(
     for run in runs:
         for number, records in enumerate(run.ring.drain(), 1):
             rows = run.decode(records, offset_ns)
-            run.consumed.update(map(_KIND, records))
             router.feed(rows)
             came = True
             if rows and number == HELPING and run.ring.pending():
@@ -625,7 +613,7 @@ def _report(runs: Sequence[ProbeRun], router: Router, duration_s: float) -> RunR
     undelivered = router.undelivered()
     for run in runs:
         hooks = []
-        consumed = run.by_hook()
+        consumed = run.ring.taken
         for number, (fired, (produced, dropped)) in enumerate(
             zip(run.hooks, run.books.read(), strict=True)
         ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
@@ -161,6 +162,7 @@ def test_discarded_records_are_skipped(pair: Pair) -> None:
         assert position is not None
         (fake.discard if number % 3 == 0 else fake.submit)(position)
     assert drained(ring) == [1, 2, 4, 5, 7, 8]
+    assert ring.taken == dict.fromkeys([1, 2, 4, 5, 7, 8], 1)
     assert fake.consumed == fake.produced
 
 
@@ -230,6 +232,7 @@ def test_steps_in_any_order_lose_and_invent_nothing(rings: Callable[..., Pair]) 
         expected[fed] = True
     got += drained(ring)
     assert got == sorted(number for number, kept in expected.items() if kept)
+    assert ring.taken == Counter(number & 0xFF for number in got)
     assert not ring.pending()
 
 
