@@ -544,6 +544,17 @@ def test_what_is_over_goes_at_once_and_waits_for_no_collector() -> None:
     assert 0 < max(kept) < 10
 
 
+def test_a_port_that_was_used_again_is_forgotten_later_without_trouble() -> None:
+    rows: list[Row] = []
+    for number in range(4):
+        history = History(first=(1_000 * number, 5_000), socks=(number + 1, number + 99))
+        simple(history, history.shake_hands(number * 5 * SECOND) + 100)
+        rows += history.rows()
+    exchanges, connections, _ = joined(rows)
+    assert [conn.ended for conn in connections] == ["port reused"] * 3 + ["end of run"]
+    assert len(exchanges) == 4
+
+
 def test_the_two_ends_need_not_be_in_two_namespaces() -> None:
     history = History(netns=(NETNS[0], NETNS[0]))
     history.close(simple(history, history.shake_hands() + 500) + 500)
