@@ -250,7 +250,7 @@ class Joiner:
         conn.began = conn.began or own.began
         conn.cut = conn.cut and own.cut
         del self._conns[own.number]
-        del own.ends[SERVICE].conn  # as in _finish
+        del own.ends[1 - end.index].conn  # as in _finish
         self._own(end, row)
 
     def _find(self, netns: Any, client: Any, service: Any) -> Connection | None:
