@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import ipaddress
 import json
 import os
@@ -256,11 +255,11 @@ def _run(
     from .loader.protocol import Request  # noqa: PLC0415
     from .model import RunInfo  # noqa: PLC0415
     from .plugins import Plugins  # noqa: PLC0415
+    from .router import spare_the_collector  # noqa: PLC0415
     from .session import LoaderProcess, Session, Signals  # noqa: PLC0415
     from .trace import TracePipe  # noqa: PLC0415
 
-    # Rows are in no cycle, and the collector would walk through every batch of them.
-    gc.set_threshold(100_000, 50, 50)
+    spare_the_collector()
     signals = Signals()
     signals.install()
     child = Command.fork(command) if command else None
@@ -368,9 +367,10 @@ def _replay(
     from .model import RunInfo  # noqa: PLC0415
     from .plugins import Plugins  # noqa: PLC0415
     from .replay import Bar, Replay  # noqa: PLC0415
+    from .router import spare_the_collector  # noqa: PLC0415
     from .session import Signals  # noqa: PLC0415
 
-    gc.set_threshold(100_000, 50, 50)  # as in a run
+    spare_the_collector()
     signals = Signals()
     signals.install()
     # As whoever we are: a capture of root's, a socket of another user's.

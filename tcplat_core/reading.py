@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Iterator
 
@@ -14,6 +13,7 @@ from .errors import TcplatError
 from .model import Loss, Merge, RunReport
 from .plugins import Plugins
 from .replay import Bar, add_reports
+from .router import spare_the_collector
 from .schema import Event
 
 
@@ -46,7 +46,7 @@ class Reader:
         Raises:
             UsageError: It cannot be read.
         """
-        gc.set_threshold(100_000, 50, 50)  # rows are in no cycle
+        spare_the_collector()
         source = Source.open(where)
         events = {name: spec.event for name, spec in Plugins.load().probes.items()}
 

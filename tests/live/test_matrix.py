@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from .harness import Puppet, Row, Tcplat, at, check_mechanism, completes, free_port
+from .harness import ATTACH, Puppet, Row, Tcplat, at, check_mechanism, completes, free_port
 
 CONNECTIONS = 5
 MESSAGES = 3
@@ -66,6 +66,7 @@ def traffic(
         port, closed = free_port(ip), free_port(ip)
         run = running_tcplat(
             *("--probe", "tcp_service", "--probe", f"xdp_port:iface=lo,port={port}"),
+            *("--probe", "tcp_stats"),
             *("--hold", "200ms"),
             folder=_folder(str(tmp_path_factory.getbasetemp()), ip),
         )
@@ -133,6 +134,27 @@ def test_tcp_service(traffic: tuple[list[Row], int, int], ip: int) -> None:
     assert found["ready"] >= CONNECTIONS * MESSAGES
     done = [row for row in at(ours, "state") if row["old_state"] == "TCP_SYN_RECV"]
     assert [row["state"] for row in done] == ["TCP_ESTABLISHED"] * CONNECTIONS
+    check_mechanism(ours)
+
+
+@both
+def test_tcp_stats(traffic: tuple[list[Row], int, int], ip: int) -> None:
+    rows, port, _ = traffic
+    ours = [row for row in at(rows, "stats") if port in (row["sport"], row["dport"])]
+    assert {row["ip"] for row in ours} == {ip}
+    found = Counter(row["role"] for row in ours)
+    if ATTACH == "kprobe":  # the kernel skips one that interrupts another's handler
+        assert set(found) <= {"client", "service"}
+        assert 0 < found.total() <= 2 * CONNECTIONS
+    else:
+        assert found == {"client": CONNECTIONS, "service": CONNECTIONS}
+    for row in ours:
+        # The FIN counts where it has come, or was acknowledged, by then; the SYN always does.
+        assert row["bytes_received"] - MESSAGES * SIZE in (0, 1)
+        assert row["bytes_acked"] - MESSAGES * SIZE in (1, 2)
+        assert row["retransmits"] == 0
+        assert 0 < row["min_rtt_us"] <= row["srtt_us"] * 8
+        assert row["srtt_us"] < row["rto_us"]
     check_mechanism(ours)
 
 

@@ -15,7 +15,6 @@ from typing import cast
 import pytest
 from click.testing import CliRunner
 
-from tcplat_core import privileges
 from tcplat_core.cli import cli
 from tcplat_core.cli import main as cli_main
 from tcplat_core.filters import Filter
@@ -78,7 +77,6 @@ def here(loader: FakeLoader, monkeypatch: pytest.MonkeyPatch) -> Callable[..., i
     """The program in this process, on a kernel side that is played; its exit code."""
     monkeypatch.setattr(LoaderProcess, "start", lambda: loader)
     monkeypatch.setattr(Signals, "install", lambda _: None)
-    monkeypatch.setattr(privileges, "drop", lambda: None)
 
     def call(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["tcplat", *arguments])

@@ -28,7 +28,7 @@ from tests.vm.run import (  # noqa: E402 - wherever it is called from
 )
 
 MECHANISMS = ("kprobe", "fentry")
-PROBES = ("tcp_client", "tcp_service", "xdp_port")
+PROBES = ("tcp_client", "tcp_service", "xdp_port", "tcp_stats")
 VERSIONS = (4, 6)
 SLOW = 20
 """How much slower than the machine a guest without KVM may be."""

@@ -271,7 +271,10 @@ class Joiner:
         self._release(conn)
 
     def _release(self, conn: Connection) -> None:
-        """Its addresses are free for another connection."""
+        """Its addresses are free for another connection, and it is in no cycle any more."""
+        for end in conn.ends:
+            del end.conn  # the collector is slow to come in a run: see spare_the_collector()
+        conn.waiting = []
         for key in conn.keys:
             if self._tuples.get(key) is conn:
                 del self._tuples[key]

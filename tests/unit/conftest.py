@@ -1,0 +1,13 @@
+"""What holds for all unit tests."""
+
+from __future__ import annotations
+
+import pytest
+
+from tcplat_core import privileges
+
+
+@pytest.fixture(autouse=True)
+def _still_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that run in this very process must not take the other tests' rights away."""
+    monkeypatch.setattr(privileges, "drop", lambda: None)
