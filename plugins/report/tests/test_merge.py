@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -18,7 +20,6 @@ from tcplat_stages.join import Joiner
 from tcplat_stages.model import Exchange
 
 from tcplat_core import Event, Reader, UsageError
-from tcplat_core.cli import cli
 
 from .captures import Traffic, joint, of_host, write
 
@@ -240,7 +241,8 @@ def test_wire_times_are_printed_with_their_bound(tmp_path: Path) -> None:
     def replayed(sink: str) -> str:
         shown = tmp_path / "shown"
         arguments = ["replay", str(out), "-q", "--sink", f"{sink},path={shown}"]
-        CliRunner().invoke(cli, arguments, catch_exceptions=False)
+        # In a process of its own: as root, a replay gives up root for good.
+        subprocess.run([sys.executable, "-I", "-m", "tcplat_core", *arguments], check=True)
         return shown.read_text(encoding="utf-8")
 
     stages = [json.loads(line) for line in replayed("stages:format=json").splitlines()]
@@ -251,3 +253,8 @@ def test_wire_times_are_printed_with_their_bound(tmp_path: Path) -> None:
     lines = replayed("waterfall:width=100").splitlines()
     marked = {line.split()[0] for line in lines if said in line}
     assert marked == {"wire", "wire_back", "syn", "synack"}
+    connections = [json.loads(line) for line in replayed("summary:format=json").splitlines()]
+    assert [one["wire_bound_us"] for one in connections] == [bound_us] * 5
+    assert None not in {one["synack_us"] for one in connections}
+    connects = [line for line in replayed("summary:format=text").splitlines() if "connect " in line]
+    assert [line.count(said) for line in connects] == [2] * 5  # SYN-ACK, ACK

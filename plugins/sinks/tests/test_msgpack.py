@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tcplat_sinks.msgpack import Msgpack, Reader
 
-from tcplat_core import Event, Loss, ReaderGoneError, RunInfo, RunReport, UsageError
+from tcplat_core import Event, Loss, Merge, ReaderGoneError, RunInfo, RunReport, UsageError
 from tcplat_core.model import read_options
 from tcplat_core.plugins import Plugins
 from tcplat_core.testing import make_event
@@ -158,6 +158,26 @@ def test_who_comes_later_gets_the_header_and_what_comes_from_then_on(bench: Benc
     assert [one["ts_ns"] for one in client.read(5)] == [5, 6, 7, 8, 9]
     sink.close(REPORT)
     assert ["report" in one for one in client.rest()] == [True]
+
+
+def test_hosts_stand_before_the_rows_also_for_who_comes_later(bench: Bench) -> None:
+    hosts = [Merge(0, "a.jsonl"), Merge(1, "b.jsonl", offset_ns=-5, bound_ns=30_000, packets=7)]
+    sink = bench.sink()
+    first = bench.client()
+    sink.poll()
+    for host in hosts:
+        sink.merged(host)
+    sink.write(rows(2))
+    second = bench.client()
+    sink.poll()
+    sink.write(rows(1, 2))
+    sink.close(REPORT)
+    expected = [{"v": 1, "merge": attrs.asdict(host)} for host in hosts]
+    for client, count in ((first, 3), (second, 1)):
+        header, *maps = client.rest()
+        assert "schema" in header
+        assert maps[:2] == expected
+        assert [one["ts_ns"] for one in maps[2:-1]] == [0, 1, 2][-count:]
 
 
 def test_a_probe_that_turns_up_has_its_header_before_its_first_row(bench: Bench) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 
 _BITS = 7
@@ -18,7 +19,7 @@ class Histogram:
     __slots__ = ("count", "counts", "max_ns", "min_ns", "sum_ns")
 
     def __init__(self) -> None:
-        self.counts: dict[int, int] = {}
+        self.counts: defaultdict[int, int] = defaultdict(int)
         self.count = 0
         self.sum_ns = 0
         self.max_ns = 0
@@ -27,18 +28,20 @@ class Histogram:
     def add(self, ns: int) -> None:
         """Count a duration."""
         shift = ns.bit_length() - _BITS - 1
-        bucket = ns if shift <= 0 else (shift << _BITS) + (ns >> shift)
-        self.counts[bucket] = self.counts.get(bucket, 0) + 1
-        if not self.count or ns < self.min_ns:
+        self.counts[ns if shift <= 0 else (shift << _BITS) + (ns >> shift)] += 1
+        if not self.count:
+            self.min_ns = self.max_ns = ns
+        elif ns < self.min_ns:
             self.min_ns = ns
-        self.max_ns = max(self.max_ns, ns)
+        elif ns > self.max_ns:
+            self.max_ns = ns
         self.count += 1
         self.sum_ns += ns
 
     def merge(self, other: Histogram) -> None:
         """Count all that another one has counted."""
         for bucket, count in other.counts.items():
-            self.counts[bucket] = self.counts.get(bucket, 0) + count
+            self.counts[bucket] += count
         if other.count:
             self.min_ns = min(self.min_ns, other.min_ns) if self.count else other.min_ns
         self.max_ns = max(self.max_ns, other.max_ns)

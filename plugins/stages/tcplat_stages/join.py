@@ -250,6 +250,7 @@ class Joiner:
         conn.began = conn.began or own.began
         conn.cut = conn.cut and own.cut
         del self._conns[own.number]
+        del own.ends[1 - end.index].conn  # as in _finish
         self._own(end, row)
 
     def _find(self, netns: Any, client: Any, service: Any) -> Connection | None:
@@ -271,10 +272,7 @@ class Joiner:
         self._release(conn)
 
     def _release(self, conn: Connection) -> None:
-        """Its addresses are free for another connection, and it is in no cycle any more."""
-        for end in conn.ends:
-            del end.conn  # the collector is slow to come in a run: see spare_the_collector()
-        conn.waiting = []
+        """Its addresses are free for another connection."""
         for key in conn.keys:
             if self._tuples.get(key) is conn:
                 del self._tuples[key]
@@ -757,6 +755,7 @@ class Joiner:
         for one in conn.ends:
             if one.sock and self._socks.get(one.sock) is one:
                 del self._socks[one.sock]
+            del one.conn  # a cycle, and the collector comes seldom: see spare_the_collector()
         self._over.append(conn)
         if len(self._over) > _MOST_OVER:
             self._release(self._over.popleft())

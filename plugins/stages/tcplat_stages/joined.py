@@ -5,8 +5,9 @@ from __future__ import annotations
 import attrs
 import msgspec
 
-from tcplat_core import Loss, Output, RunReport
+from tcplat_core import Loss, Merge, Output, RunReport
 
+from .hosts import Hosts
 from .join import Joiner, Told
 
 
@@ -25,6 +26,7 @@ class Joined:
     output: Output
     as_json: bool = attrs.field(default=False, kw_only=True)
     joiner: Joiner = attrs.field(factory=Joiner, init=False)
+    hosts: Hosts = attrs.field(factory=Hosts, init=False)
     encoder: msgspec.json.Encoder = attrs.field(factory=msgspec.json.Encoder, init=False)
     _closed: bool = attrs.field(default=False, init=False)
 
@@ -35,6 +37,10 @@ class Joined:
         else:
             text = f"-- {loss.count} events lost here ({loss.probe}, {loss.point}) --\n\n"
             self.output.write(text.encode())
+
+    def merged(self, merge: Merge) -> None:
+        """The rows are of several hosts: times between these are right within a bound."""
+        self.hosts.learn(merge)
 
     def idle(self) -> None:
         """Notice a reader that has gone."""

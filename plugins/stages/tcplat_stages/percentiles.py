@@ -7,10 +7,10 @@ from typing import Any
 
 import attrs
 
-from tcplat_core import Event, Loss, Merge, printable
+from tcplat_core import Event, Loss, printable
 
 from .histogram import Histogram
-from .hosts import Hosts, crosses
+from .hosts import crosses
 from .join import Told
 from .joined import Joined
 from .model import CLIENT, Exchange
@@ -66,7 +66,6 @@ class Stages(Joined):
 
     group_by: tuple[str, ...] = ("process", "port")
     every_ns: int = 0
-    hosts: Hosts = attrs.field(factory=Hosts, init=False)
     _now: dict[Group, dict[str, Histogram]] = attrs.field(factory=dict, init=False)
     _all: dict[Group, dict[str, Histogram]] = attrs.field(factory=dict, init=False)
     _next_ns: int = attrs.field(default=0, init=False)
@@ -78,9 +77,7 @@ class Stages(Joined):
             self._count(self.joiner.feed(batch))
             return
         rows = batch
-        while rows and rows[-1].ts_ns >= self._next_ns:
-            # Where an interval ends is a matter of the rows, not of how they are divided.
-            cut = next(i for i, row in enumerate(rows) if row.ts_ns >= self._next_ns)
+        while (cut := self._end_in(rows)) is not None:
             self._count(self.joiner.feed(rows[:cut]))
             self._end_interval(rows[cut].ts_ns)
             rows = rows[cut:]
@@ -89,10 +86,6 @@ class Stages(Joined):
     def lost(self, loss: Loss) -> None:
         """Said with the figures."""
         self._lost += loss.count
-
-    def merged(self, merge: Merge) -> None:
-        """The rows are of several hosts: times between these are right within a bound."""
-        self.hosts.learn(merge)
 
     def finish(self, told: list[Told]) -> None:
         """The figures of the whole run."""
@@ -127,6 +120,10 @@ class Stages(Joined):
             self._write(self._now, f"until {self._next_ns // 1000} µs")
         self._next_ns = (ts_ns // self.every_ns + 1) * self.every_ns
         self._add_up()
+
+    def _end_in(self, rows: Sequence[Event]) -> int | None:
+        """The first row of the next interval: a late one may follow it, and be its batch's last."""
+        return next((i for i, row in enumerate(rows) if row.ts_ns >= self._next_ns), None)
 
     def _add_up(self) -> None:
         for group, found in self._now.items():

@@ -9,6 +9,7 @@ import attrs
 
 from tcplat_core import Event, printable
 
+from .hosts import Hosts
 from .join import Told
 from .joined import Joined
 from .model import CLIENT, SERVICE, STATS, Connection
@@ -32,9 +33,11 @@ class Summary(Joined):
         if not found:
             return
         if self.as_json:
-            self.output.write(self.encoder.encode_lines([as_json(conn) for conn in found]))
+            self.output.write(
+                self.encoder.encode_lines([as_json(conn, self.hosts) for conn in found])
+            )
         else:
-            self.output.write("".join(map(block, found)).encode())
+            self.output.write("".join([block(conn, self.hosts) for conn in found]).encode())
 
 
 def _between(conn: Connection, first: int, last: int) -> int | None:
@@ -68,8 +71,12 @@ def _figures(conn: Connection, index: int) -> dict[str, Any]:
     return {name: stats.get(name) for name in STATS}
 
 
-def as_json(conn: Connection) -> dict[str, Any]:
-    """A connection as one object; times in µs."""
+def as_json(conn: Connection, hosts: Hosts) -> dict[str, Any]:
+    """A connection as one object; times in µs.
+
+    ``wire_bound_us`` is there where two hosts' clocks stamped SYN, SYN-ACK and ACK.
+    """
+    bound_ns = hosts.wire_bound_ns(conn)
     told = _figures(conn, _teller(conn))
     connect, syn, synack, ack = _connect(conn)
     ends = {
@@ -104,6 +111,7 @@ def as_json(conn: Connection) -> dict[str, Any]:
         "syn_us": _us(syn),
         "synack_us": _us(synack),
         "ack_us": _us(ack),
+        **({} if bound_ns is None else {"wire_bound_us": micros(bound_ns)}),
         "accept_us": conn.accept_us,
         "connect_stages": stages_json(conn.handshake),
         "syn_retransmits": conn.syns,
@@ -126,13 +134,15 @@ def as_json(conn: Connection) -> dict[str, Any]:
     }
 
 
-def block(conn: Connection) -> str:
+def block(conn: Connection, hosts: Hosts) -> str:
     """A connection in a few lines."""
+    bound_ns = hosts.wire_bound_ns(conn)
+    bound = "" if bound_ns is None else f" ± {duration(bound_ns)}"
     began = moment(conn.first_ns + conn.offset_ns)
     lines = [f"{began}  {path(conn)}  {duration(conn.duration_ns)}  {_end(conn)}"]
     connect, syn, synack, ack = _connect(conn)
     parts = [("SYN", syn), ("SYN-ACK", synack), ("ACK", ack)]
-    known = [f"{name} {duration(ns)}" for name, ns in parts if ns is not None]
+    known = [f"{name} {duration(ns)}{bound}" for name, ns in parts if ns is not None]
     accept = (
         []
         if conn.accept_us is None

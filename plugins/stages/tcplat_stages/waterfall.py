@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from tcplat_core import Event, Merge, printable
+from tcplat_core import Event, printable
 
 from .hosts import Hosts, crosses
 from .join import Told
@@ -52,17 +52,12 @@ class Waterfall(Joined):
     width: int = 100
     slow: int = attrs.field(default=0, kw_only=True)
     at_least: AtLeast | None = attrs.field(default=None, kw_only=True)
-    hosts: Hosts = attrs.field(factory=Hosts, init=False)
     _slowest: list[tuple[int, int, Exchange]] = attrs.field(factory=list, init=False)
     _count: int = attrs.field(default=0, init=False)
 
     def write(self, batch: Sequence[Event]) -> None:
         """Take rows; show the exchanges that are complete by them."""
         self._show(self.joiner.feed(batch))
-
-    def merged(self, merge: Merge) -> None:
-        """The rows are of several hosts: times between these are right within a bound."""
-        self.hosts.learn(merge)
 
     def finish(self, told: list[Told]) -> None:
         """What was still open; the slowest."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Sequence
 from random import Random
@@ -519,6 +520,39 @@ def test_nothing_is_kept_of_connections_that_are_over() -> None:
         assert len(joiner._tuples) + len(joiner._ways) < 20
     assert not joiner._conns
     assert not joiner._socks
+
+
+def test_what_is_over_goes_at_once_and_waits_for_no_collector() -> None:
+    def alive() -> int:
+        return sum(isinstance(one, Connection) for one in gc.get_objects())
+
+    joiner, kept = Joiner(), []
+    gc.collect()
+    before = alive()
+    gc.disable()
+    try:
+        for number in range(50):
+            history = History(
+                ends=(("10.0.0.1", 1_000 + number), ("10.0.0.2", 80)),
+                socks=(number + 1, number + 1_000),
+            )
+            history.close(simple(history, history.shake_hands(number * SECOND) + 100) + 100)
+            joiner.feed(history.rows())
+            kept.append(alive() - before)
+    finally:
+        gc.enable()
+    assert 0 < max(kept) < 10
+
+
+def test_a_port_that_was_used_again_is_forgotten_later_without_trouble() -> None:
+    rows: list[Row] = []
+    for number in range(4):
+        history = History(first=(1_000 * number, 5_000), socks=(number + 1, number + 99))
+        simple(history, history.shake_hands(number * 5 * SECOND) + 100)
+        rows += history.rows()
+    exchanges, connections, _ = joined(rows)
+    assert [conn.ended for conn in connections] == ["port reused"] * 3 + ["end of run"]
+    assert len(exchanges) == 4
 
 
 def test_the_two_ends_need_not_be_in_two_namespaces() -> None:

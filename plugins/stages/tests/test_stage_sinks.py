@@ -224,6 +224,17 @@ def test_batches_make_no_difference(
     assert {written(name, rows, size=size, **options) for size in (1, 7, 50)} == {at_once}
 
 
+def test_batches_make_no_difference_to_intervals_where_rows_are_late(
+    written: Callable[..., str],
+) -> None:
+    rows = exchanges(200, 900, 100)
+    for first in range(0, len(rows) - 1, 2):
+        rows[first], rows[first + 1] = rows[first + 1], rows[first]
+    told = {written("stages", rows, size=size, every="1us") for size in (1, 2, 7, 1000)}
+    assert len(told) == 1
+    assert told.pop().count("-- until") > 2
+
+
 @pytest.mark.parametrize("name", ["waterfall", "summary"])
 def test_a_loss_is_told_at_its_place(tmp_path: Path, name: str) -> None:
     for form in ("text", "json"):
