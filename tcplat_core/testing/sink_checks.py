@@ -440,7 +440,7 @@ def _every_byte(subject: Subject) -> None:
     """No text, whatever is in it, breaks its lines or commands the terminal."""
     plain = _output_with(subject, lambda _: "-")
     if not plain:
-        raise NotChecked(_NO_OUTPUT)
+        raise NotChecked(_NO_OUTPUT if _is_silent(subject) else "it tells nothing of single rows")
     # As the core escapes what a process calls itself; and as a capture that somebody has
     # written by hand may have it: then ESC and its like are what must not get through.
     for what, odd, harmful in (
@@ -518,20 +518,23 @@ def _flushes(subject: Subject) -> None:
         sink.write([])
         sizes = [_until_more(sink, 0, soon / 10)]
         # A sink whose `joins` is true tells of many rows in one: a row alone may wait for others.
-        for batch in (_stream(999 if getattr(sink, "joins", False) else 1), _stream(1000, 999)):
+        joins = bool(getattr(sink, "joins", False))
+        for batch in (_stream(999 if joins else 1), _stream(1000, 999)):
             if hasattr(sink, "aggregates"):
                 sink.aggregates(_counted(len(batch), final=False))
             sink.write(batch)
             sizes.append(_until_more(sink, sizes[-1], soon))
         _end(sink)
-        return [*sizes, _written()]
+        return [*sizes, _written(), joins]
 
     ran = _run(subject, play).fine()
-    before, first, second, last = ran.told
+    before, first, second, last, joins = ran.told
     if not (last or ran.output):
         raise NotChecked(_NO_OUTPUT)
     if second == before:
         raise NotChecked("it writes nothing before close()")
+    if first == before and joins:
+        raise NotChecked("it tells of many rows in one, and has waited for more of them")
     if first == before:
         raise Fault(
             "a row is not in its output when write() returns: it has a buffer, "

@@ -52,7 +52,7 @@ def test_there_is_something_that_comes_with_tcplat() -> None:
     assert {"tcp_client", "tcp_service", "xdp_port", "jsonl", "table"} <= set(BUILT_IN)
 
 
-@pytest.mark.tcplat_plugin(*BUILT_IN, root=False)
+@pytest.mark.tcplat_plugin(*BUILT_IN, "histogram:format=json", root=False)
 def test_what_comes_with_tcplat_conforms(tcplat_check: Callable[[], None]) -> None:
     tcplat_check()
 
@@ -500,6 +500,21 @@ def test_a_fault_of_a_sink_is_named(cls: Any, check: str, sentence: str) -> None
     found = outcome(sink(cls), check)
     assert found.verdict == "failed", found
     assert sentence in found.why
+
+
+def test_a_sink_that_joins_may_wait_for_more_rows() -> None:
+    class Joins(Lines):
+        joins = True
+        rows = 0
+
+        def write(self, batch: Sequence[Event]) -> None:
+            self.rows += len(batch)
+            if self.rows > 1500:
+                self.output.write(b"many rows\n")
+
+    found = outcome(sink(Joins), "flushes")
+    assert found.verdict == "not checked"
+    assert found.why == "it tells of many rows in one, and has waited for more of them"
 
 
 # --- planted faults: sinks at a socket
