@@ -65,7 +65,9 @@ def cheapest(*arguments: str, within_s: float) -> Cost:
     return min(costs, key=lambda one: one.cpu_s)
 
 
-def test_stages_take_ten_seconds_of_a_core_and_little_memory(capture: Path, tmp_path: Path) -> None:
+def test_stages_of_a_million_events_take_seconds_and_little_memory(
+    capture: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     sink = f"stages:group_by=none,path={out}"
     found = cheapest("replay", str(capture), "-q", "--sink", sink, within_s=10 * _BUSY)
@@ -76,7 +78,9 @@ def test_stages_take_ten_seconds_of_a_core_and_little_memory(capture: Path, tmp_
     assert found.resident_mb < _MOST_MB
 
 
-def test_a_report_takes_thirty_seconds_and_little_memory(capture: Path, tmp_path: Path) -> None:
+def test_a_report_of_a_million_events_takes_seconds_and_little_memory(
+    capture: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "report.html"
     found = cheapest("report", str(capture), "-q", "-o", str(out), within_s=30)
     assert found.cpu_s <= 30
