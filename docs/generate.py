@@ -134,7 +134,16 @@ SECTIONS = {
     "What the kernel counts": (
         *("Histogram", "Aggregation", "Aggregates", "Distribution", "Group", "AggregateSink"),
     ),
-    "A sink": ("SinkSpec", "Sink", "RunInfo", "Output", "printable", "Loss", "RunReport"),
+    "A sink": (
+        "SinkSpec",
+        "Sink",
+        "RunInfo",
+        "Output",
+        "json_lines",
+        "printable",
+        "Loss",
+        "RunReport",
+    ),
     "A command": ("Reader", "Merge", "HOST_BITS", "add_reports"),
     "Errors": (*("TcplatError", "UsageError", "CannotRunError", "PluginError", "ReaderGoneError"),),
 }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import CannotRunError, PluginError, ReaderGoneError, TcplatError, UsageError
+    from .fast.records import json_lines
     from .histogram import Aggregates, Aggregation, Distribution, Group, Histogram
     from .hookpoints import (
         Hook,
@@ -106,6 +107,7 @@ __all__ = [
     "fields",
     "hookimpl",
     "integer",
+    "json_lines",
     "kentry",
     "kprobe",
     "kreturn",
@@ -120,7 +122,7 @@ __all__ = [
 
 _HOMES = (
     *("errors", "histogram", "hookpoints", "hookspecs", "kinds", "maps", "model", "output"),
-    *("schema", "reading", "replay"),
+    *("schema", "reading", "replay", "fast.records"),
 )
 
 

@@ -59,7 +59,7 @@ class Output:
         output._owned = True
         return output
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Write all of it, now.
 
         Raises:

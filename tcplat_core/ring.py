@@ -12,7 +12,7 @@ import itertools
 import mmap
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,9 @@ class Ring:
     size: int
     layout: struct.Struct
     tag_at: int = 0
-    taken: Counter[int] = attrs.field(factory=Counter, init=False)
-    """Records that were drained, by that byte."""
+    by_c: Iterable[int] = attrs.field(default=(), init=False)
+    """Records that were taken by fast/records.c, by that byte."""
+    _taken: Counter[int] = attrs.field(factory=Counter, init=False)
     _consumer: mmap.mmap = attrs.field(init=False)
     _rest: mmap.mmap = attrs.field(init=False)
     _position: memoryview = attrs.field(init=False)
@@ -111,10 +112,15 @@ class Ring:
                 tags = bytes(itertools.compress(tags, kept))
             # A column at a time: to look at each record would cost as much as to unpack it.
             for tag in set(tags):
-                self.taken[tag] += tags.count(tag)
+                self._taken[tag] += tags.count(tag)
             here += count * self._stride
             self._position[0] = here
             yield records
+
+    @property
+    def taken(self) -> Counter[int]:
+        """Records that were taken out of it, by the byte at `tag_at`."""
+        return self._taken + Counter(dict(enumerate(self.by_c)))
 
     def pending(self) -> bool:
         """Whether there is more to drain."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import gc
 import operator
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 import attrs
 
 from .errors import ReaderGoneError
+from .fast.records import FOREVER, Records, Room
 from .histogram import Aggregates
 from .model import Loss, Merge, RunReport, Sink
 from .schema import Event
@@ -40,6 +42,8 @@ class Router:
 
     sinks: dict[str, Sink]
     limit: int = 0
+    room: Room | None = None
+    """Where records wait that come from C; what was fed as rows waits here."""
     late: int = 0
     """Rows that were older than one delivered before them."""
     switched_off: dict[str, str] = attrs.field(factory=dict)
@@ -66,41 +70,65 @@ class Router:
         A handler stamps its record before it submits it, and may be interrupted
         in between: what is younger waits, an older one may still turn up.
         """
-        rows = self._waiting
-        rows.sort(key=_BY_TIME)
-        if before_ns is None:
-            ready, self._waiting = rows, []
-        else:
-            cut = _first_from(rows, before_ns)
-            ready, self._waiting = rows[:cut], rows[cut:]
+        ready = self._ready(before_ns)
         if self.done or self.limit:
             room = 0 if self.done else self.limit - self._total
             self._cut.update(map(_HOOK, ready[room:]))
             ready = ready[:room]
         if ready:
             self.deliver(ready)
-        oldest_ns = self._waiting[0].ts_ns if self._waiting else None
-        while self._losses and (oldest_ns is None or oldest_ns > self._losses[0][0]):
-            self._each("lost", self._losses.pop(0)[1])
+        if self._losses:
+            oldest_ns = self._oldest_ns()
+            while self._losses and (oldest_ns is None or oldest_ns > self._losses[0][0]):
+                self._each("lost", self._losses.pop(0)[1])
+
+    def _ready(self, before_ns: int | None) -> Sequence[Event]:
+        """What need not wait any more, in order."""
+        rows = self._waiting
+        if rows:
+            rows.sort(key=_BY_TIME)
+            cut = len(rows) if before_ns is None else _first_from(rows, before_ns)
+            rows, self._waiting = rows[:cut], rows[cut:]
+        records = self.room and self.room.leave(FOREVER if before_ns is None else before_ns)
+        if not records:
+            return rows
+        return sorted([*records, *rows], key=_BY_TIME) if rows else records
+
+    def _oldest_ns(self) -> int | None:
+        """Of all that waits."""
+        rows = [self._waiting[0].ts_ns] if self._waiting else []
+        records = self.room.oldest_ns() if self.room else 0
+        return min([*rows, records] if records else rows, default=None)
+
+    def _youngest_ns(self) -> int:
+        """Of all that waits; 0 where nothing does."""
+        records = self.room.youngest_ns() if self.room else 0
+        return max([records, *(row.ts_ns for row in self._waiting)])
 
     def deliver(self, ready: Sequence[Event]) -> None:
         """Hand over rows that are in order already."""
-        for row in ready:  # sorted: what is late stands first
-            if row.ts_ns >= self._last_ns:
-                break
-            self.late += 1
-        self._last_ns = max(self._last_ns, ready[-1].ts_ns)
+        first_ns, last_ns = (
+            (ready.first_ns, ready.last_ns)
+            if isinstance(ready, Records)
+            else (ready[0].ts_ns, ready[-1].ts_ns)
+        )
+        if first_ns < self._last_ns:
+            self.late += bisect.bisect_left(ready, self._last_ns, key=_BY_TIME)
+        self._last_ns = max(self._last_ns, last_ns)
         self._total += len(ready)
         self._each("write", ready)
 
     def undelivered(self) -> Counter[tuple[str, str, str]]:
         """Rows that were fed and reached no sink, by probe, point and func."""
+        records = self.room and self.room.leave(FOREVER)
+        self._waiting += records or ()
         return self._cut + Counter(map(_HOOK, self._waiting))
 
     def lost(self, loss: Loss) -> None:
         """Say in the stream that events were lost, behind the rows that are here already."""
-        if self._waiting:
-            self._losses.append((max(row.ts_ns for row in self._waiting), loss))
+        youngest_ns = self._youngest_ns()
+        if youngest_ns:
+            self._losses.append((youngest_ns, loss))
         else:
             self._each("lost", loss)
 

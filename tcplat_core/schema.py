@@ -357,7 +357,7 @@ def row(event: type[Event], **values: Any) -> Event:
         TypeError: There is no such field.
     """
     known: dict[str, Any] = dict.fromkeys(event.__struct_fields__)
-    for field, source in _annotations(event):
+    for field, source in declared(event):
         if isinstance(source, Wire) and not (source.nullable or source.has):
             raw = bytes(_array(source.c_type)[1]) if "[" in source.c_type else 0
             known[field] = source.to(raw) if source.to else raw
@@ -382,7 +382,7 @@ def _sources(event: type[Event]) -> Iterator[tuple[str, Wire | Hook | Made | Non
 
 
 @functools.cache  # it evaluates the text of every annotation, and is asked for each new socket
-def _annotations(event: type[Event]) -> tuple[tuple[str, Wire | Hook | Made], ...]:
+def declared(event: type[Event]) -> tuple[tuple[str, Wire | Hook | Made], ...]:
     """The same of a class that a probe may have: all of it is said."""
     return tuple((field, source) for field, source in _sources(event) if source)
 
@@ -447,7 +447,7 @@ def wires(event: type[Event]) -> dict[str, tuple[str, Wire]]:
     """Member of the record -> the field that it fills, and how."""
     return {
         source.member or field: (field, source)
-        for field, source in _annotations(event)
+        for field, source in declared(event)
         if isinstance(source, Wire)
     }
 
@@ -488,7 +488,7 @@ def checked_event(_: object, __: object, event: type[Event]) -> None:
             raise PluginError(f"{what}: a field is int, float, str or bool, or that or None")
         if isinstance(source, Wire):
             _check_wire(what, field, source, kinds, taken)
-    if len(_has_bits(event)) > 8:  # noqa: PLR2004 - it is a u8
+    if len(has_bits(event)) > 8:  # noqa: PLR2004 - it is a u8
         raise PluginError(f"{event.__name__} has more than five fields with has=True")
     size = Record(event).size
     if size > LARGEST_RECORD:
@@ -525,6 +525,21 @@ def latencies(event: type[Event]) -> list[str]:
 
 
 @attrs.frozen
+class Reading:
+    """How the fields of one probe's rows follow from its records.
+
+    Args:
+        names: What the expressions use, but for the members of a record.
+        values: An expression for each field: what a block's reader gives is named _FIELD.
+        blocks: What follows from a block alone: its names, and what makes their values.
+    """
+
+    names: Mapping[str, Any]
+    values: tuple[str, ...]
+    blocks: Mapping[str, tuple[tuple[str, ...], Callable[[bytes], tuple[Any, ...]]]]
+
+
+@attrs.frozen
 class Record:
     """The layout of one probe's record: members in C order, no holes, size a multiple of 8.
 
@@ -547,7 +562,7 @@ class Record:
         """Name and C type of a block's members, as they lie; the last pads it."""
         wires = [
             (source.member or name, source.c_type)
-            for name, source in _annotations(self.event)
+            for name, source in declared(self.event)
             if isinstance(source, Wire) and source.block == block
         ]
         wires += [(wire.member, wire.c_type) for wire in _HIDDEN if wire.block == block]
@@ -575,7 +590,7 @@ class Record:
 
     def c_struct(self, name: str = "tcplat_event") -> str:
         """The C definition, and assertions that the compiler lays it out as Python reads it."""
-        bits = _has_bits(self.event).items() - _HAS.items()
+        bits = has_bits(self.event).items() - _HAS.items()
         lines = [f"#define TCPLAT_HAS_{field.upper()} {bit}" for field, bit in sorted(bits)]
         lines.append(f"struct {name} {{")
         asserts, offset = [], 0
@@ -597,16 +612,11 @@ class Record:
         )
         return "\n".join([*lines, *asserts, ""])
 
-    def decoder(
+    def reading(
         self, probe: str, hooks: Sequence[FiredBy], ifname: Callable[[int], str | None]
-    ) -> Callable[[Iterable[tuple[Any, ...]], int], list[Event]]:
-        """A function from unpacked records and clock offset (ns) to rows.
-
-        A comprehension written for this very schema: at half a million events a
-        second a loop over field descriptions is what would cost most. The values
-        that follow from a block are worked out once and remembered, see :class:`Wire`.
-        """
-        has = _has_bits(self.event)
+    ) -> Reading:
+        """How the fields of one probe's rows follow from its records."""
+        has = has_bits(self.event)
         # Capitals: fields have none, so that theirs cannot clash with these.
         names: dict[str, Any] = {
             "EVENT": self.event,
@@ -617,8 +627,7 @@ class Record:
         }
         values: list[str] = []
         of_block: dict[str, dict[str, str]] = {"socket": {}, "kind": {}}
-        """What follows from a block alone: its name in the comprehension -> how it is made."""
-        for field, source in _annotations(self.event):
+        for field, source in declared(self.event):
             if isinstance(source, Wire):
                 names[f"TO_{field}"] = source.converter and _Memo(source.converter)
                 made, block = _wire_expression(field, source, has), source.block
@@ -631,24 +640,42 @@ class Record:
             values.append(f"_{field}" if block else made)
         # What the kind means for this very row, the row itself has to say.
         of_block["kind"] |= {"_has": "has", "_full": f"{_WORDS}[0]", "_empty": f"{_WORDS}[1]"}
-        for block, made_of in of_block.items():
-            names[f"OF_{block.upper()}"] = self._remembering(block, made_of.values(), names)
+        blocks = {
+            block: (tuple(made_of), self._reader(block, made_of.values(), names))
+            for block, made_of in of_block.items()
+        }
+        return Reading(names, tuple(values), blocks)
+
+    def decoder(
+        self, probe: str, hooks: Sequence[FiredBy], ifname: Callable[[int], str | None]
+    ) -> Callable[[Iterable[tuple[Any, ...]], int], list[Event]]:
+        """A function from unpacked records and clock offset (ns) to rows.
+
+        A comprehension written for this very schema: at half a million events a
+        second a loop over field descriptions is what would cost most. The values
+        that follow from a block are worked out once and remembered, see :class:`Wire`.
+        """
+        reading = self.reading(probe, hooks, ifname)
+        names = dict(reading.names)
+        for block, (_, read) in reading.blocks.items():
+            names[f"OF_{block.upper()}"] = _Memo(read)
+        of_socket, of_kind = (reading.blocks[block][0] for block in ("socket", "kind"))
         others = [member for member, _ in self._block("") if member != "event_pad"]
         source_text = (
             "def DECODE(RECORDS, OFFSET_NS):\n"
-            f"    return [EVENT({', '.join(values)})\n"
+            f"    return [EVENT({', '.join(reading.values)})\n"
             f"        for {', '.join(['SOCKET', 'KIND', *others])} in RECORDS\n"
-            f"        for {', '.join(of_block['socket'])} in (OF_SOCKET[SOCKET],)\n"
-            f"        for {', '.join(of_block['kind'])} in (OF_KIND[KIND],)]\n"
+            f"        for {', '.join(of_socket)} in (OF_SOCKET[SOCKET],)\n"
+            f"        for {', '.join(of_kind)} in (OF_KIND[KIND],)]\n"
         )
         exec(source_text, names)  # noqa: S102 - made above from the schema alone
         return typing.cast(
             "Callable[[Iterable[tuple[Any, ...]], int], list[Event]]", names["DECODE"]
         )
 
-    def _remembering(
+    def _reader(
         self, block: str, expressions: Iterable[str], names: Mapping[str, Any]
-    ) -> _Memo:
+    ) -> Callable[[bytes], tuple[Any, ...]]:
         """The values of these expressions, from the bytes of a block."""
         members = ", ".join(member for member, _ in self._block(block))
         unpack = self._packing(block).unpack
@@ -657,12 +684,20 @@ class Record:
             f"def READ(RAW):\n    {members} = UNPACK(RAW)\n    return {', '.join(expressions)}\n"
         )
         exec(source_text, scope)  # noqa: S102 - made from the schema alone
-        return _Memo(scope["READ"])
+        return typing.cast("Callable[[bytes], tuple[Any, ...]]", scope["READ"])
+
+    def block_size(self, block: str) -> int:
+        """Bytes of a block."""
+        return _size(self._block(block))
 
     def offset(self, member: str) -> int:
         """Where a member begins, in bytes."""
         before = itertools.takewhile(lambda one: one[0] != member, self.members)
         return _size(before)
+
+    def code(self, member: str) -> str:
+        """Its letter, and how many, in :mod:`struct`."""
+        return _code(dict(self.members)[member])
 
     def _packing(self, block: str) -> struct.Struct:
         return struct.Struct("=" + "".join(_code(c_type) for _, c_type in self._block(block)))
@@ -698,11 +733,9 @@ def _described(
     return full, empty
 
 
-def _has_bits(event: type[Event]) -> dict[str, int]:
+def has_bits(event: type[Event]) -> dict[str, int]:
     """Bits of the record's `has`: Event's own, and after them those of a subclass."""
-    fields = [
-        name for name, source in _annotations(event) if isinstance(source, Wire) and source.has
-    ]
+    fields = [name for name, source in declared(event) if isinstance(source, Wire) and source.has]
     return {name: 1 << bit for bit, name in enumerate(fields)}
 
 

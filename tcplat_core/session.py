@@ -23,6 +23,8 @@ import attrs
 
 from .command import Command
 from .errors import CannotRunError, PluginError, TcplatError, UsageError
+from .fast.codec import Codec
+from .fast.records import FOREVER, Room
 from .histogram import COUNTERS, Aggregates, Aggregation, Counters, Distribution
 from .hookpoints import reporting
 from .loader.protocol import (
@@ -36,7 +38,7 @@ from .loader.protocol import (
 from .maps import Maps, MapView
 from .model import Counted, HookReport, Loss, ProbeReport, ProbeSpec, RunReport, Sink
 from .netdev import is_cut
-from .ring import Books, Ring, possible_cpus
+from .ring import BATCH, Books, Ring, possible_cpus
 from .router import Router
 from .schema import Event, FiredBy, Record, clock_offset_ns, row
 from .trace import TracePipe
@@ -45,10 +47,12 @@ HOLD_S = 0.003
 """How long a row waits, unless told otherwise, for an older one that may still turn up."""
 POLL_S = 0.003
 """Between two looks at the rings while events come. Handlers never wake us: that costs 5 µs."""
-IDLE_POLL_S = 0.02
+IDLE_POLL_S = 0.01
 """The same while nothing comes."""
 LOOK_S = 1.0
 """Between two looks at whether interfaces are still there."""
+GLANCE_S = 0.1
+"""Between two looks at whether what is traced still lives."""
 LINGER_S = 0.1
 """How long the run outlives what it traces: closing handshakes go on without the process."""
 SETTLE_S = 0.5
@@ -58,7 +62,6 @@ HELPING = 8
 """Batches taken from one ring before the sinks get their turn: bounds memory under overload."""
 _GUARD_NS = 1_000_000
 """Records in a ring are in order but for interrupts, which take less than this."""
-_FOREVER = 1 << 63
 
 
 @attrs.define(eq=False)
@@ -147,6 +150,8 @@ class ProbeRun:
     ring: Ring
     books: Books
     decode: Callable[[Any, int], list[Event]]
+    codec: Codec | None
+    """Of fast/records.c, where that is to be had."""
     loaded: LoadedProbe
     said_lost: list[int]
     silent: dict[str, str]
@@ -164,12 +169,14 @@ class ProbeRun:
         """Map what the loader handed over."""
         hooks = fired_by(spec)
         record = Record(spec.event)
+        reading = (spec.name, hooks, _ifname(loaded))
         return cls(
             spec,
             hooks,
             Ring(loaded.ring_fd, request.ring_bytes, record.layout, record.offset("hook")),
             Books(loaded.books_fd, cpus, len(hooks)),
-            record.decoder(spec.name, hooks, _ifname(loaded)),
+            record.decoder(*reading),
+            Codec.of(record, *reading),
             loaded,
             [0] * len(hooks),
             dict(loaded.skipped),
@@ -419,6 +426,9 @@ class Session:
                 run = ProbeRun.open(spec, loaded, request, cpus)
                 stack.callback(run.close)
                 runs.append(run)
+            router.room = Room.of([(run.ring, run.codec) for run in runs])
+            if router.room:
+                stack.callback(router.room.close)
             began = time.monotonic()
             if not self.dry:
                 self._ready()
@@ -451,12 +461,14 @@ class Session:
         previous_ns = 0
         end = began + self.duration_s if self.duration_s else None
         look = 0.0
+        glance = 0.0
         wanted = self.request.aggregation
         every_s = wanted.every_s if wanted else math.inf
         show = began + every_s
         while not (self.signals.stopping() or router.done):
             now = time.monotonic()
-            if now >= look:
+            looking = now >= look
+            if looking:
                 look = now + LOOK_S
                 if self._look_at_interfaces(runs) and not self.command:
                     return
@@ -465,8 +477,10 @@ class Session:
             if now >= show:
                 show += every_s * ((now - show) // every_s + 1)
                 _aggregate(runs, router, began)
-            if end is None and self._traced_ended():
-                end = now + LINGER_S
+            if end is None and now >= glance:
+                glance = now + GLANCE_S
+                if self._traced_ended():
+                    end = now + LINGER_S
             if end is not None and now >= end:
                 return
             if self.trace:
@@ -474,6 +488,8 @@ class Session:
             now_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
             settled_ns = min(previous_ns, now_ns - int(self.hold_s * 1e9))
             came, horizon_ns = _drain(runs, router, clock, settled_ns)
+            if came or looking:
+                _tell_losses(runs, router)
             router.flush(horizon_ns)
             router.poll()
             if horizon_ns < settled_ns:  # there is more than one helping
@@ -520,13 +536,14 @@ def _drain_rest(runs: Sequence[ProbeRun], router: Router) -> None:
     deadline = time.monotonic() + SETTLE_S
     clock = _Clock()
     while not router.done:
-        _, horizon_ns = _drain(runs, router, clock, _FOREVER)
+        _, horizon_ns = _drain(runs, router, clock, FOREVER)
+        _tell_losses(runs, router)
         settled = all(run.settled() for run in runs)
         if settled or time.monotonic() > deadline:
             router.flush()
             return
         router.flush(min(horizon_ns, time.clock_gettime_ns(time.CLOCK_MONOTONIC) - _GUARD_NS))
-        time.sleep(0 if horizon_ns < _FOREVER else POLL_S)
+        time.sleep(0 if horizon_ns < FOREVER else POLL_S)
 
 
 def _drain(
@@ -540,17 +557,34 @@ def _drain(
     """
     came = False
     offset_ns = clock.offset_ns()
+    for source, run in enumerate(runs):
+        if not run.ring.pending():
+            continue
+        came = True
+        if router.room:
+            router.room.offset_ns = offset_ns
+            last_ns = router.room.take(source, HELPING * BATCH)
+        else:
+            last_ns = _feed(run, router, offset_ns)
+        if last_ns and run.ring.pending():
+            horizon_ns = min(horizon_ns, last_ns - _GUARD_NS)
+    return came, horizon_ns
+
+
+def _tell_losses(runs: Sequence[ProbeRun], router: Router) -> None:
     for run in runs:
-        for number, records in enumerate(run.ring.drain(), 1):
-            rows = run.decode(records, offset_ns)
-            router.feed(rows)
-            came = True
-            if rows and number == HELPING and run.ring.pending():
-                horizon_ns = min(horizon_ns, rows[-1].ts_ns - _GUARD_NS)
-                break
         for loss in _losses(run):
             router.lost(loss)
-    return came, horizon_ns
+
+
+def _feed(run: ProbeRun, router: Router, offset_ns: int) -> int:
+    """One helping, as rows; when the last was, or 0 where that was all."""
+    for number, records in enumerate(run.ring.drain(), 1):
+        rows = run.decode(records, offset_ns)
+        router.feed(rows)
+        if rows and number == HELPING:
+            return rows[-1].ts_ns
+    return 0
 
 
 def _aggregate(

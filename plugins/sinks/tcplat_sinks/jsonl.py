@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import attrs
 import msgspec
 
-from tcplat_core import Event, Loss, Merge, Output, RunReport
+from tcplat_core import Event, Loss, Merge, Output, RunReport, json_lines
 
 
 @attrs.define(eq=False)
@@ -19,7 +19,7 @@ class Jsonl:
 
     def write(self, batch: Sequence[Event]) -> None:
         """One line per row."""
-        self.output.write(self._encoder.encode_lines(batch))
+        json_lines(batch, self.output.write)
 
     def lost(self, loss: Loss) -> None:
         """A line at the place of the gap."""

@@ -1,0 +1,103 @@
+"""records.c, as Python calls it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from ctypes import (
+    POINTER,
+    Structure,
+    c_char_p,
+    c_int,
+    c_int64,
+    c_uint8,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
+from pathlib import Path
+from typing import Any
+
+FILE = Path(__file__).with_name("librecords.so")
+"""Made by hatch_build.py when the package is installed, where there is a C compiler."""
+
+TEXT, CHOICE, INTEGER, SIGNED, INSTANT, MICROS = range(6)
+"""`enum kind`."""
+DONE, FULL, UNKNOWN, CANNOT = range(4)
+"""`enum status`."""
+FOREIGN = -1
+"""A record of another size."""
+
+
+class Op(Structure):
+    """`struct op`."""
+
+    _fields_ = (
+        ("kind", c_uint8),
+        ("width", c_uint8),
+        ("nullable", c_uint8),
+        ("has", c_uint8),
+        ("at", c_uint32),
+        ("block", c_uint32),
+        ("text", c_uint32),
+        ("other", c_uint32),
+    )
+
+
+class Left(Structure):
+    """`struct left`."""
+
+    _fields_ = (
+        ("count", c_uint64),
+        ("bytes", c_uint64),
+        ("first_ns", c_uint64),
+        ("last_ns", c_uint64),
+        ("records", c_void_p),
+        ("sources", c_void_p),
+    )
+
+
+class Progress(Structure):
+    """`struct progress`."""
+
+    _fields_ = (
+        ("next", c_uint64),
+        ("at", c_uint64),
+        ("written", c_uint64),
+        ("block", c_uint32),
+    )
+
+
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "room_new": (c_void_p,),
+    "room_free": (None, c_void_p),
+    "ring_map": (c_void_p, c_int, c_uint64, c_uint32, c_uint32, c_uint32, c_uint32),
+    "ring_unmap": (None, c_void_p),
+    "ring_taken": (c_void_p, c_void_p),
+    "room_take": (c_int64, c_void_p, c_void_p, c_uint32),
+    "room_oldest_ns": (c_uint64, c_void_p),
+    "room_youngest_ns": (c_uint64, c_void_p),
+    "room_leave": (c_int, c_void_p, c_uint64, c_void_p, POINTER(Left)),
+    "codec_new": (c_void_p, c_uint32, c_uint32, c_uint32, c_void_p, c_uint32, c_void_p),
+    "codec_learn": (c_int, c_void_p, c_uint32, c_char_p, c_char_p, c_void_p),
+    "codec_free": (None, c_void_p),
+    "lines": (
+        *(c_int, c_void_p, c_char_p, c_char_p, c_uint64, c_int64),
+        *(c_void_p, c_uint64, POINTER(Progress)),
+    ),
+}
+"""Function -> what it returns, and its arguments."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The functions of records.c; None where they were not built, or TCPLAT_PURE is set."""
+    if os.environ.get("TCPLAT_PURE") or not FILE.exists():
+        return None
+    loaded = ctypes.CDLL(str(FILE))
+    for name, (result, *arguments) in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype = result
+        function.argtypes = arguments
+    return loaded

@@ -1,0 +1,591 @@
+// SPDX-License-Identifier: MIT
+/*
+ * Records of rings put in order, and written as JSON lines: what Python is too slow for.
+ *
+ * It knows neither Python nor the schema. Python says what a line is made of (struct op),
+ * and what the blocks of a record mean in JSON, once for each value of a block.
+ */
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint32_t u32;
+typedef uint64_t u64;
+typedef int64_t s64;
+
+static u64 load(const u8 *at, u32 width)
+{
+	u16 two;
+	u32 four;
+	u64 eight;
+
+	switch (width) {
+	case 1:
+		return *at;
+	case 2:
+		memcpy(&two, at, 2);
+		return two;
+	case 4:
+		memcpy(&four, at, 4);
+		return four;
+	default:
+		memcpy(&eight, at, 8);
+		return eight;
+	}
+}
+
+/* --- the waiting room: records that an older one may still follow */
+
+struct entry {
+	u64 ts_ns;
+	u32 at; /* in `data` */
+	u32 source; /* whose record it is: index of its codec */
+};
+
+struct room {
+	struct entry *entries; /* by age, the oldest first */
+	u64 count, most;
+	u8 *data;
+	u64 used, bytes;
+	u8 *left; /* what room_leave() gives */
+	u64 left_bytes;
+};
+
+struct room *room_new(void)
+{
+	return calloc(1, sizeof(struct room));
+}
+
+void room_free(struct room *room)
+{
+	free(room->entries);
+	free(room->data);
+	free(room->left);
+	free(room);
+}
+
+static bool make_room(struct room *room, u32 size)
+{
+	void *grown;
+
+	if (room->count == room->most) {
+		u64 wanted = room->most ? 2 * room->most : 1024;
+
+		grown = realloc(room->entries, wanted * sizeof(*room->entries));
+		if (!grown)
+			return false;
+		room->entries = grown;
+		room->most = wanted;
+	}
+	if (room->bytes - room->used < size) {
+		u64 wanted = 2 * room->bytes + size;
+
+		grown = wanted >> 32 ? NULL : realloc(room->data, wanted);
+		if (!grown)
+			return false;
+		room->data = grown;
+		room->bytes = wanted;
+	}
+	return true;
+}
+
+/*
+ * What stands from `from` on takes its place among the rest, those of the same instant behind it.
+ *
+ * One ring's records are out of order only where a handler was interrupted: few, and by few places.
+ */
+static bool put_in_order(struct room *room, u64 from)
+{
+	struct entry *entries = room->entries, *fresh, *last, *old, *to;
+	u64 count = room->count;
+
+	for (u64 i = from + 1; i < count; i++) {
+		struct entry one = entries[i];
+		u64 at = i;
+
+		for (; at > from && entries[at - 1].ts_ns > one.ts_ns; at--)
+			entries[at] = entries[at - 1];
+		entries[at] = one;
+	}
+	if (!from || from == count || entries[from - 1].ts_ns <= entries[from].ts_ns)
+		return true;
+	fresh = malloc((count - from) * sizeof(*fresh));
+	if (!fresh)
+		return false;
+	memcpy(fresh, entries + from, (count - from) * sizeof(*fresh));
+	last = fresh + (count - from);
+	old = entries + from;
+	to = entries + count;
+	while (last > fresh) {
+		if (old > entries && old[-1].ts_ns > last[-1].ts_ns)
+			*--to = *--old;
+		else
+			*--to = *--last;
+	}
+	free(fresh);
+	return true;
+}
+
+/* A ring as the kernel maps it (kernel/bpf/ringbuf.c), and how its records look. */
+struct ring {
+	u64 *consumer;
+	u64 *producer;
+	u8 *data;
+	u64 size, page;
+	u32 record, ts_at, tag_at, source;
+	u64 taken[256]; /* records by the byte at tag_at */
+};
+
+void ring_unmap(struct ring *ring)
+{
+	if (ring->consumer != MAP_FAILED)
+		munmap(ring->consumer, ring->page);
+	if (ring->producer != MAP_FAILED)
+		munmap(ring->producer, ring->page + 2 * ring->size);
+	free(ring);
+}
+
+struct ring *ring_map(int fd, u64 size, u32 record, u32 ts_at, u32 tag_at, u32 source)
+{
+	struct ring *ring = calloc(1, sizeof(*ring));
+
+	if (!ring)
+		return NULL;
+	ring->page = sysconf(_SC_PAGESIZE);
+	ring->size = size;
+	ring->record = record;
+	ring->ts_at = ts_at;
+	ring->tag_at = tag_at;
+	ring->source = source;
+	ring->consumer = mmap(NULL, ring->page, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	ring->producer = mmap(NULL, ring->page + 2 * size, PROT_READ, MAP_SHARED, fd, ring->page);
+	if (ring->consumer == MAP_FAILED || ring->producer == MAP_FAILED) {
+		ring_unmap(ring);
+		return NULL;
+	}
+	ring->data = (u8 *)ring->producer + ring->page;
+	return ring;
+}
+
+const u64 *ring_taken(const struct ring *ring)
+{
+	return ring->taken;
+}
+
+#define BUSY (1u << 31)
+#define DISCARD (1u << 30)
+#define FOREIGN (-1)
+#define NO_MEMORY (-2)
+
+/*
+ * At most `most` committed records into the room, their place in the ring free again.
+ * When the last of so many was, 0 where that was all; FOREIGN for a record of another
+ * size, NO_MEMORY.
+ */
+s64 room_take(struct room *room, struct ring *ring, u32 most)
+{
+	u64 here = *ring->consumer, end = __atomic_load_n(ring->producer, __ATOMIC_ACQUIRE);
+	u64 stride = 8 + (ring->record + 7) / 8 * 8, from = room->count;
+	s64 result = 0;
+	u32 came = 0;
+
+	while (here < end) {
+		const u8 *head = ring->data + (here & (ring->size - 1));
+		u32 length = __atomic_load_n((const u32 *)head, __ATOMIC_ACQUIRE);
+
+		if (length & BUSY)
+			break;
+		if ((length & ~DISCARD) != ring->record) {
+			result = FOREIGN;
+			break;
+		}
+		if (!(length & DISCARD)) {
+			struct entry *entry;
+
+			if (!make_room(room, ring->record)) {
+				result = NO_MEMORY;
+				break;
+			}
+			entry = &room->entries[room->count++];
+			entry->ts_ns = load(head + 8 + ring->ts_at, 8);
+			entry->at = room->used;
+			entry->source = ring->source;
+			memcpy(room->data + room->used, head + 8, ring->record);
+			room->used += ring->record;
+			ring->taken[head[8 + ring->tag_at]]++;
+			came++;
+		}
+		here += stride;
+		if (came == most) {
+			result = room->entries[room->count - 1].ts_ns;
+			break;
+		}
+	}
+	__atomic_store_n(ring->consumer, here, __ATOMIC_RELEASE);
+	return put_in_order(room, from) ? result : NO_MEMORY;
+}
+
+/* Of the oldest record, or of the youngest; 0 where there is none. */
+u64 room_oldest_ns(const struct room *room)
+{
+	return room->count ? room->entries[0].ts_ns : 0;
+}
+
+u64 room_youngest_ns(const struct room *room)
+{
+	return room->count ? room->entries[room->count - 1].ts_ns : 0;
+}
+
+/* What left has left gaps: the rest moves to a buffer of its own. Without memory the gaps stay. */
+static void close_gaps(struct room *room, const u32 *sizes)
+{
+	u8 *data = malloc(room->bytes);
+	u64 used = 0;
+
+	if (!data)
+		return;
+	for (u64 i = 0; i < room->count; i++) {
+		struct entry *entry = &room->entries[i];
+		u32 size = sizes[entry->source];
+
+		memcpy(data + used, room->data + entry->at, size);
+		entry->at = used;
+		used += size;
+	}
+	free(room->data);
+	room->data = data;
+	room->used = used;
+}
+
+/* Records that have left; the memory is the room's, until the next time. */
+struct left {
+	u64 count, bytes, first_ns, last_ns;
+	const u8 *records; /* one after the other */
+	const u8 *sources; /* of which source each is */
+};
+
+/* Those that are older than an instant leave, the oldest first. `sizes`: of a source's records. */
+int room_leave(struct room *room, u64 before_ns, const u32 *sizes, struct left *left)
+{
+	u64 count = room->count, bytes = 0;
+	u8 *record;
+
+	while (count && room->entries[count - 1].ts_ns >= before_ns)
+		count--;
+	left->count = count;
+	if (!count)
+		return 0;
+	for (u64 i = 0; i < count; i++)
+		bytes += sizes[room->entries[i].source];
+	if (bytes + count > room->left_bytes) {
+		free(room->left);
+		room->left_bytes = 2 * (bytes + count);
+		room->left = malloc(room->left_bytes);
+		if (!room->left) {
+			room->left_bytes = 0;
+			return NO_MEMORY;
+		}
+	}
+	record = room->left;
+	for (u64 i = 0; i < count; i++) {
+		const struct entry *entry = &room->entries[i];
+		u32 size = sizes[entry->source];
+
+		memcpy(record, room->data + entry->at, size);
+		record += size;
+		room->left[bytes + i] = entry->source;
+	}
+	left->bytes = bytes;
+	left->first_ns = room->entries[0].ts_ns;
+	left->last_ns = room->entries[count - 1].ts_ns;
+	left->records = room->left;
+	left->sources = room->left + bytes;
+	room->count -= count;
+	memmove(room->entries, room->entries + count, room->count * sizeof(*room->entries));
+	if (room->count)
+		close_gaps(room, sizes);
+	else
+		room->used = 0;
+	return 0;
+}
+
+/* --- JSON lines */
+
+enum kind { TEXT, CHOICE, INTEGER, SIGNED, INSTANT, MICROS };
+
+/*
+ * A part of a line.
+ *
+ * TEXT, CHOICE: text `text` of what the record's block `block` means; CHOICE: `other` instead
+ * where the u32 at `at` is 0. INTEGER, SIGNED, MICROS: the number of `width` bytes at `at`; ns
+ * as us. INSTANT: the same plus the offset of the clock. `has`: null where the record's `has`
+ * lacks that bit; `nullable`: null where it is 0.
+ */
+struct op {
+	u8 kind, width, nullable, has;
+	u32 at, block, text, other;
+};
+
+/* What a block's bytes mean, for each value that was seen. */
+struct block {
+	u32 at, size, texts;
+	u32 count;
+	u32 *slots;   /* index of a meaning + 1, by hash; 0: none */
+	u8 **meanings; /* the block's bytes, u32 ends[texts], then the texts */
+};
+
+#define MEANINGS 16384
+#define SLOTS (4 * MEANINGS)
+
+struct codec {
+	u32 size, has_at, blocks, ops;
+	struct block *block;
+	struct op *op;
+};
+
+void codec_free(struct codec *codec);
+
+struct codec *codec_new(u32 size, u32 has_at, u32 blocks, const u32 *places, u32 ops,
+			const struct op *op)
+{
+	struct codec *codec = calloc(1, sizeof(*codec));
+
+	if (!codec)
+		return NULL;
+	codec->size = size;
+	codec->has_at = has_at;
+	codec->block = calloc(blocks, sizeof(*codec->block));
+	codec->op = calloc(ops, sizeof(*op));
+	if (!codec->block || !codec->op)
+		goto failed;
+	memcpy(codec->op, op, ops * sizeof(*op));
+	codec->ops = ops;
+	for (u32 i = 0; i < blocks; i++) {
+		struct block *block = &codec->block[i];
+
+		block->at = places[3 * i];
+		block->size = places[3 * i + 1];
+		block->texts = places[3 * i + 2];
+		block->slots = calloc(SLOTS, sizeof(*block->slots));
+		block->meanings = calloc(MEANINGS, sizeof(*block->meanings));
+		codec->blocks = i + 1;
+		if (!block->slots || !block->meanings)
+			goto failed;
+	}
+	return codec;
+failed:
+	codec_free(codec);
+	return NULL;
+}
+
+static void forget(struct block *block)
+{
+	for (u32 i = 0; i < block->count; i++)
+		free(block->meanings[i]);
+	block->count = 0;
+	if (block->slots)
+		memset(block->slots, 0, SLOTS * sizeof(*block->slots));
+}
+
+void codec_free(struct codec *codec)
+{
+	for (u32 i = 0; i < codec->blocks; i++) {
+		struct block *block = &codec->block[i];
+
+		forget(block);
+		free(block->slots);
+		free(block->meanings);
+	}
+	free(codec->block);
+	free(codec->op);
+	free(codec);
+}
+
+/* Where a block's value is, or belongs, among the slots. */
+static u32 *slot_of(const struct block *block, const u8 *value)
+{
+	u64 hash = block->size;
+	u32 i = 0;
+
+	for (; i + 8 <= block->size; i += 8) {
+		hash = (hash ^ load(value + i, 8)) * 0x9e3779b97f4a7c15u;
+		hash ^= hash >> 32;
+	}
+	for (; i < block->size; i++)
+		hash = (hash ^ value[i]) * 0x9e3779b97f4a7c15u;
+	for (u32 at = hash >> 40;; at++) {
+		u32 *slot = &block->slots[at % SLOTS];
+
+		if (!*slot || !memcmp(block->meanings[*slot - 1], value, block->size))
+			return slot;
+	}
+}
+
+/* Remember what a value of a block means: its texts, and where each of them ends. */
+int codec_learn(struct codec *codec, u32 which, const u8 *value, const u8 *texts, const u32 *ends)
+{
+	struct block *block = &codec->block[which];
+	u32 all = block->texts * sizeof(*ends), length = ends[block->texts - 1];
+	u8 *meaning = malloc(block->size + all + length);
+
+	if (!meaning)
+		return NO_MEMORY;
+	if (block->count == MEANINGS)
+		forget(block);
+	memcpy(meaning, value, block->size);
+	memcpy(meaning + block->size, ends, all);
+	memcpy(meaning + block->size + all, texts, length);
+	block->meanings[block->count] = meaning;
+	*slot_of(block, value) = ++block->count;
+	return 0;
+}
+
+static const char PAIRS[] =
+	"00010203040506070809101112131415161718192021222324252627282930313233343536373839"
+	"40414243444546474849505152535455565758596061626364656667686970717273747576777879"
+	"8081828384858687888990919293949596979899";
+
+/* At most 20 bytes. */
+static u8 *put_number(u8 *to, u64 number)
+{
+	u8 digits[20], *at = digits + sizeof(digits);
+	u64 length;
+
+	while (number >= 100) {
+		at -= 2;
+		memcpy(at, PAIRS + number % 100 * 2, 2);
+		number /= 100;
+	}
+	if (number >= 10) {
+		at -= 2;
+		memcpy(at, PAIRS + number * 2, 2);
+	} else {
+		*--at = '0' + number;
+	}
+	length = digits + sizeof(digits) - at;
+	memcpy(to, at, length);
+	return to + length;
+}
+
+/* ns as us, as the shortest text of the nearest double: for 15 digits that is the number itself. */
+#define MOST_NS 1000000000000000u
+
+static u8 *put_micros(u8 *to, u64 ns)
+{
+	u32 rest = ns % 1000;
+
+	to = put_number(to, ns / 1000);
+	*to++ = '.';
+	*to++ = '0' + rest / 100;
+	if (rest % 100)
+		*to++ = '0' + rest / 10 % 10;
+	if (rest % 10)
+		*to++ = '0' + rest % 10;
+	return to;
+}
+
+enum status { DONE, FULL, UNKNOWN, CANNOT };
+#define LONGEST_NUMBER 24
+
+/* How far lines() has come. */
+struct progress {
+	u64 next;    /* record */
+	u64 at;      /* its bytes */
+	u64 written;
+	u32 block;   /* UNKNOWN: of the next record's codec */
+};
+
+static int line(const struct codec *codec, const u8 *record, s64 offset_ns, u8 **out,
+		const u8 *end, struct progress *progress)
+{
+	const u8 *meaning[16];
+	u8 *to = *out;
+
+	for (u32 i = 0; i < codec->blocks; i++) {
+		const struct block *block = &codec->block[i];
+		u32 slot = *slot_of(block, record + block->at);
+
+		if (!slot) {
+			progress->block = i;
+			return UNKNOWN;
+		}
+		meaning[i] = block->meanings[slot - 1] + block->size;
+	}
+	for (u32 i = 0; i < codec->ops; i++) {
+		const struct op *op = &codec->op[i];
+		u32 which = op->text, begin, length;
+		const u8 *texts;
+		u64 value;
+
+		if (end - to < LONGEST_NUMBER)
+			return FULL;
+		if (op->has && !(record[codec->has_at] & op->has))
+			goto null;
+		if (op->kind <= CHOICE) {
+			if (op->kind == CHOICE && !load(record + op->at, 4))
+				which = op->other;
+			texts = meaning[op->block];
+			begin = which ? load(texts + 4 * (which - 1), 4) : 0;
+			length = load(texts + 4 * which, 4) - begin;
+			if (end - to < length)
+				return FULL;
+			memcpy(to, texts + 4 * codec->block[op->block].texts + begin, length);
+			to += length;
+			continue;
+		}
+		value = load(record + op->at, op->width);
+		if (op->nullable && !value)
+			goto null;
+		switch (op->kind) {
+		case SIGNED:
+			value = (s64)(value << (64 - 8 * op->width)) >> (64 - 8 * op->width);
+			if ((s64)value < 0) {
+				*to++ = '-';
+				value = -value;
+			}
+			break;
+		case INSTANT:
+			value += offset_ns;
+			break;
+		case MICROS:
+			if (value >= MOST_NS)
+				return CANNOT;
+			to = put_micros(to, value);
+			continue;
+		}
+		to = put_number(to, value);
+		continue;
+null:
+		memcpy(to, "null", 4);
+		to += 4;
+	}
+	*out = to;
+	return DONE;
+}
+
+/*
+ * Records as lines, from where `progress` is: DONE, or why not all. FULL: `out` is. UNKNOWN: a
+ * block's value has to be learnt first. CANNOT: the next record is one for Python.
+ */
+int lines(struct codec *const *codecs, const u8 *records, const u8 *sources, u64 count,
+	  s64 offset_ns, u8 *out, u64 size, struct progress *progress)
+{
+	u8 *to = out + progress->written;
+
+	while (progress->next < count) {
+		const struct codec *codec = codecs[sources[progress->next]];
+		int status = line(codec, records + progress->at, offset_ns, &to, out + size, progress);
+
+		progress->written = to - out;
+		if (status != DONE)
+			return status;
+		progress->next++;
+		progress->at += codec->size;
+	}
+	return DONE;
+}
