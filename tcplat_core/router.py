@@ -46,6 +46,8 @@ class Router:
     """Where records wait that come from C; what was fed as rows waits here."""
     late: int = 0
     """Rows that were older than one delivered before them."""
+    total: int = 0
+    """Rows that were delivered."""
     switched_off: dict[str, str] = attrs.field(factory=dict)
     reader_gone: bool = False
     _waiting: list[Event] = attrs.field(factory=list, init=False)
@@ -53,12 +55,16 @@ class Router:
     _losses: list[tuple[int, Loss]] = attrs.field(factory=list, init=False)
     """Youngest row that was here when a loss was noticed, and the loss."""
     _last_ns: int = attrs.field(default=0, init=False)
-    _total: int = attrs.field(default=0, init=False)
 
     @property
     def done(self) -> bool:
         """The limit is reached, or nobody is left to write to."""
-        return self.reader_gone or not self.sinks or (0 < self.limit <= self._total)
+        return self.reader_gone or not self.sinks or (0 < self.limit <= self.total)
+
+    @property
+    def waiting(self) -> bool:
+        """Something is here that has not been delivered."""
+        return bool(self._waiting or self._losses or (self.room and self.room.oldest_ns()))
 
     def feed(self, rows: Sequence[Event]) -> None:
         """Take rows of one probe, as they came out of its ring."""
@@ -72,7 +78,7 @@ class Router:
         """
         ready = self._ready(before_ns)
         if self.done or self.limit:
-            room = 0 if self.done else self.limit - self._total
+            room = 0 if self.done else self.limit - self.total
             self._cut.update(map(_HOOK, ready[room:]))
             ready = ready[:room]
         if ready:
@@ -115,7 +121,7 @@ class Router:
         if first_ns < self._last_ns:
             self.late += bisect.bisect_left(ready, self._last_ns, key=_BY_TIME)
         self._last_ns = max(self._last_ns, last_ns)
-        self._total += len(ready)
+        self.total += len(ready)
         self._each("write", ready)
 
     def undelivered(self) -> Counter[tuple[str, str, str]]:

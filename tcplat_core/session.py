@@ -47,11 +47,16 @@ HOLD_S = 0.003
 """How long a row waits, unless told otherwise, for an older one that may still turn up."""
 POLL_S = 0.003
 """Between two looks at the rings while events come. Handlers never wake us: that costs 5 µs."""
-IDLE_POLL_S = 0.01
-"""The same while nothing comes."""
+BUSY_POLL_S = 0.01
+"""The same where a look brings MANY rows: to wake up costs as much as a hundred of them."""
+MANY = 300
+IDLE_POLL_S = 0.05
+"""The same, at most, while nothing comes."""
+PATIENCE = 0.03
+"""How fast that grows: by so much of the time since something came."""
 LOOK_S = 1.0
 """Between two looks at whether interfaces are still there."""
-GLANCE_S = 0.1
+GLANCE_S = 0.2
 """Between two looks at whether what is traced still lives."""
 LINGER_S = 0.1
 """How long the run outlives what it traces: closing handshakes go on without the process."""
@@ -392,6 +397,8 @@ class Session:
     command: Command | None = None
     signals: Signals = attrs.field(factory=Signals)
     say: Callable[[str], None] = lambda _: None
+    _end: float = attrs.field(default=math.inf, init=False)
+    """When the loop is to end, on the clock of time.monotonic()."""
 
     def run(self) -> RunReport:
         """Run until something ends it.
@@ -457,46 +464,58 @@ class Session:
 
     def _loop(self, runs: Sequence[ProbeRun], router: Router, began: float) -> None:
         clock = _Clock()
-        pause = POLL_S
         previous_ns = 0
-        end = began + self.duration_s if self.duration_s else None
-        look = 0.0
-        glance = 0.0
+        look = glance = came_at = 0.0
         wanted = self.request.aggregation
         every_s = wanted.every_s if wanted else math.inf
         show = began + every_s
+        self._end = began + self.duration_s if self.duration_s else math.inf
         while not (self.signals.stopping() or router.done):
-            now = time.monotonic()
+            now_ns = time.monotonic_ns()
+            now = now_ns / 1e9
             looking = now >= look
             if looking:
                 look = now + LOOK_S
-                if self._look_at_interfaces(runs) and not self.command:
-                    return
-                self._poll(runs, router)
-                router.idle()
+                self._look(runs, router, now)
             if now >= show:
                 show += every_s * ((now - show) // every_s + 1)
                 _aggregate(runs, router, began)
-            if end is None and now >= glance:
+            if now >= glance:
                 glance = now + GLANCE_S
-                if self._traced_ended():
-                    end = now + LINGER_S
-            if end is not None and now >= end:
+                self._glance(now)
+            if now >= self._end:
                 return
-            if self.trace:
-                self.trace.relay(self.say)
-            now_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-            settled_ns = min(previous_ns, now_ns - int(self.hold_s * 1e9))
-            came, horizon_ns = _drain(runs, router, clock, settled_ns)
-            if came or looking:
+            pause = min(POLL_S + PATIENCE * (now - came_at), IDLE_POLL_S)
+            coming = any(run.ring.pending() for run in runs)
+            if coming or looking or router.waiting:
+                had = router.total
+                settled_ns = min(previous_ns, now_ns - int(self.hold_s * 1e9))
+                horizon_ns = _drain(runs, router, clock, settled_ns)
                 _tell_losses(runs, router)
-            router.flush(horizon_ns)
+                router.flush(horizon_ns)
+                if horizon_ns < settled_ns:  # there is more than one helping
+                    router.poll()
+                    continue
+                if coming or router.total > had:
+                    came_at = now
+                    pause = POLL_S if router.total - had < MANY else BUSY_POLL_S
             router.poll()
-            if horizon_ns < settled_ns:  # there is more than one helping
-                continue
             previous_ns = now_ns
-            pause = POLL_S if came else min(pause * 1.5, IDLE_POLL_S)
-            time.sleep(pause)
+            time.sleep(max(0.0, min(pause, self._end - now)))
+
+    def _look(self, runs: Sequence[ProbeRun], router: Router, now: float) -> None:
+        """What is to be done once a second."""
+        if self._look_at_interfaces(runs) and not self.command:
+            self._end = now
+        self._poll(runs, router)
+        router.idle()
+
+    def _glance(self, now: float) -> None:
+        """What is to be done several times a second."""
+        if self._end == math.inf and self._traced_ended():
+            self._end = now + LINGER_S
+        if self.trace:
+            self.trace.relay(self.say)
 
     def _poll(self, runs: Sequence[ProbeRun], router: Router) -> None:
         """Have the probes' Python sides look at their maps, if anybody wants their rows."""
@@ -536,7 +555,7 @@ def _drain_rest(runs: Sequence[ProbeRun], router: Router) -> None:
     deadline = time.monotonic() + SETTLE_S
     clock = _Clock()
     while not router.done:
-        _, horizon_ns = _drain(runs, router, clock, FOREVER)
+        horizon_ns = _drain(runs, router, clock, FOREVER)
         _tell_losses(runs, router)
         settled = all(run.settled() for run in runs)
         if settled or time.monotonic() > deadline:
@@ -546,21 +565,17 @@ def _drain_rest(runs: Sequence[ProbeRun], router: Router) -> None:
         time.sleep(0 if horizon_ns < FOREVER else POLL_S)
 
 
-def _drain(
-    runs: Sequence[ProbeRun], router: Router, clock: _Clock, horizon_ns: int
-) -> tuple[bool, int]:
+def _drain(runs: Sequence[ProbeRun], router: Router, clock: _Clock, horizon_ns: int) -> int:
     """Feed the router one helping of each ring.
 
     Returns:
-        Whether anything came, and up to which instant the rows are complete:
-        `horizon_ns`, or earlier where a ring held more than one helping.
+        Up to which instant the rows are complete: `horizon_ns`, or earlier where a ring held
+        more than one helping.
     """
-    came = False
     offset_ns = clock.offset_ns()
     for source, run in enumerate(runs):
         if not run.ring.pending():
             continue
-        came = True
         if router.room:
             router.room.offset_ns = offset_ns
             last_ns = router.room.take(source, HELPING * BATCH)
@@ -568,7 +583,7 @@ def _drain(
             last_ns = _feed(run, router, offset_ns)
         if last_ns and run.ring.pending():
             horizon_ns = min(horizon_ns, last_ns - _GUARD_NS)
-    return came, horizon_ns
+    return horizon_ns
 
 
 def _tell_losses(runs: Sequence[ProbeRun], router: Router) -> None:

@@ -31,14 +31,16 @@ import attrs
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tcplat_core import RunInfo
+from tcplat_core.fast.codec import Codec
+from tcplat_core.fast.records import Room
 from tcplat_core.loader.btf import VMLINUX
 from tcplat_core.loader.compile import import_bcc, kernel_source
 from tcplat_core.loader.kheaders import cached_tree
 from tcplat_core.plugins import Plugins
-from tcplat_core.ring import Ring
+from tcplat_core.ring import BATCH, Ring
 from tcplat_core.router import Router
 from tcplat_core.schema import Event, Record
-from tcplat_core.session import fired_by
+from tcplat_core.session import HELPING, fired_by
 from tests.bench import peers
 
 ROUNDS = 13
@@ -94,6 +96,7 @@ class Contest:
     program: int
     ring: Ring
     decode: Callable[[Any, int], list[Event]]
+    codec: Codec | None
     count: int = 0
     out: Any = None
     """Where bcc's callbacks print."""
@@ -160,17 +163,23 @@ class Contest:
             self.count += len(self.decode(records, 0))
 
     def to_sink(self, name: str) -> Callable[[], None]:
-        """Drain through the router to a sink that writes to /dev/null."""
+        """Drain through the router to a sink that writes to /dev/null, as a session does."""
         spec = Plugins.load().sink(name)
         options = {one.name: one.default for one in spec.options} | {"path": os.devnull}
-        router = Router({name: spec.factory(options, RunInfo(("tcp_client",), lambda: False))})
+        sink = spec.factory(options, RunInfo(("tcp_client",), lambda: False))
+        router = Router({name: sink}, room=Room.of([(self.ring, self.codec)]))
 
         def drain() -> None:
-            for records in self.ring.drain():
-                rows = self.decode(records, 0)
-                self.count += len(rows)
-                router.feed(rows)
-                router.flush()
+            if router.room:
+                while self.ring.pending():
+                    router.room.take(0, HELPING * BATCH)
+                    router.flush()
+                router.room.close()
+            else:
+                for records in self.ring.drain():
+                    router.feed(self.decode(records, 0))
+                    router.flush()
+            self.count += router.total
 
         return drain
 
@@ -194,10 +203,11 @@ def prepare() -> Contest:
         module = bcc.BPF(text=(record.c_struct() + SOURCE).encode())
     program = module.load_func(b"fill", bcc.BPF.XDP).fd
     spec = Plugins.load().probe("tcp_client")
-    decode = record.decoder(spec.name, fired_by(spec), str)
+    reading = (spec.name, fired_by(spec), str)
+    decode, codec = record.decoder(*reading), Codec.of(record, *reading)
     ring = Ring(module[b"events"].map_fd, RING_BYTES, record.layout)
     out = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
-    return Contest(module, program, ring, decode, out=out)
+    return Contest(module, program, ring, decode, codec, out=out)
 
 
 def main() -> None:
