@@ -336,8 +336,15 @@ struct block {
 	u32 at, size, texts;
 	u32 count;
 	u32 *slots;   /* index of a meaning + 1, by hash; 0: none */
-	u8 **meanings; /* the block's bytes, u32 ends[texts], then the texts */
+	u8 **meanings; /* the block's bytes, struct text[texts], then the texts */
 };
+
+struct text {
+	u32 at, length; /* from the first of these structs on */
+};
+
+/* Texts are copied by so much at a time: behind each there is as much that may be read. */
+#define STEP 32
 
 #define MEANINGS 16384
 #define SLOTS (4 * MEANINGS)
@@ -430,16 +437,20 @@ static u32 *slot_of(const struct block *block, const u8 *value)
 int codec_learn(struct codec *codec, u32 which, const u8 *value, const u8 *texts, const u32 *ends)
 {
 	struct block *block = &codec->block[which];
-	u32 all = block->texts * sizeof(*ends), length = ends[block->texts - 1];
-	u8 *meaning = malloc(block->size + all + length);
+	u32 heads = block->texts * sizeof(struct text), begin = 0;
+	u32 size = (block->size + 7) & ~7u;
+	u8 *meaning = malloc(size + heads + ends[block->texts - 1] + STEP);
 
 	if (!meaning)
 		return NO_MEMORY;
 	if (block->count == MEANINGS)
 		forget(block);
 	memcpy(meaning, value, block->size);
-	memcpy(meaning + block->size, ends, all);
-	memcpy(meaning + block->size + all, texts, length);
+	for (u32 i = 0; i < block->texts; i++) {
+		((struct text *)(meaning + size))[i] = (struct text){heads + begin, ends[i] - begin};
+		begin = ends[i];
+	}
+	memcpy(meaning + size + heads, texts, begin);
 	block->meanings[block->count] = meaning;
 	*slot_of(block, value) = ++block->count;
 	return 0;
@@ -450,26 +461,43 @@ static const char PAIRS[] =
 	"40414243444546474849505152535455565758596061626364656667686970717273747576777879"
 	"8081828384858687888990919293949596979899";
 
-/* At most 20 bytes. */
+#define LONGEST_NUMBER 32
+
+/* Eight digits. */
+static void put_eight(u8 *to, u32 number)
+{
+	u32 high = number / 10000, low = number % 10000;
+
+	memcpy(to, PAIRS + high / 100 * 2, 2);
+	memcpy(to + 2, PAIRS + high % 100 * 2, 2);
+	memcpy(to + 4, PAIRS + low / 100 * 2, 2);
+	memcpy(to + 6, PAIRS + low % 100 * 2, 2);
+}
+
+/* At most 20 digits. Up to LONGEST_NUMBER bytes are written over. */
 static u8 *put_number(u8 *to, u64 number)
 {
-	u8 digits[20], *at = digits + sizeof(digits);
-	u64 length;
+	u8 digits[24 + LONGEST_NUMBER] = {0}, *at = digits;
+	u32 top;
 
-	while (number >= 100) {
-		at -= 2;
-		memcpy(at, PAIRS + number % 100 * 2, 2);
-		number /= 100;
-	}
-	if (number >= 10) {
-		at -= 2;
-		memcpy(at, PAIRS + number * 2, 2);
+	if (number >= 10000000000000000u) {
+		top = number / 10000000000000000u;
+		number %= 10000000000000000u;
+		put_eight(digits + 8, number / 100000000);
+		put_eight(digits + 16, number % 100000000);
+	} else if (number >= 100000000) {
+		top = number / 100000000;
+		put_eight(digits + 16, number % 100000000);
+		at = digits + 8;
 	} else {
-		*--at = '0' + number;
+		top = number;
+		at = digits + 16;
 	}
-	length = digits + sizeof(digits) - at;
-	memcpy(to, at, length);
-	return to + length;
+	put_eight(at, top);
+	while (*at == '0' && at < digits + 23)
+		at++;
+	memcpy(to, at, LONGEST_NUMBER);
+	return to + (digits + 24 - at);
 }
 
 /* ns as us, as the shortest text of the nearest double: for 15 digits that is the number itself. */
@@ -490,7 +518,6 @@ static u8 *put_micros(u8 *to, u64 ns)
 }
 
 enum status { DONE, FULL, UNKNOWN, CANNOT };
-#define LONGEST_NUMBER 24
 
 /* How far lines() has come. */
 struct progress {
@@ -514,12 +541,11 @@ static int line(const struct codec *codec, const u8 *record, s64 offset_ns, u8 *
 			progress->block = i;
 			return UNKNOWN;
 		}
-		meaning[i] = block->meanings[slot - 1] + block->size;
+		meaning[i] = block->meanings[slot - 1] + ((block->size + 7) & ~7u);
 	}
 	for (u32 i = 0; i < codec->ops; i++) {
 		const struct op *op = &codec->op[i];
-		u32 which = op->text, begin, length;
-		const u8 *texts;
+		const struct text *text;
 		u64 value;
 
 		if (end - to < LONGEST_NUMBER)
@@ -527,15 +553,15 @@ static int line(const struct codec *codec, const u8 *record, s64 offset_ns, u8 *
 		if (op->has && !(record[codec->has_at] & op->has))
 			goto null;
 		if (op->kind <= CHOICE) {
-			if (op->kind == CHOICE && !load(record + op->at, 4))
-				which = op->other;
-			texts = meaning[op->block];
-			begin = which ? load(texts + 4 * (which - 1), 4) : 0;
-			length = load(texts + 4 * which, 4) - begin;
-			if (end - to < length)
+			bool other = op->kind == CHOICE && !load(record + op->at, 4);
+			const u8 *texts = meaning[op->block];
+
+			text = (const struct text *)texts + (other ? op->other : op->text);
+			if (end - to < text->length + STEP)
 				return FULL;
-			memcpy(to, texts + 4 * codec->block[op->block].texts + begin, length);
-			to += length;
+			for (u32 done = 0; done < text->length; done += STEP)
+				memcpy(to + done, texts + text->at + done, STEP);
+			to += text->length;
 			continue;
 		}
 		value = load(record + op->at, op->width);
