@@ -50,7 +50,7 @@ POLL_S = 0.003
 BUSY_POLL_S = 0.01
 """The same where a look brings MANY rows: to wake up costs as much as a hundred of them."""
 MANY = 300
-IDLE_POLL_S = 0.05
+IDLE_POLL_S = 0.1
 """The same, at most, while nothing comes."""
 PATIENCE = 0.03
 """How fast that grows: by so much of the time since something came."""

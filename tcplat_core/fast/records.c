@@ -576,6 +576,8 @@ static int line(const struct codec *codec, const u8 *record, s64 offset_ns, u8 *
 			}
 			break;
 		case INSTANT:
+			if (offset_ns < 0 ? value < -(u64)offset_ns : value + offset_ns < value)
+				return CANNOT;
 			value += offset_ns;
 			break;
 		case MICROS:

@@ -177,11 +177,14 @@ class Room:
         return cls([ring for ring, _ in sources], codecs)
 
     def close(self) -> None:
-        """Unmap the rings, and let go of what waits."""
-        for ring, handle in zip(self.rings, self._rings, strict=True):
+        """Unmap the rings, and let go of what waits. Again it does nothing."""
+        for ring, handle in zip(self.rings, self._rings, strict=False):
             ring.by_c = list(ring.by_c)
             self._library.ring_unmap(handle)
-        self._library.room_free(self._handle)
+        self._rings.clear()
+        if self._handle:
+            self._library.room_free(self._handle)
+        self._handle = 0
 
     def take(self, source: int, most: int) -> int:
         """Have at most so many records of a ring come in.

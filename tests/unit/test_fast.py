@@ -1,0 +1,369 @@
+"""What C does with records is what Python does with them: the same lines, the same order."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Annotated, Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tcplat_core import json_lines
+from tcplat_core.fast import records as fast
+from tcplat_core.fast.codec import Codec
+from tcplat_core.fast.library import FILE, library
+from tcplat_core.fast.records import FOREVER, Records, Room
+from tcplat_core.ring import ForeignRecordError, Ring
+from tcplat_core.schema import Event, FiredBy, Made, Moment, Record, Wire, micros
+from tcplat_core.testing import FakeRing, make_record
+
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="there is no C compiler"
+)
+
+
+class Everything(Event, gc=False):
+    """A field of every kind."""
+
+    small: Annotated[int, Wire("s8", "signed")]
+    short: Annotated[int, Wire("s16", "signed")]
+    word: Annotated[int | None, Wire("s32", "signed, and 0 is null", nullable=True)]
+    long: Annotated[int, Wire("s64", "signed")]
+    wide: Annotated[int | None, Wire("u64", "where it is there", has=True)]
+    narrow: Annotated[int, Wire("u8", "unsigned")]
+    flag: Annotated[bool, Wire("bool", "true or false")]
+    maybe: Annotated[bool | None, Wire("bool", "where it is there", has=True)]
+    word_of: Annotated[str | None, Wire("char[9]", "text or null", nullable=True)]
+    hexed: Annotated[str | None, Wire("u8[3]", "bytes", to=bytes.hex, nullable=True, has=True)]
+    doubled: Annotated[int, Wire("u16", "worked out", to=lambda raw: 2 * raw)]
+    rto_us: Annotated[float | None, Wire("u32", "µs", to=micros, has=True, member="rto_ns")]
+    late_us: Annotated[float, Wire("s64", "µs, signed", to=micros, member="late_ns")]
+
+
+def words(moment: Moment) -> str:
+    return f'"{moment.point}" {moment.state} {moment.err} {moment.empty} {moment.flags}'
+
+
+HOOKS = [FiredBy(point, f"{point}_func", "kprobe", words) for point in ("send", "recv", "\\é")]
+
+
+def ifname(index: int) -> str | None:
+    return f"if{index}"
+
+
+def codec_of(event: type[Event]) -> Codec:
+    codec = Codec.of(Record(event), "pröbe", HOOKS, ifname)
+    assert codec
+    return codec
+
+
+def batch(codecs: Sequence[Codec], raw: Sequence[tuple[int, bytes]], offset_ns: int = 0) -> Records:
+    return Records(
+        codecs,
+        b"".join(record for _, record in raw),
+        bytes(source for source, _ in raw),
+        offset_ns,
+        0,
+        0,
+    )
+
+
+def by_c(rows: Sequence[Event]) -> bytes:
+    pieces: list[bytes] = []
+    json_lines(rows, lambda piece: pieces.append(bytes(piece)))
+    assert all(piece.endswith(b"\n") for piece in pieces)
+    return b"".join(pieces)
+
+
+def by_python(rows: Sequence[Event]) -> bytes:
+    return msgspec.json.Encoder().encode_lines(list(rows))
+
+
+def any_record(event: type[Event], source: random.Random) -> bytes:
+    """A record of any bytes, many of them 0, of a hook that there is."""
+    record = Record(event)
+    raw = bytearray(
+        source.choice((0, 1, 9, 10, 99, 100, 127, 128, 255, source.randrange(256)))
+        if source.random() < 0.6
+        else 0
+        for _ in range(record.size)
+    )
+    raw[record.offset("hook")] = source.randrange(len(HOOKS))
+    return bytes(raw)
+
+
+def test_the_library_is_built_where_there_is_a_compiler() -> None:
+    assert FILE.exists()
+    assert library()
+
+
+@pytest.mark.parametrize("event", [Event, Everything])
+def test_lines_are_those_of_msgspec(event: type[Event]) -> None:
+    source = random.Random(4711)
+    codecs = [codec_of(event)]
+    for _ in range(60):
+        raw = [(0, any_record(event, source)) for _ in range(50)]
+        offset_ns = source.randrange(1 << 60)
+        rows = batch(codecs, raw, offset_ns)
+        assert by_c(rows) == by_python(rows)
+
+
+@given(number=st.integers(0, (1 << 64) - 1))
+@settings(max_examples=2000, deadline=None)
+def test_every_digit_is_kept(number: int) -> None:
+    rows = batch(
+        [codec_of_everything()],
+        [
+            (
+                0,
+                make_record(
+                    Everything, connect_ns=number, wide=number, has=0xFF, seq=number & 0xFFFFFFFF
+                ),
+            )
+        ],
+    )
+    assert by_c(rows) == by_python(rows)
+
+
+_CODECS: dict[type[Event], Codec] = {}
+
+
+def codec_of_everything() -> Codec:
+    return _CODECS.setdefault(Everything, codec_of(Everything))
+
+
+@pytest.mark.parametrize("digits", range(20))
+def test_the_shortest_and_the_longest_of_so_many_digits(digits: int) -> None:
+    for number in (10**digits, 10 ** (digits + 1) - 1, 10**digits + 1):
+        if number < 1 << 64:
+            record = make_record(Everything, connect_ns=number, wide=number, has=0xFF)
+            rows = batch([codec_of_everything()], [(0, record)])
+            assert b'"wide":%d,' % number in by_c(rows)
+            assert by_c(rows) == by_python(rows)
+
+
+def test_rows_of_two_probes_keep_their_turns() -> None:
+    codecs = [codec_of(Event), codec_of(Everything)]
+    source = random.Random(1)
+    raw = []
+    for _ in range(500):
+        which = source.randrange(2)
+        raw.append((which, any_record((Event, Everything)[which], source)))
+    rows = batch(codecs, raw)
+    assert [type(row) for row in rows] == [(Event, Everything)[which] for which, _ in raw]
+    assert by_c(rows) == by_python(rows)
+
+
+def test_what_is_remembered_is_bounded_and_stays_right() -> None:
+    codecs = [codec_of(Event)]
+    for begin in range(0, 40_000, 5000):
+        raw = [(0, make_record(Event, sock=number)) for number in range(begin, begin + 5000)]
+        rows = batch(codecs, raw)
+        assert by_c(rows) == by_python(rows)
+
+
+def test_a_batch_of_many_pieces_and_a_line_longer_than_a_piece(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raw = [(0, any_record(Event, random.Random(number))) for number in range(100)]
+    rows = batch([codec_of(Event)], raw)
+    for size in (64, 600, 1000):
+        fast._text.cache_clear()
+        monkeypatch.setattr(fast, "PIECE", size)
+        assert by_c(rows) == by_python(rows)
+    fast._text.cache_clear()
+
+
+def test_rows_are_made_once_and_are_a_sequence() -> None:
+    rows = batch([codec_of(Event)], [(0, make_record(Event, ts_ns=ns)) for ns in range(5)], 100)
+    assert len(rows) == 5
+    assert [row.time_ns for row in rows] == [100, 101, 102, 103, 104]
+    assert rows[-1] is rows[4]
+    assert [row.ts_ns for row in rows[1:3]] == [1, 2]
+
+
+def test_an_event_with_what_c_cannot_work_out_is_left_to_python() -> None:
+    class Strange(Event):
+        twice_ns: Annotated[int, Made("2 * ts_ns", "worked out")]
+
+    assert Codec.of(Record(Strange), "probe", HOOKS, ifname) is None
+
+
+def test_without_the_library_python_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TCPLAT_PURE", "1")
+    library.cache_clear()
+    try:
+        assert Codec.of(Record(Event), "probe", HOOKS, ifname) is None
+    finally:
+        library.cache_clear()
+
+
+def test_the_compiler_has_nothing_to_say() -> None:
+    source = FILE.with_name("records.c")
+    for compiler in filter(shutil.which, ("gcc", "clang")):
+        done = subprocess.run(
+            [compiler, "-O2", "-Wall", "-Wextra", "-Wno-sign-compare", "-fsyntax-only", source],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stderr == ""
+
+
+# --- the room
+
+
+Made_ = tuple[Room, list[FakeRing], list[Ring]]
+
+
+@pytest.fixture
+def rooms() -> Iterator[Callable[..., Made_]]:
+    """Makes a room of rings that the test fills, one for each event."""
+    with ExitStack() as stack:
+
+        def make(*events: type[Event], size: int = 1 << 16, start: int = 0) -> Made_:
+            fakes, rings = [], []
+            for event in events:
+                record = Record(event)
+                fake = FakeRing(size, start)
+                stack.callback(fake.close)
+                ring = Ring(fake.fd, size, record.layout, record.offset("hook"))
+                stack.callback(ring.close)
+                fakes.append(fake)
+                rings.append(ring)
+            room = Room.of(list(zip(rings, map(codec_of, events), strict=True)))
+            assert room
+            stack.callback(room.close)
+            return room, fakes, rings
+
+        yield make
+
+
+def at(ns: int, event: type[Event] = Event, **members: Any) -> bytes:
+    return make_record(event, ts_ns=ns, **members)
+
+
+def left(room: Room, before_ns: int = FOREVER) -> list[Event]:
+    return list(room.leave(before_ns) or ())
+
+
+def test_records_leave_in_order_of_time_and_those_of_one_instant_as_they_came(
+    rooms: Callable[..., Made_],
+) -> None:
+    room, fakes, _ = rooms(Event, Everything)
+    source = random.Random(5)
+    expected = []
+    for number, (fake, event) in enumerate(zip(fakes, (Event, Everything), strict=True)):
+        times = [source.randrange(40) for _ in range(100)]
+        fake.feed(at(ns, event, sock=index) for index, ns in enumerate(times))
+        expected += [(ns, number, index) for index, ns in enumerate(times)]
+        assert room.take(number, 1000) == 0
+    rows = left(room)
+    got = [(row.ts_ns, int(isinstance(row, Everything)), row.sock) for row in rows]
+    assert got == sorted(expected)
+    assert left(room) == []
+
+
+def test_what_is_younger_stays_and_keeps_its_bytes(rooms: Callable[..., Made_]) -> None:
+    room, fakes, _ = rooms(Event, Everything)
+    told: list[tuple[int, int]] = []
+    source = random.Random(6)
+    now = 0
+    fed = []
+    for _ in range(200):
+        for number, (fake, event) in enumerate(zip(fakes, (Event, Everything), strict=True)):
+            times = sorted(now + source.randrange(100) for _ in range(source.randrange(30)))
+            fed += [(ns, number) for ns in times]
+            fake.feed(at(ns, event, sock=ns, seq=ns, has=1) for ns in times)
+            room.take(number, 1000)
+        now += 100
+        horizon_ns = now - source.randrange(100)
+        if told or fed:
+            rows = left(room, horizon_ns)
+            assert all(row.ts_ns < horizon_ns for row in rows)
+            assert all(row.sock == row.seq == row.ts_ns for row in rows)
+            told += [(row.ts_ns, int(isinstance(row, Everything))) for row in rows]
+        waiting = sorted(fed)[len(told) :]
+        assert room.oldest_ns() == (waiting[0][0] if waiting else 0)
+        assert room.youngest_ns() == (waiting[-1][0] if waiting else 0)
+    told += [(row.ts_ns, int(isinstance(row, Everything))) for row in left(room)]
+    assert len(told) == len(fed) > 1000
+    assert sorted(told) == sorted(fed)
+    assert [ns for ns, _ in told] == sorted(ns for ns, _ in fed)
+
+
+def test_so_many_are_taken_at_a_time(rooms: Callable[..., Made_]) -> None:
+    room, (fake,), (ring,) = rooms(Event)
+    fake.feed(map(at, range(1, 101)))
+    assert room.take(0, 30) == 30
+    assert ring.pending()
+    assert room.take(0, 70) == 100
+    assert not ring.pending()
+    assert room.take(0, 70) == 0
+    assert [row.ts_ns for row in left(room)] == list(range(1, 101))
+
+
+def test_records_wrap_around_the_end(rooms: Callable[..., Made_]) -> None:
+    room, (fake,), _ = rooms(Event, size=4096, start=(1 << 40) - 8)
+    for begin in range(0, 1000, 10):
+        assert fake.feed(map(at, range(begin, begin + 10))) == 10
+        room.take(0, 1000)
+        assert fake.consumed == fake.produced
+        assert [row.ts_ns for row in left(room)] == list(range(begin, begin + 10))
+
+
+def test_a_record_that_is_not_complete_stops_what_follows(rooms: Callable[..., Made_]) -> None:
+    room, (fake,), (ring,) = rooms(Event)
+    fake.feed([at(1)])
+    position = fake.reserve(at(2))
+    assert position is not None
+    fake.feed([at(3)])
+    room.take(0, 10)
+    assert [row.ts_ns for row in left(room)] == [1]
+    assert ring.pending()
+    fake.submit(position)
+    room.take(0, 10)
+    assert [row.ts_ns for row in left(room)] == [2, 3]
+
+
+def test_a_record_that_was_taken_back_is_skipped_and_not_counted(
+    rooms: Callable[..., Made_],
+) -> None:
+    room, (fake,), (ring,) = rooms(Event)
+    position = fake.reserve(at(1))
+    assert position is not None
+    fake.feed([at(2)])
+    fake.discard(position)
+    room.take(0, 10)
+    assert [row.ts_ns for row in left(room)] == [2]
+    assert ring.taken.total() == 1
+
+
+def test_records_are_counted_by_their_hook(rooms: Callable[..., Made_]) -> None:
+    room, (fake,), (ring,) = rooms(Event)
+    fake.feed(at(1, hook=hook) for hook in itertools.chain([0] * 3, [1] * 5, [2] * 7))
+    room.take(0, 100)
+    assert ring.taken == {0: 3, 1: 5, 2: 7}
+
+
+def test_a_record_of_another_size_is_foreign(rooms: Callable[..., Made_]) -> None:
+    room, (fake,), _ = rooms(Event)
+    fake.feed([at(1), b"x" * 16])
+    with pytest.raises(ForeignRecordError):
+        room.take(0, 10)
+
+
+def test_counts_outlive_the_room(rooms: Callable[..., Made_]) -> None:
+    room, (fake,), (ring,) = rooms(Event)
+    fake.feed([at(1)])
+    room.take(0, 10)
+    room.close()
+    room.close()
+    assert ring.taken == {0: 1}
