@@ -11,7 +11,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 TCPLAT = Path(sys.executable).parent / "tcplat"
 PROBES = ("tcp_client", "tcp_service", "xdp_port:iface=lo,port=9999")
-LIMIT_S = 10
+LIMIT_S = 30
 
 
 def main() -> int:

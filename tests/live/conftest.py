@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(_HERE):
             item.add_marker(pytest.mark.root)
-            item.add_marker(pytest.mark.timeout(120 * SLOW))
+            item.add_marker(pytest.mark.timeout(600 * SLOW))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -41,19 +41,20 @@ import asyncio, errno, mmap, os, select, signal, socket, struct, subprocess, sys
 """
 
 
-def patience(seconds: float = 10) -> float:
+def patience(seconds: float = 60) -> float:
     """So long may something take that normally takes next to nothing."""
     return seconds * SLOW
 
 
-def eventually(condition: Callable[[], T], what: str, seconds: float = 10) -> T:
+def eventually(condition: Callable[[], T], what: str, seconds: float = 60) -> T:
     """Wait until the condition is true, and return its value."""
     deadline = time.monotonic() + patience(seconds)
     while True:
+        late = time.monotonic() > deadline  # asked before the last look: we may be what stalls
         value = condition()
         if value:
             return value
-        if time.monotonic() > deadline:
+        if late:
             pytest.fail(f"in vain waited {patience(seconds):.0f} s until {what}")
         time.sleep(0.002 * SLOW)
 
@@ -108,7 +109,7 @@ class Puppet:
         self.process.stdin.write(json.dumps(code).encode() + b"\n")
         self.process.stdin.flush()
 
-    def answer(self, seconds: float = 20) -> Any:
+    def answer(self, seconds: float = 60) -> Any:
         """What it says to what it was told."""
         assert self.process.stdout
         with selectors.DefaultSelector() as selector:
@@ -137,7 +138,7 @@ class Puppet:
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         try:
-            self.process.wait(patience(5))
+            self.process.wait(patience(5))  # one that hangs is killed, and no harm done
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -389,7 +390,7 @@ class Tcplat:
             assert status is None, f"it ended with {status}: {self.errors.read_text()}"
             return False
 
-        eventually(ready, "tcplat was ready", 30)
+        eventually(ready, "tcplat was ready")
         return self
 
     def rows(self) -> list[Row]:
@@ -419,7 +420,7 @@ class Tcplat:
         self.process.send_signal(number)
         return self.wait()
 
-    def wait(self, seconds: float = 10) -> Outcome:
+    def wait(self, seconds: float = 60) -> Outcome:
         """See how it ends."""
         stdout = b""
         if self.process.stdout:

@@ -83,7 +83,7 @@ def test_states_and_times_are_those_of_bccs_tools(
     states = tool("tcpstates", "-s", "-D", port)
     latencies = tool("tcpconnlat", "-L")
     for started in (states, latencies):
-        eventually(started.listens, "bcc's tool listened", 30)
+        eventually(started.listens, "bcc's tool listened")
     run = running_tcplat("--rport", port)
     for _ in range(CONNECTIONS):
         client.connect(server)

@@ -94,7 +94,7 @@ def test_children_and_grandchildren_are_traced_and_nobody_else(
         f"touch {tmp_path}/done; read line; exec {connect}"
     )
     run = start_tcplat(command=["sh", "-c", script], stdin=subprocess.PIPE)
-    eventually((tmp_path / "done").exists, "the children were done", 20)
+    eventually((tmp_path / "done").exists, "the children were done")
     client.connect(server)
     for _ in range(5):
         server.accept().close()
@@ -153,7 +153,7 @@ def test_the_command_and_a_process(
     """-p besides a command: both."""
     script = f"touch {tmp_path}/started; read line"
     run = start_tcplat("-p", str(client.pid), command=["sh", "-c", script], stdin=subprocess.PIPE)
-    eventually((tmp_path / "started").exists, "the command had begun", 20)
+    eventually((tmp_path / "started").exists, "the command had begun")
     client.connect(server)
     assert run.process.stdin
     run.process.stdin.close()
@@ -183,7 +183,7 @@ def test_a_signal_stops_the_command_too(
     number: int, start_tcplat: Start, pid_file: PidFile
 ) -> None:
     run = start_tcplat(command=pid_file.command("sleep", "60"))
-    eventually(pid_file.pid, "the command had begun", 20)
+    eventually(pid_file.pid, "the command had begun")
     outcome = run.stop(number)
     assert not pid_file.alive()
     assert outcome.report
@@ -207,7 +207,7 @@ def test_a_killed_session_leaves_no_waiting_command(start_tcplat: Start, tmp_pat
         task = Path(f"/proc/{run.pid}/task/{run.pid}/children")
         return task.read_text().split() if task.exists() else []
 
-    waiting = eventually(children, "the command was forked", 20)
+    waiting = eventually(children, "the command was forked")
     if run.ready.exists():
         pytest.skip("it was ready before it could be killed")
     run.kill()

@@ -72,7 +72,7 @@ def background() -> Iterator[Callable[[Callable[[], int]], Callable[[], int]]]:
         threads.append(thread)
 
         def result() -> int:
-            thread.join(patience(30))
+            thread.join(patience())
             assert values, "the thread failed or hangs"
             return values[0]
 

@@ -96,7 +96,7 @@ def test_two_namespaces_with_two_clocks_are_told_as_one(
         for there, probe, device in ((client, "tcp_client", "va"), (server, "tcp_service", "vb"))
     ]
     client.tell(_ASK)
-    client.answer(60)
+    client.answer()
     for run in runs:
         eventually(
             lambda run=run: sum(row["point"] == "close" for row in run.rows()) == 10,  # type: ignore[misc] # bound now

@@ -34,7 +34,7 @@ class Stranger:
             capture_output=True,
             text=True,
             check=False,
-            timeout=patience(100),
+            timeout=patience(300),
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

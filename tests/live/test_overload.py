@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .harness import SLOW, Listener, Puppet, Tcplat, eventually, patience
+from .harness import SLOW, Listener, Puppet, Tcplat, eventually
 
 MOST_MIB = 200
 _FLOOD = """
@@ -33,10 +33,9 @@ def peak_mib(pid: int) -> float:
     return int(text.partition("VmHWM:")[2].split()[0]) / 1024
 
 
-def our_share() -> float:
-    """Of a core: the floods go on meanwhile, and want both."""
-    runnable = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
-    return min(1.0, (os.cpu_count() or 1) / max(1, runnable))
+def waited_s(pid: int) -> float:
+    """How long a process, which may be a zombie by now, has waited for a CPU that others had."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
 
 
 @pytest.mark.parametrize("ring", ["1M", "8M"])
@@ -47,6 +46,22 @@ def test_more_than_any_sink_takes(
     server: Listener,
     measured: Callable[[str], None],
 ) -> None:
+    """Ctrl-C ends it within a second, at best: the floods go on meanwhile, and want both CPUs."""
+    for _ in range(3):
+        took = end_a_flood(ring, running_tcplat, puppet, server, measured)
+        if took <= SLOW:
+            return
+    pytest.fail(f"Ctrl-C took {took:.2f} s, not counted what it waited for a CPU")
+
+
+def end_a_flood(
+    ring: str,
+    running_tcplat: Callable[..., Tcplat],
+    puppet: Callable[..., Puppet],
+    server: Listener,
+    measured: Callable[[str], None],
+) -> float:
+    """Everything that holds each time, and how long Ctrl-C took, without waiting for a CPU."""
     floods = [puppet(), puppet()]
     run = running_tcplat(
         *("-p", ",".join(str(one.pid) for one in floods), "--ring-size", ring),
@@ -57,21 +72,24 @@ def test_more_than_any_sink_takes(
         one(_FLOOD.format(address=server.address))
         server.accept()
     with run.path.open("rb") as file:
-        eventually(lambda: b'{"v":1,"lost":' in file.read(), "something was lost", 60)
-    peak, share = peak_mib(run.pid), our_share()
+        eventually(lambda: b'{"v":1,"lost":' in file.read(), "something was lost")
+    peak, waited = peak_mib(run.pid), waited_s(run.pid)
     began = time.monotonic()
     run.process.send_signal(signal.SIGINT)
-    status = run.process.wait(patience(30))
-    took = time.monotonic() - began
+    os.waitid(os.P_PID, run.pid, os.WEXITED | os.WNOWAIT)
+    whole = time.monotonic() - began
+    took = whole - (waited_s(run.pid) - waited)
     outcome = run.wait()
-    assert status == 0
+    for one in floods:
+        one.end()
+    assert outcome.returncode == 0
     dropped = outcome.report["dropped"]
     measured(
         f"overload, {ring} ring: {len(outcome.rows)} rows, {dropped} lost, "
-        f"{peak:.0f} MiB at most, Ctrl-C took {took:.2f} s"
+        f"{peak:.0f} MiB at most, Ctrl-C took {whole:.2f} s, {took:.2f} without waiting for a CPU"
     )
     # Outcome.check() has seen that produced is delivered, dropped and unread, hook by hook.
     assert dropped > 0
     assert f"{dropped} lost" in outcome.stderr
     assert peak <= MOST_MIB
-    assert took * share <= SLOW
+    return took

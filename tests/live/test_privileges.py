@@ -192,7 +192,7 @@ def test_a_command_of_the_user_behind_sudo_is_stopped_with_the_run(
         env={"SUDO_UID": str(NOBODY), "SUDO_GID": str(NOBODY)},
     ).wait()
     assert outcome.report
-    eventually(lambda: not pid_file.alive(), "the command was stopped", 5)
+    eventually(lambda: not pid_file.alive(), "the command was stopped")
 
 
 def test_without_root_it_says_so(readable: tuple[str, ...], public: Path) -> None:
@@ -230,37 +230,59 @@ def test_nobodys_modules_are_not_imported(
 # --- start
 
 
-@attrs.frozen(order=True)
+@attrs.frozen
 class Took:
     """Seconds from start to ready, and the processor time of the whole run."""
 
     wall: float
     cpu: float
 
-    def check(self, limit: float) -> None:
-        """A machine that does other things as well is not our fault, waiting for nothing is."""
-        load = os.getloadavg()[0] / (os.cpu_count() or 1)
-        assert self.cpu <= limit * SLOW
-        assert self.wall <= limit * SLOW * max(1, load)
+
+def cpu_s() -> float:
+    """Of all children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def start_once(start_tcplat: Start, **how: object) -> Took:
-    def cpu() -> float:
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return used.ru_utime + used.ru_stime
-
-    before, began = cpu(), time.monotonic()
+    before, began = cpu_s(), time.monotonic()
     run = start_tcplat(**how)
     run.wait_ready()
     took = time.monotonic() - began
     assert run.stop().returncode == 0
-    return Took(took, cpu() - before)
+    return Took(took, cpu_s() - before)
+
+
+def imports_s() -> float:
+    """Processor time of a Python that imports what we depend on, and does nothing."""
+    before = cpu_s()
+    code = "import attrs, click, msgspec, pluggy, pyroute2"
+    subprocess.run([sys.executable, "-I", "-c", code], check=True)
+    return cpu_s() - before
+
+
+def quickest(limit: float, start_tcplat: Start, **how: object) -> str:
+    """Start until it takes no longer than this at its best, at most eight times; the figures.
+
+    A machine that is slow, or does other things as well, is not our fault, waiting for
+    nothing is: the limit is for one that imports what we depend on in 0.4 s.
+    """
+    walls, cpus, imports = [], [], []
+    for _ in range(8):
+        imports.append(imports_s())
+        took = start_once(start_tcplat, **how)
+        walls.append(took.wall)
+        cpus.append(took.cpu)
+        slower = max(1, min(imports) / 0.4) * SLOW
+        load = os.getloadavg()[0] / (os.cpu_count() or 1)
+        if min(cpus) <= limit * slower and min(walls) <= limit * slower * max(1, load):
+            return f"{min(walls):.2f} s, {min(cpus):.2f} s of CPU"
+    pytest.fail(f"at best {min(walls):.2f} s, {min(cpus):.2f} s of CPU, imports {min(imports):.2f}")
 
 
 def test_a_warm_start(start_tcplat: Start, measured: Callable[[str], None]) -> None:
-    best = min(start_once(start_tcplat) for _ in range(4))
-    measured(f"start to ready, warm: {best.wall:.2f} s, {best.cpu:.2f} s of CPU (best of 4)")
-    best.check(1.0)
+    start_once(start_tcplat)
+    measured(f"start to ready, warm: {quickest(1.0, start_tcplat)}")
 
 
 def test_a_cold_start(start_tcplat: Start, measured: Callable[[str], None]) -> None:
@@ -269,9 +291,7 @@ def test_a_cold_start(start_tcplat: Start, measured: Callable[[str], None]) -> N
     Path("/var/cache/tcplat").mkdir(mode=0o700, parents=True, exist_ok=True)
     script = 'mount -t tmpfs -o mode=0700 none /var/cache/tcplat && exec "$@"'
     program = ("unshare", "--mount", "sh", "-c", script, "sh", *TCPLAT)
-    best = min(start_once(start_tcplat, program=program) for _ in range(2))
-    measured(f"start to ready, cold: {best.wall:.2f} s, {best.cpu:.2f} s of CPU (best of 2)")
-    best.check(2.0)
+    measured(f"start to ready, cold: {quickest(2.0, start_tcplat, program=program)}")
 
 
 def test_it_starts_without_a_cache(start_tcplat: Start) -> None:

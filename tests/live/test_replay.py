@@ -44,7 +44,7 @@ def replayed(path: Path | str, *arguments: str) -> bytes:
         [*TCPLAT, "replay", str(path), *arguments],
         stdout=subprocess.PIPE,
         check=True,
-        timeout=60,
+        timeout=120,
         env=dict(os.environ),  # readline has put the terminal's width into what is inherited
     ).stdout
 
@@ -181,7 +181,7 @@ def test_every_sink_has_written_live_what_it_writes_again(
         probes=[*BOTH, f"xdp_port:iface=lo,port={port}"],
         sinks=[f"table:path={table}", f"jsonl:path={lines}", sockets],
     )
-    eventually((tmp_path / "s").exists, "the socket was there", 30)
+    eventually((tmp_path / "s").exists, "the socket was there")
     reader = stack.enter_context(
         subprocess.Popen(
             [*TCPLAT, "replay", f"unix:{tmp_path / 's'}", "--sink", f"jsonl:path={received}"]

@@ -158,17 +158,23 @@ def test_how_long_it_waited_to_be_accepted(
 ) -> None:
     port = listen(service)
     run = running_tcplat(*SERVICE)
-    client(f"s = socket.create_connection({address(port)!r})")
-    waited = service("""
-began = time.monotonic_ns()
-while time.monotonic_ns() - began < 50_000_000: pass
+    before = client(f"""
+before = time.monotonic_ns()
+s = socket.create_connection({address(port)!r})
+before
+""")
+    waiting, accepting, accepted = service("""
+select.select([listening], [], [])
+waiting = time.monotonic_ns()
+while time.monotonic_ns() - waiting < 50_000_000: pass
+accepting = time.monotonic_ns()
 peer, _ = listening.accept()
-(time.monotonic_ns() - began) / 1000
+waiting, accepting, time.monotonic_ns()
 """)
     run.wait_for("it was accepted", lambda rows: bool(at(of_service(rows, port), "accept")))
     (row,) = at(of_service(run.stop().rows, port), "accept")
-    # From before it was connected to after it was accepted is the most it can be.
-    assert waited * 0.95 <= row["accept_us"] <= waited + patience(1) * 1e6
+    # At least since it was seen to wait, at most from before it was connected to after accept.
+    assert accepting - waiting <= row["accept_us"] * 1000 <= accepted - before
 
 
 def test_the_time_inside_recv_is_the_time_the_message_took(
@@ -178,23 +184,27 @@ def test_the_time_inside_recv_is_the_time_the_message_took(
     run = running_tcplat(*SERVICE)
     client(f"s = socket.create_connection({address(port)!r})")
     service("peer, _ = listening.accept()")
-    service.tell("""
+    took = []
+    for _ in range(5):
+        service.tell("""
 began = time.monotonic_ns()
 peer.recv(10)
 (time.monotonic_ns() - began) / 1000
 """)
-    client("""
+        client("""
 began = time.monotonic_ns()
 while time.monotonic_ns() - began < 50_000_000: pass
 s.sendall(b"0123456789")
 """)
-    took = service.answer()
-    run.wait_for("it was read", lambda rows: bool(at(of_service(rows, port), "recv")))
-    (row,) = at(of_service(run.stop().rows, port), "recv")
-    if row["attach"] == "tracepoint":  # it has no entry
-        assert row["call_us"] is None
-    else:
-        assert took * 0.9 - 1000 * SLOW <= row["call_us"] <= took
+        took.append(service.answer())
+    run.wait_for("all was read", lambda rows: len(at(of_service(rows, port), "recv")) == 5)
+    rows = at(of_service(run.stop().rows, port), "recv")
+    if {row["attach"] for row in rows} == {"tracepoint"}:  # it has no entry
+        assert {row["call_us"] for row in rows} == {None}
+        return
+    # The call is within what its caller measures; at best there is next to nothing else in it.
+    rest = [whole - row["call_us"] for whole, row in zip(took, rows, strict=True)]
+    assert 0 <= min(rest) <= 0.1 * max(took) + 1000 * SLOW
 
 
 def test_the_pid_filter_keeps_one_service_from_another(
@@ -332,7 +342,7 @@ def curls(folder: Path, port: int, requests: int) -> dict[str, int]:
         clients.append((subprocess.Popen(["curl", "-q", "--config", config]), headers))
     workers: dict[str, int] = {}
     for client, headers in clients:
-        assert client.wait(patience(60)) == 0
+        assert client.wait(patience(300)) == 0
         for line in headers.read_text().splitlines():
             if line.startswith("Worker: "):
                 workers[line[8:]] = workers.get(line[8:], 0) + 1

@@ -9,9 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+
+import pytest
 
 from .harness import Tcplat, eventually, patience
 
@@ -22,20 +24,36 @@ _HERE = Path(__file__).parent
 
 
 def test_fifty_readers_one_of_whom_never_reads(
-    stack: ExitStack,
     tmp_path: Path,
     start_tcplat: Callable[..., Tcplat],
     measured: Callable[[str], None],
 ) -> None:
-    path, flood = tmp_path / "s", tmp_path / "flood"
+    """All counts are exact at any rate; nothing is lost at one that the machine can take."""
+    flood = tmp_path / "flood"
     source = _HERE.parent / "bench/flood.c"
     subprocess.run(["clang", "-O2", "-o", str(flood), str(source)], check=True)
-    traffic = popen(stack, str(flood), str(RATE), str(SECONDS))
+    for rate in (RATE, RATE // 2, RATE // 4):
+        with ExitStack() as stack:
+            traffic = (str(flood), str(rate), str(SECONDS))
+            if serve_fifty(stack, tmp_path / str(rate), traffic, start_tcplat, measured) == 0:
+                return
+    pytest.fail("events were lost at each rate")
+
+
+def serve_fifty(
+    stack: ExitStack,
+    path: Path,
+    command: Sequence[str],
+    start_tcplat: Callable[..., Tcplat],
+    measured: Callable[[str], None],
+) -> int:
+    """How many events were lost."""
+    traffic = popen(stack, *command)
     assert traffic.stdout
     pid = int(traffic.stdout.readline())
     sink = f"msgpack:unix={path},wait={READERS}"
     run = start_tcplat("-p", str(pid), sinks=[sink])
-    eventually(path.exists, "the socket was there", 30)
+    eventually(path.exists, "the socket was there")
     never = stack.enter_context(socket.socket(socket.AF_UNIX))
     never.connect(str(path))
     readers = popen(stack, sys.executable, str(_HERE / "readers.py"), str(path), str(READERS - 1))
@@ -45,7 +63,7 @@ def test_fifty_readers_one_of_whom_never_reads(
     resident = int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) >> 10
     outcome = run.stop(signal.SIGINT)
     assert outcome.returncode == 0
-    found = json.loads(readers.communicate(timeout=patience(60))[0])
+    found = json.loads(readers.communicate(timeout=patience())[0])
     report = found["report"]
     rate = 2 * figures["sends"] / figures["seconds"]
     missed = [gap for _, gap in found["counted"]]
@@ -54,14 +72,14 @@ def test_fifty_readers_one_of_whom_never_reads(
         f"{report['dropped']} lost, {sum(missed) / len(missed) / report['delivered']:.1%} "
         f"kept from readers that read, {resident} MB resident"
     )
-    assert report["dropped"] == 0
-    assert report["delivered"] > 2 * figures["sends"]
+    assert report["delivered"] + report["dropped"] > 2 * figures["sends"]
     assert (found["late"], found["whole"]) == (0, True)
     assert found["decoded"] == found["counted"][0]
     # On a machine that has no time for fifty readers they miss some, and know how many.
     assert [sum(counts) for counts in found["counted"]] == [report["delivered"]] * (READERS - 1)
     assert found["ends"] == 1
     assert resident < 200
+    return int(report["dropped"])
 
 
 def popen(stack: ExitStack, *arguments: str) -> subprocess.Popen[bytes]:

@@ -55,7 +55,7 @@ def venv(_root: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stranger") / "venv"
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     pip = (folder / "bin/pip", "install", "-q", "--disable-pip-version-check")
-    subprocess.run([*pip, ROOT, DEMO], check=True, timeout=patience(100))
+    subprocess.run([*pip, ROOT, DEMO], check=True, timeout=patience(300))
     return folder
 
 
@@ -206,10 +206,7 @@ def tcpdump(wire: Wire, tmp_path: Path, stack: ExitStack) -> Callable[..., list[
     stack.callback(process.kill)
     eventually(lambda: b"listening on" in log.read_bytes(), "tcpdump listened")
 
-    def end(*, which: str = "") -> list[Segment]:
-        process.terminate()
-        process.wait(patience())
-        assert b"\n0 packets dropped by kernel" in log.read_bytes()
+    def look(which: str) -> list[Segment]:
         fields = ("srcport", "dstport", "seq", "len", "flags.syn", "flags.fin")
         told = subprocess.run(
             [
@@ -223,6 +220,14 @@ def tcpdump(wire: Wire, tmp_path: Path, stack: ExitStack) -> Callable[..., list[
         )
         seen = [[int(word) for word in line.split()] for line in told.stdout.splitlines()]
         return [Segment(*one[:4]) for one in (seen if which else sent_before(seen))]
+
+    def end(count: int, *, which: str = "") -> list[Segment]:
+        # What it has not read yet when it ends, it never will.
+        eventually(lambda: len(look(which)) >= count, f"tcpdump saw {count} segments again")
+        process.terminate()
+        process.wait(patience())
+        assert b"\n0 packets dropped by kernel" in log.read_bytes()
+        return look(which)
 
     return end
 
@@ -275,8 +280,8 @@ def test_what_was_lost_is_sent_again_with_the_rto_that_ss_shows(
     outcome = run.stop()
     rows = at(outcome.rows, "retransmit")
 
-    seen = tcpdump(which="tcp.analysis.retransmission")
-    assert segments(rows) == seen == tcpdump()
+    seen = tcpdump(len(rows), which="tcp.analysis.retransmission")
+    assert segments(rows) == seen == tcpdump(len(rows))
     assert {(one.sport, one.dport, one.bytes) for one in seen} == {(sport, dport, 700)}
     assert sum(row["segments"] for row in rows) == wire.nstat("TcpRetransSegs")
     assert [row["retransmits"] for row in rows] == list(range(1, len(rows) + 1))
@@ -294,10 +299,13 @@ def test_what_was_lost_is_sent_again_with_the_rto_that_ss_shows(
     ratios = [late / early for early, late in itertools.pairwise(rtos)]
     assert ratios[1:] == [2] * len(ratios[1:])
     assert ratios[0] in (1, 2)
-    # What was waited for is what the row says: the timer is a jiffy or two late at most.
-    for early, late in itertools.pairwise(rows[1:]):
-        waited_us = (late["ts_ns"] - early["ts_ns"]) / 1000
-        assert late["rto_us"] - 4_000 <= waited_us <= late["rto_us"] * 1.1 + 20_000
+    # What was waited for is what the row says: a timer is a jiffy or two late, or, where the
+    # machine had other things to do, later; never early.
+    late_us = [
+        (late["ts_ns"] - early["ts_ns"]) / 1000 - late["rto_us"]
+        for early, late in itertools.pairwise(rows[1:])
+    ]
+    assert -4_000 <= min(late_us) <= 20_000 + 0.1 * rtos[-1]
 
 
 @every_ip
@@ -312,7 +320,7 @@ def test_a_syn_that_nobody_answers(
     wire.mend()
     wire.near.answer()
     rows = at(run.stop().rows, "retransmit")
-    seen = tcpdump()
+    seen = tcpdump(len(rows))
     assert segments(rows) == seen
     first = rows[0]
     assert (first["state"], first["flags"], first["desc"]) == ("TCP_SYN_SENT", "SYN", "SYN again")
@@ -352,7 +360,7 @@ count
     assert len(rows) >= 50
     assert sum(row["segments"] for row in rows) == counted
     assert rows[-1]["retransmits"] == counted
-    assert Counter(segments(rows)) == Counter(tcpdump())
+    assert Counter(segments(rows)) == Counter(tcpdump(len(rows)))
     assert {row["pid"] for row in rows} == {wire.near.pid}
     assert outcome.report["dropped"] == 0
 
@@ -385,9 +393,9 @@ def test_rows_of_a_shorter_rto_are_left_out(wire: Wire, retransmits: Callable[..
     all_rows = everything.stop().rows
     wire.mend()
     rows = run.stop().rows
-    longer = [row["ts_ns"] // 10**8 for row in all_rows if row["rto_us"] >= 700_000]
+    longer = [row["retransmits"] for row in all_rows if row["rto_us"] >= 700_000]
     assert len(all_rows) > len(longer) >= 1
-    assert [row["ts_ns"] // 10**8 for row in rows][: len(longer)] == longer
+    assert [row["retransmits"] for row in rows][: len(longer)] == longer
     assert all(row["rto_us"] >= 700_000 for row in rows)
 
 
@@ -427,7 +435,7 @@ def test_it_conforms(venv: Path) -> None:
 def test_its_own_tests_pass(venv: Path, tmp_path: Path) -> None:
     """As its author runs them: pytest finds the kit by itself."""
     pip = (venv / "bin/pip", "install", "-q", "--disable-pip-version-check")
-    subprocess.run([*pip, "pytest"], check=True, timeout=patience(60))
+    subprocess.run([*pip, "pytest"], check=True, timeout=patience(300))
     done = subprocess.run(
         [venv / "bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider", DEMO],
         capture_output=True,

@@ -106,7 +106,7 @@ def test_connect_times_are_those_of_tshark(
     run = running_tcplat("-p", str(client.pid))
     pcap = stack.enter_context(tcpdump(tmp_path / "seen.pcap", "va", there=client)).path
     client.tell(_CALL.format(count=CONNECTIONS, host=HOSTS[ip], port=PORT))
-    client.answer(60)
+    client.answer()
     rows = run.wait_for("all sockets were gone", gone(CONNECTIONS))
     theirs = eventually(
         lambda: found if len(found := initial_rtts(pcap)) >= CONNECTIONS else {},
@@ -124,7 +124,10 @@ def test_connect_times_are_those_of_tshark(
     assert max(theirs.values()) > 4 * max(1000, min(theirs.values()))
     # A busy machine delays tcpdump's clock or ours now and then, never most of the time.
     assert statistics.median(off) < 60 * SLOW
-    assert sum(ours.values()) == pytest.approx(sum(theirs.values()), rel=0.1)
+    alike = [
+        port for port in ours if ours[port] == pytest.approx(theirs[port], rel=0.1, abs=60 * SLOW)
+    ]
+    assert len(alike) >= 0.8 * CONNECTIONS
 
 
 def ss(port: int) -> dict[int, dict[str, int]]:

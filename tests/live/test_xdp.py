@@ -152,6 +152,8 @@ def test_one_row_per_packet_of_tcpdump(
             talk(talker, host, 150)
         eventually(lambda: witness.count() == len(run.rows()), "both had seen as many packets")
         outcome = run.stop()
+        # As many a moment ago need not have been all.
+        eventually(lambda: witness.count() >= len(outcome.rows), "tcpdump had written all")
         packets = witness.packets()
     assert outcome.returncode == 0
     wanted = "native" if (interface, mode) == ("vb", "auto") else "generic"
@@ -478,18 +480,30 @@ def test_the_namespace_goes(
 # --- never in the way
 
 
+def retransmitted(there: Puppet) -> int:
+    """Segments, by all sockets of a puppet's namespace."""
+    names, values = there(
+        "[line.split() for line in open('/proc/net/snmp') if line.startswith('Tcp:')]"
+    )
+    return int(dict(zip(names, values, strict=True))["RetransSegs"])
+
+
 def test_a_full_ring_does_not_touch_the_traffic(
     pair: tuple[Puppet, Puppet], running_tcplat: Callable[..., Tcplat]
 ) -> None:
     client, island = pair
     run = running_tcplat("--ring-size", "4K", probes=[probe(island, "vb+lo")])
     run.process.send_signal(signal.SIGSTOP)
-    talk(client, SERVER[4], 50)
-    talk(island, "::1", 50)
-    retransmitted = client(
-        "[line.split() for line in open('/proc/net/snmp') if line.startswith('Tcp:')]"
-    )
-    assert dict(zip(*retransmitted, strict=True))["RetransSegs"] == "0"
+    # What is dropped has to be sent again; where an ACK is late a segment is, too, but not always.
+    before = retransmitted(client)
+    for _ in range(5):
+        talk(client, SERVER[4], 50)
+        talk(island, "::1", 50)
+        after = retransmitted(client)
+        if after == before:
+            break
+        before = after
+    assert after == before
     run.process.send_signal(signal.SIGCONT)
     talk(client, SERVER[4])
     outcome = run.stop()

@@ -43,7 +43,7 @@ def tcplat(tmp_path: Path) -> Tcplat:
             cwd=tmp_path,
             text=True,
             check=False,
-            timeout=30,
+            timeout=120,
         )
 
     return call

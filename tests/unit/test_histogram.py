@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tcplat_core import histogram as histograms
@@ -47,12 +47,14 @@ def distribution(*samples_ns: int) -> Distribution:
 # --- buckets
 
 
+@settings(deadline=None)
 @given(durations)
 def test_a_duration_lies_within_its_bucket(ns: int) -> None:
     low, high = bounds_ns(bucket(ns))
     assert low <= ns <= high
 
 
+@settings(deadline=None)
 @given(durations)
 def test_the_middle_of_a_bucket_is_at_most_3_2_percent_off(ns: int) -> None:
     assert abs(histograms.middle_us(bucket(ns)) * 1000 - ns) <= 0.032 * ns
@@ -123,6 +125,7 @@ def test_the_kernel_finds_the_same_bucket_for_a_million_durations(tmp_path: Path
 # --- what is told of them
 
 
+@settings(deadline=None)
 @given(st.lists(durations, min_size=1, max_size=200), st.floats(0, 100))
 def test_a_percentile_is_the_sample_of_that_rank_to_3_2_percent(
     samples: list[int], percent: float

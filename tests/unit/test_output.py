@@ -170,7 +170,7 @@ def test_a_reader_that_does_not_read_cannot_stop_the_user_from_stopping(
     with pytest.raises(TcplatError, match="its reader did not read, and the run was stopped"):
         Output(pipe[1], stopping).write(BIG)
     assert len(asked) == 3
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 30
 
 
 def test_a_reader_that_reads_is_written_to_even_while_stopping(pipe: tuple[int, int]) -> None:

@@ -169,7 +169,7 @@ def tcplat(*arguments: str, **how: Any) -> subprocess.CompletedProcess[bytes]:
         [sys.executable, "-I", "-m", "tcplat_core", *arguments],
         capture_output=True,
         check=False,
-        timeout=60,
+        timeout=120,
         env={**os.environ, "COLUMNS": ""},
         **how,
     )
@@ -436,7 +436,7 @@ def test_a_reader_that_goes_away_is_a_clean_end(tmp_path: Path) -> None:
         ],
         capture_output=True,
         check=False,
-        timeout=60,
+        timeout=120,
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.startswith(b"PID ")

@@ -18,8 +18,8 @@ from .captures import Traffic, joint, write
 _TIMES = 25
 _MOST_MB = 500
 _TRIES = 3
-_BUSY = 2
-"""So many times as long it takes where others' work shares the core."""
+_PLAIN_S = 8.5
+"""How long json takes on the machine for which the limits were set; ours may be slower."""
 
 
 def million() -> Iterator[Event]:
@@ -58,40 +58,49 @@ class Cost:
 
 
 def cost(*arguments: str) -> Cost:
-    """Of a whole run of the program."""
-    command = [sys.executable, "-I", "-m", "tcplat_core", *arguments]
+    """Of a Python with these arguments."""
+    command = [sys.executable, "-I", *arguments]
     run = subprocess.run(
         [sys.executable, "-I", "-c", _MEASURE, *command], check=True, stdout=subprocess.PIPE
     )
     return Cost(**json.loads(run.stdout))
 
 
+@pytest.fixture(scope="module")
+def slower(capture: Path) -> float:
+    """So many times as long as where the limits were set takes what is no work of ours."""
+    read = "import json, sys\nfor line in open(sys.argv[1], 'rb'): json.loads(line)"
+    return max(1.0, min(cost("-c", read, str(capture)).cpu_s for _ in range(2)) / _PLAIN_S)
+
+
 def cheapest(*arguments: str, within_s: float) -> Cost:
     """Of several runs, as long as it takes too long: others use the machine, too."""
     costs: list[Cost] = []
     while len(costs) < _TRIES and (not costs or costs[-1].cpu_s > within_s):
-        costs.append(cost(*arguments))
+        costs.append(cost("-m", "tcplat_core", *arguments))
     return min(costs, key=lambda one: one.cpu_s)
 
 
 def test_stages_of_a_million_events_take_seconds_and_little_memory(
-    capture: Path, tmp_path: Path
+    capture: Path, tmp_path: Path, slower: float
 ) -> None:
     out = tmp_path / "out"
     sink = f"stages:group_by=none,path={out}"
-    found = cheapest("replay", str(capture), "-q", "--sink", sink, within_s=10 * _BUSY)
+    within_s = 20 * slower
+    found = cheapest("replay", str(capture), "-q", "--sink", sink, within_s=within_s)
     assert capture.read_bytes().count(b"\n") > 1_000_000
     total = next(line.split() for line in out.read_text().splitlines() if line.startswith("total"))
     assert int(total[1]) == _TIMES * 320 * 10
-    assert found.cpu_s <= 10 * _BUSY
+    assert found.cpu_s <= within_s
     assert found.resident_mb < _MOST_MB
 
 
 def test_a_report_of_a_million_events_takes_seconds_and_little_memory(
-    capture: Path, tmp_path: Path
+    capture: Path, tmp_path: Path, slower: float
 ) -> None:
     out = tmp_path / "report.html"
-    found = cheapest("report", str(capture), "-q", "-o", str(out), within_s=30)
-    assert found.cpu_s <= 30
+    within_s = 30 * slower
+    found = cheapest("report", str(capture), "-q", "-o", str(out), within_s=within_s)
+    assert found.cpu_s <= within_s
     assert found.resident_mb < _MOST_MB
     assert out.stat().st_size < 10_000_000

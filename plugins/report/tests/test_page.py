@@ -45,7 +45,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    driver.set_page_load_timeout(60)
+    driver.set_page_load_timeout(300)
     yield driver
     driver.quit()
 
@@ -171,7 +171,7 @@ def test_it_follows_the_readers_colours(page: Chrome, scheme: str) -> None:
     )
     script = "return getComputedStyle(document.body).backgroundColor"
     wanted = {"dark": "rgb(18, 21, 28)", "light": "rgb(247, 248, 250)"}[scheme]
-    WebDriverWait(page, 10).until(lambda _: page.execute_script(script) == wanted)
+    WebDriverWait(page, 60).until(lambda _: page.execute_script(script) == wanted)
 
 
 def test_nothing_was_said_on_the_console_meanwhile(page: Chrome) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tcplat_stages.histogram import Histogram
 
@@ -19,6 +19,7 @@ def filled(durations: list[int]) -> Histogram:
     return histogram
 
 
+@settings(deadline=None)
 @given(DURATIONS)
 def test_a_percentile_is_off_by_less_than_a_percent(durations: list[int]) -> None:
     histogram = filled(durations)
@@ -30,6 +31,7 @@ def test_a_percentile_is_off_by_less_than_a_percent(durations: list[int]) -> Non
     assert (histogram.count, histogram.sum_ns) == (len(ordered), sum(ordered))
 
 
+@settings(deadline=None)
 @given(DURATIONS, DURATIONS)
 def test_two_are_as_good_as_one(some: list[int], others: list[int]) -> None:
     merged = filled(some)

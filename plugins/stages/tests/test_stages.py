@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tcplat_stages.stages import (
     CONNECT_MILESTONES,
@@ -27,6 +27,7 @@ def test_a_stage_lies_between_two_milestones() -> None:
     assert len({*STAGES, *CONNECT_STAGES}) == len(STAGES) + len(CONNECT_STAGES)
 
 
+@settings(deadline=None)
 @given(STAMPS)
 def test_they_add_up_are_never_negative_and_name_each_stage_once(stamps: list[int | None]) -> None:
     whole = split(stamps)
@@ -38,6 +39,7 @@ def test_they_add_up_are_never_negative_and_name_each_stage_once(stamps: list[in
     assert not named or named == list(STAGES[STAGES.index(named[0]) :][: len(named)])
 
 
+@settings(deadline=None)
 @given(STAMPS)
 def test_as_few_instants_as_possible_are_left_out(stamps: list[int | None]) -> None:
     known = [(number, at) for number, at in enumerate(stamps) if at is not None]
