@@ -56,7 +56,7 @@ PATIENCE = 0.03
 """How fast that grows: by so much of the time since something came."""
 LOOK_S = 1.0
 """Between two looks at whether interfaces are still there."""
-GLANCE_S = 0.2
+GLANCE_S = 0.1
 """Between two looks at whether what is traced still lives."""
 LINGER_S = 0.1
 """How long the run outlives what it traces: closing handshakes go on without the process."""
@@ -399,6 +399,7 @@ class Session:
     say: Callable[[str], None] = lambda _: None
     _end: float = attrs.field(default=math.inf, init=False)
     """When the loop is to end, on the clock of time.monotonic()."""
+    _watched: _Watched | None = attrs.field(default=None, init=False)
 
     def run(self) -> RunReport:
         """Run until something ends it.
@@ -436,6 +437,9 @@ class Session:
             router.room = Room.of([(run.ring, run.codec) for run in runs])
             if router.room:
                 stack.callback(router.room.close)
+            if self.request.filter.pids is not None and not self.command:
+                self._watched = _Watched(list(self.request.filter.pids))
+                stack.callback(self._watched.close)
             began = time.monotonic()
             if not self.dry:
                 self._ready()
@@ -537,17 +541,36 @@ class Session:
     def _traced_ended(self) -> bool:
         if self.command:
             return self.command.ended()
-        pids = self.request.filter.pids
-        return pids is not None and not any(map(_lives, pids))
+        return self._watched is not None and self._watched.ended()
 
 
-def _lives(pid: int) -> bool:
-    """Whether a process has not ended; one that nobody has waited for has."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return False
-    return status[status.rindex(b")") + 2 :][:1] not in (b"Z", b"X")
+@attrs.define(eq=False)
+class _Watched:
+    """Processes that are traced; of one that still lives a pidfd is held (pidfd_open(2))."""
+
+    pids: list[int]
+    _fd: int | None = attrs.field(default=None, init=False)
+
+    def ended(self) -> bool:
+        """Whether all of them have, even if nobody has waited for them yet."""
+        while True:
+            if self._fd is None:
+                if not self.pids:
+                    return True
+                with contextlib.suppress(ProcessLookupError):
+                    self._fd = os.pidfd_open(self.pids.pop())
+                continue
+            poll = select.poll()
+            poll.register(self._fd, select.POLLIN)
+            if not poll.poll(0):
+                return False
+            self.close()
+
+    def close(self) -> None:
+        """Let go of it. Again it does nothing."""
+        if self._fd is not None:
+            os.close(self._fd)
+        self._fd = None
 
 
 def _drain_rest(runs: Sequence[ProbeRun], router: Router) -> None:

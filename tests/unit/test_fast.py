@@ -47,11 +47,18 @@ class Everything(Event, gc=False):
     late_us: Annotated[float, Wire("s64", "µs, signed", to=micros, member="late_ns")]
 
 
+EVENTS: tuple[type[Event], ...] = (Event, Everything)
+
+
 def words(moment: Moment) -> str:
     return f'"{moment.point}" {moment.state} {moment.err} {moment.empty} {moment.flags}'
 
 
 HOOKS = [FiredBy(point, f"{point}_func", "kprobe", words) for point in ("send", "recv", "\\é")]
+
+
+def chance(seed: int) -> random.Random:
+    return random.Random(seed)  # noqa: S311 - the same each time is what is wanted
 
 
 def ifname(index: int) -> str | None:
@@ -106,7 +113,7 @@ def test_the_library_is_built_where_there_is_a_compiler() -> None:
 
 @pytest.mark.parametrize("event", [Event, Everything])
 def test_lines_are_those_of_msgspec(event: type[Event]) -> None:
-    source = random.Random(4711)
+    source = chance(4711)
     codecs = [codec_of(event)]
     for _ in range(60):
         raw = [(0, any_record(event, source)) for _ in range(50)]
@@ -151,13 +158,13 @@ def test_the_shortest_and_the_longest_of_so_many_digits(digits: int) -> None:
 
 def test_rows_of_two_probes_keep_their_turns() -> None:
     codecs = [codec_of(Event), codec_of(Everything)]
-    source = random.Random(1)
+    source = chance(1)
     raw = []
     for _ in range(500):
         which = source.randrange(2)
-        raw.append((which, any_record((Event, Everything)[which], source)))
+        raw.append((which, any_record(EVENTS[which], source)))
     rows = batch(codecs, raw)
-    assert [type(row) for row in rows] == [(Event, Everything)[which] for which, _ in raw]
+    assert [type(row) for row in rows] == [EVENTS[which] for which, _ in raw]
     assert by_c(rows) == by_python(rows)
 
 
@@ -172,7 +179,7 @@ def test_what_is_remembered_is_bounded_and_stays_right() -> None:
 def test_a_batch_of_many_pieces_and_a_line_longer_than_a_piece(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    raw = [(0, any_record(Event, random.Random(number))) for number in range(100)]
+    raw = [(0, any_record(Event, chance(number))) for number in range(100)]
     rows = batch([codec_of(Event)], raw)
     for size in (64, 600, 1000):
         fast._text.cache_clear()
@@ -258,9 +265,9 @@ def test_records_leave_in_order_of_time_and_those_of_one_instant_as_they_came(
     rooms: Callable[..., Made_],
 ) -> None:
     room, fakes, _ = rooms(Event, Everything)
-    source = random.Random(5)
+    source = chance(5)
     expected = []
-    for number, (fake, event) in enumerate(zip(fakes, (Event, Everything), strict=True)):
+    for number, (fake, event) in enumerate(zip(fakes, EVENTS, strict=True)):
         times = [source.randrange(40) for _ in range(100)]
         fake.feed(at(ns, event, sock=index) for index, ns in enumerate(times))
         expected += [(ns, number, index) for index, ns in enumerate(times)]
@@ -274,11 +281,11 @@ def test_records_leave_in_order_of_time_and_those_of_one_instant_as_they_came(
 def test_what_is_younger_stays_and_keeps_its_bytes(rooms: Callable[..., Made_]) -> None:
     room, fakes, _ = rooms(Event, Everything)
     told: list[tuple[int, int]] = []
-    source = random.Random(6)
+    source = chance(6)
     now = 0
     fed = []
     for _ in range(200):
-        for number, (fake, event) in enumerate(zip(fakes, (Event, Everything), strict=True)):
+        for number, (fake, event) in enumerate(zip(fakes, EVENTS, strict=True)):
             times = sorted(now + source.randrange(100) for _ in range(source.randrange(30)))
             fed += [(ns, number) for ns in times]
             fake.feed(at(ns, event, sock=ns, seq=ns, has=1) for ns in times)
