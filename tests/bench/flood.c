@@ -16,7 +16,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define BURST 64
+#define BURST 64 /* sends at a time, at most; so many as make up half a millisecond */
 
 static double now(void)
 {
@@ -33,12 +33,14 @@ int main(int argc, char **argv)
 	socklen_t length = sizeof(here);
 	static char data[1 << 20];
 	double rate, seconds, began, due;
+	int burst;
 	uint64_t count = 0;
 	char line[2];
 
 	if (argc != 3 || bind(listening, (struct sockaddr *)&here, length) || listen(listening, 1))
 		return 2;
 	rate = atof(argv[1]) / 2;
+	burst = rate / 2000 < 1 ? 1 : rate / 2000 > BURST ? BURST : rate / 2000;
 	seconds = atof(argv[2]);
 	getsockname(listening, (struct sockaddr *)&here, &length);
 	printf("%d\n", getpid());
@@ -64,10 +66,10 @@ int main(int argc, char **argv)
 			nanosleep(&pause, NULL);
 			continue;
 		}
-		for (i = 0; i < BURST; i++)
+		for (i = 0; i < burst; i++)
 			if (send(fd, data, 100, MSG_DONTWAIT) >= 0)
 				return 1;
-		count += BURST;
+		count += burst;
 	}
 	printf("{\"sends\": %lu, \"seconds\": %f}\n", count, now() - began);
 	return 0;
