@@ -340,13 +340,24 @@ int fx_tcp_sendpage(struct bpf_raw_tracepoint_args *ctx)
 
 /* --- recv: what the program was given */
 
+static __always_inline int report_recv(struct sock *sk, int ret, u8 hook)
+{
+	struct tcplat_sock *s = tcplat_find(sk);
+	u64 now;
+
+	if (!tcplat_is(s, CLIENT) || ret < 0)
+		return 0;
+	now = bpf_ktime_get_ns();
+	return tcplat_report(tcplat_make_recv(sk, s, tcplat_own(s), ret, hook, now));
+}
+
 int tp_recv(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sock *sk = (struct sock *)ctx->args[0];
 
 	if (ctx->args[2] & TCPLAT_NO_STREAM)
 		return 0;
-	return tcplat_report(tcplat_make_recv(sk, CLIENT, ctx->args[1], HOOK_tp_recv));
+	return report_recv(sk, ctx->args[1], HOOK_tp_recv);
 }
 
 #ifdef TCPLAT_FENTRY_recv
@@ -356,7 +367,7 @@ int fx_tcp_recvmsg(struct bpf_raw_tracepoint_args *ctx)
 
 	if (ctx->args[3] & TCPLAT_NO_STREAM)
 		return 0;
-	return tcplat_report(tcplat_make_recv(sk, CLIENT, ctx->args[5], HOOK_fx_tcp_recvmsg));
+	return report_recv(sk, ctx->args[5], HOOK_fx_tcp_recvmsg);
 }
 
 /* splice(2) and sendfile(2) from a socket; they return what went into the pipe. */
@@ -365,7 +376,7 @@ int fx_tcp_splice_read(struct bpf_raw_tracepoint_args *ctx)
 	struct socket *socket = (struct socket *)ctx->args[0];
 	struct sock *sk = tcplat_get(socket, sk);
 
-	return tcplat_report(tcplat_make_recv(sk, CLIENT, ctx->args[5], HOOK_fx_tcp_splice_read));
+	return report_recv(sk, ctx->args[5], HOOK_fx_tcp_splice_read);
 }
 #endif
 
@@ -401,7 +412,7 @@ static __always_inline int leave_recv(int ret, u8 hook)
 		return 0;
 	sk = (struct sock *)*key;
 	recvs.delete(&me);
-	return tcplat_report(tcplat_make_recv(sk, CLIENT, ret, hook));
+	return report_recv(sk, ret, hook);
 }
 
 int kp_tcp_recvmsg(struct pt_regs *ctx, struct sock *sk, struct msghdr *msg, size_t len, int flags)

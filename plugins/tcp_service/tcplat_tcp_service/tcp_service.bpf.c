@@ -143,18 +143,15 @@ static __always_inline void measure_ready(struct sock *sk, struct tcplat_sock *s
 }
 
 /* Bytes were read: how long ago was the reader told of the first of them? */
-static __always_inline void measure_recv(struct sock *sk, int bytes, u64 now)
+static __always_inline void
+measure_recv(struct sock *sk, struct tcplat_sock *s, u32 bytes, u64 now)
 {
-	struct tcplat_sock *s = tcplat_find(sk);
 	u64 key = (u64)sk, ready_ns = 0;
 	u32 begin, at, last = 0;
 	bool found = false;
 	struct unread *u;
 
-	if (!tcplat_is(s, SERVER))
-		return;
-	tcplat_own(s);
-	if (bytes <= 0)
+	if (!bytes)
 		return;
 	u = unreads.lookup(&key);
 	if (!u || u->sock != s->id) {
@@ -192,7 +189,8 @@ static __always_inline void measure_ready(struct sock *sk, struct tcplat_sock *s
 {
 }
 
-static __always_inline void measure_recv(struct sock *sk, int bytes, u64 now)
+static __always_inline void
+measure_recv(struct sock *sk, struct tcplat_sock *s, u32 bytes, u64 now)
 {
 }
 #endif
@@ -639,11 +637,20 @@ int kp_ready(struct pt_regs *ctx, struct sock *sk)
 int tp_recv(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sock *sk = (struct sock *)ctx->args[0];
+	struct tcplat_sock *s;
+	int ret = ctx->args[1];
+	u64 now;
+	u32 me;
 
 	if (ctx->args[2] & TCPLAT_NO_STREAM)
 		return 0;
-	measure_recv(sk, ctx->args[1], bpf_ktime_get_ns());
-	return tcplat_report(tcplat_make_recv(sk, SERVER, ctx->args[1], HOOK_tp_recv));
+	s = tcplat_find(sk);
+	if (!tcplat_is(s, SERVER) || ret < 0)
+		return 0;
+	now = bpf_ktime_get_ns();
+	me = tcplat_own(s);
+	measure_recv(sk, s, ret, now);
+	return tcplat_report(tcplat_make_recv(sk, s, me, ret, HOOK_tp_recv, now));
 }
 
 #if defined(TCPLAT_KPROBE_recv) || defined(TCPLAT_FENTRY_recv)
@@ -662,40 +669,45 @@ BPF_HASH(recvs, u64, struct recv_call, 16384);
 static __always_inline int enter_recv(struct sock *sk, int flags, u8 hook)
 {
 	u64 me = bpf_get_current_pid_tgid();
-	struct recv_call call = {.sk = (u64)sk, .began_ns = bpf_ktime_get_ns()};
+	struct recv_call call = {.sk = (u64)sk};
 
 	/* So many blocked readers that the kernel could not probe the last return. */
 	if (recvs.lookup(&me)) {
 		tcplat_missed(hook);
 		recvs.delete(&me);
 	}
-	if (!(flags & TCPLAT_NO_STREAM) && tcplat_is(tcplat_touch(sk), SERVER))
-		recvs.update(&me, &call);
+	if (flags & TCPLAT_NO_STREAM || !tcplat_is(tcplat_touch(sk), SERVER))
+		return 0;
+	call.began_ns = bpf_ktime_get_ns();
+	recvs.update(&me, &call);
 	return 0;
 }
 
 static __always_inline int leave_recv(int ret, u8 hook)
 {
-	u64 me = bpf_get_current_pid_tgid(), took;
-	struct recv_call *call = recvs.lookup(&me);
+	u64 task = bpf_get_current_pid_tgid(), now, took;
+	struct recv_call *call = recvs.lookup(&task);
 	struct tcplat_event *e;
 	struct tcplat_sock *s;
 	struct sock *sk;
-	u64 now;
+	u32 me;
 
 	if (!call)
 		return 0;
 	sk = (struct sock *)call->sk;
 	now = bpf_ktime_get_ns();
 	took = now - call->began_ns;
-	recvs.delete(&me);
-	measure_recv(sk, ret, now);
+	recvs.delete(&task);
 	s = tcplat_find(sk);
-	if (ret > 0 && tcplat_is(s, SERVER))
+	if (!tcplat_is(s, SERVER) || ret < 0)
+		return 0;
+	me = tcplat_own(s);
+	measure_recv(sk, s, ret, now);
+	if (ret)
 		tcplat_sample(sk, s, HIST_in_recv, took);
 	if (tcplat_too_fast(took))
 		return 0;
-	e = tcplat_make_recv(sk, SERVER, ret, hook);
+	e = tcplat_make_recv(sk, s, me, ret, hook, now);
 	if (e)
 		e->call_ns = took;
 	return tcplat_report(e);

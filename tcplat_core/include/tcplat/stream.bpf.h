@@ -130,31 +130,26 @@ static __always_inline u32 tcplat_next_byte(const struct tcp_sock *tp)
 	return fin && copied == tcplat_get(tp, rcv_nxt) ? copied - 1 : copied;
 }
 
-/* What the program was given; 0 bytes at the end of the stream. */
+/*
+ * What the program was given; 0 bytes at the end of the stream. `s` is the socket's
+ * entry, `me` what tcplat_own() said.
+ */
 static __always_inline struct tcplat_event *
-tcplat_make_recv(const struct sock *sk, u8 role, int ret, u8 hook)
+tcplat_make_recv(const struct sock *sk, struct tcplat_sock *s, u32 me, u32 bytes, u8 hook, u64 now)
 {
-	struct tcplat_sock *s;
 	struct tcplat_event *e;
-	u64 now;
-	u32 me;
 
 #ifdef TCPLAT_NO_EVENTS
 	return NULL;
 #endif
-	s = tcplat_find(sk);
-	if (!tcplat_is(s, role) || ret < 0)
-		return NULL;
-	now = bpf_ktime_get_ns();
-	me = tcplat_own(s);
 	/* Nothing was asked for: that is not the end of the stream. */
-	if (!ret && !(tcplat_get(sk, sk_shutdown) & TCPLAT_RCV_SHUTDOWN))
+	if (!bytes && !(tcplat_get(sk, sk_shutdown) & TCPLAT_RCV_SHUTDOWN))
 		return NULL;
 	e = tcplat_reserve_for(sk, s, hook, now);
 	if (!e)
 		return NULL;
 	e->tid = me;
-	tcplat_add_seq(e, tcplat_next_byte((const struct tcp_sock *)sk) - ret, ret);
+	tcplat_add_seq(e, tcplat_next_byte((const struct tcp_sock *)sk) - bytes, bytes);
 	return e;
 }
 
