@@ -146,6 +146,7 @@ static __always_inline void measure_ready(struct sock *sk, struct tcplat_sock *s
 static __always_inline void
 measure_recv(struct sock *sk, struct tcplat_sock *s, u32 bytes, u64 now)
 {
+	const struct tcp_sock *tp = (const struct tcp_sock *)sk;
 	u64 key = (u64)sk, ready_ns = 0;
 	u32 begin, at, last = 0;
 	bool found = false;
@@ -158,7 +159,8 @@ measure_recv(struct sock *sk, struct tcplat_sock *s, u32 bytes, u64 now)
 		tcplat_unmeasured(sk, s, HIST_ready_recv);
 		return;
 	}
-	begin = tcplat_next_byte((struct tcp_sock *)sk) - bytes;
+	begin = tcplat_get(tp, copied_seq);
+	begin = tcplat_next_byte(tp, begin, tcplat_get(sk, __sk_common.skc_state)) - bytes;
 	at = u->first;
 	/* Where threads read at once, one may have put `first` back: begin anew. */
 	if (u->next - at > WAITS)
@@ -763,12 +765,23 @@ int kr_tcp_splice_read(struct pt_regs *ctx)
 
 /* --- send: the reply */
 
+static __always_inline int report_send(struct sock *sk, u32 bytes, u8 hook)
+{
+	struct tcplat_sock *s = tcplat_find(sk);
+
+	return tcplat_is(s, SERVER) ? tcplat_report(tcplat_make_send(sk, s, bytes, hook)) : 0;
+}
+
 int tp_send(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sock *sk = (struct sock *)ctx->args[0];
 	struct msghdr *msg = (struct msghdr *)ctx->args[1];
+	struct tcplat_sock *s = tcplat_find(sk);
 
-	return tcplat_report(tcplat_make_send(sk, SERVER, msg->msg_iter.count, HOOK_tp_send));
+	/* The message after that: it costs a read. */
+	if (!tcplat_is(s, SERVER))
+		return 0;
+	return tcplat_report(tcplat_make_send(sk, s, msg->msg_iter.count, HOOK_tp_send));
 }
 
 int tp_send_short(struct bpf_raw_tracepoint_args *ctx)
@@ -783,14 +796,14 @@ int fe_tcp_sendmsg(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sock *sk = (struct sock *)ctx->args[0];
 
-	return tcplat_report(tcplat_make_send(sk, SERVER, ctx->args[2], HOOK_fe_tcp_sendmsg));
+	return report_send(sk, ctx->args[2], HOOK_fe_tcp_sendmsg);
 }
 
 int fe_tcp_sendpage(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sock *sk = (struct sock *)ctx->args[0];
 
-	return tcplat_report(tcplat_make_send(sk, SERVER, ctx->args[3], HOOK_fe_tcp_sendpage));
+	return report_send(sk, ctx->args[3], HOOK_fe_tcp_sendpage);
 }
 #endif
 
@@ -813,12 +826,12 @@ int fx_tcp_sendpage(struct bpf_raw_tracepoint_args *ctx)
 #ifdef TCPLAT_KPROBE_send
 int kp_tcp_sendmsg(struct pt_regs *ctx, struct sock *sk, struct msghdr *msg, size_t size)
 {
-	return tcplat_report(tcplat_make_send(sk, SERVER, size, HOOK_kp_tcp_sendmsg));
+	return report_send(sk, size, HOOK_kp_tcp_sendmsg);
 }
 
 int kp_tcp_sendpage(struct pt_regs *ctx, struct sock *sk, void *page, int offset, size_t size)
 {
-	return tcplat_report(tcplat_make_send(sk, SERVER, size, HOOK_kp_tcp_sendpage));
+	return report_send(sk, size, HOOK_kp_tcp_sendpage);
 }
 #endif
 
