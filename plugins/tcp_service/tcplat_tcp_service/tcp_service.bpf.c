@@ -160,7 +160,10 @@ measure_recv(struct sock *sk, struct tcplat_sock *s, u32 bytes, u64 now)
 		return;
 	}
 	begin = tcplat_get(tp, copied_seq);
-	begin = tcplat_next_byte(tp, begin, tcplat_get(sk, __sk_common.skc_state)) - bytes;
+	/* No FIN is among the bytes that the reader was told of. */
+	if ((s32)(begin - u->seq) > 0)
+		begin = tcplat_next_byte(tp, begin, tcplat_get(sk, __sk_common.skc_state));
+	begin -= bytes;
 	at = u->first;
 	/* Where threads read at once, one may have put `first` back: begin anew. */
 	if (u->next - at > WAITS)
@@ -199,16 +202,21 @@ measure_recv(struct sock *sk, struct tcplat_sock *s, u32 bytes, u64 now)
 
 /* --- rx_ip: a packet for a service of this host reaches IP, or TCP's door */
 
-static __always_inline int report_packet(struct sk_buff *skb, const u8 *l3, u32 length, u8 hook)
+static __always_inline int report_packet(struct sk_buff *skb, const u8 *l3, u8 hook)
 {
-	u64 now = bpf_ktime_get_ns();
 	struct tcplat_segment segment = {};
 	struct tcplat_addrs local = {};
 	struct tcplat_seed who = {};
 	struct tcplat_event *e;
+	u64 now;
 
-	if (!tcplat_parse_ip(&segment, l3, length))
+	if (!tcplat_parse_ip(&segment, skb, l3))
 		return 0;
+#ifdef TCPLAT_NO_EVENTS
+	if (!segment.bytes)
+		return 0;
+#endif
+	now = bpf_ktime_get_ns();
 	note_arrival(&segment, now);
 #ifdef TCPLAT_NO_EVENTS
 	return 0;
@@ -241,17 +249,15 @@ int tp_rx_ip(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sk_buff *skb = (struct sk_buff *)ctx->args[0];
 
-	return report_packet(skb, skb->data, skb->len, HOOK_tp_rx_ip);
+	return report_packet(skb, skb->data, HOOK_tp_rx_ip);
 }
 #else
 /* TCP's door: the data begin with TCP's header, IP's stands before it. */
 static __always_inline int report_at_tcp(struct sk_buff *skb, u8 hook)
 {
 	const u8 *head = tcplat_get(skb, head);
-	const u8 *l3 = head + tcplat_get(skb, network_header);
-	const u8 *data = tcplat_get(skb, data);
 
-	return report_packet(skb, l3, tcplat_get(skb, len) + (u32)(data - l3), hook);
+	return report_packet(skb, head + tcplat_get(skb, network_header), hook);
 }
 #endif
 
@@ -283,14 +289,16 @@ int kp_tcp_v6_rcv(struct pt_regs *ctx, struct sk_buff *skb)
 
 /* The record of a segment that a socket handles; the data begin with TCP's header. */
 static __always_inline struct tcplat_event *
-make_segment(struct sock *sk, struct sk_buff *skb, u8 hook, u64 now)
+make_segment(struct sock *sk, struct sk_buff *skb, u8 hook)
 {
 	struct tcplat_sock *s = tcplat_find(sk);
 	struct tcplat_segment segment = {};
 	struct tcplat_event *e;
+	u64 now;
 
 	if (!s || (s->role != SERVER && s->role != LISTENER))
 		return NULL;
+	now = bpf_ktime_get_ns();
 	if (!tcplat_parse_tcp(&segment, tcplat_get(skb, data), tcplat_get(skb, len)))
 		return NULL;
 	e = tcplat_reserve_for(sk, s, hook, now);
@@ -301,9 +309,8 @@ make_segment(struct sock *sk, struct sk_buff *skb, u8 hook, u64 now)
 	if (s->role == LISTENER) {
 		const u8 *head = tcplat_get(skb, head);
 		u16 l3 = tcplat_get(skb, network_header);
-		u32 length = tcplat_get(skb, len) + (u32)(tcplat_get(skb, data) - head) - l3;
 
-		if (tcplat_parse_ip(&segment, head + l3, length)) {
+		if (tcplat_parse_ip(&segment, skb, head + l3)) {
 			e->ip = segment.addrs.ip;
 			e->dport = segment.addrs.sport;
 			__builtin_memcpy(e->saddr, segment.addrs.daddr, 16);
@@ -318,7 +325,7 @@ make_segment(struct sock *sk, struct sk_buff *skb, u8 hook, u64 now)
 int tp_rx_tcp(struct bpf_raw_tracepoint_args *ctx)
 {
 	return tcplat_report(make_segment((struct sock *)ctx->args[0], (struct sk_buff *)ctx->args[1],
-					  HOOK_tp_rx_tcp, bpf_ktime_get_ns()));
+					  HOOK_tp_rx_tcp));
 }
 #endif
 
@@ -348,7 +355,7 @@ static __always_inline bool to_child(struct sock *sk, struct sk_buff *skb)
 int fe_tcp_child_process(struct bpf_raw_tracepoint_args *ctx)
 {
 	return tcplat_report(make_segment((struct sock *)ctx->args[0], (struct sk_buff *)ctx->args[2],
-					  HOOK_fe_tcp_child_process, bpf_ktime_get_ns()));
+					  HOOK_fe_tcp_child_process));
 }
 
 int fe_tcp_v4_do_rcv(struct bpf_raw_tracepoint_args *ctx)
@@ -356,7 +363,7 @@ int fe_tcp_v4_do_rcv(struct bpf_raw_tracepoint_args *ctx)
 	if (to_child((struct sock *)ctx->args[0], (struct sk_buff *)ctx->args[1]))
 		return 0;
 	return tcplat_report(make_segment((struct sock *)ctx->args[0], (struct sk_buff *)ctx->args[1],
-					  HOOK_fe_tcp_v4_do_rcv, bpf_ktime_get_ns()));
+					  HOOK_fe_tcp_v4_do_rcv));
 }
 
 int fe_tcp_v6_do_rcv(struct bpf_raw_tracepoint_args *ctx)
@@ -365,8 +372,7 @@ int fe_tcp_v6_do_rcv(struct bpf_raw_tracepoint_args *ctx)
 
 	if (handed_on(skb) || to_child((struct sock *)ctx->args[0], skb))
 		return 0;
-	return tcplat_report(make_segment((struct sock *)ctx->args[0], skb, HOOK_fe_tcp_v6_do_rcv,
-					  bpf_ktime_get_ns()));
+	return tcplat_report(make_segment((struct sock *)ctx->args[0], skb, HOOK_fe_tcp_v6_do_rcv));
 }
 #endif
 
@@ -374,22 +380,21 @@ int fe_tcp_v6_do_rcv(struct bpf_raw_tracepoint_args *ctx)
 int kp_tcp_child_process(struct pt_regs *ctx, struct sock *parent, struct sock *child,
 			 struct sk_buff *skb)
 {
-	return tcplat_report(
-		make_segment(parent, skb, HOOK_kp_tcp_child_process, bpf_ktime_get_ns()));
+	return tcplat_report(make_segment(parent, skb, HOOK_kp_tcp_child_process));
 }
 
 int kp_tcp_v4_do_rcv(struct pt_regs *ctx, struct sock *sk, struct sk_buff *skb)
 {
 	if (to_child(sk, skb))
 		return 0;
-	return tcplat_report(make_segment(sk, skb, HOOK_kp_tcp_v4_do_rcv, bpf_ktime_get_ns()));
+	return tcplat_report(make_segment(sk, skb, HOOK_kp_tcp_v4_do_rcv));
 }
 
 int kp_tcp_v6_do_rcv(struct pt_regs *ctx, struct sock *sk, struct sk_buff *skb)
 {
 	if (handed_on(skb) || to_child(sk, skb))
 		return 0;
-	return tcplat_report(make_segment(sk, skb, HOOK_kp_tcp_v6_do_rcv, bpf_ktime_get_ns()));
+	return tcplat_report(make_segment(sk, skb, HOOK_kp_tcp_v6_do_rcv));
 }
 #endif
 
@@ -441,7 +446,7 @@ int tp_listen(struct bpf_raw_tracepoint_args *ctx)
 /* A segment that is handled by the book of states (RFC 9293, 3.10.7), before it changes them. */
 static __always_inline int report_handled(struct sock *sk, struct sk_buff *skb, u8 hook)
 {
-	return tcplat_report(make_segment(sk, skb, hook, bpf_ktime_get_ns()));
+	return tcplat_report(make_segment(sk, skb, hook));
 }
 #endif
 
@@ -599,13 +604,14 @@ int kr_accept(struct pt_regs *ctx)
 
 static __always_inline int report_ready(struct sock *sk, u8 hook)
 {
-	u64 now = bpf_ktime_get_ns();
 	struct tcplat_sock *s = tcplat_find(sk);
 	struct tcplat_event *e;
 	u32 copied;
+	u64 now;
 
 	if (!tcplat_is(s, SERVER))
 		return 0;
+	now = bpf_ktime_get_ns();
 	measure_ready(sk, s, now);
 	e = tcplat_reserve_for(sk, s, hook, now);
 	if (!e)
