@@ -153,9 +153,14 @@ def possible_cpus() -> int:
     return int(text.rpartition("-")[2].rpartition(",")[2]) + 1
 
 
+def books_hooks(hooks: int) -> int:
+    """For how many hooks a CPU has room in `books`: its two u64 each fill whole cache lines."""
+    return hooks + -hooks % 4
+
+
 def books_slots(cpus: int, hooks: int) -> int:
     """Entries of `books` (include/tcplat/event.bpf.h): two per CPU and hook, and one more."""
-    return cpus * hooks * 2 + 1
+    return cpus * books_hooks(hooks) * 2 + 1
 
 
 @attrs.define(eq=False)
@@ -184,7 +189,7 @@ class Books:
 
     def read(self) -> list[tuple[int, int]]:
         """(produced, dropped) of each hook, over all CPUs."""
-        row = self.hooks * 2
+        row = books_hooks(self.hooks) * 2
         return [
             (sum(self._slots[2 * hook :: row]), sum(self._slots[2 * hook + 1 :: row]))
             for hook in range(self.hooks)

@@ -21,7 +21,7 @@ import attrs
 from tcplat_core.errors import CannotRunError, PluginError
 from tcplat_core.filters import Filter
 from tcplat_core.hookpoints import HookPoint, reporting
-from tcplat_core.ring import books_slots, possible_cpus
+from tcplat_core.ring import books_hooks, books_slots, possible_cpus
 
 from .protocol import ProbeRequest
 
@@ -213,7 +213,7 @@ def core_defines(points: Sequence[HookPoint], wanted: Filter) -> dict[str, int |
     """The constants that the shared headers are compiled for."""
     hooks, cpus = len(reporting(points)), possible_cpus()
     return {
-        "TCPLAT_HOOKS": hooks,
+        "TCPLAT_HOOKS": books_hooks(hooks),
         "TCPLAT_BOOKS": books_slots(cpus, hooks),
         "TCPLAT_CPU_BITS": cpus.bit_length(),
         **wanted.defines(),

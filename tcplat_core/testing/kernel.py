@@ -12,7 +12,7 @@ import attrs
 from tcplat_core.hookpoints import reporting
 from tcplat_core.loader.protocol import Answer, LoadedMap, LoadedProbe, Request
 from tcplat_core.model import ProbeSpec
-from tcplat_core.ring import books_slots, possible_cpus
+from tcplat_core.ring import books_hooks, books_slots, possible_cpus
 
 from .rows import make_record
 
@@ -125,7 +125,7 @@ class FakeBooks:
 
     def count(self, hook: int, *, produced: int = 0, dropped: int = 0, cpu: int = 0) -> None:
         """Add to a hook's account on one CPU."""
-        slot = (cpu * self.hooks + hook) * 2
+        slot = (cpu * books_hooks(self.hooks) + hook) * 2
         self._add(slot, produced)
         self._add(slot + 1, dropped)
 

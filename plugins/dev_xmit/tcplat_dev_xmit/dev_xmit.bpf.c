@@ -45,13 +45,12 @@ static __always_inline int report(const struct sk_buff *skb, const struct net_de
 {
 	u64 now = bpf_ktime_get_ns();
 	const u8 *l3 = (const u8 *)tcplat_get(skb, head) + tcplat_get(skb, network_header);
-	u32 length = tcplat_get(skb, len) - (u32)(l3 - (const u8 *)tcplat_get(skb, data));
 	struct tcplat_segment segment = {};
 	struct tcplat_seed who = {};
 	struct tcplat_event *e;
 	struct net *net;
 
-	if (!tcplat_parse_ip(&segment, l3, length))
+	if (!tcplat_parse_ip(&segment, skb, l3))
 		return 0;
 	if (!is_wanted(segment.addrs.sport) && !is_wanted(segment.addrs.dport))
 		return 0;

@@ -279,12 +279,23 @@ int fe_tcp_set_state(struct bpf_raw_tracepoint_args *ctx)
 
 /* --- send: what the program asks to send; send_short: what of it was not taken */
 
+static __always_inline int report_send(struct sock *sk, u32 bytes, u8 hook)
+{
+	struct tcplat_sock *s = tcplat_find(sk);
+
+	return tcplat_is(s, CLIENT) ? tcplat_report(tcplat_make_send(sk, s, bytes, hook)) : 0;
+}
+
 int tp_send(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sock *sk = (struct sock *)ctx->args[0];
 	struct msghdr *msg = (struct msghdr *)ctx->args[1];
+	struct tcplat_sock *s = tcplat_find(sk);
 
-	return tcplat_report(tcplat_make_send(sk, CLIENT, msg->msg_iter.count, HOOK_tp_send));
+	/* The message after that: it costs a read. */
+	if (!tcplat_is(s, CLIENT))
+		return 0;
+	return tcplat_report(tcplat_make_send(sk, s, msg->msg_iter.count, HOOK_tp_send));
 }
 
 int tp_send_short(struct bpf_raw_tracepoint_args *ctx)
@@ -297,12 +308,12 @@ int tp_send_short(struct bpf_raw_tracepoint_args *ctx)
 #ifdef TCPLAT_KPROBE_send
 int kp_tcp_sendmsg(struct pt_regs *ctx, struct sock *sk, struct msghdr *msg, size_t size)
 {
-	return tcplat_report(tcplat_make_send(sk, CLIENT, size, HOOK_kp_tcp_sendmsg));
+	return report_send(sk, size, HOOK_kp_tcp_sendmsg);
 }
 
 int kp_tcp_sendpage(struct pt_regs *ctx, struct sock *sk, void *page, int offset, size_t size)
 {
-	return tcplat_report(tcplat_make_send(sk, CLIENT, size, HOOK_kp_tcp_sendpage));
+	return report_send(sk, size, HOOK_kp_tcp_sendpage);
 }
 #endif
 
@@ -311,14 +322,14 @@ int fe_tcp_sendmsg(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sock *sk = (struct sock *)ctx->args[0];
 
-	return tcplat_report(tcplat_make_send(sk, CLIENT, ctx->args[2], HOOK_fe_tcp_sendmsg));
+	return report_send(sk, ctx->args[2], HOOK_fe_tcp_sendmsg);
 }
 
 int fe_tcp_sendpage(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sock *sk = (struct sock *)ctx->args[0];
 
-	return tcplat_report(tcplat_make_send(sk, CLIENT, ctx->args[3], HOOK_fe_tcp_sendpage));
+	return report_send(sk, ctx->args[3], HOOK_fe_tcp_sendpage);
 }
 #endif
 
@@ -340,13 +351,24 @@ int fx_tcp_sendpage(struct bpf_raw_tracepoint_args *ctx)
 
 /* --- recv: what the program was given */
 
+static __always_inline int report_recv(struct sock *sk, int ret, u8 hook)
+{
+	struct tcplat_sock *s = tcplat_find(sk);
+	u64 now;
+
+	if (!tcplat_is(s, CLIENT) || ret < 0)
+		return 0;
+	now = bpf_ktime_get_ns();
+	return tcplat_report(tcplat_make_recv(sk, s, tcplat_own(s), ret, hook, now));
+}
+
 int tp_recv(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sock *sk = (struct sock *)ctx->args[0];
 
 	if (ctx->args[2] & TCPLAT_NO_STREAM)
 		return 0;
-	return tcplat_report(tcplat_make_recv(sk, CLIENT, ctx->args[1], HOOK_tp_recv));
+	return report_recv(sk, ctx->args[1], HOOK_tp_recv);
 }
 
 #ifdef TCPLAT_FENTRY_recv
@@ -356,7 +378,7 @@ int fx_tcp_recvmsg(struct bpf_raw_tracepoint_args *ctx)
 
 	if (ctx->args[3] & TCPLAT_NO_STREAM)
 		return 0;
-	return tcplat_report(tcplat_make_recv(sk, CLIENT, ctx->args[5], HOOK_fx_tcp_recvmsg));
+	return report_recv(sk, ctx->args[5], HOOK_fx_tcp_recvmsg);
 }
 
 /* splice(2) and sendfile(2) from a socket; they return what went into the pipe. */
@@ -365,7 +387,7 @@ int fx_tcp_splice_read(struct bpf_raw_tracepoint_args *ctx)
 	struct socket *socket = (struct socket *)ctx->args[0];
 	struct sock *sk = tcplat_get(socket, sk);
 
-	return tcplat_report(tcplat_make_recv(sk, CLIENT, ctx->args[5], HOOK_fx_tcp_splice_read));
+	return report_recv(sk, ctx->args[5], HOOK_fx_tcp_splice_read);
 }
 #endif
 
@@ -401,7 +423,7 @@ static __always_inline int leave_recv(int ret, u8 hook)
 		return 0;
 	sk = (struct sock *)*key;
 	recvs.delete(&me);
-	return tcplat_report(tcplat_make_recv(sk, CLIENT, ret, hook));
+	return report_recv(sk, ret, hook);
 }
 
 int kp_tcp_recvmsg(struct pt_regs *ctx, struct sock *sk, struct msghdr *msg, size_t len, int flags)

@@ -143,25 +143,27 @@ static __always_inline void measure_ready(struct sock *sk, struct tcplat_sock *s
 }
 
 /* Bytes were read: how long ago was the reader told of the first of them? */
-static __always_inline void measure_recv(struct sock *sk, int bytes, u64 now)
+static __always_inline void
+measure_recv(struct sock *sk, struct tcplat_sock *s, u32 bytes, u64 now)
 {
-	struct tcplat_sock *s = tcplat_find(sk);
+	const struct tcp_sock *tp = (const struct tcp_sock *)sk;
 	u64 key = (u64)sk, ready_ns = 0;
 	u32 begin, at, last = 0;
 	bool found = false;
 	struct unread *u;
 
-	if (!tcplat_is(s, SERVER))
-		return;
-	tcplat_own(s);
-	if (bytes <= 0)
+	if (!bytes)
 		return;
 	u = unreads.lookup(&key);
 	if (!u || u->sock != s->id) {
 		tcplat_unmeasured(sk, s, HIST_ready_recv);
 		return;
 	}
-	begin = tcplat_next_byte((struct tcp_sock *)sk) - bytes;
+	begin = tcplat_get(tp, copied_seq);
+	/* No FIN is among the bytes that the reader was told of. */
+	if ((s32)(begin - u->seq) > 0)
+		begin = tcplat_next_byte(tp, begin, tcplat_get(sk, __sk_common.skc_state));
+	begin -= bytes;
 	at = u->first;
 	/* Where threads read at once, one may have put `first` back: begin anew. */
 	if (u->next - at > WAITS)
@@ -192,23 +194,29 @@ static __always_inline void measure_ready(struct sock *sk, struct tcplat_sock *s
 {
 }
 
-static __always_inline void measure_recv(struct sock *sk, int bytes, u64 now)
+static __always_inline void
+measure_recv(struct sock *sk, struct tcplat_sock *s, u32 bytes, u64 now)
 {
 }
 #endif
 
 /* --- rx_ip: a packet for a service of this host reaches IP, or TCP's door */
 
-static __always_inline int report_packet(struct sk_buff *skb, const u8 *l3, u32 length, u8 hook)
+static __always_inline int report_packet(struct sk_buff *skb, const u8 *l3, u8 hook)
 {
-	u64 now = bpf_ktime_get_ns();
 	struct tcplat_segment segment = {};
 	struct tcplat_addrs local = {};
 	struct tcplat_seed who = {};
 	struct tcplat_event *e;
+	u64 now;
 
-	if (!tcplat_parse_ip(&segment, l3, length))
+	if (!tcplat_parse_ip(&segment, skb, l3))
 		return 0;
+#ifdef TCPLAT_NO_EVENTS
+	if (!segment.bytes)
+		return 0;
+#endif
+	now = bpf_ktime_get_ns();
 	note_arrival(&segment, now);
 #ifdef TCPLAT_NO_EVENTS
 	return 0;
@@ -241,17 +249,15 @@ int tp_rx_ip(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sk_buff *skb = (struct sk_buff *)ctx->args[0];
 
-	return report_packet(skb, skb->data, skb->len, HOOK_tp_rx_ip);
+	return report_packet(skb, skb->data, HOOK_tp_rx_ip);
 }
 #else
 /* TCP's door: the data begin with TCP's header, IP's stands before it. */
 static __always_inline int report_at_tcp(struct sk_buff *skb, u8 hook)
 {
 	const u8 *head = tcplat_get(skb, head);
-	const u8 *l3 = head + tcplat_get(skb, network_header);
-	const u8 *data = tcplat_get(skb, data);
 
-	return report_packet(skb, l3, tcplat_get(skb, len) + (u32)(data - l3), hook);
+	return report_packet(skb, head + tcplat_get(skb, network_header), hook);
 }
 #endif
 
@@ -283,14 +289,16 @@ int kp_tcp_v6_rcv(struct pt_regs *ctx, struct sk_buff *skb)
 
 /* The record of a segment that a socket handles; the data begin with TCP's header. */
 static __always_inline struct tcplat_event *
-make_segment(struct sock *sk, struct sk_buff *skb, u8 hook, u64 now)
+make_segment(struct sock *sk, struct sk_buff *skb, u8 hook)
 {
 	struct tcplat_sock *s = tcplat_find(sk);
 	struct tcplat_segment segment = {};
 	struct tcplat_event *e;
+	u64 now;
 
 	if (!s || (s->role != SERVER && s->role != LISTENER))
 		return NULL;
+	now = bpf_ktime_get_ns();
 	if (!tcplat_parse_tcp(&segment, tcplat_get(skb, data), tcplat_get(skb, len)))
 		return NULL;
 	e = tcplat_reserve_for(sk, s, hook, now);
@@ -301,9 +309,8 @@ make_segment(struct sock *sk, struct sk_buff *skb, u8 hook, u64 now)
 	if (s->role == LISTENER) {
 		const u8 *head = tcplat_get(skb, head);
 		u16 l3 = tcplat_get(skb, network_header);
-		u32 length = tcplat_get(skb, len) + (u32)(tcplat_get(skb, data) - head) - l3;
 
-		if (tcplat_parse_ip(&segment, head + l3, length)) {
+		if (tcplat_parse_ip(&segment, skb, head + l3)) {
 			e->ip = segment.addrs.ip;
 			e->dport = segment.addrs.sport;
 			__builtin_memcpy(e->saddr, segment.addrs.daddr, 16);
@@ -318,7 +325,7 @@ make_segment(struct sock *sk, struct sk_buff *skb, u8 hook, u64 now)
 int tp_rx_tcp(struct bpf_raw_tracepoint_args *ctx)
 {
 	return tcplat_report(make_segment((struct sock *)ctx->args[0], (struct sk_buff *)ctx->args[1],
-					  HOOK_tp_rx_tcp, bpf_ktime_get_ns()));
+					  HOOK_tp_rx_tcp));
 }
 #endif
 
@@ -348,7 +355,7 @@ static __always_inline bool to_child(struct sock *sk, struct sk_buff *skb)
 int fe_tcp_child_process(struct bpf_raw_tracepoint_args *ctx)
 {
 	return tcplat_report(make_segment((struct sock *)ctx->args[0], (struct sk_buff *)ctx->args[2],
-					  HOOK_fe_tcp_child_process, bpf_ktime_get_ns()));
+					  HOOK_fe_tcp_child_process));
 }
 
 int fe_tcp_v4_do_rcv(struct bpf_raw_tracepoint_args *ctx)
@@ -356,7 +363,7 @@ int fe_tcp_v4_do_rcv(struct bpf_raw_tracepoint_args *ctx)
 	if (to_child((struct sock *)ctx->args[0], (struct sk_buff *)ctx->args[1]))
 		return 0;
 	return tcplat_report(make_segment((struct sock *)ctx->args[0], (struct sk_buff *)ctx->args[1],
-					  HOOK_fe_tcp_v4_do_rcv, bpf_ktime_get_ns()));
+					  HOOK_fe_tcp_v4_do_rcv));
 }
 
 int fe_tcp_v6_do_rcv(struct bpf_raw_tracepoint_args *ctx)
@@ -365,8 +372,7 @@ int fe_tcp_v6_do_rcv(struct bpf_raw_tracepoint_args *ctx)
 
 	if (handed_on(skb) || to_child((struct sock *)ctx->args[0], skb))
 		return 0;
-	return tcplat_report(make_segment((struct sock *)ctx->args[0], skb, HOOK_fe_tcp_v6_do_rcv,
-					  bpf_ktime_get_ns()));
+	return tcplat_report(make_segment((struct sock *)ctx->args[0], skb, HOOK_fe_tcp_v6_do_rcv));
 }
 #endif
 
@@ -374,22 +380,21 @@ int fe_tcp_v6_do_rcv(struct bpf_raw_tracepoint_args *ctx)
 int kp_tcp_child_process(struct pt_regs *ctx, struct sock *parent, struct sock *child,
 			 struct sk_buff *skb)
 {
-	return tcplat_report(
-		make_segment(parent, skb, HOOK_kp_tcp_child_process, bpf_ktime_get_ns()));
+	return tcplat_report(make_segment(parent, skb, HOOK_kp_tcp_child_process));
 }
 
 int kp_tcp_v4_do_rcv(struct pt_regs *ctx, struct sock *sk, struct sk_buff *skb)
 {
 	if (to_child(sk, skb))
 		return 0;
-	return tcplat_report(make_segment(sk, skb, HOOK_kp_tcp_v4_do_rcv, bpf_ktime_get_ns()));
+	return tcplat_report(make_segment(sk, skb, HOOK_kp_tcp_v4_do_rcv));
 }
 
 int kp_tcp_v6_do_rcv(struct pt_regs *ctx, struct sock *sk, struct sk_buff *skb)
 {
 	if (handed_on(skb) || to_child(sk, skb))
 		return 0;
-	return tcplat_report(make_segment(sk, skb, HOOK_kp_tcp_v6_do_rcv, bpf_ktime_get_ns()));
+	return tcplat_report(make_segment(sk, skb, HOOK_kp_tcp_v6_do_rcv));
 }
 #endif
 
@@ -441,7 +446,7 @@ int tp_listen(struct bpf_raw_tracepoint_args *ctx)
 /* A segment that is handled by the book of states (RFC 9293, 3.10.7), before it changes them. */
 static __always_inline int report_handled(struct sock *sk, struct sk_buff *skb, u8 hook)
 {
-	return tcplat_report(make_segment(sk, skb, hook, bpf_ktime_get_ns()));
+	return tcplat_report(make_segment(sk, skb, hook));
 }
 #endif
 
@@ -599,13 +604,14 @@ int kr_accept(struct pt_regs *ctx)
 
 static __always_inline int report_ready(struct sock *sk, u8 hook)
 {
-	u64 now = bpf_ktime_get_ns();
 	struct tcplat_sock *s = tcplat_find(sk);
 	struct tcplat_event *e;
 	u32 copied;
+	u64 now;
 
 	if (!tcplat_is(s, SERVER))
 		return 0;
+	now = bpf_ktime_get_ns();
 	measure_ready(sk, s, now);
 	e = tcplat_reserve_for(sk, s, hook, now);
 	if (!e)
@@ -639,11 +645,20 @@ int kp_ready(struct pt_regs *ctx, struct sock *sk)
 int tp_recv(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sock *sk = (struct sock *)ctx->args[0];
+	struct tcplat_sock *s;
+	int ret = ctx->args[1];
+	u64 now;
+	u32 me;
 
 	if (ctx->args[2] & TCPLAT_NO_STREAM)
 		return 0;
-	measure_recv(sk, ctx->args[1], bpf_ktime_get_ns());
-	return tcplat_report(tcplat_make_recv(sk, SERVER, ctx->args[1], HOOK_tp_recv));
+	s = tcplat_find(sk);
+	if (!tcplat_is(s, SERVER) || ret < 0)
+		return 0;
+	now = bpf_ktime_get_ns();
+	me = tcplat_own(s);
+	measure_recv(sk, s, ret, now);
+	return tcplat_report(tcplat_make_recv(sk, s, me, ret, HOOK_tp_recv, now));
 }
 
 #if defined(TCPLAT_KPROBE_recv) || defined(TCPLAT_FENTRY_recv)
@@ -662,40 +677,45 @@ BPF_HASH(recvs, u64, struct recv_call, 16384);
 static __always_inline int enter_recv(struct sock *sk, int flags, u8 hook)
 {
 	u64 me = bpf_get_current_pid_tgid();
-	struct recv_call call = {.sk = (u64)sk, .began_ns = bpf_ktime_get_ns()};
+	struct recv_call call = {.sk = (u64)sk};
 
 	/* So many blocked readers that the kernel could not probe the last return. */
 	if (recvs.lookup(&me)) {
 		tcplat_missed(hook);
 		recvs.delete(&me);
 	}
-	if (!(flags & TCPLAT_NO_STREAM) && tcplat_is(tcplat_touch(sk), SERVER))
-		recvs.update(&me, &call);
+	if (flags & TCPLAT_NO_STREAM || !tcplat_is(tcplat_touch(sk), SERVER))
+		return 0;
+	call.began_ns = bpf_ktime_get_ns();
+	recvs.update(&me, &call);
 	return 0;
 }
 
 static __always_inline int leave_recv(int ret, u8 hook)
 {
-	u64 me = bpf_get_current_pid_tgid(), took;
-	struct recv_call *call = recvs.lookup(&me);
+	u64 task = bpf_get_current_pid_tgid(), now, took;
+	struct recv_call *call = recvs.lookup(&task);
 	struct tcplat_event *e;
 	struct tcplat_sock *s;
 	struct sock *sk;
-	u64 now;
+	u32 me;
 
 	if (!call)
 		return 0;
 	sk = (struct sock *)call->sk;
 	now = bpf_ktime_get_ns();
 	took = now - call->began_ns;
-	recvs.delete(&me);
-	measure_recv(sk, ret, now);
+	recvs.delete(&task);
 	s = tcplat_find(sk);
-	if (ret > 0 && tcplat_is(s, SERVER))
+	if (!tcplat_is(s, SERVER) || ret < 0)
+		return 0;
+	me = tcplat_own(s);
+	measure_recv(sk, s, ret, now);
+	if (ret)
 		tcplat_sample(sk, s, HIST_in_recv, took);
 	if (tcplat_too_fast(took))
 		return 0;
-	e = tcplat_make_recv(sk, SERVER, ret, hook);
+	e = tcplat_make_recv(sk, s, me, ret, hook, now);
 	if (e)
 		e->call_ns = took;
 	return tcplat_report(e);
@@ -751,12 +771,23 @@ int kr_tcp_splice_read(struct pt_regs *ctx)
 
 /* --- send: the reply */
 
+static __always_inline int report_send(struct sock *sk, u32 bytes, u8 hook)
+{
+	struct tcplat_sock *s = tcplat_find(sk);
+
+	return tcplat_is(s, SERVER) ? tcplat_report(tcplat_make_send(sk, s, bytes, hook)) : 0;
+}
+
 int tp_send(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sock *sk = (struct sock *)ctx->args[0];
 	struct msghdr *msg = (struct msghdr *)ctx->args[1];
+	struct tcplat_sock *s = tcplat_find(sk);
 
-	return tcplat_report(tcplat_make_send(sk, SERVER, msg->msg_iter.count, HOOK_tp_send));
+	/* The message after that: it costs a read. */
+	if (!tcplat_is(s, SERVER))
+		return 0;
+	return tcplat_report(tcplat_make_send(sk, s, msg->msg_iter.count, HOOK_tp_send));
 }
 
 int tp_send_short(struct bpf_raw_tracepoint_args *ctx)
@@ -771,14 +802,14 @@ int fe_tcp_sendmsg(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sock *sk = (struct sock *)ctx->args[0];
 
-	return tcplat_report(tcplat_make_send(sk, SERVER, ctx->args[2], HOOK_fe_tcp_sendmsg));
+	return report_send(sk, ctx->args[2], HOOK_fe_tcp_sendmsg);
 }
 
 int fe_tcp_sendpage(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sock *sk = (struct sock *)ctx->args[0];
 
-	return tcplat_report(tcplat_make_send(sk, SERVER, ctx->args[3], HOOK_fe_tcp_sendpage));
+	return report_send(sk, ctx->args[3], HOOK_fe_tcp_sendpage);
 }
 #endif
 
@@ -801,12 +832,12 @@ int fx_tcp_sendpage(struct bpf_raw_tracepoint_args *ctx)
 #ifdef TCPLAT_KPROBE_send
 int kp_tcp_sendmsg(struct pt_regs *ctx, struct sock *sk, struct msghdr *msg, size_t size)
 {
-	return tcplat_report(tcplat_make_send(sk, SERVER, size, HOOK_kp_tcp_sendmsg));
+	return report_send(sk, size, HOOK_kp_tcp_sendmsg);
 }
 
 int kp_tcp_sendpage(struct pt_regs *ctx, struct sock *sk, void *page, int offset, size_t size)
 {
-	return tcplat_report(tcplat_make_send(sk, SERVER, size, HOOK_kp_tcp_sendpage));
+	return report_send(sk, size, HOOK_kp_tcp_sendpage);
 }
 #endif
 

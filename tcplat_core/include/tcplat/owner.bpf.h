@@ -53,6 +53,21 @@ BPF_TABLE("hash", u64, struct tcplat_sock, tcplat_socks, 1024);
  */
 BPF_TABLE("hash", u64, struct tcplat_seed, tcplat_seeds, 1024);
 
+#define TCPLAT_STRANGERS_BITS 12
+
+/*
+ * Bits 6 to 17 of an address -> its bits 18 to 47 << 34 | the count of births at which
+ * tcplat_socks did not have that struct sock *; and it has no seed. 0: nothing is known.
+ *
+ * Most sockets of a busy host are nobody's business, and this says so without a look into
+ * a hash. Made by tcplat_find() once the gate is open, replaced by the next that has the
+ * same place. No seed is for ever: what comes to that address is younger than the seeds.
+ */
+BPF_TABLE("array", u32, u64, tcplat_strangers, 1 << TCPLAT_STRANGERS_BITS);
+
+/* Slot 0 -> how often tcplat_socks got an entry. Counted after the fact by tcplat_insert(). */
+BPF_TABLE("array", u32, u64, tcplat_births, 1);
+
 struct tcplat_port {
 	u32 netns;
 	u16 port;
@@ -115,11 +130,14 @@ static __always_inline u64 tcplat_new_id(void)
 
 static __always_inline struct tcplat_sock *tcplat_insert(u64 key, struct tcplat_sock *fresh)
 {
-	u32 untracked = TCPLAT_BOOKS - 1;
+	u32 untracked = TCPLAT_BOOKS - 1, zero = 0;
 	struct tcplat_sock *s;
 	u64 *count;
 
 	tcplat_socks.update(&key, fresh);
+	count = tcplat_births.lookup(&zero);
+	if (count)
+		lock_xadd(count, 1);
 	s = tcplat_socks.lookup(&key);
 	if (!s) {
 		count = books.lookup(&untracked);
@@ -132,19 +150,32 @@ static __always_inline struct tcplat_sock *tcplat_insert(u64 key, struct tcplat_
 /* The entry of a socket, or NULL where nothing is known of it. Any context. */
 static __always_inline struct tcplat_sock *tcplat_find(const struct sock *sk)
 {
-	u64 key = (u64)sk;
-	struct tcplat_sock *s = tcplat_socks.lookup(&key);
+	u64 key = (u64)sk, none = key >> (6 + TCPLAT_STRANGERS_BITS) << 34, cookie = 0;
+	u32 zero = 0, at = key >> 6 & ((1 << TCPLAT_STRANGERS_BITS) - 1);
+	u64 *stranger = tcplat_strangers.lookup(&at), *births = tcplat_births.lookup(&zero);
+	struct tcplat_sock *s;
 	struct tcplat_seed *seed;
+	bool open;
 
+	if (!stranger || !births)
+		return NULL;
+	/* Both are read before the look into the hashes: an entry made meanwhile must not stay hidden. */
+	none |= *births & ((1ULL << 34) - 1);
+	open = tcplat_is_open();
+	if (*stranger == none)
+		return NULL;
+	s = tcplat_socks.lookup(&key);
 	if (s)
 		return s;
 	/* sock_diag gave every older socket a cookie when the seeds were made. */
-	u64 cookie = tcplat_get(sk, __sk_common.skc_cookie.counter);
-	if (!cookie)
+	if (*stranger >> 34 != none >> 34)
+		cookie = tcplat_get(sk, __sk_common.skc_cookie.counter);
+	seed = cookie ? tcplat_seeds.lookup(&cookie) : NULL;
+	if (!seed) {
+		if (open)
+			*stranger = none;
 		return NULL;
-	seed = tcplat_seeds.lookup(&cookie);
-	if (!seed)
-		return NULL;
+	}
 	struct tcplat_sock fresh = {.id = tcplat_new_id(), .pid = seed->pid};
 	/* Which thread it was, /proc does not tell: tid stays 0. */
 	fresh.role = seed->role;
@@ -206,14 +237,22 @@ static __always_inline void tcplat_fill_owner(struct tcplat_event *e, struct tcp
 	__builtin_memcpy(e->comm, s->comm, sizeof(e->comm));
 }
 
+#define TCPLAT_SAME_PLACE(member, first)                                                       \
+	_Static_assert(__builtin_offsetof(struct tcplat_event, member) -                       \
+			       __builtin_offsetof(struct tcplat_event, first) ==               \
+		       __builtin_offsetof(struct tcplat_addrs, member) -                       \
+			       __builtin_offsetof(struct tcplat_addrs, first),                 \
+		       "the addresses of a record do not lie as in tcplat_addrs")
+TCPLAT_SAME_PLACE(daddr, saddr);
+TCPLAT_SAME_PLACE(sport, netns);
+TCPLAT_SAME_PLACE(dport, netns);
+TCPLAT_SAME_PLACE(ip, netns);
+
+/* The two parts lie in the record as they do here, zeros of the padding included. */
 static __always_inline void tcplat_fill_addrs(struct tcplat_event *e, const struct tcplat_addrs *a)
 {
-	e->netns = a->netns;
-	e->ip = a->ip;
-	e->sport = a->sport;
-	e->dport = a->dport;
-	__builtin_memcpy(e->saddr, a->saddr, 16);
-	__builtin_memcpy(e->daddr, a->daddr, 16);
+	__builtin_memcpy((void *)e->saddr, a->saddr, 32);
+	__builtin_memcpy((void *)&e->netns, &a->netns, 16);
 }
 
 /* The ends of a socket, as far as the kernel still knows: a failed connect forgets them. */

@@ -54,11 +54,18 @@ static __always_inline bool tcplat_parse_tcp(struct tcplat_segment *to, const u8
 	return !bpf_probe_read_kernel(tcp, sizeof(tcp), l4) && tcplat_copied_tcp(to, tcp, rest);
 }
 
+/* How many bytes the packet has from `at` on. */
+static __always_inline u32 tcplat_rest(const struct sk_buff *skb, const u8 *at)
+{
+	return tcplat_get(skb, len) - (u32)(at - (const u8 *)tcplat_get(skb, data));
+}
+
 /*
- * The IP packet at `l3`, which has `length` bytes in all.
+ * The IP packet at `l3`, in `skb`.
  * False where it is no TCP, a later fragment, or damaged.
  */
-static __always_inline bool tcplat_parse_ip(struct tcplat_segment *to, const u8 *l3, u32 length)
+static __always_inline bool
+tcplat_parse_ip(struct tcplat_segment *to, const struct sk_buff *skb, const u8 *l3)
 {
 	u8 ip[40], ext[8];
 	u32 header, total, source, destination;
@@ -72,7 +79,7 @@ static __always_inline bool tcplat_parse_ip(struct tcplat_segment *to, const u8 
 		/* 0 in a GSO packet of more than 64 KB (BIG TCP). */
 		total = tcplat_be16(ip + 2);
 		if (!total)
-			total = length;
+			total = tcplat_rest(skb, l3);
 		if (header < 20 || total < header || ip[9] != IPPROTO_TCP || tcplat_be16(ip + 6) & 0x1fff)
 			return false;
 		__builtin_memcpy(&source, ip + 12, 4);
@@ -87,7 +94,7 @@ static __always_inline bool tcplat_parse_ip(struct tcplat_segment *to, const u8 
 	if (ip[0] >> 4 != 6)
 		return false;
 	header = 40;
-	total = tcplat_be16(ip + 4) ? tcplat_be16(ip + 4) + 40 : length;
+	total = tcplat_be16(ip + 4) ? tcplat_be16(ip + 4) + 40 : tcplat_rest(skb, l3);
 	next = ip[6];
 	to->addrs.ip = 6;
 	__builtin_memcpy(to->addrs.saddr, ip + 8, 16);

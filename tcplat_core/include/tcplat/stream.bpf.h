@@ -58,19 +58,16 @@ tcplat_make_state(const struct sock *sk, struct tcplat_sock *s, int old, int new
 	return e;
 }
 
-/* What the program asks to send. */
+/* What the program asks to send; `s` is the socket's entry. */
 static __always_inline struct tcplat_event *
-tcplat_make_send(const struct sock *sk, u8 role, u32 bytes, u8 hook)
+tcplat_make_send(const struct sock *sk, struct tcplat_sock *s, u32 bytes, u8 hook)
 {
-	struct tcplat_sock *s = tcplat_find(sk);
+	u64 now = bpf_ktime_get_ns();
 	struct tcplat_event *e;
 	u32 me, seq;
-	u64 now;
 
-	/* The clock after that: most sockets of a busy host are nobody's business. */
-	if (!tcplat_is(s, role) || !bytes)
+	if (!bytes)
 		return NULL;
-	now = bpf_ktime_get_ns();
 	/* Not s->tid: another thread may be in recv() on another CPU, and the owner as well. */
 	me = tcplat_own(s);
 	seq = tcplat_get((const struct tcp_sock *)sk, write_seq);
@@ -120,41 +117,47 @@ tcplat_make_short(const struct sock *sk, u8 role, int ret, u8 hook)
 #define TCPLAT_SOCK_DONE 1     /* enum sock_flags: a bit of skc_flags, set by tcp_fin() */
 #define TCPLAT_RCV_SHUTDOWN 1  /* of sk_shutdown */
 
-/* Where the next byte to be read is; a FIN that was read has a number, too, but is no byte. */
-static __always_inline u32 tcplat_next_byte(const struct tcp_sock *tp)
+/*
+ * Where the next byte to be read is; a FIN that was read has a number, too, but is no byte.
+ * `state` is to be read after `copied`, the socket's copied_seq.
+ */
+static __always_inline u32 tcplat_next_byte(const struct tcp_sock *tp, u32 copied, u8 state)
 {
 	const struct sock *sk = (const struct sock *)tp;
-	u32 copied = tcplat_get(tp, copied_seq);
-	bool fin = tcplat_get(sk, __sk_common.skc_flags) & (1UL << TCPLAT_SOCK_DONE);
 
-	return fin && copied == tcplat_get(tp, rcv_nxt) ? copied - 1 : copied;
+	/* tcp_fin() leaves this state. */
+	if (state == TCP_ESTABLISHED)
+		return copied;
+	if (!(tcplat_get(sk, __sk_common.skc_flags) & (1UL << TCPLAT_SOCK_DONE)))
+		return copied;
+	return copied == tcplat_get(tp, rcv_nxt) ? copied - 1 : copied;
 }
 
-/* What the program was given; 0 bytes at the end of the stream. */
+/*
+ * What the program was given; 0 bytes at the end of the stream. `s` is the socket's
+ * entry, `me` what tcplat_own() said.
+ */
 static __always_inline struct tcplat_event *
-tcplat_make_recv(const struct sock *sk, u8 role, int ret, u8 hook)
+tcplat_make_recv(const struct sock *sk, struct tcplat_sock *s, u32 me, u32 bytes, u8 hook, u64 now)
 {
-	struct tcplat_sock *s;
+	const struct tcp_sock *tp = (const struct tcp_sock *)sk;
 	struct tcplat_event *e;
-	u64 now;
-	u32 me;
+	u32 copied;
 
 #ifdef TCPLAT_NO_EVENTS
 	return NULL;
 #endif
-	s = tcplat_find(sk);
-	if (!tcplat_is(s, role) || ret < 0)
+	if (!s->wanted)
 		return NULL;
-	now = bpf_ktime_get_ns();
-	me = tcplat_own(s);
 	/* Nothing was asked for: that is not the end of the stream. */
-	if (!ret && !(tcplat_get(sk, sk_shutdown) & TCPLAT_RCV_SHUTDOWN))
+	if (!bytes && !(tcplat_get(sk, sk_shutdown) & TCPLAT_RCV_SHUTDOWN))
 		return NULL;
+	copied = tcplat_get(tp, copied_seq);
 	e = tcplat_reserve_for(sk, s, hook, now);
 	if (!e)
 		return NULL;
 	e->tid = me;
-	tcplat_add_seq(e, tcplat_next_byte((const struct tcp_sock *)sk) - ret, ret);
+	tcplat_add_seq(e, tcplat_next_byte(tp, copied, e->state) - bytes, bytes);
 	return e;
 }
 
