@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from .harness import SLOW, Listener, Outcome, Puppet, Row, Tcplat, at, completes, eventually
+from .harness import Listener, Outcome, Puppet, Row, Tcplat, at, completes, eventually
 
 Start = Callable[..., Tcplat]
 Found = dict[str, Any]
