@@ -456,48 +456,47 @@ int codec_learn(struct codec *codec, u32 which, const u8 *value, const u8 *texts
 	return 0;
 }
 
-static const char PAIRS[] =
-	"00010203040506070809101112131415161718192021222324252627282930313233343536373839"
-	"40414243444546474849505152535455565758596061626364656667686970717273747576777879"
-	"8081828384858687888990919293949596979899";
-
 #define LONGEST_NUMBER 32
 
-/* Eight digits. */
-static void put_eight(u8 *to, u32 number)
+/* Eight digits, the first in the lowest byte: each step divides all of its numbers at once. */
+static u64 digits_of(u32 number)
 {
-	u32 high = number / 10000, low = number % 10000;
+	u64 four = number / 10000 | (u64)(number % 10000) << 32;
+	u64 high = four * 10486 >> 20 & 0x0000007f0000007f; /* /100, below 10,000 */
+	u64 two = high | (four - high * 100) << 16;
+	u64 tens = two * 103 >> 10 & 0x000f000f000f000f; /* /10, below 100 */
 
-	memcpy(to, PAIRS + high / 100 * 2, 2);
-	memcpy(to + 2, PAIRS + high % 100 * 2, 2);
-	memcpy(to + 4, PAIRS + low / 100 * 2, 2);
-	memcpy(to + 6, PAIRS + low % 100 * 2, 2);
+	return tens | (two - tens * 10) << 8;
+}
+
+static void put_eight(u8 *to, u64 digits)
+{
+	digits |= 0x3030303030303030;
+	if (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__)
+		digits = __builtin_bswap64(digits);
+	memcpy(to, &digits, 8);
 }
 
 /* At most 20 digits. Up to LONGEST_NUMBER bytes are written over. */
 static u8 *put_number(u8 *to, u64 number)
 {
-	u8 digits[24 + LONGEST_NUMBER] = {0}, *at = digits;
-	u32 top;
+	u32 parts[2], more = 0;
+	u64 top;
 
-	if (number >= 10000000000000000u) {
-		top = number / 10000000000000000u;
-		number %= 10000000000000000u;
-		put_eight(digits + 8, number / 100000000);
-		put_eight(digits + 16, number % 100000000);
-	} else if (number >= 100000000) {
-		top = number / 100000000;
-		put_eight(digits + 16, number % 100000000);
-		at = digits + 8;
-	} else {
-		top = number;
-		at = digits + 16;
+	while (number >= 100000000) {
+		parts[more++] = number % 100000000;
+		number /= 100000000;
 	}
-	put_eight(at, top);
-	while (*at == '0' && at < digits + 23)
-		at++;
-	memcpy(to, at, LONGEST_NUMBER);
-	return to + (digits + 24 - at);
+	top = digits_of(number);
+	/* What is in front of the first digit is shifted out; 0 has one, too. */
+	number = number ? __builtin_ctzll(top) / 8 : 7;
+	put_eight(to, top >> 8 * number);
+	to += 8 - number;
+	while (more) {
+		put_eight(to, digits_of(parts[--more]));
+		to += 8;
+	}
+	return to;
 }
 
 /* ns as us, as the shortest text of the nearest double: for 15 digits that is the number itself. */
