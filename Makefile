@@ -50,11 +50,15 @@ $(VENV)/bin/pip:
 	@python3 -c 'import ensurepip' 2>/dev/null || { $(call apt,python3-venv); }
 	python3 -m venv $(VENV)
 
-$(VENV)/demo: pyproject.toml | $(VENV)/bin/pip
+C = hatch_build.py tcplat_core/fast/records.c
+
+$(VENV)/demo: pyproject.toml $(C) | $(VENV)/bin/pip
 	$(BIN)/pip install -q --disable-pip-version-check -e .
 	@touch $@
 
-$(VENV)/dev: pyproject.toml | $(VENV)/bin/pip
+# The compiler first: without it nothing of C is built, and the tests ask for it.
+$(VENV)/dev: pyproject.toml $(C) | $(VENV)/bin/pip
+	@command -v cc >/dev/null || { $(call apt,gcc libc6-dev); }
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
 	@touch $@ $(VENV)/demo
 

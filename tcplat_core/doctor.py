@@ -16,6 +16,7 @@ from .errors import CannotRunError
 from .hookpoints import MECHANISMS
 from .loader.attach import refuse_without_capabilities
 from .loader.bpf import tracefs
+from .fast.library import library
 from .loader.compile import find_bcc
 from .loader.host import Host, choose
 from .plugins import Plugins
@@ -53,7 +54,7 @@ def examine() -> tuple[list[Check], dict[str, Any]]:
         point (`takes`) and why others are not served (`missing`, `cannot`).
     """
     host = Host()
-    checks = [_kernel(), _btf(host), _lockdown(), _tracefs(), _bcc(), _privileges()]
+    checks = [_kernel(), _btf(host), _lockdown(), _tracefs(), _bcc(), _fast(), _privileges()]
     if checks[1].ok:
         host.look()
         checks += [_mechanism(host, name) for name in MECHANISMS]
@@ -121,6 +122,15 @@ def _bcc() -> Check:
         match = re.search(r"__version__\s*=\s*['\"]([^'\"]+)", file.read_text(encoding="utf-8"))
         version = match[1] if match else "?"
     return Check("bcc", True, f"{version} in {package}")
+
+
+def _fast() -> Check:
+    if library():
+        return Check("C", True, "JSON lines are written in C")
+    mend = "install a C compiler, and tcplat again"
+    return Check(
+        "C", None, "JSON lines are written in Python, which takes four times as long", mend
+    )
 
 
 def _privileges() -> Check:

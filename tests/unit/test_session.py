@@ -25,6 +25,7 @@ from tcplat_core.errors import (
     TcplatError,
     UsageError,
 )
+from tcplat_core.fast.library import FILE, library
 from tcplat_core.filters import Filter
 from tcplat_core.histogram import Aggregation, Histogram
 from tcplat_core.hookpoints import HookPoint, kentry, kprobe, kreturn, tracepoint
@@ -52,10 +53,16 @@ SEND_AND_CLOSE = (
 Play = Callable[..., FakeProbe]
 
 
-@pytest.fixture
-def play() -> Iterator[Play]:
-    """Makes probes whose handlers the test plays."""
+@pytest.fixture(params=["C", "Python"])
+def play(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Play]:
+    """Makes probes whose handlers the test plays; what reads them is C, or Python."""
+    if request.param == "Python":
+        monkeypatch.setenv("TCPLAT_PURE", "1")
+    elif not FILE.exists():
+        pytest.skip("there was no C compiler")
     with ExitStack() as stack:
+        library.cache_clear()
+        stack.callback(library.cache_clear)
 
         def make(name: str = "one", **given: Any) -> FakeProbe:
             spec = ProbeSpec(name=name, summary="s", source=f"/* {name} */", points=SEND_AND_CLOSE)
