@@ -13,10 +13,10 @@ import attrs
 
 from . import privileges
 from .errors import CannotRunError
+from .fast.library import library
 from .hookpoints import MECHANISMS
 from .loader.attach import refuse_without_capabilities
 from .loader.bpf import tracefs
-from .fast.library import library
 from .loader.compile import find_bcc
 from .loader.host import Host, choose
 from .plugins import Plugins
@@ -128,9 +128,7 @@ def _fast() -> Check:
     if library():
         return Check("C", True, "JSON lines are written in C")
     mend = "install a C compiler, and tcplat again"
-    return Check(
-        "C", None, "JSON lines are written in Python, which takes four times as long", mend
-    )
+    return Check("C", None, "JSON lines are written in Python, four times as slow", mend)
 
 
 def _privileges() -> Check:
