@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -76,6 +77,29 @@ def test_without_p_everybody(running_tcplat: Start, puppet: StartPuppet, server:
     )
     mine = of_port(run.stop().rows, server.port)
     assert {row["pid"] for row in mine} == {one.pid, two.pid}
+
+
+def test_a_socket_that_was_nobodys_business_before_it_connected(
+    running_tcplat: Start, client: Puppet, server: Listener
+) -> None:
+    """That it was, is remembered, by its address; connecting makes an end of it."""
+    run = running_tcplat("-p", str(client.pid))
+    errors = client(f"""
+errors = []
+s = socket.socket()
+for _ in range(3):
+    try:
+        s.recv(1)
+    except OSError as error:
+        errors.append(error.errno)
+s.connect({server.address!r})
+errors
+""")
+    assert errors == [errno.ENOTCONN] * 3
+    exchange(client, server.accept())
+    client("s.close()")
+    run.wait_for("the client had closed", reached("FIN_WAIT1"))
+    assert story(run.stop().rows)[:5] == ["connect", "SYN_SENT", "ESTABLISHED", "send", "recv"]
 
 
 @pytest.mark.parametrize("together", [True, False])

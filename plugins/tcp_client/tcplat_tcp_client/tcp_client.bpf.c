@@ -218,6 +218,7 @@ static __always_inline int report_state(struct sock *sk, int old, int new, u8 ho
 
 	if (!tcplat_is(s, CLIENT))
 		return 0;
+	s->state = new;
 	if (old == TCP_SYN_SENT && s->since_ns) {
 		took = now - s->since_ns;
 		s->since_ns = 0;

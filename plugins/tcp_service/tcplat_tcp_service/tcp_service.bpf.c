@@ -417,6 +417,7 @@ static __always_inline int report_state(struct sock *sk, int old, int new, u8 ho
 		s = tcplat_inherit(sk, now);
 	if (!s || (s->role != SERVER && s->role != LISTENER))
 		return 0;
+	s->state = new;
 	return tcplat_report(tcplat_make_state(sk, s, old, new, hook, now));
 }
 

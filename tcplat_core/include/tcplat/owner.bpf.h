@@ -21,6 +21,7 @@ struct tcplat_sock {
 	u8 role;
 	u8 wanted;      /* its owner passes the filters */
 	u8 in_flows;    /* tcplat_flows has its addresses, tcplat_listeners its port */
+	u8 state;       /* what it is in, or 0: nobody has seen it change yet */
 	u8 told;        /* by kprobe: the last state that has its row, or TCPLAT_TOLD_CLOSE */
 	char comm[16] __attribute__((aligned(8)));
 	struct tcplat_addrs addrs; /* once the source port is chosen: the kernel forgets it first */
@@ -224,6 +225,9 @@ static __always_inline struct tcplat_sock *tcplat_learn(const struct sock *sk, u
 		if (!s)
 			return NULL;
 	}
+	/* Another probe, or none, keeps its state from now on. */
+	if (s->role != role)
+		s->state = 0;
 	s->role = role;
 	tcplat_own(s);
 	return s;
@@ -439,6 +443,6 @@ tcplat_reserve_for(const struct sock *sk, struct tcplat_sock *s, u8 hook, u64 ts
 		return NULL;
 	tcplat_fill_owner(e, s);
 	tcplat_fill_addrs(e, &s->addrs);
-	e->state = tcplat_get(sk, __sk_common.skc_state);
+	e->state = s->state ? s->state : tcplat_get(sk, __sk_common.skc_state);
 	return e;
 }
