@@ -20,7 +20,7 @@ SOURCE = Path("tcplat_core/fast/records.c")
 TARGET = SOURCE.with_name("librecords.so")
 
 
-class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg] # hatchling is not there when types are checked
+class CustomBuildHook(BuildHookInterface):
     """Called by hatchling."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 - its signature

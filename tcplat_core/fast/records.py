@@ -160,6 +160,7 @@ class Room:
         sizes = [codec.size for codec in self.codecs]
         self._sizes = (ctypes.c_uint32 * len(sizes))(*sizes)
         for source, (ring, codec) in enumerate(zip(self.rings, self.codecs, strict=True)):
+            # A mapping of its own: ctypes cannot point into one that is read-only in Python.
             handle = records_c.ring_map(
                 *(ring.fd, ring.size, codec.size, codec.ts_at, ring.tag_at, source)
             )
