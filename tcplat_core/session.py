@@ -52,6 +52,8 @@ BUSY_POLL_S = 0.01
 MANY = 300
 IDLE_POLL_S = 0.1
 """The same, at most, while nothing comes."""
+SERVE_S = 0.02
+"""The same, where a sink has readers to serve."""
 PATIENCE = 0.03
 """How fast that grows: by so much of the time since something came."""
 LOOK_S = 1.0
@@ -489,7 +491,8 @@ class Session:
                 self._glance(now)
             if now >= self._end:
                 return
-            pause = min(POLL_S + PATIENCE * (now - came_at), IDLE_POLL_S)
+            idle_s = SERVE_S if router.serves else IDLE_POLL_S
+            pause = min(POLL_S + PATIENCE * (now - came_at), idle_s)
             coming = any(run.ring.pending() for run in runs)
             if coming or looking or router.waiting:
                 had = router.total
