@@ -148,11 +148,6 @@ class Router:
         """Let sinks notice that their reader has gone, also while nothing happens."""
         self._those_with("idle")
 
-    @property
-    def serves(self) -> bool:
-        """Some sink wants to be asked often."""
-        return any(hasattr(sink, "poll") for sink in self.sinks.values())
-
     def poll(self) -> None:
         """Let sinks serve their readers, also while nothing happens."""
         self._those_with("poll")
