@@ -446,6 +446,8 @@ class Session:
                 self._loop(runs, router, began)
             self._look_at_interfaces(runs)
             held.close()
+            if self.trace:
+                self.trace.relay(self.say)
             _drain_rest(runs, router)
             self._poll(runs, router)
             router.flush()
