@@ -151,13 +151,18 @@ static __always_inline struct tcplat_sock *tcplat_insert(u64 key, struct tcplat_
 /* The entry of a socket, or NULL where nothing is known of it. Any context. */
 static __always_inline struct tcplat_sock *tcplat_find(const struct sock *sk)
 {
-	u64 key = (u64)sk, none = key >> (6 + TCPLAT_STRANGERS_BITS) << 34, cookie = 0;
-	u32 zero = 0, at = key >> 6 & ((1 << TCPLAT_STRANGERS_BITS) - 1);
-	u64 *stranger = tcplat_strangers.lookup(&at), *births = tcplat_births.lookup(&zero);
+	u64 *stranger, *births, key = 0, none, cookie = 0;
+	u32 zero = 0, at;
 	struct tcplat_sock *s;
 	struct tcplat_seed *seed;
 	bool open;
 
+	/* By fentry `sk` is a pointer to the verifier, and must not be shifted; a sum is a number. */
+	lock_xadd(&key, (u64)sk);
+	none = key >> (6 + TCPLAT_STRANGERS_BITS) << 34;
+	at = key >> 6 & ((1 << TCPLAT_STRANGERS_BITS) - 1);
+	stranger = tcplat_strangers.lookup(&at);
+	births = tcplat_births.lookup(&zero);
 	if (!stranger || !births)
 		return NULL;
 	/* Both are read before the look into the hashes: an entry made meanwhile must not stay hidden. */
