@@ -42,6 +42,7 @@ docs: $(VENV)/dev
 
 bench: $(VENV)/dev
 	@$(call apt,$(BENCH_PACKAGES))
+	@mountpoint -q /sys/kernel/tracing || mount -t tracefs tracefs /sys/kernel/tracing
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python tests/bench/bench.py
 

@@ -66,6 +66,11 @@ class Router:
         """Something is here that has not been delivered."""
         return bool(self._waiting or self._losses or (self.room and self.room.oldest_ns()))
 
+    @property
+    def serves(self) -> bool:
+        """Some sink has readers that it serves in poll()."""
+        return any(hasattr(sink, "poll") for sink in self.sinks.values())
+
     def feed(self, rows: Sequence[Event]) -> None:
         """Take rows of one probe, as they came out of its ring."""
         self._waiting += rows

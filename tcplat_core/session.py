@@ -41,6 +41,7 @@ from .netdev import is_cut
 from .ring import BATCH, Books, Ring, possible_cpus
 from .router import Router
 from .schema import Event, FiredBy, Record, clock_offset_ns, row
+from .sleeper import Sleeper
 from .trace import TracePipe
 
 HOLD_S = 0.003
@@ -51,7 +52,10 @@ BUSY_POLL_S = 0.01
 """The same where a look brings MANY rows: to wake up costs as much as a hundred of them."""
 MANY = 300
 IDLE_POLL_S = 0.02
-"""The same, at most, while nothing comes: a ring of 8 MiB takes 2.9 M events per second so long."""
+"""The same, at most, where nobody may sleep: a ring of 8 MiB takes 2.9 M events per second so long.
+
+Elsewhere it is from here on that the session sleeps until a record wakes it.
+"""
 PATIENCE = 0.03
 """How fast that grows: by so much of the time since something came."""
 LOOK_S = 1.0
@@ -348,9 +352,13 @@ class Signals:
     """SIGINT, SIGTERM and SIGHUP end the run; a second one ends the process at once."""
 
     caught: int = 0
+    fd: int = -1
+    """Readable once one came: a system call that waits begins anew after a signal (PEP 475)."""
 
     def install(self) -> None:
         """Take over the signals of this process."""
+        self.fd, to = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(to, warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._on_signal)
 
@@ -426,6 +434,7 @@ class Session:
                 return report
             links = [one.link_fd for probe in answer.probes.values() for one in probe.interfaces]
             held = _Fds([*answer.holding, *links])
+            stack.callback(os.close, answer.gate_fd)
             stack.callback(held.close)
             cpus = possible_cpus()
             runs = []
@@ -434,16 +443,21 @@ class Session:
                 run = ProbeRun.open(spec, loaded, request, cpus)
                 stack.callback(run.close)
                 runs.append(run)
+            sleeper = Sleeper(answer.gate_fd, [run.ring.fd for run in runs])
+            stack.callback(sleeper.close)
             router.room = Room.of([(run.ring, run.codec) for run in runs])
             if router.room:
                 stack.callback(router.room.close)
-            if self.request.filter.pids is not None and not self.command:
+            if self.command:
+                self._watched = _Watched([self.command.pid])
+            elif self.request.filter.pids is not None:
                 self._watched = _Watched(list(self.request.filter.pids))
+            if self._watched:
                 stack.callback(self._watched.close)
             began = time.monotonic()
             if not self.dry:
                 self._ready()
-                self._loop(runs, router, began)
+                self._loop(runs, router, sleeper, began)
             self._look_at_interfaces(runs)
             held.close()
             if self.trace:
@@ -468,7 +482,9 @@ class Session:
         if self.command:
             self.command.go()
 
-    def _loop(self, runs: Sequence[ProbeRun], router: Router, began: float) -> None:
+    def _loop(
+        self, runs: Sequence[ProbeRun], router: Router, sleeper: Sleeper, began: float
+    ) -> None:
         clock = _Clock()
         previous_ns = 0
         look = glance = 0.0
@@ -492,7 +508,7 @@ class Session:
                 self._glance(now)
             if now >= self._end:
                 return
-            pause = min(POLL_S + PATIENCE * (now - came_at), IDLE_POLL_S)
+            pause = POLL_S + PATIENCE * (now - came_at)
             coming = any(run.ring.pending() for run in runs)
             if coming or looking or router.waiting:
                 had = router.total
@@ -508,7 +524,11 @@ class Session:
                     pause = POLL_S if router.total - had < MANY else BUSY_POLL_S
             router.poll()
             previous_ns = now_ns
-            time.sleep(max(0.0, min(pause, self._end - now)))
+            if pause < IDLE_POLL_S or router.waiting or router.serves or self.trace:
+                time.sleep(max(0.0, min(pause, IDLE_POLL_S, self._end - now)))
+            else:
+                sleeper.sleep(min(look, show, self._end) - now, self._others())
+                glance = 0.0
 
     def _look(self, runs: Sequence[ProbeRun], router: Router, now: float) -> None:
         """What is to be done once a second."""
@@ -541,6 +561,11 @@ class Session:
                     self.say(f"{run.spec.name}: no more rows from {one.name}: it is gone")
         return all(run.deaf for run in runs)
 
+    def _others(self) -> list[int]:
+        """What wakes us beside the rings: a signal, the end of what is traced."""
+        fds = [self.signals.fd, (self._watched and self._watched.fd()) or -1]
+        return [fd for fd in fds if fd >= 0]
+
     def _traced_ended(self) -> bool:
         if self.command:
             return self.command.ended()
@@ -556,17 +581,21 @@ class _Watched:
 
     def ended(self) -> bool:
         """Whether all of them have, even if nobody has waited for them yet."""
+        return self.fd() is None
+
+    def fd(self) -> int | None:
+        """What becomes readable when the one ends that is watched now; None: all have."""
         while True:
             if self._fd is None:
                 if not self.pids:
-                    return True
+                    return None
                 with contextlib.suppress(ProcessLookupError):
                     self._fd = os.pidfd_open(self.pids.pop())
                 continue
             poll = select.poll()
             poll.register(self._fd, select.POLLIN)
             if not poll.poll(0):
-                return False
+                return self._fd
             self.close()
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from .btf import BtfError
 from .cache import Cache, digest, kernel_identity
 from .compile import (
     CORE_TYPES,
+    KFUNC,
     SHARED_PREFIX,
     Compiled,
     compile_text,
@@ -159,8 +160,10 @@ class Loader:
                 self.request.probes, modules, choices, programs, listening, strict=True
             )
         }
-        handed = {fd for probe in probes.values() for fd in probe.fds}
-        return Answer(probes=probes, holding=tuple(fd for fd in self._fds if fd not in handed))
+        gate = self._shared["tcplat_gate"]
+        handed = {gate, *(fd for probe in probes.values() for fd in probe.fds)}
+        holding = tuple(fd for fd in self._fds if fd not in handed)
+        return Answer(probes=probes, gate_fd=gate, holding=holding)
 
     def _attach_core(self, core: _Module) -> None:
         """The core's own programs, but for the last one: they know first who is wanted."""
@@ -182,17 +185,8 @@ class Loader:
 
     def _open(self, probe: ProbeRequest, choice: Choice, room: int) -> _Module:
         """Compile a probe, or take it from the cache, and create its maps."""
-        defines = core_defines(probe.points, self.request.filter)
         taken = {point: way.mechanism for point, way in choice.taken.items()}
-        if self.request.debug:
-            defines["TCPLAT_DEBUG"] = 1
-        if self._tracks:
-            defines["TCPLAT_TRACK"] = 1
-        if not self.request.events:
-            defines["TCPLAT_NO_EVENTS"] = 1
-        if self.request.aggregation:
-            defines |= self.request.aggregation.defines(possible_cpus(), len(probe.histograms))
-        text = program_text(probe, taken=taken, defines=defines)
+        text = program_text(probe, taken=taken, defines=self._defines(probe))
         if self.request.debug:
             sys.stderr.write(text)
         types = sorted({*CORE_TYPES, *probe.types})
@@ -218,6 +212,21 @@ class Loader:
                     self._shared[one.name] = fd
             fds.append(fd)
         return _Module(compiled, fds)
+
+    def _defines(self, probe: ProbeRequest) -> dict[str, int | str]:
+        """What the C of a probe is told of this run and this host."""
+        defines = core_defines(probe.points, self.request.filter)
+        if self.request.debug:
+            defines["TCPLAT_DEBUG"] = 1
+        if self._tracks:
+            defines["TCPLAT_TRACK"] = 1
+        if cast := self._host.cast():
+            defines["TCPLAT_CAST"] = KFUNC + cast
+        if not self.request.events:
+            defines["TCPLAT_NO_EVENTS"] = 1
+        if self.request.aggregation:
+            defines |= self.request.aggregation.defines(possible_cpus(), len(probe.histograms))
+        return defines
 
     def _compile(self, probe: ProbeRequest, text: str, types: Sequence[str]) -> Compiled:
         try:

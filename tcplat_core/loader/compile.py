@@ -54,6 +54,10 @@ _INCLUDE = re.compile(r"^\s*#\s*include\s+<tcplat/([a-z_]+\.bpf\.h)>\s*$", re.MU
 _INSTRUCTION = struct.Struct("=BBhi")
 _LOAD_64, _MAP_FD = 0x18, 1
 """BPF_LD | BPF_DW | BPF_IMM, and BPF_PSEUDO_MAP_FD in its source register."""
+_CALL, _KFUNC = 0x85, 2
+"""BPF_JMP | BPF_CALL, and BPF_PSEUDO_KFUNC_CALL in its source register."""
+KFUNC = 1 << 30
+"""bcc knows helpers alone: a call of KFUNC + n stands for that of the kfunc with BTF id n."""
 
 
 @attrs.frozen
@@ -100,6 +104,8 @@ def _renumbered(code: bytes, numbers: Mapping[int, int]) -> bytes:
         op, registers, offset, number = _INSTRUCTION.unpack_from(code, at)
         if op == _LOAD_64 and registers >> 4 == _MAP_FD:
             _INSTRUCTION.pack_into(out, at, op, registers, offset, numbers[number])
+        elif op == _CALL and number >= KFUNC:
+            _INSTRUCTION.pack_into(out, at, op, _KFUNC << 4, offset, number - KFUNC)
     return bytes(out)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -24,6 +25,8 @@ _NO_SYSCALL = (
 )
 _RETURN_0 = bytes.fromhex("b7000000000000009500000000000000")
 """r0 = 0; exit."""
+_INSTRUCTION = struct.Struct("=BBhi")
+_A_TYPE = "struct sock"
 
 
 @attrs.define(eq=False)
@@ -40,6 +43,8 @@ class Host:
     _btf: Btf | None = None
     _fentry: str | None = None
     """Why not, empty if it works; None before it was tried."""
+    _cast: int | None = None
+    """0 if it does not work; None before it was tried."""
     _syscalls: frozenset[str] | None = None
     """All tracepoints of that group; None before look()."""
 
@@ -95,6 +100,26 @@ class Host:
         os.close(fd)
         return ""
 
+    def cast(self) -> int:
+        """BTF id of bpf_rdonly_cast(); 0 before 6.2 (a35b9af4ec2c), and where nothing is jitted."""
+        if self._cast is None:
+            self._cast = self._try_cast()
+        return self._cast
+
+    def _try_cast(self) -> int:
+        found = self.fact("bpf_rdonly_cast", is_tracepoint=False)
+        type_ = self.fact(_A_TYPE, is_tracepoint=False)
+        if not found or not type_:
+            return 0
+        call = bytes.fromhex("b701000000000000") + _INSTRUCTION.pack(0xB7, 2, 0, type_[0])
+        call += _INSTRUCTION.pack(0x85, 2 << 4, 0, found[0])  # BPF_PSEUDO_KFUNC_CALL
+        try:
+            fd = bpf.program_load("tcplat_try", bpf.ProgramType.RAW_TRACEPOINT, call + _RETURN_0)
+        except OSError:
+            return 0
+        os.close(fd)
+        return found[0]
+
     def hook(self, hook: Hook) -> str | None:
         """None if the kernel has what the hook wants, else what is different."""
         if hook.mechanism == "xdp":
@@ -130,6 +155,9 @@ class Host:
         if is_tracepoint:
             types = self.btf.tracepoint_args(func.rpartition(":")[2])
             return None if types is None else (0, types)
+        if func == _A_TYPE:
+            number = self.btf.find(func.removeprefix("struct "), Kind.STRUCT)
+            return None if number is None else (number, [])
         number = self.btf.find(func, Kind.FUNC)
         if number is None:
             return None

@@ -288,6 +288,7 @@ class _Writer:
     # the three, BTF may know several types of one name. "" is what bcc will define.
     _tags: dict[str, tuple[str, int]] = attrs.Factory(lambda: dict.fromkeys(BCC_TAGS, ("", -1)))
     _typedefs: dict[str, int] = attrs.Factory(dict)
+    _ids: dict[str, int] = attrs.Factory(dict)
     _pads: int = 0
 
     def claim(self, record: Type) -> None:
@@ -303,6 +304,7 @@ class _Writer:
                 number += 1
                 tag = f"{record.name}___{number}"
             self._tags[tag] = (keyword, record.id)
+            self._ids[f"{keyword} {tag}"] = record.id
             self._define(record.id, record, f"{keyword} {tag}", keep)
         return self._finished(record.id)
 
@@ -324,6 +326,10 @@ class _Writer:
             forwards="".join(f"{forward};\n" for forward in self._forwards),
             definitions="\n".join(self._definitions),
             checks="".join(self._checks),
+            ids="".join(
+                f" \\\n\t{name} *: {number}, const {name} *: {number},"
+                for name, number in self._ids.items()
+            ),
         )
 
     def _define(
@@ -553,6 +559,8 @@ _HEADER = """\
 	_Static_assert(__builtin_offsetof(type, path) == (at), #type "." #path ": BTF says " #at)
 {checks}#undef TCPLAT_SIZE
 #undef TCPLAT_AT
+/* For _Generic(): a pointer's type -> the BTF id of what it points to. */
+#define TCPLAT_TYPE_IDS{ids}
 """
 
 _TYPES_H = """\

@@ -174,6 +174,8 @@ class Answer:
     """All is attached: what to read from, and what to hold open."""
 
     probes: Mapping[str, LoadedProbe]
+    gate_fd: int
+    """Of tcplat_gate, which the probes have in common."""
     holding: tuple[int, ...]
     """Links and maps: when the last copy is closed, the kernel detaches."""
 
@@ -192,8 +194,8 @@ def send_answer(to: socket.socket, answer: Answer | Refusal) -> None:
     if isinstance(answer, Refusal):
         to.sendall(msgpack.packb({"refusal": attrs.asdict(answer)}))
         return
-    fds = [fd for probe in answer.probes.values() for fd in probe.fds]
-    fds += answer.holding
+    probes = (fd for probe in answer.probes.values() for fd in probe.fds)
+    fds = [answer.gate_fd, *probes, *answer.holding]
     if len(fds) > MAX_FDS:
         raise CannotRunError(
             f"{len(fds)} programs, links and maps are more than the {MAX_FDS} file descriptors "
@@ -215,6 +217,7 @@ def receive_answer(source: socket.socket) -> Answer | Refusal | None:
     if "refusal" in raw:
         return Refusal(**raw["refusal"])
     ours = iter(fds)
+    gate_fd = next(ours)
     probes = {
         name: LoadedProbe(
             **{
@@ -233,4 +236,4 @@ def receive_answer(source: socket.socket) -> Answer | Refusal | None:
         )
         for name, probe in raw["probes"].items()
     }
-    return Answer(probes=probes, holding=tuple(ours))
+    return Answer(probes=probes, gate_fd=gate_fd, holding=tuple(ours))

@@ -258,6 +258,7 @@ class FakeLoader:
             return None
         return Answer(
             probes={probe.spec.name: probe.loaded() for probe in self.probes},
+            gate_fd=_memory(_PAGE)[0],
             holding=self.holding,
         )
 

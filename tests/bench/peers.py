@@ -170,8 +170,9 @@ def lossless(flood: Callable[[int, float], Any], seconds: float) -> float:
 
 
 # What tcp_client's rows say of send, recv and state, as far as the tracepoints tell it.
+# So many lines of readiness, because they stay in a buffer until that is full: 8 KiB.
 BPFTRACE = """
-BEGIN { printf("ready\\n"); }
+BEGIN { unroll(100) { printf("%100s\\n%100s\\n", "ready", "ready"); } }
 tracepoint:tcp:tcp_sendmsg_locked /comm == "pingpong"/
 {
 	printf("%llu send %d %d %s %d %llx %d\\n", nsecs, pid, tid, comm, cpu, args->skb_addr,
@@ -198,10 +199,11 @@ def bpftrace() -> Iterator[None]:
         stderr=subprocess.PIPE,
         env={**os.environ, "BPFTRACE_PERF_RB_PAGES": "4096"},
     )
+    assert process.stderr
     try:
         while not out.exists() or b"ready" not in out.read_bytes():
             if process.poll() is not None:
-                raise SystemExit(f"bpftrace: {process.communicate()[1].decode()}")
+                raise SystemExit(f"bpftrace: {process.stderr.read().decode()}")
             time.sleep(0.01)
         yield
     finally:

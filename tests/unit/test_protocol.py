@@ -107,8 +107,10 @@ def test_a_loader_that_died_gave_no_answer(ends: Ends) -> None:
 def test_every_fd_arrives_at_its_place(ends: Ends) -> None:
     """Each is a pipe: what is written into the answer's fd says which one it was."""
     session, loader = ends
-    pipes = [os.pipe() for _ in range(11)]
-    ring, books, link, program, counts, more, ring2, books2, *held = (write for _, write in pipes)
+    pipes = [os.pipe() for _ in range(12)]
+    gate, ring, books, link, program, counts, more, ring2, books2, *held = (
+        write for _, write in pipes
+    )
     send_answer(
         loader,
         Answer(
@@ -128,6 +130,7 @@ def test_every_fd_arrives_at_its_place(ends: Ends) -> None:
                     ring_fd=ring2, books_fd=books2, taken={}, programs=(), missing={}
                 ),
             },
+            gate_fd=gate,
             holding=tuple(held),
         ),
     )
@@ -144,8 +147,8 @@ def test_every_fd_arrives_at_its_place(ends: Ends) -> None:
         {"eth0": "busy"},
     )
     assert [(face.name, face.index, face.mode) for face in one.interfaces] == [("lo", 1, "generic")]
-    received = [*one.fds, *two.fds, *answer.holding]
-    assert len(received) == 11
+    received = [answer.gate_fd, *one.fds, *two.fds, *answer.holding]
+    assert len(received) == 12
     assert {name: found.entries for name, found in one.maps.items()} == {"counts": 64, "more": 1}
     for number, fd in enumerate(received):
         os.write(fd, bytes([number]))
@@ -162,7 +165,7 @@ def test_no_fd_is_handed_on_to_a_program_that_a_sink_starts(ends: Ends) -> None:
     send_answer(loader, _holding(3))
     answer = receive_answer(session)
     assert isinstance(answer, Answer)
-    fds = [*answer.probes["one"].fds, *answer.holding]
+    fds = [answer.gate_fd, *answer.probes["one"].fds, *answer.holding]
     inherited = [fd for fd in fds if os.get_inheritable(fd)]
     for fd in fds:
         os.close(fd)
@@ -172,7 +175,7 @@ def test_no_fd_is_handed_on_to_a_program_that_a_sink_starts(ends: Ends) -> None:
 def _holding(fds: int) -> Answer:
     """An answer with so many fds in all."""
     probe = LoadedProbe(ring_fd=0, books_fd=0, taken={}, programs=(), missing={})
-    return Answer(probes={"one": probe}, holding=(0,) * (fds - 2))
+    return Answer(probes={"one": probe}, gate_fd=0, holding=(0,) * (fds - 3))
 
 
 def test_as_many_fds_cross_as_the_kernel_takes(ends: Ends) -> None:
@@ -180,7 +183,7 @@ def test_as_many_fds_cross_as_the_kernel_takes(ends: Ends) -> None:
     send_answer(loader, _holding(MAX_FDS))
     answer = receive_answer(session)
     assert isinstance(answer, Answer)
-    fds = [*answer.probes["one"].fds, *answer.holding]
+    fds = [answer.gate_fd, *answer.probes["one"].fds, *answer.holding]
     for fd in fds:
         os.close(fd)
     assert len(set(fds)) == MAX_FDS == 253

@@ -296,7 +296,7 @@ int tp_send(struct bpf_raw_tracepoint_args *ctx)
 	/* The message after that: it costs a read. */
 	if (!tcplat_is(s, CLIENT))
 		return 0;
-	return tcplat_report(tcplat_make_send(sk, s, msg->msg_iter.count, HOOK_tp_send));
+	return tcplat_report(tcplat_make_send(sk, s, tcplat_get(msg, msg_iter.count), HOOK_tp_send));
 }
 
 int tp_send_short(struct bpf_raw_tracepoint_args *ctx)
