@@ -226,6 +226,7 @@ class Loader:
             defines["TCPLAT_NO_EVENTS"] = 1
         if self.request.aggregation:
             defines |= self.request.aggregation.defines(possible_cpus(), len(probe.histograms))
+            defines["TCPLAT_PROBE"] = 1 + self.request.probes.index(probe)
         return defines
 
     def _compile(self, probe: ProbeRequest, text: str, types: Sequence[str]) -> Compiled:

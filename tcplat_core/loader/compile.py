@@ -40,6 +40,7 @@ CORE_TYPES = (
     "task_struct:tgid,signal",
     "signal_struct:live",
     "pt_regs",
+    "timespec64",
 )
 """Kernel types that the shared headers use."""
 

@@ -29,6 +29,11 @@ sys.path.insert(0, str(HERE.parents[1]))
 from tests.bench import peers  # noqa: E402 - wherever it is called from
 
 TCPLAT = (sys.executable, "-I", "-m", "tcplat_core")
+CPUS = sorted(os.sched_getaffinity(0))
+APART = {CPUS[0]}, {CPUS[-1]}
+"""The workload's CPU, and tcplat's."""
+TOGETHER = set(CPUS), set(CPUS)
+"""Both have all CPUs, and take them from each other."""
 REPEATS = 13
 BLOCK_S = 0.7
 CONNECTIONS = 2
@@ -182,20 +187,36 @@ def built(name: str) -> Path:
     return target
 
 
-def pingpong() -> dict[str, float]:
+@contextmanager
+def on(cpus: set[int]) -> Iterator[None]:
+    """What is started meanwhile may use these CPUs."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def pingpong(cpus: set[int] = APART[0]) -> dict[str, float]:
     """One block of requests and answers."""
-    with program("pingpong", BLOCK_S, CONNECTIONS) as (_, go):
+    with on(cpus), program("pingpong", BLOCK_S, CONNECTIONS) as (_, go):
         return go()
 
 
-def interleaved(traced: Callable[[], Any]) -> tuple[list[dict[str, float]], ...]:
+def interleaved(
+    traced: Callable[[], Any], cpus: tuple[set[int], set[int]] = APART
+) -> tuple[list[dict[str, float]], ...]:
     """Blocks of base, with, base: the first base, with, the second base."""
+    theirs, ours = cpus
     first, with_us, second = [], [], []
     for _ in range(REPEATS):
-        first.append(pingpong())
-        with traced():
-            with_us.append(pingpong())
-        second.append(pingpong())
+        first.append(pingpong(theirs))
+        with ExitStack() as stack:
+            with on(ours):
+                stack.enter_context(traced())
+            with_us.append(pingpong(theirs))
+        second.append(pingpong(theirs))
     return first, with_us, second
 
 

@@ -282,21 +282,18 @@ int fe_tcp_set_state(struct bpf_raw_tracepoint_args *ctx)
 
 static __always_inline int report_send(struct sock *sk, u32 bytes, u8 hook)
 {
-	struct tcplat_sock *s = tcplat_find(sk);
+	struct tcplat_place p;
+	struct tcplat_sock *s = tcplat_use(sk, &p, CLIENT);
 
-	return tcplat_is(s, CLIENT) ? tcplat_report(tcplat_make_send(sk, s, bytes, hook)) : 0;
+	return s ? tcplat_report(tcplat_make_send(sk, s, &p, bytes, hook)) : 0;
 }
 
 int tp_send(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sock *sk = (struct sock *)ctx->args[0];
 	struct msghdr *msg = (struct msghdr *)ctx->args[1];
-	struct tcplat_sock *s = tcplat_find(sk);
 
-	/* The message after that: it costs a read. */
-	if (!tcplat_is(s, CLIENT))
-		return 0;
-	return tcplat_report(tcplat_make_send(sk, s, tcplat_get(msg, msg_iter.count), HOOK_tp_send));
+	return report_send(sk, tcplat_get(msg, msg_iter.count), HOOK_tp_send);
 }
 
 int tp_send_short(struct bpf_raw_tracepoint_args *ctx)
@@ -354,13 +351,17 @@ int fx_tcp_sendpage(struct bpf_raw_tracepoint_args *ctx)
 
 static __always_inline int report_recv(struct sock *sk, int ret, u8 hook)
 {
-	struct tcplat_sock *s = tcplat_find(sk);
+	struct tcplat_place p;
+	struct tcplat_sock *s;
 	u64 now;
 
-	if (!tcplat_is(s, CLIENT) || ret < 0)
+	if (ret < 0)
+		return 0;
+	s = tcplat_use(sk, &p, CLIENT);
+	if (!s)
 		return 0;
 	now = bpf_ktime_get_ns();
-	return tcplat_report(tcplat_make_recv(sk, s, tcplat_own(s), ret, hook, now));
+	return tcplat_report(tcplat_make_recv(sk, s, p.me, ret, hook, now));
 }
 
 int tp_recv(struct bpf_raw_tracepoint_args *ctx)

@@ -646,20 +646,19 @@ int kp_ready(struct pt_regs *ctx, struct sock *sk)
 int tp_recv(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sock *sk = (struct sock *)ctx->args[0];
-	struct tcplat_sock *s;
 	int ret = ctx->args[1];
+	struct tcplat_place p;
+	struct tcplat_sock *s;
 	u64 now;
-	u32 me;
 
-	if (ctx->args[2] & TCPLAT_NO_STREAM)
+	if (ret < 0 || ctx->args[2] & TCPLAT_NO_STREAM)
 		return 0;
-	s = tcplat_find(sk);
-	if (!tcplat_is(s, SERVER) || ret < 0)
+	s = tcplat_use(sk, &p, SERVER);
+	if (!s)
 		return 0;
 	now = bpf_ktime_get_ns();
-	me = tcplat_own(s);
 	measure_recv(sk, s, ret, now);
-	return tcplat_report(tcplat_make_recv(sk, s, me, ret, HOOK_tp_recv, now));
+	return tcplat_report(tcplat_make_recv(sk, s, p.me, ret, HOOK_tp_recv, now));
 }
 
 #if defined(TCPLAT_KPROBE_recv) || defined(TCPLAT_FENTRY_recv)
@@ -698,8 +697,8 @@ static __always_inline int leave_recv(int ret, u8 hook)
 	struct recv_call *call = recvs.lookup(&task);
 	struct tcplat_event *e;
 	struct tcplat_sock *s;
+	struct tcplat_place p;
 	struct sock *sk;
-	u32 me;
 
 	if (!call)
 		return 0;
@@ -707,16 +706,17 @@ static __always_inline int leave_recv(int ret, u8 hook)
 	now = bpf_ktime_get_ns();
 	took = now - call->began_ns;
 	recvs.delete(&task);
-	s = tcplat_find(sk);
-	if (!tcplat_is(s, SERVER) || ret < 0)
+	if (ret < 0)
 		return 0;
-	me = tcplat_own(s);
+	s = tcplat_use(sk, &p, SERVER);
+	if (!s)
+		return 0;
 	measure_recv(sk, s, ret, now);
 	if (ret)
 		tcplat_sample(sk, s, HIST_in_recv, took);
 	if (tcplat_too_fast(took))
 		return 0;
-	e = tcplat_make_recv(sk, s, me, ret, hook, now);
+	e = tcplat_make_recv(sk, s, p.me, ret, hook, now);
 	if (e)
 		e->call_ns = took;
 	return tcplat_report(e);
@@ -774,21 +774,18 @@ int kr_tcp_splice_read(struct pt_regs *ctx)
 
 static __always_inline int report_send(struct sock *sk, u32 bytes, u8 hook)
 {
-	struct tcplat_sock *s = tcplat_find(sk);
+	struct tcplat_place p;
+	struct tcplat_sock *s = tcplat_use(sk, &p, SERVER);
 
-	return tcplat_is(s, SERVER) ? tcplat_report(tcplat_make_send(sk, s, bytes, hook)) : 0;
+	return s ? tcplat_report(tcplat_make_send(sk, s, &p, bytes, hook)) : 0;
 }
 
 int tp_send(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sock *sk = (struct sock *)ctx->args[0];
 	struct msghdr *msg = (struct msghdr *)ctx->args[1];
-	struct tcplat_sock *s = tcplat_find(sk);
 
-	/* The message after that: it costs a read. */
-	if (!tcplat_is(s, SERVER))
-		return 0;
-	return tcplat_report(tcplat_make_send(sk, s, tcplat_get(msg, msg_iter.count), HOOK_tp_send));
+	return report_send(sk, tcplat_get(msg, msg_iter.count), HOOK_tp_send);
 }
 
 int tp_send_short(struct bpf_raw_tracepoint_args *ctx)

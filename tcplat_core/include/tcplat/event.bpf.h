@@ -78,6 +78,23 @@ static void *(*tcplat_cast)(const void *ptr, u64 type) = (void *)TCPLAT_CAST;
 #endif
 
 /*
+ * Bytes from anywhere in the kernel, a multiple of eight, to where eight of them may be written at
+ * once. Where they cannot be read: false, or, by TCPLAT_CAST, zeros.
+ */
+static __always_inline bool tcplat_copy(void *to, u32 size, const void *from)
+{
+#ifdef TCPLAT_CAST
+	/* Any struct would do that begins with a field of eight bytes. */
+#pragma unroll
+	for (u32 i = 0; i < size / 8; i++)
+		((u64 *)to)[i] = tcplat_get((const struct timespec64 *)(from + 8 * i), tv_sec);
+	return true;
+#else
+	return !bpf_probe_read_kernel(to, size, from);
+#endif
+}
+
+/*
  * The ring; the loader gives it its size (--ring-size). A record is submitted
  * without a wake-up, which would cost 5 us, but for the first after a silence:
  * while records come, the session looks at the ring by itself.

@@ -36,13 +36,17 @@ struct tcplat_group {
 BPF_F_TABLE("array", u32, u64, durations,
 	    TCPLAT_STRIPES * (TCPLAT_GROUPS + 1) * TCPLAT_HISTOGRAMS * TCPLAT_CELLS, BPF_F_MMAPABLE);
 
-static __always_inline u32 tcplat_group_of(const struct tcplat_sock *s)
+/* Looked for once per owner and connection: the key is long. Each probe has numbers of its own. */
+static __always_inline u32 tcplat_group_of(struct tcplat_sock *s)
 {
 #ifdef TCPLAT_BY_ALL
 	return 0;
 #else
 	struct tcplat_group group = {.used = 1};
+	u32 number;
 
+	if (s->group >> 16 == TCPLAT_PROBE)
+		return s->group & 0xffff;
 #ifdef TCPLAT_BY_PROCESS
 	group.pid = s->pid;
 	__builtin_memcpy(group.comm, s->comm, sizeof(group.comm));
@@ -57,7 +61,9 @@ static __always_inline u32 tcplat_group_of(const struct tcplat_sock *s)
 #ifdef TCPLAT_BY_PORT
 	group.port = s->role == TCPLAT_ROLE_CLIENT ? s->addrs.dport : s->addrs.sport;
 #endif
-	return tcplat_number(&group);
+	number = tcplat_number(&group);
+	s->group = TCPLAT_PROBE << 16 | number;
+	return number;
 #endif
 }
 

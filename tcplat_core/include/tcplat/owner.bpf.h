@@ -18,6 +18,7 @@ struct tcplat_sock {
 	u32 send_tid;   /* the thread inside send(), else 0 */
 	u32 send_seq;   /* where its bytes begin */
 	u32 send_bytes; /* how many it asked to send */
+	u32 group;      /* of histogram.bpf.h: which, and for which probe; 0: not worked out */
 	u8 role;
 	u8 wanted;      /* its owner passes the filters */
 	u8 in_flows;    /* tcplat_flows has its addresses, tcplat_listeners its port */
@@ -54,19 +55,44 @@ BPF_TABLE("hash", u64, struct tcplat_sock, tcplat_socks, 1024);
  */
 BPF_TABLE("hash", u64, struct tcplat_seed, tcplat_seeds, 1024);
 
-#define TCPLAT_STRANGERS_BITS 12
+#define TCPLAT_PLACE_BITS 12
+#define TCPLAT_TAG_AT 34
+#define TCPLAT_BELOW_TAG ((1ULL << TCPLAT_TAG_AT) - 1)
 
 /*
- * Bits 6 to 17 of an address -> its bits 18 to 47 << 34 | the count of births at which
- * tcplat_socks did not have that struct sock *; and it has no seed. 0: nothing is known.
- *
- * Most sockets of a busy host are nobody's business, and this says so without a look into
- * a hash. Made by tcplat_find() once the gate is open, replaced by the next that has the
- * same place. No seed is for ever: what comes to that address is younger than the seeds.
+ * What arrays know of a socket, without a look into a hash: its place there is given by bits 6
+ * to 17 of its address, and each entry begins with a tag, bits 18 to 47. Another socket may have
+ * the same place: then the entry is replaced, and what it said is worked out anew.
  */
-BPF_TABLE("array", u32, u64, tcplat_strangers, 1 << TCPLAT_STRANGERS_BITS);
+struct tcplat_place {
+	u64 key;    /* the address */
+	u64 tag;
+	u64 births; /* read before anything else is */
+	u32 at;
+	u32 me;     /* the current thread, where tcplat_use_at() has found an entry */
+};
 
-/* Slot 0 -> how often tcplat_socks got an entry. Counted after the fact by tcplat_insert(). */
+/*
+ * Place -> tag | the count of births at which tcplat_socks did not have the socket; and it has
+ * no seed. 0: nothing is known.
+ *
+ * Most sockets of a busy host are nobody's business. Made by tcplat_look_up() once the gate is
+ * open. No seed is for ever: what comes to that address is younger than the seeds.
+ */
+BPF_TABLE("array", u32, u64, tcplat_strangers, 1 << TCPLAT_PLACE_BITS);
+
+/*
+ * Place -> tag | a hash of births and a pid: at that count, that process used the socket last,
+ * and nobody asked for either. Made by tcplat_use_at().
+ */
+#ifdef TCPLAT_FILTER_TASK
+BPF_TABLE("array", u32, u64, tcplat_bystanders, 1 << TCPLAT_PLACE_BITS);
+#endif
+
+/*
+ * Slot 0 -> how often tcplat_socks got an entry, or one became wanted because another process
+ * took it over. Counted after the fact, by tcplat_insert() and tcplat_own_by().
+ */
 BPF_TABLE("array", u32, u64, tcplat_births, 1);
 
 struct tcplat_port {
@@ -109,17 +135,30 @@ BPF_TABLE("hash", struct tcplat_addrs, struct tcplat_flow, tcplat_flows, 1024);
  * The current task becomes the owner; the result is its tid.
  * Only where the socket's own process calls.
  */
+static __always_inline void tcplat_own_by(struct tcplat_sock *s, u64 pid_tgid)
+{
+	s->tid = pid_tgid;
+	if (s->pid == pid_tgid >> 32)
+		return;
+	s->pid = pid_tgid >> 32;
+	s->group = 0;
+	bpf_get_current_comm(&s->comm, sizeof(s->comm));
+	s->wanted = tcplat_wanted_task(s->comm);
+#ifdef TCPLAT_FILTER_TASK
+	u32 zero = 0;
+	u64 *births = s->wanted ? tcplat_births.lookup(&zero) : NULL;
+
+	if (births)
+		lock_xadd(births, 1);
+#endif
+	tcplat_debug("sock %llu belongs to pid %d, wanted %d", s->id, s->pid, s->wanted);
+}
+
 static __always_inline u32 tcplat_own(struct tcplat_sock *s)
 {
 	u64 both = bpf_get_current_pid_tgid();
 
-	s->tid = both;
-	if (s->pid == both >> 32)
-		return both;
-	s->pid = both >> 32;
-	bpf_get_current_comm(&s->comm, sizeof(s->comm));
-	s->wanted = tcplat_wanted_task(s->comm);
-	tcplat_debug("sock %llu belongs to pid %d, wanted %d", s->id, s->pid, s->wanted);
+	tcplat_own_by(s, both);
 	return both;
 }
 
@@ -148,38 +187,49 @@ static __always_inline struct tcplat_sock *tcplat_insert(u64 key, struct tcplat_
 	return s;
 }
 
-/* The entry of a socket, or NULL where nothing is known of it. Any context. */
-static __always_inline struct tcplat_sock *tcplat_find(const struct sock *sk)
+/* Where the arrays have the socket; false where it is a stranger. */
+static __always_inline bool tcplat_locate(const struct sock *sk, struct tcplat_place *p)
 {
-	u64 *stranger, *births, key = 0, none, cookie = 0;
-	u32 zero = 0, at;
-	struct tcplat_sock *s;
-	struct tcplat_seed *seed;
-	bool open;
+	u64 *stranger, *births, key = 0;
+	u32 zero = 0;
 
 	/* By fentry `sk` is a pointer to the verifier, and must not be shifted; a sum is a number. */
 	lock_xadd(&key, (u64)sk);
-	none = key >> (6 + TCPLAT_STRANGERS_BITS) << 34;
-	at = key >> 6 & ((1 << TCPLAT_STRANGERS_BITS) - 1);
-	stranger = tcplat_strangers.lookup(&at);
+	p->key = key;
+	p->tag = key >> (6 + TCPLAT_PLACE_BITS) << TCPLAT_TAG_AT;
+	p->at = key >> 6 & ((1 << TCPLAT_PLACE_BITS) - 1);
+	stranger = tcplat_strangers.lookup(&p->at);
 	births = tcplat_births.lookup(&zero);
 	if (!stranger || !births)
-		return NULL;
+		return false;
 	/* Both are read before the look into the hashes: an entry made meanwhile must not stay hidden. */
-	none |= *births & ((1ULL << 34) - 1);
-	open = tcplat_is_open();
-	if (*stranger == none)
-		return NULL;
+	p->births = *(volatile u64 *)births;
+	return *(volatile u64 *)stranger != (p->tag | (p->births & TCPLAT_BELOW_TAG));
+}
+
+/* Its entry, or NULL where nothing is known of it. */
+static __always_inline struct tcplat_sock *
+tcplat_look_up(const struct sock *sk, const struct tcplat_place *p)
+{
+	u64 *stranger, key = p->key, cookie = 0;
+	bool open = tcplat_is_open();
+	struct tcplat_seed *seed;
+	struct tcplat_sock *s;
+	u32 at = p->at;
+
 	s = tcplat_socks.lookup(&key);
 	if (s)
 		return s;
+	stranger = tcplat_strangers.lookup(&at);
+	if (!stranger)
+		return NULL;
 	/* sock_diag gave every older socket a cookie when the seeds were made. */
-	if (*stranger >> 34 != none >> 34)
+	if ((*stranger ^ p->tag) >> TCPLAT_TAG_AT)
 		cookie = tcplat_get(sk, __sk_common.skc_cookie.counter);
 	seed = cookie ? tcplat_seeds.lookup(&cookie) : NULL;
 	if (!seed) {
 		if (open)
-			*stranger = none;
+			*stranger = p->tag | (p->births & TCPLAT_BELOW_TAG);
 		return NULL;
 	}
 	struct tcplat_sock fresh = {.id = tcplat_new_id(), .pid = seed->pid};
@@ -190,6 +240,53 @@ static __always_inline struct tcplat_sock *tcplat_find(const struct sock *sk)
 	__builtin_memcpy(fresh.comm, seed->comm, sizeof(fresh.comm));
 	tcplat_seeds.delete(&cookie);
 	return tcplat_insert(key, &fresh);
+}
+
+/* The entry of a socket, or NULL where nothing is known of it. Any context. */
+static __always_inline struct tcplat_sock *tcplat_find(const struct sock *sk)
+{
+	struct tcplat_place p;
+
+	return tcplat_locate(sk, &p) ? tcplat_look_up(sk, &p) : NULL;
+}
+
+/*
+ * The socket's own process calls, and is the owner from here on: the entry, if it has that role
+ * and somebody asked for the process. The place is that of tcplat_locate().
+ */
+static __always_inline struct tcplat_sock *
+tcplat_use_at(const struct sock *sk, struct tcplat_place *p, u8 role)
+{
+	u64 both = bpf_get_current_pid_tgid();
+	struct tcplat_sock *s;
+#ifdef TCPLAT_FILTER_TASK
+	u64 bystander, *slot;
+
+	/* With one pid no two counts of births look alike; with another one it is one in 2^34. */
+	bystander = (p->births * 2654435761u + (both >> 32)) & TCPLAT_BELOW_TAG;
+	bystander |= p->tag;
+	slot = tcplat_bystanders.lookup(&p->at);
+	if (!slot || *slot == bystander)
+		return NULL;
+#endif
+	s = tcplat_look_up(sk, p);
+	if (!s || s->role != role)
+		return NULL;
+	tcplat_own_by(s, both);
+#ifdef TCPLAT_FILTER_TASK
+	if (!s->wanted) {
+		*slot = bystander;
+		return NULL;
+	}
+#endif
+	p->me = both;
+	return s;
+}
+
+static __always_inline struct tcplat_sock *
+tcplat_use(const struct sock *sk, struct tcplat_place *p, u8 role)
+{
+	return tcplat_locate(sk, p) ? tcplat_use_at(sk, p, role) : NULL;
 }
 
 /*
@@ -234,6 +331,7 @@ static __always_inline struct tcplat_sock *tcplat_learn(const struct sock *sk, u
 	if (s->role != role)
 		s->state = 0;
 	s->role = role;
+	s->group = 0;
 	tcplat_own(s);
 	return s;
 }

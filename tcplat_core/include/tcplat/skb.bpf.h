@@ -49,9 +49,9 @@ static __always_inline bool tcplat_copied_tcp(struct tcplat_segment *to, const u
 /* The same where it is. */
 static __always_inline bool tcplat_parse_tcp(struct tcplat_segment *to, const u8 *l4, u32 rest)
 {
-	u8 tcp[16];
+	u8 tcp[16] __attribute__((aligned(8)));
 
-	return !bpf_probe_read_kernel(tcp, sizeof(tcp), l4) && tcplat_copied_tcp(to, tcp, rest);
+	return tcplat_copy(tcp, sizeof(tcp), l4) && tcplat_copied_tcp(to, tcp, rest);
 }
 
 /* How many bytes the packet has from `at` on. */
@@ -67,12 +67,12 @@ static __always_inline u32 tcplat_rest(const struct sk_buff *skb, const u8 *at)
 static __always_inline bool
 tcplat_parse_ip(struct tcplat_segment *to, const struct sk_buff *skb, const u8 *l3)
 {
-	u8 ip[40], ext[8];
+	u8 ip[40] __attribute__((aligned(8))), ext[8] __attribute__((aligned(8)));
 	u32 header, total, source, destination;
 	u8 next;
 
 	/* No TCP packet is shorter; where IPv4 has no options, TCP's header comes along. */
-	if (bpf_probe_read_kernel(ip, sizeof(ip), l3))
+	if (!tcplat_copy(ip, sizeof(ip), l3))
 		return false;
 	if (ip[0] >> 4 == 4) {
 		header = (ip[0] & 15) * 4;
@@ -103,7 +103,7 @@ tcplat_parse_ip(struct tcplat_segment *to, const struct sk_buff *skb, const u8 *
 	for (int i = 0; i < TCPLAT_MAX_EXT_HEADERS; i++) {
 		if (next == IPPROTO_TCP)
 			return total >= header && tcplat_parse_tcp(to, l3 + header, total - header);
-		if (bpf_probe_read_kernel(ext, sizeof(ext), l3 + header))
+		if (!tcplat_copy(ext, sizeof(ext), l3 + header))
 			return false;
 		if (next == 44 /* fragment */) {
 			if (tcplat_be16(ext + 2) & 0xfff8)

@@ -58,33 +58,44 @@ tcplat_make_state(const struct sock *sk, struct tcplat_sock *s, int old, int new
 	return e;
 }
 
-/* What the program asks to send; `s` is the socket's entry. */
+/*
+ * Place (owner.bpf.h) -> tag | how many bytes the last send() of the socket asked for.
+ *
+ * Made by tcplat_make_send(), so that the return of the call, which nearly always has taken all
+ * of them, need not look for the socket's entry. Replaced by the next that has the same place.
+ */
+BPF_TABLE("array", u32, u64, tcplat_asked, 1 << TCPLAT_PLACE_BITS);
+
+/* What the program asks to send. */
 static __always_inline struct tcplat_event *
-tcplat_make_send(const struct sock *sk, struct tcplat_sock *s, u32 bytes, u8 hook)
+tcplat_make_send(const struct sock *sk, struct tcplat_sock *s, struct tcplat_place *p, u32 bytes,
+		 u8 hook)
 {
-	u64 now = bpf_ktime_get_ns();
+	u64 now = bpf_ktime_get_ns(), *asked;
 	struct tcplat_event *e;
-	u32 me, seq;
+	u32 seq;
 
 	if (!bytes)
 		return NULL;
 	/* Not s->tid: another thread may be in recv() on another CPU, and the owner as well. */
-	me = tcplat_own(s);
 	seq = tcplat_get((const struct tcp_sock *)sk, write_seq);
 	/*
 	 * The tracepoint sits in the copying loop; only the first round of a call
 	 * counts. In a later one, what is left and what was queued make up the whole.
 	 * (Two threads blocked in send() on one socket are one too many for this.)
 	 */
-	if (s->send_tid == me && bytes + (seq - s->send_seq) == s->send_bytes)
+	if (s->send_tid == p->me && bytes + (seq - s->send_seq) == s->send_bytes)
 		return NULL;
-	s->send_tid = me;
+	s->send_tid = p->me;
 	s->send_seq = seq;
 	s->send_bytes = bytes;
+	asked = tcplat_asked.lookup(&p->at);
+	if (asked)
+		*asked = p->tag | bytes;
 	e = tcplat_reserve_for(sk, s, hook, now);
 	if (!e)
 		return NULL;
-	e->tid = me;
+	e->tid = p->me;
 	tcplat_add_seq(e, seq, bytes);
 	return e;
 }
@@ -93,11 +104,22 @@ tcplat_make_send(const struct sock *sk, struct tcplat_sock *s, u32 bytes, u8 hoo
 static __always_inline struct tcplat_event *
 tcplat_make_short(const struct sock *sk, u8 role, int ret, u8 hook)
 {
-	struct tcplat_sock *s = tcplat_find(sk);
-	struct tcplat_event *e;
 	u32 taken = ret > 0 ? ret : 0;
+	struct tcplat_place p;
+	struct tcplat_sock *s;
+	struct tcplat_event *e;
+	u64 *asked;
 
-	if (!tcplat_is(s, role) || !s->send_tid)
+	if (!tcplat_locate(sk, &p))
+		return NULL;
+	asked = tcplat_asked.lookup(&p.at);
+	if (!asked)
+		return NULL;
+	/* s->send_tid stays: no later call can look like a round of one that has taken all. */
+	if ((*asked ^ p.tag) <= taken)
+		return NULL;
+	s = tcplat_use_at(sk, &p, role);
+	if (!s || !s->send_tid)
 		return NULL;
 	s->send_tid = 0;
 	/* With kTLS the socket carries more than the program sent: no comparison then. */
@@ -147,8 +169,6 @@ tcplat_make_recv(const struct sock *sk, struct tcplat_sock *s, u32 me, u32 bytes
 #ifdef TCPLAT_NO_EVENTS
 	return NULL;
 #endif
-	if (!s->wanted)
-		return NULL;
 	/* Nothing was asked for: that is not the end of the stream. */
 	if (!bytes && !(tcplat_get(sk, sk_shutdown) & TCPLAT_RCV_SHUTDOWN))
 		return NULL;
