@@ -179,6 +179,12 @@ class Answer:
     holding: tuple[int, ...]
     """Links and maps: when the last copy is closed, the kernel detaches."""
 
+    @property
+    def fds(self) -> list[int]:
+        """All of them, in the order in which they cross over."""
+        probes = (fd for probe in self.probes.values() for fd in probe.fds)
+        return [self.gate_fd, *probes, *self.holding]
+
 
 @attrs.frozen
 class Refusal:
@@ -194,8 +200,7 @@ def send_answer(to: socket.socket, answer: Answer | Refusal) -> None:
     if isinstance(answer, Refusal):
         to.sendall(msgpack.packb({"refusal": attrs.asdict(answer)}))
         return
-    probes = (fd for probe in answer.probes.values() for fd in probe.fds)
-    fds = [answer.gate_fd, *probes, *answer.holding]
+    fds = answer.fds
     if len(fds) > MAX_FDS:
         raise CannotRunError(
             f"{len(fds)} programs, links and maps are more than the {MAX_FDS} file descriptors "

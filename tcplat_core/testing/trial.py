@@ -179,7 +179,7 @@ def attach(request: Request) -> dict[str, Any]:
     except TcplatError as error:
         return {"refusal": str(error)}
     (probe,) = answer.probes.values()
-    objects = [(fd, *bpf.identity(fd)) for fd in (*probe.fds, *answer.holding)]
+    objects = [(fd, *bpf.identity(fd)) for fd in answer.fds]
     programs = {
         bpf.program_name(number): fd
         for fd, kind, number in objects

@@ -248,16 +248,14 @@ def test_a_row_reaches_a_pipe_at_once(
     server: Listener,
     measured: Callable[[str], None],
 ) -> None:
-    """At best 200 ms from the event to the end of the pipe, also where little happens."""
+    """200 ms at most from the event to the end of the pipe, also where little happens."""
     run = running_tcplat("-p", str(client.pid), sinks=["table"], stdout=subprocess.PIPE)
     assert run.process.stdout
     columns = run.process.stdout
     head = b""
     delays = []
     for _ in range(5):
-        # By now it polls as rarely as it ever does.
-        idle = sleeps(run.pid) + 30
-        eventually(partial(slept, run.pid, idle), "it had nothing to do")
+        eventually(partial(is_asleep, run.pid), "it had nothing to do")
         client.connect(server)
         line = columns.readline()
         if line.startswith(b"PID"):
@@ -273,7 +271,22 @@ def test_a_row_reaches_a_pipe_at_once(
         "first row of the table through a pipe: "
         f"{min(delays):.1f} to {max(delays):.1f} ms after its event"
     )
-    assert 0 < min(delays) <= 200 * SLOW
+    # A sleeper that nobody wakes looks again after a second: by chance one row is fast.
+    assert 0 < min(delays) <= sorted(delays)[2] <= 200 * SLOW
+
+
+def test_in_silence_it_sleeps(running_tcplat: Start, client: Puppet) -> None:
+    run = running_tcplat("-p", str(client.pid))
+    eventually(partial(is_asleep, run.pid), "it had nothing to do")
+    began, before = time.monotonic(), sleeps(run.pid)
+    eventually(lambda: sleeps(run.pid) > before + 2, "it looked around")
+    # Once a second, and what the scheduler adds.
+    assert time.monotonic() - began > 1.5
+
+
+def is_asleep(pid: int) -> bool:
+    """Whether a process waits in poll(2)."""
+    return "poll" in Path(f"/proc/{pid}/wchan").read_text()
 
 
 def sleeps(pid: int) -> int:
@@ -281,10 +294,6 @@ def sleeps(pid: int) -> int:
     text = Path(f"/proc/{pid}/status").read_text()
     line = next(line for line in text.splitlines() if line.startswith("voluntary_ctxt"))
     return int(line.split()[1])
-
-
-def slept(pid: int, often: int) -> bool:
-    return sleeps(pid) >= often
 
 
 # --- loss

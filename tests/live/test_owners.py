@@ -421,6 +421,40 @@ def test_a_socket_that_the_traced_process_hands_away(
     assert {row["pid"] for row in rows} == {giver.pid}
 
 
+def test_a_socket_that_two_processes_use_in_turn(
+    running_tcplat: Start, puppet: StartPuppet, server: Listener
+) -> None:
+    """Each call belongs to who makes it, and what the peer does to whoever called last."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        traced = puppet(pass_fds=[theirs.fileno()])
+        run = running_tcplat("-p", str(traced.pid))
+        with socket.create_connection(server.address) as shared:
+            peer = server.accept()
+            socket.send_fds(ours, [b"!"], [shared.fileno()])
+            traced(f"""
+way = socket.socket(fileno={theirs.fileno()})
+(_, (fd,), *_) = socket.recv_fds(way, 1, 1)
+s = socket.socket(fileno=fd)
+""")
+            for _ in range(3):
+                for _ in range(3):
+                    shared.sendall(b"x" * 10)
+                    read_exactly(peer, 10)
+                traced("s.sendall(b'y' * 20)")
+                read_exactly(peer, 20)
+            shared.sendall(b"x" * 10)
+            peer.close()
+            assert shared.recv(1) == b""
+        traced("s.close(); way.detach()")
+        traced.connect(server)
+        run.wait_for("it was connected", reached("ESTABLISHED"))
+        rows = run.stop().rows
+    stories = [story(connection) for connection in by_sock(rows).values()]
+    assert stories == [["send"] * 3, ["connect", "SYN_SENT", "ESTABLISHED"]]
+    assert {row["pid"] for row in rows} == {traced.pid}
+
+
 def test_the_run_ends_with_the_process(
     running_tcplat: Start, puppet: StartPuppet, server: Listener
 ) -> None:

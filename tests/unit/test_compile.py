@@ -53,6 +53,15 @@ TEXT = program_text(
 )
 
 
+def test_a_call_of_a_kfunc_becomes_one() -> None:
+    """Bcc compiles calls by number, as those of helpers; a helper's stays what it is."""
+    instruction = struct.Struct("=BBhi")
+    call = [0x85, 0, 0]
+    code = instruction.pack(*call, compiling.KFUNC + 65475) + instruction.pack(*call, 5)
+    patched = Compiled({"f": code}, ()).code("f", [])
+    assert list(instruction.iter_unpack(patched)) == [(0x85, 0x20, 0, 65475), (0x85, 0, 0, 5)]
+
+
 def defined(text: str = TEXT) -> dict[str, str]:
     """The constants in front of everything else."""
     return dict(

@@ -191,6 +191,20 @@ def test_what_is_missing_is_named_unless_marked(small: Btf) -> None:
 
 
 @needs_clang
+@needs_clang
+def test_a_pointer_tells_the_btf_id_of_its_type(small: Btf) -> None:
+    numbers = {name: small.record(name) for name in ("outer", "bits")}
+    checks = "".join(
+        f"_Static_assert(_Generic(({const}struct {name} *)0, TCPLAT_TYPE_IDS default: 0)"
+        f' == {number}, "{name}");\n'
+        for name, number in numbers.items()
+        for const in ("", "const ")
+    )
+    other = '_Static_assert(_Generic((char *)0, TCPLAT_TYPE_IDS default: 0) == 0, "char");\n'
+    assert all(numbers.values())
+    assert_compiles(generate(small, ["outer", "bits"]) + checks + other)
+
+
 def test_an_enum_comes_with_its_constants(small: Btf) -> None:
     header = generate(small, ["enum:color", "outer"])
     assert_compiles(header + '_Static_assert(GREEN == 2, "");')

@@ -148,6 +148,7 @@ def test_every_fd_arrives_at_its_place(ends: Ends) -> None:
     )
     assert [(face.name, face.index, face.mode) for face in one.interfaces] == [("lo", 1, "generic")]
     received = [answer.gate_fd, *one.fds, *two.fds, *answer.holding]
+    assert answer.fds == received
     assert len(received) == 12
     assert {name: found.entries for name, found in one.maps.items()} == {"counts": 64, "more": 1}
     for number, fd in enumerate(received):
@@ -165,7 +166,7 @@ def test_no_fd_is_handed_on_to_a_program_that_a_sink_starts(ends: Ends) -> None:
     send_answer(loader, _holding(3))
     answer = receive_answer(session)
     assert isinstance(answer, Answer)
-    fds = [answer.gate_fd, *answer.probes["one"].fds, *answer.holding]
+    fds = answer.fds
     inherited = [fd for fd in fds if os.get_inheritable(fd)]
     for fd in fds:
         os.close(fd)
@@ -183,7 +184,7 @@ def test_as_many_fds_cross_as_the_kernel_takes(ends: Ends) -> None:
     send_answer(loader, _holding(MAX_FDS))
     answer = receive_answer(session)
     assert isinstance(answer, Answer)
-    fds = [answer.gate_fd, *answer.probes["one"].fds, *answer.holding]
+    fds = answer.fds
     for fd in fds:
         os.close(fd)
     assert len(set(fds)) == MAX_FDS == 253

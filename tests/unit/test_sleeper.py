@@ -1,0 +1,104 @@
+"""How the session waits while nothing comes."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tcplat_core.sleeper import ASLEEP, OPEN, Sleeper
+
+LONG_S = 60.0
+
+
+class Gate:
+    """Memory in the place of tcplat_gate, and a pipe in that of a ring."""
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("gate")
+        os.ftruncate(self.fd, mmap.PAGESIZE)
+        self._map = mmap.mmap(self.fd, mmap.PAGESIZE)
+        self.state = OPEN
+        self.ring, self._writer = os.pipe()
+        self.other, self._other_writer = os.pipe()
+        self.sleeper = Sleeper(self.fd, [self.ring])
+
+    @property
+    def state(self) -> int:
+        """What handlers see."""
+        return int.from_bytes(self._map[:4], "little")
+
+    @state.setter
+    def state(self, value: int) -> None:
+        self._map[:4] = value.to_bytes(4, "little")
+
+    def submit(self) -> None:
+        """What the first handler does that finds somebody asleep."""
+        assert self.state == ASLEEP
+        self.state = OPEN
+        os.write(self._writer, b"!")
+
+    def stir(self) -> None:
+        """The other fd becomes readable."""
+        os.write(self._other_writer, b"!")
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self.sleeper.close()
+        self._map.close()
+        for fd in (self.fd, self.ring, self._writer, self.other, self._other_writer):
+            os.close(fd)
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    """One, closed afterwards."""
+    made = Gate()
+    yield made
+    made.close()
+
+
+def asleep(gate: Gate, *also: int) -> threading.Thread:
+    """A thread that is."""
+    thread = threading.Thread(target=gate.sleeper.sleep, args=(LONG_S, also))
+    thread.start()
+    while gate.state != ASLEEP:
+        time.sleep(0.001)
+    return thread
+
+
+def test_the_first_record_wakes(gate: Gate) -> None:
+    thread = asleep(gate)
+    gate.submit()
+    thread.join(LONG_S / 2)
+    assert not thread.is_alive()
+    assert gate.state == OPEN
+
+
+def test_something_else_wakes_too(gate: Gate) -> None:
+    thread = asleep(gate, gate.other)
+    gate.stir()
+    thread.join(LONG_S / 2)
+    assert not thread.is_alive()
+    assert gate.state == OPEN
+
+
+def test_it_does_not_fall_asleep_over_a_record_that_is_there(gate: Gate) -> None:
+    gate.state = ASLEEP
+    gate.submit()
+    began = time.monotonic()
+    gate.sleeper.sleep(LONG_S)
+    assert time.monotonic() - began < LONG_S / 2
+    assert gate.state == OPEN
+
+
+def test_it_sleeps_no_longer_than_it_may(gate: Gate) -> None:
+    began = time.monotonic()
+    gate.sleeper.sleep(0.05)
+    assert time.monotonic() - began >= 0.05
+    gate.sleeper.sleep(-1)
+    assert gate.state == OPEN
