@@ -444,6 +444,7 @@ s = socket.socket(fileno=fd)
                 traced("s.sendall(b'y' * 20)")
                 read_exactly(peer, 20)
             shared.sendall(b"x" * 10)
+            read_exactly(peer, 10)
             peer.close()
             assert shared.recv(1) == b""
         traced("s.close(); way.detach()")
