@@ -29,14 +29,8 @@ sys.path.insert(0, str(HERE.parents[1]))
 from tests.bench import peers  # noqa: E402 - wherever it is called from
 
 TCPLAT = (sys.executable, "-I", "-m", "tcplat_core")
-CPUS = sorted(os.sched_getaffinity(0))
-APART = {CPUS[0]}, {CPUS[-1]}
-"""The workload's CPU, and tcplat's."""
-TOGETHER = set(CPUS), set(CPUS)
-"""Both have all CPUs, and take them from each other."""
 REPEATS = 13
 BLOCK_S = 0.7
-CONNECTIONS = 2
 MANY = 1000
 """Programs that ran less often say little about their time."""
 
@@ -198,26 +192,39 @@ def on(cpus: set[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def pingpong(cpus: set[int] = APART[0]) -> dict[str, float]:
-    """One block of requests and answers."""
-    with on(cpus), program("pingpong", BLOCK_S, CONNECTIONS) as (_, go):
-        return go()
+@attrs.frozen
+class Load:
+    """Requests and answers over loopback: where they run, and where tcplat does."""
+
+    cpus: set[int]
+    ours: set[int]
+    connections: int
+
+    def pingpong(self) -> dict[str, float]:
+        """One block."""
+        with on(self.cpus), program("pingpong", BLOCK_S, self.connections) as (_, go):
+            return go()
+
+    def interleaved(self, *traced: Callable[[], Any]) -> tuple[list[dict[str, float]], ...]:
+        """Blocks of base, each of `traced`, base: bases in front, bases behind, then theirs."""
+        first, second = [], []
+        with_us: tuple[list[dict[str, float]], ...] = tuple([] for _ in traced)
+        for _ in range(REPEATS):
+            first.append(self.pingpong())
+            for blocks, what in zip(with_us, traced, strict=True):
+                with ExitStack() as stack:
+                    with on(self.ours):
+                        stack.enter_context(what())
+                    blocks.append(self.pingpong())
+            second.append(self.pingpong())
+        return first, second, *with_us
 
 
-def interleaved(
-    traced: Callable[[], Any], cpus: tuple[set[int], set[int]] = APART
-) -> tuple[list[dict[str, float]], ...]:
-    """Blocks of base, with, base: the first base, with, the second base."""
-    theirs, ours = cpus
-    first, with_us, second = [], [], []
-    for _ in range(REPEATS):
-        first.append(pingpong(theirs))
-        with ExitStack() as stack:
-            with on(ours):
-                stack.enter_context(traced())
-            with_us.append(pingpong(theirs))
-        second.append(pingpong(theirs))
-    return first, with_us, second
+CPUS = sorted(os.sched_getaffinity(0))
+APART = Load({CPUS[0]}, {CPUS[-1]}, connections=1)
+"""One connection on one CPU, and tcplat on another: what a request costs is what its path costs."""
+TOGETHER = Load(set(CPUS), set(CPUS), connections=2)
+"""Every CPU is busy, and tcplat takes its share of them."""
 
 
 def ratio(name: str, ours: list[dict[str, float]], base: list[dict[str, float]]) -> float:
@@ -236,23 +243,26 @@ def both(first: list[dict[str, float]], second: list[dict[str, float]]) -> list[
 # --- the figures
 
 
+def rates(base: list[dict[str, float]], ours: list[dict[str, float]]) -> tuple[str, str]:
+    """Requests per second, without and with."""
+    before, after = (
+        statistics.median(one["requests"] for one in blocks) / BLOCK_S for blocks in (base, ours)
+    )
+    return f"{before:,.0f}/s", f"{after:,.0f}/s"
+
+
 def throughput() -> Iterator[Figure]:
     """B1, B2 and the null test: all of tcp_client to JSONL, and nothing."""
-    first, ours, second = interleaved(Run.of)
+    first, second, ours = APART.interleaved(Run.of)
     base = both(first, second)
-    middle = {
-        name: [statistics.median(one[name] for one in blocks) for blocks in (base, ours)]
-        for name in base[0]
-    }
-    before, after = (count / BLOCK_S for count in middle["requests"])
-    requests = (f"{before:,.0f}/s", f"{after:,.0f}/s")
     null = ratio("requests", second, first)
     yield Figure("B0", "null test: base / base", "", "", abs(null - 1), 0.03, at_least=False)
-    yield Figure(
-        "B1", "throughput, all of tcp_client", *requests, ratio("requests", ours, base), 0.90
-    )
+    found = ratio("requests", ours, base)
+    yield Figure("B1", "throughput, all of tcp_client", *rates(base, ours), found, 0.90)
     for name, target in (("p50", 1.5), ("p99", 5)):
-        before, after = (ns / 1000 for ns in middle[f"{name}_ns"])
+        before, after = (
+            statistics.median(one[f"{name}_ns"] for one in blocks) / 1000 for blocks in (base, ours)
+        )
         added = statistics.median(
             (o[f"{name}_ns"] - b[f"{name}_ns"]) / 1000 for o, b in zip(ours, base, strict=True)
         )
@@ -268,27 +278,28 @@ def throughput() -> Iterator[Figure]:
         )
 
 
-def beside_bpftrace() -> Iterator[Figure]:
-    """B1 for bpftrace: the same tracepoints, one line per event."""
-    first, theirs, second = interleaved(peers.bpftrace)
-    base = both(first, second)
-    before, after = (
-        statistics.median(one["requests"] for one in blocks) / BLOCK_S for blocks in (base, theirs)
-    )
-    requests = (f"{before:,.0f}/s", f"{after:,.0f}/s")
-    found = ratio("requests", theirs, base)
-    yield Figure("B1", "throughput, bpftrace instead", *requests, found, None)
+def on_all_cpus() -> Iterator[Figure]:
+    """B1 where nobody has a CPU to himself; and bpftrace in tcplat's place: one line per event."""
+    for what, traced in (("tcplat", Run.of), ("bpftrace", peers.bpftrace)):
+        first, second, with_it = TOGETHER.interleaved(traced)
+        base = both(first, second)
+        found = ratio("requests", with_it, base)
+        yield Figure("B1", f"the same, no CPU spare, {what}", *rates(base, with_it), found, None)
+
+
+HOT = ("tcp_sendmsg_locked", "sock_send_length", "sock_recv_length")
+"""Where tcp_client listens to a connection that is used."""
 
 
 def bystander() -> Iterator[Figure]:
-    """B1s: somebody else is traced."""
-    first, ours, second = interleaved(lambda: Run.of("-p", str(os.getpid())))
-    base = both(first, second)
-    before, after = (
-        statistics.median(one["requests"] for one in blocks) / BLOCK_S for blocks in (base, ours)
+    """B1s: somebody else is traced; and what programs cost there that do nothing at all."""
+    first, second, ours, empty = APART.interleaved(
+        lambda: Run.of("-p", str(os.getpid())), lambda: peers.empty_programs(HOT)
     )
-    requests = (f"{before:,.0f}/s", f"{after:,.0f}/s")
-    yield Figure("B1s", "throughput, -p of another", *requests, ratio("requests", ours, base), 0.97)
+    base = both(first, second)
+    for name, blocks, target in (("-p of another", ours, 0.97), ("empty programs", empty, None)):
+        found = ratio("requests", blocks, base)
+        yield Figure("B1s", f"throughput, {name}", *rates(base, blocks), found, target)
 
 
 def aggregated() -> Iterator[Figure]:
@@ -297,22 +308,16 @@ def aggregated() -> Iterator[Figure]:
     Both ends are on this host: tcp_service looks at every packet, wake-up and recv of the
     client's, too, before it knows that they are none of its own.
     """
-    for name, probe, target in (("B12", "tcp_client", 0.95), ("B12s", "tcp_service", 0.95)):
-        traced = functools.partial(Run.of, probe=probe, sink=f"histogram:path={os.devnull}")
-        first, ours, second = interleaved(traced)
-        base = both(first, second)
-        before, after = (
-            statistics.median(one["requests"] for one in blocks) / BLOCK_S
-            for blocks in (base, ours)
-        )
-        yield Figure(
-            name,
-            f"throughput, histogram, {probe}",
-            f"{before:,.0f}/s",
-            f"{after:,.0f}/s",
-            ratio("requests", ours, base),
-            target,
-        )
+    probes = {"B12": "tcp_client", "B12s": "tcp_service"}
+    traced = (
+        functools.partial(Run.of, probe=probe, sink=f"histogram:path={os.devnull}")
+        for probe in probes.values()
+    )
+    first, second, *both_probes = APART.interleaved(*traced)
+    base = both(first, second)
+    for (name, probe), ours in zip(probes.items(), both_probes, strict=True):
+        found = ratio("requests", ours, base)
+        yield Figure(name, f"throughput, histogram, {probe}", *rates(base, ours), found, 0.95)
 
 
 def draining() -> Iterator[Figure]:
@@ -320,15 +325,15 @@ def draining() -> Iterator[Figure]:
     done = subprocess.run(
         [sys.executable, str(HERE / "drain.py"), "--json"], check=True, capture_output=True
     )
-    rates: dict[str, float] = json.loads(done.stdout)
+    drained: dict[str, float] = json.loads(done.stdout)
     for name, what, peer, mine, target in (
         ("B3", "drain to rows", "bcc rows", "tcplat rows", 8),
         ("B3", "the same / tuned bcc", "bcc tuned rows", "tcplat rows", None),
         ("B3b", "CPU per event, to JSONL", "bcc json", "tcplat jsonl", 6),
         ("B11", "CPU per event, table", "bcc printf", "tcplat table", 3),
     ):
-        cells = (f"{rates[peer]:,.0f}/s", f"{rates[mine]:,.0f}/s")
-        yield Figure(name, what, *cells, rates[mine] / rates[peer], target)
+        cells = (f"{drained[peer]:,.0f}/s", f"{drained[mine]:,.0f}/s")
+        yield Figure(name, what, *cells, drained[mine] / drained[peer], target)
 
 
 LADDER = (200_000, 300_000, 400_000, 500_000, 600_000, 700_000, 800_000)
@@ -423,7 +428,7 @@ def program_name(number: int) -> str:
 def kernel_side() -> Iterator[Figure]:
     """B7: what the kernel says that our programs took."""
     with kernel_statistics() as programs, Run.of() as run:
-        pingpong()
+        APART.pingpong()
         ran = programs(run.process.pid)
     took = [total_ns / count for count, total_ns in ran.values() if count > MANY]
     mean = statistics.mean(took)
@@ -473,7 +478,7 @@ def delay() -> Iterator[Figure]:
 
 FIGURES: dict[str, Callable[[], Iterator[Figure]]] = {
     "B1": throughput,
-    "B1p": beside_bpftrace,
+    "B1c": on_all_cpus,
     "B1s": bystander,
     "B3": draining,
     "B4": lossless,

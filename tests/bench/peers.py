@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ from tcplat_core.loader.compile import import_bcc, kernel_source  # noqa: E402 -
 from tcplat_core.loader.kheaders import cached_tree  # noqa: E402 - the same
 from tcplat_core.schema import TCP_STATES, Event, Record  # noqa: E402 - the same
 from tests.vm import run as vm  # noqa: E402 - the same
+
+RETURN_0 = bytes.fromhex("b7000000000000009500000000000000")
+"""r0 = 0; exit."""
 
 # The same two events as tcp_client's `send` and `send_short`, and the same fields; no look at
 # who owns the socket, no filter but the pid, no books beyond one counter: less work than ours.
@@ -210,6 +213,21 @@ def bpftrace() -> Iterator[None]:
         process.terminate()
         process.communicate()
         out.unlink(missing_ok=True)
+
+
+@contextmanager
+def empty_programs(tracepoints: Sequence[str]) -> Iterator[None]:
+    """A program that returns, attached to each: less than that costs nobody."""
+    fds = []
+    try:
+        for tracepoint in tracepoints:
+            kind = bpf.ProgramType.RAW_TRACEPOINT
+            fds.append(bpf.program_load("empty", kind, RETURN_0))
+            fds.append(bpf.attach_raw_tracepoint(fds[-1], tracepoint))
+        yield
+    finally:
+        for fd in fds:
+            os.close(fd)
 
 
 @contextmanager
