@@ -225,7 +225,10 @@ class ProbeRun:
         return {func: count for func, count in counts.items() if count}
 
     def settled(self) -> bool:
-        """Whether all that was produced is either dropped or here."""
+        """Whether all that was produced is either dropped or here, and nothing is on its way."""
+        # A record is counted after its place in the ring was taken, and before it is submitted.
+        if self.ring.pending():
+            return False
         return sum(made - lost for made, lost in self.books.read()) == self.ring.taken.total()
 
     def close(self) -> None:

@@ -41,6 +41,11 @@ def test_auto_takes_the_first_way_that_is_open(
     assert choose([SEND], "auto", host, "p").taken == {"send": taken}
 
 
+def test_a_kernel_without_the_cast_is_not_asked_for_it() -> None:
+    """It came with 6.2."""
+    assert Host(facts={"bpf_rdonly_cast": None, "struct sock": (1, [])}).cast() == 0
+
+
 def test_what_happens_in_softirq_is_left_to_kprobes_last() -> None:
     """The kernel skips a kprobe that interrupts another one's handler: rows would be missing."""
     point = HookPoint("state", (FENTRY, TRACEPOINT, KPROBE))

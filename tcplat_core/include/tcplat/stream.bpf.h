@@ -157,7 +157,7 @@ static __always_inline u32 tcplat_next_byte(const struct tcp_sock *tp, u32 copie
 
 /*
  * What the program was given; 0 bytes at the end of the stream. `s` is the socket's
- * entry, `me` what tcplat_own() said.
+ * entry, `me` the current thread.
  */
 static __always_inline struct tcplat_event *
 tcplat_make_recv(const struct sock *sk, struct tcplat_sock *s, u32 me, u32 bytes, u8 hook, u64 now)
