@@ -8,6 +8,7 @@ Prints both series and draws them into FOLDER (docs/): growth-rate.svg, growth-s
 from __future__ import annotations
 
 import json
+import multiprocessing
 import resource
 import socket
 import statistics
@@ -16,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import attrs
@@ -29,8 +31,8 @@ RATES = (1_000, 10_000, 100_000, 500_000)
 SOCKETS = (10, 1_000, 100_000)
 SECONDS = 6.0
 TAIL = 4096
-PER_LISTENER = 20_000
-"""Connections to one port: fewer than there are ephemeral ports."""
+SPARE_FDS = 100
+"""Of a process that holds sockets, for all else."""
 
 Point = dict[str, float]
 
@@ -93,24 +95,39 @@ def at_rate(rate: int) -> Point:
     }
 
 
+def hold(count: int, ready: Event, over: Event) -> None:
+    """Open so many sockets, over loopback, both ends ours; until it is over."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=128))
+        for _ in range(count // 2):
+            stack.enter_context(socket.create_connection(listener.getsockname()))
+            stack.enter_context(listener.accept()[0])
+        ready.set()
+        over.wait()
+
+
 @contextmanager
 def open_sockets(count: int) -> Iterator[None]:
-    """Connections over loopback, both ends ours."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(hard, 2 * count),) * 2)
-    with ExitStack() as stack:
-        ends: list[socket.socket] = []
-        while len(ends) < count:
-            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=128))
-            for _ in range(min(PER_LISTENER, (count - len(ends)) // 2)):
-                ends.append(socket.create_connection(listener.getsockname()))
-                ends.append(listener.accept()[0])
-        try:
-            yield
-        finally:
-            for one in ends:
-                one.close()
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    """So many sockets, in as many processes as the limit of open files asks for."""
+    own = multiprocessing.get_context("spawn")
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FDS
+    over = own.Event()
+    holders = []
+    try:
+        while count > 0:
+            ready = own.Event()
+            holder = own.Process(target=hold, args=(min(count, most), ready, over))
+            holder.start()
+            holders.append(holder)
+            while not ready.wait(0.1):
+                if not holder.is_alive():
+                    raise SystemExit(f"no {count} sockets can be open here")
+            count -= most
+        yield
+    finally:
+        over.set()
+        for holder in holders:
+            holder.join()
 
 
 def with_sockets(count: int) -> Point:
