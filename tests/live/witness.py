@@ -1,10 +1,12 @@
-"""tcpdump as a witness: what it saw on an interface, read by tshark."""
+"""Witnesses: tcpdump, read by tshark; and the kernel's own record of its tracepoints."""
 
 from __future__ import annotations
 
+import os
+import re
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -121,3 +123,36 @@ def by_direction(packets: list[Packet]) -> dict[object, list[Packet]]:
     for one in packets:
         flows.setdefault(one[:4], []).append(one[4:])
     return flows
+
+
+TRACING = Path("/sys/kernel/tracing")
+_CHANGES = ("sock/inet_sock_set_state", "tcp/tcp_destroy_sock")
+_PORTS = re.compile(r"sport=(\d+) dport=(\d+)")
+
+
+@contextmanager
+def kept_from_programs(port: int) -> Iterator[Callable[[], set[int]]]:
+    """Client ports of connections to `port` that changed on the time of process 1.
+
+    There are kernels that run no BPF program while a thread of process 1 runs, and softirq comes
+    at anybody's time: of those connections rows may be missing, and no tracer can help it. ftrace
+    does see them.
+    """
+    instance = TRACING / "instances" / f"tcplat-test-{os.getpid()}"
+    threads = " || ".join(f"common_pid == {thread}" for thread in os.listdir("/proc/1/task"))
+    instance.mkdir()
+    events = [instance / "events" / event for event in _CHANGES]
+
+    def ports() -> set[int]:
+        found = _PORTS.findall((instance / "trace").read_text())
+        return {int(end) for ends in found for end in ends} - {port}
+
+    try:
+        for event in events:
+            (event / "filter").write_text(f"(sport == {port} || dport == {port}) && ({threads})")
+            (event / "enable").write_text("1")
+        yield ports
+    finally:
+        for event in events:
+            (event / "enable").write_text("0")
+        instance.rmdir()
