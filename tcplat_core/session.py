@@ -355,7 +355,7 @@ class Signals:
     """SIGINT, SIGTERM and SIGHUP end the run; a second one ends the process at once."""
 
     caught: int = 0
-    fd: int = -1
+    fd: int | None = None
     """Readable once one came: a system call that waits begins anew after a signal (PEP 475)."""
 
     def install(self) -> None:
@@ -566,8 +566,8 @@ class Session:
 
     def _others(self) -> list[int]:
         """What wakes us beside the rings: a signal, the end of what is traced."""
-        fds = [self.signals.fd, (self._watched and self._watched.fd()) or -1]
-        return [fd for fd in fds if fd >= 0]
+        fds = (self.signals.fd, self._watched.fd() if self._watched else None)
+        return [fd for fd in fds if fd is not None]
 
     def _traced_ended(self) -> bool:
         if self.command:

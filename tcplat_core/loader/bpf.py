@@ -61,6 +61,13 @@ ARRAY = 2
 MMAPABLE = 1 << 10
 """BPF_F_MMAPABLE: an array that can be mapped through its fd (5.5)."""
 
+INSTRUCTION = struct.Struct("=BBhi")
+"""struct bpf_insn: code, source and destination register, offset, immediate."""
+CALL, PSEUDO_KFUNC_CALL = 0x85, 2
+"""BPF_JMP | BPF_CALL, and what its source register says where no helper is called."""
+RETURN_0 = bytes.fromhex("b7000000000000009500000000000000")
+"""r0 = 0; exit."""
+
 XDP_HAS_FRAGS = 1 << 5
 """BPF_F_XDP_HAS_FRAGS, for programs: packets in several buffers are welcome (5.18)."""
 

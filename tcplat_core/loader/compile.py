@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import stat
-import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from tcplat_core.filters import Filter
 from tcplat_core.hookpoints import HookPoint, reporting
 from tcplat_core.ring import books_hooks, books_slots, possible_cpus
 
+from .bpf import CALL, INSTRUCTION, PSEUDO_KFUNC_CALL
 from .protocol import ProbeRequest
 
 SYSTEM_FOLDERS = (
@@ -52,11 +52,8 @@ SHARED_PREFIX = "tcplat_"
 
 _INSTALL = "apt install python3-bpfcc (Fedora: dnf install python3-bcc)"
 _INCLUDE = re.compile(r"^\s*#\s*include\s+<tcplat/([a-z_]+\.bpf\.h)>\s*$", re.MULTILINE)
-_INSTRUCTION = struct.Struct("=BBhi")
 _LOAD_64, _MAP_FD = 0x18, 1
 """BPF_LD | BPF_DW | BPF_IMM, and BPF_PSEUDO_MAP_FD in its source register."""
-_CALL, _KFUNC = 0x85, 2
-"""BPF_JMP | BPF_CALL, and BPF_PSEUDO_KFUNC_CALL in its source register."""
 KFUNC = 1 << 30
 """bcc knows helpers alone: a call of KFUNC + n stands for that of the kfunc with BTF id n."""
 
@@ -102,11 +99,11 @@ class Compiled:
 def _renumbered(code: bytes, numbers: Mapping[int, int]) -> bytes:
     out = bytearray(code)
     for at in range(0, len(code), 8):
-        op, registers, offset, number = _INSTRUCTION.unpack_from(code, at)
+        op, registers, offset, number = INSTRUCTION.unpack_from(code, at)
         if op == _LOAD_64 and registers >> 4 == _MAP_FD:
-            _INSTRUCTION.pack_into(out, at, op, registers, offset, numbers[number])
-        elif op == _CALL and number >= KFUNC:
-            _INSTRUCTION.pack_into(out, at, op, _KFUNC << 4, offset, number - KFUNC)
+            INSTRUCTION.pack_into(out, at, op, registers, offset, numbers[number])
+        elif op == CALL and number >= KFUNC:
+            INSTRUCTION.pack_into(out, at, op, PSEUDO_KFUNC_CALL << 4, offset, number - KFUNC)
     return bytes(out)
 
 

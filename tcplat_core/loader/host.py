@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -23,9 +22,6 @@ _NO_SYSCALL = (
     "{} is not to be had (no CONFIG_FTRACE_SYSCALLS, or tracefs is not mounted: "
     "mount -t tracefs tracefs /sys/kernel/tracing)"
 )
-_RETURN_0 = bytes.fromhex("b7000000000000009500000000000000")
-"""r0 = 0; exit."""
-_INSTRUCTION = struct.Struct("=BBhi")
 _A_TYPE = "struct sock"
 
 
@@ -91,7 +87,7 @@ class Host:
             fd = bpf.program_load(
                 "tcplat_try",
                 bpf.ProgramType.TRACING,
-                _RETURN_0,
+                bpf.RETURN_0,
                 bpf.AttachType.FENTRY,
                 found[0],
             )
@@ -111,10 +107,12 @@ class Host:
         type_ = self.fact(_A_TYPE, is_tracepoint=False)
         if not found or not type_:
             return 0
-        call = bytes.fromhex("b701000000000000") + _INSTRUCTION.pack(0xB7, 2, 0, type_[0])
-        call += _INSTRUCTION.pack(0x85, 2 << 4, 0, found[0])  # BPF_PSEUDO_KFUNC_CALL
+        pack = bpf.INSTRUCTION.pack
+        arguments = pack(0xB7, 1, 0, 0) + pack(0xB7, 2, 0, type_[0])  # r1 = 0; r2 = the type
+        call = arguments + pack(bpf.CALL, bpf.PSEUDO_KFUNC_CALL << 4, 0, found[0])
         try:
-            fd = bpf.program_load("tcplat_try", bpf.ProgramType.RAW_TRACEPOINT, call + _RETURN_0)
+            kind = bpf.ProgramType.RAW_TRACEPOINT
+            fd = bpf.program_load("tcplat_try", kind, call + bpf.RETURN_0)
         except OSError:
             return 0
         os.close(fd)

@@ -28,9 +28,6 @@ from tcplat_core.loader.kheaders import cached_tree  # noqa: E402 - the same
 from tcplat_core.schema import TCP_STATES, Event, Record  # noqa: E402 - the same
 from tests.vm import run as vm  # noqa: E402 - the same
 
-RETURN_0 = bytes.fromhex("b7000000000000009500000000000000")
-"""r0 = 0; exit."""
-
 # The same two events as tcp_client's `send` and `send_short`, and the same fields; no look at
 # who owns the socket, no filter but the pid, no books beyond one counter: less work than ours.
 IDIOM = """
@@ -222,7 +219,7 @@ def empty_programs(tracepoints: Sequence[str]) -> Iterator[None]:
     try:
         for tracepoint in tracepoints:
             kind = bpf.ProgramType.RAW_TRACEPOINT
-            fds.append(bpf.program_load("empty", kind, RETURN_0))
+            fds.append(bpf.program_load("empty", kind, bpf.RETURN_0))
             fds.append(bpf.attach_raw_tracepoint(fds[-1], tracepoint))
         yield
     finally:

@@ -358,6 +358,13 @@ os.waitpid(child, 0)
     assert {row["pid"] for row in rows} == {client.pid}
 
 
+TAKE_OVER = """
+way = socket.socket(fileno={way})
+(_, (fd,), *_) = socket.recv_fds(way, 1, 1)
+s = socket.socket(fileno=fd)
+"""
+
+
 @pytest.mark.parametrize("older", [True, False])
 def test_a_socket_that_is_handed_to_the_traced_process(
     older: bool,  # noqa: FBT001 - a parameter of the test
@@ -380,12 +387,8 @@ def test_a_socket_that_is_handed_to_the_traced_process(
             handed.sendall(b"x" * 10)
             read_exactly(peer, 10)
             socket.send_fds(ours, [b"!"], [handed.fileno()])
-        receiver(f"""
-way = socket.socket(fileno={theirs.fileno()})
-(_, (fd,), *_) = socket.recv_fds(way, 1, 1)
-s = socket.socket(fileno=fd)
-s.sendall(b"y" * 20)
-""")
+        receiver(TAKE_OVER.format(way=theirs.fileno()))
+        receiver("s.sendall(b'y' * 20)")
         read_exactly(peer, 20)
         peer.close()
         run.wait_for("the peer's FIN was there", reached("CLOSE_WAIT"))
@@ -432,11 +435,7 @@ def test_a_socket_that_two_processes_use_in_turn(
         with socket.create_connection(server.address) as shared:
             peer = server.accept()
             socket.send_fds(ours, [b"!"], [shared.fileno()])
-            traced(f"""
-way = socket.socket(fileno={theirs.fileno()})
-(_, (fd,), *_) = socket.recv_fds(way, 1, 1)
-s = socket.socket(fileno=fd)
-""")
+            traced(TAKE_OVER.format(way=theirs.fileno()))
             for _ in range(3):
                 for _ in range(3):
                     shared.sendall(b"x" * 10)

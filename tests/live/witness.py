@@ -12,6 +12,8 @@ from pathlib import Path
 
 import attrs
 
+from tcplat_core.loader.bpf import tracefs
+
 from .harness import Puppet, Row, eventually, patience
 
 Packet = tuple[object, ...]
@@ -125,7 +127,6 @@ def by_direction(packets: list[Packet]) -> dict[object, list[Packet]]:
     return flows
 
 
-TRACING = Path("/sys/kernel/tracing")
 _CHANGES = ("sock/inet_sock_set_state", "tcp/tcp_destroy_sock")
 _PORTS = re.compile(r"sport=(\d+) dport=(\d+)")
 
@@ -138,7 +139,9 @@ def kept_from_programs(port: int) -> Iterator[Callable[[], set[int]]]:
     at anybody's time: of those connections rows may be missing, and no tracer can help it. ftrace
     does see them.
     """
-    instance = TRACING / "instances" / f"tcplat-test-{os.getpid()}"
+    tracing = tracefs()
+    assert tracing
+    instance = tracing / "instances" / f"tcplat-test-{os.getpid()}"
     threads = " || ".join(f"common_pid == {thread}" for thread in os.listdir("/proc/1/task"))
     instance.mkdir()
     events = [instance / "events" / event for event in _CHANGES]

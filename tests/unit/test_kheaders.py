@@ -191,7 +191,6 @@ def test_what_is_missing_is_named_unless_marked(small: Btf) -> None:
 
 
 @needs_clang
-@needs_clang
 def test_a_pointer_tells_the_btf_id_of_its_type(small: Btf) -> None:
     numbers = {name: small.record(name) for name in ("outer", "bits")}
     checks = "".join(
@@ -205,6 +204,7 @@ def test_a_pointer_tells_the_btf_id_of_its_type(small: Btf) -> None:
     assert_compiles(generate(small, ["outer", "bits"]) + checks + other)
 
 
+@needs_clang
 def test_an_enum_comes_with_its_constants(small: Btf) -> None:
     header = generate(small, ["enum:color", "outer"])
     assert_compiles(header + '_Static_assert(GREEN == 2, "");')

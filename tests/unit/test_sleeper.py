@@ -67,6 +67,7 @@ def asleep(gate: Gate, *also: int) -> threading.Thread:
     thread = threading.Thread(target=gate.sleeper.sleep, args=(LONG_S, also))
     thread.start()
     while gate.state != ASLEEP:
+        assert thread.is_alive()
         time.sleep(0.001)
     return thread
 

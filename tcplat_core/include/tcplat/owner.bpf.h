@@ -131,10 +131,7 @@ struct tcplat_flow {
  */
 BPF_TABLE("hash", struct tcplat_addrs, struct tcplat_flow, tcplat_flows, 1024);
 
-/*
- * The current task becomes the owner; the result is its tid.
- * Only where the socket's own process calls.
- */
+/* The task of `pid_tgid` becomes the owner: the current one. */
 static __always_inline void tcplat_own_by(struct tcplat_sock *s, u64 pid_tgid)
 {
 	s->tid = pid_tgid;
@@ -154,12 +151,10 @@ static __always_inline void tcplat_own_by(struct tcplat_sock *s, u64 pid_tgid)
 	tcplat_debug("sock %llu belongs to pid %d, wanted %d", s->id, s->pid, s->wanted);
 }
 
-static __always_inline u32 tcplat_own(struct tcplat_sock *s)
+/* The current task becomes the owner. Only where the socket's own process calls. */
+static __always_inline void tcplat_own(struct tcplat_sock *s)
 {
-	u64 both = bpf_get_current_pid_tgid();
-
-	tcplat_own_by(s, both);
-	return both;
+	tcplat_own_by(s, bpf_get_current_pid_tgid());
 }
 
 static __always_inline u64 tcplat_new_id(void)
