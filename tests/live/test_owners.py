@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +15,12 @@ import pytest
 from .harness import (
     Listener,
     Puppet,
+    Row,
     Tcplat,
     assert_tiles,
     at,
     by_sock,
+    free_port,
     of_port,
     reached,
     read_exactly,
@@ -523,3 +526,102 @@ def test_hundreds_of_older_sockets(running_tcplat: Start, client: Puppet, server
     for rows in socks.values():
         assert story(rows) == ["send", "CLOSE_WAIT"]
         assert_tiles(rows)
+
+
+def test_packets_of_a_socket_that_connects_anew(
+    running_tcplat: Start, client: Puppet, server: Listener
+) -> None:
+    """It has other addresses then, by which packets have to find it."""
+    first, second = free_port(), server.port
+    probe = f"xdp_port:iface=lo,port={first}+{second},dir=either"
+    run = running_tcplat("-p", str(client.pid), probes=(probe,))
+    client(f"""
+s = socket.socket()
+assert s.connect_ex(("127.0.0.1", {first})) == errno.ECONNREFUSED
+s.connect({server.address!r})
+""")
+    exchange(client, server.accept())
+    client("s.close()")
+    run.wait_for(
+        "the client's FIN was there",
+        lambda rows: any(row["flags"] == "FIN|ACK" and row["dport"] == second for row in rows),
+    )
+    rows = run.stop().rows
+    assert [row["flags"] for row in rows if row["dport"] == first] == ["SYN"]
+    to = [row for row in rows if row["dport"] == second]
+    assert to[0]["flags"] == "SYN"
+    assert sum(row["bytes"] for row in to) == 10
+
+
+SESSION = "import sys; sys.executable = sys.argv.pop(1); import tcplat_core.__main__ as m; m.main()"
+LOADER = f"""\
+#!{sys.executable} -I
+import sys
+from tcplat_core.loader.attach import Loader
+
+attach = Loader._core
+Loader._core = lambda self, core, program, tracepoint: (
+    program != "tcplat_on_destroy" and attach(self, core, program, tracepoint)
+)
+sys.argv[1:] = sys.argv[-1:]
+import tcplat_core.loader.__main__
+"""
+"""As where the kernel runs no program at the end of a socket: its entry stays behind."""
+
+
+def test_a_socket_whose_end_was_not_seen_leaves_nothing_to_the_next_one(
+    tmp_path: Path, running_tcplat: Start, client: Puppet
+) -> None:
+    """The kernel uses addresses again, of the client's as of the service's, nearly at once."""
+    loader = tmp_path / "loader"
+    loader.write_text(LOADER)
+    loader.chmod(0o755)
+    program = (sys.executable, "-I", "-c", SESSION, str(loader))
+    run = running_tcplat(probes=("tcp_client", "tcp_service"), program=program)
+    port = client("""
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+listening = socket.create_server(("127.0.0.1", 0))
+port = listening.getsockname()[1]
+for _ in range(50):
+    s = socket.create_connection(("127.0.0.1", port))
+    peer, _ = listening.accept()
+    s.send(b"x")
+    peer.recv(1)
+    s.close()
+    peer.close()
+port
+""")
+
+    def ours(rows: list[Row]) -> list[Row]:
+        return [row for row in rows if port in (row["sport"], row["dport"]) and row["sock"]]
+
+    run.wait_for("the last one was closed", lambda rows: len(at(ours(rows), "close")) >= 100)
+    rows = [row for row in ours(run.stop().rows) if row["sport"] and row["dport"]]
+    connections = by_sock(rows).values()
+    assert len(connections) == 100
+    ends = [{(row["sport"], row["dport"]) for row in connection} for connection in connections]
+    assert [len(pairs) for pairs in ends] == [1] * 100
+    assert len(set.union(*ends)) == 100
+    assert [len(at(connection, "close")) for connection in connections] == [1] * 100
+
+
+def test_a_service_that_takes_over_the_port_of_an_older_one(
+    running_tcplat: Start, client: Puppet, puppet: StartPuppet
+) -> None:
+    """Nobody asked for the older one, whose listening socket did nothing but end."""
+    old, new = puppet(), puppet()
+    port = old("""
+listening = socket.create_server(("127.0.0.1", 0))
+listening.getsockname()[1]
+""")
+    run = running_tcplat("-p", str(new.pid), probes=("tcp_service",))
+    old("listening.close()")
+    new(f"listening = socket.create_server(('127.0.0.1', {port}))")
+    client(f"s = socket.create_connection(('127.0.0.1', {port}))")
+    new("peer, _ = listening.accept()")
+    run.wait_for("it was accepted", lambda rows: bool(at(rows, "accept")))
+    rows = run.stop().rows
+    assert story(rows)[0] == "LISTEN"
+    assert {"rx_ip", "state", "accept"} <= {row["point"] for row in rows[1:]}
+    assert reached("ESTABLISHED")(rows)
+    assert {row["pid"] for row in rows} == {new.pid}

@@ -18,10 +18,8 @@ static __always_inline struct tcplat_sock *begin_connect(struct sock *sk, u64 no
 {
 	struct tcplat_sock *s = tcplat_learn(sk, CLIENT);
 
-	if (s) {
+	if (s)
 		s->since_ns = now;
-		s->addrs.sport = 0; /* read anew: it may have been connected elsewhere before */
-	}
 	return s;
 }
 

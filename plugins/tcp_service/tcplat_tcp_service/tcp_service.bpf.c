@@ -407,14 +407,10 @@ static __always_inline int report_state(struct sock *sk, int old, int new, u8 ho
 
 	if (new == TCP_LISTEN)
 		s = tcplat_listen(sk);
+	else if (old == TCP_SYN_RECV && new == TCP_ESTABLISHED)
+		s = tcplat_inherit(sk, now);
 	else
 		s = tcplat_find(sk);
-	/*
-	 * The child of a listener: an exact copy of it until its own addresses are
-	 * filled in, so that its first state, TCP_SYN_RECV, cannot be told.
-	 */
-	if (!s && old == TCP_SYN_RECV && new == TCP_ESTABLISHED)
-		s = tcplat_inherit(sk, now);
 	if (!s || (s->role != SERVER && s->role != LISTENER))
 		return 0;
 	s->state = new;

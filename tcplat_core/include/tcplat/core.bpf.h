@@ -4,25 +4,11 @@
 /* Attached after the probes, so that their handlers still find the socket. */
 int tcplat_on_destroy(struct bpf_raw_tracepoint_args *ctx)
 {
-	u64 key = ctx->args[0];
-	struct tcplat_sock *s = tcplat_find((struct sock *)key);
-	struct tcplat_listener *listener;
+	struct sock *sk = (struct sock *)ctx->args[0];
+	struct tcplat_sock *s = tcplat_find(sk);
 
-	if (!s)
-		return 0;
-	if (s->in_flows) {
-		struct tcplat_addrs addrs = s->addrs;
-
-		tcplat_flows.delete(&addrs);
-	}
-	if (s->role == TCPLAT_ROLE_LISTENER) {
-		struct tcplat_port port = {.netns = s->addrs.netns, .port = s->addrs.sport};
-
-		listener = tcplat_listeners.lookup(&port);
-		if (listener && --listener->users == 0)
-			tcplat_listeners.delete(&port);
-	}
-	tcplat_socks.delete(&key);
+	if (s)
+		tcplat_forget(sk, s);
 	return 0;
 }
 
@@ -83,7 +69,7 @@ int tcplat_on_state(struct bpf_raw_tracepoint_args *ctx)
 		tcplat_listen(sk);
 	else if (new == TCP_ESTABLISHED && old == TCP_SYN_SENT)
 		tcplat_track(sk, tcplat_find(sk));
-	else if (new == TCP_ESTABLISHED && old == TCP_SYN_RECV && !tcplat_find(sk))
+	else if (new == TCP_ESTABLISHED && old == TCP_SYN_RECV)
 		tcplat_inherit(sk, bpf_ktime_get_ns());
 	return 0;
 }

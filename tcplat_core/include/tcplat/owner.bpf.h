@@ -19,6 +19,7 @@ struct tcplat_sock {
 	u32 send_seq;   /* where its bytes begin */
 	u32 send_bytes; /* how many it asked to send */
 	u32 group;      /* of histogram.bpf.h: which, and for which probe; 0: not worked out */
+	u32 inode;      /* of a socket that called connect() or listen(): tcplat_inode() */
 	u8 role;
 	u8 wanted;      /* its owner passes the filters */
 	u8 in_flows;    /* tcplat_flows has its addresses, tcplat_listeners its port */
@@ -42,7 +43,8 @@ struct tcplat_seed {
  *
  * Inserted by tcplat_learn() when a socket begins to connect, by tcplat_find()
  * when a seeded one is seen for the first time, and by tcplat_meet().
- * Deleted by tcplat_on_destroy, which runs after every probe's handlers.
+ * Deleted by tcplat_on_destroy, which runs after every probe's handlers; where no program saw
+ * the end, when the next socket has the address.
  */
 BPF_TABLE("hash", u64, struct tcplat_sock, tcplat_socks, 1024);
 
@@ -91,7 +93,7 @@ BPF_TABLE("array", u32, u64, tcplat_bystanders, 1 << TCPLAT_PLACE_BITS);
 
 /*
  * Slot 0 -> how often tcplat_socks got an entry, or one became wanted because another process
- * took it over. Counted after the fact, by tcplat_insert() and tcplat_own_by().
+ * took it over. Counted after the fact, by tcplat_count_birth().
  */
 BPF_TABLE("array", u32, u64, tcplat_births, 1);
 
@@ -113,7 +115,7 @@ struct tcplat_listener {
  * Namespace and local port -> struct tcplat_listener.
  *
  * Inserted by tcplat_listen(), and by the loader for what listened before.
- * Deleted by tcplat_on_destroy with the last user.
+ * Deleted by tcplat_withdraw() with the last user.
  */
 BPF_TABLE("hash", struct tcplat_port, struct tcplat_listener, tcplat_listeners, 16384);
 
@@ -127,9 +129,19 @@ struct tcplat_flow {
  * Addresses of a socket, local first -> struct tcplat_flow.
  *
  * Inserted by tcplat_add_flow(), and by the loader for older sockets.
- * Deleted by tcplat_on_destroy.
+ * Deleted by tcplat_withdraw(): the socket ends, or connects anew.
  */
 BPF_TABLE("hash", struct tcplat_addrs, struct tcplat_flow, tcplat_flows, 1024);
+
+/* Once there is something new to find for who has looked in vain before. */
+static __always_inline void tcplat_count_birth(void)
+{
+	u32 zero = 0;
+	u64 *births = tcplat_births.lookup(&zero);
+
+	if (births)
+		lock_xadd(births, 1);
+}
 
 /* The task of `pid_tgid` becomes the owner: the current one. */
 static __always_inline void tcplat_own_by(struct tcplat_sock *s, u64 pid_tgid)
@@ -142,11 +154,8 @@ static __always_inline void tcplat_own_by(struct tcplat_sock *s, u64 pid_tgid)
 	bpf_get_current_comm(&s->comm, sizeof(s->comm));
 	s->wanted = tcplat_wanted_task(s->comm);
 #ifdef TCPLAT_FILTER_TASK
-	u32 zero = 0;
-	u64 *births = s->wanted ? tcplat_births.lookup(&zero) : NULL;
-
-	if (births)
-		lock_xadd(births, 1);
+	if (s->wanted)
+		tcplat_count_birth();
 #endif
 	tcplat_debug("sock %llu belongs to pid %d, wanted %d", s->id, s->pid, s->wanted);
 }
@@ -165,17 +174,15 @@ static __always_inline u64 tcplat_new_id(void)
 
 static __always_inline struct tcplat_sock *tcplat_insert(u64 key, struct tcplat_sock *fresh)
 {
-	u32 untracked = TCPLAT_BOOKS - 1, zero = 0;
+	u32 untracked = TCPLAT_BOOKS - 1;
 	struct tcplat_sock *s;
-	u64 *count;
 
 	tcplat_socks.update(&key, fresh);
-	count = tcplat_births.lookup(&zero);
-	if (count)
-		lock_xadd(count, 1);
+	tcplat_count_birth();
 	s = tcplat_socks.lookup(&key);
 	if (!s) {
-		count = books.lookup(&untracked);
+		u64 *count = books.lookup(&untracked);
+
 		if (count)
 			lock_xadd(count, 1);
 	}
@@ -310,11 +317,96 @@ static __always_inline struct tcplat_sock *tcplat_touch(const struct sock *sk)
 	return s;
 }
 
-/* A socket takes its role, in the process that gives it one. */
+/* The ends of a socket, as far as the kernel still knows: a failed connect forgets them. */
+static __always_inline void tcplat_read_addrs(struct tcplat_addrs *to, const struct sock *sk)
+{
+	struct net *net = tcplat_get(sk, __sk_common.skc_net.net);
+	u16 dport = tcplat_get(sk, __sk_common.skc_dport);
+
+	if (!dport && to->dport)
+		return;
+	to->netns = tcplat_get(net, ns.inum);
+	to->dport = bpf_ntohs(dport);
+	/*
+	 * skc_num is cleared before the change to TCP_CLOSE, inet_sport is not. Where
+	 * the socket is closed and begins anew, it is the one of the last time.
+	 */
+	to->sport = tcplat_get(sk, __sk_common.skc_num);
+	if (!to->sport && tcplat_get(sk, __sk_common.skc_state) != TCP_CLOSE)
+		to->sport = bpf_ntohs(tcplat_get((const struct inet_sock *)sk, inet_sport));
+	if (tcplat_get(sk, __sk_common.skc_family) == TCPLAT_AF_INET) {
+		to->ip = 4;
+		tcplat_map_v4(to->saddr, tcplat_get(sk, __sk_common.skc_rcv_saddr));
+		tcplat_map_v4(to->daddr, tcplat_get(sk, __sk_common.skc_daddr));
+		return;
+	}
+	bpf_probe_read_kernel(to->saddr, 16, (const void *)&sk->__sk_common.skc_v6_rcv_saddr);
+	bpf_probe_read_kernel(to->daddr, 16, (const void *)&sk->__sk_common.skc_v6_daddr);
+	/* A dual-stack socket that speaks IPv4 has a mapped remote address. */
+	to->ip = tcplat_is_mapped(to->daddr) ? 4 : 6;
+}
+
+/* Neither packets nor children find the socket any more by the addresses that it had. */
+static __always_inline void tcplat_withdraw(const struct sock *sk, struct tcplat_sock *s)
+{
+	struct tcplat_listener *listener;
+	struct tcplat_addrs addrs;
+
+	if (!s->in_flows)
+		return;
+	s->in_flows = 0;
+	/* One that had a seed may never have been asked for them; its port may be given back by now. */
+	if (!s->addrs.sport)
+		tcplat_read_addrs(&s->addrs, sk);
+	if (!s->addrs.sport)
+		s->addrs.sport = bpf_ntohs(tcplat_get((const struct inet_sock *)sk, inet_sport));
+	addrs = s->addrs;
+	if (s->role == TCPLAT_ROLE_LISTENER) {
+		struct tcplat_port port = {.netns = addrs.netns, .port = addrs.sport};
+
+		listener = tcplat_listeners.lookup(&port);
+		if (listener && --listener->users == 0)
+			tcplat_listeners.delete(&port);
+	} else {
+		tcplat_flows.delete(&addrs);
+	}
+}
+
+static __always_inline void tcplat_forget(const struct sock *sk, struct tcplat_sock *s)
+{
+	u64 key = (u64)sk;
+
+	tcplat_withdraw(sk, s);
+	tcplat_socks.delete(&key);
+}
+
+/* What tells sockets apart that had the same address one after the other; 0 where no process has it open. */
+static __always_inline u32 tcplat_inode(const struct sock *sk)
+{
+	struct socket *socket = tcplat_get(sk, sk_socket);
+	struct file *file = tcplat_get(socket, file);
+	struct inode *inode = tcplat_get(file, f_inode);
+
+	return tcplat_get(inode, i_ino);
+}
+
+/*
+ * A socket takes its role, in the process that gives it one. It was closed until now, and begins
+ * with other addresses.
+ */
 static __always_inline struct tcplat_sock *tcplat_learn(const struct sock *sk, u8 role)
 {
 	struct tcplat_sock *s = tcplat_find(sk);
+	u32 inode = tcplat_inode(sk);
 
+	/*
+	 * Another socket's, whose end no program saw: the kernel skips one that would interrupt itself.
+	 * Or of this one's time before: with a seed, or as the child of a listener.
+	 */
+	if (s && s->inode != inode) {
+		tcplat_forget(sk, s);
+		s = NULL;
+	}
 	if (!s) {
 		struct tcplat_sock fresh = {.id = tcplat_new_id()};
 
@@ -322,11 +414,16 @@ static __always_inline struct tcplat_sock *tcplat_learn(const struct sock *sk, u
 		if (!s)
 			return NULL;
 	}
+	if (s->role != role || role == TCPLAT_ROLE_CLIENT) {
+		tcplat_withdraw(sk, s);
+		s->addrs.sport = 0;
+	}
 	/* Another probe, or none, keeps its state from now on. */
 	if (s->role != role)
 		s->state = 0;
 	s->role = role;
 	s->group = 0;
+	s->inode = inode;
 	tcplat_own(s);
 	return s;
 }
@@ -355,35 +452,6 @@ static __always_inline void tcplat_fill_addrs(struct tcplat_event *e, const stru
 {
 	__builtin_memcpy((void *)e->saddr, a->saddr, 32);
 	__builtin_memcpy((void *)&e->netns, &a->netns, 16);
-}
-
-/* The ends of a socket, as far as the kernel still knows: a failed connect forgets them. */
-static __always_inline void tcplat_read_addrs(struct tcplat_addrs *to, const struct sock *sk)
-{
-	struct net *net = tcplat_get(sk, __sk_common.skc_net.net);
-	u16 dport = tcplat_get(sk, __sk_common.skc_dport);
-
-	if (!dport && to->dport)
-		return;
-	to->netns = tcplat_get(net, ns.inum);
-	to->dport = bpf_ntohs(dport);
-	/*
-	 * skc_num is cleared before the change to TCP_CLOSE, inet_sport is not. Where
-	 * the socket is closed and begins anew, it is the one of the last time.
-	 */
-	to->sport = tcplat_get(sk, __sk_common.skc_num);
-	if (!to->sport && tcplat_get(sk, __sk_common.skc_state) != TCP_CLOSE)
-		to->sport = bpf_ntohs(tcplat_get((const struct inet_sock *)sk, inet_sport));
-	if (tcplat_get(sk, __sk_common.skc_family) == TCPLAT_AF_INET) {
-		to->ip = 4;
-		tcplat_map_v4(to->saddr, tcplat_get(sk, __sk_common.skc_rcv_saddr));
-		tcplat_map_v4(to->daddr, tcplat_get(sk, __sk_common.skc_daddr));
-		return;
-	}
-	bpf_probe_read_kernel(to->saddr, 16, (const void *)&sk->__sk_common.skc_v6_rcv_saddr);
-	bpf_probe_read_kernel(to->daddr, 16, (const void *)&sk->__sk_common.skc_v6_daddr);
-	/* A dual-stack socket that speaks IPv4 has a mapped remote address. */
-	to->ip = tcplat_is_mapped(to->daddr) ? 4 : 6;
 }
 
 /* Let packets find the socket by its addresses, which must be complete. */
@@ -441,15 +509,39 @@ static __always_inline struct tcplat_listener *tcplat_listener_at(u32 netns, u16
 	return tcplat_listeners.lookup(&port);
 }
 
-/* A connection is complete and waits to be accepted: its owner is the listener's, if there is one. */
+static __always_inline bool tcplat_same_addrs(const struct tcplat_addrs *a, const struct tcplat_addrs *b)
+{
+	u64 differ = 0;
+
+#pragma unroll
+	for (int i = 0; i < sizeof(*a) / 8; i++)
+		differ |= ((const u64 *)a)[i] ^ ((const u64 *)b)[i];
+	return !differ;
+}
+
+/*
+ * A connection that came in is complete: the change from TCP_SYN_RECV to TCP_ESTABLISHED, the first
+ * that its socket, the child of a listener, can be told by: until its own addresses are filled in
+ * it is an exact copy of its parent. Its owner is the listener's, if there is one.
+ */
 static __always_inline struct tcplat_sock *tcplat_inherit(const struct sock *sk, u64 now)
 {
-	struct tcplat_sock *s, fresh = {.id = tcplat_new_id(), .since_ns = now};
+	struct tcplat_sock *s = tcplat_find(sk), fresh = {.since_ns = now};
 	struct tcplat_listener *from;
 
+	/* No child: it called connect(), as the other end did. Or it was accepted before (RFC 7413). */
+	if (s && tcplat_get(sk, sk_socket))
+		return s;
+	tcplat_read_addrs(&fresh.addrs, sk);
+	/* More than one program sees this happen. */
+	if (s && s->role == TCPLAT_ROLE_SERVER && tcplat_same_addrs(&s->addrs, &fresh.addrs))
+		return s;
+	/* An older socket's, whose end no program saw; or all that tcplat_meet() knew. */
+	if (s && s->role)
+		tcplat_forget(sk, s);
+	fresh.id = s && !s->role ? s->id : tcplat_new_id();
 	fresh.role = TCPLAT_ROLE_SERVER;
 	fresh.wanted = tcplat_wanted_nobody();
-	tcplat_read_addrs(&fresh.addrs, sk);
 	from = tcplat_listener_at(fresh.addrs.netns, fresh.addrs.sport);
 	if (from && from->pid) {
 		fresh.pid = from->pid;
