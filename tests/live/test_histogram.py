@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .harness import Listener, Outcome, Puppet, Row, Tcplat, at, completes, eventually
+from .harness import Listener, Outcome, Puppet, Tcplat, completes, eventually
+from .histograms import OFF, Found, assert_agrees, found, one, waits
 
 Start = Callable[..., Tcplat]
-Found = dict[str, Any]
 
-OFF = 0.032
-"""How far a percentile may be from the sample it stands for: half a bucket."""
 PING_PONG = """
 for _ in range({times}):
     s.sendall(b"x" * 100)
@@ -35,36 +32,11 @@ def sink(tmp_path: Path) -> str:
     return f"histogram:format=json,every=0,path={tmp_path / 'histograms'}"
 
 
-def found(tmp_path: Path, window: str = "run") -> list[Found]:
-    """What the sink has written, but for the report."""
-    lines = (tmp_path / "histograms").read_bytes().splitlines()
-    values = [json.loads(line) for line in lines]
-    assert "report" in values[-1]
-    return [value for value in values[:-1] if value["window"] == window]
-
-
 def report(tmp_path: Path, probe: str) -> dict[str, Any]:
     """The books of a probe, as the sink's last line has them."""
     last = json.loads((tmp_path / "histograms").read_bytes().splitlines()[-1])
     books: dict[str, Any] = last["report"]["probes"][probe]
     return books
-
-
-def one(histograms: list[Found], name: str) -> Found:
-    (histogram,) = (value for value in histograms if value["histogram"] == name)
-    return histogram
-
-
-def nearest_rank(samples: Sequence[float], percent: float) -> float:
-    return sorted(samples)[max(1, math.ceil(len(samples) * percent / 100)) - 1]
-
-
-def assert_agrees(histogram: Found, samples_us: Sequence[float], within_us: float = 0) -> None:
-    """Every percentile is that of the samples, to half a bucket and `within_us`."""
-    assert histogram["count"] == len(samples_us)
-    for name, percent in (("p50_us", 50), ("p90_us", 90), ("p99_us", 99), ("max_us", 100)):
-        true = nearest_rank(samples_us, percent)
-        assert abs(histogram[name] - true) <= OFF * true + within_us, (name, histogram, true)
 
 
 def assert_adds_up(histogram: Found) -> None:
@@ -97,7 +69,7 @@ def test_connect_times_are_those_of_the_events(
     rows = [json.loads(line) for line in rows_at.read_bytes().splitlines()[:-1]]
     took = [row["connect_us"] for row in rows if completes(row)]
     assert len(took) == 100
-    connect = one(found(tmp_path), "connect")
+    connect = one(found(tmp_path / "histograms"), "connect")
     assert_agrees(connect, took)
     assert (connect["pid"], connect["not_measured"]) == (client.pid, 0)
 
@@ -140,7 +112,7 @@ second = socket.create_connection(('127.0.0.1', {port}))
     service("peer, _ = listening.accept(); None")
     took_us = client.answer()
     run.stop()
-    connect = one(found(tmp_path), "connect")
+    connect = one(found(tmp_path / "histograms"), "connect")
     assert connect["count"] == 1
     # The caller may be kept waiting for longer than the kernel.
     assert 900_000 < connect["max_us"] <= took_us * (1 + OFF)
@@ -171,26 +143,9 @@ for _ in range(3):
         pass
 """)
     run.stop()
-    histograms = found(tmp_path)
+    histograms = found(tmp_path / "histograms")
     assert one(histograms, "connect")["count"] == 1
     assert one(histograms, "connect_failed")["count"] == 3
-
-
-def waits(rows: list[Row]) -> tuple[list[float], list[float]]:
-    """Of one connection's rows: rx_ip to ready, and ready to recv, of each new piece, in µs."""
-    arrived = {row["seq"]: row["ts_ns"] for row in at(rows, "rx_ip") if row["bytes"]}
-    receive_path, queue, ready_at = [], [], {}
-    end = None
-    for row in rows:
-        if row["point"] == "ready" and row["bytes"]:
-            begin = row["seq"] if end is None else end
-            end = row["seq"] + row["bytes"]
-            if begin != end:
-                receive_path.append((row["ts_ns"] - arrived[begin]) / 1000)
-                ready_at[begin] = row["ts_ns"]
-        elif row["point"] == "recv" and row["bytes"]:
-            queue.append((row["ts_ns"] - ready_at[row["seq"]]) / 1000)
-    return receive_path, queue
 
 
 def test_receive_path_and_queue_are_those_of_the_events(
@@ -211,7 +166,7 @@ def test_receive_path_and_queue_are_those_of_the_events(
     rows = [row for row in rows if port in (row["sport"], row["dport"])]
     receive_path, queue = waits(rows)
     assert len(queue) == 500
-    histograms = found(tmp_path)
+    histograms = found(tmp_path / "histograms")
     # Arrivals are kept in steps of 16 ns.
     assert_agrees(one(histograms, "rx_ready"), receive_path, 0.02)
     assert_agrees(one(histograms, "ready_recv"), queue)
@@ -257,7 +212,7 @@ sent
 """)
     times = service.answer()
     run.stop()
-    queue = one(found(tmp_path), "ready_recv")
+    queue = one(found(tmp_path / "histograms"), "ready_recv")
     assert queue["count"] == 20
     # How long it took to be woken it cannot see itself.
     least = [(reading - woken) * 1e6 for woken, reading, _ in times]
@@ -310,7 +265,7 @@ for _ in range(6):
 read
 """)
     run.stop()
-    queue = one(found(tmp_path), "ready_recv")
+    queue = one(found(tmp_path / "histograms"), "ready_recv")
     assert (queue["count"], queue["not_measured"]) == (6, 0)
     both = list(zip(arrived, read_at, strict=True))
     least = [(reading - seen) * 1e6 for (_, seen), (reading, _) in both]
@@ -345,7 +300,7 @@ listening.getsockname()[1]
     client("s.send(b'x' * 100)")
     service("len(peer.recv(100, socket.MSG_WAITALL))")
     run.stop()
-    queue = one(found(tmp_path), "ready_recv")
+    queue = one(found(tmp_path / "histograms"), "ready_recv")
     assert (queue["count"], queue["not_measured"]) == (8, 13)
 
 
@@ -361,7 +316,7 @@ def test_only_the_process_of_p_is_counted(
     for who, times in ((ours, 3), (other, 5)):
         who(f"for _ in range({times}): socket.create_connection({server.address!r}).close()")
     run.stop()
-    (connect,) = found(tmp_path)
+    (connect,) = found(tmp_path / "histograms")
     assert (connect["pid"], connect["count"]) == (ours.pid, 3)
 
 
@@ -380,8 +335,12 @@ def test_groups_are_told_apart_by_what_was_asked_for(
     for client, server in itertools.product(clients, servers):
         client(f"for _ in range(4): socket.create_connection({server.address!r}).close()")
     run.stop()
+    histograms = found(tmp_path / "histograms")
     keys = ("pid", "address", "port")
-    groups = {tuple(value[key] for key in keys): value["count"] for value in found(tmp_path)}
+    groups = {
+        tuple(value[key] for key in keys): value["count"]
+        for value in found(tmp_path / "histograms")
+    }
     assert (
         groups
         == {
@@ -408,7 +367,9 @@ def test_what_comes_when_all_groups_are_taken_is_counted_as_others(
     for server in servers:
         client(f"socket.create_connection({server.address!r}).close()")
     outcome = run.stop()
-    counts = {(value["port"], value["rest"]): value["count"] for value in found(tmp_path)}
+    counts = {
+        (value["port"], value["rest"]): value["count"] for value in found(tmp_path / "histograms")
+    }
     assert counts == {
         (servers[0].port, False): 1,
         (servers[1].port, False): 1,
@@ -431,7 +392,7 @@ def test_intervals_add_up_to_the_run(
             "an interval had ended",
         )
     run.stop()
-    intervals, (whole,) = found(tmp_path, "interval"), found(tmp_path)
+    intervals, (whole,) = found(tmp_path / "histograms", "interval"), found(tmp_path / "histograms")
     assert len(intervals) >= 3
     assert sum(value["count"] for value in intervals) == whole["count"] == 30
     cells: dict[float, int] = {}
@@ -483,7 +444,7 @@ caller.start()
     run.stop()
     (path,) = (
         value
-        for value in found(tmp_path)
+        for value in found(tmp_path / "histograms")
         if value["histogram"] == "rx_ready" and value["pid"] == service.pid
     )
     assert path["count"] > 100
@@ -508,4 +469,4 @@ def test_what_the_mechanism_cannot_tell_is_said(
         assert "no in_recv: recv by tracepoint" in outcome.stderr
         assert "in_recv" not in books["histograms"]
     else:
-        assert one(found(tmp_path), "in_recv")["count"] == 10
+        assert one(found(tmp_path / "histograms"), "in_recv")["count"] == 10

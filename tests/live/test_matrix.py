@@ -11,9 +11,22 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import attrs
 import pytest
 
-from .harness import ATTACH, Puppet, Row, Tcplat, at, check_mechanism, completes, free_port
+from .harness import (
+    ATTACH,
+    Outcome,
+    Puppet,
+    Row,
+    Tcplat,
+    at,
+    by_sock,
+    check_mechanism,
+    completes,
+    free_port,
+)
+from .histograms import assert_agrees, found, one, waits
 
 CONNECTIONS = 5
 MESSAGES = 3
@@ -44,51 +57,83 @@ r.connect_ex((host, {closed})), r.close()
 """
 
 
+@attrs.frozen
+class Traffic:
+    """The rows of the script: at `port` somebody listens, at `closed` nobody."""
+
+    rows: list[Row]
+    port: int
+    closed: int
+
+
 @functools.cache
 def _folder(base: str, ip: int) -> Path:
-    """One per IP version: the three probes look at the same traffic."""
+    """One per IP version: the tests look at the same traffic."""
     folder = Path(base) / f"matrix{ip}"
     folder.mkdir()
     return folder
 
 
-@pytest.fixture
-def traffic(
-    request: pytest.FixtureRequest,
-    ip: int,
-    tmp_path_factory: pytest.TempPathFactory,
-    running_tcplat: Callable[..., Tcplat],
-    puppet: Callable[..., Puppet],
-) -> tuple[list[Row], int, int]:
-    """The rows of the script, its port, and the port where nobody listens."""
-    known = request.config.stash.setdefault(_SEEN, {})
-    if ip not in known:
-        port, closed = free_port(ip), free_port(ip)
-        run = running_tcplat(
-            *("--probe", "tcp_service", "--probe", f"xdp_port:iface=lo,port={port}"),
-            *("--probe", "tcp_stats"),
-            *("--hold", "200ms"),
-            folder=_folder(str(tmp_path_factory.getbasetemp()), ip),
-        )
-        server, client = puppet(), puppet()
-        values = {"ip": ip, "port": port, "closed": closed, "connections": CONNECTIONS}
-        server(_SERVE.format(**values, size=SIZE))
-        client(_CALL.format(**values, size=SIZE, messages=MESSAGES))
+@attrs.frozen
+class Script:
+    """The traffic, under the eyes of a tcplat."""
+
+    ip: int
+    puppet: Callable[..., Puppet]
+    port: int = attrs.field(init=False)
+    closed: int = attrs.field(init=False)
+
+    @port.default
+    @closed.default
+    def _(self) -> int:
+        return free_port(self.ip)
+
+    def play(self, run: Tcplat) -> Outcome:
+        """From the first connect until all sockets are gone, and tcplat as well."""
+        server, client = self.puppet(), self.puppet()
+        values = {"ip": self.ip, "port": self.port, "connections": CONNECTIONS, "size": SIZE}
+        server(_SERVE.format(**values))
+        client(_CALL.format(**values, closed=self.closed, messages=MESSAGES))
+        ours = {self.port, self.closed}
         run.wait_for(
             "all sockets were gone",
             lambda rows: (
-                len([r for r in at(rows, "close") if {port, closed} & {r["sport"], r["dport"]}])
+                len([r for r in at(rows, "close") if ours & {r["sport"], r["dport"]}])
                 > 2 * CONNECTIONS
             ),
         )
         outcome = run.stop()
         print(outcome.stderr)  # noqa: T201 - pytest shows it where a test fails
         assert outcome.report["dropped"] == 0
-        known[ip] = (outcome.rows, port, closed)
-    return known[ip]
+        return outcome
 
 
-_SEEN = pytest.StashKey[dict[int, tuple[list[Row], int, int]]]()
+@pytest.fixture
+def script(ip: int, puppet: Callable[..., Puppet]) -> Script:
+    return Script(ip, puppet)
+
+
+@pytest.fixture
+def traffic(
+    request: pytest.FixtureRequest,
+    script: Script,
+    tmp_path_factory: pytest.TempPathFactory,
+    running_tcplat: Callable[..., Tcplat],
+) -> Traffic:
+    known = request.config.stash.setdefault(_SEEN, {})
+    if script.ip not in known:
+        port = script.port
+        run = running_tcplat(
+            *("--probe", "tcp_service", "--probe", f"xdp_port:iface=lo,port={port}"),
+            *("--probe", "tcp_stats"),
+            *("--hold", "200ms"),
+            folder=_folder(str(tmp_path_factory.getbasetemp()), script.ip),
+        )
+        known[script.ip] = Traffic(script.play(run).rows, port, script.closed)
+    return known[script.ip]
+
+
+_SEEN = pytest.StashKey[dict[int, Traffic]]()
 
 both = pytest.mark.parametrize("ip", [4, 6])
 
@@ -98,8 +143,8 @@ def counts(rows: list[Row]) -> Counter[str]:
 
 
 @both
-def test_tcp_client(traffic: tuple[list[Row], int, int], ip: int) -> None:
-    rows, port, closed = traffic
+def test_tcp_client(traffic: Traffic, ip: int) -> None:
+    rows, port, closed = traffic.rows, traffic.port, traffic.closed
     ours = [row for row in rows if row["probe"] == "tcp_client" and row["dport"] in (port, closed)]
     assert {row["ip"] for row in ours} == {ip}
     found = counts(ours)
@@ -117,8 +162,8 @@ def test_tcp_client(traffic: tuple[list[Row], int, int], ip: int) -> None:
 
 
 @both
-def test_tcp_service(traffic: tuple[list[Row], int, int], ip: int) -> None:
-    rows, port, _ = traffic
+def test_tcp_service(traffic: Traffic, ip: int) -> None:
+    rows, port = traffic.rows, traffic.port
     ours = [row for row in rows if row["probe"] == "tcp_service"]
     ours = [row for row in ours if port in (row["sport"], row["dport"])]
     assert {row["ip"] for row in ours if row["old_state"] != "TCP_CLOSE"} == {ip}
@@ -138,8 +183,8 @@ def test_tcp_service(traffic: tuple[list[Row], int, int], ip: int) -> None:
 
 
 @both
-def test_tcp_stats(traffic: tuple[list[Row], int, int], ip: int) -> None:
-    rows, port, _ = traffic
+def test_tcp_stats(traffic: Traffic, ip: int) -> None:
+    rows, port = traffic.rows, traffic.port
     ours = [row for row in at(rows, "stats") if port in (row["sport"], row["dport"])]
     assert {row["ip"] for row in ours} == {ip}
     found = Counter(row["role"] for row in ours)
@@ -159,8 +204,8 @@ def test_tcp_stats(traffic: tuple[list[Row], int, int], ip: int) -> None:
 
 
 @both
-def test_xdp_port(traffic: tuple[list[Row], int, int], ip: int) -> None:
-    rows, port, _ = traffic
+def test_xdp_port(traffic: Traffic, ip: int) -> None:
+    rows, port = traffic.rows, traffic.port
     ours = [row for row in rows if row["probe"] == "xdp_port"]
     assert {row["ip"] for row in ours} == {ip}
     to, back = ([row for row in ours if row[side] == port] for side in ("dport", "sport"))
@@ -170,3 +215,44 @@ def test_xdp_port(traffic: tuple[list[Row], int, int], ip: int) -> None:
     for packets in (to, back):
         assert sum(row["bytes"] for row in packets) == CONNECTIONS * MESSAGES * SIZE
         assert sum("FIN" in row["flags"] for row in packets) == CONNECTIONS
+
+
+@both
+def test_histograms(
+    script: Script, ip: int, tmp_path: Path, running_tcplat: Callable[..., Tcplat]
+) -> None:
+    """Their own run: xdp_port has none."""
+    run = running_tcplat(
+        *("--sink", f"histogram:by=port,every=0,format=json,path={tmp_path / 'histograms'}"),
+        probes=("tcp_client", "tcp_service"),
+    )
+    rows = [row for row in script.play(run).rows if row["ip"] == ip]
+    histograms = found(tmp_path / "histograms")
+    ours = [value for value in histograms if value["port"] == script.port]
+    called = [row for row in rows if row["dport"] == script.port]
+    assert_agrees(one(ours, "connect"), [row["connect_us"] for row in called if completes(row)])
+    (refused,) = [value for value in histograms if value["port"] == script.closed]
+    assert (refused["histogram"], refused["count"]) == ("connect_failed", 1)
+
+    served = [row for row in rows if row["probe"] == "tcp_service"]
+    served = [row for row in served if script.port in (row["sport"], row["dport"])]
+    assert_agrees(one(ours, "accept"), [row["accept_us"] for row in at(served, "accept")])
+    receive_path: list[float] = []
+    queue: list[float] = []
+    for sock, connection in by_sock(served).items():
+        if not sock:  # packets, which know no socket
+            continue
+        peers = {row["dport"] for row in connection}
+        packets = [row for row in at(served, "rx_ip") if row["sport"] in peers]
+        arrived, waited = waits(packets + connection)
+        receive_path += arrived
+        queue += waited
+    # Arrivals are kept in steps of 16 ns.
+    assert_agrees(one(ours, "rx_ready"), receive_path, 0.02)
+    assert_agrees(one(ours, "ready_recv"), queue)
+    inside = [row["call_us"] for row in at(served, "recv") if row["bytes"]]
+    if inside[0] is None:  # by tracepoint it is not known
+        assert "in_recv" not in {value["histogram"] for value in ours}
+    else:
+        assert_agrees(one(ours, "in_recv"), inside)
+    assert {value["not_measured"] for value in ours} == {0}

@@ -28,7 +28,7 @@ from tests.vm.run import (  # noqa: E402 - wherever it is called from
 )
 
 MECHANISMS = ("kprobe", "fentry")
-PROBES = ("tcp_client", "tcp_service", "xdp_port", "tcp_stats")
+COLUMNS = ("tcp_client", "tcp_service", "xdp_port", "tcp_stats", "histograms")
 VERSIONS = (4, 6)
 SLOW = 20
 """How much slower than the machine a guest without KVM may be."""
@@ -65,7 +65,7 @@ def run(kernel: Kernel, out: Path, timeout: float) -> int:
 
 
 def cells(results: Path) -> dict[tuple[str, int], str]:
-    """(probe, IP version) -> ok, FAIL or skip, from pytest's XML; empty if there is none."""
+    """(column, IP version) -> ok, FAIL or skip, from pytest's XML; empty if there is none."""
     if not results.exists():
         return {}
     found = {}
@@ -91,10 +91,10 @@ def main(arguments: Sequence[str]) -> int:
             bad += status != 0
             for mechanism in MECHANISMS:
                 found = cells(Path(folder) / kernel / f"{mechanism}.xml")
-                row = [found.get((p, v), "none") for p in PROBES for v in VERSIONS]
+                row = [found.get((p, v), "none") for p in COLUMNS for v in VERSIONS]
                 bad += sum(verdict != "ok" for verdict in row)
                 lines.append([kernel, mechanism, *row])
-    head = ["kernel", "mechanism", *(f"{p}/v{v}" for p in PROBES for v in VERSIONS)]
+    head = ["kernel", "mechanism", *(f"{p}/v{v}" for p in COLUMNS for v in VERSIONS)]
     for line in (head, *lines):
         print(
             " ".join(word.ljust(max(9, len(name))) for word, name in zip(line, head, strict=True))
