@@ -25,7 +25,7 @@ import attrs
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from tests.bench.bench import Run, cpu_s, program  # noqa: E402 - wherever it is called from
+from tests.bench.bench import Run, cpu_s, kept_short, program  # noqa: E402 - wherever it is called from
 
 RATES = (1_000, 10_000, 100_000, 500_000)
 SOCKETS = (10, 1_000, 100_000)
@@ -80,7 +80,7 @@ def at_rate(rate: int) -> Point:
     with program("flood", rate, SECONDS) as (pid, go), Run.of("-p", str(pid)) as run:
         delays = Delays(run.folder / "out")
         before = cpu_s(run.process.pid)
-        with delays.watched():
+        with delays.watched(), kept_short(run.folder / "out"):
             sent = go()
         used = cpu_s(run.process.pid) - before
         memory = run.memory()

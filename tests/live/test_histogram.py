@@ -337,10 +337,7 @@ def test_groups_are_told_apart_by_what_was_asked_for(
     run.stop()
     histograms = found(tmp_path / "histograms")
     keys = ("pid", "address", "port")
-    groups = {
-        tuple(value[key] for key in keys): value["count"]
-        for value in found(tmp_path / "histograms")
-    }
+    groups = {tuple(value[key] for key in keys): value["count"] for value in histograms}
     assert (
         groups
         == {
