@@ -231,7 +231,8 @@ class Loader:
 
     def _compile(self, probe: ProbeRequest, text: str, types: Sequence[str]) -> Compiled:
         try:
-            with kheaders.cached_tree(BTF_PATH, types, self.cache.root) as tree:
+            root, read = self.cache.root, lambda: self._host.btf
+            with kheaders.cached_tree(BTF_PATH, types, root, read) as tree:
                 return compile_text(text, tree.folder)
         except (BtfError, PluginError) as error:
             raise PluginError(f"the C of probe {probe.name}: {error}") from error

@@ -31,7 +31,7 @@ from tcplat_core.loader.btf import (
 from tcplat_core.loader.cache import check_own, default_root, digest, kernel_identity, own_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from typing import Self
 
     from tcplat_core.loader.btf import Member
@@ -206,7 +206,10 @@ def write_tree(folder: Path, header_text: str) -> None:
 
 
 def cached_tree(
-    btf_path: Path | str = VMLINUX, wanted: Iterable[str] = (), cache_root: Path | None = None
+    btf_path: Path | str = VMLINUX,
+    wanted: Iterable[str] = (),
+    cache_root: Path | None = None,
+    read: Callable[[], Btf] | None = None,
 ) -> Tree:
     """Return a kernel tree with these types, from the cache when it was made before.
 
@@ -218,6 +221,7 @@ def cached_tree(
         btf_path: The BTF file.
         wanted: As for `generate`.
         cache_root: Another folder for the cache.
+        read: What gives the file's content, where somebody may have read it before.
 
     Raises:
         BtfError: As `generate`.
@@ -232,7 +236,7 @@ def cached_tree(
         if _is_complete(place):
             os.utime(place)  # the newest stay
             return Tree(place, temporary=False)
-    header = generate(Btf.from_file(btf_path), entries)
+    header = generate(read() if read else Btf.from_file(btf_path), entries)
     if place:
         with contextlib.suppress(OSError):
             _store(place, header)
