@@ -290,14 +290,16 @@ def on_all_cpus() -> Iterator[Figure]:
         yield Figure("B1", f"the same, no CPU spare, {what}", *rates(base, with_it), found, None)
 
 
-HOT = ("tcp_sendmsg_locked", "sock_send_length", "sock_recv_length")
+SENDING = ("tcp_sendmsg_locked", "sock_send_length", "sock_recv_length")
 """Where tcp_client listens to a connection that is used."""
+RECEIVING = ("netif_receive_skb", "sk_data_ready", "sock_recv_length")
+"""Where tcp_service measures how long bytes are on their way."""
 
 
 def bystander() -> Iterator[Figure]:
     """B1s: somebody else is traced; and what programs cost there that do nothing at all."""
     first, second, ours, empty = APART.interleaved(
-        lambda: Run.of("-p", str(os.getpid())), lambda: peers.empty_programs(HOT)
+        lambda: Run.of("-p", str(os.getpid())), lambda: peers.empty_programs(SENDING)
     )
     base = both(first, second)
     for name, blocks, target in (("-p of another", ours, 0.97), ("empty programs", empty, None)):
@@ -311,16 +313,25 @@ def aggregated() -> Iterator[Figure]:
     Both ends are on this host: tcp_service looks at every packet, wake-up and recv of the
     client's, too, before it knows that they are none of its own.
     """
-    probes = {"B12": "tcp_client", "B12s": "tcp_service"}
-    traced = (
+    client, service = (
         functools.partial(Run.of, probe=probe, sink=f"histogram:path={os.devnull}")
-        for probe in probes.values()
+        for probe in ("tcp_client", "tcp_service")
     )
-    first, second, *both_probes = APART.interleaved(*traced)
+    first, second, *variants = APART.interleaved(
+        client, service, lambda: peers.empty_programs(RECEIVING)
+    )
     base = both(first, second)
-    for (name, probe), ours in zip(probes.items(), both_probes, strict=True):
-        found = ratio("requests", ours, base)
-        yield Figure(name, f"throughput, histogram, {probe}", *rates(base, ours), found, 0.95)
+    for (name, what, target), blocks in zip(
+        (
+            ("B12", "histogram, tcp_client", 0.95),
+            ("B12s", "histogram, tcp_service", 0.95),
+            ("B12s", "empty programs", None),
+        ),
+        variants,
+        strict=True,
+    ):
+        found = ratio("requests", blocks, base)
+        yield Figure(name, f"throughput, {what}", *rates(base, blocks), found, target)
 
 
 def draining() -> Iterator[Figure]:
