@@ -250,22 +250,26 @@ def _run(
     debug: bool,
     command: Sequence[str],
 ) -> int:
-    from . import privileges  # noqa: PLC0415 - see the top
-    from .command import Command  # noqa: PLC0415
-    from .loader.protocol import Request  # noqa: PLC0415
-    from .model import RunInfo  # noqa: PLC0415
-    from .plugins import Plugins  # noqa: PLC0415
-    from .router import spare_the_collector  # noqa: PLC0415
-    from .session import LoaderProcess, Session, Signals  # noqa: PLC0415
-    from .trace import TracePipe  # noqa: PLC0415
+    from .command import Command  # noqa: PLC0415 - see the top
+    from .loader.process import LoaderProcess  # noqa: PLC0415
+    from .signals import Signals  # noqa: PLC0415
 
-    spare_the_collector()
     signals = Signals()
     signals.install()
     child = Command.fork(command) if command else None
     loader = None
     try:
         loader = LoaderProcess.start()
+        # While it starts.
+        from . import privileges  # noqa: PLC0415
+        from .loader.protocol import Request  # noqa: PLC0415
+        from .model import RunInfo  # noqa: PLC0415
+        from .plugins import Plugins  # noqa: PLC0415
+        from .router import spare_the_collector  # noqa: PLC0415
+        from .session import Session  # noqa: PLC0415
+        from .trace import TracePipe  # noqa: PLC0415
+
+        spare_the_collector()
         trace = TracePipe.open() if debug else None
         privileges.drop()
         # Third-party Python runs from here on, and root is gone.
@@ -368,7 +372,7 @@ def _replay(
     from .plugins import Plugins  # noqa: PLC0415
     from .replay import Bar, Replay  # noqa: PLC0415
     from .router import spare_the_collector  # noqa: PLC0415
-    from .session import Signals  # noqa: PLC0415
+    from .signals import Signals  # noqa: PLC0415
 
     spare_the_collector()
     signals = Signals()

@@ -6,41 +6,32 @@ import contextlib
 import math
 import os
 import select
-import signal
 import socket
 import struct
-import subprocess
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import attrs
 
 from .command import Command
-from .errors import CannotRunError, PluginError, TcplatError, UsageError
+from .errors import UsageError
 from .fast.codec import Codec
 from .fast.records import FOREVER, Room
 from .histogram import COUNTERS, Aggregates, Aggregation, Counters, Distribution
 from .hookpoints import reporting
-from .loader.protocol import (
-    Answer,
-    LoadedProbe,
-    ProbeRequest,
-    Refusal,
-    Request,
-    receive_answer,
-)
+from .loader.process import LoaderProcess
+from .loader.protocol import LoadedProbe, ProbeRequest, Request
 from .maps import Maps, MapView
 from .model import Counted, HookReport, Loss, ProbeReport, ProbeSpec, RunReport, Sink
 from .netdev import is_cut
 from .ring import BATCH, Books, Ring, possible_cpus
 from .router import Router
 from .schema import Event, FiredBy, Record, clock_offset_ns, row
+from .signals import Signals
 from .sleeper import Sleeper
 from .trace import TracePipe
 
@@ -71,83 +62,6 @@ HELPING = 8
 """Batches taken from one ring before the sinks get their turn: bounds memory under overload."""
 _GUARD_NS = 1_000_000
 """Records in a ring are in order but for interrupts, which take less than this."""
-
-
-@attrs.define(eq=False)
-class LoaderProcess:
-    """The privileged child, from its start to its answer."""
-
-    process: subprocess.Popen[bytes]
-    answers: socket.socket
-    log: IO[bytes]
-
-    @classmethod
-    def start(cls) -> Self:
-        """Start it while we are still root; it waits for the request."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # libbcc and clang print on standard output, too: it must not be ours.
-        log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-m", "tcplat_core.loader", str(theirs.fileno())],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            pass_fds=[theirs.fileno()],
-            # bcc hands much of its environment on to a shell and to the compiler.
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"},
-            # Ctrl-C is for the session, which then stops the loader itself.
-            start_new_session=True,
-        )
-        theirs.close()
-        return cls(process, ours, log)
-
-    def ask(self, request: Request, stopping: Callable[[], bool]) -> Answer | None:
-        """The loader's answer; None if the user wants to stop first.
-
-        Raises:
-            TcplatError: It refuses; the class tells the exit code.
-        """
-        assert self.process.stdin is not None  # noqa: S101 - it is a pipe
-        with contextlib.suppress(BrokenPipeError):  # it has refused already
-            self.process.stdin.write(request.pack())
-            self.process.stdin.close()
-        while not select.select([self.answers], [], [], 0.05)[0]:
-            if stopping():
-                return None
-        answer = receive_answer(self.answers)
-        self.process.wait()
-        if answer is None:
-            answer = Refusal(f"the loader died (status {self.process.returncode})", 1)
-        if isinstance(answer, Refusal):
-            error = _ERRORS.get(answer.exit_code, TcplatError)(answer.sentence)
-            error.add_note(answer.log)
-            raise error
-        return answer
-
-    def output(self) -> str:
-        """What libbcc, clang and the verifier printed."""
-        self.log.seek(0)
-        return self.log.read().decode(errors="backslashreplace")
-
-    def close(self) -> None:
-        """Stop it, wherever it is.
-
-        It is root's, and we are not any more: then it ends by itself, as soon as it
-        has nobody to answer to.
-        """
-        if self.process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self.process.stdin.close()
-        self.answers.close()
-        with contextlib.suppress(PermissionError):
-            self.process.kill()
-        self.process.wait()
-        self.log.close()
-
-
-_ERRORS: Mapping[int, type[TcplatError]] = {
-    error.exit_code: error for error in (TcplatError, UsageError, CannotRunError, PluginError)
-}
 
 
 @attrs.define(eq=False)
@@ -348,32 +262,6 @@ def _ifname(loaded: LoadedProbe) -> Callable[[int], str]:
             return f"if{index}"
 
     return ifname
-
-
-@attrs.define(eq=False)
-class Signals:
-    """SIGINT, SIGTERM and SIGHUP end the run; a second one ends the process at once."""
-
-    caught: int = 0
-    fd: int | None = None
-    """Readable once one came: a system call that waits begins anew after a signal (PEP 475)."""
-
-    def install(self) -> None:
-        """Take over the signals of this process."""
-        self.fd, to = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(to, warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, _frame: object) -> None:
-        if self.caught:
-            # All that is attached hangs on our file descriptors.
-            os._exit(128 + number)
-        self.caught = number
-
-    def stopping(self) -> bool:
-        """Whether one came."""
-        return bool(self.caught)
 
 
 @attrs.define(eq=False)

@@ -18,8 +18,9 @@ from click.testing import CliRunner
 from tcplat_core.cli import cli
 from tcplat_core.cli import main as cli_main
 from tcplat_core.filters import Filter
+from tcplat_core.loader.process import LoaderProcess
 from tcplat_core.plugins import Plugins
-from tcplat_core.session import LoaderProcess, Signals
+from tcplat_core.signals import Signals
 from tcplat_core.testing import FakeLoader, FakeProbe
 
 ROOT = os.geteuid() == 0

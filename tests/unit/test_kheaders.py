@@ -274,6 +274,16 @@ def test_a_second_start_does_not_read_btf(tmp_path: Path, monkeypatch: pytest.Mo
     assert (first.folder / "include/linux/kconfig.h").exists()
 
 
+def test_a_first_start_takes_what_was_read_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Btf.from_file(SMALL_BTF)
+    monkeypatch.setattr(Btf, "from_file", None)
+    tree = cached_tree(SMALL_BTF, ["outer"], tmp_path, lambda: read)
+    header = tree.folder / "include/generated/tcplat_kernel.h"
+    assert "struct outer" in header.read_text()
+
+
 def test_an_entry_in_use_counts_as_new(tmp_path: Path) -> None:
     folder = cached_tree(SMALL_BTF, ["outer"], tmp_path).folder
     os.utime(folder, (1000, 1000))

@@ -29,12 +29,14 @@ from tcplat_core.fast.library import FILE, library
 from tcplat_core.filters import Filter
 from tcplat_core.histogram import Aggregation, Histogram
 from tcplat_core.hookpoints import HookPoint, kentry, kprobe, kreturn, tracepoint
+from tcplat_core.loader.process import LoaderProcess
 from tcplat_core.loader.protocol import Refusal, Request, send_answer
 from tcplat_core.maps import Maps, ReadableMap
 from tcplat_core.model import Loss, Option, ProbeSpec, RunReport, Sink
 from tcplat_core.ring import BATCH
 from tcplat_core.schema import Event
-from tcplat_core.session import LoaderProcess, Session, Signals
+from tcplat_core.session import Session
+from tcplat_core.signals import Signals
 from tcplat_core.testing import FakeArray, FakeLoader, FakeProbe, RecordingSink, make_record
 
 SEND_AND_CLOSE = (

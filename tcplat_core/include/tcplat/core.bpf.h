@@ -12,6 +12,7 @@ int tcplat_on_destroy(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
+#ifdef TCPLAT_FILTER_PID
 /* sched:sched_process_fork: children of a traced command are traced too. */
 int tcplat_on_fork(struct bpf_raw_tracepoint_args *ctx)
 {
@@ -37,6 +38,7 @@ int tcplat_on_exit(struct bpf_raw_tracepoint_args *ctx)
 		tcplat_pids.delete(&pid);
 	return 0;
 }
+#endif
 
 #ifdef TCPLAT_TRACK
 /*

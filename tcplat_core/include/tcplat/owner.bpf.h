@@ -397,26 +397,26 @@ static __always_inline u32 tcplat_inode(const struct sock *sk)
 static __always_inline struct tcplat_sock *tcplat_learn(const struct sock *sk, u8 role)
 {
 	struct tcplat_sock *s = tcplat_find(sk);
+	u64 key = (u64)sk;
 	u32 inode = tcplat_inode(sk);
-
 	/*
 	 * Another socket's, whose end no program saw: the kernel skips one that would interrupt itself.
 	 * Or of this one's time before: with a seed, or as the child of a listener.
 	 */
-	if (s && s->inode != inode) {
-		tcplat_forget(sk, s);
-		s = NULL;
-	}
-	if (!s) {
-		struct tcplat_sock fresh = {.id = tcplat_new_id()};
+	bool other = s && s->inode != inode;
 
-		s = tcplat_insert((u64)sk, &fresh);
-		if (!s)
-			return NULL;
-	}
-	if (s->role != role || role == TCPLAT_ROLE_CLIENT) {
+	if (s && (other || s->role != role || role == TCPLAT_ROLE_CLIENT)) {
 		tcplat_withdraw(sk, s);
 		s->addrs.sport = 0;
+	}
+	if (other)
+		tcplat_socks.delete(&key);
+	if (!s || other) {
+		struct tcplat_sock fresh = {.id = tcplat_new_id()};
+
+		s = tcplat_insert(key, &fresh);
+		if (!s)
+			return NULL;
 	}
 	/* Another probe, or none, keeps its state from now on. */
 	if (s->role != role)
@@ -533,13 +533,17 @@ static __always_inline struct tcplat_sock *tcplat_inherit(const struct sock *sk,
 	if (s && tcplat_get(sk, sk_socket))
 		return s;
 	tcplat_read_addrs(&fresh.addrs, sk);
-	/* More than one program sees this happen. */
-	if (s && s->role == TCPLAT_ROLE_SERVER && tcplat_same_addrs(&s->addrs, &fresh.addrs))
-		return s;
-	/* An older socket's, whose end no program saw; or all that tcplat_meet() knew. */
-	if (s && s->role)
+	fresh.id = tcplat_new_id();
+	if (s && tcplat_same_addrs(&s->addrs, &fresh.addrs)) {
+		/* More than one program sees this happen. */
+		if (s->role == TCPLAT_ROLE_SERVER)
+			return s;
+		/* All that tcplat_meet() knew. */
+		fresh.id = s->id;
+	} else if (s) {
+		/* Another socket's, as in tcplat_learn(). */
 		tcplat_forget(sk, s);
-	fresh.id = s && !s->role ? s->id : tcplat_new_id();
+	}
 	fresh.role = TCPLAT_ROLE_SERVER;
 	fresh.wanted = tcplat_wanted_nobody();
 	from = tcplat_listener_at(fresh.addrs.netns, fresh.addrs.sport);
