@@ -12,6 +12,7 @@ import ctypes
 import functools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -561,4 +562,6 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # Whoever ends it: what runs beside it has to end, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main(sys.argv[1:]))
