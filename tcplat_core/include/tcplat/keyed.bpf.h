@@ -47,9 +47,12 @@ static __always_inline u32 tcplat_number(TCPLAT_KEY *key)
 	if (!count)
 		return 0;
 	/* Only one can insert a number. No atomic instruction before 5.12 could decide it. */
-	number = *count;
+	number = 0;
 	for (int i = 0; i < TCPLAT_CONTENDERS; i++) {
-		number++;
+		/* Anew each time: while we were kept waiting, others may have taken any number of them. */
+		u32 given = *(volatile u32 *)count;
+
+		number = (given > number ? given : number) + 1;
 		if (number > TCPLAT_KEYS)
 			return 0;
 		if (!key_given.insert(&number, &one))
