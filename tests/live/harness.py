@@ -167,6 +167,21 @@ neigh add fd77::2 lladdr 02:00:00:00:77:02 dev hole0 nud permanent
 
 # --- the other end
 
+_PORTS: set[int] = set()
+"""Each is given to one test alone: many look at the rows of one run, by their port."""
+
+
+def _bound(ip: int, host: str) -> socket.socket:
+    """A socket at a port that no test has had."""
+    while True:
+        one = socket.socket(FAMILY[ip])
+        one.bind((host, 0))
+        port = one.getsockname()[1]
+        if port not in _PORTS:
+            _PORTS.add(port)
+            return one
+        one.close()
+
 
 @attrs.define(eq=False)
 class Listener:
@@ -177,8 +192,7 @@ class Listener:
 
     @classmethod
     def open(cls, ip: int = 4, host: str | None = None) -> Self:
-        listening = socket.socket(FAMILY[ip])
-        listening.bind((host or LOCAL[ip], 0))
+        listening = _bound(ip, host or LOCAL[ip])
         listening.listen(128)
         listening.settimeout(patience())
         return cls(listening)
@@ -206,8 +220,7 @@ class Listener:
 
 def free_port(ip: int = 4) -> int:
     """A port where nobody listens."""
-    with socket.socket(FAMILY[ip]) as probe:
-        probe.bind((LOCAL[ip], 0))
+    with _bound(ip, LOCAL[ip]) as probe:
         return int(probe.getsockname()[1])
 
 
