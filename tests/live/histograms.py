@@ -16,9 +16,10 @@ OFF = 0.032
 """How far a percentile may be from the sample it stands for: half a bucket."""
 
 
-def found(path: Path, window: str = "run") -> list[Found]:
-    """What the sink has written, but for the report."""
-    values = [json.loads(line) for line in path.read_bytes().splitlines()]
+def found(folder: Path, window: str = "run") -> list[Found]:
+    """What the sink has written to `folder`/histograms, but for the report."""
+    lines = (folder / "histograms").read_bytes().splitlines()
+    values = [json.loads(line) for line in lines]
     assert "report" in values[-1]
     return [value for value in values[:-1] if value["window"] == window]
 

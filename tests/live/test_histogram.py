@@ -69,7 +69,7 @@ def test_connect_times_are_those_of_the_events(
     rows = [json.loads(line) for line in rows_at.read_bytes().splitlines()[:-1]]
     took = [row["connect_us"] for row in rows if completes(row)]
     assert len(took) == 100
-    connect = one(found(tmp_path / "histograms"), "connect")
+    connect = one(found(tmp_path), "connect")
     assert_agrees(connect, took)
     assert (connect["pid"], connect["not_measured"]) == (client.pid, 0)
 
@@ -112,7 +112,7 @@ second = socket.create_connection(('127.0.0.1', {port}))
     service("peer, _ = listening.accept(); None")
     took_us = client.answer()
     run.stop()
-    connect = one(found(tmp_path / "histograms"), "connect")
+    connect = one(found(tmp_path), "connect")
     assert connect["count"] == 1
     # The caller may be kept waiting for longer than the kernel.
     assert 900_000 < connect["max_us"] <= took_us * (1 + OFF)
@@ -143,7 +143,7 @@ for _ in range(3):
         pass
 """)
     run.stop()
-    histograms = found(tmp_path / "histograms")
+    histograms = found(tmp_path)
     assert one(histograms, "connect")["count"] == 1
     assert one(histograms, "connect_failed")["count"] == 3
 
@@ -166,7 +166,7 @@ def test_receive_path_and_queue_are_those_of_the_events(
     rows = [row for row in rows if port in (row["sport"], row["dport"])]
     receive_path, queue = waits(rows)
     assert len(queue) == 500
-    histograms = found(tmp_path / "histograms")
+    histograms = found(tmp_path)
     # Arrivals are kept in steps of 16 ns.
     assert_agrees(one(histograms, "rx_ready"), receive_path, 0.02)
     assert_agrees(one(histograms, "ready_recv"), queue)
@@ -212,7 +212,7 @@ sent
 """)
     times = service.answer()
     run.stop()
-    queue = one(found(tmp_path / "histograms"), "ready_recv")
+    queue = one(found(tmp_path), "ready_recv")
     assert queue["count"] == 20
     # How long it took to be woken it cannot see itself.
     least = [(reading - woken) * 1e6 for woken, reading, _ in times]
@@ -265,7 +265,7 @@ for _ in range(6):
 read
 """)
     run.stop()
-    queue = one(found(tmp_path / "histograms"), "ready_recv")
+    queue = one(found(tmp_path), "ready_recv")
     assert (queue["count"], queue["not_measured"]) == (6, 0)
     both = list(zip(arrived, read_at, strict=True))
     least = [(reading - seen) * 1e6 for (_, seen), (reading, _) in both]
@@ -300,7 +300,7 @@ listening.getsockname()[1]
     client("s.send(b'x' * 100)")
     service("len(peer.recv(100, socket.MSG_WAITALL))")
     run.stop()
-    queue = one(found(tmp_path / "histograms"), "ready_recv")
+    queue = one(found(tmp_path), "ready_recv")
     assert (queue["count"], queue["not_measured"]) == (8, 13)
 
 
@@ -316,7 +316,7 @@ def test_only_the_process_of_p_is_counted(
     for who, times in ((ours, 3), (other, 5)):
         who(f"for _ in range({times}): socket.create_connection({server.address!r}).close()")
     run.stop()
-    (connect,) = found(tmp_path / "histograms")
+    (connect,) = found(tmp_path)
     assert (connect["pid"], connect["count"]) == (ours.pid, 3)
 
 
@@ -335,7 +335,7 @@ def test_groups_are_told_apart_by_what_was_asked_for(
     for client, server in itertools.product(clients, servers):
         client(f"for _ in range(4): socket.create_connection({server.address!r}).close()")
     run.stop()
-    histograms = found(tmp_path / "histograms")
+    histograms = found(tmp_path)
     keys = ("pid", "address", "port")
     groups = {tuple(value[key] for key in keys): value["count"] for value in histograms}
     assert (
@@ -364,9 +364,7 @@ def test_what_comes_when_all_groups_are_taken_is_counted_as_others(
     for server in servers:
         client(f"socket.create_connection({server.address!r}).close()")
     outcome = run.stop()
-    counts = {
-        (value["port"], value["rest"]): value["count"] for value in found(tmp_path / "histograms")
-    }
+    counts = {(value["port"], value["rest"]): value["count"] for value in found(tmp_path)}
     assert counts == {
         (servers[0].port, False): 1,
         (servers[1].port, False): 1,
@@ -389,7 +387,7 @@ def test_intervals_add_up_to_the_run(
             "an interval had ended",
         )
     run.stop()
-    intervals, (whole,) = found(tmp_path / "histograms", "interval"), found(tmp_path / "histograms")
+    intervals, (whole,) = found(tmp_path, "interval"), found(tmp_path)
     assert len(intervals) >= 3
     assert sum(value["count"] for value in intervals) == whole["count"] == 30
     cells: dict[float, int] = {}
@@ -441,7 +439,7 @@ caller.start()
     run.stop()
     (path,) = (
         value
-        for value in found(tmp_path / "histograms")
+        for value in found(tmp_path)
         if value["histogram"] == "rx_ready" and value["pid"] == service.pid
     )
     assert path["count"] > 100
@@ -466,4 +464,4 @@ def test_what_the_mechanism_cannot_tell_is_said(
         assert "no in_recv: recv by tracepoint" in outcome.stderr
         assert "in_recv" not in books["histograms"]
     else:
-        assert one(found(tmp_path / "histograms"), "in_recv")["count"] == 10
+        assert one(found(tmp_path), "in_recv")["count"] == 10

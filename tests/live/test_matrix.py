@@ -58,8 +58,8 @@ r.connect_ex((host, {closed})), r.close()
 
 
 @attrs.frozen
-class Traffic:
-    """The rows of the script: at `port` somebody listens, at `closed` nobody."""
+class Seen:
+    """The rows of a script, and its ports."""
 
     rows: list[Row]
     port: int
@@ -76,17 +76,12 @@ def _folder(base: str, ip: int) -> Path:
 
 @attrs.frozen
 class Script:
-    """The traffic, under the eyes of a tcplat."""
+    """The traffic, under the eyes of a tcplat: at `port` somebody listens, at `closed` nobody."""
 
     ip: int
     puppet: Callable[..., Puppet]
-    port: int = attrs.field(init=False)
-    closed: int = attrs.field(init=False)
-
-    @port.default
-    @closed.default
-    def _(self) -> int:
-        return free_port(self.ip)
+    port: int
+    closed: int
 
     def play(self, run: Tcplat) -> Outcome:
         """From the first connect until all sockets are gone, and tcplat as well."""
@@ -110,7 +105,7 @@ class Script:
 
 @pytest.fixture
 def script(ip: int, puppet: Callable[..., Puppet]) -> Script:
-    return Script(ip, puppet)
+    return Script(ip, puppet, free_port(ip), free_port(ip))
 
 
 @pytest.fixture
@@ -119,7 +114,7 @@ def traffic(
     script: Script,
     tmp_path_factory: pytest.TempPathFactory,
     running_tcplat: Callable[..., Tcplat],
-) -> Traffic:
+) -> Seen:
     known = request.config.stash.setdefault(_SEEN, {})
     if script.ip not in known:
         port = script.port
@@ -129,11 +124,11 @@ def traffic(
             *("--hold", "200ms"),
             folder=_folder(str(tmp_path_factory.getbasetemp()), script.ip),
         )
-        known[script.ip] = Traffic(script.play(run).rows, port, script.closed)
+        known[script.ip] = Seen(script.play(run).rows, port, script.closed)
     return known[script.ip]
 
 
-_SEEN = pytest.StashKey[dict[int, Traffic]]()
+_SEEN = pytest.StashKey[dict[int, Seen]]()
 
 both = pytest.mark.parametrize("ip", [4, 6])
 
@@ -143,7 +138,7 @@ def counts(rows: list[Row]) -> Counter[str]:
 
 
 @both
-def test_tcp_client(traffic: Traffic, ip: int) -> None:
+def test_tcp_client(traffic: Seen, ip: int) -> None:
     rows, port, closed = traffic.rows, traffic.port, traffic.closed
     ours = [row for row in rows if row["probe"] == "tcp_client" and row["dport"] in (port, closed)]
     assert {row["ip"] for row in ours} == {ip}
@@ -162,7 +157,7 @@ def test_tcp_client(traffic: Traffic, ip: int) -> None:
 
 
 @both
-def test_tcp_service(traffic: Traffic, ip: int) -> None:
+def test_tcp_service(traffic: Seen, ip: int) -> None:
     rows, port = traffic.rows, traffic.port
     ours = [row for row in rows if row["probe"] == "tcp_service"]
     ours = [row for row in ours if port in (row["sport"], row["dport"])]
@@ -183,7 +178,7 @@ def test_tcp_service(traffic: Traffic, ip: int) -> None:
 
 
 @both
-def test_tcp_stats(traffic: Traffic, ip: int) -> None:
+def test_tcp_stats(traffic: Seen, ip: int) -> None:
     rows, port = traffic.rows, traffic.port
     ours = [row for row in at(rows, "stats") if port in (row["sport"], row["dport"])]
     assert {row["ip"] for row in ours} == {ip}
@@ -204,7 +199,7 @@ def test_tcp_stats(traffic: Traffic, ip: int) -> None:
 
 
 @both
-def test_xdp_port(traffic: Traffic, ip: int) -> None:
+def test_xdp_port(traffic: Seen, ip: int) -> None:
     rows, port = traffic.rows, traffic.port
     ours = [row for row in rows if row["probe"] == "xdp_port"]
     assert {row["ip"] for row in ours} == {ip}
@@ -227,7 +222,7 @@ def test_histograms(
         probes=("tcp_client", "tcp_service"),
     )
     rows = [row for row in script.play(run).rows if row["ip"] == ip]
-    histograms = found(tmp_path / "histograms")
+    histograms = found(tmp_path)
     ours = [value for value in histograms if value["port"] == script.port]
     called = [row for row in rows if row["dport"] == script.port]
     assert_agrees(one(ours, "connect"), [row["connect_us"] for row in called if completes(row)])
