@@ -247,12 +247,19 @@ def both(first: list[dict[str, float]], second: list[dict[str, float]]) -> list[
 # --- the figures
 
 
-def rates(base: list[dict[str, float]], ours: list[dict[str, float]]) -> tuple[str, str]:
-    """Requests per second, without and with."""
+def requests(
+    name: str,
+    what: str,
+    base: list[dict[str, float]],
+    ours: list[dict[str, float]],
+    target: float | None = None,
+) -> Figure:
+    """Requests per second with tcplat, or whatever stands in its place, and without."""
     before, after = (
-        statistics.median(one["requests"] for one in blocks) / BLOCK_S for blocks in (base, ours)
+        f"{statistics.median(one['requests'] for one in blocks) / BLOCK_S:,.0f}/s"
+        for blocks in (base, ours)
     )
-    return f"{before:,.0f}/s", f"{after:,.0f}/s"
+    return Figure(name, what, before, after, ratio("requests", ours, base), target)
 
 
 def throughput() -> Iterator[Figure]:
@@ -261,8 +268,7 @@ def throughput() -> Iterator[Figure]:
     base = both(first, second)
     null = ratio("requests", second, first)
     yield Figure("B0", "null test: base / base", "", "", abs(null - 1), 0.03, at_least=False)
-    found = ratio("requests", ours, base)
-    yield Figure("B1", "throughput, all of tcp_client", *rates(base, ours), found, 0.90)
+    yield requests("B1", "throughput, all of tcp_client", base, ours, 0.90)
     for name, target in (("p50", 1.5), ("p99", 5)):
         before, after = (
             statistics.median(one[f"{name}_ns"] for one in blocks) / 1000 for blocks in (base, ours)
@@ -287,8 +293,7 @@ def on_all_cpus() -> Iterator[Figure]:
     for what, traced in (("tcplat", Run.of), ("bpftrace", peers.bpftrace)):
         first, second, with_it = TOGETHER.interleaved(traced)
         base = both(first, second)
-        found = ratio("requests", with_it, base)
-        yield Figure("B1", f"the same, no CPU spare, {what}", *rates(base, with_it), found, None)
+        yield requests("B1", f"the same, no CPU spare, {what}", base, with_it)
 
 
 SENDING = ("tcp_sendmsg_locked", "sock_send_length", "sock_recv_length")
@@ -303,9 +308,8 @@ def bystander() -> Iterator[Figure]:
         lambda: Run.of("-p", str(os.getpid())), lambda: peers.empty_programs(SENDING)
     )
     base = both(first, second)
-    for name, blocks, target in (("-p of another", ours, 0.97), ("empty programs", empty, None)):
-        found = ratio("requests", blocks, base)
-        yield Figure("B1s", f"throughput, {name}", *rates(base, blocks), found, target)
+    yield requests("B1s", "throughput, -p of another", base, ours, 0.97)
+    yield requests("B1s", "throughput, empty programs", base, empty)
 
 
 def aggregated() -> Iterator[Figure]:
@@ -318,21 +322,13 @@ def aggregated() -> Iterator[Figure]:
         functools.partial(Run.of, probe=probe, sink=f"histogram:path={os.devnull}")
         for probe in ("tcp_client", "tcp_service")
     )
-    first, second, *variants = APART.interleaved(
+    first, second, clients, services, empty = APART.interleaved(
         client, service, lambda: peers.empty_programs(RECEIVING)
     )
     base = both(first, second)
-    for (name, what, target), blocks in zip(
-        (
-            ("B12", "histogram, tcp_client", 0.95),
-            ("B12s", "histogram, tcp_service", 0.95),
-            ("B12s", "empty programs", None),
-        ),
-        variants,
-        strict=True,
-    ):
-        found = ratio("requests", blocks, base)
-        yield Figure(name, f"throughput, {what}", *rates(base, blocks), found, target)
+    yield requests("B12", "throughput, histogram, tcp_client", base, clients, 0.95)
+    yield requests("B12s", "throughput, histogram, tcp_service", base, services, 0.95)
+    yield requests("B12s", "throughput, empty programs", base, empty)
 
 
 def draining() -> Iterator[Figure]:
