@@ -236,7 +236,7 @@ def program_text(
 
     Args:
         probe: Its C and its record.
-        taken: Point -> mechanism: becomes TCPLAT_<MECHANISM>_<point>.
+        taken: Point -> mechanism: becomes TCPLAT_<MECHANISM>_<point>, and TCPLAT_<MECHANISM>.
         defines: Constants.
     """
     numbers = {
@@ -244,6 +244,7 @@ def program_text(
     }
     numbers |= {f"HIST_{name}": number for number, name in enumerate(probe.histograms)}
     chosen = {f"TCPLAT_{way.upper()}_{point}": 1 for point, way in taken.items()}
+    chosen |= {f"TCPLAT_{way.upper()}": 1 for way in sorted(set(taken.values()))}
     head = [
         f"#define {name} {value}"
         for name, value in {**defines, **probe.defines, **numbers, **chosen}.items()

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterable, Mapping
 
 from tcplat_core.filters import Filter
-from tcplat_core.owners import LISTENER, Seed
+from tcplat_core.owners import CLIENT, LISTENER, Seed
 
 from . import bpf
 
@@ -21,7 +21,7 @@ _MAPPED = bytes(10) + b"\xff\xff"
 
 
 def fill(maps: Mapping[str, int], seeds: Iterable[Seed], wanted: Filter, room: int) -> None:
-    """Enter the sockets into tcplat_seeds, tcplat_flows and tcplat_listeners.
+    """Enter the sockets into tcplat_seeds, tcplat_flows, tcplat_listeners and tcplat_served.
 
     Args:
         maps: Name -> fd.
@@ -32,6 +32,7 @@ def fill(maps: Mapping[str, int], seeds: Iterable[Seed], wanted: Filter, room: i
     by_cookie: dict[bytes, bytes] = {}
     flows: dict[bytes, bytes] = {}
     listeners: dict[bytes, tuple[int, int, int, bytes]] = {}
+    served = {seed.lport for seed in seeds if seed.role != CLIENT}
     wants = functools.cache(wanted.wants)  # a process may hold 100,000 sockets
     for seed in seeds:
         comm = seed.comm[:15]
@@ -52,3 +53,6 @@ def fill(maps: Mapping[str, int], seeds: Iterable[Seed], wanted: Filter, room: i
     bpf.map_update_many(maps["tcplat_seeds"], list(by_cookie.items())[:room])
     bpf.map_update_many(maps["tcplat_flows"], list(flows.items())[:room])
     bpf.map_update_many(maps["tcplat_listeners"], entries)
+    bpf.map_update_many(
+        maps["tcplat_served"], [(struct.pack("=I", port), b"\1") for port in sorted(served)]
+    )

@@ -22,7 +22,7 @@
 /*
  * Hash of ports and sequence number -> sequence number << 32 | when, in 16 ns.
  *
- * Made at rx_ip for each segment with payload, whosever it is; replaced by the next
+ * Made at rx_ip for each segment with payload for a service; replaced by the next
  * that has the same place, taken out by the ready that it leads to. One word, so
  * that no reader sees half of it. Its clock goes round in 68 s.
  *
@@ -48,12 +48,50 @@ struct unread {
 };
 
 /*
- * struct sock * -> struct unread.
+ * Place -> struct unread, of the socket whose entry is in tcplat_near.
+ *
+ * Made at the first ready, replaced when another socket has the place.
+ */
+BPF_TABLE("array", u32, struct unread, unreads, 1 << TCPLAT_PLACE_BITS);
+
+/*
+ * struct sock * -> struct unread, of sockets whose entry is in tcplat_socks.
  *
  * Made at the first ready, replaced when another socket has the address, and pushed out
  * by younger ones where there are too many: what it knew is then counted as not measured.
  */
-BPF_TABLE("lru_hash", u64, struct unread, unreads, 65536);
+BPF_TABLE("lru_hash", u64, struct unread, far_unreads, 65536);
+
+/* What is known of its bytes, or of those of the one that was there before. */
+static __always_inline struct unread *unread_of(const struct tcplat_sock *s, u64 key)
+{
+	u32 at = tcplat_at(key);
+	struct unread *u;
+
+	if (!s->near)
+		return far_unreads.lookup(&key);
+	u = unreads.lookup(&at);
+	/* Else it were one call, with either map: no load any more. */
+	asm volatile("" : "+r"(u));
+	return u;
+}
+
+static __always_inline struct unread *
+begin_unread(const struct sock *sk, const struct tcplat_sock *s, u64 key)
+{
+	struct unread fresh = {.sock = s->id}, *u;
+	u32 at = tcplat_at(key);
+
+	fresh.seq = tcplat_get((const struct tcp_sock *)sk, copied_seq);
+	if (!s->near) {
+		far_unreads.update(&key, &fresh);
+		return far_unreads.lookup(&key);
+	}
+	u = unreads.lookup(&at);
+	if (u)
+		*u = fresh;
+	return u;
+}
 
 /* `theirs` is the port that the segment comes from. */
 static __always_inline u32 arrival_at(u16 theirs, u16 ours, u32 seq)
@@ -99,25 +137,19 @@ static __always_inline void measure_ready(struct sock *sk, struct tcplat_sock *s
 	u32 end = tcplat_get((struct tcp_sock *)sk, rcv_nxt), begin;
 	struct unread *u;
 	struct wait *wait;
-	u64 key = (u64)sk, took = 0;
-	bool known;
+	u64 key = tcplat_key(sk), took = 0;
+	bool known = true;
 
 	if (!s->addrs.sport)
 		tcplat_read_addrs(&s->addrs, sk);
 	/* A FIN has a number, and is no byte. */
 	if (tcplat_get(sk, __sk_common.skc_flags) & (1UL << TCPLAT_SOCK_DONE))
 		end--;
-	u = unreads.lookup(&key);
+	u = unread_of(s, key);
 	if (!u || u->sock != s->id) {
-		struct unread fresh = {.sock = s->id};
-
-		fresh.seq = tcplat_get((struct tcp_sock *)sk, copied_seq);
-		unreads.update(&key, &fresh);
-		u = unreads.lookup(&key);
+		u = begin_unread(sk, s, key);
 		/* Bytes that were here before us are not new: a segment that we saw is proof. */
 		known = false;
-	} else {
-		known = true;
 	}
 	if (!u)
 		return;
@@ -147,14 +179,14 @@ static __always_inline void
 measure_recv(struct sock *sk, struct tcplat_sock *s, u32 bytes, u64 now)
 {
 	const struct tcp_sock *tp = (const struct tcp_sock *)sk;
-	u64 key = (u64)sk, ready_ns = 0;
 	u32 begin, at, last = 0;
 	bool found = false;
+	u64 ready_ns = 0;
 	struct unread *u;
 
 	if (!bytes)
 		return;
-	u = unreads.lookup(&key);
+	u = unread_of(s, tcplat_key(sk));
 	if (!u || u->sock != s->id) {
 		tcplat_unmeasured(sk, s, HIST_ready_recv);
 		return;
@@ -210,7 +242,7 @@ static __always_inline int report_packet(struct sk_buff *skb, const u8 *l3, u8 h
 	struct tcplat_event *e;
 	u64 now;
 
-	if (!tcplat_parse_ip(&segment, skb, l3))
+	if (!tcplat_parse_ip(&segment, skb, l3) || !tcplat_is_served(segment.addrs.dport))
 		return 0;
 #ifdef TCPLAT_NO_EVENTS
 	if (!segment.bytes)
@@ -249,7 +281,7 @@ int tp_rx_ip(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sk_buff *skb = (struct sk_buff *)ctx->args[0];
 
-	return report_packet(skb, skb->data, HOOK_tp_rx_ip);
+	return report_packet(skb, tcplat_get(skb, data), HOOK_tp_rx_ip);
 }
 #else
 /* TCP's door: the data begin with TCP's header, IP's stands before it. */

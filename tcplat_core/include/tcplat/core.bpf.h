@@ -54,7 +54,7 @@ static __always_inline void tcplat_track(const struct sock *sk, struct tcplat_so
 		return;
 	tcplat_read_addrs(&s->addrs, sk);
 	if (s->addrs.sport && s->addrs.dport)
-		tcplat_add_flow(s, (u64)sk);
+		tcplat_add_flow(s, tcplat_key(sk));
 }
 
 /* sock:inet_sock_set_state */

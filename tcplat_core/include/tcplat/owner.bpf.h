@@ -12,6 +12,7 @@
 #define TCPLAT_ROLE_LISTENER 3
 
 struct tcplat_sock {
+	u64 near;       /* its address, where the entry is in tcplat_near; 0 in tcplat_socks */
 	u64 id;         /* the event's `sock`: when it was first seen, and on which CPU */
 	u64 since_ns;   /* when the connect, or the wait to be accepted, began; else 0 */
 	u32 pid, tid;   /* the process that used it last, 0 where nobody can know */
@@ -38,13 +39,26 @@ struct tcplat_seed {
 	char comm[16] __attribute__((aligned(8)));
 };
 
+/* A socket's place in arrays is given by bits 6 to 19 of its address. */
+#define TCPLAT_PLACE_BITS 14
+
 /*
- * struct sock * -> struct tcplat_sock.
+ * Place -> struct tcplat_sock, of the socket that came there first.
  *
- * Inserted by tcplat_learn() when a socket begins to connect, by tcplat_find()
- * when a seeded one is seen for the first time, and by tcplat_meet().
+ * Inserted by tcplat_insert(): by tcplat_learn() when a socket begins to connect, by tcplat_find()
+ * when a seeded one is seen for the first time, by tcplat_inherit() and by tcplat_meet().
  * Deleted by tcplat_on_destroy, which runs after every probe's handlers; where no program saw
  * the end, when the next socket has the address.
+ */
+BPF_TABLE("array", u32, struct tcplat_sock, tcplat_near, 1 << TCPLAT_PLACE_BITS);
+
+/* Place -> 1. Inserted by the one CPU that may fill the entry of tcplat_near; deleted with it. */
+BPF_TABLE("hash", u32, u8, tcplat_taken, 1 << TCPLAT_PLACE_BITS);
+
+/*
+ * struct sock * -> struct tcplat_sock, of sockets whose place was taken.
+ *
+ * Inserted and deleted as those of tcplat_near.
  */
 BPF_TABLE("hash", u64, struct tcplat_sock, tcplat_socks, 1024);
 
@@ -52,22 +66,21 @@ BPF_TABLE("hash", u64, struct tcplat_sock, tcplat_socks, 1024);
  * Socket cookie -> struct tcplat_seed.
  *
  * Inserted by the loader, from sock_diag and /proc, before the gate opens.
- * Deleted by tcplat_find() when the entry moves to tcplat_socks; the rest are
+ * Deleted by tcplat_find() when the socket gets its entry; the rest are
  * of sockets that never stir.
  */
 BPF_TABLE("hash", u64, struct tcplat_seed, tcplat_seeds, 1024);
 
-#define TCPLAT_PLACE_BITS 12
 #define TCPLAT_TAG_AT 34
 #define TCPLAT_BELOW_TAG ((1ULL << TCPLAT_TAG_AT) - 1)
 
 /*
- * What arrays know of a socket, without a look into a hash: its place there is given by bits 6
- * to 17 of its address, and each entry begins with a tag, bits 18 to 47. Another socket may have
- * the same place: then the entry is replaced, and what it said is worked out anew.
+ * What arrays of words know of a socket: each begins with a tag, bits 20 to 49 of the address.
+ * Another socket may have the same place: then the word is replaced, and what it said is worked
+ * out anew.
  */
 struct tcplat_place {
-	u64 key;    /* the address */
+	u64 key; /* the address */
 	u64 tag;
 	u64 births; /* read before anything else is */
 	u32 at;
@@ -75,7 +88,7 @@ struct tcplat_place {
 };
 
 /*
- * Place -> tag | the count of births at which tcplat_socks did not have the socket; and it has
+ * Place -> tag | the count of births at which the socket had no entry; and it has
  * no seed. 0: nothing is known.
  *
  * Most sockets of a busy host are nobody's business. Made by tcplat_look_up() once the gate is
@@ -92,7 +105,7 @@ BPF_TABLE("array", u32, u64, tcplat_bystanders, 1 << TCPLAT_PLACE_BITS);
 #endif
 
 /*
- * Slot 0 -> how often tcplat_socks got an entry, or one became wanted because another process
+ * Slot 0 -> how often a socket got an entry, or one became wanted because another process
  * took it over. Counted after the fact, by tcplat_count_birth().
  */
 BPF_TABLE("array", u32, u64, tcplat_births, 1);
@@ -119,7 +132,13 @@ struct tcplat_listener {
  */
 BPF_TABLE("hash", struct tcplat_port, struct tcplat_listener, tcplat_listeners, 16384);
 
-/* Where an address pair leads: to tcplat_socks, or to tcplat_seeds. */
+/*
+ * Local port -> 1, once a service was seen there, in whatever namespace: packets to other ports
+ * are no service's. Set by tcplat_listen(), tcplat_inherit() and the loader; never taken back.
+ */
+BPF_TABLE("array", u32, u8, tcplat_served, 65536);
+
+/* Where an address pair leads: to a socket's entry, or to tcplat_seeds. */
 struct tcplat_flow {
 	u64 key;
 	u64 cookie;
@@ -172,11 +191,33 @@ static __always_inline u64 tcplat_new_id(void)
 	return (bpf_ktime_get_ns() >> TCPLAT_CPU_BITS << TCPLAT_CPU_BITS) | bpf_get_smp_processor_id();
 }
 
+static __always_inline u32 tcplat_at(u64 key)
+{
+	return key >> 6 & ((1 << TCPLAT_PLACE_BITS) - 1);
+}
+
+static __always_inline struct tcplat_sock *tcplat_entry(u64 key)
+{
+	u32 at = tcplat_at(key);
+	struct tcplat_sock *s = tcplat_near.lookup(&at);
+
+	return s && s->near == key ? s : tcplat_socks.lookup(&key);
+}
+
 static __always_inline struct tcplat_sock *tcplat_insert(u64 key, struct tcplat_sock *fresh)
 {
-	u32 untracked = TCPLAT_BOOKS - 1;
-	struct tcplat_sock *s;
+	u32 untracked = TCPLAT_BOOKS - 1, at = tcplat_at(key);
+	struct tcplat_sock *s = tcplat_near.lookup(&at);
+	u8 one = 1;
 
+	if (s && (s->near == key || !tcplat_taken.insert(&at, &one))) {
+		fresh->near = s->near;
+		*s = *fresh;
+		/* Last: who finds it must find all of it. */
+		*(volatile u64 *)&s->near = key;
+		tcplat_count_birth();
+		return s;
+	}
 	tcplat_socks.update(&key, fresh);
 	tcplat_count_birth();
 	s = tcplat_socks.lookup(&key);
@@ -189,17 +230,41 @@ static __always_inline struct tcplat_sock *tcplat_insert(u64 key, struct tcplat_
 	return s;
 }
 
+static __always_inline void tcplat_remove(u64 key)
+{
+	u32 at = tcplat_at(key);
+	struct tcplat_sock *s = tcplat_near.lookup(&at);
+
+	if (s && s->near == key) {
+		s->near = 0;
+		tcplat_taken.delete(&at);
+	}
+	/* Two CPUs may have made an entry at once. */
+	tcplat_socks.delete(&key);
+}
+
+/* The address of a socket. By fentry `sk` is a pointer to the verifier, and must not be shifted. */
+static __always_inline u64 tcplat_key(const struct sock *sk)
+{
+#ifdef TCPLAT_FENTRY
+	u64 key = 0;
+
+	lock_xadd(&key, (u64)sk); /* a sum is a number */
+	return key;
+#else
+	return (u64)sk;
+#endif
+}
+
 /* Where the arrays have the socket; false where it is a stranger. */
 static __always_inline bool tcplat_locate(const struct sock *sk, struct tcplat_place *p)
 {
-	u64 *stranger, *births, key = 0;
+	u64 *stranger, *births;
 	u32 zero = 0;
 
-	/* By fentry `sk` is a pointer to the verifier, and must not be shifted; a sum is a number. */
-	lock_xadd(&key, (u64)sk);
-	p->key = key;
-	p->tag = key >> (6 + TCPLAT_PLACE_BITS) << TCPLAT_TAG_AT;
-	p->at = key >> 6 & ((1 << TCPLAT_PLACE_BITS) - 1);
+	p->key = tcplat_key(sk);
+	p->tag = p->key >> (6 + TCPLAT_PLACE_BITS) << TCPLAT_TAG_AT;
+	p->at = tcplat_at(p->key);
 	stranger = tcplat_strangers.lookup(&p->at);
 	births = tcplat_births.lookup(&zero);
 	if (!stranger || !births)
@@ -219,7 +284,7 @@ tcplat_look_up(const struct sock *sk, const struct tcplat_place *p)
 	struct tcplat_sock *s;
 	u32 at = p->at;
 
-	s = tcplat_socks.lookup(&key);
+	s = tcplat_entry(key);
 	if (s)
 		return s;
 	stranger = tcplat_strangers.lookup(&at);
@@ -304,7 +369,7 @@ static __always_inline struct tcplat_sock *tcplat_meet(const struct sock *sk)
 		return s;
 	struct tcplat_sock fresh = {.id = tcplat_new_id(), .wanted = tcplat_wanted_nobody()};
 
-	return tcplat_insert((u64)sk, &fresh);
+	return tcplat_insert(tcplat_key(sk), &fresh);
 }
 
 /* The same where the socket's own process calls: it is the owner from here on. */
@@ -374,10 +439,8 @@ static __always_inline void tcplat_withdraw(const struct sock *sk, struct tcplat
 
 static __always_inline void tcplat_forget(const struct sock *sk, struct tcplat_sock *s)
 {
-	u64 key = (u64)sk;
-
 	tcplat_withdraw(sk, s);
-	tcplat_socks.delete(&key);
+	tcplat_remove(tcplat_key(sk));
 }
 
 /* What tells sockets apart that had the same address one after the other; 0 where no process has it open. */
@@ -397,7 +460,7 @@ static __always_inline u32 tcplat_inode(const struct sock *sk)
 static __always_inline struct tcplat_sock *tcplat_learn(const struct sock *sk, u8 role)
 {
 	struct tcplat_sock *s = tcplat_find(sk);
-	u64 key = (u64)sk;
+	u64 key = tcplat_key(sk);
 	u32 inode = tcplat_inode(sk);
 	/*
 	 * Another socket's, whose end no program saw: the kernel skips one that would interrupt itself.
@@ -410,7 +473,7 @@ static __always_inline struct tcplat_sock *tcplat_learn(const struct sock *sk, u
 		s->addrs.sport = 0;
 	}
 	if (other)
-		tcplat_socks.delete(&key);
+		tcplat_remove(key);
 	if (!s || other) {
 		struct tcplat_sock fresh = {.id = tcplat_new_id()};
 
@@ -473,6 +536,23 @@ static __always_inline void tcplat_share(struct tcplat_listener *listener, u32 p
 	listener->wanted = tcplat_wanted_nobody();
 }
 
+static __always_inline bool tcplat_is_served(u16 port)
+{
+	u32 at = port;
+	u8 *served = tcplat_served.lookup(&at);
+
+	return served && *served;
+}
+
+static __always_inline void tcplat_serve(u16 port)
+{
+	u32 at = port;
+	u8 *served = tcplat_served.lookup(&at);
+
+	if (served)
+		*served = 1;
+}
+
 /* A socket begins to listen, in the process that asks for it. */
 static __always_inline struct tcplat_sock *tcplat_listen(const struct sock *sk)
 {
@@ -489,6 +569,7 @@ static __always_inline struct tcplat_sock *tcplat_listen(const struct sock *sk)
 	tcplat_read_addrs(&s->addrs, sk);
 	port.netns = s->addrs.netns;
 	port.port = s->addrs.sport;
+	tcplat_serve(port.port);
 	old = tcplat_listeners.lookup(&port);
 	if (old) {
 		lock_xadd(&old->users, 1);
@@ -546,15 +627,16 @@ static __always_inline struct tcplat_sock *tcplat_inherit(const struct sock *sk,
 	}
 	fresh.role = TCPLAT_ROLE_SERVER;
 	fresh.wanted = tcplat_wanted_nobody();
+	tcplat_serve(fresh.addrs.sport);
 	from = tcplat_listener_at(fresh.addrs.netns, fresh.addrs.sport);
 	if (from && from->pid) {
 		fresh.pid = from->pid;
 		fresh.wanted = from->wanted;
 		__builtin_memcpy(fresh.comm, from->comm, sizeof(fresh.comm));
 	}
-	s = tcplat_insert((u64)sk, &fresh);
+	s = tcplat_insert(tcplat_key(sk), &fresh);
 	if (s)
-		tcplat_add_flow(s, (u64)sk);
+		tcplat_add_flow(s, tcplat_key(sk));
 	return s;
 }
 
@@ -586,7 +668,7 @@ static __always_inline bool tcplat_whose(struct tcplat_addrs *local, struct tcpl
 
 	if (flow && flow->key) {
 		key = flow->key;
-		s = tcplat_socks.lookup(&key);
+		s = tcplat_entry(key);
 		if (s) {
 			who->pid = s->pid;
 			who->role = s->role;
