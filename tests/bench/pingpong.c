@@ -24,9 +24,10 @@
 #define ASKED 100
 #define ANSWERED 1000
 #define KEPT 4000000 /* times kept per connection: the oldest are overwritten */
+#define WARM_UP_US 200000
 
 static int port;
-static volatile int stopping;
+static volatile int measuring, stopping;
 
 static uint64_t now_ns(void)
 {
@@ -83,7 +84,8 @@ static void *call(void *arg)
 		if (send(fd, data, ASKED, 0) != ASKED || !take(fd, data, ANSWERED))
 			exit(1);
 		ended = now_ns();
-		me->times[me->count++ % KEPT] = ended - began;
+		if (measuring)
+			me->times[me->count++ % KEPT] = ended - began;
 		began = ended;
 	}
 	close(fd);
@@ -132,11 +134,14 @@ int main(int argc, char **argv)
 	if (!fgets(line, sizeof(line), stdin))
 		return 2;
 	callers = calloc(connections, sizeof(*callers));
-	began = now_ns();
 	for (i = 0; i < connections; i++) {
 		callers[i].times = malloc(KEPT * sizeof(uint32_t));
 		pthread_create(&callers[i].thread, NULL, call, &callers[i]);
 	}
+	/* What was started beside us has cost caches, and the machine its pace. */
+	usleep(WARM_UP_US);
+	began = now_ns();
+	measuring = 1;
 	usleep(seconds * 1e6);
 	stopping = 1;
 	for (i = 0; i < connections; i++)

@@ -455,6 +455,25 @@ class Tcplat:
             self.process.stdout.close()
 
 
+CHANGED = """\
+#!{python} -I
+import sys
+from tcplat_core.loader.attach import Loader
+{change}
+sys.argv[1:] = sys.argv[-1:]
+import tcplat_core.loader.__main__
+"""
+SESSION = "import sys; sys.executable = sys.argv.pop(1); import tcplat_core.__main__ as m; m.main()"
+
+
+def changed_loader(folder: Path, change: str) -> tuple[str, ...]:
+    """What starts tcplat with a loader in which `change` was made to the class Loader."""
+    loader = folder / "loader"
+    loader.write_text(CHANGED.format(python=sys.executable, change=change))
+    loader.chmod(0o755)
+    return (sys.executable, "-I", "-c", SESSION, str(loader))
+
+
 @attrs.define(eq=False)
 class Watched:
     """Processes that one tcplat watches for many tests: each looks at its own port's rows.

@@ -6,7 +6,6 @@ import errno
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from .harness import (
     assert_tiles,
     at,
     by_sock,
+    changed_loader,
     free_port,
     of_port,
     reached,
@@ -553,18 +553,11 @@ s.connect({server.address!r})
     assert sum(row["bytes"] for row in to) == 10
 
 
-SESSION = "import sys; sys.executable = sys.argv.pop(1); import tcplat_core.__main__ as m; m.main()"
-LOADER = f"""\
-#!{sys.executable} -I
-import sys
-from tcplat_core.loader.attach import Loader
-
+NO_END = """
 attach = Loader._core
 Loader._core = lambda self, core, program, tracepoint: (
     program != "tcplat_on_destroy" and attach(self, core, program, tracepoint)
 )
-sys.argv[1:] = sys.argv[-1:]
-import tcplat_core.loader.__main__
 """
 """As where the kernel runs no program at the end of a socket: its entry stays behind."""
 
@@ -573,10 +566,7 @@ def test_a_socket_whose_end_was_not_seen_leaves_nothing_to_the_next_one(
     tmp_path: Path, running_tcplat: Start, client: Puppet
 ) -> None:
     """The kernel uses addresses again, of the client's as of the service's, nearly at once."""
-    loader = tmp_path / "loader"
-    loader.write_text(LOADER)
-    loader.chmod(0o755)
-    program = (sys.executable, "-I", "-c", SESSION, str(loader))
+    program = changed_loader(tmp_path, NO_END)
     run = running_tcplat(probes=("tcp_client", "tcp_service"), program=program)
     port = client("""
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

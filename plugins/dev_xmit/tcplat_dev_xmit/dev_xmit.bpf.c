@@ -27,7 +27,7 @@ static __always_inline bool is_wanted(u16 port)
 static __always_inline bool find_owner(const struct sk_buff *skb, struct tcplat_addrs *ends,
 				       struct tcplat_seed *who)
 {
-	struct sock *sk = tcplat_get(skb, sk);
+	struct sock *sk = tcplat_sk(skb);
 	struct tcplat_sock *s = sk ? tcplat_find(sk) : NULL;
 
 	if (s) {

@@ -280,10 +280,10 @@ int fe_tcp_set_state(struct bpf_raw_tracepoint_args *ctx)
 
 static __always_inline int report_send(struct sock *sk, u32 bytes, u8 hook)
 {
-	struct tcplat_place p;
-	struct tcplat_sock *s = tcplat_use(sk, &p, CLIENT);
+	u32 me;
+	struct tcplat_sock *s = tcplat_use(sk, &me, CLIENT);
 
-	return s ? tcplat_report(tcplat_make_send(sk, s, &p, bytes, hook)) : 0;
+	return s ? tcplat_report(tcplat_make_send(sk, s, me, bytes, hook)) : 0;
 }
 
 int tp_send(struct bpf_raw_tracepoint_args *ctx)
@@ -349,17 +349,17 @@ int fx_tcp_sendpage(struct bpf_raw_tracepoint_args *ctx)
 
 static __always_inline int report_recv(struct sock *sk, int ret, u8 hook)
 {
-	struct tcplat_place p;
+	u32 me;
 	struct tcplat_sock *s;
 	u64 now;
 
 	if (ret < 0)
 		return 0;
-	s = tcplat_use(sk, &p, CLIENT);
+	s = tcplat_use(sk, &me, CLIENT);
 	if (!s)
 		return 0;
 	now = bpf_ktime_get_ns();
-	return tcplat_report(tcplat_make_recv(sk, s, p.me, ret, hook, now));
+	return tcplat_report(tcplat_make_recv(sk, s, me, ret, hook, now));
 }
 
 int tp_recv(struct bpf_raw_tracepoint_args *ctx)
@@ -385,7 +385,7 @@ int fx_tcp_recvmsg(struct bpf_raw_tracepoint_args *ctx)
 int fx_tcp_splice_read(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct socket *socket = (struct socket *)ctx->args[0];
-	struct sock *sk = tcplat_get(socket, sk);
+	struct sock *sk = tcplat_sk(socket);
 
 	return report_recv(sk, ctx->args[5], HOOK_fx_tcp_splice_read);
 }
@@ -438,7 +438,7 @@ int kr_tcp_recvmsg(struct pt_regs *ctx)
 
 int kp_tcp_splice_read(struct pt_regs *ctx, struct socket *socket)
 {
-	return enter_recv(tcplat_get(socket, sk), 0, HOOK_kr_tcp_splice_read);
+	return enter_recv(tcplat_sk(socket), 0, HOOK_kr_tcp_splice_read);
 }
 
 int kr_tcp_splice_read(struct pt_regs *ctx)

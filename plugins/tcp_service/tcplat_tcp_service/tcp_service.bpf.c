@@ -234,6 +234,25 @@ measure_recv(struct sock *sk, struct tcplat_sock *s, u32 bytes, u64 now)
 
 /* --- rx_ip: a packet for a service of this host reaches IP, or TCP's door */
 
+/* Whether a packet is for none of the services, as far as that can be told at a glance. */
+static __always_inline bool passes_by(const u8 *l3)
+{
+#ifdef TCPLAT_CAST
+	u8 ip[8] __attribute__((aligned(8))), tcp[8] __attribute__((aligned(8)));
+	bool v4, v6;
+
+	tcplat_copy(ip, sizeof(ip), l3);
+	v4 = ip[0] == 0x45;
+	v6 = ip[0] >> 4 == 6 && ip[6] == IPPROTO_TCP;
+	if (!v4 && !v6)
+		return false;
+	tcplat_copy(tcp, sizeof(tcp), l3 + (v4 ? 20 : 40));
+	return !tcplat_is_served(tcplat_be16(tcp + 2));
+#else
+	return false;
+#endif
+}
+
 static __always_inline int report_packet(struct sk_buff *skb, const u8 *l3, u8 hook)
 {
 	struct tcplat_segment segment = {};
@@ -242,7 +261,9 @@ static __always_inline int report_packet(struct sk_buff *skb, const u8 *l3, u8 h
 	struct tcplat_event *e;
 	u64 now;
 
-	if (!tcplat_parse_ip(&segment, skb, l3) || !tcplat_is_served(segment.addrs.dport))
+	if (passes_by(l3) || !tcplat_parse_ip(&segment, skb, l3))
+		return 0;
+	if (!tcplat_is_served(segment.addrs.dport))
 		return 0;
 #ifdef TCPLAT_NO_EVENTS
 	if (!segment.bytes)
@@ -574,7 +595,7 @@ static __always_inline int report_accepted_fd(struct syscall_exit *ctx, u8 hook)
 		return 0;
 	bpf_probe_read_kernel(&file, sizeof(file), open + ctx->result);
 	socket = (struct socket *)tcplat_get(file, private_data);
-	return report_accept((struct sock *)tcplat_get(socket, sk), hook);
+	return report_accept(tcplat_sk(socket), hook);
 }
 
 int tp_accept(struct syscall_exit *ctx)
@@ -675,18 +696,18 @@ int tp_recv(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sock *sk = (struct sock *)ctx->args[0];
 	int ret = ctx->args[1];
-	struct tcplat_place p;
+	u32 me;
 	struct tcplat_sock *s;
 	u64 now;
 
 	if (ret < 0 || ctx->args[2] & TCPLAT_NO_STREAM)
 		return 0;
-	s = tcplat_use(sk, &p, SERVER);
+	s = tcplat_use(sk, &me, SERVER);
 	if (!s)
 		return 0;
 	now = bpf_ktime_get_ns();
 	measure_recv(sk, s, ret, now);
-	return tcplat_report(tcplat_make_recv(sk, s, p.me, ret, HOOK_tp_recv, now));
+	return tcplat_report(tcplat_make_recv(sk, s, me, ret, HOOK_tp_recv, now));
 }
 
 #if defined(TCPLAT_KPROBE_recv) || defined(TCPLAT_FENTRY_recv)
@@ -725,7 +746,7 @@ static __always_inline int leave_recv(int ret, u8 hook)
 	struct recv_call *call = recvs.lookup(&task);
 	struct tcplat_event *e;
 	struct tcplat_sock *s;
-	struct tcplat_place p;
+	u32 me;
 	struct sock *sk;
 
 	if (!call)
@@ -736,7 +757,7 @@ static __always_inline int leave_recv(int ret, u8 hook)
 	recvs.delete(&task);
 	if (ret < 0)
 		return 0;
-	s = tcplat_use(sk, &p, SERVER);
+	s = tcplat_use(sk, &me, SERVER);
 	if (!s)
 		return 0;
 	measure_recv(sk, s, ret, now);
@@ -744,7 +765,7 @@ static __always_inline int leave_recv(int ret, u8 hook)
 		tcplat_sample(sk, s, HIST_in_recv, took);
 	if (tcplat_too_fast(took))
 		return 0;
-	e = tcplat_make_recv(sk, s, p.me, ret, hook, now);
+	e = tcplat_make_recv(sk, s, me, ret, hook, now);
 	if (e)
 		e->call_ns = took;
 	return tcplat_report(e);
@@ -767,7 +788,7 @@ int fe_tcp_splice_read(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct socket *socket = (struct socket *)ctx->args[0];
 
-	return enter_recv(tcplat_get(socket, sk), 0, HOOK_fx_tcp_splice_read);
+	return enter_recv(tcplat_sk(socket), 0, HOOK_fx_tcp_splice_read);
 }
 
 int fx_tcp_splice_read(struct bpf_raw_tracepoint_args *ctx)
@@ -789,7 +810,7 @@ int kr_tcp_recvmsg(struct pt_regs *ctx)
 
 int kp_tcp_splice_read(struct pt_regs *ctx, struct socket *socket)
 {
-	return enter_recv(tcplat_get(socket, sk), 0, HOOK_kr_tcp_splice_read);
+	return enter_recv(tcplat_sk(socket), 0, HOOK_kr_tcp_splice_read);
 }
 
 int kr_tcp_splice_read(struct pt_regs *ctx)
@@ -802,10 +823,10 @@ int kr_tcp_splice_read(struct pt_regs *ctx)
 
 static __always_inline int report_send(struct sock *sk, u32 bytes, u8 hook)
 {
-	struct tcplat_place p;
-	struct tcplat_sock *s = tcplat_use(sk, &p, SERVER);
+	u32 me;
+	struct tcplat_sock *s = tcplat_use(sk, &me, SERVER);
 
-	return s ? tcplat_report(tcplat_make_send(sk, s, &p, bytes, hook)) : 0;
+	return s ? tcplat_report(tcplat_make_send(sk, s, me, bytes, hook)) : 0;
 }
 
 int tp_send(struct bpf_raw_tracepoint_args *ctx)

@@ -80,7 +80,7 @@ int tcplat_on_state(struct bpf_raw_tracepoint_args *ctx)
 int tcplat_on_queue(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sk_buff *skb = (struct sk_buff *)ctx->args[0];
-	struct sock *sk = tcplat_get(skb, sk);
+	struct sock *sk = tcplat_sk(skb);
 
 	if (sk && tcplat_get(sk, __sk_common.skc_state) == TCP_SYN_SENT)
 		tcplat_track(sk, tcplat_find(sk));

@@ -78,21 +78,21 @@ static void *(*tcplat_cast)(const void *ptr, u64 type) = (void *)TCPLAT_CAST;
 #endif
 
 /*
- * Bytes from anywhere in the kernel, a multiple of eight, to where eight of them may be written at
- * once. Where they cannot be read: false, or, by TCPLAT_CAST, zeros.
+ * Bytes from anywhere in the kernel, a constant multiple of eight, to where eight of them may be
+ * written at once. Where they cannot be read: false, or, by TCPLAT_CAST, zeros.
  */
-static __always_inline bool tcplat_copy(void *to, u32 size, const void *from)
-{
 #ifdef TCPLAT_CAST
-	/* Any struct would do that begins with a field of eight bytes. */
-#pragma unroll
-	for (u32 i = 0; i < size / 8; i++)
-		((u64 *)to)[i] = tcplat_get((const struct timespec64 *)(from + 8 * i), tv_sec);
-	return true;
+/* A macro: in a function the loop is not unrolled. Any struct would do that begins with eight bytes. */
+#define tcplat_copy(to, size, from)                                                            \
+	({                                                                                     \
+		_Pragma("unroll") for (u32 _i = 0; _i < (size); _i += 8)                       \
+			*(u64 *)((to) + _i) =                                                  \
+				tcplat_get((const struct timespec64 *)((from) + _i), tv_sec);  \
+		true;                                                                          \
+	})
 #else
-	return !bpf_probe_read_kernel(to, size, from);
+#define tcplat_copy(to, size, from) (!bpf_probe_read_kernel(to, size, from))
 #endif
-}
 
 /*
  * The ring; the loader gives it its size (--ring-size). A record is submitted

@@ -12,7 +12,7 @@
 #define TCPLAT_ROLE_LISTENER 3
 
 struct tcplat_sock {
-	u64 near;       /* its address, where the entry is in tcplat_near; 0 in tcplat_socks */
+	u64 near;       /* its address, where the entry is in tcplat_places; 0 in tcplat_socks */
 	u64 id;         /* the event's `sock`: when it was first seen, and on which CPU */
 	u64 since_ns;   /* when the connect, or the wait to be accepted, began; else 0 */
 	u32 pid, tid;   /* the process that used it last, 0 where nobody can know */
@@ -40,25 +40,38 @@ struct tcplat_seed {
 };
 
 /* A socket's place in arrays is given by bits 6 to 19 of its address. */
+#ifndef TCPLAT_PLACE_BITS
 #define TCPLAT_PLACE_BITS 14
+#endif
+#define TCPLAT_BIRTHS_BITS 34
+
+struct tcplat_place {
+	/*
+	 * Bits 20 to 49 of an address, and 34 of the count of births at which that socket had no entry
+	 * and no seed: most sockets of a busy host are nobody's business. 0: nothing is known.
+	 */
+	u64 stranger;
+	struct tcplat_sock sock; /* of the socket that came here first; sock.near is its address, or 0 */
+};
 
 /*
- * Place -> struct tcplat_sock, of the socket that came there first.
+ * Place -> struct tcplat_place: what is known without a look into a hash.
  *
- * Inserted by tcplat_insert(): by tcplat_learn() when a socket begins to connect, by tcplat_find()
- * when a seeded one is seen for the first time, by tcplat_inherit() and by tcplat_meet().
- * Deleted by tcplat_on_destroy, which runs after every probe's handlers; where no program saw
- * the end, when the next socket has the address.
+ * `sock` is inserted by tcplat_insert(): by tcplat_learn() when a socket begins to connect, by
+ * tcplat_find() when a seeded one is seen for the first time, by tcplat_inherit() and by
+ * tcplat_meet(). Deleted by tcplat_on_destroy, which runs after every probe's handlers; where no
+ * program saw the end, when the next socket has the address.
+ * `stranger` is made by tcplat_find() once the gate is open, and replaced by the next one's.
  */
-BPF_TABLE("array", u32, struct tcplat_sock, tcplat_near, 1 << TCPLAT_PLACE_BITS);
+BPF_TABLE("array", u32, struct tcplat_place, tcplat_places, 1 << TCPLAT_PLACE_BITS);
 
-/* Place -> 1. Inserted by the one CPU that may fill the entry of tcplat_near; deleted with it. */
+/* Place -> 1. Inserted by the one CPU that may fill in its `sock`; deleted with it. */
 BPF_TABLE("hash", u32, u8, tcplat_taken, 1 << TCPLAT_PLACE_BITS);
 
 /*
  * struct sock * -> struct tcplat_sock, of sockets whose place was taken.
  *
- * Inserted and deleted as those of tcplat_near.
+ * Inserted and deleted as those of tcplat_places.
  */
 BPF_TABLE("hash", u64, struct tcplat_sock, tcplat_socks, 1024);
 
@@ -71,43 +84,7 @@ BPF_TABLE("hash", u64, struct tcplat_sock, tcplat_socks, 1024);
  */
 BPF_TABLE("hash", u64, struct tcplat_seed, tcplat_seeds, 1024);
 
-#define TCPLAT_TAG_AT 34
-#define TCPLAT_BELOW_TAG ((1ULL << TCPLAT_TAG_AT) - 1)
-
-/*
- * What arrays of words know of a socket: each begins with a tag, bits 20 to 49 of the address.
- * Another socket may have the same place: then the word is replaced, and what it said is worked
- * out anew.
- */
-struct tcplat_place {
-	u64 key; /* the address */
-	u64 tag;
-	u64 births; /* read before anything else is */
-	u32 at;
-	u32 me;     /* the current thread, where tcplat_use_at() has found an entry */
-};
-
-/*
- * Place -> tag | the count of births at which the socket had no entry; and it has
- * no seed. 0: nothing is known.
- *
- * Most sockets of a busy host are nobody's business. Made by tcplat_look_up() once the gate is
- * open. No seed is for ever: what comes to that address is younger than the seeds.
- */
-BPF_TABLE("array", u32, u64, tcplat_strangers, 1 << TCPLAT_PLACE_BITS);
-
-/*
- * Place -> tag | a hash of births and a pid: at that count, that process used the socket last,
- * and nobody asked for either. Made by tcplat_use_at().
- */
-#ifdef TCPLAT_FILTER_TASK
-BPF_TABLE("array", u32, u64, tcplat_bystanders, 1 << TCPLAT_PLACE_BITS);
-#endif
-
-/*
- * Slot 0 -> how often a socket got an entry, or one became wanted because another process
- * took it over. Counted after the fact, by tcplat_count_birth().
- */
+/* Slot 0 -> how often a socket got an entry. Counted after the fact, by tcplat_insert(). */
 BPF_TABLE("array", u32, u64, tcplat_births, 1);
 
 struct tcplat_port {
@@ -172,10 +149,6 @@ static __always_inline void tcplat_own_by(struct tcplat_sock *s, u64 pid_tgid)
 	s->group = 0;
 	bpf_get_current_comm(&s->comm, sizeof(s->comm));
 	s->wanted = tcplat_wanted_task(s->comm);
-#ifdef TCPLAT_FILTER_TASK
-	if (s->wanted)
-		tcplat_count_birth();
-#endif
 	tcplat_debug("sock %llu belongs to pid %d, wanted %d", s->id, s->pid, s->wanted);
 }
 
@@ -196,21 +169,45 @@ static __always_inline u32 tcplat_at(u64 key)
 	return key >> 6 & ((1 << TCPLAT_PLACE_BITS) - 1);
 }
 
+/* What is a pointer to the verifier must not be shifted; a sum is a number. */
+static __always_inline u64 tcplat_scalar(const void *pointer)
+{
+	u64 sum = 0;
+
+	lock_xadd(&sum, (u64)pointer);
+	return sum;
+}
+
+/* The socket that an skb or a struct socket names, as tcplat_find() and its like take it. */
+#define tcplat_sk(ptr) ((struct sock *)tcplat_scalar(tcplat_get(ptr, sk)))
+
+/* The address of a socket: by fentry a pointer, by all else a number already. */
+static __always_inline u64 tcplat_key(const struct sock *sk)
+{
+#ifdef TCPLAT_FENTRY
+	return tcplat_scalar(sk);
+#else
+	return (u64)sk;
+#endif
+}
+
 static __always_inline struct tcplat_sock *tcplat_entry(u64 key)
 {
 	u32 at = tcplat_at(key);
-	struct tcplat_sock *s = tcplat_near.lookup(&at);
+	struct tcplat_place *place = tcplat_places.lookup(&at);
 
-	return s && s->near == key ? s : tcplat_socks.lookup(&key);
+	return place && place->sock.near == key ? &place->sock : tcplat_socks.lookup(&key);
 }
 
 static __always_inline struct tcplat_sock *tcplat_insert(u64 key, struct tcplat_sock *fresh)
 {
 	u32 untracked = TCPLAT_BOOKS - 1, at = tcplat_at(key);
-	struct tcplat_sock *s = tcplat_near.lookup(&at);
+	struct tcplat_place *place = tcplat_places.lookup(&at);
+	struct tcplat_sock *s;
 	u8 one = 1;
 
-	if (s && (s->near == key || !tcplat_taken.insert(&at, &one))) {
+	if (place && (place->sock.near == key || !tcplat_taken.insert(&at, &one))) {
+		s = &place->sock;
 		fresh->near = s->near;
 		*s = *fresh;
 		/* Last: who finds it must find all of it. */
@@ -233,70 +230,52 @@ static __always_inline struct tcplat_sock *tcplat_insert(u64 key, struct tcplat_
 static __always_inline void tcplat_remove(u64 key)
 {
 	u32 at = tcplat_at(key);
-	struct tcplat_sock *s = tcplat_near.lookup(&at);
+	struct tcplat_place *place = tcplat_places.lookup(&at);
 
-	if (s && s->near == key) {
-		s->near = 0;
+	if (place && place->sock.near == key) {
+		place->sock.near = 0;
 		tcplat_taken.delete(&at);
 	}
 	/* Two CPUs may have made an entry at once. */
 	tcplat_socks.delete(&key);
 }
 
-/* The address of a socket. By fentry `sk` is a pointer to the verifier, and must not be shifted. */
-static __always_inline u64 tcplat_key(const struct sock *sk)
+/* The entry of a socket, or NULL where nothing is known of it. Any context. */
+static __always_inline struct tcplat_sock *tcplat_find(const struct sock *sk)
 {
-#ifdef TCPLAT_FENTRY
-	u64 key = 0;
-
-	lock_xadd(&key, (u64)sk); /* a sum is a number */
-	return key;
-#else
-	return (u64)sk;
-#endif
-}
-
-/* Where the arrays have the socket; false where it is a stranger. */
-static __always_inline bool tcplat_locate(const struct sock *sk, struct tcplat_place *p)
-{
-	u64 *stranger, *births;
-	u32 zero = 0;
-
-	p->key = tcplat_key(sk);
-	p->tag = p->key >> (6 + TCPLAT_PLACE_BITS) << TCPLAT_TAG_AT;
-	p->at = tcplat_at(p->key);
-	stranger = tcplat_strangers.lookup(&p->at);
-	births = tcplat_births.lookup(&zero);
-	if (!stranger || !births)
-		return false;
-	/* Both are read before the look into the hashes: an entry made meanwhile must not stay hidden. */
-	p->births = *(volatile u64 *)births;
-	return *(volatile u64 *)stranger != (p->tag | (p->births & TCPLAT_BELOW_TAG));
-}
-
-/* Its entry, or NULL where nothing is known of it. */
-static __always_inline struct tcplat_sock *
-tcplat_look_up(const struct sock *sk, const struct tcplat_place *p)
-{
-	u64 *stranger, key = p->key, cookie = 0;
-	bool open = tcplat_is_open();
+	u64 key = tcplat_key(sk), cookie = 0, *births, stranger;
+	u32 at = tcplat_at(key), zero = 0;
+	struct tcplat_place *place = tcplat_places.lookup(&at);
 	struct tcplat_seed *seed;
 	struct tcplat_sock *s;
-	u32 at = p->at;
+	bool open;
 
+	if (!place)
+		return NULL;
+	if (place->sock.near == key)
+		return &place->sock;
+	births = tcplat_births.lookup(&zero);
+	if (!births)
+		return NULL;
+	/* Both are read before the look for an entry: one that is made meanwhile must not stay hidden. */
+	stranger = key >> (6 + TCPLAT_PLACE_BITS) << TCPLAT_BIRTHS_BITS;
+	stranger |= *(volatile u64 *)births & ((1ULL << TCPLAT_BIRTHS_BITS) - 1);
+	if (*(volatile u64 *)&place->stranger == stranger)
+		return NULL;
+	open = tcplat_is_open();
 	s = tcplat_entry(key);
 	if (s)
 		return s;
-	stranger = tcplat_strangers.lookup(&at);
-	if (!stranger)
-		return NULL;
-	/* sock_diag gave every older socket a cookie when the seeds were made. */
-	if ((*stranger ^ p->tag) >> TCPLAT_TAG_AT)
+	/*
+	 * sock_diag gave every older socket a cookie when the seeds were made. No seed is for ever: what
+	 * comes to that address is younger than the seeds.
+	 */
+	if ((place->stranger ^ stranger) >> TCPLAT_BIRTHS_BITS)
 		cookie = tcplat_get(sk, __sk_common.skc_cookie.counter);
 	seed = cookie ? tcplat_seeds.lookup(&cookie) : NULL;
 	if (!seed) {
 		if (open)
-			*stranger = p->tag | (p->births & TCPLAT_BELOW_TAG);
+			place->stranger = stranger;
 		return NULL;
 	}
 	struct tcplat_sock fresh = {.id = tcplat_new_id(), .pid = seed->pid};
@@ -309,51 +288,22 @@ tcplat_look_up(const struct sock *sk, const struct tcplat_place *p)
 	return tcplat_insert(key, &fresh);
 }
 
-/* The entry of a socket, or NULL where nothing is known of it. Any context. */
-static __always_inline struct tcplat_sock *tcplat_find(const struct sock *sk)
-{
-	struct tcplat_place p;
-
-	return tcplat_locate(sk, &p) ? tcplat_look_up(sk, &p) : NULL;
-}
-
 /*
  * The socket's own process calls, and is the owner from here on: the entry, if it has that role
- * and somebody asked for the process. The place is that of tcplat_locate().
+ * and somebody asked for the process. `me` is then the current thread.
  */
 static __always_inline struct tcplat_sock *
-tcplat_use_at(const struct sock *sk, struct tcplat_place *p, u8 role)
+tcplat_use(const struct sock *sk, u32 *me, u8 role)
 {
-	u64 both = bpf_get_current_pid_tgid();
-	struct tcplat_sock *s;
-#ifdef TCPLAT_FILTER_TASK
-	u64 bystander, *slot;
+	struct tcplat_sock *s = tcplat_find(sk);
+	u64 both;
 
-	/* With one pid no two counts of births look alike; with another one it is one in 2^34. */
-	bystander = (p->births * 2654435761u + (both >> 32)) & TCPLAT_BELOW_TAG;
-	bystander |= p->tag;
-	slot = tcplat_bystanders.lookup(&p->at);
-	if (!slot || *slot == bystander)
-		return NULL;
-#endif
-	s = tcplat_look_up(sk, p);
 	if (!s || s->role != role)
 		return NULL;
+	both = bpf_get_current_pid_tgid();
 	tcplat_own_by(s, both);
-#ifdef TCPLAT_FILTER_TASK
-	if (!s->wanted) {
-		*slot = bystander;
-		return NULL;
-	}
-#endif
-	p->me = both;
-	return s;
-}
-
-static __always_inline struct tcplat_sock *
-tcplat_use(const struct sock *sk, struct tcplat_place *p, u8 role)
-{
-	return tcplat_locate(sk, p) ? tcplat_use_at(sk, p, role) : NULL;
+	*me = both;
+	return s->wanted ? s : NULL;
 }
 
 /*

@@ -58,20 +58,11 @@ tcplat_make_state(const struct sock *sk, struct tcplat_sock *s, int old, int new
 	return e;
 }
 
-/*
- * Place (owner.bpf.h) -> tag | how many bytes the last send() of the socket asked for.
- *
- * Made by tcplat_make_send(), so that the return of the call, which nearly always has taken all
- * of them, need not look for the socket's entry. Replaced by the next that has the same place.
- */
-BPF_TABLE("array", u32, u64, tcplat_asked, 1 << TCPLAT_PLACE_BITS);
-
 /* What the program asks to send. */
 static __always_inline struct tcplat_event *
-tcplat_make_send(const struct sock *sk, struct tcplat_sock *s, struct tcplat_place *p, u32 bytes,
-		 u8 hook)
+tcplat_make_send(const struct sock *sk, struct tcplat_sock *s, u32 me, u32 bytes, u8 hook)
 {
-	u64 now = bpf_ktime_get_ns(), *asked;
+	u64 now = bpf_ktime_get_ns();
 	struct tcplat_event *e;
 	u32 seq;
 
@@ -84,18 +75,15 @@ tcplat_make_send(const struct sock *sk, struct tcplat_sock *s, struct tcplat_pla
 	 * counts. In a later one, what is left and what was queued make up the whole.
 	 * (Two threads blocked in send() on one socket are one too many for this.)
 	 */
-	if (s->send_tid == p->me && bytes + (seq - s->send_seq) == s->send_bytes)
+	if (s->send_tid == me && bytes + (seq - s->send_seq) == s->send_bytes)
 		return NULL;
-	s->send_tid = p->me;
+	s->send_tid = me;
 	s->send_seq = seq;
 	s->send_bytes = bytes;
-	asked = tcplat_asked.lookup(&p->at);
-	if (asked)
-		*asked = p->tag | bytes;
 	e = tcplat_reserve_for(sk, s, hook, now);
 	if (!e)
 		return NULL;
-	e->tid = p->me;
+	e->tid = me;
 	tcplat_add_seq(e, seq, bytes);
 	return e;
 }
@@ -104,27 +92,20 @@ tcplat_make_send(const struct sock *sk, struct tcplat_sock *s, struct tcplat_pla
 static __always_inline struct tcplat_event *
 tcplat_make_short(const struct sock *sk, u8 role, int ret, u8 hook)
 {
+	struct tcplat_sock *s = tcplat_find(sk);
 	u32 taken = ret > 0 ? ret : 0;
-	struct tcplat_place p;
-	struct tcplat_sock *s;
 	struct tcplat_event *e;
-	u64 *asked;
 
-	if (!tcplat_locate(sk, &p))
+	if (!tcplat_is(s, role) || !s->send_tid)
 		return NULL;
-	asked = tcplat_asked.lookup(&p.at);
-	if (!asked)
-		return NULL;
-	/* s->send_tid stays: no later call can look like a round of one that has taken all. */
-	if ((*asked ^ p.tag) <= taken)
-		return NULL;
-	s = tcplat_use_at(sk, &p, role);
-	if (!s || !s->send_tid)
-		return NULL;
-	s->send_tid = 0;
-	/* With kTLS the socket carries more than the program sent: no comparison then. */
+	/*
+	 * s->send_tid stays: no later call can look like a round of one that has taken all.
+	 * With kTLS the socket carries more than the program sent: no comparison then.
+	 */
 	if (taken >= s->send_bytes)
 		return NULL;
+	s->send_tid = 0;
+	tcplat_own(s);
 	if (tcplat_get((const struct tcp_sock *)sk, write_seq) != s->send_seq + taken)
 		return NULL;
 	e = tcplat_reserve_for(sk, s, hook, bpf_ktime_get_ns());
