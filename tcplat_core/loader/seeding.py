@@ -32,13 +32,15 @@ def fill(maps: Mapping[str, int], seeds: Iterable[Seed], wanted: Filter, room: i
     by_cookie: dict[bytes, bytes] = {}
     flows: dict[bytes, bytes] = {}
     listeners: dict[bytes, tuple[int, int, int, bytes]] = {}
-    served = {seed.lport for seed in seeds if seed.role != CLIENT}
+    served: set[int] = set()
     wants = functools.cache(wanted.wants)  # a process may hold 100,000 sockets
     for seed in seeds:
         comm = seed.comm[:15]
         by_cookie[struct.pack("=Q", seed.cookie)] = _SEED.pack(
             seed.pid, seed.role, wants(seed.pid, comm), comm
         )
+        if seed.role != CLIENT:
+            served.add(seed.lport)
         if seed.role == LISTENER:
             port = _PORT.pack(seed.netns, seed.lport)
             pid = 0 if seed.shared else seed.pid

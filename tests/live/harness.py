@@ -145,6 +145,18 @@ class Puppet:
         self.process.stdout.close()
 
 
+_LISTEN = """
+family = socket.AF_INET if {ip} == 4 else socket.AF_INET6
+listening = socket.create_server(("127.0.0.1" if {ip} == 4 else "::1", 0), family=family)
+listening.getsockname()[1]
+"""
+
+
+def listen(puppet: Puppet, ip: int = 4) -> int:
+    """The port where a puppet listens from now on; it calls the socket `listening`."""
+    return int(puppet(_LISTEN.format(ip=ip)))
+
+
 def network(puppet: Puppet, *, script: str) -> None:
     """Run commands of `ip` in the network namespace of a puppet, one per line."""
     for line in script.strip().splitlines():

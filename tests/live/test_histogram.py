@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from .harness import Listener, Outcome, Puppet, Tcplat, completes, eventually
+from .harness import Listener, Outcome, Puppet, Tcplat, completes, eventually, listen, parse
 from .histograms import OFF, Found, assert_agrees, found, one, waits
 
 Start = Callable[..., Tcplat]
@@ -46,12 +46,7 @@ def assert_adds_up(histogram: Found) -> None:
 
 def echo(client: Puppet, service: Puppet, times: int) -> int:
     """Requests and answers between two puppets; the service's port."""
-    port = int(
-        service("""
-listening = socket.create_server(("127.0.0.1", 0))
-listening.getsockname()[1]
-""")
-    )
+    port = listen(service)
     client(f"s = socket.create_connection(('127.0.0.1', {port}))")
     service.tell(ECHO.format(times=times))
     client(PING_PONG.format(times=times))
@@ -66,7 +61,7 @@ def test_connect_times_are_those_of_the_events(
     run = running_tcplat("-p", str(client.pid), sinks=(sink, f"jsonl:path={rows_at}"))
     client(f"for _ in range(100): socket.create_connection({server.address!r}).close()")
     run.stop()
-    rows = [json.loads(line) for line in rows_at.read_bytes().splitlines()[:-1]]
+    rows, _, _ = parse(rows_at.read_bytes())
     took = [row["connect_us"] for row in rows if completes(row)]
     assert len(took) == 100
     connect = one(found(tmp_path), "connect")
@@ -162,7 +157,7 @@ def test_receive_path_and_queue_are_those_of_the_events(
     )
     port = echo(client, service, 500)
     run.stop()
-    rows = [json.loads(line) for line in rows_at.read_bytes().splitlines()[:-1]]
+    rows, _, _ = parse(rows_at.read_bytes())
     rows = [row for row in rows if port in (row["sport"], row["dport"])]
     receive_path, queue = waits(rows)
     assert len(queue) == 500
@@ -184,10 +179,7 @@ def test_a_reader_that_waits_10_ms_is_seen_to(
 ) -> None:
     service = puppet()
     run = running_tcplat("-p", str(service.pid), probes=("tcp_service",), sinks=(sink,))
-    port = service("""
-listening = socket.create_server(("127.0.0.1", 0))
-listening.getsockname()[1]
-""")
+    port = listen(service)
     client(f"s = socket.create_connection(('127.0.0.1', {port}))")
     service.tell("""
 peer, _ = listening.accept()
@@ -239,10 +231,7 @@ def test_bytes_that_are_read_in_pieces_are_counted_with_their_own_wake_up(
     """Three messages in the queue, read by 50 bytes: each piece waited since its message came."""
     service = puppet()
     run = running_tcplat("-p", str(service.pid), probes=("tcp_service",), sinks=(sink,))
-    port = service("""
-listening = socket.create_server(("127.0.0.1", 0))
-listening.getsockname()[1]
-""")
+    port = listen(service)
     client(f"s = socket.create_connection(('127.0.0.1', {port}))")
     service("peer, _ = listening.accept()")
     client("s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)")
@@ -284,10 +273,7 @@ def test_where_too_many_wait_the_rest_is_not_measured(
     """Only seven wake-ups per socket are remembered; nothing is made up for the others."""
     service = puppet()
     run = running_tcplat("-p", str(service.pid), probes=("tcp_service",), sinks=(sink,))
-    port = service("""
-listening = socket.create_server(("127.0.0.1", 0))
-listening.getsockname()[1]
-""")
+    port = listen(service)
     client(f"s = socket.create_connection(('127.0.0.1', {port}))")
     service("peer, _ = listening.accept()")
     client("s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
-from .harness import Puppet, Row, Tcplat, at, by_sock, changed_loader
+from .harness import Puppet, Tcplat, at, by_sock, changed_loader, listen, parse
 from .histograms import assert_agrees, found, one, waits
 
 ONE_PLACE = """
@@ -15,10 +14,6 @@ Loader._defines = lambda self, probe: defines(self, probe) | {"TCPLAT_PLACE_BITS
 """
 CONNECTIONS, REQUESTS = 10, 5
 
-LISTEN = """
-listening = socket.create_server(("127.0.0.1", 0))
-listening.getsockname()[1]
-"""
 CALL = f"""
 sockets = [socket.create_connection(("127.0.0.1", {{port}})) for _ in range({CONNECTIONS})]
 for s in sockets * {REQUESTS}:
@@ -53,13 +48,13 @@ def test_sockets_that_have_to_share_a_place(
         ),
         program=changed_loader(tmp_path, ONE_PLACE),
     )
-    port = int(service(LISTEN))
+    port = listen(service)
     for _ in range(2):
         service.tell(ANSWER)
         client(CALL.format(port=port))
         service.answer()
     run.stop()
-    rows: list[Row] = [json.loads(line) for line in rows_at.read_bytes().splitlines()[:-1]]
+    rows, _, _ = parse(rows_at.read_bytes())
     rows = [row for row in rows if port in (row["sport"], row["dport"]) and row["sport"]]
 
     for probe in ("tcp_client", "tcp_service"):

@@ -24,6 +24,7 @@ from .harness import (
     check_mechanism,
     eventually,
     free_port,
+    listen,
     needs,
     patience,
     total,
@@ -33,22 +34,11 @@ from .witness import by_direction, packet, tcpdump
 SERVICE = ("--probe", "tcp_service")
 MESSAGE = 3000
 
-_LISTEN = """
-family = socket.AF_INET if {ip} == 4 else socket.AF_INET6
-listening = socket.create_server(("127.0.0.1" if {ip} == 4 else "::1", 0), family=family)
-listening.getsockname()[1]
-"""
-
 
 @pytest.fixture
 def service(puppet: Callable[..., Puppet]) -> Puppet:
     """The process behind the service."""
     return puppet()
-
-
-def listen(service: Puppet, ip: int = 4) -> int:
-    """The port where it listens from now on."""
-    return int(service(_LISTEN.format(ip=ip)))
 
 
 def address(port: int, ip: int = 4) -> tuple[str, int]:

@@ -48,7 +48,7 @@ struct unread {
 };
 
 /*
- * Place -> struct unread, of the socket whose entry is in tcplat_near.
+ * Place -> struct unread, of the socket whose entry is in tcplat_places.
  *
  * Made at the first ready, replaced when another socket has the place.
  */
@@ -80,14 +80,11 @@ static __always_inline struct unread *
 begin_unread(const struct sock *sk, const struct tcplat_sock *s, u64 key)
 {
 	struct unread fresh = {.sock = s->id}, *u;
-	u32 at = tcplat_at(key);
 
 	fresh.seq = tcplat_get((const struct tcp_sock *)sk, copied_seq);
-	if (!s->near) {
+	if (!s->near)
 		far_unreads.update(&key, &fresh);
-		return far_unreads.lookup(&key);
-	}
-	u = unreads.lookup(&at);
+	u = unread_of(s, key);
 	if (u)
 		*u = fresh;
 	return u;
@@ -234,25 +231,6 @@ measure_recv(struct sock *sk, struct tcplat_sock *s, u32 bytes, u64 now)
 
 /* --- rx_ip: a packet for a service of this host reaches IP, or TCP's door */
 
-/* Whether a packet is for none of the services, as far as that can be told at a glance. */
-static __always_inline bool passes_by(const u8 *l3)
-{
-#ifdef TCPLAT_CAST
-	u8 ip[8] __attribute__((aligned(8))), tcp[8] __attribute__((aligned(8)));
-	bool v4, v6;
-
-	tcplat_copy(ip, sizeof(ip), l3);
-	v4 = ip[0] == 0x45;
-	v6 = ip[0] >> 4 == 6 && ip[6] == IPPROTO_TCP;
-	if (!v4 && !v6)
-		return false;
-	tcplat_copy(tcp, sizeof(tcp), l3 + (v4 ? 20 : 40));
-	return !tcplat_is_served(tcplat_be16(tcp + 2));
-#else
-	return false;
-#endif
-}
-
 static __always_inline int report_packet(struct sk_buff *skb, const u8 *l3, u8 hook)
 {
 	struct tcplat_segment segment = {};
@@ -261,9 +239,7 @@ static __always_inline int report_packet(struct sk_buff *skb, const u8 *l3, u8 h
 	struct tcplat_event *e;
 	u64 now;
 
-	if (passes_by(l3) || !tcplat_parse_ip(&segment, skb, l3))
-		return 0;
-	if (!tcplat_is_served(segment.addrs.dport))
+	if (!tcplat_parse_ip(&segment, skb, l3) || !tcplat_is_served(segment.addrs.dport))
 		return 0;
 #ifdef TCPLAT_NO_EVENTS
 	if (!segment.bytes)

@@ -129,16 +129,6 @@ struct tcplat_flow {
  */
 BPF_TABLE("hash", struct tcplat_addrs, struct tcplat_flow, tcplat_flows, 1024);
 
-/* Once there is something new to find for who has looked in vain before. */
-static __always_inline void tcplat_count_birth(void)
-{
-	u32 zero = 0;
-	u64 *births = tcplat_births.lookup(&zero);
-
-	if (births)
-		lock_xadd(births, 1);
-}
-
 /* The task of `pid_tgid` becomes the owner: the current one. */
 static __always_inline void tcplat_own_by(struct tcplat_sock *s, u64 pid_tgid)
 {
@@ -201,9 +191,10 @@ static __always_inline struct tcplat_sock *tcplat_entry(u64 key)
 
 static __always_inline struct tcplat_sock *tcplat_insert(u64 key, struct tcplat_sock *fresh)
 {
-	u32 untracked = TCPLAT_BOOKS - 1, at = tcplat_at(key);
+	u32 untracked = TCPLAT_BOOKS - 1, at = tcplat_at(key), zero = 0;
 	struct tcplat_place *place = tcplat_places.lookup(&at);
 	struct tcplat_sock *s;
+	u64 *count;
 	u8 one = 1;
 
 	if (place && (place->sock.near == key || !tcplat_taken.insert(&at, &one))) {
@@ -212,18 +203,17 @@ static __always_inline struct tcplat_sock *tcplat_insert(u64 key, struct tcplat_
 		*s = *fresh;
 		/* Last: who finds it must find all of it. */
 		*(volatile u64 *)&s->near = key;
-		tcplat_count_birth();
-		return s;
+	} else {
+		tcplat_socks.update(&key, fresh);
+		s = tcplat_socks.lookup(&key);
 	}
-	tcplat_socks.update(&key, fresh);
-	tcplat_count_birth();
-	s = tcplat_socks.lookup(&key);
-	if (!s) {
-		u64 *count = books.lookup(&untracked);
-
-		if (count)
-			lock_xadd(count, 1);
-	}
+	/* There is something to find now for who has looked in vain before. */
+	count = tcplat_births.lookup(&zero);
+	if (count)
+		lock_xadd(count, 1);
+	count = s ? NULL : books.lookup(&untracked);
+	if (count)
+		lock_xadd(count, 1);
 	return s;
 }
 
