@@ -51,6 +51,8 @@ _LONG = 256
 """Entries of a log that are kept without looking whether they are needed."""
 _LONGEST = 16_384
 """Entries that are kept at all: 16,384 packets that nobody has read yet."""
+_UNREAD = 64
+"""Replies that wait for a client that has never been seen to read."""
 _NO_ERROR = frozenset({"closed", "given up"})
 
 
@@ -184,7 +186,8 @@ class Joiner:
         """A socket that has not been seen before."""
         index = _ROLES.get(row.probe)
         if index is None:
-            index = _ROLES.get(getattr(row, "role", None) or "")
+            role = getattr(row, "role", None)  # what an unknown probe calls so may be anything
+            index = _ROLES.get(role) if isinstance(role, str) else None
         if index is None or row.dport is None or "TCP_LISTEN" in (row.state, row.old_state):
             return None
         if row.sport is None:
@@ -224,6 +227,7 @@ class Joiner:
             end = conn.ends[index]
             strange = bool(end.sock) and not conn.over and end.netns != row.netns
             if not conn.over and not end.sock:
+                conn.guessed = False
                 return conn
             if not strange:
                 self._replace(conn)
@@ -243,6 +247,7 @@ class Joiner:
                 self._replace(conn)
             self._register(own, row.netns)
             return
+        conn.guessed = False
         conn.ends = (end, conn.ends[SERVICE])
         end.conn = conn
         conn.stamps[CONNECT_CALLED] = own.stamps[CONNECT_CALLED]
@@ -286,7 +291,8 @@ class Joiner:
         conn.client, conn.service = conn.service, conn.client
         conn.flows = (conn.flows[1], conn.flows[0])
         conn.guessed = False
-        conn.answered, conn.ask_ns, conn.replying, conn.waiting = -1, None, None, []
+        conn.answered, conn.ask_ns, conn.replying = -1, None, None
+        conn.waiting.clear()
         for key in conn.ways:
             self._ways.pop(key, None)
         for key in conn.keys:
@@ -380,29 +386,25 @@ class Joiner:
         finish = at + count
         flow.sends.append((finish, ts_ns))
         flow.last_send = at
-        flow.data_sent += count
         flow.sent = max(flow.sent, finish)
         if end.pid != row.pid and row.pid is not None:
             end.pid, end.comm = row.pid, row.comm
         if index == SERVICE:
             self._reply(conn, at, ts_ns)
-            return
-        if conn.answered < 0:
-            conn.answered = at
-        if conn.ask_ns is None and finish > conn.answered:
-            conn.ask_ns = ts_ns
-            reply = conn.flows[SERVICE]
-            if reply.read_ns:
-                conn.think_ns += ts_ns - reply.read_ns
+        else:
+            if conn.answered < 0:
+                conn.answered = at
+            if conn.ask_ns is None and finish > conn.answered:
+                conn.ask_ns = ts_ns
+                conn.think_ns += self._thought(conn, ts_ns)
         if len(flow.sends) > _LONG:
-            self._prune(conn, CLIENT)
+            self._prune(conn, index)
 
     def _send_short(self, end: End, row: Any, ts_ns: int) -> None:  # noqa: ARG002 - as all of them
         """The last call's bytes end where this row's begin."""
         conn = end.conn
         flow = conn.flows[end.index]
         at = flow.at(row.seq)
-        flow.data_sent -= row.bytes or 0
         flow.sent = at
         if not flow.sends:
             return
@@ -411,6 +413,12 @@ class Joiner:
             flow.sends.append((at, when))
         elif end.index == CLIENT and conn.ask_ns == when:
             conn.ask_ns = reached(flow.sends, conn.answered + 1)
+            conn.think_ns -= self._thought(conn, when)
+
+    def _thought(self, conn: Connection, ts_ns: int | None) -> int:
+        """So long (ns) the client took to ask again, at an instant, after it had read a reply."""
+        read_ns = conn.flows[SERVICE].read_ns
+        return ts_ns - read_ns if ts_ns and read_ns else 0
 
     def _ready(self, end: End, row: Any, ts_ns: int) -> None:
         flow = end.conn.flows[1 - end.index]
@@ -451,6 +459,8 @@ class Joiner:
         flow = conn.flows[SERVICE]
         # Where nobody watches its socket, this is how we learn that it replies.
         if finish > flow.sent and not conn.ends[SERVICE].sock:
+            # A packet may carry what was sent before along with what was not.
+            at = max(at, flow.sent)
             flow.sent = finish
             self._reply(conn, at, None)
         if conn.waiting:
@@ -464,7 +474,7 @@ class Joiner:
             self._finish(end.conn, "closed")
 
     def _stats(self, end: End, row: Any, ts_ns: int) -> None:  # noqa: ARG002 - as all of them
-        end.stats = {name: getattr(row, name) for name in STATS}
+        end.stats = {name: getattr(row, name, None) for name in STATS}
 
     # --- packets
 
@@ -492,7 +502,24 @@ class Joiner:
         if count:
             # A SYN has a number of its own, before that of the first byte.
             at = flow.at(row.seq + 1 if "SYN" in flags else row.seq)
+            ack = getattr(row, "ack", None)
+            if ack is not None and "ACK" in flags:
+                self._acked(conn, index, ack)
             self._data(conn, index, row, ts_ns, at, at + count)
+
+    def _acked(self, conn: Connection, index: int, ack: int) -> None:
+        """What an end acknowledges has come to it, whether or not its rows have."""
+        flow = conn.flows[1 - index]
+        if flow.ref < 0:
+            return
+        acked = flow.at(ack)
+        if flow.fin >= 0:
+            acked = min(acked, flow.fin)
+        for reach in (flow.nic, flow.ip):
+            if 0 <= reach.position < acked:
+                reach.skip(acked)
+        if index == CLIENT and conn.waiting:
+            self._come(conn)
 
     def _data(
         self, conn: Connection, index: int, row: Any, ts_ns: int, at: int, finish: int
@@ -504,8 +531,9 @@ class Joiner:
             flow.begin = at
         if point == "nic_tx":
             reach = flow.tx
-            flow.tx_dev = flow.tx_dev or row.dev
-            if not reach.pass_by(finish, ts_ns) and flow.tx_dev == row.dev:
+            device = _device(row)
+            flow.tx_dev = flow.tx_dev or device
+            if not reach.pass_by(finish, ts_ns) and flow.tx_dev == device:
                 self._again(conn, index, at)
         elif point == "nic_rx":
             reach = flow.nic
@@ -529,6 +557,8 @@ class Joiner:
         if "SYN" in flags:
             self._syn(conn, index, row, ts_ns, point, flags)
         if "FIN" in flags:
+            flow = conn.flows[index]
+            flow.fin = flow.at(row.seq) + (row.bytes or 0)
             self._fin(conn, index)
             if len(conn.fins) > 1:
                 conn.closing_ns = ts_ns
@@ -552,11 +582,11 @@ class Joiner:
         if conn.stamps[number] is None:
             conn.stamps[number] = ts_ns
             if point == "nic_tx":
-                flow.tx_dev = row.dev
+                flow.tx_dev = _device(row)
             elif point == "nic_rx":
                 flow.rx_if = row.ifname
         elif index == CLIENT and (
-            (point == "nic_tx" and flow.tx_dev == row.dev)
+            (point == "nic_tx" and flow.tx_dev == _device(row))
             or (point == "nic_rx" and flow.tx_dev is None and flow.rx_if == row.ifname)
         ):
             conn.syns += 1
@@ -675,10 +705,11 @@ class Joiner:
     def _end_reply(self, exchange: Exchange, end: int, why: str) -> None:
         conn = exchange.conn
         conn.replying = None
-        exchange.reply_end = end
+        exchange.reply_end = max(end, exchange.reply_begin)
         exchange.ended = why
         if conn.waiting or not self._has_come(conn, end):
             conn.waiting.append(exchange)
+            self._come(conn)
         else:
             self._complete(exchange)
 
@@ -686,7 +717,9 @@ class Joiner:
         """As far as anybody watches, the reply is there up to `end`."""
         flow = conn.flows[SERVICE]
         if conn.ends[CLIENT].sock:
-            return flow.read >= end
+            # Of splice() there may be no rows: then nobody will ever know when it was read.
+            most = _UNREAD if flow.read < 0 else _LONGEST
+            return flow.read >= end or len(conn.waiting) > most
         arrived = flow.arrived()
         if arrived >= 0:
             return arrived >= end
@@ -694,7 +727,7 @@ class Joiner:
 
     def _come(self, conn: Connection) -> None:
         while conn.waiting and self._has_come(conn, conn.waiting[0].reply_end):
-            self._complete(conn.waiting.pop(0))
+            self._complete(conn.waiting.popleft())
 
     def _complete(self, exchange: Exchange) -> None:
         """The way of the reply is known as far as it ever will be."""
@@ -736,7 +769,7 @@ class Joiner:
         replying = conn.replying
         for exchange in conn.waiting:
             self._complete(exchange)
-        conn.waiting = []
+        conn.waiting.clear()
         if replying is not None:
             conn.replying = None
             replying.reply_end = max(conn.flows[SERVICE].sent, replying.reply_begin)
@@ -798,12 +831,19 @@ class Joiner:
         flow.forget(needed)
         for log in flow.logs():
             if len(log) > _LONGEST:
-                del log[: _LONGEST // 2]
+                # Every other one stays: an instant is then off by one of them, not by all.
+                del log[:-1:2]
 
 
 def _opens(flags: str) -> bool:
     """A SYN, whatever it says besides (ECN), and no answer to one."""
     return "SYN" in flags and "ACK" not in flags
+
+
+def _device(row: Any) -> str | None:
+    """What a packet leaves by; a probe that is not ours may call it otherwise."""
+    device: str | None = getattr(row, "dev", None) or row.ifname
+    return device
 
 
 def _is_loopback(address: str, other: str) -> bool:

@@ -7,6 +7,7 @@ Sequence numbers are unwrapped: they go on growing where TCP's begin anew at 2^3
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from typing import Any
 
 from .stages import (
@@ -127,7 +128,7 @@ class Flow:
         sent: How far the sender's calls have come.
         sends: End and instant of each of those calls.
         last_send: Where the last one's bytes begin.
-        data_sent: Bytes handed to the kernel, in all.
+        fin: Where it ends: the FIN's number; -1 until a packet has it.
         tx: At the sender's device, in namespace tx_netns; device tx_dev is the first.
         nic: At the receiver's interface, in namespace rx_netns; rx_if is the first.
         ip: At the receiver's IP.
@@ -140,7 +141,7 @@ class Flow:
 
     __slots__ = (
         "begin",
-        "data_sent",
+        "fin",
         "ip",
         "last_send",
         "nic",
@@ -162,10 +163,10 @@ class Flow:
     )
 
     def __init__(self) -> None:
-        self.ref = self.begin = self.syn = -1
+        self.ref = self.begin = self.syn = self.fin = -1
         self.sent = self.last_send = self.read = -1
         self.sends: Log = []
-        self.data_sent = self.read_ns = 0
+        self.read_ns = 0
         self.tx, self.nic, self.ip, self.ready = Reach(), Reach(), Reach(), Reach()
         self.tx_netns: int | None = None
         self.tx_dev: str | None = None
@@ -324,7 +325,7 @@ class Connection:
         self.ask_zeros = 0
         self.replying: Exchange | None = None
         """Its reply is being sent."""
-        self.waiting: list[Exchange] = []
+        self.waiting: deque[Exchange] = deque()
         """Their replies are sent, and on their way."""
 
     @property
@@ -357,9 +358,8 @@ class Connection:
     def bytes_of(self, index: int) -> int | None:
         """Bytes that an end sent, as far as any point tells; None where none does."""
         flow = self.flows[index]
-        if flow.data_sent:
-            return flow.data_sent
-        furthest = max(flow.tx.position, flow.arrived(), flow.read)  # not ready: a FIN counts there
+        # Not `ready`: a FIN counts there.
+        furthest = max(flow.sent, flow.tx.position, flow.arrived(), flow.read)
         return furthest - flow.begin if furthest >= flow.begin >= 0 else None
 
 
@@ -420,8 +420,11 @@ class Exchange:
 
     @property
     def began_ns(self) -> int:
-        """Its first known instant, by the rows' clock; there is one."""
-        return min(at for at in self.stamps if at is not None)
+        """Where its stages begin: its first known instant, by the rows' clock; there is one."""
+        left_out = self.split.left_out
+        return next(
+            at for number, at in enumerate(self.stamps) if at is not None and number not in left_out
+        )
 
     @property
     def request_bytes(self) -> int:

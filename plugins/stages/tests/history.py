@@ -30,6 +30,7 @@ class Row:
     daddr: str = ""
     dport: int | None = None
     seq: int | None = None
+    ack: int | None = None
     bytes: int | None = None
     flags: str | None = None
     state: str | None = "TCP_ESTABLISHED"
@@ -126,6 +127,7 @@ class History:
             daddr=far[0],
             dport=far[1],
             seq=self.seq(end, byte),
+            ack=self.seq(1 - end, self.sent[1 - end]),
             bytes=count,
             flags="PSH|ACK" if count else "ACK",
             state=None,

@@ -442,6 +442,100 @@ def test_a_wrong_guess_is_mended_by_the_sockets() -> None:
     assert exchanges[-1].total_ns == 11_000
 
 
+def test_a_guess_that_a_socket_confirms_is_none_any_more() -> None:
+    history = History()
+    simple(history, 10_000)
+    _, (conn,), _ = joined(history.rows())
+    assert (conn.client, conn.guessed) == (("10.0.0.1", 40_000), False)
+
+
+def test_a_row_that_is_missing_costs_no_other_exchange() -> None:
+    history, now = History(), 10_000
+    for _ in range(5):
+        now = simple(history, now + 1_000)
+    rows = [row for row in history.rows() if row.probe in ("xdp_port", "dev_xmit")]
+    whole, _, _ = joined(rows)
+    assert len(whole) == 5
+    # That of the first byte of all is the beginning of the capture.
+    missing = [row for row in rows if row.point == "nic_rx" and row.bytes][2:]
+    for gone in missing:
+        exchanges, (conn,), _ = joined([row for row in rows if row is not gone])
+        assert [
+            (one.request_bytes, one.reply_bytes, one.stamps[1], one.stamps[7]) for one in exchanges
+        ] == [(one.request_bytes, one.reply_bytes, one.stamps[1], one.stamps[7]) for one in whole]
+        assert (
+            sum(one.stamps != other.stamps for one, other in zip(exchanges, whole, strict=True))
+            == 1
+        )
+        assert (conn.bytes_of(CLIENT), conn.bytes_of(SERVICE)) == (500, 1_000)
+
+
+def test_an_acknowledged_fin_is_no_byte() -> None:
+    history = History()
+    now = simple(history, 10_000)
+    history.packet(now + 100, "nic_rx", CLIENT, 100, flags="FIN|ACK")
+    history.sent[CLIENT] = 101
+    history.packet(now + 200, "nic_tx", SERVICE, 200, 50)
+    _, (conn,), _ = joined([row for row in history.rows() if not row.sock])
+    assert conn.bytes_of(CLIENT) == 100
+
+
+def test_what_was_sent_before_is_no_part_of_the_next_reply() -> None:
+    history = History()
+    now = history.shake_hands()
+    history.packet(now + 1_000, "nic_rx", CLIENT, 0, 10)
+    for number in range(3):
+        history.packet(now + 2_000 + number * 1_000, "nic_tx", SERVICE, 10 * number, 10)
+    history.packet(now + 100_000, "nic_rx", CLIENT, 10, 10)
+    history.packet(now + 150_000, "nic_tx", SERVICE, 0, 45)
+    exchanges, _, _ = joined(
+        [row for row in history.rows() if row.probe in ("xdp_port", "dev_xmit")]
+    )
+    assert [(one.reply_bytes, one.total_ns) for one in exchanges] == [(30, 3_000), (15, 50_000)]
+
+
+def test_bytes_are_those_of_the_stream_though_a_send_was_lost() -> None:
+    history = History()
+    now = history.shake_hands()
+    history.socket(now + 1_000, CLIENT, "send", seq=history.seq(CLIENT, 0), bytes=10)
+    history.socket(now + 3_000, CLIENT, "send", seq=history.seq(CLIENT, 1_010), bytes=10)
+    short = history.socket(now + 4_000, CLIENT, "send_short", seq=history.seq(CLIENT, 1_500))
+    short.bytes = 980
+    _, (conn,), _ = joined(history.rows())
+    assert conn.bytes_of(CLIENT) == 1_500
+
+
+def test_attempts_that_the_kernel_refuses_are_no_end_of_thinking() -> None:
+    history = History()
+    now = simple(history, history.shake_hands())
+    for attempt in (1, 2, 3):
+        for point in ("send", "send_short"):
+            at = now + attempt * 1_000_000 + (point != "send")
+            history.socket(at, CLIENT, point, seq=history.seq(CLIENT, 100), bytes=10)
+    history.socket(now + 4_000_000, CLIENT, "send", seq=history.seq(CLIENT, 100), bytes=10)
+    _, (conn,), _ = joined(history.rows())
+    assert conn.think_ns == 4_000_000
+    assert conn.bytes_of(CLIENT) == 110
+
+
+def test_packets_of_a_probe_that_names_no_device_are_joined_as_well() -> None:
+    class Plain:
+        def __init__(self, row: Row) -> None:
+            self.role = {"no": "text"}
+            for name in (field.name for field in attrs.fields(Row)):
+                if name not in ("dev", "window", "ack", "role"):
+                    setattr(self, name, getattr(row, name))
+            self.time_ns = row.time_ns
+
+    history = History()
+    simple(history, 10_000)
+    stranger = history.socket(9_000, CLIENT, "send", seq=1, bytes=1)
+    stranger.probe = "another"
+    rows = [row for row in history.rows() if not row.sock or row is stranger]
+    exchanges, _, _ = joined([Plain(row) for row in rows])  # type: ignore[misc]
+    assert [exchange.total_ns for exchange in exchanges] == [8_000]
+
+
 def test_a_reply_is_over_when_nothing_has_moved_for_long() -> None:
     history, other = History(), History(ends=(("10.9.9.9", 1), ("10.9.9.8", 2)), socks=(5, 6))
     over = simple(history, history.shake_hands() + 500)
@@ -494,6 +588,49 @@ def test_a_long_transfer_is_remembered_no_longer_than_it_is_needed() -> None:
     (exchange,) = [one for one in joiner.finish() if isinstance(one, Exchange)]
     assert exchange.reply_bytes == 20_000_000
     assert exchange.stamps[7:9] == [at + 1, at + 2]
+
+
+def test_a_service_that_sends_for_ever_needs_no_more_memory() -> None:
+    history = History()
+    now = history.shake_hands()
+    joiner = Joiner()
+    joiner.feed(history.rows(without=["tcp_client"]))
+    for number in range(20_000):
+        history = History()
+        seq = history.seq(SERVICE, number * 10)
+        history.socket(now + number, SERVICE, "send", seq=seq, bytes=10)
+        joiner.feed(history.rows())
+    (conn,) = joiner._conns.values()
+    assert all(len(log) < 300 for log in conn.flows[SERVICE].logs())
+
+
+def test_of_40000_requests_that_wait_each_is_as_old_as_it_is() -> None:
+    history, sends, gap = History(), 40_000, 10_000
+    now = history.shake_hands()
+    for number in range(sends):
+        history.socket(now + number * gap, CLIENT, "send", seq=history.seq(CLIENT, number), bytes=1)
+    truth = []
+    for number in range(5):
+        at = now + sends * gap + number * 1_000_000
+        history.socket(at, SERVICE, "recv", seq=history.seq(CLIENT, number), bytes=1)
+        history.socket(at + 10, SERVICE, "send", seq=history.seq(SERVICE, number), bytes=1)
+        history.socket(at + 20, CLIENT, "recv", seq=history.seq(SERVICE, number), bytes=1)
+        truth.append(at + 20 - (now + number * gap))
+    exchanges, _, _ = joined(history.rows())
+    # Of eight sends one is still remembered: three times 16,384 came.
+    for exchange, total_ns in zip(exchanges, truth, strict=False):
+        assert total_ns - 8 * gap <= exchange.total_ns <= total_ns
+
+
+def test_replies_that_nobody_is_seen_to_read_are_told_all_the_same() -> None:
+    history = History()
+    now = history.shake_hands()
+    for _ in range(1_000):
+        now = simple(history, now + 1_000)
+    rows = [row for row in history.rows() if (row.probe, row.point) != ("tcp_client", "recv")]
+    told = Joiner().feed(rows)
+    assert len(told) > 900
+    assert {one.total_ns for one in told if isinstance(one, Exchange)} == {10_000}
 
 
 def test_a_hole_that_nothing_fills_does_not_grow_for_ever() -> None:
