@@ -46,7 +46,7 @@ class Seed:
         role: CLIENT, SERVER or LISTENER.
         pid: Its owner; 0 where no process holds it.
         comm: The owner's name.
-        shared: More than one process holds it.
+        others: Pids and names of the other processes that hold it.
         netns: Inode of its network namespace.
         local: Its address, 16 bytes; IPv4 is mapped.
         remote: The other end's.
@@ -58,7 +58,7 @@ class Seed:
     role: int
     pid: int
     comm: bytes
-    shared: bool
+    others: tuple[tuple[int, bytes], ...]
     netns: int
     local: bytes
     remote: bytes
@@ -81,7 +81,7 @@ class _Diag:
 class _Holder:
     pid: int
     comm: bytes
-    shared: bool = False
+    others: tuple[tuple[int, bytes], ...] = ()
 
 
 def find() -> list[Seed]:
@@ -98,7 +98,8 @@ def find() -> list[Seed]:
             comm = Path(f"/proc/{pid}/comm").read_bytes().rstrip(b"\n")
             for inode in _held(pid):
                 holder = holders.setdefault(inode, _Holder(pid, comm))
-                holder.shared |= holder.pid != pid
+                if pid not in (holder.pid, *(other for other, _ in holder.others[-1:])):
+                    holder.others += ((pid, comm),)
     nobody = _Holder(0, b"")
     seeds = []
     for netns, diags in _namespaces(everyone):
@@ -114,7 +115,7 @@ def find() -> list[Seed]:
                     role,
                     holder.pid,
                     holder.comm,
-                    holder.shared,
+                    holder.others,
                     netns,
                     diag.local,
                     diag.remote,

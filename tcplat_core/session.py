@@ -349,6 +349,7 @@ class Session:
             if not self.dry:
                 self._ready()
                 self._loop(runs, router, sleeper, began)
+            sleeper.shut()
             self._look_at_interfaces(runs)
             held.close()
             if self.trace:

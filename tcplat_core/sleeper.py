@@ -1,4 +1,4 @@
-"""Sleeps while nothing comes: the first record wakes, or a signal, or the end of a process.
+"""The gate of the programs: wakes the session when something comes, and is shut at the end.
 
 A handler that wakes somebody costs the traced process some 5 us. So it does that only for a
 sleeper, once: while records come, nobody sleeps, and the session looks at the rings by itself.
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import attrs
 
-OPEN, ASLEEP = 1, 2
-"""Slot 0 of tcplat_gate (include/tcplat/event.bpf.h): records are wanted; and somebody sleeps."""
+OPEN, ASLEEP = 0, 2
+"""Slots 0 and 1 of tcplat_gate (include/tcplat/event.bpf.h), which are 8 bytes apart."""
 
 
 @attrs.define(eq=False)
@@ -39,11 +39,19 @@ class Sleeper:
         poll = select.poll()
         for fd in (*self.ring_fds, *also):
             poll.register(fd, select.POLLIN)
-        self._gate[0] = ASLEEP
+        self._gate[ASLEEP] = 1
         # It looks at the rings once it is on their wait queues (ringbuf_map_poll_kern()): what
         # came before anybody could know that we sleep is not overlooked.
         poll.poll(max(0.0, seconds) * 1000)
-        self._gate[0] = OPEN
+        self._gate[ASLEEP] = 0
+
+    def shut(self) -> None:
+        """No program makes a record or counts from here on.
+
+        They are detached one after the other, which takes a tenth of a second or two: rows of those
+        that go last would be of requests that the others had not seen.
+        """
+        self._gate[OPEN] = 0
 
     def close(self) -> None:
         """Unmap. The fds stay the caller's."""

@@ -43,10 +43,11 @@ def fill(maps: Mapping[str, int], seeds: Iterable[Seed], wanted: Filter, room: i
             served.add(seed.lport)
         if seed.role == LISTENER:
             port = _PORT.pack(seed.netns, seed.lport)
-            pid = 0 if seed.shared else seed.pid
-            known, users, _, _ = listeners.get(port, (pid, 0, 0, b""))
-            owner = pid if known == pid else 0
-            listeners[port] = (owner, users + 1, wants(owner, comm), comm)
+            pid = 0 if seed.others else seed.pid
+            known, users, all_wanted, _ = listeners.get(port, (pid, 0, 1, b""))
+            all_wanted &= wants(seed.pid, comm)
+            all_wanted &= all(wants(pid, comm[:15]) for pid, comm in seed.others)
+            listeners[port] = (pid if known == pid else 0, users + 1, all_wanted, comm)
             continue
         ip = 4 if seed.remote.startswith(_MAPPED) else 6
         addrs = (seed.local, seed.remote, seed.netns, seed.lport, seed.rport, ip)

@@ -22,6 +22,7 @@ from .harness import (
     at,
     burst,
     eventually,
+    listen,
     loaded,
     needs,
     parse,
@@ -294,6 +295,44 @@ def sleeps(pid: int) -> int:
     text = Path(f"/proc/{pid}/status").read_text()
     line = next(line for line in text.splitlines() if line.startswith("voluntary_ctxt"))
     return int(line.split()[1])
+
+
+# Each instant of it is in a row of every probe; it goes on while the run ends.
+REQUESTS = """
+import threading
+going = True
+def serve():
+    peer, _ = listening.accept()
+    while data := peer.recv(10):
+        peer.sendall(data)
+def ask():
+    s = socket.create_connection(listening.getsockname())
+    while going:
+        s.sendall(b"x")
+        s.recv(1)
+        time.sleep(0.002)
+    s.close()
+for one in (serve, ask):
+    threading.Thread(target=one).start()
+"""
+
+
+def test_all_rows_end_at_one_instant(running_tcplat: Start, client: Puppet) -> None:
+    port = listen(client)
+    run = running_tcplat("-p", str(client.pid), probes=("tcp_client", "tcp_service"))
+    client(REQUESTS)
+    run.wait_for("requests were answered", lambda rows: len(at(rows, "send")) > 100)
+    rows = run.stop().rows
+    client("going = False")
+    last = {
+        row["point"] + row["probe"]: row["ts_ns"]
+        for row in rows
+        if port in (row["sport"], row["dport"])
+    }
+    steady = [ts_ns for point, ts_ns in last.items() if point[:4] in ("send", "recv", "read")]
+    assert len(steady) == 5
+    # To take off the programs, one after the other, takes the kernel 0.1 s and more.
+    assert max(steady) - min(steady) < 0.04e9 * SLOW
 
 
 # --- loss

@@ -342,6 +342,47 @@ def test_a_child_that_uses_the_socket_becomes_its_owner(
     client("os.kill(child, signal.SIGKILL); os.waitpid(child, 0)")
 
 
+# Two workers that have inherited the socket and accept one connection each.
+WORKERS = """
+import ctypes
+listener = socket.create_server(("127.0.0.1", 0))
+children = []
+for _ in range(2):
+    child = os.fork()
+    if not child:
+        # The parent's death is the child's.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        peer, _ = listener.accept()
+        peer.sendall(peer.recv(10))
+        signal.pause()
+    children.append(child)
+children
+"""
+
+
+def test_what_comes_for_workers_that_are_all_traced_is_wanted_before_one_accepts(
+    running_tcplat: Start, puppet: StartPuppet
+) -> None:
+    service, client = puppet(), puppet()
+    children = service(WORKERS)
+    port = service("listener.getsockname()[1]")
+    traced = ",".join(map(str, (service.pid, *children)))
+    run = running_tcplat("-p", traced, probes=("tcp_service",))
+    for name in ("a", "b"):
+        client(f"{name} = socket.create_connection(('127.0.0.1', {port}))")
+        client(f"{name}.sendall(b'x'); {name}.recv(1)")
+    run.wait_for("both were answered", lambda rows: len(at(rows, "send")) == 2)
+    rows = run.stop().rows
+    for sport in client("[one.getsockname()[1] for one in (a, b)]"):
+        mine = [row for row in rows if sport in (row["sport"], row["dport"])]
+        assert len(at(mine, "rx_ip")) >= 3  # SYN, ACK, data
+        (accept,) = at(mine, "accept")
+        accepted = mine.index(accept)
+        assert {row["pid"] for row in mine[:accepted]} == {None}
+        assert {row["pid"] for row in mine[accepted:] if row["sock"]} <= set(children)
+    service("for child in children: os.kill(child, signal.SIGKILL), os.waitpid(child, 0)")
+
+
 def test_a_child_of_the_traced_process_is_not_the_traced_process(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:

@@ -91,7 +91,7 @@ def test_each_end_is_found_with_its_role_and_owner(
     ):
         seed = seeds[cookie(sock)]
         assert seed.role == role
-        assert (seed.pid, seed.comm, seed.shared) == (os.getpid(), COMM, False)
+        assert (seed.pid, seed.comm, seed.others) == (os.getpid(), COMM, ())
         assert (seed.lport, seed.rport, seed.netns) == (lport, rport, HERE)
         assert seed.local == mapped(host)
     assert seeds[cookie(client)].remote == mapped(host)
@@ -153,9 +153,9 @@ def test_a_socket_that_two_processes_hold_is_shared_and_the_lowest_pids(stack: E
     listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
     with child("print(flush=True)", listener.fileno()) as (pid, _):
         seed = found()[cookie(listener)]
-        assert seed.shared
         assert seed.pid == min(os.getpid(), pid)
-    assert not found()[cookie(listener)].shared
+        assert [other for other, _ in seed.others] == [max(os.getpid(), pid)]
+    assert not found()[cookie(listener)].others
 
 
 LISTENS = f"""

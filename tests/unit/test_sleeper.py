@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tcplat_core.sleeper import ASLEEP, OPEN, Sleeper
+from tcplat_core.sleeper import Sleeper
 
 LONG_S = 60.0
 
@@ -22,24 +22,29 @@ class Gate:
         self.fd = os.memfd_create("gate")
         os.ftruncate(self.fd, mmap.PAGESIZE)
         self._map = mmap.mmap(self.fd, mmap.PAGESIZE)
-        self.state = OPEN
+        self._map[:4] = (1).to_bytes(4, "little")
         self.ring, self._writer = os.pipe()
         self.other, self._other_writer = os.pipe()
         self.sleeper = Sleeper(self.fd, [self.ring])
 
     @property
-    def state(self) -> int:
-        """What handlers see."""
-        return int.from_bytes(self._map[:4], "little")
+    def open(self) -> bool:
+        """What handlers see in slot 0."""
+        return any(self._map[:4])
 
-    @state.setter
-    def state(self, value: int) -> None:
-        self._map[:4] = value.to_bytes(4, "little")
+    @property
+    def asleep(self) -> bool:
+        """In slot 1: slots are 8 bytes apart."""
+        return any(self._map[8:12])
+
+    @asleep.setter
+    def asleep(self, value: bool) -> None:
+        self._map[8:12] = value.to_bytes(4, "little")
 
     def submit(self) -> None:
         """What the first handler does that finds somebody asleep."""
-        assert self.state == ASLEEP
-        self.state = OPEN
+        assert self.asleep
+        self.asleep = False
         os.write(self._writer, b"!")
 
     def stir(self) -> None:
@@ -66,7 +71,7 @@ def asleep(gate: Gate, *also: int) -> threading.Thread:
     """A thread that is."""
     thread = threading.Thread(target=gate.sleeper.sleep, args=(LONG_S, also))
     thread.start()
-    while gate.state != ASLEEP:
+    while not gate.asleep:
         assert thread.is_alive()
         time.sleep(0.001)
     return thread
@@ -77,7 +82,7 @@ def test_the_first_record_wakes(gate: Gate) -> None:
     gate.submit()
     thread.join(LONG_S / 2)
     assert not thread.is_alive()
-    assert gate.state == OPEN
+    assert not gate.asleep
 
 
 def test_something_else_wakes_too(gate: Gate) -> None:
@@ -85,16 +90,16 @@ def test_something_else_wakes_too(gate: Gate) -> None:
     gate.stir()
     thread.join(LONG_S / 2)
     assert not thread.is_alive()
-    assert gate.state == OPEN
+    assert not gate.asleep
 
 
 def test_it_does_not_fall_asleep_over_a_record_that_is_there(gate: Gate) -> None:
-    gate.state = ASLEEP
+    gate.asleep = True
     gate.submit()
     began = time.monotonic()
     gate.sleeper.sleep(LONG_S)
     assert time.monotonic() - began < LONG_S / 2
-    assert gate.state == OPEN
+    assert not gate.asleep
 
 
 def test_it_sleeps_no_longer_than_it_may(gate: Gate) -> None:
@@ -102,4 +107,11 @@ def test_it_sleeps_no_longer_than_it_may(gate: Gate) -> None:
     gate.sleeper.sleep(0.05)
     assert time.monotonic() - began >= 0.05
     gate.sleeper.sleep(-1)
-    assert gate.state == OPEN
+    assert not gate.asleep
+
+
+def test_who_has_slept_still_listens_until_the_end(gate: Gate) -> None:
+    gate.sleeper.sleep(0)
+    assert gate.open
+    gate.sleeper.shut()
+    assert not gate.open

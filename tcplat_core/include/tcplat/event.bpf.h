@@ -110,16 +110,14 @@ BPF_RINGBUF_OUTPUT(events, 8);
  */
 BPF_F_TABLE("array", u32, u64, books, TCPLAT_BOOKS, BPF_F_MMAPABLE);
 
-#define TCPLAT_OPEN 1
-#define TCPLAT_ASLEEP 2
-
 /*
- * Slot 0 -> TCPLAT_OPEN once the owners of older sockets are known: nothing is reported before;
- * TCPLAT_ASLEEP while the session sleeps (sleeper.py maps it), until tcplat_submit() wakes it.
+ * Slot 0 -> 1 while events are wanted: set by the loader once the owners of older sockets are known,
+ * cleared by the session (sleeper.py maps it) when the run ends, for all programs at one instant.
+ * Slot 1 -> 1 while the session sleeps, until tcplat_submit() wakes it.
  */
-BPF_F_TABLE("array", u32, u32, tcplat_gate, 1, BPF_F_MMAPABLE);
+BPF_F_TABLE("array", u32, u32, tcplat_gate, 2, BPF_F_MMAPABLE);
 
-/* Whether anybody listens yet. */
+/* Whether anybody listens yet, and still. */
 static __always_inline bool tcplat_is_open(void)
 {
 	u32 zero = 0, *gate = tcplat_gate.lookup(&zero);
@@ -183,11 +181,11 @@ static __always_inline void tcplat_missed(u8 hook)
 
 static __always_inline void tcplat_submit(struct tcplat_event *e)
 {
-	u32 zero = 0, *gate = tcplat_gate.lookup(&zero);
+	u32 one = 1, *asleep = tcplat_gate.lookup(&one);
 	u64 flags = BPF_RB_NO_WAKEUP;
 
-	if (gate && *(volatile u32 *)gate == TCPLAT_ASLEEP) {
-		*gate = TCPLAT_OPEN;
+	if (asleep && *(volatile u32 *)asleep) {
+		*asleep = 0;
 		flags = BPF_RB_FORCE_WAKEUP;
 	}
 	events.ringbuf_submit(e, flags);

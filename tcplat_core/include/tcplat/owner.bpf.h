@@ -96,7 +96,7 @@ struct tcplat_port {
 struct tcplat_listener {
 	u32 pid;   /* 0 where several processes accept: nobody can know which one will */
 	u32 users; /* sockets that listen there (SO_REUSEPORT) */
-	u8 wanted;
+	u8 wanted; /* whoever accepts */
 	u8 pad[7];
 	char comm[16] __attribute__((aligned(8)));
 };
@@ -467,13 +467,18 @@ static __always_inline void tcplat_add_flow(struct tcplat_sock *s, u64 key)
 	s->in_flows = 1;
 }
 
-/* A second process at the same port: nobody knows any more who will accept. */
-static __always_inline void tcplat_share(struct tcplat_listener *listener, u32 pid)
+/*
+ * Another process at the same port: nobody knows any more who will accept, or whether it is
+ * somebody who is wanted; unless all of them are.
+ */
+static __always_inline void
+tcplat_share(struct tcplat_listener *listener, const struct tcplat_sock *s)
 {
-	if (!listener->pid || listener->pid == pid)
+	if (listener->pid == s->pid)
 		return;
 	listener->pid = 0;
-	listener->wanted = tcplat_wanted_nobody();
+	if (!s->wanted)
+		listener->wanted = tcplat_wanted_nobody();
 }
 
 static __always_inline bool tcplat_is_served(u16 port)
@@ -513,7 +518,7 @@ static __always_inline struct tcplat_sock *tcplat_listen(const struct sock *sk)
 	old = tcplat_listeners.lookup(&port);
 	if (old) {
 		lock_xadd(&old->users, 1);
-		tcplat_share(old, s->pid);
+		tcplat_share(old, s);
 		return s;
 	}
 	fresh.pid = s->pid;
@@ -569,10 +574,11 @@ static __always_inline struct tcplat_sock *tcplat_inherit(const struct sock *sk,
 	fresh.wanted = tcplat_wanted_nobody();
 	tcplat_serve(fresh.addrs.sport);
 	from = tcplat_listener_at(fresh.addrs.netns, fresh.addrs.sport);
-	if (from && from->pid) {
+	if (from) {
 		fresh.pid = from->pid;
 		fresh.wanted = from->wanted;
-		__builtin_memcpy(fresh.comm, from->comm, sizeof(fresh.comm));
+		if (from->pid)
+			__builtin_memcpy(fresh.comm, from->comm, sizeof(fresh.comm));
 	}
 	s = tcplat_insert(tcplat_key(sk), &fresh);
 	if (s)
@@ -590,7 +596,7 @@ static __always_inline struct tcplat_sock *tcplat_accept(const struct sock *sk)
 		return NULL;
 	from = tcplat_listener_at(s->addrs.netns, s->addrs.sport);
 	if (from)
-		tcplat_share(from, s->pid);
+		tcplat_share(from, s);
 	return s;
 }
 
