@@ -6,6 +6,7 @@ import contextlib
 import ipaddress
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -101,7 +102,7 @@ _FILTER_OPTIONS = (
     ),
     click.option(
         "--comm",
-        default="",
+        default=None,
         metavar="NAME",
         help="Only sockets of processes of this name; NAME* for a beginning.",
     ),
@@ -121,8 +122,8 @@ _FILTER_OPTIONS = (
         metavar="CIDR",
         help="Only this address or network, on either side; repeatable.",
     ),
-    click.option("-4", "ip", flag_value=4, type=int, help="Only IPv4."),
-    click.option("-6", "ip", flag_value=6, type=int, help="Only IPv6."),
+    click.option("-4", "ip4", is_flag=True, help="Only IPv4."),
+    click.option("-6", "ip6", is_flag=True, help="Only IPv6."),
     click.option(
         "--min-latency",
         type=_Duration(),
@@ -221,6 +222,7 @@ def _filter(arguments: dict[str, Any]) -> Filter:
     """What the options that `run` and `replay` share want; takes them from the arguments."""
     from .filters import Filter  # noqa: PLC0415 - see the top
 
+    ip4, ip6 = arguments.pop("ip4"), arguments.pop("ip6")
     return Filter(
         pids=_numbers(arguments.pop("pids"), "-p", 1 << 22) or None,
         comm=_comm(arguments.pop("comm")),
@@ -228,7 +230,7 @@ def _filter(arguments: dict[str, Any]) -> Filter:
         lports=_ports(arguments.pop("lports")),
         rports=_ports(arguments.pop("rports")),
         networks=_networks(arguments.pop("networks")),
-        ip=arguments.pop("ip") or 0,
+        ip=0 if ip4 == ip6 else 4 if ip4 else 6,
         min_ns=round(arguments.pop("min_latency") * 1e9),
     )
 
@@ -326,6 +328,8 @@ def _run(
         _attached(report)
     elif not quiet:
         _summary(report)
+    if child and (child.stopped or signals.caught):
+        child = None  # its status says no more than that we have ended
     return _status(report, len(sinks), child, fail_on_loss=fail_on_loss)
 
 
@@ -443,7 +447,10 @@ def _check_pids(pids: Sequence[int]) -> None:
         )
 
 
-def _comm(text: str) -> str:
+def _comm(text: str | None) -> str:
+    if text == "":
+        raise UsageError("--comm '': a process has a name")
+    text = text or ""
     if len(text.rstrip("*").encode()) > 15:  # noqa: PLR2004 - TASK_COMM_LEN without its NUL
         raise UsageError(
             f"--comm {text!r}: the kernel keeps 15 bytes of a name; write their beginning and *"
@@ -484,6 +491,11 @@ def _sinks(plugins: Plugins, texts: Sequence[str], run: RunInfo) -> dict[str, Si
         spec = plugins.sink(name)
         if text in made:
             raise UsageError(f"--sink {text} is given twice")
+        if spec.aggregate and not run.live:
+            raise UsageError(
+                f"--sink {name} counts in the kernel while a run lasts; "
+                "--sink stages has percentiles of a capture"
+            )
         options = read_options(f"sink {name}", spec.options, given)
         made[text] = spec.factory(options, run)
     return made
@@ -516,8 +528,8 @@ def _aggregation(
     for spec, _ in probes:
         if not spec.histograms:
             raise UsageError(
-                f"--sink {asked[0][0]}: probe {spec.name} has no histograms; "
-                f"{able or 'no probe'} has"
+                f"--sink {asked[0][0]}: probe {spec.name} has no histograms "
+                f"(of these: {able or 'none'}); give it a run of its own"
             )
     return asked[0][1], events
 
@@ -729,5 +741,6 @@ def main() -> NoReturn:
         _say(f"{error.format_message()} (tcplat --help)")
         sys.exit(UsageError.exit_code)
     except click.Abort:
-        sys.exit(0)
+        # Ctrl-C ends a run or a replay as it should end; anything else was not finished.
+        sys.exit(0 if sys.argv[1:2] in (["run"], ["replay"]) else 128 + signal.SIGINT)
     sys.exit(0)

@@ -26,6 +26,8 @@ class Command:
     _ender: int
     status: int | None = None
     """The shell's exit status (128 + signal), once it has ended."""
+    stopped: bool = False
+    """It was we who ended it."""
 
     @classmethod
     def fork(cls, arguments: Sequence[str]) -> Command:
@@ -77,6 +79,7 @@ class Command:
             os.close(self._gate)
             self._gate = -1
         elif not self.ended():
+            self.stopped = True
             os.write(self._ender, b"!")
         if self._ender >= 0:
             os.close(self._ender)

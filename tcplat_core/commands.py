@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib.metadata
+import os
+import sys
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import click
 
-from .errors import PluginError
+from .errors import PluginError, TcplatError
 
 GROUP = "tcplat.commands"
 """Entry points: the command's name, and the click.Command that it is."""
@@ -19,6 +24,16 @@ class Commands(click.Group):
     Of a plugin's command the entry point alone is read, until the command is called
     or --help wants its line. Before anything of a plugin is imported, root is given up.
     """
+
+    def make_context(self, *args: Any, **more: Any) -> click.Context:
+        """Options are read; some, as --help, write."""
+        with _in_a_sentence():
+            return super().make_context(*args, **more)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """A command is carried out."""
+        with _in_a_sentence():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All names."""
@@ -41,6 +56,42 @@ class Commands(click.Group):
             return load(entry)
         except PluginError as error:
             return _broken(cmd_name, error)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_TOO_MANY = (errno.EMFILE, errno.ENFILE)
+
+
+@contextlib.contextmanager
+def _in_a_sentence() -> Iterator[None]:
+    """A reader that goes ends a command; a full disk and the like are told of in a sentence."""
+    status: SystemExit | click.exceptions.Exit | None = None
+    try:
+        try:
+            yield
+        except (SystemExit, click.exceptions.Exit) as error:
+            status = error
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _let_go_of_stdout()
+        status = status or SystemExit(0)
+    except OSError as error:
+        words = os.strerror(error.errno or 0)
+        if error.errno in _TOO_MANY:
+            raise TcplatError(f"{words.lower()}: raise the limit (ulimit -n)") from error
+        if error.errno not in _FULL:
+            raise
+        _let_go_of_stdout()
+        raise TcplatError(f"writing failed: {words}") from error
+    if status is not None:
+        raise status
+
+
+def _let_go_of_stdout() -> None:
+    """What it still holds would be tried again when Python ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
 
 
 def found(own: Iterable[str]) -> Iterator[tuple[importlib.metadata.EntryPoint, str, str]]:

@@ -163,8 +163,8 @@ class RowFilter:
     """A filter for rows that were recorded without it: what the kernel would have let pass.
 
     Packets (``sock`` is 0) have two ends, and which of them is the local one is not
-    known: either will do. ``rx_ip`` knows, it is the receiver's. A packet that carries
-    no process is its connection's: let learn() see the rows around it first.
+    known: either will do. ``rx_ip`` knows, it is the receiver's, and ``nic_tx`` the sender's.
+    A packet that carries no process is its connection's: let learn() see the rows around it first.
     ``--cgroup`` is not in a row.
     """
 
@@ -203,7 +203,7 @@ class RowFilter:
         if row.point == "rx_ip":
             local, remote = remote, local
         if not self._passes_ends(local, remote) and (
-            row.sock or row.point == "rx_ip" or not self._passes_ends(remote, local)
+            row.sock or row.point in ("rx_ip", "nic_tx") or not self._passes_ends(remote, local)
         ):
             return False
         if wanted.networks and not (self._is_inside(row.saddr) or self._is_inside(row.daddr)):

@@ -74,7 +74,7 @@ class Output:
                     chunk = view[:_PIPE_BUF]
                     self._wait()
                 view = view[os.write(self.fd, chunk) :]
-        except BrokenPipeError as error:
+        except (BrokenPipeError, ConnectionResetError) as error:
             raise ReaderGoneError from error
         except OSError as error:
             raise TcplatError(f"writing failed: {os.strerror(error.errno or errno.EIO)}") from error
@@ -87,7 +87,8 @@ class Output:
         """
         poll = select.poll()
         poll.register(self.fd, 0)
-        if any(event & select.POLLERR for _, event in poll.poll(0)):
+        # Of a pipe POLLERR tells it, of a socket POLLHUP.
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
             raise ReaderGoneError
 
     def _wait(self) -> None:

@@ -175,6 +175,11 @@ class Replay:
             yield f"{left_out} {noun}s of {self.source.name} were left out"
         if self.gaps:
             yield f"{self.gaps} rows were kept from us, because we did not read fast enough"
+        seen = [*self.delivered, *self.filtered, *self.lost]
+        for place, what, names in ((0, "probe", self.probes), (1, "point", self.points)):
+            for name in names:
+                if self.whole and all(hook[place] != name for hook in seen):
+                    yield f"there is no row of {what} {name} in {self.source.name}"
         if self.whole and not self.capture.ended:
             yield f"{self.source.name} has no end: its run was killed, or it is cut off"
         elif self.whole and report.incomplete:

@@ -10,7 +10,10 @@ import attrs
 
 @attrs.define(eq=False)
 class Signals:
-    """SIGINT, SIGTERM and SIGHUP end the run; a second one ends the process at once."""
+    """SIGINT, SIGTERM and SIGHUP end the run; a second one ends the process at once.
+
+    A SIGHUP that was ignored before stays so.
+    """
 
     caught: int = 0
     fd: int | None = None
@@ -21,7 +24,9 @@ class Signals:
         self.fd, to = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(to, warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
+            # nohup(1) has it ignored, so that the run outlives the terminal.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: object) -> None:
         if self.caught:

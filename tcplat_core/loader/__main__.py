@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
@@ -28,6 +29,11 @@ def main() -> None:
         answer = Loader(Request.unpack(data), Cache.open()).run()
     except TcplatError as error:
         answer = Refusal(str(error), error.exit_code, _log(error))
+    except OSError as error:
+        words = os.strerror(error.errno or 0)
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            words = f"{words.lower()}: raise the limit (ulimit -n)"
+        answer = Refusal(f"the loader failed: {words}", 1, _log(error))
     except Exception as error:  # noqa: BLE001 - a bug of ours; the session shows it
         answer = Refusal(f"the loader failed: {error!r}", 1, _log(error))
     try:

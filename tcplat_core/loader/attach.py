@@ -200,6 +200,7 @@ class Loader:
         else:
             compiled = Compiled.unpack(known)
         sizes = dict.fromkeys(("tcplat_socks", "tcplat_seeds", "tcplat_flows"), room)
+        sizes["tcplat_listeners"] = room // 2
         sizes["events"] = self.request.ring_bytes
         fds = []
         for one in compiled.maps:
@@ -265,6 +266,8 @@ class Loader:
             reason = f"the verifier refused {hook.program} ({error.strerror}); --debug shows why"
             raise WayClosedError(way, reason) from error
         except OSError as error:
+            if error.errno in bpf.TOO_MANY_FILES:
+                raise
             reason = f"{hook.mechanism}:{hook.func}: {error.strerror}"
             raise WayClosedError(way, reason) from error
         return program

@@ -32,6 +32,7 @@ _PERF_TYPE_TRACEPOINT = 2
 _PERF_SET_BPF, _PERF_ENABLE = 0x40042408, 0x2400
 _KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe")
 _LOG_SIZE = 1 << 22
+TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -172,6 +173,8 @@ def program_load(
     try:
         return load(0, None)
     except OSError as error:
+        if error.errno in TOO_MANY_FILES:
+            raise
         # Once more, to hear why.
         log = ctypes.create_string_buffer(_LOG_SIZE)
         try:

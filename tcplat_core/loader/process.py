@@ -37,17 +37,21 @@ class LoaderProcess:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # libbcc and clang print on standard output, too: it must not be ours.
         log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-m", "tcplat_core.loader", str(theirs.fileno())],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            pass_fds=[theirs.fileno()],
-            # bcc hands much of its environment on to a shell and to the compiler.
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"},
-            # Ctrl-C is for the session, which then stops the loader itself.
-            start_new_session=True,
-        )
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-m", "tcplat_core.loader", str(theirs.fileno())],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                pass_fds=[theirs.fileno()],
+                # bcc hands much of its environment on to a shell and to the compiler.
+                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"},
+                # Ctrl-C is for the session, which then stops the loader itself.
+                start_new_session=True,
+            )
+        except PermissionError as error:
+            # This user may read his way to what runs already, and not start it anew.
+            raise CannotRunError("loading BPF programs needs root: run it with sudo") from error
         theirs.close()
         return cls(process, ours, log)
 

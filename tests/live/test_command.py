@@ -186,6 +186,7 @@ def test_a_signal_stops_the_command_too(
     eventually(pid_file.pid, "the command had begun")
     outcome = run.stop(number)
     assert not pid_file.alive()
+    assert outcome.returncode == 0
     assert outcome.report
     assert outcome.stderr.count("\n") == 1
 
@@ -193,6 +194,7 @@ def test_a_signal_stops_the_command_too(
 def test_the_command_is_stopped_with_the_run(start_tcplat: Start, pid_file: PidFile) -> None:
     command = pid_file.command("sleep", "60")
     outcome = start_tcplat("--duration", "300ms", command=command).wait()
+    assert outcome.returncode == 0
     assert outcome.report
     assert pid_file.pid()
     assert not pid_file.alive()

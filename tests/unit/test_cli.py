@@ -113,7 +113,7 @@ def here(loader: FakeLoader, monkeypatch: pytest.MonkeyPatch) -> Callable[..., i
         ("run --probe tcp_client --sink jsonl:path=/", "cannot write /: Is a directory"),
         (
             "run --probe xdp_port:iface=lo,port=1 --sink histogram",
-            "--sink histogram: probe xdp_port has no histograms; tcp_client, tcp_service has",
+            "--sink histogram: probe xdp_port has no histograms (of these: tcp_client, tcp",
         ),
         (
             "run --probe tcp_client --sink histogram --sink histogram:by=all",
@@ -129,6 +129,7 @@ def here(loader: FakeLoader, monkeypatch: pytest.MonkeyPatch) -> Callable[..., i
         ("run --probe tcp_client -p 1,", "-p '' is not a number"),
         ("run --probe tcp_client -p 4194304", "there is no process 4194304"),
         ("run --probe tcp_client --comm sixteen_letters_", "the kernel keeps 15 bytes of a name"),
+        ("run --probe tcp_client --comm=", "--comm '': a process has a name"),
         ("run --probe tcp_client --comm a*b", "a * may stand at the end only"),
         ("run --probe tcp_client --port 0", "port '0' is not a number from 1 to 65535"),
         ("run --probe tcp_client --lport 80,65536", "port '65536' is not a number"),
@@ -404,6 +405,76 @@ def test_without_a_loss_fail_on_loss_is_no_failure(run: Run, probe: FakeProbe) -
 def test_the_commands_exit_status_is_ours(run: Run, loader: FakeLoader) -> None:
     assert run("--", "sh", "-c", "exit 42") == 42
     assert loader.requests[0].follow
+
+
+def test_a_command_that_we_end_has_no_say_in_our_exit_status(run: Run, probe: FakeProbe) -> None:
+    probe.emit("tp_send", ts_ns=1)
+    assert run("--count", "1", "--", "sleep", "60") == 0
+
+
+def test_both_versions_of_ip_are_all(run: Run, loader: FakeLoader) -> None:
+    run("-4", "-6", "-d", "10ms", "-q")
+    run("-6", "-d", "10ms", "-q")
+    assert [request.filter.ip for request in loader.requests] == [0, 6]
+
+
+@pytest.mark.parametrize("arguments", [("plugins", "list"), ("--help",), ("run", "--help")])
+def test_a_full_disk_is_one_sentence_for_every_command(arguments: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        ended = subprocess.run(
+            [sys.executable, "-I", "-m", "tcplat_core", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert ended.returncode == 1
+    assert ended.stderr == "tcplat: writing failed: No space left on device\n"
+
+
+@pytest.mark.parametrize("arguments", [("plugins", "list"), ("--help",)])
+def test_a_reader_that_has_gone_is_no_failure_of_any_command(arguments: tuple[str, ...]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stdout:
+        ended = subprocess.run(
+            [sys.executable, "-I", "-m", "tcplat_core", *arguments],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_too_few_files_are_one_sentence() -> None:
+    few = ("sh", "-c", 'ulimit -n 7; exec "$@"', "sh", sys.executable, "-I", "-m", "tcplat_core")
+    ended = subprocess.run(
+        [*few, "run", "--probe", "tcp_client", "--", "true"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert one_sentence(ended.stdout, ended.stderr) == (
+        "too many open files: raise the limit (ulimit -n)"
+    )
+
+
+def test_a_run_under_nohup_outlives_its_terminal() -> None:
+    """It only takes over what was not ignored; in a process of its own, for the sake of others."""
+    text = """
+import signal
+from tcplat_core.signals import Signals
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+signals = Signals()
+signals.install()
+signal.raise_signal(signal.SIGHUP)
+assert not signals.stopping()
+signal.raise_signal(signal.SIGTERM)
+assert signals.stopping()
+"""
+    subprocess.run([sys.executable, "-c", text], check=True)
 
 
 def test_a_commands_own_options_are_its_own(run: Run, capfd: Capture) -> None:

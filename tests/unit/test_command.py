@@ -112,6 +112,7 @@ def test_stopping_twice_is_stopping_once(fork: Fork) -> None:
     command.stop()
     command.stop()
     assert command.status == 128 + signal.SIGTERM
+    assert command.stopped
 
 
 def test_a_program_that_there_is_not_is_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -176,3 +177,27 @@ def test_a_reader_that_does_not_read_cannot_stop_the_user_from_stopping(
 def test_a_reader_that_reads_is_written_to_even_while_stopping(pipe: tuple[int, int]) -> None:
     Output(pipe[1], always).write(b"the last row\n")
     assert os.read(pipe[0], 100) == b"the last row\n"
+
+
+def test_a_socket_whose_reader_is_gone_ends_the_run() -> None:
+    ours, theirs = socket.socketpair()
+    output = Output(ours.fileno(), never)
+    output.look()
+    theirs.close()
+    with pytest.raises(ReaderGoneError):
+        output.look()
+    with pytest.raises(ReaderGoneError):
+        output.write(BIG)
+    ours.close()
+
+
+def test_a_connection_that_is_reset_ends_the_run() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ours = socket.create_connection(server.getsockname())
+        theirs, _ = server.accept()
+    ours.send(b"unread")
+    theirs.recv(1)
+    theirs.close()
+    with pytest.raises(ReaderGoneError):
+        Output(ours.fileno(), never).write(BIG)
+    ours.close()

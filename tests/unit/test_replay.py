@@ -399,6 +399,7 @@ def test_so_many_rows_and_no_more(replay: Replayed) -> None:
         ("tcp:127.0.0.1:1", 2, "cannot read tcp:127.0.0.1:1: Connection refused"),
         ("/dev/null", 1, "/dev/null is no capture: nothing of tcplat's is in it"),
         ("/dev/null --sink tabel", 4, "there is no sink named 'tabel'"),
+        ("/dev/null --sink histogram", 2, "--sink stages has percentiles of a capture"),
         ("/dev/null --port 0", 2, "port '0' is not a number from 1 to 65535"),
         ("/dev/null --netns no-such", 2, "there is no network namespace 'no-such'"),
         ("/dev/null --cgroup /", 2, "No such option '--cgroup'"),
@@ -424,6 +425,13 @@ def test_what_was_left_out_is_said_and_is_no_failure() -> None:
     assert b"tcplat: line 1 is left out: " in done.stderr
     assert b"tcplat: 1 line of standard input was left out\n" in done.stderr
     assert tcplat("replay", "-", "-q", input=b"rubbish\n" + GOOD).stderr == b""
+
+
+def test_a_name_that_no_row_has_is_said() -> None:
+    done = tcplat("replay", "-", "--probe", "tcp_cleint", "--point", "nic_rx", input=GOOD)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert b"there is no row of probe tcp_cleint in standard input\n" in done.stderr
+    assert b"nic_rx in" not in done.stderr
 
 
 def test_a_reader_that_goes_away_is_a_clean_end(tmp_path: Path) -> None:

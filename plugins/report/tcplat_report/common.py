@@ -52,6 +52,8 @@ def written(path: str) -> Iterator[BinaryIO]:
         sys.stdout.buffer.flush()
         return
     target = Path(path)
+    if target.is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder; name a file in it")
     if target.exists() and not target.is_file():  # a pipe, a device
         with target.open("wb") as file:
             yield file

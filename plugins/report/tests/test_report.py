@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -192,6 +194,25 @@ def test_two_hosts_wire_is_marked(tmp_path: Path) -> None:
 def test_a_capture_without_connections_is_a_page_too(tmp_path: Path) -> None:
     told = data(made(tmp_path, iter(()))[1])
     assert (told["exchanges"], told["table"], told["timeline"]["series"]) == (0, [], [])
+
+
+@pytest.mark.parametrize(
+    ("out", "status", "said"),
+    [("/", 2, "cannot write /: it is a folder"), ("/dev/full", 1, "No space left on device")],
+)
+def test_where_it_cannot_go_is_one_sentence(
+    tmp_path: Path, out: str, status: int, said: str
+) -> None:
+    capture = write(tmp_path / "capture.jsonl", joint(Traffic(connections=50)))
+    ended = subprocess.run(
+        [sys.executable, "-I", "-m", "tcplat_core", "report", str(capture), "-o", out],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (status, "")
+    assert said in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
 
 
 def test_nothing_is_left_of_a_report_that_failed(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -55,7 +54,8 @@ class Histogram:
 
     def percentile(self, percent: float) -> int:
         """The least duration (ns) that so many percent do not exceed; 0 where there are none."""
-        rank = math.ceil(self.count * percent / 100)
+        # Of integers: 99.9 % of 41,000 is 40,959, and by floats a little more.
+        rank = -(-self.count * round(percent * 1000) // 100_000)
         for middle, count in self.buckets():
             rank -= count
             if rank <= 0:

@@ -53,7 +53,6 @@ _LONGEST = 16_384
 """Entries that are kept at all: 16,384 packets that nobody has read yet."""
 _UNREAD = 64
 """Replies that wait for a client that has never been seen to read."""
-_NO_ERROR = frozenset({"closed", "given up"})
 
 
 class Joiner:
@@ -368,7 +367,7 @@ class Joiner:
             conn.stamps[CONNECTED if end.index == CLIENT else HANDSHAKE_DONE] = ts_ns
         elif new in ("TCP_FIN_WAIT1", "TCP_LAST_ACK"):
             self._fin(conn, end.index)
-        elif new == "TCP_CLOSE" and row.desc not in _NO_ERROR:
+        elif new == "TCP_CLOSE" and row.desc != "closed":
             conn.error = row.desc
             if row.desc == "ECONNRESET":
                 self._reset(conn, 1 - end.index)
@@ -646,7 +645,7 @@ class Joiner:
         ):
             conn.reset_why = "nobody listens there"
         elif end.sock:
-            if inbound.arrived() > known:
+            if inbound.arrived() > known and not (index in conn.fins and end.closed_ns):
                 conn.reset_why = "it closed with unread data"
             elif index in conn.fins or end.closed_ns:
                 conn.reset_why = "data came after it had closed"

@@ -84,8 +84,10 @@ class Stages(Joined):
         self._count(self.joiner.feed(rows))
 
     def lost(self, loss: Loss) -> None:
-        """Said with the figures."""
+        """Said with the figures; as JSON at the place of the gap."""
         self._lost += loss.count
+        if self.as_json:
+            super().lost(loss)
 
     def finish(self, told: list[Told]) -> None:
         """The figures of the whole run."""

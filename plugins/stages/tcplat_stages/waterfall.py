@@ -167,7 +167,10 @@ def block(exchange: Exchange, width: int, hosts: Hosts | None = None) -> str:
     handshake = _handshake(exchange)
     if handshake is not None:
         again = f", SYN sent again {conn.syns} times" if conn.syns else ""
-        accept = "" if conn.accept_us is None else f", accepted after {conn.accept_us:.1f} µs"
+        accept_us = conn.accept_us
+        accept = (
+            "" if accept_us is None else f", accepted after {duration(round(accept_us * 1000))}"
+        )
         lines.append(f"  connect {duration(handshake.total_ns)}{again}{accept}")
         lines += _bars(handshake, width, bound_ns)
         lines.append(f"  {exchange.kind} {duration(split.total_ns)}")

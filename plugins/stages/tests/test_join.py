@@ -382,6 +382,39 @@ def test_a_service_that_closes_with_unread_data_resets() -> None:
     assert (exchange.kind, exchange.request_bytes, exchange.stamps[5]) == ("request", 100, None)
 
 
+def test_data_that_come_after_it_had_closed_are_no_unread_data() -> None:
+    history = History()
+    now = simple(history, history.shake_hands())
+    history.packet(now + 10, "nic_tx", SERVICE, 200, flags="FIN|ACK")
+    history.socket(now + 11, SERVICE, "state", old_state="TCP_ESTABLISHED", state="TCP_FIN_WAIT1")
+    history.socket(now + 12, SERVICE, "close", state="TCP_CLOSE")
+    history.socket(now + 20, CLIENT, "send", seq=history.seq(CLIENT, 100), bytes=50)
+    history.packet(now + 21, "nic_tx", CLIENT, 100, 50)
+    history.packet(now + 22, "nic_rx", CLIENT, 100, 50)
+    history.packet(now + 23, "nic_tx", SERVICE, 201, flags="RST")
+    history.socket(now + 30, CLIENT, "close", state="TCP_CLOSE")
+    _, (conn,), _ = joined(history.rows())
+    assert (conn.reset_by, conn.reset_why) == (SERVICE, "data came after it had closed")
+
+
+def test_a_connect_that_was_given_up_did_not_succeed() -> None:
+    history = History()
+    history.socket(1_000, CLIENT, "connect", sport=None, state="TCP_SYN_SENT")
+    history.packet(1_100, "nic_tx", CLIENT, -1, flags="SYN")
+    history.socket(
+        2_000,
+        CLIENT,
+        "state",
+        old_state="TCP_SYN_SENT",
+        state="TCP_CLOSE",
+        desc="given up",
+        connect_us=1.0,
+    )
+    history.socket(2_100, CLIENT, "close", state="TCP_CLOSE")
+    _, (conn,), _ = joined(history.rows())
+    assert (conn.connect_us, conn.error) == (1.0, "given up")
+
+
 def test_a_fin_is_no_byte_and_not_unread() -> None:
     history = History()
     now = history.shake_hands() + 500
@@ -440,6 +473,15 @@ def test_a_wrong_guess_is_mended_by_the_sockets() -> None:
     exchanges, (conn,), _ = joined(rows)
     assert (conn.client, conn.guessed) == (ends[CLIENT], False)
     assert exchanges[-1].total_ns == 11_000
+
+
+def test_it_begins_where_its_stages_begin() -> None:
+    exchange = Exchange(Connection(1, Row(1, "send")), "exchange")
+    # As far apart as clocks of two CPUs never are: an instant before the first one.
+    exchange.stamps[0], exchange.stamps[3] = 1_000_000, 400_000
+    exchange.stamps[6], exchange.stamps[11] = 2_000_000, 3_000_000
+    assert exchange.split.left_out == (3,)
+    assert (exchange.began_ns, exchange.total_ns) == (1_000_000, 2_000_000)
 
 
 def test_a_guess_that_a_socket_confirms_is_none_any_more() -> None:

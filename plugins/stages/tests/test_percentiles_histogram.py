@@ -55,3 +55,10 @@ def test_its_memory_does_not_grow_with_what_it_counts() -> None:
         [ns for exponent in range(36) for ns in range(2**exponent, 2**exponent + 500)]
     )
     assert len(histogram.counts) < 36 * 128
+
+
+def test_the_rank_is_exact() -> None:
+    histogram = Histogram()
+    for ns in range(1, 41_001):
+        histogram.add(1 if ns <= 40_959 else 200)
+    assert histogram.percentile(99.9) == 1

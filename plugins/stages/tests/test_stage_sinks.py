@@ -235,7 +235,7 @@ def test_batches_make_no_difference_to_intervals_where_rows_are_late(
     assert told.pop().count("-- until") > 2
 
 
-@pytest.mark.parametrize("name", ["waterfall", "summary"])
+@pytest.mark.parametrize("name", ["waterfall", "summary", "stages"])
 def test_a_loss_is_told_at_its_place(tmp_path: Path, name: str) -> None:
     for form in ("text", "json"):
         path = tmp_path / form
@@ -244,7 +244,9 @@ def test_a_loss_is_told_at_its_place(tmp_path: Path, name: str) -> None:
         sink.lost(Loss("tcp_client", "send", 7))
         sink.close(REPORT)
         text = path.read_text(encoding="utf-8")
-        if form == "json":
+        if name == "stages" and form == "text":
+            assert text.startswith("-- 7 events were lost: figures of what was seen\n")
+        elif form == "json":
             assert json.loads(text)["lost"] == {"probe": "tcp_client", "point": "send", "count": 7}
         else:
             assert text.startswith("-- 7 events lost here (tcp_client, send) --\n")
