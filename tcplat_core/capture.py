@@ -22,7 +22,7 @@ import attrs
 import msgpack
 import msgspec
 
-from .errors import UsageError
+from .errors import TcplatError, UsageError
 from .model import Loss, Merge, RunReport
 from .schema import SCHEMA_VERSION, Event, fields, printable
 
@@ -92,8 +92,9 @@ class Source:
                 os.close(fd)
                 raise UsageError(f"cannot read {where}: Is a directory")
             return cls(fd, where, status.st_size)
-        except OSError as error:
-            raise UsageError(f"cannot read {where}: {error.strerror or error}") from error
+        except (OSError, UnicodeError) as error:
+            why = (isinstance(error, OSError) and error.strerror) or error
+            raise UsageError(f"cannot read {where}: {why}") from error
 
     @classmethod
     def _connect(cls, family: int, where: str, name: str) -> Source:
@@ -103,7 +104,7 @@ class Source:
                 made.connect(where)
             else:
                 host, colon, port = where.rpartition(":")
-                if not (colon and port.isdecimal()):
+                if not (colon and port.isdecimal() and 0 < int(port) < 1 << 16):
                     raise UsageError(f"{name} is not of the form tcp:HOST:PORT")
                 address = (host.strip("[]"), int(port))
                 made = stack.enter_context(socket.create_connection(address, _CONNECT_S))
@@ -122,6 +123,8 @@ class Source:
                 data = os.read(self.fd, CHUNK)
             except ConnectionResetError:
                 data = b""
+            except OSError as error:
+                raise TcplatError(f"reading {self.name} failed: {error.strerror}") from error
             if not data:
                 return
             self.consumed += len(data)

@@ -96,7 +96,7 @@ def inside(netns: str) -> Iterator[None]:
 def _path(netns: str) -> str:
     if "/" in netns:
         return netns
-    return f"/proc/{netns}/ns/net" if netns.isdigit() else str(_NAMED / netns)
+    return f"/proc/{netns}/ns/net" if netns.isdecimal() else str(_NAMED / netns)
 
 
 def _known() -> str:

@@ -6,7 +6,7 @@ import operator
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -15,7 +15,7 @@ import click
 from .capture import GAP, Capture, Source
 from .errors import TcplatError
 from .filters import Filter, RowFilter
-from .model import HookReport, Loss, Merge, ProbeReport, RunReport, Sink
+from .model import Counted, HookReport, Loss, Merge, ProbeReport, RunReport, Sink
 from .router import Router
 from .schema import Event
 
@@ -283,6 +283,10 @@ def add_reports(one: RunReport, other: RunReport) -> RunReport:
             interfaces={**probes[name].interfaces, **probe.interfaces},
             skipped=Counter(probes[name].skipped) + Counter(probe.skipped),
             silent={**probes[name].silent, **probe.silent},
+            deaf=probes[name].deaf and probe.deaf,
+            counted=_both_counted(probes[name].counted, probe.counted),
+            uncounted={**probes[name].uncounted, **probe.uncounted},
+            poll_error=probes[name].poll_error or probe.poll_error,
         )
     return RunReport(
         probes=probes,
@@ -291,6 +295,26 @@ def add_reports(one: RunReport, other: RunReport) -> RunReport:
         switched_off={**one.switched_off, **other.switched_off},
         incomplete=one.incomplete or other.incomplete,
     )
+
+
+def _both_counted(
+    one: Mapping[str, Counted] | None, other: Mapping[str, Counted] | None
+) -> Mapping[str, Counted] | None:
+    if one is None or other is None:
+        return one or other
+    both = dict(one)
+    for name, more in other.items():
+        known = both.get(name)
+        both[name] = (
+            more
+            if known is None
+            else Counted(
+                samples=known.samples + more.samples,
+                unmeasured=known.unmeasured + more.unmeasured,
+                rest=known.rest + more.rest,
+            )
+        )
+    return both
 
 
 @attrs.define(eq=False)

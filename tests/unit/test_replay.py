@@ -27,9 +27,9 @@ from tcplat_core import Event, Loss, RunInfo, RunReport
 from tcplat_core.capture import Capture, Source
 from tcplat_core.errors import TcplatError, UsageError
 from tcplat_core.filters import Filter
-from tcplat_core.model import HookReport, ProbeReport, parse_choice, read_options
+from tcplat_core.model import Counted, HookReport, ProbeReport, parse_choice, read_options
 from tcplat_core.plugins import Plugins
-from tcplat_core.replay import Replay
+from tcplat_core.replay import Replay, add_reports
 from tcplat_core.testing import RecordingSink, make_event
 
 PLUGINS = Plugins.load()
@@ -338,6 +338,19 @@ def test_captures_behind_each_other_have_the_books_of_both(replay: Replayed) -> 
     assert not found.report.incomplete
 
 
+def test_the_books_of_two_captures_forget_nothing() -> None:
+    counted = {"connect": Counted(samples=3, unmeasured=1, rest=0)}
+    one = ProbeReport(hooks=(), counted=counted, poll_error="no more", deaf=True)
+    two = ProbeReport(hooks=(), counted=counted, uncounted={"in_recv": "no recv"}, deaf=True)
+    three = ProbeReport(hooks=())
+    books = [RunReport(probes={"tcp_client": each}, duration_s=1) for each in (one, two, three)]
+    both = add_reports(*books[:2]).probes["tcp_client"]
+    assert both.counted == {"connect": Counted(samples=6, unmeasured=2, rest=0)}
+    assert (both.uncounted, both.poll_error, both.deaf) == ({"in_recv": "no recv"}, "no more", True)
+    either = add_reports(*books[1:]).probes["tcp_client"]
+    assert (either.counted, either.deaf) == (counted, False)
+
+
 def test_rows_behind_the_books_are_counted_besides(replay: Replayed) -> None:
     found = replay(GOOD + encoded(ROWS[0]))
     assert found.report.delivered == len(found.sink.rows) == 9
@@ -396,6 +409,9 @@ def test_so_many_rows_and_no_more(replay: Replayed) -> None:
         ("/", 2, "cannot read /: Is a directory"),
         ("unix:/no/where", 2, "cannot read unix:/no/where: No such file"),
         ("tcp:nowhere", 2, "tcp:nowhere is not of the form tcp:HOST:PORT"),
+        ("tcp:a..b:80", 2, "cannot read tcp:a..b:80: "),
+        ("tcp:127.0.0.1:99999", 2, "is not of the form tcp:HOST:PORT"),
+        ("/proc/self/mem", 1, "reading /proc/self/mem failed: Input/output error"),
         ("tcp:127.0.0.1:1", 2, "cannot read tcp:127.0.0.1:1: Connection refused"),
         ("/dev/null", 1, "/dev/null is no capture: nothing of tcplat's is in it"),
         ("/dev/null --sink tabel", 4, "there is no sink named 'tabel'"),

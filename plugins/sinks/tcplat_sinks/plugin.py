@@ -64,7 +64,7 @@ def _table(options: Options, run: RunInfo) -> Sink:
 
 def _terminal_width(fd: int) -> int:
     """COLUMNS, or the terminal's; 0 into a pipe or a file, where nothing is cut."""
-    if os.environ.get("COLUMNS", "").isdigit():
+    if os.environ.get("COLUMNS", "").isdecimal():
         return int(os.environ["COLUMNS"])
     try:
         return os.get_terminal_size(fd).columns

@@ -44,7 +44,7 @@ def _at_least(text: str) -> object:
 
 def _columns(fd: int) -> int:
     """COLUMNS, or the terminal's; 100 into a pipe or a file."""
-    if os.environ.get("COLUMNS", "").isdigit():
+    if os.environ.get("COLUMNS", "").isdecimal():
         return int(os.environ["COLUMNS"]) or _PIPE_WIDTH
     try:
         return os.get_terminal_size(fd).columns or _PIPE_WIDTH
