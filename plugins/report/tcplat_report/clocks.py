@@ -102,6 +102,8 @@ class Corridor:
         self.highs: dict[int, int] = {}
         self.lows: dict[int, int] = {}
         self.counts = [0, 0]
+        """Bounds from packets of each way; one packet may give two."""
+        self.packets = 0
 
     def at_most(self, ts_ns: int, offset: int) -> None:
         """A packet to B, that arrived at `ts_ns`."""
@@ -174,7 +176,7 @@ class Corridor:
             )
         widest = max(high - low for low, high in zip(lows, highs, strict=True))
         bound = -(-widest // 2) + drift(self.window_ns // 2)
-        return Offset(tuple(times), tuple(lows), tuple(highs), bound, sum(self.counts))
+        return Offset(tuple(times), tuple(lows), tuple(highs), bound, self.packets)
 
 
 def _spread(bounds: list[int | None], times: list[int]) -> list[int]:
@@ -240,19 +242,25 @@ class Sightings:
                     way = ways[way_key] = _Way(since)
                     if len(ways) > _MOST_WAITING:
                         del ways[next(iter(ways))]
+            matched = False
             end = row.seq + row.bytes + ("SYN" in flags) + ("FIN" in flags)
             if end != row.seq and (found := _newer(end % _WHOLE, way.position)):
                 way.position = found - 1
                 if ts_ns >= way.since:
-                    self._see(leaves, host, ts_ns, (*way_key[2:], "byte", found))
+                    matched = self._see(leaves, host, ts_ns, (*way_key[2:], "byte", found))
             ack = getattr(row, "ack", None)
             if ack is not None and "ACK" in flags and (found := _newer(ack, way.acked)):
                 way.acked = found - 1
                 if ts_ns >= way.since:
-                    self._see(leaves, host, ts_ns, (*way_key[2:], "ack", found))
+                    matched |= self._see(leaves, host, ts_ns, (*way_key[2:], "ack", found))
+            self.corridor.packets += matched
 
-    def _see(self, leaves: bool, host: int, ts_ns: int, key: Key) -> None:  # noqa: FBT001 - a fact
-        """A packet's number, new at this point. It goes from `host` if it leaves, else to it."""
+    def _see(self, leaves: bool, host: int, ts_ns: int, key: Key) -> bool:  # noqa: FBT001 - a fact
+        """A packet's number, new at this point. It goes from `host` if it leaves, else to it.
+
+        Returns:
+            Whether the other host has seen it before.
+        """
         sender = host if leaves else 1 - host
         key = (sender, *key)
         here, there = (self._left, self._arrived) if leaves else (self._arrived, self._left)
@@ -263,12 +271,13 @@ class Sightings:
                 if len(here) > _MOST_WAITING:
                     del here[next(iter(here))]
                     self.forgotten += 1
-            return
+            return False
         left, arrived = (ts_ns, other) if leaves else (other, ts_ns)
         if sender == 0:
             self.corridor.at_most(arrived, arrived - left)
         else:
             self.corridor.at_least(left, left - arrived)
+        return True
 
 
 def _newer(number: int, known: int) -> int:

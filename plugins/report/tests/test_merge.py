@@ -230,6 +230,7 @@ def test_segments_sent_again_merged_or_split_do_not_mislead() -> None:
     packet(1, "nic_rx", 0, 2_040_000, 4100, 2000)  # GRO
     highs = sightings.corridor.highs
     assert sightings.corridor.counts == [5, 0]  # SYN, three times bytes, and one acknowledgement
+    assert sightings.corridor.packets == 4  # one has both
     assert min(highs.values()) >= 0
 
 
