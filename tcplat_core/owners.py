@@ -25,6 +25,8 @@ CLIENT, SERVER, LISTENER = 1, 2, 3
 """As TCPLAT_ROLE_* in include/tcplat/owner.bpf.h."""
 
 _LISTEN = 10
+_OPEN = (1, 8)
+"""ESTABLISHED and CLOSE_WAIT: one that no process holds any more has closed its side."""
 _WITH_A_SOCKET = 0xFFF & ~(1 << 6)
 """inet_diag states: all but TIME_WAIT, which is no socket any more, and NEW_SYN_RECV (12)."""
 _MAPPED = bytes(10) + b"\xff\xff"
@@ -47,6 +49,7 @@ class Seed:
         pid: Its owner; 0 where no process holds it.
         comm: The owner's name.
         others: Pids and names of the other processes that hold it.
+        waiting: No process has accepted it yet.
         netns: Inode of its network namespace.
         local: Its address, 16 bytes; IPv4 is mapped.
         remote: The other end's.
@@ -59,6 +62,7 @@ class Seed:
     pid: int
     comm: bytes
     others: tuple[tuple[int, bytes], ...]
+    waiting: bool
     netns: int
     local: bytes
     remote: bytes
@@ -116,6 +120,7 @@ def find() -> list[Seed]:
                     holder.pid,
                     holder.comm,
                     holder.others,
+                    holder is nobody and role == SERVER and diag.state in _OPEN,
                     netns,
                     diag.local,
                     diag.remote,

@@ -34,15 +34,18 @@ def fill(maps: Mapping[str, int], seeds: Iterable[Seed], wanted: Filter, room: i
     listeners: dict[bytes, tuple[int, int, int, bytes]] = {}
     served: set[int] = set()
     wants = functools.cache(wanted.wants)  # a process may hold 100,000 sockets
-    for seed in seeds:
+    # Listeners first: what waits to be accepted there is theirs.
+    for seed in sorted(seeds, key=lambda seed: seed.role != LISTENER):
         comm = seed.comm[:15]
-        by_cookie[struct.pack("=Q", seed.cookie)] = _SEED.pack(
-            seed.pid, seed.role, wants(seed.pid, comm), comm
-        )
+        owner: tuple[int, int, bytes] = (seed.pid, wants(seed.pid, comm), comm)
+        port = _PORT.pack(seed.netns, seed.lport)
+        if seed.waiting and port in listeners:
+            pid, _, is_wanted, comm = listeners[port]
+            owner = (pid, is_wanted, comm if pid else b"")
+        by_cookie[struct.pack("=Q", seed.cookie)] = _SEED.pack(owner[0], seed.role, *owner[1:])
         if seed.role != CLIENT:
             served.add(seed.lport)
         if seed.role == LISTENER:
-            port = _PORT.pack(seed.netns, seed.lport)
             pid = 0 if seed.others else seed.pid
             known, users, all_wanted, _ = listeners.get(port, (pid, 0, 1, b""))
             all_wanted &= wants(seed.pid, comm)

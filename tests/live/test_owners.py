@@ -21,6 +21,7 @@ from .harness import (
     by_sock,
     changed_loader,
     free_port,
+    listen,
     of_port,
     reached,
     read_exactly,
@@ -166,6 +167,28 @@ def test_softirq_rows_of_an_older_socket_that_its_process_does_not_touch(
     assert rows[0]["pid"] == client.pid
     assert rows[0]["dport"] == server.port
     assert rows[0]["sport"]
+
+
+def test_what_waited_to_be_accepted_is_its_listeners(
+    running_tcplat: Start, puppet: StartPuppet
+) -> None:
+    service, client = puppet(), puppet()
+    port = listen(service)
+    client(f"s = socket.create_connection(('127.0.0.1', {port}))")
+    run = running_tcplat("-p", str(service.pid), probes=("tcp_service",))
+    client("s.sendall(b'x')")
+    run.wait_for("the reader was woken", lambda rows: bool(at(rows, "ready")))
+    service("peer, _ = listening.accept(); peer.recv(1)")
+    rows = run.wait_for("it was read", lambda rows: bool(at(rows, "recv")))
+    assert [
+        row["point"] for row in rows if row["point"] in ("rx_ip", "ready", "accept", "recv")
+    ] == [
+        "rx_ip",
+        "ready",
+        "accept",
+        "recv",
+    ]
+    assert {row["pid"] for row in rows} == {service.pid}
 
 
 def test_an_older_socket_whose_process_ends(

@@ -143,10 +143,11 @@ def test_connections_that_nobody_has_accepted_yet_have_no_owner(stack: ExitStack
     (waiting,) = [
         seed for seed in owners.find() if seed.rport == client.getsockname()[1] and seed.lport
     ]
-    assert (waiting.role, waiting.pid) == (SERVER, 0)
+    assert (waiting.role, waiting.pid, waiting.waiting) == (SERVER, 0, True)
     accepted = stack.enter_context(listener.accept()[0])
     assert cookie(accepted) == waiting.cookie
-    assert found()[waiting.cookie].pid == os.getpid()
+    taken = found()[waiting.cookie]
+    assert (taken.pid, taken.waiting) == (os.getpid(), False)
 
 
 def test_a_socket_that_two_processes_hold_is_shared_and_the_lowest_pids(stack: ExitStack) -> None:

@@ -51,8 +51,6 @@ _LONG = 256
 """Entries of a log that are kept without looking whether they are needed."""
 _LONGEST = 16_384
 """Entries that are kept at all: 16,384 packets that nobody has read yet."""
-_UNREAD = 64
-"""Replies that wait for a client that has never been seen to read."""
 
 
 class Joiner:
@@ -717,8 +715,7 @@ class Joiner:
         flow = conn.flows[SERVICE]
         if conn.ends[CLIENT].sock:
             # Of splice() there may be no rows: then nobody will ever know when it was read.
-            most = _UNREAD if flow.read < 0 else _LONGEST
-            return flow.read >= end or len(conn.waiting) > most
+            return flow.read >= end or len(conn.waiting) > _LONGEST
         arrived = flow.arrived()
         if arrived >= 0:
             return arrived >= end

@@ -664,15 +664,23 @@ def test_of_40000_requests_that_wait_each_is_as_old_as_it_is() -> None:
         assert total_ns - 8 * gap <= exchange.total_ns <= total_ns
 
 
-def test_replies_that_nobody_is_seen_to_read_are_told_all_the_same() -> None:
-    history = History()
+def test_replies_that_nobody_is_seen_to_read_do_not_wait_for_ever() -> None:
+    history, joiner = History(), Joiner()
     now = history.shake_hands()
-    for _ in range(1_000):
-        now = simple(history, now + 1_000)
-    rows = [row for row in history.rows() if (row.probe, row.point) != ("tcp_client", "recv")]
-    told = Joiner().feed(rows)
-    assert len(told) > 900
-    assert {one.total_ns for one in told if isinstance(one, Exchange)} == {10_000}
+    for number in range(17_000):
+        at = now + number * 1_000
+        for end, point, sender in (
+            (CLIENT, "send", CLIENT),
+            (SERVICE, "recv", CLIENT),
+            (SERVICE, "send", SERVICE),
+        ):
+            at += 100
+            history.socket(at, end, point, seq=history.seq(sender, number), bytes=1)
+    told = joiner.feed(history.rows())
+    (conn,) = joiner._conns.values()
+    assert len(told) + len(conn.waiting) == 16_999
+    assert 500 < len(told) < 700
+    assert {one.total_ns for one in told if isinstance(one, Exchange)} == {200}
 
 
 def test_a_hole_that_nothing_fills_does_not_grow_for_ever() -> None:
