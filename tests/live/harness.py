@@ -386,7 +386,8 @@ class Tcplat:
         with errors.open("wb") as stderr:
             process = subprocess.Popen(
                 [
-                    *program,
+                    # Under nohup(1) we ignore it, and a run would, too.
+                    *("env", "--default-signal=HUP", *program),
                     "run",
                     *(word for probe in probes for word in ("--probe", probe)),
                     *("--attach", attach, "--ready-file", str(ready)),
