@@ -85,7 +85,7 @@ class _Diag:
 class _Holder:
     pid: int
     comm: bytes
-    others: tuple[tuple[int, bytes], ...] = ()
+    others: list[tuple[int, bytes]] = attrs.field(factory=list)
 
 
 def find() -> list[Seed]:
@@ -103,7 +103,7 @@ def find() -> list[Seed]:
             for inode in _held(pid):
                 holder = holders.setdefault(inode, _Holder(pid, comm))
                 if pid not in (holder.pid, *(other for other, _ in holder.others[-1:])):
-                    holder.others += ((pid, comm),)
+                    holder.others.append((pid, comm))
     nobody = _Holder(0, b"")
     seeds = []
     for netns, diags in _namespaces(everyone):
@@ -119,7 +119,7 @@ def find() -> list[Seed]:
                     role,
                     holder.pid,
                     holder.comm,
-                    holder.others,
+                    tuple(holder.others),
                     holder is nobody and role == SERVER and diag.state in _OPEN,
                     netns,
                     diag.local,

@@ -14,6 +14,7 @@ independent requests as explain that (the design effect of survey statistics).
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import sys
@@ -274,7 +275,8 @@ def changes(base: dict[Key, Sample], new: dict[Key, Sample], seed: int) -> list[
             old, fresh = before.draw(share, chance), after.draw(share, chance)
             differences = sorted(b - a for a, b in zip(old, fresh, strict=True))
             ratios = sorted(
-                b / a - 1 if a else float(b > 0) for a, b in zip(old, fresh, strict=True)
+                b / a - 1 if a else (math.inf if b else 0.0)
+                for a, b in zip(old, fresh, strict=True)
             )
             low = round(_DRAWS * (1 - CONFIDENCE) / 2)
             found.append(

@@ -85,6 +85,18 @@ def test_a_percentile_is_the_histograms() -> None:
     assert 1 < len(made.blocks) <= 64
 
 
+def test_from_nothing_to_something_is_more_than_any_limit() -> None:
+    base, new = Sample(), Sample()
+    for ns in range(2000):
+        base.add(0)
+        new.add(5_000_000 + ns)
+    found = changes({((), "queue"): base}, {((), "queue"): new}, 1)
+    (median,) = [change for change in found if change.percentile == "p50"]
+    assert Condition.parse("queue.p50:+900%").met_by(median)
+    assert Condition.parse("queue.p50:+4ms").met_by(median)
+    assert not Condition.parse("queue.p50:+6ms").met_by(median)
+
+
 def test_the_same_seed_gives_the_same_figures() -> None:
     base, new = sample(lognormal(1)), sample(lognormal(2))
     assert compared(base, new) == compared(base, new)
