@@ -328,9 +328,9 @@ def _run(
         _attached(report)
     elif not quiet:
         _summary(report)
-    if child and (child.stopped or signals.caught):
-        child = None  # its status says no more than that we have ended
-    return _status(report, len(sinks), child, fail_on_loss=fail_on_loss)
+    # Of a command that did not end by itself, the status says no more than that.
+    ended = child.status if child and not (child.stopped or signals.caught) else 0
+    return _status(report, len(sinks), child, ended or 0, fail_on_loss=fail_on_loss)
 
 
 @cli.command()
@@ -409,12 +409,14 @@ def _replay(
     return TcplatError.exit_code if len(one.router.switched_off) == len(sinks) else 0
 
 
-def _status(report: RunReport, sinks: int, child: Command | None, *, fail_on_loss: bool) -> int:
+def _status(
+    report: RunReport, sinks: int, child: Command | None, ended: int, *, fail_on_loss: bool
+) -> int:
     if len(report.switched_off) == sinks or (report.deaf and not child):
         return TcplatError.exit_code
     if fail_on_loss and report.dropped:
         raise EventsLostError(f"{report.dropped} events were lost; a larger --ring-size may help")
-    return child.status or 0 if child else 0
+    return ended
 
 
 def _numbers(texts: Sequence[str], option: str, top: int) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from .errors import PluginError, TcplatError
+from .errors import TOO_MANY_FILES, PluginError, TcplatError
 
 GROUP = "tcplat.commands"
 """Entry points: the command's name, and the click.Command that it is."""
@@ -59,7 +59,6 @@ class Commands(click.Group):
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-_TOO_MANY = (errno.EMFILE, errno.ENFILE)
 
 
 @contextlib.contextmanager
@@ -77,13 +76,12 @@ def _in_a_sentence() -> Iterator[None]:
         _let_go_of_stdout()
         status = status or SystemExit(0)
     except OSError as error:
-        words = os.strerror(error.errno or 0)
-        if error.errno in _TOO_MANY:
-            raise TcplatError(f"{words.lower()}: raise the limit (ulimit -n)") from error
+        if error.errno in TOO_MANY_FILES:
+            raise TcplatError(TOO_MANY_FILES[error.errno]) from error
         if error.errno not in _FULL:
             raise
         _let_go_of_stdout()
-        raise TcplatError(f"writing failed: {words}") from error
+        raise TcplatError(f"writing failed: {os.strerror(error.errno)}") from error
     if status is not None:
         raise status
 

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import ClassVar
+
+NEEDS_ROOT = "loading BPF programs needs root: run it with sudo"
+TOO_MANY_FILES = {
+    number: f"{os.strerror(number).lower()}: raise the limit (ulimit -n)"
+    for number in (errno.EMFILE, errno.ENFILE)
+}
+"""errno -> what is wrong, and what mends it."""
 
 
 class TcplatError(Exception):

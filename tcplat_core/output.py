@@ -91,6 +91,15 @@ class Output:
         if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
             raise ReaderGoneError
 
+    def columns(self) -> int:
+        """COLUMNS, or the terminal's width; 0 into a pipe or a file."""
+        if os.environ.get("COLUMNS", "").isdecimal():
+            return int(os.environ["COLUMNS"])
+        try:
+            return os.get_terminal_size(self.fd).columns
+        except OSError:
+            return 0
+
     def _wait(self) -> None:
         poll = select.poll()
         poll.register(self.fd, select.POLLOUT)

@@ -102,7 +102,7 @@ def find() -> list[Seed]:
             comm = Path(f"/proc/{pid}/comm").read_bytes().rstrip(b"\n")
             for inode in _held(pid):
                 holder = holders.setdefault(inode, _Holder(pid, comm))
-                if pid not in (holder.pid, *(other for other, _ in holder.others[-1:])):
+                if pid != holder.pid and (pid, comm) not in holder.others[-1:]:
                     holder.others.append((pid, comm))
     nobody = _Holder(0, b"")
     seeds = []

@@ -302,19 +302,14 @@ def _both_counted(
 ) -> Mapping[str, Counted] | None:
     if one is None or other is None:
         return one or other
-    both = dict(one)
-    for name, more in other.items():
-        known = both.get(name)
-        both[name] = (
-            more
-            if known is None
-            else Counted(
-                samples=known.samples + more.samples,
-                unmeasured=known.unmeasured + more.unmeasured,
-                rest=known.rest + more.rest,
-            )
+    return {**one, **other} | {
+        name: Counted(
+            samples=one[name].samples + other[name].samples,
+            unmeasured=one[name].unmeasured + other[name].unmeasured,
+            rest=one[name].rest + other[name].rest,
         )
-    return both
+        for name in one.keys() & other.keys()
+    }
 
 
 @attrs.define(eq=False)

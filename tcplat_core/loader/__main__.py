@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 import sys
 import traceback
 
-from tcplat_core.errors import TcplatError
+from tcplat_core.errors import TOO_MANY_FILES, TcplatError
 
 from .attach import Loader, refuse_without_capabilities
 from .bpf import lift_memory_limit
@@ -29,13 +28,9 @@ def main() -> None:
         answer = Loader(Request.unpack(data), Cache.open()).run()
     except TcplatError as error:
         answer = Refusal(str(error), error.exit_code, _log(error))
-    except OSError as error:
-        words = os.strerror(error.errno or 0)
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            words = f"{words.lower()}: raise the limit (ulimit -n)"
-        answer = Refusal(f"the loader failed: {words}", 1, _log(error))
     except Exception as error:  # noqa: BLE001 - a bug of ours; the session shows it
-        answer = Refusal(f"the loader failed: {error!r}", 1, _log(error))
+        known = TOO_MANY_FILES.get(error.errno or 0) if isinstance(error, OSError) else None
+        answer = Refusal(f"the loader failed: {known or repr(error)}", 1, _log(error))
     try:
         send_answer(to, answer)
     except TcplatError as error:

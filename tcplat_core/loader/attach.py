@@ -10,7 +10,7 @@ from pathlib import Path
 import attrs
 
 from tcplat_core import netdev, owners
-from tcplat_core.errors import CannotRunError, PluginError
+from tcplat_core.errors import NEEDS_ROOT, TOO_MANY_FILES, CannotRunError, PluginError
 from tcplat_core.hookpoints import Hook, HookPoint, Way
 from tcplat_core.ring import possible_cpus
 
@@ -266,7 +266,7 @@ class Loader:
             reason = f"the verifier refused {hook.program} ({error.strerror}); --debug shows why"
             raise WayClosedError(way, reason) from error
         except OSError as error:
-            if error.errno in bpf.TOO_MANY_FILES:
+            if error.errno in TOO_MANY_FILES:
                 raise
             reason = f"{hook.mechanism}:{hook.func}: {error.strerror}"
             raise WayClosedError(way, reason) from error
@@ -387,4 +387,4 @@ def refuse_without_capabilities() -> None:
     effective = int(status.split("CapEff:")[1].split()[0], 16)
     sys_admin, perfmon, bpf_bit = (1 << 21), (1 << 38), (1 << 39)
     if not effective & sys_admin and effective & (perfmon | bpf_bit) != perfmon | bpf_bit:
-        raise CannotRunError("loading BPF programs needs root: run it with sudo")
+        raise CannotRunError(NEEDS_ROOT)

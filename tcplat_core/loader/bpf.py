@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
 
+from tcplat_core.errors import TOO_MANY_FILES
+
 _SYSCALLS = {"x86_64": (321, 298), "aarch64": (280, 241)}
 """Machine -> numbers of bpf and perf_event_open."""
 
@@ -32,7 +34,6 @@ _PERF_TYPE_TRACEPOINT = 2
 _PERF_SET_BPF, _PERF_ENABLE = 0x40042408, 0x2400
 _KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe")
 _LOG_SIZE = 1 << 22
-TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

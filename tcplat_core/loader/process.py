@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Self
 
 import attrs
 
-from tcplat_core.errors import CannotRunError, PluginError, TcplatError, UsageError
+from tcplat_core.errors import NEEDS_ROOT, CannotRunError, PluginError, TcplatError, UsageError
 
 if TYPE_CHECKING:
     from .protocol import Answer, Request
@@ -51,7 +51,7 @@ class LoaderProcess:
             )
         except PermissionError as error:
             # This user may read his way to what runs already, and not start it anew.
-            raise CannotRunError("loading BPF programs needs root: run it with sudo") from error
+            raise CannotRunError(NEEDS_ROOT) from error
         theirs.close()
         return cls(process, ours, log)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from tcplat_core.filters import Filter
 from tcplat_core.owners import CLIENT, LISTENER, Seed
@@ -20,7 +20,11 @@ _FLOW = struct.Struct("=QQ")
 _MAPPED = bytes(10) + b"\xff\xff"
 
 
-def fill(maps: Mapping[str, int], seeds: Iterable[Seed], wanted: Filter, room: int) -> None:
+_Owner = tuple[int, int, bytes]
+"""Process, 0 where nobody can know; whether it is wanted; its name."""
+
+
+def fill(maps: Mapping[str, int], seeds: Sequence[Seed], wanted: Filter, room: int) -> None:
     """Enter the sockets into tcplat_seeds, tcplat_flows, tcplat_listeners and tcplat_served.
 
     Args:
@@ -29,36 +33,52 @@ def fill(maps: Mapping[str, int], seeds: Iterable[Seed], wanted: Filter, room: i
         wanted: Whose sockets are wanted.
         room: Entries that the maps have.
     """
+    wants = functools.cache(wanted.wants)  # a process may hold 100,000 sockets
+    listeners = _listeners(seeds, wants)
+    served = {seed.lport for seed in seeds if seed.role != CLIENT}
     by_cookie: dict[bytes, bytes] = {}
     flows: dict[bytes, bytes] = {}
-    listeners: dict[bytes, tuple[int, int, int, bytes]] = {}
-    served: set[int] = set()
-    wants = functools.cache(wanted.wants)  # a process may hold 100,000 sockets
-    # Listeners first: what waits to be accepted there is theirs.
-    for seed in sorted(seeds, key=lambda seed: seed.role != LISTENER):
+    for seed in seeds:
         comm = seed.comm[:15]
-        owner: tuple[int, int, bytes] = (seed.pid, wants(seed.pid, comm), comm)
-        port = _PORT.pack(seed.netns, seed.lport)
-        if seed.waiting and port in listeners:
-            pid, _, is_wanted, comm = listeners[port]
-            owner = (pid, is_wanted, comm if pid else b"")
-        by_cookie[struct.pack("=Q", seed.cookie)] = _SEED.pack(owner[0], seed.role, *owner[1:])
-        if seed.role != CLIENT:
-            served.add(seed.lport)
+        owner = (seed.pid, int(wants(seed.pid, comm)), comm)
+        if seed.waiting:  # it is its listener's
+            owner = listeners.get(_port(seed), (owner, 0))[0]
+        pid, is_wanted, comm = owner
+        by_cookie[struct.pack("=Q", seed.cookie)] = _SEED.pack(pid, seed.role, is_wanted, comm)
         if seed.role == LISTENER:
-            pid = 0 if seed.others else seed.pid
-            known, users, all_wanted, _ = listeners.get(port, (pid, 0, 1, b""))
-            all_wanted &= wants(seed.pid, comm)
-            all_wanted &= all(wants(pid, comm[:15]) for pid, comm in seed.others)
-            listeners[port] = (pid if known == pid else 0, users + 1, all_wanted, comm)
             continue
         ip = 4 if seed.remote.startswith(_MAPPED) else 6
         addrs = (seed.local, seed.remote, seed.netns, seed.lport, seed.rport, ip)
         flows[_ADDRS.pack(*addrs)] = _FLOW.pack(0, seed.cookie)
-    entries = [(port, _LISTENER.pack(*listener)) for port, listener in listeners.items()]
+    entries = [
+        (port, _LISTENER.pack(pid, users, is_wanted, comm))
+        for port, ((pid, is_wanted, comm), users) in listeners.items()
+    ]
     bpf.map_update_many(maps["tcplat_seeds"], list(by_cookie.items())[:room])
     bpf.map_update_many(maps["tcplat_flows"], list(flows.items())[:room])
     bpf.map_update_many(maps["tcplat_listeners"], entries)
     bpf.map_update_many(
         maps["tcplat_served"], [(struct.pack("=I", port), b"\1") for port in sorted(served)]
     )
+
+
+def _port(seed: Seed) -> bytes:
+    return _PORT.pack(seed.netns, seed.lport)
+
+
+def _listeners(
+    seeds: Sequence[Seed], wants: Callable[[int, bytes], bool]
+) -> dict[bytes, tuple[_Owner, int]]:
+    """Who accepts at each port, and how many sockets listen there."""
+    found: dict[bytes, tuple[_Owner, int]] = {}
+    for seed in seeds:
+        if seed.role != LISTENER:
+            continue
+        pid, comm = (0, b"") if seed.others else (seed.pid, seed.comm[:15])
+        (known, all_wanted, comm), users = found.get(_port(seed), ((pid, 1, comm), 0))
+        all_wanted &= all(
+            wants(one, name[:15]) for one, name in ((seed.pid, seed.comm), *seed.others)
+        )
+        owner = (pid, all_wanted, comm) if known == pid else (0, all_wanted, b"")
+        found[_port(seed)] = (owner, users + 1)
+    return found

@@ -27,6 +27,7 @@ ROOT = os.geteuid() == 0
 UNPRIVILEGED = ("setpriv", "--bounding-set=-all") if ROOT else ()
 """The same user without any capability; root's files stay readable."""
 
+PROGRAM = (sys.executable, "-I", "-m", "tcplat_core")
 Tcplat = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -38,7 +39,7 @@ def tcplat(tmp_path: Path) -> Tcplat:
 
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*UNPRIVILEGED, sys.executable, "-I", "-m", "tcplat_core", *arguments],
+            [*UNPRIVILEGED, *PROGRAM, *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             cwd=tmp_path,
@@ -418,47 +419,39 @@ def test_both_versions_of_ip_are_all(run: Run, loader: FakeLoader) -> None:
     assert [request.filter.ip for request in loader.requests] == [0, 6]
 
 
+def whole(*arguments: str, stdout: int = subprocess.PIPE, files: str = "") -> tuple[int, str, str]:
+    """Exit status and what it says, of the whole program, which may open so many files."""
+    ended = subprocess.run(
+        ["sh", "-c", 'test -z "$0" || ulimit -n "$0"; exec "$@"', files, *PROGRAM, *arguments],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    return ended.returncode, ended.stdout or "", ended.stderr
+
+
 @pytest.mark.parametrize("arguments", [("plugins", "list"), ("--help",), ("run", "--help")])
 def test_a_full_disk_is_one_sentence_for_every_command(arguments: tuple[str, ...]) -> None:
-    with Path("/dev/full").open("w", encoding="utf-8") as full:
-        ended = subprocess.run(
-            [sys.executable, "-I", "-m", "tcplat_core", *arguments],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-    assert ended.returncode == 1
-    assert ended.stderr == "tcplat: writing failed: No space left on device\n"
+    with Path("/dev/full").open("wb") as full:
+        status, _, err = whole(*arguments, stdout=full.fileno())
+    assert status == 1
+    assert err == "tcplat: writing failed: No space left on device\n"
 
 
 @pytest.mark.parametrize("arguments", [("plugins", "list"), ("--help",)])
 def test_a_reader_that_has_gone_is_no_failure_of_any_command(arguments: tuple[str, ...]) -> None:
     read, write = os.pipe()
     os.close(read)
-    with os.fdopen(write, "w") as stdout:
-        ended = subprocess.run(
-            [sys.executable, "-I", "-m", "tcplat_core", *arguments],
-            stdout=stdout,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-    assert (ended.returncode, ended.stderr) == (0, "")
+    with os.fdopen(write, "wb") as gone:
+        status, _, err = whole(*arguments, stdout=gone.fileno())
+    assert (status, err) == (0, "")
 
 
 def test_too_few_files_are_one_sentence() -> None:
-    few = ("sh", "-c", 'ulimit -n 7; exec "$@"', "sh", sys.executable, "-I", "-m", "tcplat_core")
-    ended = subprocess.run(
-        [*few, "run", "--probe", "tcp_client", "--", "true"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 1
-    assert one_sentence(ended.stdout, ended.stderr) == (
-        "too many open files: raise the limit (ulimit -n)"
-    )
+    status, out, err = whole("run", "--probe", "tcp_client", "--", "true", files="7")
+    assert status == 1
+    assert one_sentence(out, err) == "too many open files: raise the limit (ulimit -n)"
 
 
 def test_a_run_under_nohup_outlives_its_terminal() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 
 from tcplat_core import (
@@ -58,18 +57,8 @@ def _table(options: Options, run: RunInfo) -> Sink:
     output = Output.open(options["path"], run.stopping)
     limit = options["width"]
     if limit is None:
-        limit = _terminal_width(output.fd)
+        limit = output.columns()  # into a pipe or a file nothing is cut
     return Table(output, limit)
-
-
-def _terminal_width(fd: int) -> int:
-    """COLUMNS, or the terminal's; 0 into a pipe or a file, where nothing is cut."""
-    if os.environ.get("COLUMNS", "").isdecimal():
-        return int(os.environ["COLUMNS"])
-    try:
-        return os.get_terminal_size(fd).columns
-    except OSError:
-        return 0
 
 
 _LEAST_S = 0.1

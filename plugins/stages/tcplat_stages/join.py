@@ -198,6 +198,7 @@ class Joiner:
         return end
 
     def _own(self, end: End, row: Any) -> None:
+        end.conn.guessed = False
         end.sock = row.sock
         end.netns, end.pid, end.comm = row.netns, row.pid, row.comm
         # What was taken for this end's from packets, was not: of a router between, say.
@@ -224,7 +225,6 @@ class Joiner:
             end = conn.ends[index]
             strange = bool(end.sock) and not conn.over and end.netns != row.netns
             if not conn.over and not end.sock:
-                conn.guessed = False
                 return conn
             if not strange:
                 self._replace(conn)
@@ -244,7 +244,6 @@ class Joiner:
                 self._replace(conn)
             self._register(own, row.netns)
             return
-        conn.guessed = False
         conn.ends = (end, conn.ends[SERVICE])
         end.conn = conn
         conn.stamps[CONNECT_CALLED] = own.stamps[CONNECT_CALLED]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 from tcplat_core import (
@@ -42,23 +41,13 @@ def _at_least(text: str) -> object:
     return parse_at_least(text)
 
 
-def _columns(fd: int) -> int:
-    """COLUMNS, or the terminal's; 100 into a pipe or a file."""
-    if os.environ.get("COLUMNS", "").isdecimal():
-        return int(os.environ["COLUMNS"]) or _PIPE_WIDTH
-    try:
-        return os.get_terminal_size(fd).columns or _PIPE_WIDTH
-    except OSError:
-        return _PIPE_WIDTH
-
-
 def _waterfall(options: Options, run: RunInfo) -> Sink:
     from .waterfall import Waterfall  # noqa: PLC0415 - only the sinks in use are imported
 
     output = Output.open(options["path"], run.stopping)
     return Waterfall(
         output,
-        options["width"] or _columns(output.fd),
+        options["width"] or output.columns() or _PIPE_WIDTH,
         as_json=options["format"] == "json",
         slow=options["slow"],
         at_least=options["min_stage"],
