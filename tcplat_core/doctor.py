@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,11 @@ from .errors import CannotRunError
 from .fast.library import library
 from .hookpoints import MECHANISMS
 from .loader.attach import refuse_without_capabilities
-from .loader.bpf import tracefs
+from .loader.bpf import lift_memory_limit, tracefs, tracefs_missing, try_bpf
 from .loader.compile import find_bcc
-from .loader.host import Host, choose
+from .loader.host import Host, choose, may_load
 from .plugins import Plugins
-from .show import described
+from .show import Sight, described
 
 _OLDEST = (5, 8)
 """The first kernel with BPF ring buffers (457f44363a88)."""
@@ -51,21 +53,32 @@ def examine() -> tuple[list[Check], dict[str, Any]]:
 
     Returns:
         The checks, and per probe which mechanism `--attach auto` takes for which
-        point (`takes`) and why others are not served (`missing`, `cannot`).
+        point (`takes`) and why others are not served (`missing`, `cannot`; `unknown`
+        where only root can tell).
     """
-    host = Host()
-    checks = [_kernel(), _btf(host), _lockdown(), _tracefs(), _bcc(), _fast(), _privileges()]
+    sight = Sight.now()
+    host = sight.host
+    checks = [
+        _kernel(),
+        _btf(host),
+        _lockdown(),
+        _tracefs(),
+        _bcc(),
+        _fast(),
+        _privileges(),
+        *([_bpf()] if sight.as_root else []),
+    ]
     if checks[1].ok:
-        host.look()
         checks += [_mechanism(host, name) for name in MECHANISMS]
     privileges.drop()
     probes: dict[str, Any] = {}
     if checks[1].ok:
         for name, spec in sorted(Plugins.load().probes.items()):
             try:
-                choice = choose(spec.points, "auto", host.way, name)
+                choice = choose(spec.points, "auto", sight.why_not, name)
             except CannotRunError as error:
-                probes[name] = {"cannot": str(error)}
+                key = "cannot" if sight.as_root else "unknown"
+                probes[name] = {key: str(error)}
                 continue
             takes = {point: described(way) for point, way in choice.taken.items()}
             probes[name] = {"takes": takes, "missing": dict(choice.missing)}
@@ -105,10 +118,8 @@ def _tracefs() -> Check:
     folder = tracefs()
     if folder:
         return Check("tracefs", True, str(folder))
-    mend = "accept rows by tracepoint want it: mount -t tracefs tracefs /sys/kernel/tracing"
-    if os.geteuid() != 0:
-        return Check("tracefs", None, "not mounted, or not readable without root", mend)
-    return Check("tracefs", None, "not mounted", mend)
+    what, mend = tracefs_missing()
+    return Check("tracefs", None, what, f"accept rows by tracepoint need it: {mend}")
 
 
 def _bcc() -> Check:
@@ -119,9 +130,29 @@ def _bcc() -> Check:
     version = "?"
     file = package / "version.py"
     if file.exists():
-        match = re.search(r"__version__\s*=\s*['\"]([^'\"]+)", file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8", errors="replace")
+        match = re.search(r"__version__\s*=\s*['\"]([^'\"]+)", text)
         version = match[1] if match else "?"
-    return Check("bcc", True, f"{version} in {package}")
+    found = f"{version} in {package}"
+    # In a process of its own: bcc brings LLVM along, and may crash where it is broken.
+    code = (
+        "import sys\n"
+        "from tcplat_core.errors import CannotRunError\n"
+        "from tcplat_core.loader.compile import import_bcc\n"
+        "try:\n    import_bcc()\n"
+        "except CannotRunError as error:\n    sys.exit(str(error))\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-I", "-c", code],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if ran.returncode:
+        words = ran.stderr.strip() or f"importing it ends with status {ran.returncode}"
+        return Check("bcc", False, found, words.splitlines()[-1])
+    return Check("bcc", True, found)
 
 
 def _fast() -> Check:
@@ -135,13 +166,25 @@ def _privileges() -> Check:
     try:
         refuse_without_capabilities()
     except CannotRunError as error:
-        return Check("privileges", False, f"uid {os.geteuid()}", str(error))
+        mend = f"{error}; without it, what the mechanisms can do here was not tried"
+        return Check("privileges", False, f"uid {os.geteuid()}", mend)
     return Check("privileges", True, f"uid {os.geteuid()}")
+
+
+def _bpf() -> Check:
+    try:
+        lift_memory_limit()
+        try_bpf()
+    except (CannotRunError, OSError) as error:
+        return Check("bpf(2)", False, "refused", str(error))
+    return Check("bpf(2)", True, "works")
 
 
 def _mechanism(host: Host, name: str) -> Check:
     reason = host.mechanism(name)
-    return Check(name, None if reason else True, reason or "works")
+    if reason:
+        return Check(name, None, reason)
+    return Check(name, True, "works") if may_load() else Check(name, None, "not tried")
 
 
 def as_json(checks: list[Check], probes: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,8 +208,10 @@ def as_text(checks: list[Check], probes: Mapping[str, Any]) -> str:
     words = {True: "ok", False: "FAIL", None: "-"}
     lines = [f"{words[check.ok]:5}{check.name:12}{check.found}" for check in checks]
     for name, probe in probes.items():
-        if "cannot" in probe:
-            lines.append(f"FAIL {name:12}{probe['cannot']}")
+        for word, key in (("FAIL", "cannot"), ("-", "unknown")):
+            if key in probe:
+                lines.append(f"{word:5}{name:12}{probe[key]}")
+        if "takes" not in probe:
             continue
         lines.append(f"ok   {name:12}auto takes")
         lines += [f"{'':17}{point:12}{way}" for point, way in probe["takes"].items()]

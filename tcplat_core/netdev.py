@@ -13,7 +13,8 @@ import attrs
 from .errors import UsageError
 from .owners import setns
 
-_UP = 1
+_UP, _LOWER_UP = 1, 1 << 16
+"""IFF_UP, IFF_LOWER_UP."""
 _ETHERNET = (1, 772)
 """ARPHRD_ETHER and ARPHRD_LOOPBACK: both carry frames with an Ethernet header."""
 _NAMED = Path("/run/netns")
@@ -32,7 +33,8 @@ class Interface:
     Args:
         index: Its number in its network namespace.
         name: Its name there.
-        is_up: Whether it is.
+        is_up: Whether it is (IFF_UP).
+        has_carrier: Whether it is up and its link, too (IFF_LOWER_UP).
         is_ethernet: Whether its frames begin with an Ethernet header.
         xdp: XDP programs on it: mode -> id.
     """
@@ -40,6 +42,7 @@ class Interface:
     index: int
     name: str
     is_up: bool
+    has_carrier: bool
     is_ethernet: bool
     xdp: Mapping[str, int]
 
@@ -60,6 +63,7 @@ def _interface(link: Any) -> Interface:
         link["index"],
         link.get_attr("IFLA_IFNAME"),
         bool(link["flags"] & _UP),
+        bool(link["flags"] & _LOWER_UP),
         link["ifi_type"] in _ETHERNET,
         {mode: number for mode, number in programs.items() if number},
     )

@@ -346,6 +346,7 @@ class Session:
             if self._watched:
                 stack.callback(self._watched.close)
             began = time.monotonic()
+            self._say_silent(runs)
             if not self.dry:
                 self._ready()
                 self._loop(runs, router, sleeper, began)
@@ -362,6 +363,13 @@ class Session:
         router.close(report)
         # A sink may have failed in close(), too.
         return attrs.evolve(report, switched_off=dict(router.switched_off))
+
+    def _say_silent(self, runs: Sequence[ProbeRun]) -> None:
+        """Say through which interfaces no packet can come for now."""
+        for run in runs:
+            for one in run.loaded.interfaces:
+                if one.silent:
+                    self.say(f"{run.spec.name}: no rows from {one.name} for now: {one.silent}")
 
     def _ready(self) -> None:
         if self.ready_file:

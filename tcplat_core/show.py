@@ -11,7 +11,7 @@ from .errors import CannotRunError
 from .hookpoints import HookPoint, Way
 from .loader.attach import refuse_without_capabilities
 from .loader.bpf import tracefs
-from .loader.host import SYSCALLS, Host, choose
+from .loader.host import ONLY_ROOT, SYSCALLS, Host, choose
 from .model import Option, ProbeSpec, SinkSpec, example
 from .plugins import Found
 from .schema import fields
@@ -49,7 +49,7 @@ class Sight:
             instead if that works, which only root can find out. `why_not`: why there is
             no way that is sure to work.
         """
-        sure, reason = _choice(point, self._why_not)
+        sure, reason = _choice(point, self.why_not)
         best, _ = _choice(point, self._why_not_at_best)
         return {
             "point": point.point,
@@ -63,12 +63,13 @@ class Sight:
         if self.as_root:
             return None
         if way.mechanism == "fentry":
-            return "whether fentry works only root can find out"
+            return ONLY_ROOT
         if tracefs() is None and any(hook.func.startswith(SYSCALLS) for hook in way.hooks):
             return "which tracepoints of system calls there are only root can see"
         return None
 
-    def _why_not(self, way: Way) -> str | None:
+    def why_not(self, way: Way) -> str | None:
+        """Return why a way is closed, or not known to be open; None if it is open."""
         return self._hidden(way) or self.host.way(way)
 
     def _why_not_at_best(self, way: Way) -> str | None:

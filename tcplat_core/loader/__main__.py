@@ -10,7 +10,7 @@ import traceback
 from tcplat_core.errors import TOO_MANY_FILES, TcplatError
 
 from .attach import Loader, refuse_without_capabilities
-from .bpf import lift_memory_limit
+from .bpf import lift_memory_limit, try_bpf
 from .cache import Cache
 from .protocol import Answer, Refusal, Request, send_answer
 
@@ -22,6 +22,7 @@ def main() -> None:
     try:
         refuse_without_capabilities()
         lift_memory_limit()
+        try_bpf()
         data = sys.stdin.buffer.read()
         if not data:  # the session gave up
             os._exit(0)

@@ -27,7 +27,7 @@ from .compile import (
     core_defines,
     program_text,
 )
-from .host import BTF_PATH, SYSCALLS, Choice, Host, choose, syscall_id
+from .host import BTF_PATH, SYSCALLS, Choice, Host, choose, may_load, syscall_id
 from .protocol import Answer, Attached, LoadedMap, LoadedProbe, ProbeRequest, Request
 
 _PROGRAM_TYPES = {
@@ -383,8 +383,5 @@ def refuse_without_capabilities() -> None:
     Raises:
         CannotRunError: Not allowed to load programs.
     """
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    effective = int(status.split("CapEff:")[1].split()[0], 16)
-    sys_admin, perfmon, bpf_bit = (1 << 21), (1 << 38), (1 << 39)
-    if not effective & sys_admin and effective & (perfmon | bpf_bit) != perfmon | bpf_bit:
+    if not may_load():
         raise CannotRunError(NEEDS_ROOT)

@@ -7,6 +7,7 @@ perf_event_attr in include/uapi/linux/perf_event.h.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
 
-from tcplat_core.errors import TOO_MANY_FILES
+from tcplat_core.errors import TOO_MANY_FILES, CannotRunError
 
 _SYSCALLS = {"x86_64": (321, 298), "aarch64": (280, 241)}
 """Machine -> numbers of bpf and perf_event_open."""
@@ -27,6 +28,9 @@ _MAP_CREATE, _MAP_UPDATE, _PROG_LOAD, _RAW_TRACEPOINT_OPEN, _MAP_UPDATE_BATCH = 
 _PROG_TEST_RUN = 10
 _PROG_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD, _LINK_CREATE = 13, 15, 28
 _GET_FD_BY_ID = {"prog": _PROG_GET_FD_BY_ID, "map": 14, "link": 30}
+_LINK_GET_NEXT_ID = 31
+_LINK_TYPE_XDP = 6
+"""BPF_LINK_TYPE_XDP, of enum bpf_link_type."""
 _MOST_FRAME = 1 << 12
 _XDP = 37
 """BPF_XDP, an attach type."""
@@ -232,6 +236,71 @@ def exists(kind: str, number: int) -> bool:
     return True
 
 
+def xdp_links(ifindex: int) -> list[tuple[int, int]]:
+    """Return (link id, program id) of each XDP link on an interface of any network namespace.
+
+    An ifindex is unique within its network namespace alone: compare the program's id.
+
+    Raises:
+        OSError: The kernel does not list links (before 5.8), or CAP_SYS_ADMIN is missing.
+    """
+    found: list[tuple[int, int]] = []
+    number = 0
+    while True:
+        attr = ctypes.create_string_buffer(struct.pack("=3I", number, 0, 0))
+        try:
+            _syscall(0, _LINK_GET_NEXT_ID, attr, 12)
+        except OSError as error:
+            if error.errno == errno.ENOENT:  # that was the last one
+                return found
+            raise
+        number = int(struct.unpack_from("=4xI", attr)[0])
+        try:
+            fd = _bpf(_GET_FD_BY_ID["link"], struct.pack("=3I", number, 0, 0))
+        except OSError as error:
+            if error.errno == errno.ENOENT:  # it has gone meanwhile
+                continue
+            raise
+        try:
+            # struct bpf_link_info: type, id, prog_id, padding, xdp.ifindex
+            kind, _, program, where = struct.unpack_from("=3I4xI", _info(fd))
+        finally:
+            os.close(fd)
+        if kind == _LINK_TYPE_XDP and where == ifindex:
+            found.append((number, program))
+
+
+def try_bpf() -> None:
+    """Create a map and load a program that does nothing.
+
+    Raises:
+        CannotRunError: The kernel refuses; the sentence names what may have refused.
+    """
+    try:
+        os.close(map_create("tcplat_try", ARRAY, 4, 4, 1, 0))
+        os.close(program_load("tcplat_try", ProgramType.RAW_TRACEPOINT, RETURN_0))
+    except OSError as error:
+        if error.errno in TOO_MANY_FILES:
+            raise
+        raise CannotRunError(
+            f"bpf(2) is refused here ({error.strerror}): {_refused_by(error.errno or 0)}"
+        ) from error
+
+
+def _refused_by(number: int) -> str:
+    if number == errno.ENOSYS:
+        return "this kernel has no CONFIG_BPF_SYSCALL, or a seccomp filter hides the call"
+    if number == errno.ENOMEM:
+        return "no memory is left for it; raise the memory limit of this cgroup"
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    if "Seccomp:\t0" not in status:
+        return (
+            "a seccomp filter is in force; allow bpf and perf_event_open "
+            "(docker, podman: --security-opt seccomp=unconfined)"
+        )
+    return "a security module or lockdown refuses it; dmesg may name which"
+
+
 def test_run(program: int, frame: bytes) -> tuple[int, bytes]:
     """Give an XDP program one frame: its verdict, and what it made of the frame.
 
@@ -256,10 +325,26 @@ def _info(fd: int) -> bytes:
     return info.raw
 
 
+TRACEFS_MOUNT = "mount -t tracefs tracefs /sys/kernel/tracing"
+
+
 def tracefs() -> Path | None:
-    """Where the kernel's list of tracepoints is mounted, if it is."""
+    """Return where the kernel's list of tracepoints can be read; None where it cannot."""
     folders = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
     return next((folder for folder in folders if os.access(folder / "events", os.R_OK)), None)
+
+
+def tracefs_missing() -> tuple[str, str]:
+    """Return why tracefs() is None, and what mends it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
+            _, folder, kind = line.split()[:3]
+            if kind == "tracefs":
+                return (
+                    f"{folder} is not readable by uid {os.geteuid()}",
+                    f"run it with sudo, or: mount -o remount,mode=755 {folder}",
+                )
+    return "tracefs is not mounted", TRACEFS_MOUNT
 
 
 def attach_tracepoint(program: int, number: int) -> int:

@@ -179,10 +179,18 @@ def find_bcc() -> Path:
     Raises:
         CannotRunError: There is none; the sentence tells PyPI's bcc apart.
     """
+    unsafe = ""
     for folder in SYSTEM_FOLDERS:
         package = Path(folder) / "bcc"
-        if (package / "libbcc.py").is_file() and _only_roots(package):
-            return package
+        if (package / "libbcc.py").is_file():
+            if _only_roots(package):
+                return package
+            unsafe = unsafe or (
+                f"bcc in {package} can be changed by others than root, and would run as root: "
+                f"chown -R root:root {package} && chmod -R go-w {package}"
+            )
+    if unsafe:
+        raise CannotRunError(unsafe)
     stray = importlib.util.find_spec("bcc")
     if stray is not None and stray.origin:
         raise CannotRunError(
@@ -193,8 +201,11 @@ def find_bcc() -> Path:
 
 
 def _only_roots(package: Path) -> bool:
-    there = package.stat()
-    return there.st_uid == 0 and not there.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    """Return whether root alone can change the folder and what is imported from it."""
+    return all(
+        there.st_uid == 0 and not there.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        for there in map(Path.stat, (package, *package.glob("*.py")))
+    )
 
 
 def import_bcc() -> Any:
@@ -212,6 +223,11 @@ def import_bcc() -> Any:
     except OSError as error:
         raise CannotRunError(
             f"bcc's library libbcc.so.0 does not load ({error}): {_INSTALL}"
+        ) from error
+    except Exception as error:  # a package that is half there, or of another version of Python
+        raise CannotRunError(
+            f"bcc in {package} is broken ({type(error).__name__}: {error}): "
+            "apt install --reinstall python3-bpfcc libbpfcc (Fedora: dnf reinstall python3-bcc bcc)"
         ) from error
     return module
 

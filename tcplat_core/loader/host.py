@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,11 +19,23 @@ KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe")
 BTF_PATH = Path("/sys/kernel/btf/vmlinux")
 SYSCALLS = "syscalls:"
 """Tracepoints of this group have no raw form: they are found in tracefs, not in the BTF."""
-_NO_SYSCALL = (
-    "{} is not to be had (no CONFIG_FTRACE_SYSCALLS, or tracefs is not mounted: "
-    "mount -t tracefs tracefs /sys/kernel/tracing)"
-)
 _A_TYPE = "struct sock"
+ONLY_ROOT = "whether fentry works only root can find out"
+
+
+def may_load() -> bool:
+    """Return whether this process has the capabilities to load and attach programs."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    effective = int(status.split("CapEff:")[1].split()[0], 16)
+    sys_admin, perfmon, bpf_bit = (1 << 21), (1 << 38), (1 << 39)
+    return bool(effective & sys_admin) or effective & (perfmon | bpf_bit) == perfmon | bpf_bit
+
+
+def _no_syscalls() -> str:
+    if bpf.tracefs():
+        return "this kernel has no CONFIG_FTRACE_SYSCALLS"
+    what, mend = bpf.tracefs_missing()
+    return f"{what}; {mend}"
 
 
 @attrs.define(eq=False)
@@ -43,6 +56,8 @@ class Host:
     """0 if it does not work; None before it was tried."""
     _syscalls: frozenset[str] | None = None
     """All tracepoints of that group; None before look()."""
+    _no_syscalls: str = ""
+    """Why one of that group is missing; empty before look()."""
 
     @property
     def btf(self) -> Btf:
@@ -64,8 +79,10 @@ class Host:
     def look(self) -> None:
         """Learn what only root can see, so that it can be asked for without."""
         folder = bpf.tracefs()
-        names = os.listdir(folder / "events" / "syscalls") if folder else []
+        events = folder / "events" / "syscalls" if folder else None
+        names = os.listdir(events) if events and events.is_dir() else []
         self._syscalls = frozenset(f"{SYSCALLS}{name}" for name in names)
+        self._no_syscalls = _no_syscalls()
         self.mechanism("fentry")
 
     def mechanism(self, name: str) -> str | None:
@@ -92,6 +109,8 @@ class Host:
                 found[0],
             )
         except OSError as error:
+            if error.errno == errno.EPERM and not may_load():
+                return ONLY_ROOT
             return f"this kernel refuses fentry programs ({error.strerror})"
         os.close(fd)
         return ""
@@ -127,7 +146,7 @@ class Host:
                 there = syscall_id(hook.func) is not None
             else:
                 there = hook.func in self._syscalls
-            return None if there else _NO_SYSCALL.format(hook.func)
+            return None if there else f"no {hook.func}: {self._no_syscalls or _no_syscalls()}"
         is_tracepoint = hook.mechanism == "tracepoint"
         found = self.fact(hook.func, is_tracepoint=is_tracepoint)
         if found is None:

@@ -124,12 +124,14 @@ class Attached:
         index: What it is called in records.
         mode: native or generic.
         link_fd: Closing it detaches; the session's to close.
+        silent: Why no packet comes through it for now; empty if packets can.
     """
 
     name: str
     index: int
     mode: str
     link_fd: int
+    silent: str = ""
 
 
 @attrs.frozen

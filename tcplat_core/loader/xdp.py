@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import platform
 import re
+from pathlib import Path
 
 from tcplat_core import netdev
 from tcplat_core.errors import CannotRunError, UsageError
@@ -95,7 +97,11 @@ def attach(program: int, interface: Interface, mode: str, probe: str) -> Attache
             refusals.append(f"{candidate} XDP: {error.strerror}")
         else:
             return Attached(
-                name=interface.name, index=interface.index, mode=candidate, link_fd=link
+                name=interface.name,
+                index=interface.index,
+                mode=candidate,
+                link_fd=link,
+                silent=_silent(interface),
             )
     reason = "; ".join(refusals)
     release = platform.release()
@@ -106,15 +112,56 @@ def attach(program: int, interface: Interface, mode: str, probe: str) -> Attache
     raise CannotRunError(f"probe {probe} cannot listen on {interface.name}: {reason}")
 
 
+def _silent(interface: Interface) -> str:
+    if not interface.is_up:
+        return f"it is down (ip link set dev {interface.name} up)"
+    return "" if interface.has_carrier else "it has no carrier: a cable, or the peer, is down"
+
+
+_OFF = {"native": "xdpdrv", "generic": "xdpgeneric", "offloaded": "xdpoffload"}
+"""What `ip link set dev NAME` calls a mode: plain `xdp` is native where the driver can."""
+
+
 def _taken(interface: Interface) -> str:
+    """Say which program is there, what holds it, and what takes it off."""
     name = interface.name
     if not interface.xdp:
         return f"{name}: a device above or below it has an XDP program already"
     programs = ", ".join(f"{mode} {_program(number)}" for mode, number in interface.xdp.items())
+    links: dict[int, int] = {}
+    with contextlib.suppress(OSError):  # links cannot be listed here
+        links = {program: link for link, program in bpf.xdp_links(interface.index)}
+    mends = [
+        _mend(name, mode, links.get(program)) for mode, program in sorted(interface.xdp.items())
+    ]
     return (
         f"{name}: it has an XDP program already ({programs}), which tcplat leaves alone; "
-        f"end what it belongs to, or remove it: ip link set dev {name} xdp off"
+        f"{'; '.join(mends)}"
     )
+
+
+def _mend(interface: str, mode: str, link: int | None) -> str:
+    if link is None:
+        return f"to remove it: ip link set dev {interface} {_OFF[mode]} off"
+    # A program on a link is not removed by netlink: the link's fds and pins hold it.
+    by = ", ".join(_holders(link)) or "a pin in a bpffs"
+    return f"link {link}, held by {by}, keeps it: end that, or: bpftool link detach id {link}"
+
+
+def _holders(link: int) -> list[str]:
+    """Return the processes that have a link open, as ``name (pid)``."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            for fd in os.listdir(process / "fd"):
+                target = os.readlink(process / "fd" / fd)
+                if target.startswith("anon_inode:") and "link" in target:
+                    info = (process / "fdinfo" / fd).read_text(encoding="ascii")
+                    if re.search(rf"^link_id:\s+{link}$", info, re.MULTILINE):
+                        comm = (process / "comm").read_text(encoding="utf-8", errors="replace")
+                        found.append(f"{comm.strip()} (pid {process.name})")
+                        break
+    return found
 
 
 def _program(number: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 from collections import Counter
@@ -358,8 +359,34 @@ def test_a_foreign_program_stays(
     assert outcome.returncode == 3
     assert f"cannot listen on {interface}: it has an XDP program already" in outcome.stderr
     assert f"({'native' if flags == 4 else 'generic'} someone id {number})" in outcome.stderr
-    assert f"ip link set dev {interface} xdp off" in outcome.stderr
     assert links(island) == before
+    if how == _BY_LINK:
+        assert f"(pid {island.pid}), keeps it" in outcome.stderr
+    remedy = re.search(r"(ip link set|bpftool link detach) .*", outcome.stderr)
+    assert remedy
+    inside = ["nsenter", f"--net=/proc/{island.pid}/ns/net"]
+    subprocess.run([*inside, *remedy[0].split()], check=True)
+    eventually(lambda: none_attached(island), "the remedy had taken the program off")
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ("vb down", "xdp_port: no rows from vb for now: it is down (ip link set dev vb up)"),
+        ("va down", "xdp_port: no rows from vb for now: it has no carrier"),
+        ("va up", None),
+    ],
+)
+def test_an_interface_that_cannot_receive_is_named_at_the_start(
+    pair: tuple[Puppet, Puppet], start_tcplat: Callable[..., Tcplat], state: str, said: str | None
+) -> None:
+    home, island = pair
+    name, change = state.split()
+    network(island if name == "vb" else home, script=f"link set {name} {change}")
+    outcome = start_tcplat("--duration", "0.2", probes=[probe(island, "vb")]).wait()
+    assert outcome.returncode == 0
+    assert ("for now" in outcome.stderr) == (said is not None)
+    assert (said or "") in outcome.stderr
 
 
 def test_the_second_tcplat_is_refused(

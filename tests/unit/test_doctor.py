@@ -1,0 +1,78 @@
+"""What ``tcplat doctor`` says of bcc and tracefs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tcplat_core import doctor
+from tcplat_core.errors import CannotRunError
+from tcplat_core.loader import bpf
+from tcplat_core.loader import compile as compiling
+from tcplat_core.loader.compile import find_bcc, import_bcc
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can own a system folder")
+
+
+def package(folder: Path, **modules: str) -> Path:
+    """Make a package named bcc, as a distribution would install it."""
+    there = folder / "bcc"
+    there.mkdir()
+    for name, text in {"__init__": "", "libbcc": "", **modules}.items():
+        (there / f"{name}.py").write_text(text)
+    return there
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("init", "words"),
+    [
+        ("from .missing import lib", "is broken (ModuleNotFoundError: No module named"),
+        ("def f(:", "is broken (SyntaxError: "),
+        ("raise OSError('libbcc.so.0: cannot open')", "libbcc.so.0 does not load"),
+        ("import ctypes; ctypes.CDLL(None).no_such_symbol", "is broken (AttributeError: "),
+    ],
+)
+def test_a_broken_bcc_is_named_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, init: str, words: str
+) -> None:
+    package(tmp_path, __init__=init)
+    monkeypatch.setattr(compiling, "SYSTEM_FOLDERS", (str(tmp_path),))
+    monkeypatch.delitem(sys.modules, "bcc", raising=False)
+    with pytest.raises(CannotRunError) as error:
+        import_bcc()
+    assert words in str(error.value)
+    assert "apt install" in str(error.value)
+
+
+@needs_root
+def test_a_bcc_that_others_can_change_is_not_called_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = package(tmp_path)
+    (there / "libbcc.py").chmod(0o666)
+    monkeypatch.setattr(compiling, "SYSTEM_FOLDERS", (str(tmp_path),))
+    with pytest.raises(CannotRunError) as error:
+        find_bcc()
+    assert f"bcc in {there} can be changed by others than root" in str(error.value)
+    assert f"chmod -R go-w {there}" in str(error.value)
+
+
+def test_tracefs_that_is_mounted_and_not_readable_is_not_called_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor, "tracefs", lambda: None)
+    monkeypatch.setattr(
+        Path, "read_text", lambda *_, **__: "tracefs /sys/kernel/tracing tracefs rw 0 0\n"
+    )
+    what, mend = bpf.tracefs_missing()
+    assert what == f"/sys/kernel/tracing is not readable by uid {os.geteuid()}"
+    assert "mount -o remount,mode=755 /sys/kernel/tracing" in mend
+
+
+def test_tracefs_that_is_not_mounted_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "proc /proc proc rw 0 0\n")
+    assert bpf.tracefs_missing() == ("tracefs is not mounted", bpf.TRACEFS_MOUNT)
