@@ -679,3 +679,53 @@ listening.getsockname()[1]
     assert {"rx_ip", "state", "accept"} <= {row["point"] for row in rows[1:]}
     assert reached("ESTABLISHED")(rows)
     assert {row["pid"] for row in rows} == {new.pid}
+
+
+NAMED = """
+import ctypes
+libc = ctypes.CDLL(None)
+cpus = sorted(os.sched_getaffinity(0))
+
+def be(name, cpu):
+    libc.prctl(15, name)  # PR_SET_NAME
+    os.sched_setaffinity(0, {cpus[cpu]})
+
+be(b"first", 0)
+"""
+# A second process at the same socket, which reads while the first one sends.
+RIVALS = """
+rival = os.fork()
+if not rival:
+    libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    be(b"rival", 1)
+    for _ in range(50_000):
+        s.recv(1)
+    os._exit(0)
+for _ in range(50_000):
+    s.send(b"x")
+os.waitpid(rival, 0)
+rival
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_two_processes_at_one_socket_at_once(
+    running_tcplat: Start, client: Puppet, server: Listener
+) -> None:
+    """A call is its caller's, whoever else calls; a process and its name belong together."""
+    client(NAMED)
+    client.connect(server)
+    peer = server.accept()
+    run = running_tcplat("--port", str(server.port), "--ring-size", "64M")
+    peer.sendall(b"y" * 50_000)
+    client.tell(RIVALS)
+    read_exactly(peer, 50_000)
+    rival = client.answer()
+    peer.close()
+    run.wait_for("the peer's FIN was there", reached("CLOSE_WAIT"))
+    outcome = run.stop()
+    assert outcome.report["dropped"] == 0
+    for point, pid, name in (("send", client.pid, "first"), ("recv", rival, "rival")):
+        rows = at(outcome.rows, point)
+        assert len(rows) == 50_000
+        assert {(row["pid"], row["tid"], row["comm"]) for row in rows} == {(pid, pid, name)}

@@ -31,8 +31,7 @@ static __always_inline bool find_owner(const struct sk_buff *skb, struct tcplat_
 	struct tcplat_sock *s = sk ? tcplat_find(sk) : NULL;
 
 	if (s) {
-		who->pid = s->pid;
-		__builtin_memcpy(who->comm, s->comm, sizeof(who->comm));
+		who->pid = tcplat_get_owner(&s->owner, who->comm) >> 32;
 		return s->wanted;
 	}
 	/* What answers a SYN has no socket of its own yet, what is forwarded never has. */

@@ -280,7 +280,7 @@ int fe_tcp_set_state(struct bpf_raw_tracepoint_args *ctx)
 
 static __always_inline int report_send(struct sock *sk, u32 bytes, u8 hook)
 {
-	u32 me;
+	u64 me;
 	struct tcplat_sock *s = tcplat_use(sk, &me, CLIENT);
 
 	return s ? tcplat_report(tcplat_make_send(sk, s, me, bytes, hook)) : 0;
@@ -349,7 +349,7 @@ int fx_tcp_sendpage(struct bpf_raw_tracepoint_args *ctx)
 
 static __always_inline int report_recv(struct sock *sk, int ret, u8 hook)
 {
-	u32 me;
+	u64 me;
 	struct tcplat_sock *s;
 	u64 now;
 

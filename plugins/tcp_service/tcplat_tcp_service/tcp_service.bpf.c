@@ -672,7 +672,7 @@ int tp_recv(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sock *sk = (struct sock *)ctx->args[0];
 	int ret = ctx->args[1];
-	u32 me;
+	u64 me;
 	struct tcplat_sock *s;
 	u64 now;
 
@@ -722,7 +722,7 @@ static __always_inline int leave_recv(int ret, u8 hook)
 	struct recv_call *call = recvs.lookup(&task);
 	struct tcplat_event *e;
 	struct tcplat_sock *s;
-	u32 me;
+	u64 me;
 	struct sock *sk;
 
 	if (!call)
@@ -799,7 +799,7 @@ int kr_tcp_splice_read(struct pt_regs *ctx)
 
 static __always_inline int report_send(struct sock *sk, u32 bytes, u8 hook)
 {
-	u32 me;
+	u64 me;
 	struct tcplat_sock *s = tcplat_use(sk, &me, SERVER);
 
 	return s ? tcplat_report(tcplat_make_send(sk, s, me, bytes, hook)) : 0;

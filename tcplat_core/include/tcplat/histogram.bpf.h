@@ -48,8 +48,7 @@ static __always_inline u32 tcplat_group_of(struct tcplat_sock *s)
 	if (s->group >> 16 == TCPLAT_PROBE)
 		return s->group & 0xffff;
 #ifdef TCPLAT_BY_PROCESS
-	group.pid = s->pid;
-	__builtin_memcpy(group.comm, s->comm, sizeof(group.comm));
+	group.pid = tcplat_get_owner(&s->owner, group.comm) >> 32;
 #endif
 #ifdef TCPLAT_BY_REMOTE
 	group.ip = s->addrs.ip;

@@ -11,11 +11,21 @@
 #define TCPLAT_ROLE_SERVER 2
 #define TCPLAT_ROLE_LISTENER 3
 
+/*
+ * Whose a socket is. Softirq on another CPU reads while its process writes, and two processes may
+ * write at once; no lock is to be had in a tracing program. So the parts carry a sum, without which
+ * they are not believed: pid and name are of one process, or nothing is known at that instant.
+ */
+struct tcplat_owner {
+	u64 task; /* process << 32 | thread, as bpf_get_current_pid_tgid() has it; 0: not known */
+	u64 sum;  /* tcplat_owner_sum() of the process and its name */
+	char comm[16] __attribute__((aligned(8)));
+};
+
 struct tcplat_sock {
 	u64 near;       /* its address, where the entry is in tcplat_places; 0 in tcplat_socks */
 	u64 id;         /* the event's `sock`: when it was first seen, and on which CPU */
 	u64 since_ns;   /* when the connect, or the wait to be accepted, began; else 0 */
-	u32 pid, tid;   /* the process that used it last, 0 where nobody can know */
 	u32 send_tid;   /* the thread inside send(), else 0 */
 	u32 send_seq;   /* where its bytes begin */
 	u32 send_bytes; /* how many it asked to send */
@@ -26,7 +36,7 @@ struct tcplat_sock {
 	u8 in_flows;    /* tcplat_flows has its addresses, tcplat_listeners its port */
 	u8 state;       /* what it is in, or 0: nobody has seen it change yet */
 	u8 told;        /* by kprobe: the last state that has its row, or TCPLAT_TOLD_CLOSE */
-	char comm[16] __attribute__((aligned(8)));
+	struct tcplat_owner owner; /* the process that used it last */
 	struct tcplat_addrs addrs; /* once the source port is chosen: the kernel forgets it first */
 };
 
@@ -129,23 +139,61 @@ struct tcplat_flow {
  */
 BPF_TABLE("hash", struct tcplat_addrs, struct tcplat_flow, tcplat_flows, 1024);
 
-/* The task of `pid_tgid` becomes the owner: the current one. */
-static __always_inline void tcplat_own_by(struct tcplat_sock *s, u64 pid_tgid)
+/* Of names and pids whose parts got mixed up it is another, but by a chance of 2^-64. */
+static __always_inline u64 tcplat_owner_sum(u32 pid, const char *comm)
 {
-	s->tid = pid_tgid;
-	if (s->pid == pid_tgid >> 32)
-		return;
-	s->pid = pid_tgid >> 32;
+	u64 first = *(const u64 *)comm, last = *(const u64 *)(comm + 8);
+
+	return first ^ (last << 1 | last >> 63) ^ pid * 0x9e3779b97f4a7c15ULL;
+}
+
+static __always_inline void tcplat_set_owner(struct tcplat_owner *to, u64 task, const char *comm)
+{
+	*(volatile u64 *)to->comm = *(const u64 *)comm;
+	*(volatile u64 *)(to->comm + 8) = *(const u64 *)(comm + 8);
+	*(volatile u64 *)&to->sum = tcplat_owner_sum(task >> 32, comm);
+	*(volatile u64 *)&to->task = task;
+}
+
+/* Process << 32 | thread, and the process's name; 0 where it is not known, or just changes. */
+static __always_inline u64 tcplat_get_owner(const struct tcplat_owner *from, char *comm)
+{
+	u64 task = *(volatile u64 *)&from->task;
+
+	*(u64 *)comm = *(volatile u64 *)from->comm;
+	*(u64 *)(comm + 8) = *(volatile u64 *)(from->comm + 8);
+	if (*(volatile u64 *)&from->sum == tcplat_owner_sum(task >> 32, comm))
+		return task;
+	*(u64 *)comm = *(u64 *)(comm + 8) = 0;
+	return 0;
+}
+
+/* The task of `task` becomes the owner: the current one. Whether it is wanted. */
+static __always_inline bool tcplat_own_by(struct tcplat_sock *s, u64 task)
+{
+	struct tcplat_owner *owner = &s->owner;
+	char comm[16] __attribute__((aligned(8)));
+	bool wanted;
+
+	/* Of one process already; of which thread, is one word of its own. */
+	if (owner->task >> 32 == task >> 32 &&
+	    owner->sum == tcplat_owner_sum(task >> 32, owner->comm)) {
+		*(volatile u64 *)&owner->task = task;
+		return s->wanted;
+	}
+	bpf_get_current_comm(comm, sizeof(comm));
+	tcplat_set_owner(owner, task, comm);
+	wanted = tcplat_wanted_task(comm);
 	s->group = 0;
-	bpf_get_current_comm(&s->comm, sizeof(s->comm));
-	s->wanted = tcplat_wanted_task(s->comm);
-	tcplat_debug("sock %llu belongs to pid %d, wanted %d", s->id, s->pid, s->wanted);
+	s->wanted = wanted;
+	tcplat_debug("sock %llu belongs to pid %d, wanted %d", s->id, (u32)(task >> 32), wanted);
+	return wanted;
 }
 
 /* The current task becomes the owner. Only where the socket's own process calls. */
-static __always_inline void tcplat_own(struct tcplat_sock *s)
+static __always_inline bool tcplat_own(struct tcplat_sock *s)
 {
-	tcplat_own_by(s, bpf_get_current_pid_tgid());
+	return tcplat_own_by(s, bpf_get_current_pid_tgid());
 }
 
 static __always_inline u64 tcplat_new_id(void)
@@ -268,32 +316,29 @@ static __always_inline struct tcplat_sock *tcplat_find(const struct sock *sk)
 			place->stranger = stranger;
 		return NULL;
 	}
-	struct tcplat_sock fresh = {.id = tcplat_new_id(), .pid = seed->pid};
-	/* Which thread it was, /proc does not tell: tid stays 0. */
+	struct tcplat_sock fresh = {.id = tcplat_new_id()};
+	/* Which thread it was, /proc does not tell. */
+	tcplat_set_owner(&fresh.owner, (u64)seed->pid << 32, seed->comm);
 	fresh.role = seed->role;
 	fresh.wanted = seed->wanted;
 	fresh.in_flows = 1;
-	__builtin_memcpy(fresh.comm, seed->comm, sizeof(fresh.comm));
 	tcplat_seeds.delete(&cookie);
 	return tcplat_insert(key, &fresh);
 }
 
 /*
  * The socket's own process calls, and is the owner from here on: the entry, if it has that role
- * and somebody asked for the process. `me` is then the current thread.
+ * and somebody asked for the process. `me` is then the current task.
  */
 static __always_inline struct tcplat_sock *
-tcplat_use(const struct sock *sk, u32 *me, u8 role)
+tcplat_use(const struct sock *sk, u64 *me, u8 role)
 {
 	struct tcplat_sock *s = tcplat_find(sk);
-	u64 both;
 
 	if (!s || s->role != role)
 		return NULL;
-	both = bpf_get_current_pid_tgid();
-	tcplat_own_by(s, both);
-	*me = both;
-	return s->wanted ? s : NULL;
+	*me = bpf_get_current_pid_tgid();
+	return tcplat_own_by(s, *me) ? s : NULL;
 }
 
 /*
@@ -433,10 +478,24 @@ static __always_inline struct tcplat_sock *tcplat_learn(const struct sock *sk, u
 
 static __always_inline void tcplat_fill_owner(struct tcplat_event *e, struct tcplat_sock *s)
 {
+	u64 task = tcplat_get_owner(&s->owner, (char *)e->comm);
+
 	e->sock = s->id;
-	e->pid = s->pid;
-	e->tid = s->tid;
-	__builtin_memcpy(e->comm, s->comm, sizeof(e->comm));
+	e->pid = task >> 32;
+	e->tid = task;
+}
+
+/*
+ * A row of a call of `me`, the current task's: another process may have called since on another
+ * CPU, and be the owner by now.
+ */
+static __always_inline void tcplat_fill_caller(struct tcplat_event *e, u64 me)
+{
+	e->tid = me;
+	if (e->pid == me >> 32)
+		return;
+	e->pid = me >> 32;
+	bpf_get_current_comm((char *)e->comm, sizeof(e->comm));
 }
 
 #define TCPLAT_SAME_PLACE(member, first)                                                       \
@@ -474,7 +533,7 @@ static __always_inline void tcplat_add_flow(struct tcplat_sock *s, u64 key)
 static __always_inline void
 tcplat_share(struct tcplat_listener *listener, const struct tcplat_sock *s)
 {
-	if (listener->pid == s->pid)
+	if (listener->pid == s->owner.task >> 32)
 		return;
 	listener->pid = 0;
 	if (!s->wanted)
@@ -521,9 +580,8 @@ static __always_inline struct tcplat_sock *tcplat_listen(const struct sock *sk)
 		tcplat_share(old, s);
 		return s;
 	}
-	fresh.pid = s->pid;
+	fresh.pid = tcplat_get_owner(&s->owner, fresh.comm) >> 32;
 	fresh.wanted = s->wanted;
-	__builtin_memcpy(fresh.comm, s->comm, sizeof(fresh.comm));
 	tcplat_listeners.update(&port, &fresh);
 	return s;
 }
@@ -533,6 +591,17 @@ static __always_inline struct tcplat_listener *tcplat_listener_at(u32 netns, u16
 	struct tcplat_port port = {.netns = netns, .port = lport};
 
 	return tcplat_listeners.lookup(&port);
+}
+
+/* Who accepts there, and its name; 0 where it is not known. The name never changes. */
+static __always_inline u32 tcplat_listener_pid(const struct tcplat_listener *from, char *comm)
+{
+	/* Once: tcplat_share() clears it, on another CPU. */
+	u32 pid = *(volatile u32 *)&from->pid;
+
+	if (pid)
+		__builtin_memcpy(comm, from->comm, sizeof(from->comm));
+	return pid;
 }
 
 static __always_inline bool tcplat_same_addrs(const struct tcplat_addrs *a, const struct tcplat_addrs *b)
@@ -553,7 +622,9 @@ static __always_inline bool tcplat_same_addrs(const struct tcplat_addrs *a, cons
 static __always_inline struct tcplat_sock *tcplat_inherit(const struct sock *sk, u64 now)
 {
 	struct tcplat_sock *s = tcplat_find(sk), fresh = {.since_ns = now};
+	char comm[16] __attribute__((aligned(8))) = {};
 	struct tcplat_listener *from;
+	u64 pid;
 
 	/* No child: it called connect(), as the other end did. Or it was accepted before (RFC 7413). */
 	if (s && tcplat_get(sk, sk_socket))
@@ -575,10 +646,9 @@ static __always_inline struct tcplat_sock *tcplat_inherit(const struct sock *sk,
 	tcplat_serve(fresh.addrs.sport);
 	from = tcplat_listener_at(fresh.addrs.netns, fresh.addrs.sport);
 	if (from) {
-		fresh.pid = from->pid;
 		fresh.wanted = from->wanted;
-		if (from->pid)
-			__builtin_memcpy(fresh.comm, from->comm, sizeof(fresh.comm));
+		pid = tcplat_listener_pid(from, comm);
+		tcplat_set_owner(&fresh.owner, pid << 32, comm);
 	}
 	s = tcplat_insert(tcplat_key(sk), &fresh);
 	if (s)
@@ -616,10 +686,9 @@ static __always_inline bool tcplat_whose(struct tcplat_addrs *local, struct tcpl
 		key = flow->key;
 		s = tcplat_entry(key);
 		if (s) {
-			who->pid = s->pid;
+			who->pid = tcplat_get_owner(&s->owner, who->comm) >> 32;
 			who->role = s->role;
 			who->wanted = s->wanted;
-			__builtin_memcpy(who->comm, s->comm, sizeof(who->comm));
 			return true;
 		}
 	} else if (flow) {
@@ -633,29 +702,25 @@ static __always_inline bool tcplat_whose(struct tcplat_addrs *local, struct tcpl
 	listener = tcplat_listener_at(local->netns, local->sport);
 	if (!listener)
 		return false;
-	who->pid = listener->pid;
+	who->pid = tcplat_listener_pid(listener, who->comm);
 	who->role = TCPLAT_ROLE_LISTENER;
 	who->wanted = listener->wanted;
-	if (listener->pid)
-		__builtin_memcpy(who->comm, listener->comm, sizeof(who->comm));
 	return true;
 }
 
 /*
- * A record of the socket's, owner and addresses filled in.
+ * A record of the socket's, owner and addresses filled in, whoever wants the owner.
  *
- * NULL where nobody asked for this socket, nobody listens yet or the ring is full.
+ * NULL where nobody listens yet or the ring is full.
  */
 static __always_inline struct tcplat_event *
-tcplat_reserve_for(const struct sock *sk, struct tcplat_sock *s, u8 hook, u64 ts_ns)
+tcplat_reserve_wanted(const struct sock *sk, struct tcplat_sock *s, u8 hook, u64 ts_ns)
 {
 	struct tcplat_event *e;
 
 #ifdef TCPLAT_NO_EVENTS
 	return NULL;
 #endif
-	if (!s->wanted)
-		return NULL;
 	if (!s->addrs.sport)
 		tcplat_read_addrs(&s->addrs, sk);
 	if (!tcplat_wanted_addrs(&s->addrs))
@@ -667,4 +732,11 @@ tcplat_reserve_for(const struct sock *sk, struct tcplat_sock *s, u8 hook, u64 ts
 	tcplat_fill_addrs(e, &s->addrs);
 	e->state = s->state ? s->state : tcplat_get(sk, __sk_common.skc_state);
 	return e;
+}
+
+/* The same; NULL as well where nobody asked for this socket. */
+static __always_inline struct tcplat_event *
+tcplat_reserve_for(const struct sock *sk, struct tcplat_sock *s, u8 hook, u64 ts_ns)
+{
+	return s->wanted ? tcplat_reserve_wanted(sk, s, hook, ts_ns) : NULL;
 }

@@ -58,9 +58,9 @@ tcplat_make_state(const struct sock *sk, struct tcplat_sock *s, int old, int new
 	return e;
 }
 
-/* What the program asks to send. */
+/* What the program asks to send; `s` and `me` are tcplat_use()'s. */
 static __always_inline struct tcplat_event *
-tcplat_make_send(const struct sock *sk, struct tcplat_sock *s, u32 me, u32 bytes, u8 hook)
+tcplat_make_send(const struct sock *sk, struct tcplat_sock *s, u64 me, u32 bytes, u8 hook)
 {
 	u64 now = bpf_ktime_get_ns();
 	struct tcplat_event *e;
@@ -68,22 +68,21 @@ tcplat_make_send(const struct sock *sk, struct tcplat_sock *s, u32 me, u32 bytes
 
 	if (!bytes)
 		return NULL;
-	/* Not s->tid: another thread may be in recv() on another CPU, and the owner as well. */
 	seq = tcplat_get((const struct tcp_sock *)sk, write_seq);
 	/*
 	 * The tracepoint sits in the copying loop; only the first round of a call
 	 * counts. In a later one, what is left and what was queued make up the whole.
 	 * (Two threads blocked in send() on one socket are one too many for this.)
 	 */
-	if (s->send_tid == me && bytes + (seq - s->send_seq) == s->send_bytes)
+	if (s->send_tid == (u32)me && bytes + (seq - s->send_seq) == s->send_bytes)
 		return NULL;
 	s->send_tid = me;
 	s->send_seq = seq;
 	s->send_bytes = bytes;
-	e = tcplat_reserve_for(sk, s, hook, now);
+	e = tcplat_reserve_wanted(sk, s, hook, now);
 	if (!e)
 		return NULL;
-	e->tid = me;
+	tcplat_fill_caller(e, me);
 	tcplat_add_seq(e, seq, bytes);
 	return e;
 }
@@ -95,6 +94,7 @@ tcplat_make_short(const struct sock *sk, u8 role, int ret, u8 hook)
 	struct tcplat_sock *s = tcplat_find(sk);
 	u32 taken = ret > 0 ? ret : 0;
 	struct tcplat_event *e;
+	u64 me;
 
 	if (!tcplat_is(s, role) || !s->send_tid)
 		return NULL;
@@ -105,12 +105,15 @@ tcplat_make_short(const struct sock *sk, u8 role, int ret, u8 hook)
 	if (taken >= s->send_bytes)
 		return NULL;
 	s->send_tid = 0;
-	tcplat_own(s);
+	me = bpf_get_current_pid_tgid();
+	if (!tcplat_own_by(s, me))
+		return NULL;
 	if (tcplat_get((const struct tcp_sock *)sk, write_seq) != s->send_seq + taken)
 		return NULL;
-	e = tcplat_reserve_for(sk, s, hook, bpf_ktime_get_ns());
+	e = tcplat_reserve_wanted(sk, s, hook, bpf_ktime_get_ns());
 	if (!e)
 		return NULL;
+	tcplat_fill_caller(e, me);
 	tcplat_add_seq(e, s->send_seq + taken, s->send_bytes - taken);
 	if (ret < 0)
 		e->err = -ret;
@@ -137,11 +140,11 @@ static __always_inline u32 tcplat_next_byte(const struct tcp_sock *tp, u32 copie
 }
 
 /*
- * What the program was given; 0 bytes at the end of the stream. `s` is the socket's
- * entry, `me` the current thread.
+ * What the program was given; 0 bytes at the end of the stream. `s` and `me` are
+ * tcplat_use()'s.
  */
 static __always_inline struct tcplat_event *
-tcplat_make_recv(const struct sock *sk, struct tcplat_sock *s, u32 me, u32 bytes, u8 hook, u64 now)
+tcplat_make_recv(const struct sock *sk, struct tcplat_sock *s, u64 me, u32 bytes, u8 hook, u64 now)
 {
 	const struct tcp_sock *tp = (const struct tcp_sock *)sk;
 	struct tcplat_event *e;
@@ -154,10 +157,10 @@ tcplat_make_recv(const struct sock *sk, struct tcplat_sock *s, u32 me, u32 bytes
 	if (!bytes && !(tcplat_get(sk, sk_shutdown) & TCPLAT_RCV_SHUTDOWN))
 		return NULL;
 	copied = tcplat_get(tp, copied_seq);
-	e = tcplat_reserve_for(sk, s, hook, now);
+	e = tcplat_reserve_wanted(sk, s, hook, now);
 	if (!e)
 		return NULL;
-	e->tid = me;
+	tcplat_fill_caller(e, me);
 	tcplat_add_seq(e, tcplat_next_byte(tp, copied, e->state) - bytes, bytes);
 	return e;
 }
