@@ -3,7 +3,7 @@ SHELL := /bin/sh
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_PACKAGES := python3-bpfcc python3-venv
-TEST_PACKAGES := $(DEMO_PACKAGES) bpfcc-tools bpftool chromium chromium-driver clang curl iproute2 nftables nginx-light procps tcpdump tshark
+TEST_PACKAGES := $(DEMO_PACKAGES) bpfcc-tools bpftool chromium chromium-driver clang curl iproute2 nftables nginx-light procps sudo tcpdump tshark
 BENCH_PACKAGES := $(TEST_PACKAGES) bpftrace
 apt = dpkg -s $(1) >/dev/null 2>&1 || { apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1) >/dev/null; }
@@ -51,7 +51,7 @@ $(VENV)/bin/pip:
 	@python3 -c 'import ensurepip' 2>/dev/null || { $(call apt,python3-venv); }
 	python3 -m venv $(VENV)
 
-C = hatch_build.py tcplat_core/fast/records.c
+C = hatch_build.py tcplat_core/fast/records.c bin/tcplat bin/tcplat-start
 
 $(VENV)/demo: pyproject.toml $(C) | $(VENV)/bin/pip
 	$(BIN)/pip install -q --disable-pip-version-check -e .

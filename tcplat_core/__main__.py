@@ -1,20 +1,50 @@
-"""The command ``tcplat``, also as ``python -m tcplat_core``."""
+"""The command ``tcplat``, also as ``python -I -m tcplat_core``."""
 
 from __future__ import annotations
 
 import os
+import site
 import sys
+from pathlib import Path
 from typing import NoReturn
+
+from . import privileges
+from .errors import CannotRunError
+
+
+def start() -> NoReturn:
+    """For the script tcplat, which starts Python with -I, whoever calls it.
+
+    A user without rights gets PYTHONPATH and packages below his home after all.
+    """
+    if not privileges.held() and _differs():
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "tcplat_core", *sys.argv[1:]])
+    main()
 
 
 def main() -> NoReturn:
-    """Run the command line, as root only where nobody can slip modules in."""
-    if os.geteuid() == 0 and not sys.flags.isolated:
-        # Without -I they come from PYTHONPATH, the user's site and the current folder as well.
-        os.execv(sys.executable, [sys.executable, "-I", "-m", "tcplat_core", *sys.argv[1:]])
-    from .cli import main as isolated_main  # noqa: PLC0415 - not before it is safe, nor twice
+    """Run the command line; with rights only where no other user's code can have run by now."""
+    if privileges.held():
+        if not sys.flags.isolated:
+            print(  # noqa: T201 - click is not to be imported here
+                "tcplat: with root's rights Python needs -I, or it runs what it finds in the "
+                "current folder, PYTHONPATH and the user's packages: start tcplat by its command "
+                "(one of an older installation: install it again), or by python -I -m tcplat_core",
+                file=sys.stderr,
+            )
+            sys.exit(CannotRunError.exit_code)
+        privileges.hide_environment()
+    from .cli import main as isolated_main  # noqa: PLC0415 - not before it is safe
 
     isolated_main()
+
+
+def _differs() -> bool:
+    """Whether -I keeps anything from this user."""
+    return (
+        any(name.startswith("PYTHON") for name in os.environ)
+        or Path(site.getusersitepackages()).is_dir()
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import attrs
 
+from . import privileges
 from .errors import UsageError
 
 
@@ -36,7 +37,9 @@ class Command:
         Raises:
             UsageError: There is no such program.
         """
-        path = shutil.which(arguments[0])
+        # As tcplat was started: what is hidden from us is not hidden from the command.
+        environment = privileges.environment()
+        path = shutil.which(arguments[0], path=environment.get("PATH"))
         if path is None:
             raise UsageError(f"there is no program {arguments[0]!r} to run")
         wait, gate = os.pipe()
@@ -50,7 +53,7 @@ class Command:
                 # Python ignores these, and an ignored signal stays so across exec.
                 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
                 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-                os.execv(path, list(arguments))
+                os.execve(path, list(arguments), environment)
         except OSError as error:
             os.write(2, f"tcplat: cannot run {path}: {error.strerror}\n".encode())
             os._exit(126)
@@ -94,12 +97,16 @@ def _fork_ender(pid: int, gate: int) -> int:
     """A process that keeps our rights, to end the command with: we shall have given them up.
 
     Returns:
-        A pipe. A byte in it sends SIGTERM; closing it lets the command be. The
-        pid cannot be another's by then: we have not waited for it.
+        A pipe. A byte in it sends SIGTERM; closing it lets the command be. Plugins can write
+        to it as well, also when the command has ended and its pid is another process's: so
+        what is signalled is the process itself, by a pidfd.
     """
     wait, ender = os.pipe()
+    # Here, where the command cannot have ended unnoticed: we have not waited for it.
+    process = os.pidfd_open(pid)
     if os.fork():
         os.close(wait)
+        os.close(process)
         return ender
     try:
         os.close(ender)
@@ -107,6 +114,6 @@ def _fork_ender(pid: int, gate: int) -> int:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         if os.read(wait, 1):
-            os.kill(pid, signal.SIGTERM)
+            signal.pidfd_send_signal(process, signal.SIGTERM)
     finally:
         os._exit(0)
