@@ -1,4 +1,4 @@
-"""``python -I -m tcplat_core.loader FD``: a request on standard input, the answer on FD."""
+"""``python -I -m tcplat_core.loader PARENT FD``: a request on standard input, the answer on FD."""
 
 from __future__ import annotations
 
@@ -9,16 +9,22 @@ import traceback
 
 from tcplat_core.errors import TOO_MANY_FILES, TcplatError
 
-from .attach import Loader, refuse_without_capabilities
-from .bpf import lift_memory_limit, try_bpf
-from .cache import Cache
-from .protocol import Answer, Refusal, Request, send_answer
+from . import isolation
+
+# First: what comes now takes 90 ms, in which the session may die.
+isolation.begin(int(sys.argv[1]))
+
+from .attach import Loader, refuse_without_capabilities  # noqa: E402
+from .bpf import lift_memory_limit, try_bpf  # noqa: E402
+from .cache import Cache  # noqa: E402
+from .protocol import Answer, Refusal, Request, send_answer  # noqa: E402
 
 
 def main() -> None:
     """Answer one request and end, whatever happens, without Python's or bcc's clean-up."""
-    to = socket.socket(fileno=int(sys.argv[1]))
+    to = socket.socket(fileno=int(sys.argv[2]))
     answer: Answer | Refusal
+    work = None
     try:
         refuse_without_capabilities()
         lift_memory_limit()
@@ -26,7 +32,9 @@ def main() -> None:
         data = sys.stdin.buffer.read()
         if not data:  # the session gave up
             os._exit(0)
-        answer = Loader(Request.unpack(data), Cache.open()).run()
+        cache = Cache.open()
+        work = isolation.WorkFolder.enter(cache.root)
+        answer = Loader(Request.unpack(data), cache).run()
     except TcplatError as error:
         answer = Refusal(str(error), error.exit_code, _log(error))
     except Exception as error:  # noqa: BLE001 - a bug of ours; the session shows it
@@ -36,6 +44,8 @@ def main() -> None:
         send_answer(to, answer)
     except TcplatError as error:
         send_answer(to, Refusal(str(error), error.exit_code, _log(error)))
+    if work:
+        work.close()
     sys.stdout.flush()
     sys.stderr.flush()
     # bcc's atexit handler would disable the perf events that the session now holds.

@@ -14,7 +14,7 @@ from tcplat_core.errors import NEEDS_ROOT, TOO_MANY_FILES, CannotRunError, Plugi
 from tcplat_core.hookpoints import Hook, HookPoint, Way
 from tcplat_core.ring import possible_cpus
 
-from . import bpf, kheaders, seeding, xdp
+from . import bpf, isolation, kheaders, seeding, xdp
 from .btf import BtfError
 from .cache import Cache, digest, kernel_identity
 from .compile import (
@@ -116,6 +116,7 @@ class Loader:
             for probe, choice in zip(self.request.probes, choices, strict=True)
         ]
         core = modules[0]
+        isolation.refuse_orphan()
         self._attach_core(core)
         # A socket that ends while the probes are attached one by one must not leave its entry
         # to the next one at its address. Nobody listens yet: its last row is not missed.

@@ -17,7 +17,10 @@ from typing import Any
 import attrs
 import msgpack
 
+from tcplat_core.privileges import held
+
 from .btf import VMLINUX
+from .isolation import scratch
 
 ENTRIES = 64
 """Files kept; the oldest go first."""
@@ -48,7 +51,7 @@ class Cache:
             return None
         try:
             path = self.root / name
-            data = path.read_bytes()
+            data = _read_own(path)
             body, seal = data[:-32], data[-32:]
             if digest(body).encode() != seal:
                 return None
@@ -63,10 +66,14 @@ class Cache:
             return
         body = msgpack.packb(value)
         with contextlib.suppress(OSError):
-            fd, fresh = tempfile.mkstemp(prefix=".new-", dir=self.root)
-            with os.fdopen(fd, "wb") as file:
-                file.write(body + digest(body).encode())
-            Path(fresh).rename(self.root / name)
+            fd, fresh = tempfile.mkstemp(prefix=".new-", dir=scratch(self.root))
+            try:
+                with os.fdopen(fd, "wb") as file:
+                    file.write(body + digest(body).encode())
+                Path(fresh).rename(self.root / name)
+            except OSError:
+                Path(fresh).unlink(missing_ok=True)
+                raise
             self._prune()
 
     def _prune(self) -> None:
@@ -84,7 +91,8 @@ def kernel_identity(btf_path: Path | str = VMLINUX) -> bytes:
         with contextlib.suppress(OSError):
             notes = Path("/sys/kernel/notes").read_bytes()  # holds the build-id
     notes = notes or Path(btf_path).read_bytes()
-    return digest(notes, uname.release.encode(), uname.version.encode()).encode()
+    names = (uname.release, uname.version, uname.machine)
+    return digest(notes, *(name.encode() for name in names)).encode()
 
 
 def digest(*parts: bytes) -> str:
@@ -96,10 +104,30 @@ def digest(*parts: bytes) -> str:
     return total.hexdigest()
 
 
+def _read_own(path: Path) -> bytes:
+    """The content of a file that is ours alone.
+
+    Raises:
+        OSError: It cannot be read, or is another user's.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or not _is_ours(status):
+            raise PermissionError(f"{path} is not a file that only we can write to")
+        return file.read()
+
+
 def default_root() -> Path:
-    """Return where the cache is unless somebody says otherwise."""
+    """Return where the cache is unless somebody says otherwise.
+
+    Raises:
+        PermissionError: Not root, and with capabilities: a folder of this user's is one that
+            processes without them can write to as well.
+    """
     if os.geteuid() == 0:
         return Path("/var/cache/tcplat")
+    if held():
+        raise PermissionError("with capabilities alone there is no cache")
     xdg = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(xdg) if xdg.startswith("/") else Path.home() / ".cache") / "tcplat"
 
@@ -112,12 +140,25 @@ def check_own(folder: Path) -> None:
         FileNotFoundError: There is none.
     """
     status = folder.lstat()
-    if (
-        not stat.S_ISDIR(status.st_mode)
-        or status.st_uid != os.geteuid()
-        or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    ):
+    if not stat.S_ISDIR(status.st_mode) or not _is_ours(status):
         raise PermissionError(f"{folder} is not a folder that only we can write to")
+    for above in folder.parent.resolve().parents:
+        _check_above(above)
+    _check_above(folder.parent.resolve())
+
+
+def _is_ours(status: os.stat_result) -> bool:
+    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _check_above(folder: Path) -> None:
+    """Check that no other user can put another folder in place of one in here."""
+    status = folder.stat()
+    others = stat.S_IWOTH | (stat.S_IWGRP if status.st_gid else 0)
+    if status.st_uid not in (0, os.geteuid()) or (
+        status.st_mode & others and not status.st_mode & stat.S_ISVTX
+    ):
+        raise PermissionError(f"others can replace what is in {folder}")
 
 
 def own_folder(folder: Path) -> None:

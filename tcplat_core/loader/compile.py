@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import os
 import platform
@@ -10,7 +11,7 @@ import re
 import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -161,14 +162,25 @@ def compile_text(text: str, tree: Path) -> Compiled:
     return Compiled(functions, tuple(maps))
 
 
+@functools.cache
 def compiler_identity() -> bytes:
-    """What changes when bcc does: the file that /usr/lib's libbcc.so.0 stands for."""
+    """What changes when the compiler does: bcc, its library, and the clang and LLVM below it."""
+    named = re.compile(r"lib(bcc|bpf|clang-cpp|LLVM)\b.*\.so")
+    parts = []
     for folder in ("/usr/lib", "/usr/lib64", f"/usr/lib/{platform.machine()}-linux-gnu"):
-        library = Path(folder) / "libbcc.so.0"
-        if library.exists():
-            there = library.resolve()
-            return f"{there} {there.stat().st_size} {there.stat().st_mtime_ns}".encode()
-    return b""
+        with suppress(OSError), os.scandir(folder) as entries:
+            parts += [_file_identity(one.path) for one in entries if named.match(one.name)]
+    with suppress(CannotRunError):
+        parts += [_file_identity(str(one)) for one in find_bcc().glob("*.py")]
+    return "\n".join(sorted(parts)).encode()
+
+
+def _file_identity(path: str) -> str:
+    try:
+        status = os.stat(path)
+    except OSError:  # a link to nothing
+        return path
+    return f"{path} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
 
 
 def find_bcc() -> Path:

@@ -29,6 +29,7 @@ from tcplat_core.loader.btf import (
     Type,
 )
 from tcplat_core.loader.cache import check_own, default_root, digest, kernel_identity, own_folder
+from tcplat_core.loader.isolation import scratch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -241,6 +242,7 @@ def cached_tree(
         with contextlib.suppress(OSError):
             _store(place, header)
             return Tree(place, temporary=False)
+    # In the loader this is below its work folder.
     folder = Path(tempfile.mkdtemp(prefix="tcplat-"))
     try:
         write_tree(folder, header)
@@ -714,7 +716,7 @@ def _store(entry: Path, header_text: str) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=entry.parent))
+    fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=scratch(entry.parent)))
     try:
         write_tree(fresh, header_text)
         try:
@@ -722,7 +724,7 @@ def _store(entry: Path, header_text: str) -> None:
         except OSError:
             # Another start was faster, or an incomplete one is in the way.
             if not _is_complete(entry):
-                old = tempfile.mkdtemp(prefix=".old-", dir=entry.parent)
+                old = tempfile.mkdtemp(prefix=".old-", dir=scratch(entry.parent))
                 entry.rename(old)
                 shutil.rmtree(old, ignore_errors=True)
                 fresh.rename(entry)

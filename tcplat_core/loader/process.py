@@ -7,17 +7,18 @@ own start: so this file imports next to nothing.
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import IO, TYPE_CHECKING, Self
 
 import attrs
 
 from tcplat_core.errors import NEEDS_ROOT, CannotRunError, PluginError, TcplatError, UsageError
+from tcplat_core.privileges import SYSTEM_PATH
 
 if TYPE_CHECKING:
     from .protocol import Answer, Request
@@ -36,16 +37,20 @@ class LoaderProcess:
         """Start it while we are still root; it waits for the request."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # libbcc and clang print on standard output, too: it must not be ours.
-        log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        log = os.fdopen(os.memfd_create("tcplat-log"), "w+b")
         try:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-m", "tcplat_core.loader", str(theirs.fileno())],
+                [
+                    *(sys.executable, "-I", "-m", "tcplat_core.loader"),
+                    *(str(os.getpid()), str(theirs.fileno())),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 pass_fds=[theirs.fileno()],
                 # bcc hands much of its environment on to a shell and to the compiler.
-                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"},
+                env={"PATH": SYSTEM_PATH, "LC_ALL": "C"},
+                cwd="/",
                 # Ctrl-C is for the session, which then stops the loader itself.
                 start_new_session=True,
             )

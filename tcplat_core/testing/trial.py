@@ -1,6 +1,6 @@
 """A probe tried out in a process of its own: compiled, and with root loaded, attached, taken off.
 
-``python -I -m tcplat_core.testing.trial compile|attach``: msgpack on standard input, and on
+``python -I -m tcplat_core.testing.trial PARENT compile|attach``: msgpack on standard input, and on
 standard output. What crosses over is C text and data; no Python of the plugin's runs here.
 Attached is in a network namespace that the process has to itself, so that no packet of
 the host's meets a program on trial.
@@ -22,13 +22,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import attrs
 import msgpack
 
 from tcplat_core.errors import CannotRunError, TcplatError
+from tcplat_core.loader import isolation
 from tcplat_core.loader.protocol import Request
+from tcplat_core.privileges import SYSTEM_PATH
+
+if TYPE_CHECKING:
+    from tcplat_core.loader.cache import Cache
 
 _LLVM_IR = 1
 """DEBUG_LLVM_IR of bcc: what was compiled, on standard error."""
@@ -55,18 +60,22 @@ class Trial:
     @classmethod
     def start(cls, what: str) -> Self:
         """Start it; for `attach` while we are still root."""
-        log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        log = os.fdopen(os.memfd_create("tcplat-log"), "w+b")
         process = subprocess.Popen(
-            [sys.executable, "-I", "-m", "tcplat_core.testing.trial", what],
+            [
+                *(sys.executable, "-I", "-m", "tcplat_core.testing.trial"),
+                *(str(os.getpid()), what),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
             # As for the loader: bcc hands much of its environment on.
             env={
-                "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+                "PATH": SYSTEM_PATH,
                 "LC_ALL": "C",
                 **{k: v for k, v in os.environ.items() if k in ("HOME", "XDG_CACHE_HOME")},
             },
+            cwd="/",
         )
         return cls(process, log)
 
@@ -104,18 +113,18 @@ def as_root() -> Trial | None:
 # --- in the process
 
 
-def compile_(raw: Mapping[str, Any]) -> dict[str, Any]:
+def compile_(raw: Mapping[str, Any], cache: Cache) -> dict[str, Any]:
     """Compile a text, as the loader does, but for what needs rights.
 
     Args:
         raw: `text`, and `types`: the kernel's types that it wants.
+        cache: Where the types may be, as C.
 
     Returns:
         `programs`: the names of what could be loaded; or `refusal`: the compiler's words.
     """
     from tcplat_core.loader import kheaders  # noqa: PLC0415 - the other trial needs none of it
     from tcplat_core.loader.btf import BtfError  # noqa: PLC0415
-    from tcplat_core.loader.cache import Cache  # noqa: PLC0415
     from tcplat_core.loader.compile import import_bcc, kernel_source  # noqa: PLC0415
     from tcplat_core.loader.host import BTF_PATH  # noqa: PLC0415
 
@@ -127,7 +136,7 @@ def compile_(raw: Mapping[str, Any]) -> dict[str, Any]:
         return {"unable": str(error)}
     failed = False
     try:
-        tree = kheaders.cached_tree(BTF_PATH, raw["types"], Cache.open().root)
+        tree = kheaders.cached_tree(BTF_PATH, raw["types"], cache.root)
     except BtfError as error:
         return {"refusal": str(error)}
     with tree, _captured() as words, kernel_source(tree.folder):
@@ -159,7 +168,7 @@ def _captured() -> Iterator[Callable[[], str]]:
             text = file.read().decode(errors="replace")
 
 
-def attach(request: Request) -> dict[str, Any]:
+def attach(request: Request, cache: Cache) -> dict[str, Any]:
     """Load and attach a probe, give its XDP programs packets, and take everything off again.
 
     Returns:
@@ -168,14 +177,13 @@ def attach(request: Request) -> dict[str, Any]:
     """
     from tcplat_core.loader import bpf  # noqa: PLC0415 - the other trial needs none of it
     from tcplat_core.loader.attach import Loader  # noqa: PLC0415
-    from tcplat_core.loader.cache import Cache  # noqa: PLC0415
 
     bpf.lift_memory_limit()
     _make_interfaces(request)
     before = _open_fds()
     try:
         with _captured():
-            answer = Loader(request, Cache.open()).run()
+            answer = Loader(request, cache).run()
     except TcplatError as error:
         return {"refusal": str(error)}
     (probe,) = answer.probes.values()
@@ -317,14 +325,22 @@ def _unshare_network() -> None:
 
 def main() -> None:
     """Try one thing and say what came of it."""
+    isolation.begin(int(sys.argv[1]))
     data = sys.stdin.buffer.read()
     if not data:  # whoever asked has given up
         return
-    if sys.argv[1] == "compile":
-        answer = compile_(msgpack.unpackb(data))
-    else:
-        _unshare_network()
-        answer = attach(Request.unpack(data))
+    from tcplat_core.loader.cache import Cache  # noqa: PLC0415 - takes time, and may not be needed
+
+    cache = Cache.open()
+    work = isolation.WorkFolder.enter(cache.root)
+    try:
+        if sys.argv[2] == "compile":
+            answer = compile_(msgpack.unpackb(data), cache)
+        else:
+            _unshare_network()
+            answer = attach(Request.unpack(data), cache)
+    finally:
+        work.close()
     sys.stdout.buffer.write(msgpack.packb(answer))
     sys.stdout.buffer.flush()
     # bcc's atexit handler has nothing to clean up here.

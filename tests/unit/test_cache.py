@@ -145,10 +145,58 @@ def test_root_caches_in_var_and_others_at_home(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("XDG_CACHE_HOME", "/planted")
     assert default_root() == Path("/var/cache/tcplat")
     monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setattr("tcplat_core.loader.cache.held", lambda: False)
     assert default_root() == Path("/planted/tcplat")
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", "/home/me")
     assert default_root() == Path("/home/me/.cache/tcplat")
+
+
+def test_with_capabilities_alone_there_is_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the user's own folder, processes without them could put programs for us to load."""
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setattr("tcplat_core.loader.cache.held", lambda: True)
+    with pytest.raises(PermissionError, match="there is no cache"):
+        default_root()
+    assert Cache.open().root is None
+
+
+def test_a_folder_that_others_can_replace_is_not_used(tmp_path: Path) -> None:
+    above = tmp_path / "above"
+    Cache.open(above / "cache").write("a.program", VALUE)
+    above.chmod(0o777)
+    assert Cache.open(above / "cache").root is None
+    above.chmod(0o1777)  # as /tmp: only the owner of a folder can rename it
+    assert Cache.open(above / "cache").read("a.program") == VALUE
+
+
+def test_a_file_that_is_a_link_or_that_others_can_write_to_is_not_read(cache: Cache) -> None:
+    cache.write("a.program", VALUE)
+    assert cache.root is not None
+    (cache.root / "b.program").symlink_to(cache.root / "a.program")
+    assert cache.read("b.program") is None
+    (cache.root / "a.program").chmod(0o666)
+    assert cache.read("a.program") is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_file_of_somebody_else_is_not_read(cache: Cache) -> None:
+    cache.write("a.program", VALUE)
+    assert cache.root is not None
+    os.chown(cache.root / "a.program", 65534, 65534)
+    assert cache.read("a.program") is None
+
+
+def test_a_file_that_cannot_be_written_whole_leaves_nothing(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.rename", full)
+    cache.write("a.program", VALUE)
+    assert cache.root is not None
+    assert list(cache.root.iterdir()) == []
 
 
 def test_a_folder_is_made_for_us_alone(tmp_path: Path) -> None:

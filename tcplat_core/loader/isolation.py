@@ -1,0 +1,177 @@
+"""What a process with rights works in: nothing of its caller's, and nothing that outlives it.
+
+The compiler takes headers from the current folder, temporary files go where TMPDIR says, and
+limits, masks and personality are inherited: all of that is the choice of whoever starts tcplat,
+who need not be root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import attrs
+
+from tcplat_core.errors import CannotRunError, TcplatError
+
+_PR_SET_PDEATHSIG = 1
+_PER_LINUX = 0
+_PREFIX = "tcplat-work-"
+_TEMPORARY = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"), Path("/run"))  # noqa: S108 - see below
+"""Not tempfile's choice: that asks TMPDIR first, and the current folder last. All may write there,
+but the folder's name is random, and its mode 0700 from the start."""
+_STALE_S = 3600.0
+"""No start takes so long: a folder of this age is left of a machine that lost power."""
+_LIMITS = (
+    resource.RLIMIT_AS,
+    resource.RLIMIT_CPU,
+    resource.RLIMIT_DATA,
+    resource.RLIMIT_FSIZE,
+    resource.RLIMIT_STACK,
+)
+"""Those under which a compiler fails halfway. The number of files stays the caller's: a run
+needs as many as the loader, and says so."""
+_OURS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ)
+"""What cannot be set, and what Python itself ignores."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_parent = 0
+_work: Path | None = None
+
+
+def begin(parent: int) -> None:
+    """Leave behind what was inherited, and end with the process that asked for us.
+
+    Args:
+        parent: Its pid. It may have died before we could ask the kernel to tell us.
+    """
+    global _parent  # noqa: PLW0603 - a process has one
+    _parent = parent
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if orphaned():
+        os._exit(1)
+    os.chdir("/")
+    os.umask(0o077)
+    for number in signal.valid_signals() - {*_OURS}:
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    _libc.personality(_PER_LINUX)  # `setarch --uname-2.6` changes the kernel's version
+    for limit in _LIMITS:
+        hard = resource.getrlimit(limit)[1]
+        try:
+            resource.setrlimit(limit, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        except (OSError, ValueError):  # without CAP_SYS_RESOURCE
+            resource.setrlimit(limit, (hard, hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def orphaned() -> bool:
+    """Whether the process that asked for us has died. No process has asked in a test."""
+    return _parent != 0 and os.getppid() != _parent
+
+
+def refuse_orphan() -> None:
+    """Attach nothing that no session would read.
+
+    Raises:
+        TcplatError: The session has died.
+    """
+    if orphaned():
+        raise TcplatError("the session has ended")
+
+
+def scratch(root: Path) -> Path:
+    """Where to write what is then renamed into `root`: the work folder, if it is in there."""
+    return _work if _work and _work.parent == root else root
+
+
+@attrs.define(eq=False)
+class WorkFolder:
+    """A folder for this process alone, current folder and TMPDIR; gone with it, even if killed.
+
+    A child waits for the end of a pipe, which comes when the last process dies that can write
+    to it, and removes what is there by then.
+    """
+
+    path: Path
+    _pipe: int
+    _remover: int
+
+    @classmethod
+    def enter(cls, parent: Path | None) -> Self:
+        """Make it, and go there.
+
+        Args:
+            parent: A folder that no other user can write to; None for the system's temporary one.
+
+        Raises:
+            CannotRunError: There is no place to write at.
+        """
+        global _work  # noqa: PLW0603 - a process has one
+        name = f"{_PREFIX}{secrets.token_hex(8)}"
+        paths = [one / name for one in (*([parent] if parent else ()), *_TEMPORARY)]
+        wait, pipe = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        remover = os.fork()  # first: there is no moment at which a folder would stay behind
+        if not remover:
+            _remove_at_end(wait, paths)
+        os.close(wait)
+        work = cls(_made(paths), pipe, remover)
+        os.chdir(work.path)
+        os.environ["TMPDIR"] = tempfile.tempdir = str(work.path)
+        _work = work.path
+        if parent:
+            _remove_stale(parent)
+        return work
+
+    def close(self) -> None:
+        """Remove it, and be alone again."""
+        os.chdir("/")
+        os.close(self._pipe)
+        os.waitpid(self._remover, 0)
+
+
+def _made(paths: Sequence[Path]) -> Path:
+    for path in paths:
+        with contextlib.suppress(OSError):  # not there, read-only, full: the next one
+            path.mkdir(mode=0o700)
+            return path
+    places = ", ".join(str(path.parent) for path in paths)
+    raise CannotRunError(f"there is no folder for temporary files: make one of {places} writable")
+
+
+def _remove_at_end(wait: int, paths: Sequence[Path]) -> None:
+    """In the child: hold nothing open but the pipe, so that no reader waits for us."""
+    try:
+        os.dup2(wait, 0)
+        for fd in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):  # that of the listing itself
+                if fd != "0":
+                    os.close(int(fd))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        os.read(0, 1)
+        for path in paths:
+            shutil.rmtree(path, ignore_errors=True)
+    finally:
+        os._exit(0)
+
+
+def _remove_stale(parent: Path) -> None:
+    for old in parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another start removes its own
+            if time.time() - old.lstat().st_mtime > _STALE_S:
+                shutil.rmtree(old, ignore_errors=True)

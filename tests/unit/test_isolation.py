@@ -1,0 +1,196 @@
+"""What compiles with rights has nothing of its caller's, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tcplat_core.loader import isolation
+
+BEGIN = """
+import os, sys
+from pathlib import Path
+from typing import Any
+from tcplat_core.loader import isolation
+isolation.begin(int(sys.argv[1]))
+"""
+
+
+def python(code: str, *arguments: str, **how: Any) -> subprocess.Popen[str]:
+    """A child that has begun, and then runs the code."""
+    return subprocess.Popen(
+        [sys.executable, "-I", "-c", BEGIN + code, str(os.getpid()), *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        **how,
+    )
+
+
+def output(child: subprocess.Popen[str]) -> str:
+    out, _ = child.communicate(timeout=60)
+    assert child.returncode == 0
+    return out.strip()
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_the_callers_folder_and_umask_are_left(tmp_path: Path) -> None:
+    child = python("print(os.getcwd(), os.umask(0))", cwd=tmp_path, umask=0)
+    assert output(child) == f"/ {0o077}"
+
+
+def test_a_folder_that_is_gone_is_no_error(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+
+    def enter() -> None:
+        os.chdir(gone)
+        gone.rmdir()
+
+    assert output(python("print(os.getcwd())", preexec_fn=enter)) == "/"
+
+
+def test_ignored_and_blocked_signals_are_not_inherited() -> None:
+    def deafen() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+
+    code = (
+        "status = Path('/proc/self/status').read_text()\n"
+        "print(*(int(status.split(f'Sig{name}:')[1].split()[0], 16) for name in ('Blk', 'Ign')))"
+    )
+    pythons = 1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1
+    assert output(python(code, preexec_fn=deafen)) == f"0 {pythons}"
+
+
+def test_limits_are_as_high_as_they_may_be() -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_CPU, (100, resource.RLIM_INFINITY))
+
+    code = (
+        "import resource as r\nprint(*(r.getrlimit(one)[0] for one in "
+        "(r.RLIMIT_FSIZE, r.RLIMIT_CPU, r.RLIMIT_CORE)))"
+    )
+    assert output(python(code, preexec_fn=limit)) == "-1 -1 0"
+
+
+def test_it_ends_at_once_where_its_parent_is_another() -> None:
+    """It died before the kernel could be asked to tell of its death."""
+    child = subprocess.run(
+        [sys.executable, "-I", "-c", BEGIN + "print('still here')", str(os.getpid() + 1)],
+        stdout=subprocess.PIPE,
+        check=False,
+    )
+    assert (child.returncode, child.stdout) == (1, b"")
+
+
+def test_it_dies_with_its_parent() -> None:
+    # The shell is its parent, and says who it is.
+    script = '"$0" -I -c "$1" $$ <&- & echo $!; read -r line'  # $$ is the shell's own pid
+    code = BEGIN + "import time\nprint('begun', flush=True)\ntime.sleep(600)"
+    shell = subprocess.Popen(
+        ["bash", "-c", script, sys.executable, code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert shell.stdout
+    lines = {shell.stdout.readline().strip() for _ in range(2)}
+    (pid,) = lines - {"begun"}
+    shell.kill()
+    shell.communicate()
+    eventually(lambda: not alive(int(pid)))
+
+
+def alive(pid: int) -> bool:
+    """Whether it is there, and no zombie that waits for another's init."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+WORK = """
+import tempfile
+above = Path(sys.argv[2])
+work = isolation.WorkFolder.enter(above)
+print(os.getcwd(), oct(work.path.stat().st_mode & 0o777), tempfile.gettempdir())
+print(isolation.scratch(above), isolation.scratch(Path("/usr")), flush=True)
+"""
+
+
+def test_the_work_folder_is_its_own_and_goes(tmp_path: Path) -> None:
+    lines = output(python(WORK + "work.close()\nprint(os.getcwd())", str(tmp_path))).splitlines()
+    folder, mode, temporary = lines[0].split()
+    assert Path(folder).parent == tmp_path
+    assert (mode, temporary) == ("0o700", folder)
+    assert lines[1:] == [f"{folder} /usr", "/"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_it_leaves_no_folder(tmp_path: Path) -> None:
+    code = "(work.path / 'below').mkdir()\nprint('made', flush=True)\nimport time\ntime.sleep(600)"
+    child = python(WORK + code, str(tmp_path))
+    assert child.stdout
+    while child.stdout.readline() != "made\n":
+        pass
+    assert len(list(tmp_path.iterdir())) == 1
+    child.kill()
+    child.communicate()
+    eventually(lambda: not list(tmp_path.iterdir()))
+
+
+def test_a_folder_that_cannot_be_written_to_is_not_the_only_one(tmp_path: Path) -> None:
+    lines = output(python(WORK + "work.close()", str(tmp_path / "missing"))).splitlines()
+    folder = Path(lines[0].split()[0])
+    assert folder.parent in isolation._TEMPORARY
+    assert not folder.exists()
+
+
+def test_folders_of_a_machine_that_lost_power_go(tmp_path: Path) -> None:
+    old, young = tmp_path / "tcplat-work-0", tmp_path / "tcplat-work-1"
+    for folder in (old, young):
+        (folder / "include").mkdir(parents=True)
+    os.utime(old, (0, 0))
+    output(python(WORK + "work.close()", str(tmp_path)))
+    assert list(tmp_path.iterdir()) == [young]
+
+
+def test_in_a_test_no_process_has_asked() -> None:
+    assert not isolation.orphaned()
+    isolation.refuse_orphan()
+
+
+@pytest.mark.parametrize("value", ["-1", "4294967295", "x", "1e3", "²", " 5"])
+@pytest.mark.parametrize("name", ["SUDO_UID", "SUDO_GID"])
+@pytest.mark.skipif(os.geteuid() != 0, reason="for others the variable means nothing")
+def test_a_forged_user_is_refused(name: str, value: str) -> None:
+    """To setresuid(2), -1 means that nothing is to change."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-m", "tcplat_core", "plugins", "list"],
+        env={**os.environ, "SUDO_UID": "65534", name: value},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3
+    assert done.stdout == ""
+    assert done.stderr.strip() == (
+        f"tcplat: {name}={value} is not a number as sudo sets it: unset {name}"
+    )
