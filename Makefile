@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_PACKAGES := python3-bpfcc python3-venv
 TEST_PACKAGES := $(DEMO_PACKAGES) bpfcc-tools bpftool chromium chromium-driver clang curl iproute2 nftables nginx-light procps sudo tcpdump tshark
-BENCH_PACKAGES := $(TEST_PACKAGES) bpftrace
+BENCH_PACKAGES := $(TEST_PACKAGES) bpftrace kmod
 apt = dpkg -s $(1) >/dev/null 2>&1 || { apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1) >/dev/null; }
 
@@ -44,7 +44,7 @@ bench: $(VENV)/dev
 	@$(call apt,$(BENCH_PACKAGES))
 	@mountpoint -q /sys/kernel/tracing || mount -t tracefs tracefs /sys/kernel/tracing
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[bench]'
-	$(BIN)/python tests/bench/bench.py
+	$(BIN)/python -m tests.bench.bench
 
 # python3-venv first: without it the line after fails on Debian.
 $(VENV)/bin/pip:

@@ -18,7 +18,13 @@ from .errors import CannotRunError
 from .fast.library import library
 from .hookpoints import MECHANISMS
 from .loader.attach import refuse_without_capabilities
-from .loader.bpf import lift_memory_limit, tracefs, tracefs_missing, try_bpf
+from .loader.bpf import (
+    lift_memory_limit,
+    refuse_other_machines,
+    tracefs,
+    tracefs_missing,
+    try_bpf,
+)
 from .loader.compile import find_bcc
 from .loader.host import Host, choose, may_load
 from .plugins import Plugins
@@ -88,6 +94,10 @@ def examine() -> tuple[list[Check], dict[str, Any]]:
 def _kernel() -> Check:
     release = platform.release()
     found = f"{release} {platform.machine()}"
+    try:
+        refuse_other_machines()
+    except CannotRunError as error:
+        return Check("kernel", False, found, str(error))
     version = tuple(int(part) for part in re.findall(r"\d+", release)[:2])
     if version < _OLDEST:
         return Check("kernel", False, found, "BPF ring buffers came with 5.8: boot a newer kernel")

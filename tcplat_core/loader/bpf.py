@@ -86,7 +86,19 @@ class RefusedError(OSError):
         self.log = log
 
 
+def refuse_other_machines() -> None:
+    """Raise where tcplat does not know the machine's system calls and registers.
+
+    Raises:
+        CannotRunError: The sentence names the machines that are supported.
+    """
+    machine = platform.machine()
+    if machine not in _SYSCALLS:
+        raise CannotRunError(f"tcplat runs on {' and '.join(_SYSCALLS)}; this machine is {machine}")
+
+
 def _syscall(which: int, *arguments: object) -> int:
+    refuse_other_machines()
     number = _SYSCALLS[platform.machine()][which]
     result = int(_libc.syscall(number, *arguments))
     if result < 0:

@@ -112,6 +112,8 @@ class Host:
             if error.errno == errno.EPERM and not may_load():
                 return ONLY_ROOT
             return f"this kernel refuses fentry programs ({error.strerror})"
+        except CannotRunError as error:  # an unsupported machine
+            return str(error)
         os.close(fd)
         return ""
 

@@ -1,6 +1,6 @@
 """Every figure that tcplat promises, against a baseline or a peer of the same run.
 
-    python tests/bench/bench.py [FIGURE ...]        BENCH_JSON=path for the same as JSON
+    python -m tests.bench.bench [FIGURE ...]        BENCH_JSON=path for the same as JSON
 
 Blocks of base, with, base take turns, so that the machine's noise hits both; medians
 are compared. Exit status 1 if a figure misses its target.
@@ -27,10 +27,9 @@ from typing import Any, Self
 
 import attrs
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1]))
+from tests.bench import peers
 
-from tests.bench import peers  # noqa: E402 - wherever it is called from
+HERE = Path(__file__).parent
 
 TCPLAT = (sys.executable, "-I", "-m", "tcplat_core")
 REPEATS = 13
@@ -334,7 +333,10 @@ def aggregated() -> Iterator[Figure]:
 def draining() -> Iterator[Figure]:
     """B3, B3b, B11: the same ring, drained by each in turn, in a process of its own."""
     done = subprocess.run(
-        [sys.executable, str(HERE / "drain.py"), "--json"], check=True, capture_output=True
+        [sys.executable, "-m", "tests.bench.drain", "--json"],
+        cwd=HERE.parents[1],
+        check=True,
+        capture_output=True,
     )
     drained: dict[str, list[float]] = json.loads(done.stdout)
     for name, what, peer, mine, target in (

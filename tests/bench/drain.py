@@ -28,8 +28,6 @@ from typing import Any
 
 import attrs
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from tcplat_core import RunInfo
 from tcplat_core.fast.codec import Codec
 from tcplat_core.fast.records import Room

@@ -1,6 +1,6 @@
 """How cost grows: with the rate of events, and with the sockets that are open already.
 
-    python tests/bench/growth.py [FOLDER]
+    python -m tests.bench.growth [FOLDER]
 
 Prints both series and draws them into FOLDER (docs/): growth-rate.svg, growth-sockets.svg.
 """
@@ -22,10 +22,9 @@ from pathlib import Path
 
 import attrs
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1]))
+from tests.bench.bench import Run, cpu_s, kept_short, program
 
-from tests.bench.bench import Run, cpu_s, kept_short, program  # noqa: E402 - wherever it is called from
+HERE = Path(__file__).parent
 
 RATES = (1_000, 10_000, 100_000, 500_000)
 SOCKETS = (10, 1_000, 100_000)

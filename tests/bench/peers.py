@@ -16,17 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tcplat_core.loader import bpf
+from tcplat_core.loader.btf import VMLINUX
+from tcplat_core.loader.cache import Cache
+from tcplat_core.loader.compile import import_bcc, kernel_source
+from tcplat_core.loader.kheaders import cached_tree
+from tcplat_core.schema import TCP_STATES, Event, Record
+from tests.vm import run as vm
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))
-
-from tcplat_core.loader import bpf  # noqa: E402 - the same
-from tcplat_core.loader.btf import VMLINUX  # noqa: E402 - wherever it is called from
-from tcplat_core.loader.cache import Cache  # noqa: E402 - the same
-from tcplat_core.loader.compile import import_bcc, kernel_source  # noqa: E402 - the same
-from tcplat_core.loader.kheaders import cached_tree  # noqa: E402 - the same
-from tcplat_core.schema import TCP_STATES, Event, Record  # noqa: E402 - the same
-from tests.vm import run as vm  # noqa: E402 - the same
 
 # The same two events as tcp_client's `send` and `send_short`, and the same fields; no look at
 # who owns the socket, no filter but the pid, no books beyond one counter: less work than ours.
@@ -153,7 +152,8 @@ def lossless(flood: Callable[[int, float], Any], seconds: float) -> float:
         out = Path("/dev/shm") / f"tcplat-bench-{os.getpid()}"  # noqa: S108 - memory, not a disk
         with flood(rate, seconds) as (pid, go):
             process = subprocess.Popen(
-                [sys.executable, str(HERE / "peers.py"), str(pid), str(out)],
+                [sys.executable, "-m", "tests.bench.peers", str(pid), str(out)],
+                cwd=ROOT,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

@@ -1,6 +1,6 @@
 """Where the time goes while events come: in each program of ours, and in Python.
 
-    python tests/bench/profile.py [EVENTS_PER_S]
+    python -m tests.bench.profile [EVENTS_PER_S]
 
 The kernel counts for each program how often and how long it ran (bpf_stats_enabled);
 py-spy looks 500 times a second at which line of Python is running.
@@ -14,10 +14,9 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1]))
+from tests.bench.bench import Run, kernel_statistics, program
 
-from tests.bench.bench import Run, kernel_statistics, program  # noqa: E402 - as above
+HERE = Path(__file__).parent
 
 SECONDS = 8.0
 MOST = 14

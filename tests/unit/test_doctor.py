@@ -76,3 +76,11 @@ def test_tracefs_that_is_mounted_and_not_readable_is_not_called_missing(
 def test_tracefs_that_is_not_mounted_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: "proc /proc proc rw 0 0\n")
     assert bpf.tracefs_missing() == ("tracefs is not mounted", bpf.TRACEFS_MOUNT)
+
+
+def test_another_machine_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    with pytest.raises(CannotRunError, match="runs on x86_64 and aarch64; this machine is riscv64"):
+        bpf.map_create("any", bpf.ARRAY, 4, 4, 1, 0)
+    checks, _ = doctor.examine()
+    assert (checks[0].name, checks[0].ok) == ("kernel", False)

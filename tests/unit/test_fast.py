@@ -216,7 +216,7 @@ def test_the_compiler_has_nothing_to_say() -> None:
     source = FILE.with_name("records.c")
     for compiler in filter(shutil.which, ("gcc", "clang")):
         done = subprocess.run(
-            [compiler, "-O2", "-Wall", "-Wextra", "-Wno-sign-compare", "-fsyntax-only", source],
+            [compiler, "-O2", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", source],
             capture_output=True,
             text=True,
             check=True,
