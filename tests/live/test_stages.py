@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import signal
+import socket
 import statistics
 import subprocess
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -390,6 +394,128 @@ def test_ten_thousand_requests_add_up_and_agree_with_curl(
         capture_output=True,
     ).stdout
     assert again == waterfall.read_bytes()
+
+
+_HAPROXY = """
+global
+    nbthread 1
+defaults
+    mode tcp
+    option splice-request
+    option splice-response
+    timeout connect 30s
+    timeout client 60s
+    timeout server 60s
+listen front
+    bind 127.0.0.1:{port}
+    server back 127.0.0.1:{behind}
+"""
+
+
+@contextmanager
+def haproxy(folder: Path, behind: int) -> Iterator[tuple[int, int]]:
+    """Its port, and its process; it hands on what comes to another port, by splice()."""
+    program = shutil.which("haproxy") or "/usr/sbin/haproxy"
+    port = free_port()
+    config = folder / "haproxy.cfg"
+    config.write_text(_HAPROXY.format(port=port, behind=behind))
+    process = subprocess.Popen([program, "-db", "-f", config])
+    try:
+
+        def listens() -> bool:
+            assert process.poll() is None
+            with socket.socket() as probe:
+                return probe.connect_ex(("127.0.0.1", port)) == 0
+
+        eventually(listens, "haproxy listened")
+        yield port, process.pid
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+
+@pytest.mark.parametrize("watched", [_ALL_PROBES, ("tcp_client", "tcp_service")])
+def test_a_service_that_reads_by_splice_answers_each_request(
+    watched: tuple[str, ...],
+    puppet: Callable[..., Puppet],
+    tmp_path: Path,
+    running_tcplat: Callable[..., Tcplat],
+) -> None:
+    server, client, behind = puppet(), puppet(), free_port()
+    sizes, times = {"asked": 20_000, "answered": 30_000}, 4
+    server(_SERVE.format(host="127.0.0.1", port=behind, **sizes, lag=0, think=0.005))
+    with haproxy(tmp_path, behind) as (port, pid):
+        path = tmp_path / "waterfall"
+        tcplat = running_tcplat(
+            *("--port", str(port)),
+            probes=[probe.format(port=port) for probe in watched],
+            sinks=(f"waterfall:format=json,path={path}",),
+        )
+        asking = {"host": "127.0.0.1", "port": port, **sizes, "times": times, "pause": 0.1}
+        client.tell(_ASK.format(**asking))
+        client.answer()
+        eventually(lambda: len(told(path)) >= times, "all exchanges were told")
+        assert tcplat.stop().returncode == 0
+    exchanges = told(path)
+    check_sums(exchanges)
+    assert [(one["outcome"], one["request_bytes"], one["reply_bytes"]) for one in exchanges] == [
+        ("answered", *sizes.values())
+    ] * times
+    assert {one["service_pid"] for one in exchanges} == {pid}
+    for exchange, (began, ended) in zip(exchanges, client("asked"), strict=True):
+        assert 5_000 <= exchange["total_us"] <= (ended - began) / 1000
+
+
+@pytest.mark.parametrize("watched", [_ALL_PROBES, ("tcp_client",), ("tcp_service",)])
+def test_a_request_that_hangs_is_told_with_the_time_that_its_client_waited(
+    watched: tuple[str, ...],
+    puppet: Callable[..., Puppet],
+    tmp_path: Path,
+    running_tcplat: Callable[..., Tcplat],
+) -> None:
+    server, client, port = puppet(), puppet(), free_port()
+    # It answers what it is asked twice, and no third time.
+    server(f"""
+listening = socket.create_server(("127.0.0.1", {port}))
+peers = []
+def serve():
+    peer, _ = listening.accept()
+    peers.append(peer)
+    for _ in range(2):
+        peer.recv(100)
+        peer.sendall(bytes(100))
+threading.Thread(target=serve, daemon=True).start()
+""")
+    path = tmp_path / "waterfall"
+    tcplat = running_tcplat(
+        *("--port", str(port)),
+        probes=[probe.format(port=port) for probe in watched],
+        sinks=(f"waterfall:format=json,slow=1,path={path}", "summary:format=json"),
+    )
+    client.tell(f"""
+with socket.create_connection(("127.0.0.1", {port})) as s:
+    for _ in range(2):
+        s.sendall(bytes(100))
+        s.recv(100)
+    s.settimeout(0.5)
+    began = time.monotonic_ns()
+    s.sendall(bytes(50))
+    sent = time.monotonic_ns()
+    try:
+        s.recv(100)
+    except TimeoutError:
+        leaving = time.monotonic_ns()
+left = time.monotonic_ns()
+""")
+    client.answer()
+    server("peers[0].close()")
+    assert tcplat.stop().returncode == 0
+    (slowest,) = told(path)
+    assert (slowest["outcome"], slowest["total_us"]) == ("unanswered", None)
+    assert slowest["over_by"] == "closed by the client"
+    began, sent, leaving, left = (client(name) for name in ("began", "sent", "leaving", "left"))
+    least = leaving - (began if "tcp_client" in watched else sent)
+    assert 0.9 * least <= slowest["waited_us"] * 1000 <= 1.1 * (left - began)
 
 
 # --- what the kernel itself counts

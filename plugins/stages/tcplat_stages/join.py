@@ -12,7 +12,21 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .model import CLIENT, SERVICE, STATS, Connection, End, Exchange, Flow, Reach, reached
+from .model import (
+    CLIENT,
+    CUT,
+    ONE_WAY,
+    OPEN,
+    SERVICE,
+    STATS,
+    UNANSWERED,
+    Connection,
+    End,
+    Exchange,
+    Flow,
+    Reach,
+    reached,
+)
 from .stages import (
     ACCEPTED,
     CLIENT_SENT,
@@ -40,6 +54,7 @@ Told = Exchange | Connection
 _SECOND_NS = 1_000_000_000
 _ROLES = {"tcp_client": CLIENT, "tcp_service": SERVICE, "client": CLIENT, "service": SERVICE}
 """Whose socket it is, by the probe, or by what tcp_stats says."""
+_STREAM_PROBES = frozenset({"tcp_client", "tcp_service"})
 _STREAM = frozenset({"send", "send_short", "recv", "ready"})
 _PLAIN = frozenset({"ACK", "PSH|ACK"})
 _PACKETS = frozenset({"nic_tx", "nic_rx", "rx_ip"})
@@ -49,6 +64,11 @@ _MOST_OVER = 8_192
 """Connections that are over and still take what belongs to them."""
 _LONG = 256
 """Entries of a log that are kept without looking whether they are needed."""
+_PATIENT_NS = _SECOND_NS
+"""A request that has waited for less when the run ends may yet be answered."""
+_MOST_SERVICES = 4_096
+"""Of which it is known how long they take for an answer."""
+_NAMES = ("client", "service")
 _LONGEST = 16_384
 """Entries that are kept at all: 16,384 packets that nobody has read yet."""
 
@@ -81,6 +101,12 @@ class Joiner:
         self._ways: dict[tuple[Any, ...], tuple[Connection, int]] = {}
         self._over: deque[Connection] = deque()
         self._next_sweep_ns = 0
+        self._last_ns = 0
+        """The latest instant of all rows."""
+        self._longest: dict[tuple[str, int | None], int] = {}
+        """Address and port of a service -> its longest total, ns, of what was answered."""
+        self._undecided: list[Exchange] = []
+        """Requests that the end of the run cuts short."""
         self._closed_windows = 0
         """Streams whose sender has closed its own window."""
         self._points: dict[str, Callable[[End, Any, int], None]] = {
@@ -106,6 +132,7 @@ class Joiner:
         socks, points, ways = self._socks, self._points, self._ways
         for row in rows:
             ts_ns = row.ts_ns
+            self._last_ns = max(self._last_ns, ts_ns)
             if ts_ns >= self._next_sweep_ns:
                 self._sweep(ts_ns)
             point = row.point
@@ -154,6 +181,9 @@ class Joiner:
         told = self._told = []
         for conn in list(self._conns.values()):
             self._finish(conn, "end of run")
+        for exchange in self._undecided:
+            self._decide(exchange)
+        self._undecided.clear()
         return told
 
     def untold(self) -> list[str]:
@@ -200,6 +230,7 @@ class Joiner:
     def _own(self, end: End, row: Any) -> None:
         end.conn.guessed = False
         end.sock = row.sock
+        end.streams = end.streams or row.probe in _STREAM_PROBES
         end.netns, end.pid, end.comm = row.netns, row.pid, row.comm
         # What was taken for this end's from packets, was not: of a router between, say.
         sends, receives = end.conn.flows[end.index], end.conn.flows[1 - end.index]
@@ -288,6 +319,7 @@ class Joiner:
         conn.flows = (conn.flows[1], conn.flows[0])
         conn.guessed = False
         conn.answered, conn.ask_ns, conn.replying = -1, None, None
+        conn.came, conn.doubt = -1, None
         conn.waiting.clear()
         for key in conn.ways:
             self._ways.pop(key, None)
@@ -364,8 +396,13 @@ class Joiner:
             conn.stamps[CONNECTED if end.index == CLIENT else HANDSHAKE_DONE] = ts_ns
         elif new in ("TCP_FIN_WAIT1", "TCP_LAST_ACK"):
             self._fin(conn, end.index)
+        elif new == "TCP_CLOSE_WAIT":
+            # The other end closed first, whether or not it is watched.
+            self._fin(conn, 1 - end.index)
+            if end.index == CLIENT:
+                conn.left_ns = ts_ns
         elif new == "TCP_CLOSE" and row.desc != "closed":
-            conn.error = row.desc
+            conn.error, conn.error_ns = row.desc, ts_ns
             if row.desc == "ECONNRESET":
                 self._reset(conn, 1 - end.index)
             elif row.desc == "refused":
@@ -417,17 +454,27 @@ class Joiner:
         return ts_ns - read_ns if ts_ns and read_ns else 0
 
     def _ready(self, end: End, row: Any, ts_ns: int) -> None:
-        flow = end.conn.flows[1 - end.index]
+        conn = end.conn
+        flow = conn.flows[1 - end.index]
         ready = flow.ready
-        if ready.pass_by(flow.at(row.seq) + (row.bytes or 0), ts_ns) and len(ready.log) > _LONG:
-            self._prune(end.conn, 1 - end.index)
+        copied = flow.at(row.seq)
+        flow.copied = max(flow.copied, copied)
+        if flow.begin < 0:
+            flow.begin = copied
+        if end.index == SERVICE and conn.answered < 0:
+            conn.answered = flow.begin
+        # It begins with what is unread, not with what is new.
+        if ready.pass_by(0, copied + (row.bytes or 0), ts_ns) and len(ready.log) > _LONG:
+            self._prune(conn, 1 - end.index)
 
     def _recv(self, end: End, row: Any, ts_ns: int) -> None:
         count = row.bytes
-        if not count:
-            return
         conn = end.conn
         index = end.index
+        if not count:
+            if count == 0 and index == CLIENT:
+                conn.eof_ns = ts_ns
+            return
         flow = conn.flows[1 - index]
         at = flow.at(row.seq)
         if flow.begin < 0:
@@ -435,20 +482,32 @@ class Joiner:
         finish = at + count
         if finish <= flow.read:
             return
-        flow.read = finish
-        flow.read_ns = ts_ns
+        self._skipped(conn, index, at)
+        flow.take(finish, ts_ns)
         if end.pid != row.pid and row.pid is not None:
             end.pid, end.comm = row.pid, row.comm
-        # What was read has come, whether or not its rows have.
-        if 0 <= flow.nic.position < finish:
-            flow.nic.skip(finish)
-        if 0 <= flow.ip.position < finish:
-            flow.ip.skip(finish)
-        if index == SERVICE:
-            if conn.answered < 0:
-                conn.answered = at
-        else:
+        if index == CLIENT:
             self._replied(conn, at, finish)
+        elif conn.answered < 0:
+            conn.answered = flow.begin
+        if len(flow.reads) > _LONG:
+            self._prune(conn, 1 - index)
+
+    def _skipped(self, conn: Connection, index: int, at: int) -> None:
+        """An end reads from `at` on: of what it had not read before, a row was missing."""
+        flow = conn.flows[1 - index]
+        if at > flow.read >= 0:
+            # At an instant that is not this one.
+            flow.reads.append((at, None))
+            flow.unseen = True
+        if index == CLIENT:
+            return
+        known = flow.read if flow.read >= 0 else conn.answered
+        if at > known >= 0:
+            flow.copied = max(flow.copied, at)
+            self._settle(conn)
+        elif conn.doubt is not None and at < conn.doubt[2]:
+            conn.doubt = None  # it had not read that when it sent
 
     def _replied(self, conn: Connection, at: int, finish: int) -> None:
         """Bytes of the service's stream are seen, behind the service."""
@@ -529,7 +588,7 @@ class Joiner:
             reach = flow.tx
             device = _device(row)
             flow.tx_dev = flow.tx_dev or device
-            if not reach.pass_by(finish, ts_ns) and flow.tx_dev == device:
+            if not reach.pass_by(at, finish, ts_ns) and flow.tx_dev == device:
                 self._again(conn, index, at)
         elif point == "nic_rx":
             reach = flow.nic
@@ -543,9 +602,10 @@ class Joiner:
         if len(reach.log) > _LONG:
             self._prune(conn, index)
         if index == SERVICE:
-            self._replied(conn, at, finish)
+            # Of what is new, a later packet may come first.
+            self._replied(conn, flow.sent if flow.sent >= 0 else at, finish)
         elif conn.answered < 0:
-            conn.answered = at
+            conn.answered = flow.begin  # not `at`: a later packet may come first
 
     def _flags(
         self, conn: Connection, index: int, row: Any, ts_ns: int, point: str, flags: str
@@ -625,12 +685,13 @@ class Joiner:
     def _fin(self, conn: Connection, index: int) -> None:
         if index not in conn.fins:
             conn.fins.append(index)
+            conn.fin_ns[index] = conn.last_ns
 
     def _reset(self, conn: Connection, index: int) -> None:
         """An end resets the connection."""
         if conn.reset_by is not None:
             return
-        conn.reset_by = index
+        conn.reset_by, conn.reset_ns = index, conn.last_ns
         end = conn.ends[index]
         inbound = conn.flows[1 - index]
         known = max(inbound.read, inbound.begin)
@@ -653,23 +714,83 @@ class Joiner:
 
     def _reply(self, conn: Connection, at: int, ts_ns: int | None) -> None:
         """The service sends from `at` on. It answers what it has read and not answered before."""
-        request = conn.flows[CLIENT]
+        watched = conn.ends[SERVICE].sock
+        if watched:
+            self._settle(conn)
         asked = self._asked(conn)
-        old = conn.replying
         if asked > conn.answered >= 0:
-            if old is not None:
-                self._end_reply(old, at, "turn")
-            exchange = self._begin(conn, "exchange", asked)
-            exchange.reply_begin = at
-            exchange.stamps[REPLY_SENT] = ts_ns
-            conn.answered = asked
-            conn.ask_ns = reached(request.sends, asked + 1)
-            request.forget(asked + 1)
-            conn.replying = exchange
-        elif old is None:
+            conn.doubt = None
+            self._answer(conn, at, ts_ns, asked)
+            conn.came = self._has_got(conn) if watched else asked
+            return
+        if conn.replying is None:
             conn.replying = exchange = Exchange(conn, "push")
             exchange.reply_begin = at
             exchange.stamps[REPLY_SENT] = ts_ns
+        if watched and conn.doubt is None:
+            came = self._has_got(conn)
+            if came > max(conn.answered, conn.came) and conn.answered >= 0:
+                conn.doubt = (at, ts_ns, came)
+
+    def _answer(self, conn: Connection, at: int, ts_ns: int | None, asked: int) -> None:
+        """A reply to all up to `asked` begins at `at`."""
+        request, old = conn.flows[CLIENT], conn.replying
+        if old is not None and old.reply_begin < at:
+            self._end_reply(old, at, "turn")
+        exchange = self._begin(conn, "exchange", asked)
+        exchange.reply_begin = at
+        exchange.stamps[REPLY_SENT] = ts_ns
+        self._ask_from(conn, asked)
+        request.forget(asked + 1)
+        conn.replying = exchange
+
+    def _ask_from(self, conn: Connection, asked: int) -> None:
+        """What comes behind `asked` is another request."""
+        conn.answered = asked
+        conn.ask_ns = reached(conn.flows[CLIENT].sends, asked + 1)
+
+    def _settle(self, conn: Connection, why: str = "") -> None:
+        """Decide what the service had read, where calls that have no rows may have read it.
+
+        A wake-up tells how far it had come by then; the next wake-up comes with the next request.
+
+        Args:
+            conn: Whose service is watched.
+            why: What ended it; empty while it goes on.
+        """
+        flow, doubt = conn.flows[CLIENT], conn.doubt
+        copied = flow.copied if flow.fin < 0 else min(flow.copied, flow.fin)
+        if why == "closed" and conn.reset_by is None:
+            copied = max(copied, conn.came, doubt[2] if doubt else -1)  # else it were reset
+        elif why and doubt and (flow.read < 0 or flow.unseen):
+            copied = doubt[2]
+        if copied <= max(flow.read, conn.answered):
+            return
+        replying = conn.replying
+        if doubt is not None:
+            conn.doubt = None
+            flow.unseen = True
+            self._answer(conn, doubt[0], doubt[1], min(doubt[2], copied))
+            conn.came = doubt[2]
+        elif replying is not None and replying.kind == "exchange" and copied <= conn.came:
+            # Of its request, the first part was read by other calls than the rest.
+            flow.unseen = True
+            replying.request_end = copied
+            self._arrived(replying, copied)
+            self._ask_from(conn, copied)
+            flow.forget(copied + 1)
+
+    def _has_got(self, conn: Connection) -> int:
+        """How far the client's stream has come to the service's socket; -1 if it is not known."""
+        flow = conn.flows[CLIENT]
+        arrived = flow.arrived()
+        if arrived >= 0:
+            return arrived
+        ready = flow.ready.position  # a FIN counts there
+        for end in (flow.fin, flow.sent):
+            if end >= 0:
+                ready = min(ready, end)
+        return ready
 
     def _asked(self, conn: Connection) -> int:
         """How far the service has read; where its socket is not watched, how far it can have."""
@@ -684,19 +805,21 @@ class Joiner:
     def _begin(self, conn: Connection, kind: str, end: int) -> Exchange:
         """An exchange, and what is known of its request's way."""
         exchange = Exchange(conn, kind)
-        flow = conn.flows[CLIENT]
         exchange.request_begin, exchange.request_end = conn.answered, end
-        stamps = exchange.stamps
-        stamps[CLIENT_SENT] = conn.ask_ns
+        exchange.stamps[CLIENT_SENT] = conn.ask_ns
+        self._arrived(exchange, end)
+        exchange.retransmits, conn.ask_retransmits = conn.ask_retransmits, 0
+        exchange.zero_windows, conn.ask_zeros = conn.ask_zeros, 0
+        return exchange
+
+    def _arrived(self, exchange: Exchange, end: int) -> None:
+        """When the last byte of a request, which ends at `end`, came how far."""
+        flow, stamps = exchange.conn.flows[CLIENT], exchange.stamps
         stamps[REQUEST_TX] = reached(flow.tx.log, end)
         stamps[REQUEST_RX] = reached(flow.nic.log, end)
         stamps[REQUEST_IP] = reached(flow.ip.log, end)
         stamps[REQUEST_READY] = reached(flow.ready.log, end)
-        if flow.read >= end:
-            stamps[REQUEST_READ] = flow.read_ns
-        exchange.retransmits, conn.ask_retransmits = conn.ask_retransmits, 0
-        exchange.zero_windows, conn.ask_zeros = conn.ask_zeros, 0
-        return exchange
+        stamps[REQUEST_READ] = reached(flow.reads, end)
 
     def _end_reply(self, exchange: Exchange, end: int, why: str) -> None:
         conn = exchange.conn
@@ -724,8 +847,8 @@ class Joiner:
         while conn.waiting and self._has_come(conn, conn.waiting[0].reply_end):
             self._complete(conn.waiting.popleft())
 
-    def _complete(self, exchange: Exchange) -> None:
-        """The way of the reply is known as far as it ever will be."""
+    def _complete(self, exchange: Exchange, why: str = "") -> None:
+        """The way of the reply is known as far as it ever will be; `why` the connection ends."""
         conn = exchange.conn
         flow = conn.flows[SERVICE]
         end = exchange.reply_end
@@ -734,9 +857,10 @@ class Joiner:
         stamps[REPLY_RX] = reached(flow.nic.log, end)
         stamps[REPLY_IP] = reached(flow.ip.log, end)
         stamps[REPLY_READY] = reached(flow.ready.log, end)
-        if conn.ends[CLIENT].sock and flow.read >= end:
-            stamps[REPLY_READ] = flow.read_ns
+        stamps[REPLY_READ] = reached(flow.reads, end)
         flow.forget(end + 1)
+        if why:
+            self._cut_short(exchange, why)
         self._tell(exchange)
 
     def _tell(self, exchange: Exchange) -> None:
@@ -749,32 +873,146 @@ class Joiner:
             self.cut += 1
             conn.untold += 1
             return
-        if sum(at is not None for at in exchange.stamps) < 2:  # noqa: PLR2004 - no time between
+        known = sum(at is not None for at in exchange.stamps)
+        # What was not answered has waited until something ended it: one instant will do.
+        if known < (1 if exchange.kind == "request" or exchange.over_ns is not None else 2):
             self.untimed += 1
             conn.untold += 1
             return
-        conn.exchanges += 1
-        exchange.number = conn.exchanges
+        exchange.number = conn.told + 1
+        conn.outcomes[exchange.outcome] = conn.outcomes.get(exchange.outcome, 0) + 1
+        if exchange.measured:
+            total_ns = exchange.total_ns
+            if total_ns > self._longest.get(conn.service, 0) and (
+                len(self._longest) < _MOST_SERVICES or conn.service in self._longest
+            ):
+                self._longest[conn.service] = total_ns
         self._told.append(exchange)
+
+    # --- what ended without a reply, or before the end of one
+
+    def _cut_short(self, exchange: Exchange, why: str) -> None:
+        """Its connection ends while its reply is sent, or on its way: was it answered?"""
+        conn = exchange.conn
+        if exchange.kind == "push":
+            return
+        left = self._client_left(conn)
+        sent_ns = exchange.stamps[REPLY_SENT]
+        came = self._has_come_whole(conn, exchange)
+        if left and sent_ns is not None and left[0] < sent_ns and not self._was_read(exchange):
+            exchange.outcome = UNANSWERED
+            exchange.over_ns, exchange.over_by = left
+        elif not came:
+            over = self._over_at(conn)
+            if over is None:
+                exchange.outcome = OPEN
+                exchange.over_ns, exchange.over_by = self._stopped(conn, why)
+            elif conn.reset_by is not None or conn.error:
+                exchange.outcome = CUT
+                exchange.over_ns, exchange.over_by = over
+
+    def _was_read(self, exchange: Exchange) -> bool:
+        """The client got a byte of the reply, as far as its calls tell."""
+        return exchange.conn.flows[SERVICE].read > exchange.reply_begin
+
+    def _has_come_whole(self, conn: Connection, exchange: Exchange) -> bool:
+        """Nothing says that some of the reply did not come to the client."""
+        flow, end = conn.flows[SERVICE], exchange.reply_end
+        if not conn.ends[CLIENT].streams:
+            return not 0 <= flow.arrived() < end
+        if flow.read >= end:
+            return True
+        # By calls that have no rows it may have read what has come.
+        return (flow.read < 0 or flow.unseen) and flow.arrived() >= end
+
+    def _unanswered(self, exchange: Exchange, why: str) -> None:
+        """A request that no byte of a reply followed: what is it?"""
+        conn, stamps = exchange.conn, exchange.stamps
+        began_ns = next((at for at in stamps if at is not None), None)
+        if began_ns is None:
+            return
+        request = conn.flows[CLIENT]
+        sent = reached(request.sends, exchange.request_end)
+        last_ns = sent or max(at for at in stamps[:REQUEST_READ] or stamps if at is not None)
+        over, left = self._over_at(conn), self._client_left(conn)
+        patience_ns = conn.patience_ns
+        gone_ns = conn.left_ns or (conn.fin_ns[SERVICE] and conn.fin_ns[SERVICE] + patience_ns)
+        if over is None:
+            exchange.outcome = OPEN
+            exchange.over_ns, exchange.over_by = self._stopped(conn, why)
+            if why == "end of run":
+                self._undecided.append(exchange)
+        elif (left and left == over and left[0] - last_ns < patience_ns) or (
+            gone_ns and gone_ns < began_ns
+        ):
+            # It left at once; or the service had closed its side before, and could not answer.
+            exchange.outcome = ONE_WAY
+        else:
+            exchange.outcome = UNANSWERED
+            exchange.over_ns, exchange.over_by = over
+
+    def _client_left(self, conn: Connection) -> tuple[int, str] | None:
+        """When the client closed its socket, or aborted; None where it only closed its side."""
+        found = []
+        if conn.reset_by == CLIENT:
+            found.append((conn.reset_ns, "reset by the client"))
+        half = conn.eof_ns > conn.fin_ns[CLIENT]  # it went on reading to the end
+        if conn.fin_ns[CLIENT] and not half:
+            found.append((conn.fin_ns[CLIENT], "closed by the client"))
+        return min(found, default=None)
+
+    def _over_at(self, conn: Connection) -> tuple[int, str] | None:
+        """What ended the waiting on a connection first, and when; None where nothing did."""
+        found = []
+        left = self._client_left(conn)
+        if left is not None:
+            found.append(left)
+        if conn.reset_by == SERVICE:
+            found.append((conn.reset_ns, "reset by the service"))
+        elif conn.error and conn.reset_by is None:
+            found.append((conn.error_ns, conn.error))
+        if conn.fin_ns[SERVICE]:
+            found.append((conn.fin_ns[SERVICE], "closed by the service"))
+        if not found:
+            closed = [(end.closed_ns, end.index) for end in conn.ends if end.closed_ns]
+            found = [(at, f"closed by the {_NAMES[index]}") for at, index in closed]
+        return min(found, default=None)
+
+    def _stopped(self, conn: Connection, why: str) -> tuple[int, str]:
+        """Until when a connection was followed, of which no end was seen."""
+        return (self._last_ns if why == "end of run" else conn.last_ns), why
+
+    def _decide(self, exchange: Exchange) -> None:
+        """At the end of the run: it may yet be answered, or has waited longer than any that was."""
+        conn, waited_ns = exchange.conn, exchange.waited_ns or 0
+        if waited_ns < _PATIENT_NS or waited_ns <= self._longest.get(conn.service, 0):
+            return
+        exchange.outcome = UNANSWERED
+        conn.outcomes[OPEN] -= 1
+        conn.outcomes[UNANSWERED] = conn.outcomes.get(UNANSWERED, 0) + 1
 
     # --- ends
 
     def _finish(self, conn: Connection, why: str) -> None:
         """The connection is over, or is not followed any longer."""
-        replying = conn.replying
-        for exchange in conn.waiting:
-            self._complete(exchange)
+        if conn.ends[SERVICE].sock:
+            self._settle(conn, why)
+        replying, reply = conn.replying, conn.flows[SERVICE]
+        under_way = list(conn.waiting)
         conn.waiting.clear()
         if replying is not None:
             conn.replying = None
-            replying.reply_end = max(conn.flows[SERVICE].sent, replying.reply_begin)
+            replying.reply_end = max(reply.sent, replying.reply_begin)
             replying.ended = why
-            self._complete(replying)
+            under_way.append(replying)
+        for exchange in under_way:
+            self._complete(exchange, why)
         request = conn.flows[CLIENT]
         end = request.sent if request.sent >= 0 else max(request.read, self._asked(conn))
         if end > conn.answered >= 0:
             exchange = self._begin(conn, "request", end)
             exchange.ended = why
+            self._unanswered(exchange, why)
             self._tell(exchange)
         conn.ended = why
         conn.over = True
@@ -810,6 +1048,8 @@ class Joiner:
             elif conn.replying is not None and silent_ns > self._idle_ns:
                 reply = conn.flows[SERVICE]
                 if self._has_come(conn, reply.sent):
+                    if conn.ends[SERVICE].sock:
+                        self._settle(conn, "idle")
                     self._end_reply(conn.replying, reply.sent, "idle")
         for conn in ended:
             self._finish(conn, "closed")
@@ -818,11 +1058,13 @@ class Joiner:
         """A message of many packets: forget the instants that no longer can be its last byte's."""
         flow = conn.flows[index]
         if index == CLIENT:
-            needed = self._asked(conn)
+            needed = max(self._asked(conn), conn.answered)
         elif conn.ends[CLIENT].sock:
             needed = flow.read
         else:
             needed = conn.waiting[0].reply_end if conn.waiting else flow.sent
+        if index == SERVICE and conn.doubt is not None:
+            needed = min(needed, conn.doubt[0])
         flow.forget(needed)
         for log in flow.logs():
             if len(log) > _LONGEST:

@@ -11,16 +11,37 @@ from collections import deque
 from typing import Any
 
 from .stages import (
+    CONNECT_CALLED,
     CONNECT_MILESTONES,
     CONNECT_STAGES,
     CONNECTED,
+    HANDSHAKE_DONE,
     MILESTONES,
+    REPLY_SENT,
+    STAGES,
+    SYN_RX,
+    SYN_TX,
+    SYNACK_RX,
+    SYNACK_TX,
     Split,
     split,
 )
 
 CLIENT, SERVICE = 0, 1
 """Numbers of the ends. Stream 0 flows from the client, stream 1 from the service."""
+
+ANSWERED, UNANSWERED, CUT, OPEN, ONE_WAY, PUSH = (
+    "answered",
+    "unanswered",
+    "cut",
+    "open",
+    "one_way",
+    "push",
+)
+OUTCOMES = (ANSWERED, UNANSWERED, CUT, OPEN, ONE_WAY, PUSH)
+"""What may become of an exchange. The first alone is a sample of the time that a request takes."""
+FAILED = frozenset({UNANSWERED, CUT})
+"""Outcomes of requests that never were answered, or not to the end."""
 
 STATS = ("srtt_us", "min_rtt_us", "rto_us", "retransmits", "bytes_acked", "bytes_received")
 """What probe tcp_stats tells of a socket that closes."""
@@ -53,10 +74,16 @@ class Reach:
         self.late: list[tuple[int, int]] | None = None
         """What came behind a hole: from where to where. Seldom there."""
 
-    def pass_by(self, finish: int, ts_ns: int) -> bool:
-        """Bytes up to `finish` come, whatever is missing before. False if they had come already."""
+    def pass_by(self, at: int, finish: int, ts_ns: int) -> bool:
+        """Bytes from `at` to `finish` come in order. False if they had come already.
+
+        Where rows are missing before `at`, the instants of those bytes stay unknown: they are
+        not those of what came next.
+        """
         if finish <= self.position:
             return False
+        if 0 <= self.position < at:
+            self.log.append((at, None))
         self.position = finish
         self.log.append((finish, ts_ns))
         return True
@@ -129,11 +156,14 @@ class Flow:
         sends: End and instant of each of those calls.
         last_send: Where the last one's bytes begin.
         fin: Where it ends: the FIN's number; -1 until a packet has it.
+        copied: How far its receiver had read when it was last told of more: by whatever call.
+        unseen: Some of it was read by calls that have no rows (splice() by tracepoint).
         tx: At the sender's device, in namespace tx_netns; device tx_dev is the first.
         nic: At the receiver's interface, in namespace rx_netns; rx_if is the first.
         ip: At the receiver's IP.
         ready: In the receiver's socket.
         read: How far the receiver's calls have come, the last of them at read_ns.
+        reads: End and instant of each of those calls; no instant of what no row told.
         retransmits: Packets seen that carry what was sent before.
         zero_windows: How often the sender of this stream closed its own window.
         zero: It is closed.
@@ -141,12 +171,14 @@ class Flow:
 
     __slots__ = (
         "begin",
+        "copied",
         "fin",
         "ip",
         "last_send",
         "nic",
         "read",
         "read_ns",
+        "reads",
         "ready",
         "ref",
         "retransmits",
@@ -158,14 +190,17 @@ class Flow:
         "tx",
         "tx_dev",
         "tx_netns",
+        "unseen",
         "zero",
         "zero_windows",
     )
 
     def __init__(self) -> None:
         self.ref = self.begin = self.syn = self.fin = -1
-        self.sent = self.last_send = self.read = -1
+        self.sent = self.last_send = self.read = self.copied = -1
+        self.unseen = False
         self.sends: Log = []
+        self.reads: Log = []
         self.read_ns = 0
         self.tx, self.nic, self.ip, self.ready = Reach(), Reach(), Reach(), Reach()
         self.tx_netns: int | None = None
@@ -186,15 +221,23 @@ class Flow:
             self.ref = at
         return at
 
+    def take(self, finish: int, ts_ns: int) -> None:
+        """The receiver has read up to `finish`: it has come, whether or not its rows have."""
+        self.reads.append((finish, ts_ns))
+        self.read, self.read_ns = finish, ts_ns
+        for reach in (self.nic, self.ip):
+            if 0 <= reach.position < finish:
+                reach.skip(finish)
+
     def arrived(self) -> int:
         """How far it has come at the receiver's host."""
         return max(self.ip.position, self.nic.position)
 
     def forget(self, position: int) -> None:
         """Drop what only tells of bytes before `position`."""
-        sends = self.sends
-        if sends and sends[0][0] < position:
-            del sends[: bisect_left(sends, (position,))]
+        for calls in (self.sends, self.reads):
+            if calls and calls[0][0] < position:
+                del calls[: bisect_left(calls, (position,))]
         self.tx.forget(position)
         self.nic.forget(position)
         self.ip.forget(position)
@@ -202,13 +245,30 @@ class Flow:
 
     def logs(self) -> tuple[Log, ...]:
         """All that grows with the stream."""
-        return (self.sends, self.tx.log, self.nic.log, self.ip.log, self.ready.log)
+        return (self.sends, self.reads, self.tx.log, self.nic.log, self.ip.log, self.ready.log)
+
+
+_ROUND_TRIPS = (
+    (SYN_TX, SYNACK_RX),
+    (SYN_TX, CONNECTED),
+    (CONNECT_CALLED, CONNECTED),
+    (SYNACK_TX, HANDSHAKE_DONE),
+    (SYN_RX, HANDSHAKE_DONE),
+)
+"""From one instant of the handshake to another it takes a round trip; the surest first."""
+_SHORTEST_TRIP_NS = 1_000_000
+"""On loopback a program takes longer from one call to the next than a packet there and back."""
+_LONGEST_TRIP_NS = 500_000_000
+"""What takes longer waited for something else: for room in the listener's queue, say."""
 
 
 class End:
     """One end of a connection: a socket, and the process that has it."""
 
-    __slots__ = ("closed_ns", "comm", "conn", "index", "named", "netns", "pid", "sock", "stats")
+    __slots__ = (
+        *("closed_ns", "comm", "conn", "index", "named", "netns", "pid", "sock", "stats"),
+        "streams",
+    )
 
     def __init__(self, conn: Connection, index: int) -> None:
         self.conn = conn
@@ -221,6 +281,8 @@ class End:
         self.pid: int | None = None
         self.comm: str | None = None
         self.closed_ns = 0
+        self.streams = False
+        """A probe watches it that has a row for each send and recv."""
         self.stats: dict[str, int | None] | None = None
         """What the kernel's socket had counted when it closed, by the names of STATS."""
 
@@ -239,6 +301,11 @@ class Connection:
         reset_by: The end that sent a RST.
         reset_why: In plain words.
         fins: Ends that closed their side, in order.
+        fin_ns: When each end was first known to have done so; 0 where it is not.
+        reset_ns: When it was reset.
+        error_ns: When its socket failed.
+        eof_ns: When the client last read the end of the service's stream.
+        left_ns: When the client's kernel knew that the service had closed its side.
         ended: Why it is told of: closed, idle, given up, end of run.
     """
 
@@ -249,14 +316,18 @@ class Connection:
         "ask_retransmits",
         "ask_zeros",
         "began",
+        "came",
         "client",
         "closing_ns",
         "connect_us",
         "cut",
+        "doubt",
         "ended",
         "ends",
+        "eof_ns",
         "error",
-        "exchanges",
+        "error_ns",
+        "fin_ns",
         "fins",
         "first_ns",
         "flows",
@@ -264,11 +335,14 @@ class Connection:
         "ip",
         "keys",
         "last_ns",
+        "left_ns",
         "number",
         "offset_ns",
+        "outcomes",
         "over",
         "replying",
         "reset_by",
+        "reset_ns",
         "reset_why",
         "service",
         "stamps",
@@ -279,7 +353,9 @@ class Connection:
         "ways",
     )
 
-    def __init__(self, number: int, row: Any, *, turned: bool = False) -> None:
+    def __init__(  # noqa: PLR0915 - its attributes, one by one
+        self, number: int, row: Any, *, turned: bool = False
+    ) -> None:
         self.number = number
         self.client: tuple[str, int | None] = (row.saddr, row.sport)
         self.service: tuple[str, int | None] = (row.daddr, row.dport)
@@ -303,9 +379,12 @@ class Connection:
         self.reset_by: int | None = None
         self.reset_why: str | None = None
         self.fins: list[int] = []
+        self.fin_ns = [0, 0]
+        self.reset_ns = self.error_ns = self.eof_ns = self.left_ns = 0
         self.think_ns = 0
         """Between the client's reading of a reply and its next request, in all."""
-        self.exchanges = 0
+        self.outcomes: dict[str, int] = {}
+        """How many exchanges of it had which outcome."""
         self.untold = 0
         """Exchanges of it that are left out: cut by the capture's beginning, or of one instant."""
         self.ended = ""
@@ -327,6 +406,11 @@ class Connection:
         """Its reply is being sent."""
         self.waiting: deque[Exchange] = deque()
         """Their replies are sent, and on their way."""
+        self.came = -1
+        """How far the client's stream had come when the reply that is being sent began."""
+        self.doubt: tuple[int, int | None, int] | None = None
+        """Where the service sent when more had come that it was not seen to read, when, and how
+        far that was: a new reply, if it read it without a row; else more of the old one."""
 
     @property
     def handshake(self) -> Split:
@@ -359,8 +443,35 @@ class Connection:
         """Bytes that an end sent, as far as any point tells; None where none does."""
         flow = self.flows[index]
         # Not `ready`: a FIN counts there.
-        furthest = max(flow.sent, flow.tx.position, flow.arrived(), flow.read)
-        return furthest - flow.begin if furthest >= flow.begin >= 0 else None
+        furthest = max(flow.sent, flow.tx.position, flow.arrived(), flow.read, flow.fin)
+        if furthest >= flow.begin >= 0:
+            return furthest - flow.begin
+        # Seen from its beginning on, by a probe that would have told of any byte.
+        watched = flow.syn >= 0 or any(end.streams for end in self.ends)
+        return 0 if self.began and watched else None
+
+    @property
+    def exchanges(self) -> int:
+        """Requests that were answered."""
+        return self.outcomes.get(ANSWERED, 0)
+
+    @property
+    def told(self) -> int:
+        """Exchanges of any outcome."""
+        return sum(self.outcomes.values())
+
+    @property
+    def patience_ns(self) -> int:
+        """No reply can come sooner than so: a round trip, and no less than a millisecond."""
+        known = [end.stats["min_rtt_us"] for end in self.ends if end.stats]
+        trips = [us * 1_000 for us in known if us]
+        if not self.syns:
+            for first, last in _ROUND_TRIPS:
+                began, ended = self.stamps[first], self.stamps[last]
+                if began is not None and ended is not None and ended >= began:
+                    trips.append(min(ended - began, _LONGEST_TRIP_NS))
+                    break
+        return max(_SHORTEST_TRIP_NS, min(trips, default=0))
 
 
 class Exchange:
@@ -371,6 +482,9 @@ class Exchange:
         number: Counts exchanges of the connection, from 1.
         kind: ``exchange``; ``request`` for one that got no reply; ``push`` for what
             the service sent without being asked.
+        outcome: One of OUTCOMES; only an ``answered`` one has a total.
+        over_ns: When its waiting was over; None where nothing waited, or it was answered.
+        over_by: What ended it, in plain words.
         request: First byte of the request, and the one after its last; unwrapped.
         reply: Of the reply.
         stamps: Instants, see stages.MILESTONES.
@@ -385,6 +499,9 @@ class Exchange:
         "ended",
         "kind",
         "number",
+        "outcome",
+        "over_by",
+        "over_ns",
         "reply_begin",
         "reply_end",
         "request_begin",
@@ -404,19 +521,53 @@ class Exchange:
         self.retransmits = 0
         self.zero_windows = 0
         self.ended = ""
+        self.outcome = PUSH if kind == "push" else ANSWERED
+        self.over_ns: int | None = None
+        self.over_by = ""
         self._split: Split | None = None
 
     @property
     def split(self) -> Split:
-        """How its time divides into stages."""
+        """How its time divides into stages: those that it went through to their end.
+
+        Where the end of a reply was not sent or did not come, what is known of its last byte
+        is not of the last byte: nothing behind the beginning of the reply is a stage.
+        """
         if self._split is None:
-            self._split = split(self.stamps)
+            whole = self.over_ns is None
+            self._split = split(self.stamps if whole else self.stamps[: REPLY_SENT + 1])
         return self._split
 
     @property
     def total_ns(self) -> int:
         """From its first known instant to its last."""
         return self.split.total_ns
+
+    @property
+    def waited_ns(self) -> int | None:
+        """So long a request waited that was not answered; None for one that was, or did not."""
+        return None if self.over_ns is None else max(self.over_ns - self.began_ns, 0)
+
+    @property
+    def lasted_ns(self) -> int:
+        """Its total, or as long as it waited."""
+        waited_ns = self.waited_ns
+        return self.split.total_ns if waited_ns is None else waited_ns
+
+    @property
+    def measured(self) -> bool:
+        """Its total is how long a request took: it was answered, to the last byte."""
+        return self.outcome == ANSWERED
+
+    @property
+    def under_way(self) -> tuple[str, ...]:
+        """Stages in one of which it was when its waiting was over; none where nothing waited."""
+        if self.over_ns is None:
+            return ()
+        last = max(number for number, at in enumerate(self.stamps) if at is not None)
+        if last < REPLY_SENT and self.kind == "request" and self.conn.ends[1].streams:
+            return STAGES[last:REPLY_SENT]
+        return STAGES[last:]
 
     @property
     def began_ns(self) -> int:

@@ -13,9 +13,9 @@ from .histogram import Histogram
 from .hosts import crosses
 from .join import Told
 from .joined import Joined
-from .model import CLIENT, Exchange
+from .model import ANSWERED, CLIENT, OUTCOMES, Exchange
 from .stages import STAGES, UNEXPLAINED
-from .text import duration, micros
+from .text import duration, micros, moment
 
 TOTAL = "total"
 PERCENTILES = ((50.0, "p50"), (90.0, "p90"), (99.0, "p99"), (99.9, "p99_9"))
@@ -45,12 +45,30 @@ GROUPINGS: dict[str, Callable[[Exchange], Any]] = {
 }
 
 
-def _order(name: str) -> tuple[int, int]:
+_BEHIND = (UNEXPLAINED, TOTAL, *OUTCOMES)
+
+
+def samples(exchange: Exchange) -> list[tuple[str, int]]:
+    """Of what an exchange is a sample: name and ns.
+
+    Each stage that was gone through to its end; ``total``, if it was answered; else its
+    outcome, and how long it waited or was on its way.
+    """
+    split = exchange.split
+    parts = list(split.stages)
+    if split.unexplained_ns:
+        parts.append((UNEXPLAINED, split.unexplained_ns))
+    name = TOTAL if exchange.outcome == ANSWERED else exchange.outcome
+    parts.append((name, exchange.lasted_ns))
+    return parts
+
+
+def order(name: str) -> tuple[int, int]:
     """Stages in the order of their chain, then what is no stage."""
     first = name.partition("+")[0]
     if first in STAGES:
         return STAGES.index(first), name.count("+")
-    return len(STAGES) + (name == TOTAL), 0
+    return len(STAGES) + (_BEHIND.index(name) if name in _BEHIND else -1), 0
 
 
 @attrs.define(eq=False)
@@ -69,6 +87,7 @@ class Stages(Joined):
     _now: dict[Group, dict[str, Histogram]] = attrs.field(factory=dict, init=False)
     _all: dict[Group, dict[str, Histogram]] = attrs.field(factory=dict, init=False)
     _next_ns: int = attrs.field(default=0, init=False)
+    _until_ns: int = attrs.field(default=0, init=False)
     _lost: int = attrs.field(default=0, init=False)
 
     def write(self, batch: Sequence[Event]) -> None:
@@ -79,7 +98,7 @@ class Stages(Joined):
         rows = batch
         while (cut := self._end_in(rows)) is not None:
             self._count(self.joiner.feed(rows[:cut]))
-            self._end_interval(rows[cut].ts_ns)
+            self._end_interval(rows[cut])
             rows = rows[cut:]
         self._count(self.joiner.feed(rows))
 
@@ -107,20 +126,19 @@ class Stages(Joined):
                 if len(groups) >= _MOST_GROUPS:
                     group = tuple(OTHERS for _ in groupings)
                 found = groups.setdefault(group, {})
-            split = one.split
-            parts = [*split.stages, (TOTAL, split.total_ns)]
-            if split.unexplained_ns:
-                parts.append((UNEXPLAINED, split.unexplained_ns))
-            for name, ns in parts:
+            for name, ns in samples(one):
                 histogram = found.get(name)
                 if histogram is None:
                     histogram = found[name] = Histogram()
                 histogram.add(ns)
 
-    def _end_interval(self, ts_ns: int) -> None:
+    def _end_interval(self, row: Event) -> None:
+        """By the row behind it; what it is called, by the wall clock."""
+        offset_ns = row.time_ns - row.ts_ns
         if self._next_ns:
-            self._write(self._now, f"until {self._next_ns // 1000} µs")
-        self._next_ns = (ts_ns // self.every_ns + 1) * self.every_ns
+            self._until_ns = self._next_ns + offset_ns
+            self._write(self._now, f"until {moment(self._until_ns)}")
+        self._next_ns = (row.ts_ns // self.every_ns + 1) * self.every_ns
         self._add_up()
 
     def _end_in(self, rows: Sequence[Event]) -> int | None:
@@ -142,10 +160,11 @@ class Stages(Joined):
         rows = [
             (group, name, groups[group][name])
             for group in sorted(groups, key=_as_text)
-            for name in sorted(groups[group], key=_order)
+            for name in sorted(groups[group], key=order)
         ]
         if self.as_json:
-            until = {"until_ns": self._next_ns} if when else {}
+            times = {"until_ns": self._next_ns, "until_time_ns": self._until_ns}
+            until = times if when else {}
             self.output.write(
                 self.encoder.encode_lines(
                     [

@@ -12,7 +12,7 @@ from tcplat_core import Event, printable
 from .hosts import Hosts
 from .join import Told
 from .joined import Joined
-from .model import CLIENT, SERVICE, STATS, Connection
+from .model import ANSWERED, CLIENT, OUTCOMES, SERVICE, STATS, Connection
 from .stages import CONNECT_CALLED, CONNECTED, HANDSHAKE_DONE, SYN_RX
 from .text import duration, micros, moment, path, stages_json
 
@@ -116,6 +116,7 @@ def as_json(conn: Connection, hosts: Hosts) -> dict[str, Any]:
         "connect_stages": stages_json(conn.handshake),
         "syn_retransmits": conn.syns,
         "exchanges": conn.exchanges,
+        **{name: conn.outcomes.get(name, 0) for name in OUTCOMES if name != ANSWERED},
         "untold": conn.untold,
         "think_us": micros(conn.think_ns),
         "bytes_to_service": conn.bytes_of(CLIENT),
@@ -153,14 +154,14 @@ def block(conn: Connection, hosts: Hosts) -> str:
         whole = [] if connect is None else [f"{duration(connect)}"]
         lines.append(_line("connect", [*whole, *known, *accept, *again]))
     there, back = conn.bytes_of(CLIENT), conn.bytes_of(SERVICE)
-    plural = "" if conn.exchanges == 1 else "s"
     lines.append(
         _line(
             "bytes",
             [
                 f"{'?' if there is None else there} to the service",
                 f"{'?' if back is None else back} to the client",
-                f"{conn.exchanges} exchange{plural}",
+                _many(conn.exchanges, "exchange"),
+                *_outcomes(conn),
                 *([f"client thought {duration(conn.think_ns)}"] if conn.think_ns else []),
             ],
         )
@@ -182,6 +183,24 @@ def block(conn: Connection, hosts: Hosts) -> str:
     if trouble:
         lines.append(_line("trouble", trouble))
     return "\n".join([*map(printable, lines), "", ""])
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _outcomes(conn: Connection) -> list[str]:
+    """What there was besides exchanges."""
+    words = {
+        "unanswered": "unanswered",
+        "cut": "cut off",
+        "open": "open at the end",
+        "one_way": "without a reply awaited",
+    }
+    counts = conn.outcomes
+    found = [f"{counts[name]} {what}" for name, what in words.items() if counts.get(name)]
+    pushes = counts.get("push")
+    return [*found, *([f"{pushes} push" + "es" * (pushes > 1)] if pushes else [])]
 
 
 def _line(head: str, parts: list[str]) -> str:

@@ -13,12 +13,21 @@ from tcplat_core import Event, printable
 from .hosts import Hosts, crosses
 from .join import Told
 from .joined import Joined
-from .model import SERVICE, Exchange
+from .model import CUT, FAILED, OPEN, SERVICE, UNANSWERED, Exchange
 from .stages import MILESTONES, STAGES, UNEXPLAINED, Split
 from .text import bar, duration, micros, moment, nanos, path, stage, stages_json
 
 TOTAL = "total"
+WAITING = "waiting"
 _LEAST_BAR = 10
+
+
+Rank = tuple[bool, int]
+
+
+def rank(exchange: Exchange) -> Rank:
+    """How slow it is: never is slower than ever; then by the time it took, or waited."""
+    return exchange.outcome in FAILED, exchange.lasted_ns
 
 
 @attrs.frozen
@@ -28,10 +37,16 @@ class AtLeast:
     limits: tuple[tuple[str, int], ...]
 
     def passes(self, exchange: Exchange) -> bool:
-        """A stage that is one with others counts as a whole: it may have taken so long."""
+        """A stage that is one with others counts as a whole: it may have taken so long.
+
+        So may each stage in which a request was that waited in vain, and its total is no less.
+        """
         split = exchange.split
         parts = [(name.split("+"), ns) for name, ns in split.stages]
-        parts += [([TOTAL], split.total_ns), ([UNEXPLAINED], split.unexplained_ns)]
+        parts += [([TOTAL], exchange.lasted_ns), ([UNEXPLAINED], split.unexplained_ns)]
+        if exchange.waited_ns is not None:
+            rest_ns = exchange.waited_ns - split.total_ns
+            parts += [(list(exchange.under_way), rest_ns), ([exchange.outcome], exchange.waited_ns)]
         return any(
             name in names and ns >= limit for name, limit in self.limits for names, ns in parts
         )
@@ -45,14 +60,15 @@ class Waterfall(Joined):
         output: Where to.
         width: Columns to fit into.
         as_json: One JSON object per exchange, instead of a picture.
-        slow: Only so many of the slowest, at the end; 0 for all, as they come.
+        slow: Only so many of the slowest, at the end; 0 for all, as they come. What was not
+            answered is slower than what was.
         at_least: Which ones; None for all.
     """
 
     width: int = 100
     slow: int = attrs.field(default=0, kw_only=True)
     at_least: AtLeast | None = attrs.field(default=None, kw_only=True)
-    _slowest: list[tuple[int, int, Exchange]] = attrs.field(factory=list, init=False)
+    _slowest: list[tuple[Rank, int, Exchange]] = attrs.field(factory=list, init=False)
     _count: int = attrs.field(default=0, init=False)
 
     def write(self, batch: Sequence[Event]) -> None:
@@ -62,7 +78,7 @@ class Waterfall(Joined):
     def finish(self, told: list[Told]) -> None:
         """What was still open; the slowest."""
         self._show(told)
-        slowest = sorted(self._slowest, key=lambda one: (-one[0], -one[1]))
+        slowest = sorted(self._slowest, key=lambda one: one[:2], reverse=True)
         self._write([exchange for _, _, exchange in slowest])
         untold = [] if self.as_json else self.joiner.untold()
         if untold:
@@ -80,7 +96,7 @@ class Waterfall(Joined):
         for exchange in found:
             self._count += 1
             # Of two that took equally long, the earlier one stays.
-            item = (exchange.total_ns, -self._count, exchange)
+            item = (rank(exchange), -self._count, exchange)
             if len(self._slowest) < self.slow:
                 heapq.heappush(self._slowest, item)
             else:
@@ -113,6 +129,7 @@ def as_json(exchange: Exchange, hosts: Hosts | None = None) -> dict[str, Any]:
     return {
         "v": 1,
         "kind": exchange.kind,
+        "outcome": exchange.outcome,
         "ts_ns": began_ns,
         "time_ns": began_ns + conn.offset_ns,
         "conn": conn.number,
@@ -128,7 +145,9 @@ def as_json(exchange: Exchange, hosts: Hosts | None = None) -> dict[str, Any]:
         "daddr": conn.service[0],
         "dport": conn.service[1],
         "guessed": conn.guessed,
-        "total_us": micros(split.total_ns),
+        "total_us": micros(split.total_ns) if exchange.measured else None,
+        "waited_us": None if exchange.waited_ns is None else micros(exchange.waited_ns),
+        "over_by": exchange.over_by or None,
         "stages": stages_json(split),
         "unexplained_us": micros(split.unexplained_ns),
         **({} if bound_ns is None else {"wire_bound_us": micros(bound_ns)}),
@@ -161,7 +180,7 @@ def block(exchange: Exchange, width: int, hosts: Hosts | None = None) -> str:
     split = exchange.split
     head = (
         f"{moment(exchange.began_ns + conn.offset_ns)}  {path(conn)}  "
-        f"{_what(exchange)}  {duration(split.total_ns)}{_marks(exchange)}"
+        f"{_what(exchange)}  {_how_long(exchange)}{_marks(exchange)}"
     )
     lines = [head]
     handshake = _handshake(exchange)
@@ -173,18 +192,26 @@ def block(exchange: Exchange, width: int, hosts: Hosts | None = None) -> str:
         )
         lines.append(f"  connect {duration(handshake.total_ns)}{again}{accept}")
         lines += _bars(handshake, width, bound_ns)
-        lines.append(f"  {exchange.kind} {duration(split.total_ns)}")
-    lines += _bars(split, width, bound_ns)
+        lines.append(f"  {exchange.kind} {duration(exchange.lasted_ns)}")
+    lines += _bars(split, width, bound_ns, exchange.waited_ns or 0)
     return "\n".join([*map(printable, lines), "", ""])
 
 
-_ONE_WAY = {"request": "no reply", "push": "unasked"}
-
-
 def _what(exchange: Exchange) -> str:
+    if exchange.kind == "push":
+        return f"{exchange.reply_bytes} B, unasked"
+    asked = f"{exchange.request_bytes} B"
     if exchange.kind == "exchange":
-        return f"{exchange.request_bytes} B, reply {exchange.reply_bytes} B"
-    return f"{exchange.request_bytes or exchange.reply_bytes} B, {_ONE_WAY[exchange.kind]}"
+        words = {UNANSWERED: "late, unread ", CUT: "cut off after ", OPEN: "so far "}
+        return f"{asked}, reply {words.get(exchange.outcome, '')}{exchange.reply_bytes} B"
+    words = {UNANSWERED: "unanswered", OPEN: "no reply yet"}
+    return f"{asked}, {words.get(exchange.outcome, 'no reply awaited')}"
+
+
+def _how_long(exchange: Exchange) -> str:
+    if exchange.waited_ns is None:
+        return duration(exchange.split.total_ns)
+    return f"waited {duration(exchange.waited_ns)}, {exchange.over_by}"
 
 
 def _marks(exchange: Exchange) -> str:
@@ -193,12 +220,12 @@ def _marks(exchange: Exchange) -> str:
         marks += f"  ! {exchange.retransmits} retransmitted"
     if exchange.zero_windows:
         marks += f"  ! window closed {exchange.zero_windows} times"
-    if exchange.ended not in ("turn", "closed"):
+    if exchange.ended not in ("turn", "closed", exchange.over_by):
         marks += f"  ({exchange.ended})"
     return marks
 
 
-def _bars(split: Split, width: int, bound_ns: int | None) -> list[str]:
+def _bars(split: Split, width: int, bound_ns: int | None, waited_ns: int = 0) -> list[str]:
     bound = "" if bound_ns is None else f" ± {duration(bound_ns)}"
     parts = [
         (stage(name), ns, duration(ns) + (bound if crosses(name) else ""))
@@ -206,12 +233,16 @@ def _bars(split: Split, width: int, bound_ns: int | None) -> list[str]:
     ]
     if split.unexplained_ns:
         parts.append((UNEXPLAINED, split.unexplained_ns, duration(split.unexplained_ns)))
+    whole_ns = max(split.total_ns, waited_ns)
+    rest_ns = whole_ns - split.total_ns
+    if rest_ns:
+        parts.append((WAITING, rest_ns, duration(rest_ns)))
     names = max((len(name) for name, _, _ in parts), default=0)
     times = max((len(time) for _, _, time in parts), default=0)
     room = max(width - names - times - 6, _LEAST_BAR)
     lines, before_ns = [], 0
     for name, ns, time in parts:
-        shown = bar(before_ns, ns, split.total_ns, room)
+        shown = bar(before_ns, ns, whole_ns, room)
         lines.append(f"    {name:<{names}} {time:>{times}} {shown}".rstrip())
         before_ns += ns
     return lines
@@ -220,13 +251,18 @@ def _bars(split: Split, width: int, bound_ns: int | None) -> list[str]:
 def parse_at_least(text: str) -> AtLeast:
     """``queue:1ms`` or ``queue=1ms``; several are joined by +, any of them will do.
 
+    ``unanswered:1s``, ``cut`` and ``open`` are those that waited so long in vain.
+
     Raises:
         ValueError: There is no such stage, or it is no duration.
     """
     limits = []
     for word in text.split("+"):
         name, _, least = word.replace("=", ":").partition(":")
-        if name not in (*STAGES, TOTAL, UNEXPLAINED):
-            raise ValueError(f"there is no stage {name!r}; it is one of {', '.join(STAGES)}, total")
+        if name not in (*STAGES, TOTAL, UNEXPLAINED, UNANSWERED, CUT, OPEN):
+            raise ValueError(
+                f"there is no stage {name!r}; it is one of {', '.join(STAGES)}, "
+                f"{TOTAL}, {UNANSWERED}, {CUT}, {OPEN}"
+            )
         limits.append((name, nanos(least)))
     return AtLeast(tuple(limits))

@@ -219,6 +219,9 @@ class History:
         self.socket(ts_ns, CLIENT, "state", old_state="TCP_ESTABLISHED", state="TCP_FIN_WAIT1")
         self.packet(ts_ns + 10, "nic_tx", CLIENT, self.sent[CLIENT], flags="FIN|ACK")
         self.packet(ts_ns + 20, "nic_rx", CLIENT, self.sent[CLIENT], flags="FIN|ACK")
+        self.socket(
+            ts_ns + 25, SERVICE, "state", old_state="TCP_ESTABLISHED", state="TCP_CLOSE_WAIT"
+        )
         self.socket(ts_ns + 30, SERVICE, "recv", seq=self.seq(CLIENT, self.sent[CLIENT]), bytes=0)
         self.socket(ts_ns + 40, SERVICE, "state", old_state="TCP_CLOSE_WAIT", state="TCP_LAST_ACK")
         self.packet(ts_ns + 50, "nic_tx", SERVICE, self.sent[SERVICE], flags="FIN|ACK")

@@ -26,6 +26,7 @@ TURNS = st.lists(
 )
 NUMBERS = st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
 POINTS = ("nic_tx", "nic_rx", "rx_ip", "tcp_client", "ready", "tcp_service/recv")
+PROBES = ("tcp_client", "tcp_service", "dev_xmit", "xdp_port")
 SECOND = 1_000_000_000
 
 
@@ -39,7 +40,9 @@ def joined(rows: Sequence[Row], **how: Any) -> tuple[list[Exchange], list[Connec
     )
 
 
-def of_turns(turns: Any, first: tuple[int, int], seed: int) -> tuple[History, list[list[int]]]:
+def of_turns(
+    turns: Any, first: tuple[int, int], seed: int, pause_ns: int = 1
+) -> tuple[History, list[list[int]]]:
     """A history of requests and replies, one after the other, and the instants of each."""
     history, truth = History(first), []
     random = Random(seed)  # noqa: S311 - a history, no secret
@@ -49,7 +52,7 @@ def of_turns(turns: Any, first: tuple[int, int], seed: int) -> tuple[History, li
         history.message(CLIENT, asked, at[:6], pieces=pieces, random=random)
         history.message(SERVICE, answered, at[6:], pieces=pieces, random=random)
         truth.append(at)
-        now = at[-1] + 1
+        now = at[-1] + pause_ns
     history.close(now + 1_000)
     return history, truth
 
@@ -108,6 +111,46 @@ def test_what_is_not_watched_makes_stages_one_and_never_wrong(
     for exchange, at in zip(exchanges, truth, strict=True):
         for name, when, real in zip(MILESTONES, exchange.stamps, at, strict=True):
             assert when in (None, real), name
+
+
+@given(TURNS, NUMBERS, st.integers(), st.sets(st.sampled_from(PROBES), min_size=1))
+@settings(deadline=None)
+def test_of_each_subset_of_probes_no_instant_is_that_of_the_next_exchange(
+    turns: Any, first: tuple[int, int], seed: int, kept: set[str]
+) -> None:
+    # A client that waits before it asks again: what belongs to the next exchange is far off.
+    history, truth = of_turns(turns, first, seed, pause_ns=SECOND)
+    exchanges, _, joiner = joined(history.rows(set(PROBES) - kept))
+    for exchange in exchanges:
+        assert any(
+            all(when in (None, real) for when, real in zip(exchange.stamps, at, strict=True))
+            for at in truth
+        ), (exchange.stamps, truth)
+        assert exchange.total_ns <= max(at[-1] - at[0] for at in truth)
+    assert len(exchanges) + joiner.untimed + joiner.cut == len(truth)
+
+
+def test_bytes_that_were_read_without_a_row_are_not_read_when_the_next_ones_are() -> None:
+    history = History()
+    now = history.shake_hands() + 1_000
+    # The second reply's body is read by splice(), say, which has no row; its head by recv().
+    for body in (0, 5_000, 0):
+        at = [now + 1_000 * step for step in range(12)]
+        history.message(CLIENT, 100, at[:6])
+        before = history.sent[SERVICE]
+        history.message(SERVICE, 200 + body, at[6:])
+        history.made = [
+            row
+            for row in history.made
+            if (row.probe, row.point) != ("tcp_client", "recv") or row.ts_ns < at[6]
+        ]
+        history.socket(at[-1], CLIENT, "recv", seq=history.seq(SERVICE, before), bytes=200)
+        now = at[-1] + SECOND
+    for without in ((), ("tcp_service", "dev_xmit", "xdp_port"), ("dev_xmit", "xdp_port")):
+        exchanges, _, _ = joined(history.rows(without))
+        assert len(exchanges) >= 2
+        assert max(one.total_ns for one in exchanges) <= 11_000
+        assert [one.stamps[11] for one in exchanges if one.reply_bytes > 200] in ([None], [])
 
 
 @given(TURNS, NUMBERS, st.integers(), st.lists(st.integers(1, 20)))

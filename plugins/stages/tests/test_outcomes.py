@@ -1,0 +1,485 @@
+"""What became of a request: answered, or not, or not yet; and what is counted as what."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tcplat_stages.model import Connection, Exchange
+
+from .history import CLIENT, SERVICE, History, Row
+from .test_join import NUMBERS, PROBES, SECOND, TURNS, joined, of_turns, simple
+from .test_stage_sinks import objects, written
+
+__all__ = ["written"]  # a fixture
+WAIT = 2 * SECOND
+
+
+def ask(history: History, now: int, count: int = 50) -> int:
+    """A request that the service reads, and does not answer; when it was read."""
+    at = [now + 1_000 * step for step in range(6)]
+    history.message(CLIENT, count, at)
+    return at[-1]
+
+
+def one_answered(history: History) -> int:
+    """A connection with an exchange of 11 µs; when that is over."""
+    return simple(history, history.shake_hands() + 1_000)
+
+
+def hung(answered: int = 1) -> History:
+    """So many exchanges, and a request for whose reply the client waits two seconds in vain."""
+    history = History()
+    now = history.shake_hands() + 1_000
+    for _ in range(answered):
+        now = simple(history, now) + 1_000
+    ask(history, now)
+    history.close(now + WAIT)
+    return history
+
+
+def outcomes(rows: Sequence[Row]) -> list[tuple[str, int | None, str]]:
+    exchanges, _, _ = joined(rows)
+    return [(one.outcome, one.waited_ns, one.over_by) for one in exchanges]
+
+
+@pytest.mark.parametrize(
+    ("watched", "first"),
+    [
+        (PROBES, 0),
+        (("tcp_client",), 0),
+        (("tcp_client", "dev_xmit"), 0),
+        (("tcp_service",), 3_000),
+        (("dev_xmit", "xdp_port"), 1_000),
+        (("xdp_port",), 2_000),
+    ],
+)
+def test_a_request_that_is_not_answered_waits_until_the_client_gives_up(
+    watched: tuple[str, ...], first: int
+) -> None:
+    rows = hung().rows(set(PROBES) - set(watched))
+    answered, waited = outcomes(rows)
+    assert answered == ("answered", None, "")
+    assert (waited[0], waited[2]) == ("unanswered", "closed by the client")
+    # From its first known instant to the FIN, as it is first seen.
+    assert waited[1] is not None
+    assert 0 <= waited[1] - (WAIT - first) <= 1_000
+
+
+def test_stages_that_it_went_through_are_stages_and_the_rest_is_waiting() -> None:
+    exchanges, (conn,), _ = joined(hung().rows())
+    waited = exchanges[-1]
+    assert [name for name, _ in waited.split.stages] == [
+        *("client_send", "wire", "softirq", "tcp", "queue")
+    ]
+    assert waited.under_way == ("server",)
+    assert conn.outcomes == {"answered": 1, "unanswered": 1}
+    assert conn.exchanges == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"desc": "ECONNRESET"}, "reset by the service"),
+        ({"desc": "timed out"}, "timed out"),
+    ],
+)
+def test_what_ended_it_is_told(how: dict[str, Any], words: str) -> None:
+    history = History()
+    now = one_answered(history) + 1_000
+    ask(history, now)
+    history.socket(
+        now + WAIT, CLIENT, "state", old_state="TCP_ESTABLISHED", state="TCP_CLOSE", **how
+    )
+    history.socket(now + WAIT, CLIENT, "close", state="TCP_CLOSE")
+    for without in ((), ("dev_xmit", "xdp_port", "tcp_service")):
+        assert outcomes(history.rows(without))[1] == ("unanswered", WAIT, words)
+
+
+def test_a_service_that_closes_instead_of_answering() -> None:
+    history = History()
+    now = one_answered(history) + 1_000
+    ask(history, now)
+    # As the client sees it, the service unwatched.
+    then = now + WAIT
+    history.socket(then, CLIENT, "state", old_state="TCP_ESTABLISHED", state="TCP_CLOSE_WAIT")
+    history.socket(then + 5, CLIENT, "recv", seq=history.seq(SERVICE, 200), bytes=0)
+    history.socket(then + 9, CLIENT, "state", old_state="TCP_CLOSE_WAIT", state="TCP_LAST_ACK")
+    history.socket(then + 20, CLIENT, "close", state="TCP_CLOSE")
+    rows = [row for row in history.rows() if row.probe == "tcp_client"]
+    assert outcomes(rows)[1] == ("unanswered", WAIT, "closed by the service")
+    _, (conn,), _ = joined(rows)
+    assert conn.fins == [SERVICE, CLIENT]
+
+
+def test_a_client_that_only_closes_its_side_goes_on_waiting() -> None:
+    history = History()
+    now = one_answered(history) + 1_000
+    ask(history, now)
+    history.socket(now + 10, CLIENT, "state", old_state="TCP_ESTABLISHED", state="TCP_FIN_WAIT1")
+    history.socket(now + WAIT, SERVICE, "state", old_state="TCP_CLOSE_WAIT", state="TCP_LAST_ACK")
+    history.socket(now + WAIT + 50, CLIENT, "recv", seq=history.seq(SERVICE, 200), bytes=0)
+    history.socket(now + WAIT + 60, CLIENT, "close", state="TCP_CLOSE")
+    history.socket(now + WAIT + 60, SERVICE, "close", state="TCP_CLOSE")
+    assert outcomes(history.rows())[1] == ("unanswered", WAIT, "closed by the service")
+
+
+def test_who_leaves_at_once_awaits_no_reply() -> None:
+    history = History()
+    now = one_answered(history) + 1_000
+    # TLS's close_notify, QUIT ...
+    ask(history, now)
+    history.close(now + 50_000)
+    (_, goodbye), (conn,), _ = joined(history.rows())
+    assert (goodbye.kind, goodbye.outcome, goodbye.waited_ns) == ("request", "one_way", None)
+    assert conn.outcomes == {"answered": 1, "one_way": 1}
+    # Over a wire of 80 ms, 50 ms is at once as well.
+    (goodbye,) = [one for one in _far(50_000_000) if one.kind == "request"]
+    assert goodbye.outcome == "one_way"
+    (given_up,) = [one for one in _far(100_000_000) if one.kind == "request"]
+    assert given_up.outcome == "unanswered"
+
+
+def _far(leaves_ns: int) -> list[Exchange]:
+    history = History()
+    history.shake_hands()
+    for row in history.made:
+        row.ts_ns += 80_000_000 * (row.ts_ns >= 4_000)
+    now = simple(history, 100_000_000) + 1_000
+    history.close(ask(history, now) + leaves_ns)
+    return joined(history.rows())[0]
+
+
+def test_what_is_sent_after_the_service_has_closed_its_side_is_no_request() -> None:
+    history = History()
+    now = one_answered(history) + 1_000
+    history.socket(now, CLIENT, "state", old_state="TCP_ESTABLISHED", state="TCP_CLOSE_WAIT")
+    history.socket(now + SECOND, CLIENT, "send", seq=history.seq(CLIENT, 100), bytes=30)
+    history.socket(
+        now + SECOND + 9,
+        CLIENT,
+        "state",
+        old_state="TCP_CLOSE_WAIT",
+        state="TCP_CLOSE",
+        desc="ECONNRESET",
+    )
+    history.socket(now + SECOND + 9, CLIENT, "close", state="TCP_CLOSE")
+    assert [one[0] for one in outcomes(history.rows(["tcp_service"]))] == ["answered", "one_way"]
+
+
+def test_the_last_of_requests_in_flight_are_one_that_was_not_answered() -> None:
+    history = History()
+    now = history.shake_hands() + 1_000
+    for number in range(3):
+        history.socket(now + number, CLIENT, "send", seq=history.seq(CLIENT, number * 10), bytes=10)
+    history.socket(now + 10, SERVICE, "recv", seq=history.seq(CLIENT, 0), bytes=10)
+    history.socket(now + 20, SERVICE, "send", seq=history.seq(SERVICE, 0), bytes=100)
+    history.socket(now + 30, SERVICE, "recv", seq=history.seq(CLIENT, 10), bytes=20)
+    history.socket(now + 50, CLIENT, "recv", seq=history.seq(SERVICE, 0), bytes=100)
+    history.sent = [30, 100]
+    history.close(now + WAIT)
+    exchanges, _, _ = joined(history.rows())
+    assert [(one.outcome, one.request_bytes) for one in exchanges] == [
+        ("answered", 10),
+        ("unanswered", 20),
+    ]
+    assert exchanges[1].waited_ns == WAIT - 1
+
+
+def test_a_reply_that_a_reset_cuts_off_is_no_answer() -> None:
+    history = History()
+    now = one_answered(history) + 1_000
+    read = ask(history, now)
+    history.socket(read + 1_000, SERVICE, "send", seq=history.seq(SERVICE, 200), bytes=9_000)
+    history.packet(read + 2_000, "nic_tx", SERVICE, 200, 3_000)
+    history.packet(read + 3_000, "nic_rx", SERVICE, 200, 3_000)
+    history.socket(read + 4_000, CLIENT, "recv", seq=history.seq(SERVICE, 200), bytes=3_000)
+    history.packet(now + WAIT, "nic_tx", SERVICE, 3_200, flags="RST|ACK")
+    history.socket(now + WAIT, SERVICE, "close", state="TCP_CLOSE")
+    history.socket(
+        *(now + WAIT + 500, CLIENT, "state"),
+        old_state="TCP_ESTABLISHED",
+        state="TCP_CLOSE",
+        desc="ECONNRESET",
+    )
+    history.socket(now + WAIT + 500, CLIENT, "close", state="TCP_CLOSE")
+    (_, cut), (conn,), _ = joined(history.rows())
+    assert (cut.outcome, cut.waited_ns, cut.over_by) == ("cut", WAIT, "reset by the service")
+    # The server's part is over, how long the rest would have taken is not known.
+    assert [name for name, _ in cut.split.stages] == [
+        *("client_send", "wire", "softirq", "tcp", "queue", "server")
+    ]
+    assert conn.outcomes == {"answered": 1, "cut": 1}
+
+
+def test_a_reset_behind_a_reply_that_was_read_cuts_nothing() -> None:
+    history = History()
+    now = one_answered(history) + 1_000
+    history.packet(now, "nic_tx", SERVICE, 200, flags="RST|ACK")
+    history.socket(now, SERVICE, "close", state="TCP_CLOSE")
+    history.socket(now + 9, CLIENT, "close", state="TCP_CLOSE")
+    for without in ((), ("tcp_client",), ("tcp_service",), ("tcp_client", "tcp_service")):
+        assert [one[0] for one in outcomes(history.rows(without))] == ["answered"]
+
+
+def test_a_reply_that_comes_when_the_client_has_given_up_is_none() -> None:
+    history = History()
+    now = one_answered(history) + 1_000
+    read = ask(history, now)
+    history.socket(now + WAIT, CLIENT, "state", old_state="TCP_ESTABLISHED", state="TCP_FIN_WAIT1")
+    late = read + WAIT + SECOND
+    history.socket(late, SERVICE, "send", seq=history.seq(SERVICE, 200), bytes=10)
+    history.packet(late + 5, "nic_tx", SERVICE, 200, 10)
+    history.packet(late + 9, "nic_tx", CLIENT, 151, flags="RST")
+    history.socket(late + 10, CLIENT, "close", state="TCP_CLOSE")
+    history.socket(late + 20, SERVICE, "close", state="TCP_CLOSE")
+    (_, late_one), _, _ = joined(history.rows())
+    assert (late_one.outcome, late_one.waited_ns) == ("unanswered", WAIT)
+    assert dict(late_one.split.stages)["server"] == WAIT + SECOND
+
+
+@pytest.mark.parametrize(
+    ("waited_ns", "answered_ns", "outcome"),
+    [
+        (3_000_000, 11_000, "open"),
+        (999_000_000, 11_000, "open"),
+        (WAIT, 11_000, "unanswered"),
+        # A service whose answers take long: it may yet answer.
+        (WAIT, 3 * SECOND, "open"),
+        (4 * SECOND, 3 * SECOND, "unanswered"),
+    ],
+)
+def test_a_request_under_way_when_the_run_ends_is_open_unless_it_waits_longer_than_any(
+    waited_ns: int, answered_ns: int, outcome: str
+) -> None:
+    history, other = History(), History(ends=(("10.9.9.9", 1), ("10.9.9.8", 2)), socks=(5, 6))
+    now = history.shake_hands() + 1_000
+    history.message(CLIENT, 10, [now + step for step in range(6)])
+    history.message(SERVICE, 10, [now + answered_ns - 5 + step for step in range(6)])
+    now += answered_ns + 1_000
+    ask(history, now)
+    other.shake_hands(now + waited_ns - 7_000)
+    rows = sorted(history.rows() + other.rows(), key=lambda row: row.ts_ns)
+    exchanges, connections, _ = joined(rows)
+    assert [(one.outcome, one.waited_ns) for one in exchanges] == [
+        ("answered", None),
+        (outcome, waited_ns),
+    ]
+    assert connections[0].outcomes == {"answered": 1, "open": outcome == "open"} | (
+        {"unanswered": 1} if outcome != "open" else {}
+    )
+
+
+def test_a_reply_on_its_way_when_the_run_ends_is_open() -> None:
+    history = History()
+    now = one_answered(history) + 1_000
+    read = ask(history, now)
+    history.socket(read + 1_000, SERVICE, "send", seq=history.seq(SERVICE, 200), bytes=9_000)
+    assert [one[0] for one in outcomes(history.rows())] == ["answered", "open"]
+
+
+# --- a service that reads by splice(): no recv row tells of it, by tracepoint
+
+
+@given(TURNS, NUMBERS, st.integers(), st.sets(st.sampled_from(["nic_tx", "nic_rx", "tcp_client"])))
+@settings(deadline=None)
+def test_what_is_read_without_a_row_is_paired_with_its_reply_all_the_same(
+    turns: Any, first: tuple[int, int], seed: int, without: set[str]
+) -> None:
+    history, truth = of_turns(turns, first, seed, pause_ns=SECOND)
+    _with_copied(history)
+    exchanges, (conn,), joiner = joined(history.rows({"tcp_service/recv", *without}))
+    assert [(one.kind, one.request_bytes, one.reply_bytes) for one in exchanges] == [
+        ("exchange", asked, answered) for _, asked, answered, _ in turns
+    ]
+    for exchange, at in zip(exchanges, truth, strict=True):
+        assert exchange.stamps[5] is None
+        assert exchange.stamps[6] == at[6]
+        for when, real in zip(exchange.stamps, at, strict=True):
+            assert when in (None, real)
+    assert joiner.untimed == 0
+    assert conn.outcomes == {"answered": len(turns)}
+
+
+def _with_copied(history: History) -> None:
+    """Wake-ups tell what is unread, from the first such byte on."""
+    read = [history.seq(end, 0) for end in (CLIENT, SERVICE)]
+    for row in history.rows():
+        peer = SERVICE if row.probe == "tcp_client" else CLIENT
+        if row.point == "recv" and row.bytes:
+            read[peer] = (row.seq or 0) + row.bytes
+        elif row.point == "ready" and row.bytes:
+            last = (row.seq or 0) + row.bytes
+            row.seq, row.bytes = read[peer] % 2**32, (last - read[peer]) % 2**32
+
+
+def test_the_head_may_be_read_with_a_row_and_the_rest_without() -> None:
+    history = History()
+    now = history.shake_hands() + 1_000
+    for number in range(3):
+        at = [now + 1_000 * step for step in range(12)]
+        history.message(CLIENT, 5_000, at[:6])
+        history.message(SERVICE, 200, at[6:])
+        history.made = [
+            row
+            for row in history.made
+            if (row.probe, row.point) != ("tcp_service", "recv") or row.ts_ns < now
+        ]
+        seq = history.seq(CLIENT, number * 5_000)
+        history.socket(at[5], SERVICE, "recv", seq=seq, bytes=100)
+        now = at[-1] + SECOND
+    history.close(now)
+    exchanges, (conn,), _ = joined(history.rows())
+    assert [(one.request_bytes, one.total_ns) for one in exchanges] == [(5_000, 11_000)] * 3
+    assert conn.outcomes == {"answered": 3}
+
+
+def test_a_request_that_waits_while_another_is_answered_is_not_answered_yet() -> None:
+    history = History()
+    now = history.shake_hands() + 1_000
+    at = [now + 1_000 * step for step in range(6)]
+    history.message(CLIENT, 10, at)
+    history.socket(now + 10_000, SERVICE, "send", seq=history.seq(SERVICE, 0), bytes=10)
+    # The next one comes, and the rest of the first reply goes, before the service reads it.
+    at = [now + 11_000 + 1_000 * step for step in range(5)] + [now + 30_000]
+    history.message(CLIENT, 10, at)
+    history.socket(now + 20_000, SERVICE, "send", seq=history.seq(SERVICE, 10), bytes=10)
+    history.socket(now + 40_000, SERVICE, "send", seq=history.seq(SERVICE, 20), bytes=10)
+    history.socket(now + 50_000, CLIENT, "recv", seq=history.seq(SERVICE, 0), bytes=30)
+    history.sent[SERVICE] = 30
+    history.close(now + 60_000)
+    exchanges, _, _ = joined(history.rows())
+    assert [(one.kind, one.reply_bytes) for one in exchanges] == [
+        ("exchange", 20),
+        ("exchange", 10),
+    ]
+
+
+def test_a_banner_behind_a_request_that_was_not_read_yet_is_unasked() -> None:
+    history = History()
+    now = history.shake_hands() + 1_000
+    history.message(CLIENT, 10, [now, now + 1, now + 2, now + 3, now + 4, now + 900])
+    history.socket(now + 100, SERVICE, "send", seq=history.seq(SERVICE, 0), bytes=7)
+    history.socket(now + 200, CLIENT, "recv", seq=history.seq(SERVICE, 0), bytes=7)
+    history.socket(now + 1_000, SERVICE, "send", seq=history.seq(SERVICE, 7), bytes=9)
+    history.socket(now + 1_100, CLIENT, "recv", seq=history.seq(SERVICE, 7), bytes=9)
+    history.sent[SERVICE] = 16
+    history.close(now + 10_000)
+    exchanges, (conn,), _ = joined(history.rows())
+    assert [(one.kind, one.reply_bytes) for one in exchanges] == [("push", 7), ("exchange", 9)]
+    assert (conn.exchanges, conn.outcomes) == (1, {"push": 1, "answered": 1})
+
+
+# --- connections without a byte
+
+
+def test_a_connection_seen_whole_without_a_byte_had_none() -> None:
+    history = History()
+    history.close(history.shake_hands() + SECOND)
+    for watched in (PROBES, ("tcp_client",), ("tcp_service",), ("dev_xmit",), ("xdp_port",)):
+        _, (conn,), _ = joined(history.rows(set(PROBES) - set(watched)))
+        assert (conn.bytes_of(CLIENT), conn.bytes_of(SERVICE)) == (0, 0), watched
+
+
+def test_of_a_connection_that_is_older_than_the_run_nothing_is_known() -> None:
+    history = History()
+    history.close(history.shake_hands() + SECOND)
+    rows = [row for row in history.rows() if row.ts_ns > SECOND and row.sock]
+    _, connections, _ = joined(rows)
+    assert {(one.bytes_of(CLIENT), one.bytes_of(SERVICE)) for one in connections} == {(None, None)}
+
+
+# --- what the sinks make of it
+
+
+def test_never_is_slower_than_ever(written: Any) -> None:
+    rows = hung(3).rows()
+    slowest = objects(written("waterfall", rows, format="json", slow="2"))
+    assert [one["outcome"] for one in slowest] == ["unanswered", "answered"]
+    assert slowest[0]["waited_us"] == pytest.approx(2_000_000)
+    assert (slowest[0]["total_us"], slowest[0]["over_by"]) == (None, "closed by the client")
+    assert (slowest[1]["total_us"], slowest[1]["waited_us"]) == (11, None)
+    text = written("waterfall", rows, slow="1")
+    assert "50 B, unanswered  waited 2.000 s, closed by the client" in text
+    assert text.splitlines()[-2].split()[:3] == ["waiting", "2.000", "s"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "found"),
+    [
+        ("total:1s", ["unanswered"]),
+        ("server:1s", ["unanswered"]),
+        ("unanswered:0s", ["unanswered"]),
+        ("unanswered:3s", []),
+        ("queue:1s", []),
+        ("queue:1us", ["answered", "answered", "unanswered"]),
+        ("queue_back:1us", ["answered", "answered"]),
+    ],
+)
+def test_a_limit_counts_the_time_waited_where_it_may_have_passed(
+    written: Any, limit: str, found: list[str]
+) -> None:
+    told = objects(written("waterfall", hung(2).rows(), format="json", min_stage=limit))
+    assert [one["outcome"] for one in told] == found
+
+
+def test_stages_count_apart_what_was_not_answered(written: Any) -> None:
+    rows = hung(3).rows()
+    found = {one["stage"]: one for one in objects(written("stages", rows, format="json"))}
+    assert list(found)[-2:] == ["total", "unanswered"]
+    assert (found["total"]["count"], found["total"]["max_us"]) == (3, 11)
+    assert (found["unanswered"]["count"], found["unanswered"]["max_us"]) == (1, 2_000_000)
+    assert (found["queue"]["count"], found["server"]["count"]) == (4, 3)
+    assert written("stages", rows, group_by="none").splitlines()[-1].split()[:2] == [
+        *("unanswered", "1")
+    ]
+
+
+def test_a_push_is_no_sample_of_the_time_that_a_request_takes(written: Any) -> None:
+    history = History()
+    now = history.shake_hands() + 1_000
+    history.message(SERVICE, 30, [now + step * 1_000 for step in range(6)])
+    history.close(simple(history, now + 10_000) + 1_000)
+    found = {one["stage"]: one for one in objects(written("stages", history.rows(), format="json"))}
+    assert (found["total"]["count"], found["push"]["count"], found["server_send"]["count"]) == (
+        *(1, 1, 2),
+    )
+    (conn,) = objects(written("summary", history.rows(), format="json"))
+    assert (conn["exchanges"], conn["push"]) == (1, 1)
+    assert "1 exchange · 1 push" in written("summary", history.rows())
+
+
+def test_a_summary_counts_them_apart(written: Any) -> None:
+    (conn,) = objects(written("summary", hung(2).rows(), format="json"))
+    counted = ("exchanges", "unanswered", "cut", "open", "one_way", "push")
+    assert [conn[name] for name in counted] == [2, 1, 0, 0, 0, 0]
+    assert "2 exchanges · 1 unanswered" in written("summary", hung(2).rows())
+
+
+def test_intervals_are_called_by_the_wall_clock(written: Any) -> None:
+    history = History()
+    history.close(simple(history, history.shake_hands(SECOND - 100_000)) + 5 * SECOND)
+    text = written("stages", history.rows(), every="2s")
+    # Unix time of the rows is 2023-11-14 22:13:20 and the time since boot.
+    heads = [line for line in text.splitlines() if line.startswith("-- until")]
+    assert heads[0] == "-- until 2023-11-14 22:13:22.000000Z"
+    (first, *_) = [
+        json.loads(line)
+        for line in written("stages", history.rows(), every="2s", format="json").splitlines()
+    ]
+    if "until_ns" in first:
+        assert first["until_time_ns"] - first["until_ns"] == 1_700_000_000_000_000_000
+
+
+def test_outcomes_and_counts_agree() -> None:
+    exchanges, connections, _ = joined(hung(2).rows())
+    counted: dict[str, int] = {}
+    for one in connections:
+        assert isinstance(one, Connection)
+        for name, count in one.outcomes.items():
+            counted[name] = counted.get(name, 0) + count
+    assert sum(counted.values()) == len(exchanges)
