@@ -59,6 +59,10 @@ function colour(stage) {
   return `var(--c-${found ? found[1] : "other"})`;
 }
 
+// What is no exchange, or not a whole one.
+const OUTCOMES = {unanswered: "unanswered", cut: "reply cut off", open: "open at the end",
+  one_way: "no reply awaited", push: "unasked"};
+
 function section(title, words, ...children) {
   const part = el("section", {}, el("h2", {}, title), words === null ? null : el("p", {}, words), ...children);
   main.append(part);
@@ -72,7 +76,8 @@ main.replaceChildren(el("header", {},
   el("p", {}, D.exchanges || D.connections
     ? `${moment(0)} · ${time(D.span_us)} · times are from the capture's beginning` : "Nothing of a connection is in it.")));
 main.append(el("div", {class: "tiles"}, [
-  ["requests", number(D.exchanges)], ["p50", total ? time(total[2]) : "–"], ["p90", total ? time(total[3]) : "–"],
+  ["answered", number(D.exchanges)], ["unanswered", number(D.outcomes.unanswered)],
+  ...["cut", "open", "one_way", "push"].filter(o => D.outcomes[o]).map(o => [OUTCOMES[o], number(D.outcomes[o])]), ["p50", total ? time(total[2]) : "–"], ["p90", total ? time(total[3]) : "–"],
   ["p99", total ? time(total[4]) : "–"], ["slowest", total ? time(total[5]) : "–"],
   ["connections", number(D.connections)], ["retransmits", number(D.retransmits)], ["resets", number(D.resets)],
 ].map(([name, value]) => el("div", {class: "tile"}, el("b", {}, value), el("span", {}, name)))));
@@ -175,20 +180,22 @@ drawTimeline();
 
 // --- stages
 if (D.stages.length) {
-  const shown = D.stages.filter(s => s[0] !== "total" && s[0] !== "connect");
+  const apart = name => name === "total" || name === "connect" || name in OUTCOMES;
+  const shown = D.stages.filter(s => !apart(s[0]));
   const widest = Math.max(...shown.map(s => s[4]));
   const all = shown.reduce((sum, s) => sum + s[6], 0);
   const row = s => {
     const scale = us => Math.min(100, us / widest * 100);
-    const whole = s[0] === "total" || s[0] === "connect";
-    return el("tr", {}, el("td", {class: "l"}, whole ? el("b", {}, s[0]) : s[0] + (s[7] ? " ±" : "")),
+    const whole = apart(s[0]);
+    return el("tr", {}, el("td", {class: "l"}, whole ? el("b", {}, OUTCOMES[s[0]] ?? s[0]) : s[0] + (s[7] ? " ±" : "")),
       el("td", {}, number(s[1])), el("td", {}, time(s[2])), el("td", {}, time(s[3])), el("td", {}, time(s[4])),
       el("td", {}, time(s[5])), el("td", {}, whole ? "" : (s[6] / all * 100).toFixed(1) + " %"),
       el("td", {class: "wide l"}, whole ? "" : el("div", {class: "bar", role: "img", "aria-label": `p50 ${time(s[2])}, p99 ${time(s[4])}`},
         el("i", {class: "p99", style: `left:0;width:${scale(s[4])}%;background:${colour(s[0])}`}),
         el("i", {style: `left:0;width:${scale(s[2])}%;background:${colour(s[0])}`}))));
   };
-  section("Stages", "Where the time goes, in the order of a request's way. Full colour is p50, pale p99; share is of all time.",
+  section("Stages", "Where the time goes, in the order of a request's way. Full colour is p50, pale p99; share is of all time. " +
+    "Total is of what was answered; of what was not, the time that it waited.",
     el("div", {class: "scroll"}, el("table", {id: "stages"}, el("thead", {}, el("tr", {},
       ["stage", "count", "p50", "p90", "p99", "max", "share", ""].map((name, i) => el("th", {class: i === 0 ? "l" : "", scope: "col"}, name)))),
       el("tbody", {}, D.stages.map(row)))));
@@ -200,44 +207,47 @@ function fall(split, bound) {
   let before = 0;
   const parts = [...split.stages];
   if (split.unexplained_us) parts.push(["unexplained", split.unexplained_us]);
+  const known = parts.reduce((sum, part) => sum + part[1], 0), whole = Math.max(split.lasted_us ?? split.total_us, known);
+  if (whole - known > 0.0005) parts.push(["waiting", whole - known]);
   for (const [name, us] of parts) {
     const wires = name.split("+").filter(p => ["wire", "wire_back", "syn", "synack"].includes(p)).length;
     rows.push(el("span", {}, name), el("span", {class: "t"}, time(us) + (bound !== undefined && wires === 1 ? ` ± ${time(bound)}` : "")),
-      el("div", {class: "bar"}, el("i", {style: `left:${before / split.total_us * 100}%;width:${us / split.total_us * 100}%;background:${colour(name)}`})));
+      el("div", {class: "bar"}, el("i", {style: `left:${before / whole * 100}%;width:${us / whole * 100}%;background:${colour(name)}`})));
     before += us;
   }
   return rows;
 }
 if (D.slowest.length) {
   const list = D.slowest.map(one => el("details", {class: "request"},
-    el("summary", {}, el("b", {}, time(one.total_us)), el("span", {title: path(one)}, path(one)),
+    el("summary", {}, el("b", {}, time(one.lasted_us)), el("span", {title: path(one)}, path(one) + (one.outcome in OUTCOMES ? ` · ${OUTCOMES[one.outcome]}` : "")),
       el("div", {class: "stack", "aria-hidden": "true"}, one.stages.map(([name, us]) =>
-        el("i", {style: `width:${us / one.total_us * 100}%;background:${colour(name)}`})))),
+        el("i", {style: `width:${us / one.lasted_us * 100}%;background:${colour(name)}`})))),
     el("div", {class: "fall"},
       el("span", {class: "note"}, `${moment(one.at_us)} · request ${one.number} of connection ${one.conn} · ` +
         `${bytes(one.request_bytes)}, reply ${bytes(one.reply_bytes)}` +
+        (one.over_by ? ` · waited ${time(one.waited_us)}, ${one.over_by}` : "") +
         (one.retransmits ? ` · ${one.retransmits} retransmitted` : "") +
         (one.zero_windows ? ` · window closed ${one.zero_windows} times` : "") +
-        (one.ended !== "turn" && one.ended !== "closed" ? ` · ${one.ended}` : "")),
+        (one.ended !== "turn" && one.ended !== "closed" && one.ended !== one.over_by ? ` · ${one.ended}` : "")),
       one.connect ? [el("span", {class: "note"}, `connect ${time(one.connect.total_us)}`), ...fall(one.connect, one.wire_bound_us),
-        el("span", {class: "note"}, `then ${time(one.total_us)}`)] : [],
+        el("span", {class: "note"}, `then ${time(one.lasted_us)}`)] : [],
       fall(one, one.wire_bound_us),
       el("span", {class: "note"}, D.courses[one.conn] ? el("button", {class: "plain", type: "button",
         onclick: () => choose(one.conn, true)}, "Show its packets") : ""))));
-  section("Slowest requests", "Each opens to its waterfall.", el("div", {id: "slowest"}, list));
+  section("Slowest requests", "Each opens to its waterfall. What was never answered comes first, by the time it waited.", el("div", {id: "slowest"}, list));
 }
 
 // --- connections
 const COLUMNS = [
   ["#", "n", v => v], ["client", c => address(c.saddr, c.sport), v => v, true], ["process", c => process(c.comm, c.pid), v => v, true],
   ["service", c => address(c.daddr, c.dport), v => v, true], ["by", c => process(c.service_comm, c.service_pid), v => v, true],
-  ["at", "at_us", time], ["for", "for_us", time], ["connect", "connect_us", time], ["requests", "exchanges", number],
-  ["mean", "mean_us", time], ["slowest", "slowest_us", time], ["sent", "sent", bytes], ["received", "received", bytes],
+  ["at", "at_us", time], ["for", "for_us", time], ["connect", "connect_us", time], ["answered", "exchanges", number],
+  ["unanswered", "unanswered", number], ["mean", "mean_us", time], ["slowest", "slowest_us", time], ["sent", "sent", bytes], ["received", "received", bytes],
   ["retr.", "retransmits", number], ["rtt", "rtt_us", time], ["end", "ended", v => v ?? "", true],
 ];
 const value = (column, c) => typeof column[1] === "function" ? column[1](c) : c[column[1]];
 const PAGE = 50;
-let sorted = 10, down = true, room = PAGE, found = [];
+let sorted = 11, down = true, room = PAGE, found = [];
 if (D.table.length) {
   const texts = new Map(D.table.map(c => [c, COLUMNS.filter(col => col[3]).map(col => value(col, c) ?? "").join(" ").toLowerCase()]));
   const body = el("tbody", {}), count = el("span", {class: "soft", id: "count", role: "status"});

@@ -18,6 +18,7 @@ from tcplat_stages.join import Told
 from tcplat_stages.model import CLIENT, SERVICE, Connection, Exchange
 from tcplat_stages.stages import CONNECT_STAGES, CONNECTED, REPLY_TX, REQUEST_RX, STAGES
 from tcplat_stages.text import address, micros
+from tcplat_stages.waterfall import WAITING
 
 from tcplat_core import HOST_BITS, Merge
 
@@ -92,7 +93,7 @@ class Trace:
     # --- what there is to show
 
     def _connection(self, conn: Connection) -> None:
-        if not conn.exchanges:
+        if not conn.told:
             self._handshake(conn)
         for end in (CLIENT, SERVICE):
             self._tracks.pop((conn.number, end), None)
@@ -111,6 +112,8 @@ class Trace:
         if exchange.number == 1:
             self._handshake(conn)
         chain = _chain(exchange.stamps, exchange.split.left_out)
+        if not chain:
+            return
         served = [item for item in chain if REQUEST_RX <= item[0] <= REPLY_TX]
         bound_ns = self._hosts.wire_bound_ns(conn)
         about = {
@@ -119,12 +122,18 @@ class Trace:
             "retransmits": exchange.retransmits,
             "zero_windows": exchange.zero_windows,
             "ended": exchange.ended,
+            "outcome": exchange.outcome,
+            **({"over_by": exchange.over_by} if exchange.over_by else {}),
             **({} if bound_ns is None else {"wire_bound_us": micros(bound_ns)}),
         }
         name = f"{exchange.kind} {exchange.number}"
         asked = replied = None
-        if len(served) < len(chain):
-            track, tid = self._slice(conn, CLIENT, name, chain, STAGES, about)
+        if len(served) < len(chain) or exchange.over_ns is not None:
+            # A request that waited in vain is its client's, whoever told of it.
+            name += f" ({exchange.outcome})" if exchange.over_ns is not None else ""
+            track, tid = self._slice(
+                conn, CLIENT, name, chain, STAGES, about, exchange.over_ns or 0
+            )
             asked = replied = (track, tid)
         if len(served) < 2:  # noqa: PLR2004 - one instant is no slice
             return
@@ -146,9 +155,10 @@ class Trace:
         chain: Chain,
         stages: Sequence[str],
         about: dict[str, Any],
+        over_ns: int = 0,
     ) -> tuple[int, int]:
-        """A slice, and one for each stage within; where it stands."""
-        begin_ns, end_ns = chain[0][1], chain[-1][1]
+        """A slice, and one for each stage within, and for what it waited then; where it stands."""
+        begin_ns, end_ns = chain[0][1], max(chain[-1][1], over_ns)
         pid, tid = self._lane(conn, end, begin_ns, end_ns)
 
         def show(what: str, ts_ns: int, until_ns: int, **more: Any) -> None:
@@ -166,6 +176,8 @@ class Trace:
         show(name, begin_ns, end_ns, args=about)
         for (first, since_ns), (last, until_ns) in pairwise(chain):
             show("+".join(stages[first:last]), since_ns, until_ns)
+        if over_ns > chain[-1][1]:
+            show(WAITING, chain[-1][1], over_ns)
         return pid, tid
 
     def _flows(

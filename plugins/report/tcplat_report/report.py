@@ -11,11 +11,11 @@ import msgspec
 from tcplat_stages.histogram import Histogram
 from tcplat_stages.hosts import Hosts, crosses
 from tcplat_stages.join import Joiner, Told
-from tcplat_stages.model import CLIENT, SERVICE, Connection, Exchange
-from tcplat_stages.percentiles import TOTAL
-from tcplat_stages.stages import CONNECT_STAGES, CONNECTED, STAGES, UNEXPLAINED
+from tcplat_stages.model import CLIENT, FAILED, OUTCOMES, SERVICE, Connection, Exchange
+from tcplat_stages.percentiles import order, samples
+from tcplat_stages.stages import CONNECT_STAGES, CONNECTED, STAGES
 from tcplat_stages.text import duration, micros
-from tcplat_stages.waterfall import as_json
+from tcplat_stages.waterfall import Rank, as_json, rank
 
 from tcplat_core import Event, Loss, Merge, Reader
 
@@ -101,6 +101,8 @@ class _Busy:
     exchanges: int = 0
     sum_ns: int = 0
     slowest_ns: int = 0
+    rank: Rank = (False, 0)
+    """Of the worst of its requests, answered or not."""
 
 
 @attrs.define(eq=False)
@@ -119,7 +121,9 @@ class Story:
     merges: list[Merge] = attrs.field(factory=list)
     timeline: Timeline = attrs.field(factory=Timeline)
     stages: dict[str, Histogram] = attrs.field(factory=dict)
-    exchanges: int = 0
+    told: int = 0
+    outcomes: dict[str, int] = attrs.field(factory=lambda: dict.fromkeys(OUTCOMES, 0))
+    """How many exchanges had which outcome."""
     connections: int = 0
     retransmits: int = 0
     resets: int = 0
@@ -128,8 +132,8 @@ class Story:
     offset_ns: int = 0
     """Unix time minus the rows' clock."""
     _courses: Courses = attrs.field(factory=Courses)
-    _slowest: list[tuple[int, int, dict[str, Any]]] = attrs.field(factory=list)
-    _kept: list[tuple[int, int, dict[str, Any], Course | None]] = attrs.field(factory=list)
+    _slowest: list[tuple[Rank, int, dict[str, Any]]] = attrs.field(factory=list)
+    _kept: list[tuple[Rank, int, dict[str, Any], Course | None]] = attrs.field(factory=list)
     _busy: dict[int, _Busy] = attrs.field(factory=dict)
 
     def write(self, rows: list[Event]) -> None:
@@ -164,30 +168,30 @@ class Story:
         histogram.add(ns)
 
     def _exchange(self, exchange: Exchange) -> None:
-        self.exchanges += 1
-        split = exchange.split
-        total_ns = split.total_ns
-        self.timeline.add(exchange.began_ns, total_ns)
-        for name, ns in split.stages:
+        self.told += 1
+        self.outcomes[exchange.outcome] += 1
+        for name, ns in samples(exchange):
             self._count(name, ns)
-        if split.unexplained_ns:
-            self._count(UNEXPLAINED, split.unexplained_ns)
-        self._count(TOTAL, total_ns)
         busy = self._busy.get(exchange.conn.number)
         if busy is None:
             busy = self._busy[exchange.conn.number] = _Busy()
-        busy.exchanges += 1
-        busy.sum_ns += total_ns
-        busy.slowest_ns = max(busy.slowest_ns, total_ns)
+        how_slow = rank(exchange)
+        busy.rank = max(busy.rank, how_slow)
+        if exchange.measured:
+            total_ns = exchange.total_ns
+            self.timeline.add(exchange.began_ns, total_ns)
+            busy.exchanges += 1
+            busy.sum_ns += total_ns
+            busy.slowest_ns = max(busy.slowest_ns, total_ns)
         # Of two that took equally long, the earlier one stays.
         if len(self._slowest) < self.slow:
-            heapq.heappush(self._slowest, (total_ns, -self.exchanges, self._told(exchange)))
-        elif total_ns > self._slowest[0][0]:
-            item = (total_ns, -self.exchanges, self._told(exchange))
-            heapq.heapreplace(self._slowest, item)
+            heapq.heappush(self._slowest, (how_slow, -self.told, self._told(exchange)))
+        elif how_slow > self._slowest[0][0]:
+            heapq.heapreplace(self._slowest, (how_slow, -self.told, self._told(exchange)))
 
     def _told(self, exchange: Exchange) -> dict[str, Any]:
         shown = as_json(exchange, self.hosts)
+        shown["lasted_us"] = micros(exchange.lasted_ns)
         shown["stages"] = list(shown["stages"].items())
         if shown["connect"]:
             shown["connect"]["stages"] = list(shown["connect"]["stages"].items())
@@ -202,7 +206,7 @@ class Story:
         if conn.stamps[CONNECTED] is not None and handshake.total_ns:
             self._count(CONNECT, handshake.total_ns)
         course = self._courses.take(conn)
-        item = (busy.slowest_ns, -self.connections)
+        item = (busy.rank, -self.connections)
         if len(self._kept) < self.most_connections:
             heapq.heappush(self._kept, (*item, self._summary(conn, busy), course))
         elif item > self._kept[0][:2]:
@@ -227,6 +231,7 @@ class Story:
             if conn.stamps[CONNECTED] is not None and conn.handshake.total_ns
             else conn.connect_us,
             "exchanges": busy.exchanges,
+            "unanswered": sum(conn.outcomes.get(name, 0) for name in FAILED),
             "mean_us": micros(busy.sum_ns) / busy.exchanges if busy.exchanges else None,
             "slowest_us": micros(busy.slowest_ns) if busy.exchanges else None,
             "sent": conn.bytes_of(CLIENT),
@@ -239,7 +244,7 @@ class Story:
 
     def as_json(self, name: str, words: list[str]) -> dict[str, Any]:
         """What the page draws. Times are µs, from the capture's first row."""
-        kept = sorted(self._kept, key=lambda one: (-one[0], -one[1]))
+        kept = sorted(self._kept, key=lambda one: one[:2], reverse=True)
         courses: dict[int, Any] = {}
         room = _MOST_POINTS_SHOWN
         without = 0
@@ -266,13 +271,14 @@ class Story:
         bound_ns = self.hosts.worst_ns()
         if bound_ns is not None:
             said.append(f"between hosts, wire times are right within ± {duration(bound_ns)}")
-        slowest = sorted(self._slowest, key=lambda one: (-one[0], -one[1]))
+        slowest = sorted(self._slowest, key=lambda one: one[:2], reverse=True)
         return {
             "name": name,
             "time_ns": str(self.first_ns + self.offset_ns),
             "span_us": micros(max(0, self.last_ns - self.first_ns)),
             "remarks": said,
-            "exchanges": self.exchanges,
+            "exchanges": self.outcomes["answered"],
+            "outcomes": self.outcomes,
             "connections": self.connections,
             "retransmits": self.retransmits,
             "resets": self.resets,
@@ -319,10 +325,7 @@ class Story:
 
 
 def _order(item: tuple[str, Histogram]) -> tuple[int, int]:
-    first = item[0].split("+")[0]
-    if first in STAGES:
-        return STAGES.index(first), item[0].count("+")
-    return (-1 if first == CONNECT else len(STAGES) + (first == TOTAL)), 0
+    return (-1, 0) if item[0] == CONNECT else order(item[0])
 
 
 def write_report(

@@ -83,6 +83,9 @@ class Traffic:
     without: frozenset[str] = frozenset()
     slow: dict[tuple[int, int], int] = attrs.field(factory=dict)
     began_ns: int = 1_000_000_000_000
+    hung: dict[int, int] = attrs.field(factory=dict)
+    """Connection -> how long (µs) its client waits for the reply to a last request, in vain."""
+    closes: bool = True
 
     def rows(self) -> Iterator[tuple[int, Event]]:
         """Host and row, by the true clock, in order."""
@@ -102,7 +105,7 @@ class Traffic:
             _, _, host, row = heapq.heappop(waiting)
             yield host, row
 
-    def _connection(  # noqa: C901 - a story, told from its beginning to its end
+    def _connection(  # noqa: C901, PLR0915 - a story, told from its beginning to its end
         self, number: int, ts_ns: int, chance: Random
     ) -> Iterator[tuple[int, Event]]:
         near, far = ("10.0.0.1", 10_000 + number % 50_000), ("10.0.0.2", 80)
@@ -201,6 +204,21 @@ class Traffic:
                     if stage == "server":
                         at += self.slow.get((number, exchange), 0) * 1000
             ts_ns = at + chance.randrange(20_000, 200_000)
+        if number in self.hung:
+            for probe, point, host in _POINTS[:6]:
+                packet = point in ("nic_tx", "nic_rx", "rx_ip")
+                fields = {
+                    "seq": (first[0] + 1 + sent[0]) % 2**32,
+                    "bytes": 50,
+                    "flags": "PSH|ACK" if packet else None,
+                }
+                yield host, row(ts_ns, probe, point, host, 0, **fields)
+                ts_ns += 10_000
+            ts_ns += self.hung[number] * 1_000
+        if not self.closes:
+            fields = {"old_state": "TCP_CLOSE", "state": "TCP_SYN_SENT", "sport": None}
+            yield 0, row(ts_ns, "tcp_client", "state", 0, 0, **fields, sock=ts_ns)
+            return
         for host, probe in ((0, "tcp_client"), (1, "tcp_service")):
             yield host, row(ts_ns + host * 50_000, probe, "close", host, host, state="TCP_CLOSE")
 

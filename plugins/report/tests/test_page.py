@@ -184,3 +184,23 @@ def test_an_empty_capture_draws_too(browser: Chrome, tmp_path: Path) -> None:
     browser.get(out.as_uri())
     assert "Nothing of a connection" in one(browser, "header").text
     assert console(browser) == []
+
+
+def test_a_request_without_a_reply_is_the_first_of_the_slowest(
+    browser: Chrome, tmp_path: Path
+) -> None:
+    traffic = Traffic(connections=20, slow={(7, 2): 30_000}, hung={3: 9_000})
+    capture, out = write(tmp_path / "capture.jsonl", joint(traffic)), tmp_path / "report.html"
+    CliRunner().invoke(report, [str(capture), "-o", str(out)], catch_exceptions=False)
+    browser.get(out.as_uri())
+    tiles = {
+        tile.text.split("\n")[1]: tile.text.split("\n")[0] for tile in all_of(browser, ".tile")
+    }
+    assert (tiles["answered"], tiles["unanswered"]) == ("200", "1")
+    first = all_of(browser, "details.request")[0]
+    assert "unanswered" in first.text
+    first.find_element(By.CSS_SELECTOR, "summary").click()
+    assert "waiting" in first.text
+    assert "closed" in first.text
+    assert "10.0.0.1:10003" in rows(browser)[0]
+    assert console(browser) == []

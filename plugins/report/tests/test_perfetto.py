@@ -145,3 +145,20 @@ def test_an_empty_run_is_an_empty_trace(tmp_path: Path) -> None:
     out = tmp_path / "trace.json"
     CliRunner().invoke(report, [str(capture), "-o", str(out), "--format", "perfetto", "-q"])
     assert json.loads(out.read_text(encoding="utf-8"))["traceEvents"] == []
+
+
+def test_a_request_without_a_reply_lasts_as_long_as_it_waited(tmp_path: Path) -> None:
+    traffic = Traffic(connections=1, exchanges=2, hung={0: 9_000})
+    out = tmp_path / "trace.json"
+    arguments = [str(write(tmp_path / "capture", joint(traffic))), "-o", str(out)]
+    CliRunner().invoke(report, [*arguments, "--format", "perfetto", "-q"], catch_exceptions=False)
+    events = json.loads(out.read_text(encoding="utf-8"))["traceEvents"]
+    (track,) = [
+        track
+        for track in slices(events).values()
+        if any(event["name"] == "request 3 (unanswered)" for event in track)
+    ]
+    whole, *parts = track[-7:]
+    assert whole["args"]["outcome"] == "unanswered"
+    assert [part["name"] for part in parts] == [*list(STAGES_US)[:5], "waiting"]
+    assert sum(ns(part["dur"]) for part in parts) == ns(whole["dur"]) > 9_000_000

@@ -57,6 +57,30 @@ def test_the_figures_are_those_of_the_requests(tmp_path: Path) -> None:
     assert told["remarks"] == []
 
 
+def test_what_was_not_answered_stands_first_and_is_counted_apart(tmp_path: Path) -> None:
+    traffic = Traffic(connections=50, slow={(7, 3): 50_000}, hung={3: 9_000, 9: 8_000})
+    told = data(made(tmp_path, joint(traffic), "--connections", "3")[1])
+    assert (told["exchanges"], told["outcomes"]["unanswered"]) == (500, 2)
+    stages = {stage[0]: stage for stage in told["stages"]}
+    assert list(stages)[-2:] == ["total", "unanswered"]
+    assert (stages["total"][1], stages["unanswered"][1]) == (500, 2)
+    first, second, third = told["slowest"][:3]
+    assert [(one["sport"], one["outcome"]) for one in (first, second, third)] == [
+        (10_003, "unanswered"),
+        (10_009, "unanswered"),
+        (10_007, "answered"),
+    ]
+    assert (first["total_us"], first["waited_us"]) == (None, first["lasted_us"])
+    assert first["waited_us"] > 9_000_000 / 1000
+    # They are no points of the latency over time, and their connections stand first in the table.
+    assert sum(point[1] for point in told["timeline"]["series"]) == 500
+    assert [(row["sport"], row["unanswered"]) for row in told["table"]] == [
+        (10_003, 1),
+        (10_009, 1),
+        (10_007, 0),
+    ]
+
+
 def test_time_goes_on_in_windows_that_hold_every_request(tmp_path: Path) -> None:
     traffic = Traffic(connections=300, exchanges=3, gap_us=20_000)
     timeline = data(made(tmp_path, joint(traffic))[1])["timeline"]
