@@ -55,7 +55,8 @@ def report(
     "conditions",
     multiple=True,
     metavar="STAGE.PCT:LIMIT",
-    help="Exit 1 if it surely changed by more: queue.p99:+10%, total.p50:+2ms; repeatable.",
+    help="Exit 1 if it surely changed by more: queue.p99:+10%, total.p50:+2ms; unanswered:+0 "
+    "if more requests had no reply; repeatable.",
 )
 @click.option(
     "--group-by",

@@ -20,7 +20,7 @@ import re
 import sys
 import zlib
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, zip_longest
 from typing import Any
 
@@ -29,8 +29,18 @@ import click
 import msgspec
 from tcplat_stages.histogram import Histogram
 from tcplat_stages.join import Joiner
-from tcplat_stages.model import Connection, Exchange
-from tcplat_stages.percentiles import GROUPINGS, OTHERS, TOTAL
+from tcplat_stages.model import (
+    ANSWERED,
+    CUT,
+    ONE_WAY,
+    OPEN,
+    PUSH,
+    SERVICE,
+    UNANSWERED,
+    Connection,
+    Exchange,
+)
+from tcplat_stages.percentiles import GROUPINGS, OTHERS, TOTAL, samples
 from tcplat_stages.plugin import parse_groups
 from tcplat_stages.stages import CONNECTED, STAGES, UNEXPLAINED
 from tcplat_stages.text import duration, micros, nanos
@@ -50,6 +60,15 @@ _FEWEST_BLOCKS = 12
 _LEAST = 20
 """Requests, below which nothing is judged."""
 _MOST_GROUPS = 256
+_MOST_SERVICES = 65_536
+_Z = 2.5758
+"""So many standard deviations to either side are 99 % of a normal distribution."""
+SHARE = "share"
+"""Stands for a percentile where the share of requests with an outcome is compared."""
+_SHARES = (UNANSWERED, CUT)
+"""Outcomes that can fail a comparison."""
+_COUNTED = (OPEN, ONE_WAY, PUSH)
+"""Outcomes that are no fault: how many there were is told."""
 
 Key = tuple[tuple[Any, ...], str]
 """Group and stage."""
@@ -104,12 +123,15 @@ class Quantiles:
 
     def independent(self, share: float) -> float:
         """For how many independent durations it counts, at this percentile."""
-        limit = self.value(share)
+        return self.independent_above(self.value(share))
+
+    def independent_above(self, limit: int) -> float:
+        """For how many independent ones it counts, where how many are above a limit matters."""
         parts = [
             (sum(n for ns, n in one.buckets() if ns > limit), one.count)
             for one in self._sample.blocks
         ]
-        p = sum(above for above, _ in parts) / self.count
+        p = sum(above for above, _ in parts) / self.count if self.count else 0
         if not 0 < p < 1:
             return self.count
         # A burst may be longer than a block: the same for blocks twice and four times as long.
@@ -167,8 +189,54 @@ class Change:
 
 
 @attrs.frozen
+class Share:
+    """How many requests of a group had an outcome, of how many.
+
+    Args:
+        counts: With that outcome, in BASE and in NEW.
+        requests: Answered or not; None for what is no part of these.
+        interval: Of the change of the share: 0.01 is one percentage point.
+    """
+
+    group: tuple[Any, ...]
+    stage: str
+    counts: tuple[int, int]
+    requests: tuple[int, int] | None = None
+    interval: tuple[float, float] | None = None
+    too_little: str = ""
+    percentile: str = SHARE
+
+    @property
+    def shares(self) -> tuple[float | None, float | None]:
+        """In BASE and in NEW; None where there are no requests."""
+        base, new = self.requests or (0, 0)
+        return (
+            self.counts[0] / base if base else None,
+            self.counts[1] / new if new else None,
+        )
+
+    @property
+    def change(self) -> float | None:
+        """Of the share."""
+        base, new = self.shares
+        return None if base is None or new is None else new - base
+
+    @property
+    def certain(self) -> bool:
+        """The interval has no zero in it."""
+        return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
+
+
+Compared = Change | Share
+
+
+@attrs.frozen
 class Condition:
-    """``queue.p99:+10%``: a change beyond `limit` fails, if the whole interval lies there."""
+    """``queue.p99:+10%``: a change beyond `limit` fails, if the whole interval lies there.
+
+    ``unanswered:+0``: so many more fail, if they are a larger share of the requests, too.
+    ``unanswered:+1%``: a share greater by so much fails, as with percentiles.
+    """
 
     text: str
     stage: str
@@ -176,6 +244,7 @@ class Condition:
     share: float | None
     ns: int | None
     rises: bool
+    count: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> Condition:
@@ -184,12 +253,20 @@ class Condition:
         Raises:
             UsageError: It is not of that form.
         """
+        if apart := re.fullmatch(
+            rf"({'|'.join(_SHARES)}):\+(?:(\d+)|(\d+(?:\.\d+)?)%)", text, re.ASCII
+        ):
+            stage, count, points = apart.groups()
+            most = float(points) / 100 if points else None
+            return cls(
+                text, stage, SHARE, most, None, rises=True, count=int(count) if count else None
+            )
         limit = r"(?:(\d+(?:\.\d+)?)%|(\d+(?:\.\d+)?(?:ns|us|ms|s)))"
         found = re.fullmatch(rf"([a-z_+]+)\.(p\d+):([+-]){limit}", text, re.ASCII)
         if not found:
             raise UsageError(
                 f"--fail-on {text!r} is not of the form STAGE.PCT:LIMIT; "
-                "write queue.p99:+10% or total.p50:+2ms"
+                "write queue.p99:+10%, total.p50:+2ms, unanswered:+0 or unanswered:+1%"
             )
         stage, percentile, sign, share, absolute = found.groups()
         names = (*STAGES, TOTAL, CONNECT, UNEXPLAINED)
@@ -211,20 +288,97 @@ class Condition:
             sign == "+",
         )
 
-    def met_by(self, change: Change) -> bool:
-        """The whole interval lies beyond the limit."""
+    def met_by(self, change: Compared) -> bool:
+        """The whole interval lies beyond the limit; of a number, it is beyond."""
+        if isinstance(change, Share):
+            return self._met_by_share(change)
         interval = change.interval_ns if self.share is None else change.interval
         limit = self.ns if self.share is None else self.share
         if interval is None or limit is None:
             return False
         return interval[0] > limit if self.rises else interval[1] < limit
 
+    def _met_by_share(self, change: Share) -> bool:
+        if self.count is not None:
+            more = change.counts[1] - change.counts[0]
+            base, new = (share or 0.0 for share in change.shares)
+            return more > self.count and new > base
+        return (
+            change.interval is not None
+            and self.share is not None
+            and change.interval[0] > self.share
+        )
 
-def collect(reader: Reader, group_by: Sequence[str]) -> tuple[dict[Key, Sample], list[str]]:
-    """A capture's durations, and what has to be said about them."""
+
+Service = tuple[str, int | None]
+
+
+@attrs.define(eq=False)
+class Outcomes:
+    """What became of a capture's requests, by group.
+
+    Args:
+        samples: Group and outcome -> 1 for each request that had it, 0 for each other, in order.
+        counts: Group and outcome -> how many; of what is no request that awaits a reply.
+        spoke: Services that sent a byte, on whatever connection.
+        mute: Group, outcome and service -> how many it had while the service had not sent one.
+    """
+
+    samples: dict[Key, Sample] = attrs.field(factory=dict)
+    counts: dict[Key, int] = attrs.field(factory=dict)
+    spoke: set[Service] = attrs.field(factory=set)
+    mute: dict[tuple[tuple[Any, ...], str, Service], int] = attrs.field(factory=dict)
+
+    def add(self, group: tuple[Any, ...], exchange: Exchange) -> None:
+        """Count one."""
+        outcome, conn = exchange.outcome, exchange.conn
+        service = conn.service
+        if conn.bytes_of(SERVICE) and len(self.spoke) < _MOST_SERVICES:
+            self.spoke.add(service)
+        if outcome in _COUNTED:
+            self.counts[group, outcome] = self.counts.get((group, outcome), 0) + 1
+        elif service in self.spoke or len(self.spoke) >= _MOST_SERVICES:
+            self._add(group, outcome)
+        else:
+            key = (group, outcome, service)
+            self.mute[key] = self.mute.get(key, 0) + 1
+
+    def _add(self, group: tuple[Any, ...], outcome: str) -> None:
+        for name in _SHARES:
+            self.samples.setdefault((group, name), Sample()).add(int(outcome == name))
+
+    def settle(self, spoke: set[Service]) -> int:
+        """Count requests to services that did speak, elsewhere or later; how many are left out."""
+        left_out = 0
+        for (group, outcome, service), count in self.mute.items():
+            if service in spoke:
+                for _ in range(count):
+                    self._add(group, outcome)
+            else:
+                left_out += count
+        self.mute.clear()
+        return left_out
+
+
+@attrs.frozen
+class Collected:
+    """What a capture has to be compared.
+
+    Args:
+        remarks: What has to be said about it.
+    """
+
+    samples: dict[Key, Sample]
+    outcomes: Outcomes
+    remarks: list[str]
+
+
+def collect(reader: Reader, group_by: Sequence[str]) -> Collected:
+    """A capture's durations and outcomes."""
     joiner = Joiner()
     groupings = [GROUPINGS[name] for name in group_by]
-    samples: dict[Key, Sample] = {}
+    found: dict[Key, Sample] = {}
+    outcomes = Outcomes()
     groups: set[tuple[Any, ...]] = set()
     for one in told(reader, joiner):
         if isinstance(one, Connection):
@@ -232,22 +386,64 @@ def collect(reader: Reader, group_by: Sequence[str]) -> tuple[dict[Key, Sample],
             parts = [(CONNECT, split.total_ns)] if one.stamps[CONNECTED] and split.total_ns else []
             exchange = Exchange(one, "exchange")
         else:
-            split = one.split
-            parts = [*split.stages, (TOTAL, split.total_ns)]
-            if split.unexplained_ns:
-                parts.append((UNEXPLAINED, split.unexplained_ns))
+            # Of what was not answered, the stages that were gone through.
+            parts = samples(one)
+            if one.outcome != ANSWERED:
+                parts.pop()
             exchange = one
         group = tuple([grouping(exchange) for grouping in groupings])
         if group not in groups:
             if len(groups) >= _MOST_GROUPS:
                 group = tuple(OTHERS for _ in groupings)
             groups.add(group)
+        if exchange is one:
+            outcomes.add(group, exchange)
         for name, ns in parts:
-            sample = samples.get((group, name))
+            sample = found.get((group, name))
             if sample is None:
-                sample = samples[group, name] = Sample()
+                sample = found[group, name] = Sample()
             sample.add(ns)
-    return samples, list(remarks(reader, joiner))
+    return Collected(found, outcomes, list(remarks(reader, joiner)))
+
+
+def shares(base: Outcomes, new: Outcomes, groups: Iterable[tuple[Any, ...]]) -> list[Share]:
+    """Of every group: what was not answered, always; what else there was, where there was any."""
+    found = []
+    for group in groups:
+        for name in _SHARES:
+            pair = [one.samples.get((group, name), Sample()) for one in (base, new)]
+            if name == UNANSWERED or any(one.whole().sum_ns for one in pair):
+                found.append(_share(group, name, pair))
+        for name in _COUNTED:
+            before, after = (one.counts.get((group, name), 0) for one in (base, new))
+            if before or after:
+                found.append(Share(group, name, (before, after)))
+    return found
+
+
+def _share(group: tuple[Any, ...], name: str, pair: Sequence[Sample]) -> Share:
+    wholes = [one.whole() for one in pair]
+    counts = (wholes[0].sum_ns, wholes[1].sum_ns)
+    requests = (wholes[0].count, wholes[1].count)
+    short = [f"{n} in {which}" for n, which in zip(requests, _NAMES, strict=True) if n < _LEAST]
+    if short:
+        words = f"{', '.join(short)}; it takes {_LEAST}"
+        return Share(group, name, counts, requests, too_little=words)
+    (p1, low1, high1), (p2, low2, high2) = (
+        _wilson(count / n, Quantiles(one).independent_above(0))
+        for count, n, one in zip(counts, requests, pair, strict=True)
+    )
+    # Newcombe's interval of a difference, of Wilson's for each: good also for shares near 0.
+    low = p2 - p1 - math.hypot(p2 - low2, high1 - p1)
+    high = p2 - p1 + math.hypot(high2 - p2, p1 - low1)
+    return Share(group, name, counts, requests, (low, high))
+
+
+def _wilson(p: float, n: float) -> tuple[float, float, float]:
+    """A share, and the interval in which it lies."""
+    middle = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
+    return p, max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def changes(base: dict[Key, Sample], new: dict[Key, Sample], seed: int) -> list[Change]:
@@ -297,13 +493,25 @@ def changes(base: dict[Key, Sample], new: dict[Key, Sample], seed: int) -> list[
 _NAMES = ("BASE", "NEW")
 
 
+def ordered(changed: Iterable[Change], apart: Iterable[Share]) -> list[Compared]:
+    """Group by group: stages, then what became of the requests."""
+    return sorted(
+        [*changed, *apart],
+        key=lambda one: (_group_order(one.group), isinstance(one, Share)),
+    )
+
+
+def _group_order(group: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple("" if one is None else str(one) for one in group)
+
+
 def _order(key: Key) -> tuple[tuple[str, ...], int, int, str]:
     group, stage = key
     first = stage.split("+")[0]
     place = STAGES.index(first) if first in STAGES else len(STAGES) + (stage == TOTAL)
     if stage == CONNECT:
         place = -1
-    return tuple("" if one is None else str(one) for one in group), place, stage.count("+"), stage
+    return _group_order(group), place, stage.count("+"), stage
 
 
 def compare(
@@ -323,8 +531,14 @@ def compare(
     except ValueError as error:
         raise UsageError(f"--group-by {error}") from error
     readers = [Reader.open(where, quiet=quiet) for where in (base, new)]
-    (before, words), (after, more) = (collect(reader, groupings) for reader in readers)
-    found = changes(before, after, seed)
+    before, after = (collect(reader, groupings) for reader in readers)
+    spoke = before.outcomes.spoke | after.outcomes.spoke
+    mute = [one.outcomes.settle(spoke) for one in (before, after)]
+    groups = {group for one in (before, after) for group, _ in one.samples}
+    for one in (before, after):
+        groups |= {group for group, _ in (*one.outcomes.samples, *one.outcomes.counts)}
+    apart = shares(before.outcomes, after.outcomes, groups)
+    found = ordered(changes(before.samples, after.samples, seed), apart)
     verdicts = [_judge(condition, found) for condition in wanted]
     if as_json:
         encoder = msgspec.json.Encoder()
@@ -333,8 +547,13 @@ def compare(
     else:
         click.echo(_table(found, groupings), nl=False)
     if not quiet:
-        for sentence in [*words, *more]:
+        for sentence in [*before.remarks, *after.remarks]:
             say(sentence)
+        if any(mute):
+            say(
+                f"{mute[0]} requests in BASE and {mute[1]} in NEW went to services that sent no "
+                f"byte in either: they are not counted as {UNANSWERED}"
+            )
     for failed, sentence in verdicts:
         if failed or not quiet:
             say(sentence)
@@ -342,7 +561,7 @@ def compare(
         sys.exit(1)
 
 
-def _judge(condition: Condition, found: Sequence[Change]) -> tuple[bool, str]:
+def _judge(condition: Condition, found: Sequence[Compared]) -> tuple[bool, str]:
     mine = [
         one
         for one in found
@@ -352,18 +571,20 @@ def _judge(condition: Condition, found: Sequence[Change]) -> tuple[bool, str]:
     if met:
         whose = "; ".join(f"{_whose(one)}{_interval(one)}" for one in met)
         return True, f"{condition.text}: failed: {whose}"
+    if not mine and condition.percentile == SHARE:
+        return False, f"{condition.text}: not met: none in either"
     if not mine:
         merged = {one.stage for one in found if condition.stage in one.stage.split("+")}
         where = f"; it is part of {', '.join(sorted(merged))}" if merged else ""
         return False, f"{condition.text}: not judged: no {condition.stage} by itself{where}"
-    short = [one for one in mine if one.too_little]
+    short = [one for one in mine if one.too_little and condition.count is None]
     if short:
         whose = "; ".join(f"{_whose(one)}{one.too_little}" for one in short)
         return False, f"{condition.text}: too little data to judge: {whose}"
     return False, f"{condition.text}: not met: {'; '.join(_whose(o) + _interval(o) for o in mine)}"
 
 
-def _whose(change: Change) -> str:
+def _whose(change: Compared) -> str:
     return f"{'/'.join(map(str, change.group))} " if change.group else ""
 
 
@@ -371,28 +592,44 @@ def _percent(share: float) -> str:
     return f"{share:+.1%}"
 
 
-def _interval(change: Change) -> str:
+def _points(share: float) -> str:
+    return f"{100 * share:+.2f} pp"
+
+
+def _interval(change: Compared) -> str:
+    if isinstance(change, Share):
+        counts = f"{change.counts[0]} to {change.counts[1]}"
+        if change.requests is None:
+            return counts
+        counts += f" of {change.requests[0]} and {change.requests[1]} requests"
+        return counts if change.interval is None else f"{counts}, {_points_interval(change)}"
     if change.interval is None:
         return ""
     return f"{_percent(change.interval[0])} to {_percent(change.interval[1])}"
 
 
-def _table(found: Sequence[Change], group_by: Sequence[str]) -> str:
+def _points_interval(change: Share) -> str:
+    return (
+        "" if change.interval is None else " to ".join(_points(share) for share in change.interval)
+    )
+
+
+def _share_cells(one: Share) -> list[str]:
+    """A line: COUNT is with that outcome, BASE and NEW their shares of the requests."""
+    base, new = ("-" if share is None else f"{share:.2%}" for share in one.shares)
+    change = "-" if one.change is None else _points(one.change)
+    note = f"too little data: {one.too_little}" if one.too_little else "*" if one.certain else ""
+    counts = f"{one.counts[0]}/{one.counts[1]}"
+    return [one.stage, "", counts, base, new, change, _points_interval(one), note]
+
+
+def _table(found: Sequence[Compared], group_by: Sequence[str]) -> str:
     heads = [*(name.upper() for name in group_by), "STAGE", "", "COUNT", "BASE", "NEW", "CHANGE"]
     heads += [f"{CONFIDENCE:.0%} INTERVAL", ""]
     cells = [
         [
             *("-" if value is None else str(value) for value in one.group),
-            one.stage,
-            one.percentile,
-            f"{one.counts[0]}/{one.counts[1]}",
-            "-" if one.base is None else duration(one.base),
-            "-" if one.new is None else duration(one.new),
-            "-" if one.change is None or one.too_little else _percent(one.change),
-            _interval(one),
-            f"too little data: {one.too_little}"
-            if one.too_little
-            else ("*" if one.certain else ""),
+            *(_share_cells(one) if isinstance(one, Share) else _cells(one)),
         ]
         for one in found
     ]
@@ -408,8 +645,21 @@ def _table(found: Sequence[Change], group_by: Sequence[str]) -> str:
     return "\n".join([*lines, ""])
 
 
+def _cells(one: Change) -> list[str]:
+    return [
+        one.stage,
+        one.percentile,
+        f"{one.counts[0]}/{one.counts[1]}",
+        "-" if one.base is None else duration(one.base),
+        "-" if one.new is None else duration(one.new),
+        "-" if one.change is None or one.too_little else _percent(one.change),
+        _interval(one),
+        f"too little data: {one.too_little}" if one.too_little else ("*" if one.certain else ""),
+    ]
+
+
 def _json(
-    change: Change, group_by: Sequence[str], conditions: Sequence[Condition]
+    change: Compared, group_by: Sequence[str], conditions: Sequence[Condition]
 ) -> dict[str, Any]:
     values = dict(zip(group_by, change.group, strict=True))
     mine = [
@@ -417,6 +667,26 @@ def _json(
         for one in conditions
         if (one.stage, one.percentile) == (change.stage, change.percentile)
     ]
+    if isinstance(change, Share):
+        base, new = change.requests or (None, None)
+        return {
+            "v": 1,
+            **{grouping: values.get(grouping) for grouping in GROUPINGS},
+            "stage": change.stage,
+            "percentile": SHARE,
+            "base_count": change.counts[0],
+            "new_count": change.counts[1],
+            "base_requests": base,
+            "new_requests": new,
+            "base_share": change.shares[0],
+            "new_share": change.shares[1],
+            "change": change.change,
+            "interval": change.interval,
+            "confidence": CONFIDENCE,
+            "certain": change.certain,
+            "too_little": change.too_little or None,
+            "failed": [one.text for one in mine if one.met_by(change)],
+        }
     return {
         "v": 1,
         **{grouping: values.get(grouping) for grouping in GROUPINGS},

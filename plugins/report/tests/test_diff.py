@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from tcplat_report.commands import diff
-from tcplat_report.diff import Change, Condition, Quantiles, Sample, changes
+from tcplat_report.diff import Change, Condition, Quantiles, Sample, _share, changes
 
 from tcplat_core.errors import UsageError
 
@@ -135,7 +135,7 @@ def test_what_was_planted_is_found_and_only_there(captures: dict[str, Path]) -> 
     assert queue["base_count"] == queue["new_count"] == 1000
     assert queue["interval"][0] <= 0.3 <= queue["interval"][1]
     assert queue["certain"]
-    assert {one["stage"] for one in found} == {"connect", *STAGES_US, "total"}
+    assert {one["stage"] for one in found} == {"connect", *STAGES_US, "total", "unanswered"}
 
 
 def test_nothing_fails_where_nothing_changed(captures: dict[str, Path]) -> None:
@@ -178,12 +178,119 @@ def test_groups_are_compared_each_by_itself(captures: dict[str, Path]) -> None:
 def test_the_table_has_a_line_for_each(captures: dict[str, Path]) -> None:
     text = ran(captures, "base", "slow").stdout.splitlines()
     assert text[0].split()[:2] == ["STAGE", "COUNT"]
-    assert len(text) == 1 + 3 * (2 + len(STAGES_US))
+    assert len(text) == 1 + 3 * (2 + len(STAGES_US)) + 1
+    assert text[-1].split()[:4] == ["unanswered", "0/0", "0.00%", "0.00%"]
+
+
+@pytest.fixture(scope="module")
+def hung(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("hung")
+    made = {
+        "none": Traffic(connections=40, seed=1),
+        "none, longer": Traffic(connections=120, seed=2),
+        "two": Traffic(connections=40, seed=3, hung={5: 2_000_000, 9: 2_000_000}),
+        "six, longer": Traffic(
+            connections=120, seed=4, hung=dict.fromkeys(range(0, 120, 20), 2_000_000)
+        ),
+        "many": Traffic(connections=40, seed=5, hung=dict.fromkeys(range(40), 2_000_000)),
+        "three, shorter": Traffic(
+            connections=30, seed=6, hung=dict.fromkeys((3, 13, 23), 2_000_000)
+        ),
+        "all of them": Traffic(
+            connections=30, seed=6, exchanges=0, hung=dict.fromkeys(range(30), 2_000_000)
+        ),
+        "more of them": Traffic(
+            connections=60, seed=7, exchanges=0, hung=dict.fromkeys(range(60), 2_000_000)
+        ),
+        "just now": Traffic(connections=1, seed=8, exchanges=30, hung={0: 3_000}, closes=False),
+    }
+    return {name: write(folder / name, joint(traffic)) for name, traffic in made.items()}
+
+
+@pytest.mark.parametrize(
+    ("base", "new", "limit", "fails"),
+    [
+        ("none", "none", "+0", False),
+        ("none", "two", "+0", True),
+        ("none", "two", "+1", True),
+        ("none", "two", "+2", False),
+        ("two", "none", "+0", False),
+        ("two", "two", "+0", False),
+        # As many of a hundred, in a capture three times as long.
+        ("two", "six, longer", "+0", False),
+        ("six, longer", "three, shorter", "+0", False),
+        ("two", "three, shorter", "+0", True),
+        ("none, longer", "two", "+0", True),
+        ("none", "many", "+2%", True),
+        ("none", "many", "+50%", False),
+        ("none", "two", "+1%", False),
+        # Nobody had an answer in the new one: the base says that the service can speak.
+        ("none", "all of them", "+0", True),
+        # A service that never sends a byte, as syslog: not a fault, however many.
+        ("all of them", "more of them", "+0", False),
+        ("none", "just now", "+0", False),
+    ],
+)
+def test_more_requests_without_a_reply_fail(
+    hung: dict[str, Path],
+    base: str,
+    new: str,
+    limit: str,
+    fails: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    result = ran(hung, base, new, "--fail-on", f"unanswered:{limit}")
+    assert result.exit_code == int(fails), result.stderr
+
+
+def test_what_was_not_answered_has_a_line_and_is_no_sample_of_total(hung: dict[str, Path]) -> None:
+    result = ran(hung, "none", "many", "--format", "json", "--fail-on", "unanswered:+0")
+    found = {(one["stage"], one["percentile"]): one for one in lines(result)}
+    line = found["unanswered", "share"]
+    assert (line["base_count"], line["new_count"]) == (0, 40)
+    assert (line["base_requests"], line["new_requests"]) == (400, 440)
+    assert (line["base_share"], line["new_share"]) == (0, pytest.approx(40 / 440))
+    assert 0 < line["interval"][0] < 40 / 440 < line["interval"][1] < 0.5
+    assert (line["certain"], line["failed"]) == (True, ["unanswered:+0"])
+    # They make those that were answered neither slower nor faster.
+    assert not any(one["certain"] for (stage, _), one in found.items() if stage == "total")
+    assert found["total", "p50"]["new_count"] == found["server", "p50"]["new_count"] == 400
+    assert found["queue", "p50"]["new_count"] == 440  # it was read, if not answered
+    assert ("cut", "share") not in found
+
+
+def test_a_request_that_was_young_when_the_run_ended_is_open(hung: dict[str, Path]) -> None:
+    found = lines(ran(hung, "none", "just now", "--format", "json"))
+    counts = {one["stage"]: one["new_count"] for one in found if one["percentile"] == "share"}
+    assert counts == {"unanswered": 0, "open": 1}
+
+
+def test_of_services_that_never_send_it_is_said(hung: dict[str, Path]) -> None:
+    result = ran(hung, "all of them", "more of them")
+    assert (
+        "30 requests in BASE and 60 in NEW went to services that sent no byte in either"
+        in result.stderr
+    )
+    assert "unanswered" in result.stdout or result.stdout.count("\n") > 1
+
+
+def test_of_hundred_pairs_alike_the_shares_of_few_differ() -> None:
+    chance = Random(1)  # noqa: S311 - made-up traffic
+    wrong = 0
+    for _ in range(200):
+        pair = [sample([chance.random() < 0.02 for _ in range(1000)]) for _ in range(2)]
+        wrong += _share((), "unanswered", pair).certain
+    assert wrong <= 8
 
 
 @pytest.mark.parametrize(
     "text",
     [
+        "unanswered",
+        "unanswered:0",
+        "unanswered:-1",
+        "unanswered:+2ms",
+        "unanswered.p99:+1%",
+        "open:+0",
         "queue.p99",
         "queue:+10%",
         "queue.p98:+10%",
