@@ -139,18 +139,28 @@ SECTIONS = {
         "Sink",
         "RunInfo",
         "Output",
+        "Place",
         "json_lines",
         "printable",
         "Loss",
         "RunReport",
     ),
-    "A command": ("Reader", "Merge", "HOST_BITS", "add_reports"),
+    "A command": ("Reader", "whole_file", "Merge", "HOST_BITS", "add_reports"),
     "Errors": (*("TcplatError", "UsageError", "CannotRunError", "PluginError", "ReaderGoneError"),),
 }
 """Every public name, in the order in which one needs them."""
 
 
-_WITH_METHODS = ("Sink", "AggregateSink", "Output", "Moment", "Distribution", "Maps", "Reader")
+_WITH_METHODS = (
+    "Sink",
+    "AggregateSink",
+    "Output",
+    "Place",
+    "Moment",
+    "Distribution",
+    "Maps",
+    "Reader",
+)
 """Classes whose methods a plugin has, or calls."""
 
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         Sink,
         SinkSpec,
     )
+    from .outfile import Place, whole_file
     from .output import Output
     from .reading import Reader
     from .replay import add_reports
@@ -82,6 +83,7 @@ __all__ = [
     "Option",
     "Options",
     "Output",
+    "Place",
     "PluginError",
     "ProbeSpec",
     "ReadableMap",
@@ -117,11 +119,22 @@ __all__ = [
     "size",
     "tracepoint",
     "tracepoints",
+    "whole_file",
     "xdp",
 ]
 
 _HOMES = (
-    *("errors", "histogram", "hookpoints", "hookspecs", "kinds", "maps", "model", "output"),
+    *(
+        "errors",
+        "histogram",
+        "hookpoints",
+        "hookspecs",
+        "kinds",
+        "maps",
+        "model",
+        "outfile",
+        "output",
+    ),
     *("schema", "reading", "replay", "fast.records"),
 )
 

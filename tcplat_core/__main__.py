@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from . import privileges
 from .errors import CannotRunError
+from .standard import keep_taken
 
 
 def start() -> NoReturn:
@@ -17,6 +18,7 @@ def start() -> NoReturn:
 
     A user without rights gets PYTHONPATH and packages below his home after all.
     """
+    keep_taken()
     if not privileges.held() and _differs():
         os.execv(sys.executable, [sys.executable, "-P", "-m", "tcplat_core", *sys.argv[1:]])
     main()
@@ -24,6 +26,7 @@ def start() -> NoReturn:
 
 def main() -> NoReturn:
     """Run the command line; with rights only where no other user's code can have run by now."""
+    keep_taken()
     if privileges.held():
         if not sys.flags.isolated:
             print(  # noqa: T201 - click is not to be imported here

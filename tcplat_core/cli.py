@@ -16,6 +16,7 @@ import attrs
 import click
 
 from . import kinds
+from .bar import Bar
 from .commands import Commands
 from .errors import CannotRunError, EventsLostError, TcplatError, UsageError
 from .hookpoints import SKIPPED_FUNCS
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .filters import Filter
     from .histogram import Aggregation
     from .model import Counted, ProbeReport, RunInfo, RunReport, Sink
+    from .output import Output
     from .plugins import Plugins
 
 # What a command needs is imported when it is called: `plugins list` and --help
@@ -263,35 +265,37 @@ def _run(
     try:
         loader = LoaderProcess.start()
         # While it starts.
-        from . import privileges  # noqa: PLC0415
         from .loader.protocol import Request  # noqa: PLC0415
         from .model import RunInfo  # noqa: PLC0415
         from .plugins import Plugins  # noqa: PLC0415
+        from .ready import ReadyFile  # noqa: PLC0415
         from .router import spare_the_collector  # noqa: PLC0415
         from .session import Session  # noqa: PLC0415
         from .trace import TracePipe  # noqa: PLC0415
 
         spare_the_collector()
         trace = TracePipe.open() if debug else None
-        privileges.drop()
+        _give_up_root(say=_nothing if quiet else _say)
         # Third-party Python runs from here on, and root is gone.
         plugins = Plugins.load()
         chosen = _probes(plugins, probes)
         aggregation, events = _aggregation(plugins, sinks, chosen)
         if count and not events:
             raise UsageError("--count counts rows, and none are made without a sink for them")
+        info = RunInfo(
+            probes=tuple(spec.name for spec, _ in chosen),
+            stopping=signals.stopping,
+            events={spec.name: spec.event for spec, _ in chosen},
+            say=_nothing if quiet else _say,
+        )
+        if ready_file:
+            ReadyFile(ready_file).check()
+        made, outputs = _sinks(plugins, sinks, info)
         session = Session(
             loader=loader,
             probes=chosen,
-            sinks=_sinks(
-                plugins,
-                sinks,
-                RunInfo(
-                    probes=tuple(spec.name for spec, _ in chosen),
-                    stopping=signals.stopping,
-                    events={spec.name: spec.event for spec, _ in chosen},
-                ),
-            ),
+            sinks=made,
+            outputs=outputs,
             request=Request(
                 events=events,
                 aggregation=aggregation,
@@ -330,7 +334,7 @@ def _run(
         _summary(report)
     # Of a command that did not end by itself, the status says no more than that.
     ended = child.status if child and not (child.stopped or signals.caught) else 0
-    return _status(report, len(sinks), child, ended or 0, fail_on_loss=fail_on_loss)
+    return _status(report, child, ended or 0, fail_on_loss=fail_on_loss)
 
 
 @cli.command()
@@ -370,11 +374,10 @@ def _replay(
     count: int | None,
     quiet: bool,
 ) -> int:
-    from . import privileges  # noqa: PLC0415 - see the top
     from .capture import Capture, Source  # noqa: PLC0415
     from .model import RunInfo  # noqa: PLC0415
     from .plugins import Plugins  # noqa: PLC0415
-    from .replay import Bar, Replay  # noqa: PLC0415
+    from .replay import Replay  # noqa: PLC0415
     from .router import spare_the_collector  # noqa: PLC0415
     from .signals import Signals  # noqa: PLC0415
 
@@ -383,14 +386,16 @@ def _replay(
     signals.install()
     # As whoever we are: a capture of root's, a socket of another user's.
     source = Source.open(where)
-    privileges.drop()
+    _give_up_root(say=_nothing if quiet else _say)
     plugins = Plugins.load()
     events = {name: spec.event for name, spec in plugins.probes.items()}
-    say: Callable[[str], None] = (lambda _: None) if quiet else _say
+    say = _nothing if quiet else _say
+    made, outputs = _sinks(plugins, sinks, RunInfo((), signals.stopping, live=False, say=say))
     one = Replay(
         source=source,
         capture=Capture(events, say),
-        sinks=_sinks(plugins, sinks, RunInfo((), signals.stopping, live=False)),
+        sinks=made,
+        outputs=outputs,
         wanted=wanted,
         probes=probes,
         points=points,
@@ -406,13 +411,11 @@ def _replay(
         )
         for sentence in one.summary(report):
             _say(sentence)
-    return TcplatError.exit_code if len(one.router.switched_off) == len(sinks) else 0
+    return TcplatError.exit_code if one.router.switched_off else 0
 
 
-def _status(
-    report: RunReport, sinks: int, child: Command | None, ended: int, *, fail_on_loss: bool
-) -> int:
-    if len(report.switched_off) == sinks or (report.deaf and not child):
+def _status(report: RunReport, child: Command | None, ended: int, *, fail_on_loss: bool) -> int:
+    if report.switched_off or (report.deaf and not child):
         return TcplatError.exit_code
     if fail_on_loss and report.dropped:
         raise EventsLostError(f"{report.dropped} events were lost; a larger --ring-size may help")
@@ -484,23 +487,37 @@ def _probes(plugins: Plugins, texts: Sequence[str]) -> list[tuple[Any, Any]]:
     return chosen
 
 
-def _sinks(plugins: Plugins, texts: Sequence[str], run: RunInfo) -> dict[str, Sink]:
-    from .model import parse_choice, read_options  # noqa: PLC0415 - see the top
+def _sinks(
+    plugins: Plugins, texts: Sequence[str], run: RunInfo
+) -> tuple[dict[str, Sink], list[Output]]:
+    """The sinks, by what the user wrote, and the files that are held back until they begin."""
+    from .output import held_back  # noqa: PLC0415 - see the top
+    from .router import cancel  # noqa: PLC0415
 
     made: dict[str, Sink] = {}
-    for text in texts:
-        name, given = parse_choice(text)
-        spec = plugins.sink(name)
-        if text in made:
-            raise UsageError(f"--sink {text} is given twice")
-        if spec.aggregate and not run.live:
-            raise UsageError(
-                f"--sink {name} counts in the kernel while a run lasts; "
-                "--sink stages has percentiles of a capture"
-            )
-        options = read_options(f"sink {name}", spec.options, given)
-        made[text] = spec.factory(options, run)
-    return made
+    with held_back() as outputs:
+        try:
+            for text in texts:
+                made[text] = _sink(plugins, text, run, made)
+        except BaseException:
+            cancel(made.values(), outputs)
+            raise
+    return made, outputs
+
+
+def _sink(plugins: Plugins, text: str, run: RunInfo, others: Mapping[str, Sink]) -> Sink:
+    from .model import parse_choice, read_options  # noqa: PLC0415 - see the top
+
+    name, given = parse_choice(text)
+    spec = plugins.sink(name)
+    if text in others:
+        raise UsageError(f"--sink {text} is given twice")
+    if spec.aggregate and not run.live:
+        raise UsageError(
+            f"--sink {name} counts in the kernel while a run lasts; "
+            "--sink stages has percentiles of a capture"
+        )
+    return spec.factory(read_options(f"sink {name}", spec.options, given), run)
 
 
 def _aggregation(
@@ -597,6 +614,10 @@ def _counted_summary(counted: Mapping[str, Counted]) -> Iterator[str]:
             yield f"{name}: {one.unmeasured} more could not be measured"
         if one.rest:
             yield f"{name}: {one.rest} came when all groups were taken; groups= makes room"
+
+
+def _nothing(_: str) -> None:
+    """Say nothing: what -q makes of _say()."""
 
 
 def _say(sentence: str) -> None:
@@ -726,13 +747,24 @@ def doctor(*, as_json: bool) -> None:
     sys.exit(0 if doctor_.healthy(checks, probes) else CannotRunError.exit_code)
 
 
+def _give_up_root(say: Callable[[str], None] = _say) -> None:
+    """Give up root, and say where that is not the user behind sudo."""
+    from . import privileges  # noqa: PLC0415 - see the top
+
+    privileges.drop()
+    uid = os.environ.get("SUDO_UID") or "0"
+    if os.geteuid() == 0 and uid != "0":
+        say(
+            f"uid {uid} cannot read {sys.prefix}, so that tcplat stays uid 0, without capabilities:"
+            " what it writes is root's; install it where everybody can read it, as in /opt/tcplat"
+        )
+
+
 def main() -> NoReturn:
     """Run the command line; every error that a user can cause is one sentence."""
-    from .privileges import drop  # noqa: PLC0415 - see the top
-
     try:
         # Handed over here: whoever calls a command in his own process keeps his rights.
-        cli.main(prog_name="tcplat", standalone_mode=False, obj=drop)
+        cli.main(prog_name="tcplat", standalone_mode=False, obj=_give_up_root)
     except TcplatError as error:
         _say(str(error))
         sys.exit(error.exit_code)

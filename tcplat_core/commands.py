@@ -6,12 +6,15 @@ import contextlib
 import errno
 import importlib.metadata
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import click
 
+from .bar import wipe
 from .errors import TOO_MANY_FILES, PluginError, TcplatError
 
 GROUP = "tcplat.commands"
@@ -32,8 +35,11 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """A command is carried out."""
-        with _in_a_sentence():
-            return super().invoke(ctx)
+        with _in_a_sentence(), terminated_in_order():
+            try:
+                return super().invoke(ctx)
+            finally:
+                wipe()
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All names."""
@@ -56,6 +62,48 @@ class Commands(click.Group):
             return load(entry)
         except PluginError as error:
             return _broken(cmd_name, error)
+
+
+class _Terminated(BaseException):
+    """SIGTERM or SIGHUP came: everything is left as an exception leaves it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def terminated_in_order() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP undo what is half done, and then end the process as they do.
+
+    What a command has begun to write, or has drawn on the terminal, would stay. `run` and
+    `replay` have ends of their own for these signals, and take them over.
+    """
+    ours: list[int] = []
+
+    def on_signal(number: int, _frame: object) -> None:
+        for one in ours:  # a second one ends it at once
+            signal.signal(one, signal.SIG_DFL)
+        raise _Terminated(number)
+
+    if threading.current_thread() is threading.main_thread():
+        ours += [
+            number
+            for number in (signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(number) == signal.SIG_DFL
+        ]
+    for number in ours:
+        signal.signal(number, on_signal)
+    try:
+        yield
+    except _Terminated as error:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        os.kill(os.getpid(), error.number)
+    finally:
+        for number in ours:
+            if signal.getsignal(number) == on_signal:
+                signal.signal(number, signal.SIG_DFL)
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)

@@ -117,6 +117,13 @@ class Sink(Protocol):
     host of a capture that was made of several, before the rows. One whose spec has
     `aggregate` has ``aggregates()``, see :class:`AggregateSink`.
 
+    And ``begin()``: called once, before the first row, when everything is attached (in a
+    replay, when something was read; ``poll()`` may have come before). What replaces a file is
+    opened there and not in the factory, so that a start that is refused leaves the old one;
+    :class:`Output` does so by itself. And ``cancel()`` instead of close(): there was no run, or
+    it broke off with an error. What the factory has made for others to see, such as a socket,
+    is to be taken away there.
+
     One that tells of many rows in one says so by ``joins = True``: the conformance kit
     does not expect each row in its output then.
     """
@@ -148,7 +155,8 @@ class SinkSpec:
     Args:
         name: As in ``--sink NAME``.
         summary: One line.
-        factory: Makes the sink from its options, before anything is attached.
+        factory: Makes the sink from its options, before anything is attached: says what cannot
+            be, and leaves alone what is there already.
         options: What ``name:key=value`` may set.
         aggregate: What the kernel is to count for it, from the options. Such a sink wants
             no rows: where no other does, none are made. It gets aggregates().
@@ -170,12 +178,14 @@ class RunInfo:
         stopping: Says whether the user asked to stop: a blocked write then gives up.
         events: Probe -> the class of its rows; :func:`tcplat_core.fields` says what is in them.
         live: False in a replay: whose rows there will be is not known, nor are host and clocks.
+        say: Tells the user a sentence, on standard error; with ``--quiet`` it says nothing.
     """
 
     probes: tuple[str, ...]
     stopping: Callable[[], bool] = lambda: False
     events: Mapping[str, type[Event]] = attrs.field(factory=dict)
     live: bool = True
+    say: Callable[[str], None] = lambda _: None
 
 
 @attrs.frozen

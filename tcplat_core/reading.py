@@ -8,11 +8,12 @@ from collections.abc import Iterator
 import attrs
 import click
 
+from .bar import Bar
 from .capture import Capture, Source
 from .errors import TcplatError
 from .model import Loss, Merge, RunReport
 from .plugins import Plugins
-from .replay import Bar, add_reports
+from .replay import add_reports
 from .router import spare_the_collector
 from .schema import Event
 
@@ -68,17 +69,19 @@ class Reader:
         Raises:
             TcplatError: There is nothing in it that could be read.
         """
-        for item in self._capture.items(self._source.chunks()):
-            self._bar.update()
-            if isinstance(item, list):
-                self.rows += len(item)
-            elif isinstance(item, Loss):
-                self.lost += item.count
-            elif isinstance(item, Merge):
-                self.merges.append(item)
-            if item is not None:
-                yield item
-        self._bar.close()
+        try:
+            for item in self._capture.items(self._source.chunks()):
+                self._bar.update()
+                if isinstance(item, list):
+                    self.rows += len(item)
+                elif isinstance(item, Loss):
+                    self.lost += item.count
+                elif isinstance(item, Merge):
+                    self.merges.append(item)
+                if item is not None:
+                    yield item
+        finally:
+            self._bar.close()
         if not self._capture.read:
             raise TcplatError(f"{self.name} is no capture: nothing of tcplat's is in it")
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import operator
-import sys
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import attrs
-import click
 
+from .bar import Bar
 from .capture import GAP, Capture, Source
-from .errors import TcplatError
+from .errors import TcplatError, UsageError
 from .filters import Filter, RowFilter
 from .model import Counted, HookReport, Loss, Merge, ProbeReport, RunReport, Sink
+from .output import Output
 from .router import Router
 from .schema import Event
 
@@ -23,8 +23,6 @@ _HOOK = operator.attrgetter("probe", "point", "func", "attach")
 _TIME = operator.attrgetter("ts_ns")
 _LOOK_S = 1.0
 """Between two looks at whether the sinks' readers are still there."""
-_BAR_AFTER_S = 1.0
-_BAR_EVERY_S = 0.1
 
 Hooks = Counter[tuple[str, str, str, str]]
 """Rows by probe, point, func and attach."""
@@ -44,6 +42,7 @@ class Replay:
         count: End after so many rows; 0 for no limit.
         stopping: Whether the user wants to end.
         bar: How far it is.
+        outputs: Files of the sinks that are to be made or emptied once something was read.
     """
 
     source: Source
@@ -60,6 +59,7 @@ class Replay:
     def _no_bar(self) -> Bar:
         return Bar(self.source, shown=False)
 
+    outputs: Sequence[Output] = ()
     router: Router = attrs.field(init=False)
     delivered: Hooks = attrs.field(factory=Counter, init=False)
     filtered: Hooks = attrs.field(factory=Counter, init=False)
@@ -71,13 +71,15 @@ class Replay:
     late: int = attrs.field(default=0, init=False)
     whole: bool = attrs.field(default=False, init=False)
     """The capture was read to its end."""
+    _begun: bool = attrs.field(default=False, init=False)
+    """The sinks have."""
     _first_ns: int = attrs.field(default=-1, init=False)
     _last_ns: int = attrs.field(default=0, init=False)
     _filter: RowFilter = attrs.field(init=False)
     _filtering: bool = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.router = Router(self.sinks, self.count)
+        self.router = Router(self.sinks, self.count, self.outputs)
         self._filter = RowFilter(self.wanted)
         self._filtering = bool(self.wanted != Filter() or self.probes or self.points)
 
@@ -87,6 +89,17 @@ class Replay:
         Raises:
             TcplatError: There is nothing in it that could be read.
         """
+        try:
+            self._check_outputs()
+            self._read()
+            return self._end()
+        except BaseException:
+            self.router.cancel()
+            raise
+        finally:
+            self.bar.close()
+
+    def _read(self) -> None:
         # Whose the packets are that stand in one batch, may stand in the next.
         waiting: deque[list[Event] | Loss | Merge] = deque()
         look = time.monotonic() + _LOOK_S
@@ -94,6 +107,7 @@ class Replay:
             if self.stopping():
                 break
             self.bar.hide()
+            self._begin()
             if isinstance(item, list) and self.wanted.by_task:
                 self._filter.learn(item)
                 self._deliver(waiting)
@@ -102,21 +116,37 @@ class Replay:
             if item is None or not self.wanted.by_task:
                 self._deliver(waiting)
             self.router.poll()
-            if item is None or time.monotonic() >= look:
+            if self._begun and (item is None or time.monotonic() >= look):
                 look = time.monotonic() + _LOOK_S
                 self.router.idle()
             if self.router.done:
                 break
             self.bar.update()
         else:
+            self._begin()
             self._deliver(waiting)
             self.whole = not self.router.done
-        self.bar.close()
+
+    def _end(self) -> RunReport:
         if self.whole and not self.capture.read:
             raise TcplatError(f"{self.source.name} is no capture: nothing of tcplat's is in it")
         report = self.report()
-        self.router.close(report)
+        if self._begun:
+            self.router.close(report)
+        else:
+            self.router.cancel()
         return report
+
+    def _check_outputs(self) -> None:
+        there = os.fstat(self.source.fd)
+        if any(output.is_at(there) for output in self.outputs):
+            raise UsageError(f"{self.source.name} is read: a sink has to write another file")
+
+    def _begin(self) -> None:
+        """Have the sinks begin, once it is certain that this is a capture."""
+        if not self._begun and self.capture.read:
+            self._begun = True
+            self.router.begin()
 
     def _deliver(self, waiting: deque[list[Event] | Loss | Merge]) -> None:
         while waiting and not self.router.done:
@@ -310,44 +340,3 @@ def _both_counted(
         )
         for name in one.keys() & other.keys()
     }
-
-
-@attrs.define(eq=False)
-class Bar:
-    """How far it is: click's bar on stderr, once a second has passed.
-
-    Args:
-        source: Its size must be known.
-        shown: Whether stderr is a terminal, and the user wants to see it.
-    """
-
-    source: Source
-    shown: bool
-    _next: float = attrs.field(init=False, factory=lambda: time.monotonic() + _BAR_AFTER_S)
-    _bar: Any = attrs.field(init=False, default=None)
-    _in_the_way: bool = attrs.field(init=False, default=False)
-    """It is drawn on the terminal that standard output is, too."""
-
-    def update(self) -> None:
-        """Draw it, not too often."""
-        now = time.monotonic()
-        if not self.shown or not self.source.size or now < self._next:
-            return
-        self._next = now + _BAR_EVERY_S
-        if self._bar is None:
-            self._bar = click.progressbar(
-                length=self.source.size, label=self.source.name, file=sys.stderr
-            )
-        self._bar.update(self.source.consumed - self._bar.pos)
-        self._in_the_way = sys.stdout is not None and sys.stdout.isatty()
-
-    def hide(self) -> None:
-        """Make room for rows, if they come to the same terminal."""
-        if self._in_the_way:
-            self.close()
-
-    def close(self) -> None:
-        """Wipe it away."""
-        if self._bar is not None:
-            click.echo("\r\x1b[K", nl=False, err=True)
-        self._in_the_way = False

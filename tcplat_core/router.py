@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import gc
 import operator
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import attrs
 
-from .errors import ReaderGoneError
+from .errors import ReaderGoneError, TcplatError
 from .fast.records import FOREVER, Records, Room
 from .histogram import Aggregates
 from .model import Loss, Merge, RunReport, Sink
+from .output import Output
 from .schema import Event
 
 
@@ -38,10 +40,12 @@ class Router:
     Args:
         sinks: By the name the user gave them.
         limit: End after so many rows; 0 for no limit.
+        outputs: Files of the sinks that are to be made or emptied when it begins.
     """
 
     sinks: dict[str, Sink]
     limit: int = 0
+    outputs: Sequence[Output] = ()
     room: Room | None = None
     """Where records wait that come from C; what was fed as rows waits here."""
     late: int = 0
@@ -70,6 +74,30 @@ class Router:
     def serves(self) -> bool:
         """Some sink has readers that it serves in poll()."""
         return any(hasattr(sink, "poll") for sink in self.sinks.values())
+
+    def begin(self) -> None:
+        """Have the sinks make what others see of them: the first rows are about to come.
+
+        Raises:
+            TcplatError: One of them cannot.
+        """
+        steps = [output.begin for output in self.outputs]
+        steps += [sink.begin for sink in self.sinks.values() if hasattr(sink, "begin")]
+        for step in steps:
+            try:
+                step()
+            except ReaderGoneError:
+                self.reader_gone = True
+            except TcplatError:
+                raise
+            except Exception as error:
+                raise TcplatError(
+                    f"a sink cannot begin: {error or type(error).__name__}"
+                ) from error
+
+    def cancel(self) -> None:
+        """Have the sinks take back what others see of them: there was no run, or it broke off."""
+        cancel(self.sinks.values(), self.outputs)
 
     def feed(self, rows: Sequence[Event]) -> None:
         """Take rows of one probe, as they came out of its ring."""
@@ -185,6 +213,17 @@ class Router:
         except Exception as error:  # noqa: BLE001 - one sink must not stop the others
             self.switched_off[name] = str(error) or type(error).__name__
             del self.sinks[name]
+
+
+def cancel(sinks: Iterable[Sink], outputs: Iterable[Output]) -> None:
+    """Do without these sinks: no row will come, and no report."""
+    for sink in sinks:
+        if hasattr(sink, "cancel"):
+            # What made us stop is what the user has to hear of.
+            with contextlib.suppress(Exception):
+                sink.cancel()
+    for output in outputs:
+        output.close()
 
 
 def _first_from(rows: list[Event], ns: int) -> int:

@@ -18,7 +18,6 @@ from typing import Any, Self
 import attrs
 
 from .command import Command
-from .errors import UsageError
 from .fast.codec import Codec
 from .fast.records import FOREVER, Room
 from .histogram import COUNTERS, Aggregates, Aggregation, Counters, Distribution
@@ -28,6 +27,8 @@ from .loader.protocol import LoadedProbe, ProbeRequest, Request
 from .maps import Maps, MapView
 from .model import Counted, HookReport, Loss, ProbeReport, ProbeSpec, RunReport, Sink
 from .netdev import is_cut
+from .output import Output
+from .ready import ReadyFile
 from .ring import BATCH, Books, Ring, possible_cpus
 from .router import Router
 from .schema import Event, FiredBy, Record, clock_offset_ns, row
@@ -280,6 +281,7 @@ class Session:
         dry: Attach, and end at once.
         trace: Where our programs' own lines come from.
         command: Let go then; the run ends with it.
+        outputs: Files of the sinks that are to be made or emptied then, and not before.
         say: Tells the user what happens meanwhile.
     """
 
@@ -296,9 +298,15 @@ class Session:
     command: Command | None = None
     signals: Signals = attrs.field(factory=Signals)
     say: Callable[[str], None] = lambda _: None
+    outputs: Sequence[Output] = ()
     _end: float = attrs.field(default=math.inf, init=False)
     """When the loop is to end, on the clock of time.monotonic()."""
     _watched: _Watched | None = attrs.field(default=None, init=False)
+    _ready: ReadyFile | None = attrs.field(init=False)
+
+    @_ready.default
+    def _ready_file(self) -> ReadyFile | None:
+        return ReadyFile(self.ready_file) if self.ready_file else None
 
     def run(self) -> RunReport:
         """Run until something ends it.
@@ -306,6 +314,14 @@ class Session:
         Raises:
             TcplatError: It could not start, or a probe's ring is not readable.
         """
+        router = Router(self.sinks, self.count, self.outputs)
+        try:
+            return self._run(router)
+        except BaseException:
+            router.cancel()
+            raise
+
+    def _run(self, router: Router) -> RunReport:
         request = attrs.evolve(
             self.request,
             probes=tuple(
@@ -315,14 +331,11 @@ class Session:
                 for probe in self.probes
             ),
         )
-        router = Router(self.sinks, self.count)
-        began = time.monotonic()
         with ExitStack() as stack:
             answer = self.loader.ask(request, self.signals.stopping)
             if answer is None:
-                report = RunReport(probes={}, duration_s=0)
-                router.close(report)
-                return report
+                router.cancel()
+                return RunReport(probes={}, duration_s=0)
             links = [one.link_fd for probe in answer.probes.values() for one in probe.interfaces]
             held = _Fds([*answer.holding, *links])
             stack.callback(os.close, answer.gate_fd)
@@ -348,7 +361,8 @@ class Session:
             began = time.monotonic()
             self._say_silent(runs)
             if not self.dry:
-                self._ready()
+                router.begin()
+                self._begin()
                 self._loop(runs, router, sleeper, began)
             sleeper.shut()
             self._look_at_interfaces(runs)
@@ -360,6 +374,9 @@ class Session:
             router.flush()
             _aggregate(runs, router, began, final=True)
             report = _report(runs, router, time.monotonic() - began)
+        if self.dry:
+            router.cancel()
+            return report
         router.close(report)
         # A sink may have failed in close(), too.
         return attrs.evolve(report, switched_off=dict(router.switched_off))
@@ -371,14 +388,9 @@ class Session:
                 if one.silent:
                     self.say(f"{run.spec.name}: no rows from {one.name} for now: {one.silent}")
 
-    def _ready(self) -> None:
-        if self.ready_file:
-            try:
-                Path(self.ready_file).write_text(f"{os.getpid()}\n", encoding="ascii")
-            except OSError as error:
-                raise UsageError(
-                    f"cannot write the ready file {self.ready_file}: {error.strerror}"
-                ) from error
+    def _begin(self) -> None:
+        if self._ready:
+            self._ready.tell()
         if self.command:
             self.command.go()
 
@@ -424,10 +436,12 @@ class Session:
                     pause = POLL_S if router.total - had < MANY else BUSY_POLL_S
             router.poll()
             previous_ns = now_ns
+            # While a pipe's reader is awaited that is to be told that we are ready.
+            pending = now + GLANCE_S if self._ready and not self._ready.told else math.inf
             if pause < IDLE_POLL_S or router.waiting or router.serves or self.trace:
                 time.sleep(max(0.0, min(pause, IDLE_POLL_S, self._end - now)))
             else:
-                sleeper.sleep(min(look, show, self._end) - now, self._others())
+                sleeper.sleep(min(look, show, self._end, pending) - now, self._others())
                 glance = 0.0
 
     def _look(self, runs: Sequence[ProbeRun], router: Router, now: float) -> None:
@@ -441,6 +455,8 @@ class Session:
         """What is to be done several times a second."""
         if self._end == math.inf and self._traced_ended():
             self._end = now + LINGER_S
+        if self._ready and not self._ready.told:  # a pipe: does somebody read it by now?
+            self._ready.tell()
         if self.trace:
             self.trace.relay(self.say)
 

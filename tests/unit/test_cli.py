@@ -479,7 +479,7 @@ def test_a_sink_that_fails_is_said_and_the_others_go_on(
     run: Run, probe: FakeProbe, capfd: Capture
 ) -> None:
     probe.emit("tp_send", ts_ns=1)
-    assert run("--sink", "table", "--sink", "jsonl:path=/dev/full", "--count", "1") == 0
+    assert run("--sink", "table", "--sink", "jsonl:path=/dev/full", "--count", "1") == 1
     out, err = capfd.readouterr()
     assert len(out.splitlines()) == 2
     assert (

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -33,6 +34,7 @@ from tcplat_core.loader.process import LoaderProcess
 from tcplat_core.loader.protocol import Refusal, Request, send_answer
 from tcplat_core.maps import Maps, ReadableMap
 from tcplat_core.model import Loss, Option, ProbeSpec, RunReport, Sink
+from tcplat_core.output import Output, held_back
 from tcplat_core.ring import BATCH
 from tcplat_core.schema import Event
 from tcplat_core.session import Session
@@ -299,7 +301,7 @@ def test_it_ends_with_a_signal_after_what_is_there_was_delivered(play: Play) -> 
 def test_stopped_before_everything_is_attached_it_reports_an_empty_run(play: Play) -> None:
     sink, report = run_into_a_sink(play(), signals=Signals(caught=2))
     assert report.probes == {}
-    assert sink.reports == [report]
+    assert not sink.reports  # there was no run: what a sink would replace stays
 
 
 def test_it_ends_when_nobody_reads_any_more(play: Play) -> None:
@@ -395,6 +397,102 @@ def test_the_ready_file_holds_the_pid(play: Play, tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     run_into_a_sink(play(), ready_file=str(ready))
     assert int(ready.read_text()) == os.getpid()
+
+
+def test_a_ready_pipe_that_nobody_reads_keeps_nothing_waiting(play: Play, tmp_path: Path) -> None:
+    pipe = tmp_path / "ready"
+    os.mkfifo(pipe)
+    probe = play()
+    probe.emit("tp_send", ts_ns=1)
+    sink, _ = run_into_a_sink(probe, ready_file=str(pipe), duration_s=0.3)
+    assert times(sink.rows) == [1]
+
+
+def test_a_ready_pipe_is_told_when_somebody_reads_it(play: Play, tmp_path: Path) -> None:
+    pipe = tmp_path / "ready"
+    os.mkfifo(pipe)
+    signals = Signals()
+    told: list[str] = []
+
+    def read() -> None:
+        with pipe.open() as file:
+            told.append(file.read())
+        signals.caught = 2
+
+    reader = threading.Timer(0.3, read)
+    reader.start()
+    run_into_a_sink(play(), ready_file=str(pipe), duration_s=60, signals=signals)
+    reader.join()
+    assert told == [f"{os.getpid()}\n"]
+
+
+# --- sinks begin once everything is attached
+
+
+@attrs.define(eq=False)
+class Lifecycle(RecordingSink):
+    """Remembers what it was told when."""
+
+    events: list[str] = attrs.field(factory=list)
+
+    def begin(self) -> None:
+        self.events.append("begin")
+
+    def write(self, batch: Sequence[Event]) -> None:
+        super().write(batch)
+        self.events.append("write")
+
+    def cancel(self) -> None:
+        self.events.append("cancel")
+
+    def close(self, report: RunReport) -> None:
+        super().close(report)
+        self.events.append("close")
+
+
+def test_a_sink_begins_before_the_first_row(play: Play) -> None:
+    probe, sink = play(), Lifecycle()
+    probe.emit("tp_send", ts_ns=1)
+    run(probe, sinks={"it": sink})
+    assert sink.events == ["begin", "write", "close"]
+
+
+def test_a_start_that_is_refused_or_dry_begins_nothing(
+    play: Play, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "old"
+    old.write_text("yesterday's")
+
+    def outputs() -> list[Output]:
+        with held_back() as made:
+            Output.open(str(old), lambda: False)
+        return made
+
+    for given in ({"dry": True}, {"signals": Signals(caught=2)}):
+        sink = Lifecycle()
+        run(play(), sinks={"it": sink}, outputs=outputs(), **given)
+        assert sink.events == ["cancel"]
+
+    def refuse(*_: object) -> None:
+        raise CannotRunError("not here")
+
+    monkeypatch.setattr(FakeLoader, "ask", refuse)
+    sink = Lifecycle()
+    with pytest.raises(CannotRunError):
+        run(play(), sinks={"it": sink}, outputs=outputs())
+    assert sink.events == ["cancel"]
+    assert old.read_text() == "yesterday's"
+
+
+def test_a_sink_that_cannot_begin_ends_the_run(play: Play) -> None:
+    class Unable(Lifecycle):
+        def begin(self) -> None:
+            raise OSError("no such thing")
+
+    one, other = Unable(), Lifecycle()
+    with pytest.raises(TcplatError, match="a sink cannot begin: no such thing"):
+        run(play(), sinks={"one": one, "other": other})
+    assert (one.events, other.events) == (["cancel"], ["cancel"])
 
 
 # --- the report

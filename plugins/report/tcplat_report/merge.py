@@ -10,10 +10,10 @@ from typing import Any, BinaryIO
 import attrs
 import msgspec
 
-from tcplat_core import HOST_BITS, Event, Loss, Merge, Reader, UsageError, add_reports
+from tcplat_core import HOST_BITS, Event, Loss, Merge, Reader, UsageError, add_reports, whole_file
 
 from .clocks import Offset, Sightings, together
-from .common import say, written
+from .common import say
 
 _SOCK_BITS = 59
 """A socket's number is a time since boot: below this bit for eighteen years."""
@@ -42,7 +42,7 @@ def join_captures(first: str, second: str, output: str, *, quiet: bool) -> None:
     own, joined = _hosts(readers, offset)
     shift = _Shift(offset, joined[0].host, unix_ns or 0)
     again = [Reader.open(one.name, quiet=quiet, again=True) for one in readers]
-    with written(output) as file:
+    with whole_file(output) as file:
         _write(file, [*own, *joined], again, shift)
     if not quiet:
         for reader in readers:

@@ -17,9 +17,9 @@ from tcplat_stages.stages import CONNECT_STAGES, CONNECTED, STAGES
 from tcplat_stages.text import duration, micros
 from tcplat_stages.waterfall import Rank, as_json, rank
 
-from tcplat_core import Event, Loss, Merge, Reader
+from tcplat_core import Event, Loss, Merge, Reader, whole_file
 
-from .common import remarks, say, written
+from .common import remarks, say
 from .courses import FIELDS, KINDS, MOST_POINTS, Course, Courses
 from .page import page
 from .perfetto import Trace
@@ -335,7 +335,7 @@ def write_report(
     reader = Reader.open(capture, quiet=quiet)
     if form == "perfetto":
         joiner = Joiner()
-        with written(output) as file:
+        with whole_file(output) as file:
             trace = Trace(file)
             for item in reader.items():
                 if isinstance(item, Merge):
@@ -355,7 +355,7 @@ def write_report(
         story.close()
         words = list(remarks(reader, story.joiner))
         data = story.as_json(reader.name, words)
-        with written(output) as file:
+        with whole_file(output) as file:
             file.write(page(reader.name, msgspec.json.encode(data).decode()))
     if not quiet:
         for sentence in words:

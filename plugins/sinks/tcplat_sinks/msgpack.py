@@ -15,7 +15,6 @@ import stat
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import attrs
@@ -26,6 +25,7 @@ from tcplat_core import (
     Event,
     Loss,
     Merge,
+    Place,
     ReaderGoneError,
     RunInfo,
     RunReport,
@@ -155,13 +155,13 @@ class Msgpack:
         run: What is known of the run.
         limit: Bytes that may wait for one reader.
         listening: Where readers come; None if we went to ours.
-        path: Of the unix socket, with its device and inode.
+        place: Of the unix socket, with its device and inode.
     """
 
     run: RunInfo
     limit: int
     listening: socket.socket | None = None
-    path: tuple[str, int, int] | None = None
+    place: tuple[Place, int, int] | None = None
     readers: dict[int, Reader] = attrs.field(factory=dict, init=False)
     """By fd."""
     _left_s: float = attrs.field(factory=time.monotonic, init=False)
@@ -210,6 +210,8 @@ class Msgpack:
                 sink = cls(run, options["buffer"], *_listen_at(unix))
             else:
                 sink = cls(run, options["buffer"], _listen_on(*tcp, public=options["public"]))
+                who = "everybody who reaches it" if options["public"] else "every local user"
+                run.say(f"sink msgpack: {who} can read the rows at {where}; unix=PATH is private")
         except OSError as error:
             raise UsageError(f"sink msgpack: {where}: {error.strerror or error}") from error
         while len(sink.readers) < options["wait"] and not run.stopping():
@@ -269,6 +271,12 @@ class Msgpack:
             while any(reader.waiting for reader in self.readers.values()):
                 if not self.serve(_LINGER_S) or time.monotonic() > end:
                     break
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Leave no reader waiting, and no socket behind. Again it does nothing."""
+        if self._epoll.closed:
+            return
         for fd in list(self.readers):
             self._remove(fd)
         self._epoll.close()
@@ -367,12 +375,13 @@ class Msgpack:
         return _encode({"v": SCHEMA_VERSION, "schema": schema, **self._about})
 
     def _unlink(self) -> None:
-        if self.path:
-            name, device, inode = self.path
-            with contextlib.suppress(OSError):
-                found = os.lstat(name)
-                if (found.st_dev, found.st_ino) == (device, inode):  # else it is another's by now
-                    Path(name).unlink()
+        if self.place:
+            place, device, inode = self.place
+            with contextlib.suppress(OSError), contextlib.closing(place):
+                found = place.look()
+                # Else it is another's by now.
+                if found and (found.st_dev, found.st_ino) == (device, inode):
+                    place.unlink()
 
 
 def _connected(unix: str, tcp: tuple[str, int] | None) -> socket.socket:
@@ -380,7 +389,9 @@ def _connected(unix: str, tcp: tuple[str, int] | None) -> socket.socket:
         return socket.create_connection(tcp, _CONNECT_S)
     with contextlib.ExitStack() as stack:
         made = stack.enter_context(socket.socket(socket.AF_UNIX))
-        made.connect(unix)
+        # In a folder that others can write to, another user's socket would get the rows.
+        with contextlib.closing(Place.find(unix)) as place, place.there() as address:
+            made.connect(address)
         stack.pop_all()
         return made
 
@@ -397,31 +408,38 @@ def _listen_on(host: str, port: int, *, public: bool) -> socket.socket:
     return made
 
 
-def _listen_at(path: str) -> tuple[socket.socket, tuple[str, int, int]]:
+def _listen_at(path: str) -> tuple[socket.socket, tuple[Place, int, int]]:
     """A unix socket that its owner alone may use; takes the place of one that nobody listens at."""
     with contextlib.ExitStack() as stack:
+        place = stack.enter_context(contextlib.closing(Place.find(path, follow=False)))
         made = stack.enter_context(socket.socket(socket.AF_UNIX))
         # bind(2) gives the file the mode of the socket; a moment later would be too late.
         os.fchmod(made.fileno(), 0o600)
         try:
-            made.bind(path)
+            made.bind(place.address)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
-            _clear_away(path)
-            made.bind(path)
+            _clear_away(place)
+            made.bind(place.address)
         made.listen(_BACKLOG)
         made.setblocking(False)
-        found = os.lstat(path)
+        found = place.look()
+        if found is None:
+            raise UsageError(f"sink msgpack: {path} was removed at once; name another path")
         stack.pop_all()
-        return made, (path, found.st_dev, found.st_ino)
+        return made, (place, found.st_dev, found.st_ino)
 
 
-def _clear_away(path: str) -> None:
-    if not stat.S_ISSOCK(os.lstat(path).st_mode):  # a symbolic link is none, wherever it leads
-        raise UsageError(f"sink msgpack: {path} is there already, and is no socket")
+def _clear_away(place: Place) -> None:
+    found = place.look()
+    if found is None:
+        return
+    if not stat.S_ISSOCK(found.st_mode):  # a symbolic link is none, wherever it leads
+        raise UsageError(f"sink msgpack: {place.path} is there already, and is no socket")
+    place.judge(found)
     with socket.socket(socket.AF_UNIX) as other:
         other.setblocking(False)
-        if other.connect_ex(path) != errno.ECONNREFUSED:
-            raise UsageError(f"sink msgpack: somebody listens at {path} already")
-    Path(path).unlink()
+        if other.connect_ex(place.address) != errno.ECONNREFUSED:
+            raise UsageError(f"sink msgpack: somebody listens at {place.path} already")
+    place.unlink()

@@ -476,7 +476,69 @@ def test_a_socket_that_took_its_place_is_not_removed(bench: Bench) -> None:
     assert Path(bench.path).read_text() == "another's"
 
 
+def test_in_a_folder_that_others_can_write_to_only_sockets_of_ours_count(bench: Bench) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    bench.folder.chmod(0o1777)
+    with socket.socket(socket.AF_UNIX) as planted:
+        planted.bind(bench.path)
+        planted.listen()
+        os.chown(bench.path, 4711, 4711)
+        with pytest.raises(UsageError, match="of another user"):
+            bench.sink(connect="1")
+        with pytest.raises(UsageError, match="of another user"):
+            bench.sink()
+        planted.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            planted.accept()
+    assert Path(bench.path).exists()
+
+
+def test_a_link_of_another_user_on_the_way_is_not_followed(bench: Bench) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    bench.folder.chmod(0o1777)
+    (bench.folder / "real").mkdir()
+    (bench.folder / "link").symlink_to("real")
+    os.chown(bench.folder / "link", 4711, 4711, follow_symlinks=False)
+    with pytest.raises(UsageError, match="a symbolic link of another user"):
+        bench.sink(unix=str(bench.folder / "link" / "s"))
+    # A folder in one that others can write to may be exchanged: the socket is made in that one.
+    (bench.folder / "real").chmod(0o777)
+    sink = bench.sink(unix=str(bench.folder / "real" / "s"))
+    assert stat.S_IMODE(os.lstat(bench.folder / "real" / "s").st_mode) == 0o600
+    sink.close(REPORT)
+    assert not (bench.folder / "real" / "s").exists()
+
+
+def test_where_there_is_no_run_no_socket_is_left(bench: Bench) -> None:
+    sink = bench.sink()
+    sink.poll()
+    client = bench.client()
+    sink.poll()
+    sink.cancel()
+    sink.cancel()
+    assert not Path(bench.path).exists()
+    assert len(client.rest()) == 1  # the header, and then the end
+
+
 # --- TCP, and options
+
+
+@pytest.mark.parametrize(
+    ("given", "who"),
+    [
+        ({"tcp": ":0"}, "every local user can read the rows at tcp=127.0.0.1:0"),
+        ({"tcp": "[::1]:0"}, "every local user can read the rows at tcp=::1:0"),
+        ({"tcp": "0.0.0.0:0", "public": "1"}, "everybody who reaches it can read the rows"),
+        ({}, ""),
+    ],
+)
+def test_who_can_read_the_rows_is_said(bench: Bench, given: dict[str, str], who: str) -> None:
+    said: list[str] = []
+    sink = bench.sink(attrs.evolve(RUN, say=said.append), **given)
+    sink.cancel()
+    assert ([who in one for one in said] == [True]) if who else not said
 
 
 def test_without_a_host_it_listens_on_loopback(bench: Bench) -> None:

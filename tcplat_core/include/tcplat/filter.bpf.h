@@ -10,8 +10,7 @@ struct tcplat_addrs {
 	u32 netns;
 	u16 sport, dport;
 	u8 ip;
-	u8 lane; /* 0, but in keys of tcplat_flows */
-	u8 pad[6];
+	u8 pad[7];
 } __attribute__((aligned(8)));
 
 /*

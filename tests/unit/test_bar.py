@@ -1,0 +1,90 @@
+"""What is drawn on a terminal while a capture is read, and that nothing of it stays."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tcplat_core.testing import make_event
+
+ROWS = 400_000
+
+
+@pytest.fixture(scope="module")
+def capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bar") / "capture.jsonl"
+    path.write_bytes((msgspec.json.encode(make_event()) + b"\n") * ROWS)
+    return path
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("command", ["replay", "report", "diff"])
+def test_the_cursor_stays_and_the_bar_goes(
+    command: str, number: signal.Signals, capture: Path, tmp_path: Path
+) -> None:
+    arguments = {
+        "replay": [str(capture), "--sink", "jsonl"],
+        "report": [str(capture), "-o", str(tmp_path / "page")],
+        "diff": [str(capture), str(capture)],
+    }[command]
+    main, terminal = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-I", "-m", "tcplat_core", command, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=terminal,
+        env={**os.environ, "TERM": "xterm"},
+    ) as process:
+        os.close(terminal)
+        shown = b""
+        sent = False
+        until = time.monotonic() + 120
+        while time.monotonic() < until:
+            if not select.select([main], [], [], 0.1)[0]:
+                if process.poll() is not None:
+                    break
+                continue
+            try:
+                data = os.read(main, 4096)
+            except OSError:  # the last one has closed it
+                break
+            shown += data
+            if b"%" in data and not sent:
+                process.send_signal(number)
+                sent = True
+    os.close(main)
+    assert sent
+    assert b"\x1b[?25l" not in shown  # never hidden, so that nothing has to bring it back
+    if number != signal.SIGKILL:
+        assert b"%" not in shown.rpartition(b"\r\x1b[K")[2]
+    if command != "replay" and number in (signal.SIGTERM, signal.SIGHUP):
+        assert process.returncode == -number
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_half_written_goes_when_it_is_terminated(
+    capture: Path, tmp_path: Path
+) -> None:
+    old = tmp_path / "trace.json"
+    old.write_text("old")
+    with subprocess.Popen(
+        [
+            *(sys.executable, "-I", "-m", "tcplat_core", "report", str(capture)),
+            *("-q", "-o", str(old), "--format", "perfetto"),
+        ]
+    ) as process:
+        until = time.monotonic() + 120
+        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < until:
+            time.sleep(0.005)
+        process.terminate()
+    assert process.returncode == -signal.SIGTERM
+    assert [path.name for path in tmp_path.iterdir()] == ["trace.json"]
+    assert old.read_text() == "old"

@@ -1,0 +1,91 @@
+"""Closed standard input, output and error: commands do what they do with /dev/null there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tcplat_core import RunReport
+from tcplat_core.testing import make_event
+
+REPORT = {"v": 1, "report": RunReport(probes={}, duration_s=1).as_json()}
+CAPTURE = b"".join(
+    msgspec.json.encode(one) + b"\n" for one in [*(make_event() for _ in range(3)), REPORT]
+)
+
+
+def tcplat(
+    arguments: Sequence[str], closed: Sequence[int] = ()
+) -> subprocess.CompletedProcess[bytes]:
+    """Run it, with these closed and the others at pipes."""
+    close = "".join(f"{fd}>&- " if fd else "<&- " for fd in closed)
+    command = [sys.executable, "-I", "-m", "tcplat_core", *arguments]
+    return subprocess.run(
+        ["sh", "-c", f'exec "$@" {close}', "sh", *command],
+        input=b"",
+        capture_output=True,
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def capture(tmp_path: Path) -> Path:
+    path = tmp_path / "capture.jsonl"
+    path.write_bytes(CAPTURE)
+    return path
+
+
+@pytest.mark.parametrize("closed", [(2,), (0,), (0, 2), (1,), (1, 2), (0, 1), (0, 1, 2)], ids=str)
+def test_what_is_closed_makes_no_difference_to_a_file(
+    closed: tuple[int, ...], capture: Path, tmp_path: Path
+) -> None:
+    out, page = tmp_path / "out", tmp_path / "page"
+    # A damaged line is said on standard error, which must not be the file.
+    capture.write_bytes(b"{broken\n" + CAPTURE)
+    for arguments, path in (
+        (["replay", str(capture), "--sink", f"jsonl:path={out}"], out),
+        (["report", str(capture), "-o", str(page)], page),
+    ):
+        assert tcplat(arguments).returncode == 0
+        whole = path.read_bytes()
+        path.unlink()
+        assert tcplat(arguments, closed).returncode == 0
+        assert path.read_bytes() == whole
+
+
+def test_where_there_is_no_standard_error_standard_output_is_the_same(capture: Path) -> None:
+    for arguments in (["replay", str(capture), "--sink", "summary"], ["diff", *[str(capture)] * 2]):
+        with_it, without = tcplat(arguments), tcplat(arguments, (2,))
+        assert (without.returncode, without.stdout) == (with_it.returncode, with_it.stdout)
+
+
+def test_a_standard_output_or_input_that_is_needed_and_closed_is_said(capture: Path) -> None:
+    for arguments, closed, words in (
+        (["replay", str(capture), "--sink", "jsonl"], 1, b"there is no standard output"),
+        (["merge", str(capture), str(capture)], 1, b""),
+        (["replay", "-", "--sink", "table"], 0, b"there is no standard input"),
+    ):
+        ran = tcplat(arguments, (closed,))
+        assert ran.returncode != 0
+        assert words in ran.stderr
+        assert b"Traceback" not in ran.stderr
+
+
+def test_with_stand_ins_it_is_the_same_once_more(capture: Path) -> None:
+    """As after the program was executed anew: what was closed is /dev/null then."""
+    with open(os.devnull, "rb") as unwritable:  # noqa: PTH123 - there is no path to speak of
+        ran = subprocess.run(
+            [sys.executable, "-I", "-m", "tcplat_core", "replay", str(capture)],
+            stdout=unwritable,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert ran.returncode == 2
+    assert b"there is no standard output" in ran.stderr
