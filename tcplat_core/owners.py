@@ -23,6 +23,8 @@ import attrs
 
 CLIENT, SERVER, LISTENER = 1, 2, 3
 """As TCPLAT_ROLE_* in include/tcplat/owner.bpf.h."""
+IPV4, IPV6, BOTH = 4, 6, 0
+"""As `ip` of struct tcplat_port there."""
 
 _LISTEN = 10
 _OPEN = (1, 8)
@@ -30,6 +32,9 @@ _OPEN = (1, 8)
 _WITH_A_SOCKET = 0xFFF & ~(1 << 6)
 """inet_diag states: all but TIME_WAIT, which is no socket any more, and NEW_SYN_RECV (12)."""
 _MAPPED = bytes(10) + b"\xff\xff"
+_SKV6ONLY = 11
+"""INET_DIAG_SKV6ONLY, an attribute of listening sockets."""
+_ATTRIBUTE = struct.Struct("=HH")
 _NLMSG = struct.Struct("=IHHII")
 _REQUEST = struct.Struct("=BBBxI48x")
 """struct inet_diag_req_v2: family, protocol, extensions, states, an empty socket id."""
@@ -55,6 +60,8 @@ class Seed:
         remote: The other end's.
         lport: Its port.
         rport: The other end's.
+        ip: What it speaks: 4 or 6; BOTH for one that listens at the wildcard address of both.
+        device: Index of the only interface that it hears; 0 where it hears all.
     """
 
     cookie: int
@@ -68,6 +75,27 @@ class Seed:
     remote: bytes
     lport: int
     rport: int
+    ip: int
+    device: int
+
+    @property
+    def accepted_at(self) -> list[Place]:
+        """Where what accepted it may listen, in the order in which the kernel looks."""
+        return _accepted_at(self.ip, self.local, self.lport)
+
+    @property
+    def listens_at(self) -> Place:
+        """Where it listens, if it does."""
+        return self.ip, self.local, self.lport
+
+
+Place = tuple[int, bytes, int]
+"""What it speaks (4, 6 or BOTH), its address and its port."""
+
+
+def _accepted_at(ip: int, local: bytes, port: int) -> list[Place]:
+    wildcard = _MAPPED + bytes(4) if ip == IPV4 else bytes(16)
+    return [(ip, local, port), (ip, wildcard, port), (BOTH, bytes(16), port)]
 
 
 @attrs.frozen
@@ -79,6 +107,8 @@ class _Diag:
     remote: bytes
     lport: int
     rport: int
+    ip: int
+    device: int
 
 
 @attrs.define
@@ -93,7 +123,7 @@ def find() -> list[Seed]:
 
     Needs root: other processes' fds, and setns(2). A socket that several
     processes hold belongs to the one with the lowest pid until one of them uses
-    it. A socket whose local port is listened on counts as accepted.
+    it. A socket at whose local address and port another listens counts as accepted.
     """
     holders: dict[int, _Holder] = {}
     everyone = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
@@ -107,9 +137,10 @@ def find() -> list[Seed]:
     nobody = _Holder(0, b"")
     seeds = []
     for netns, diags in _namespaces(everyone):
-        listening = {diag.lport for diag in diags if diag.state == _LISTEN}
+        listening = {(diag.ip, diag.local, diag.lport) for diag in diags if diag.state == _LISTEN}
         for diag in diags:
-            role = SERVER if diag.lport in listening else CLIENT
+            places = _accepted_at(diag.ip, diag.local, diag.lport)
+            role = CLIENT if listening.isdisjoint(places) else SERVER
             if diag.state == _LISTEN:
                 role = LISTENER
             holder = holders.get(diag.inode, nobody)
@@ -126,6 +157,8 @@ def find() -> list[Seed]:
                     diag.remote,
                     diag.lport,
                     diag.rport,
+                    diag.ip,
+                    diag.device,
                 )
             )
     return seeds
@@ -208,5 +241,21 @@ def _answers(diag: socket.socket) -> Iterator[_Diag]:
                 local, remote = _MAPPED + local[:4], _MAPPED + remote[:4]
             (cookie,) = struct.unpack_from("=Q", data, at + 44)
             (inode,) = struct.unpack_from("=I", data, at + 68)
-            yield _Diag(data[at + 1], inode, cookie, local, remote, lport, rport)
+            (device,) = struct.unpack_from("=I", data, at + 40)
+            ip = IPV4 if local.startswith(_MAPPED) else IPV6
+            # Before it is bound to an address, a socket of IPv6 takes IPv4 as well.
+            if data[at + 1] == _LISTEN and not any(local):
+                ip = IPV6 if _is_v6only(data[at + 72 : offset + length]) else BOTH
+            yield _Diag(data[at + 1], inode, cookie, local, remote, lport, rport, ip, device)
             offset += (length + 3) & ~3
+
+
+def _is_v6only(attributes: bytes) -> bool:
+    """Whether a listening socket of IPv6 takes IPv6 alone."""
+    at = 0
+    while at + _ATTRIBUTE.size <= len(attributes):
+        length, kind = _ATTRIBUTE.unpack_from(attributes, at)
+        if kind == _SKV6ONLY:
+            return attributes[at + _ATTRIBUTE.size] != 0
+        at += max((length + 3) & ~3, _ATTRIBUTE.size)
+    return False

@@ -15,7 +15,7 @@ import os
 import platform
 import resource
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from pathlib import Path
 
@@ -25,6 +25,8 @@ _SYSCALLS = {"x86_64": (321, 298), "aarch64": (280, 241)}
 """Machine -> numbers of bpf and perf_event_open."""
 
 _MAP_CREATE, _MAP_UPDATE, _PROG_LOAD, _RAW_TRACEPOINT_OPEN, _MAP_UPDATE_BATCH = 0, 2, 5, 17, 26
+_NOEXIST = 1
+"""BPF_NOEXIST, a flag of map updates."""
 _PROG_TEST_RUN = 10
 _PROG_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD, _LINK_CREATE = 13, 15, 28
 _GET_FD_BY_ID = {"prog": _PROG_GET_FD_BY_ID, "map": 14, "link": 30}
@@ -142,6 +144,18 @@ def map_update_many(fd: int, pairs: Sequence[tuple[bytes, bytes]]) -> None:
     keys, values = b"".join(key for key, _ in pairs), b"".join(value for _, value in pairs)
     attr = struct.pack("=4Q2I2Q", 0, 0, _pointer(keys), _pointer(values), len(pairs), fd, 0, 0)
     _bpf(_MAP_UPDATE_BATCH, attr)
+
+
+def map_insert_many(fd: int, pairs: Iterable[tuple[bytes, bytes]]) -> None:
+    """Make entries where there are none: a batch, which would be quicker, replaces what is there.
+
+    Raises:
+        OSError: E2BIG: the map is full.
+    """
+    for key, value in pairs:
+        attr = struct.pack("=IxxxxQQQ", fd, _pointer(key), _pointer(value), _NOEXIST)
+        with contextlib.suppress(FileExistsError):
+            _bpf(_MAP_UPDATE, attr)
 
 
 def program_load(

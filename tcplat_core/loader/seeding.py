@@ -7,16 +7,17 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 
 from tcplat_core.filters import Filter
-from tcplat_core.owners import CLIENT, LISTENER, Seed
+from tcplat_core.owners import CLIENT, LISTENER, Place, Seed
 
 from . import bpf
 
 # Layouts of include/tcplat/owner.bpf.h.
-_SEED = struct.Struct("=IBBxx16s")
-_PORT = struct.Struct("=IHxx")
+_SEED = struct.Struct("=QIBBxx16s")
+_PORT = struct.Struct("=16sIHBx")
 _LISTENER = struct.Struct("=IIB7x16s")
 _ADDRS = struct.Struct("=16s16sIHHB7x")
 _FLOW = struct.Struct("=QQ")
+_SERVED, _SERVED_BY_DEVICE = 1, 2
 _MAPPED = bytes(10) + b"\xff\xff"
 
 
@@ -35,16 +36,23 @@ def fill(maps: Mapping[str, int], seeds: Sequence[Seed], wanted: Filter, room: i
     """
     wants = functools.cache(wanted.wants)  # a process may hold 100,000 sockets
     listeners = _listeners(seeds, wants)
-    served = {seed.lport for seed in seeds if seed.role != CLIENT}
+    served: dict[int, int] = {}
+    for seed in seeds:
+        if seed.role != CLIENT:
+            how = _SERVED_BY_DEVICE if seed.role == LISTENER and seed.device else _SERVED
+            served[seed.lport] = max(how, served.get(seed.lport, 0))
     by_cookie: dict[bytes, bytes] = {}
     flows: dict[bytes, bytes] = {}
     for seed in seeds:
         comm = seed.comm[:15]
         owner = (seed.pid, int(wants(seed.pid, comm)), comm)
         if seed.waiting:  # it is its listener's
-            owner = listeners.get(_port(seed), (owner, 0))[0]
+            found = (listeners.get(_port(seed.netns, place)) for place in seed.accepted_at)
+            owner = next((one[0] for one in found if one), owner)
+            if served[seed.lport] == _SERVED_BY_DEVICE:
+                owner = (0, owner[1], b"")
         pid, is_wanted, comm = owner
-        by_cookie[struct.pack("=Q", seed.cookie)] = _SEED.pack(pid, seed.role, is_wanted, comm)
+        by_cookie[struct.pack("=Q", seed.cookie)] = _SEED.pack(0, pid, seed.role, is_wanted, comm)
         if seed.role == LISTENER:
             continue
         ip = 4 if seed.remote.startswith(_MAPPED) else 6
@@ -55,15 +63,18 @@ def fill(maps: Mapping[str, int], seeds: Sequence[Seed], wanted: Filter, room: i
         for port, ((pid, is_wanted, comm), users) in listeners.items()
     ]
     bpf.map_update_many(maps["tcplat_seeds"], list(by_cookie.items())[:room])
-    bpf.map_update_many(maps["tcplat_flows"], list(flows.items())[:room])
+    # One that began since our programs are attached is known, and found by its entry.
+    bpf.map_insert_many(maps["tcplat_flows"], list(flows.items())[:room])
     bpf.map_update_many(maps["tcplat_listeners"], entries)
     bpf.map_update_many(
-        maps["tcplat_served"], [(struct.pack("=I", port), b"\1") for port in sorted(served)]
+        maps["tcplat_served"],
+        [(struct.pack("=I", port), bytes([how])) for port, how in sorted(served.items())],
     )
 
 
-def _port(seed: Seed) -> bytes:
-    return _PORT.pack(seed.netns, seed.lport)
+def _port(netns: int, place: Place) -> bytes:
+    ip, local, lport = place
+    return _PORT.pack(local, netns, lport, ip)
 
 
 def _listeners(
@@ -75,10 +86,11 @@ def _listeners(
         if seed.role != LISTENER:
             continue
         pid, comm = (0, b"") if seed.others else (seed.pid, seed.comm[:15])
-        (known, all_wanted, comm), users = found.get(_port(seed), ((pid, 1, comm), 0))
+        port = _port(seed.netns, seed.listens_at)
+        (known, all_wanted, comm), users = found.get(port, ((pid, 1, comm), 0))
         all_wanted &= all(
             wants(one, name[:15]) for one, name in ((seed.pid, seed.comm), *seed.others)
         )
         owner = (pid, all_wanted, comm) if known == pid else (0, all_wanted, b"")
-        found[_port(seed)] = (owner, users + 1)
+        found[port] = (owner, users + 1)
     return found

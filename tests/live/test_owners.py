@@ -729,3 +729,117 @@ def test_two_processes_at_one_socket_at_once(
         rows = at(outcome.rows, point)
         assert len(rows) == 50_000
         assert {(row["pid"], row["tid"], row["comm"]) for row in rows} == {(pid, pid, name)}
+
+
+def test_addresses_that_are_used_again_while_the_old_socket_is_open(
+    running_tcplat: Start, client: Puppet, puppet: StartPuppet
+) -> None:
+    """What becomes of the old socket is no concern of the connection that has its addresses now."""
+    service = puppet()
+    port = listen(service)
+    run = running_tcplat("--port", str(port), probes=("tcp_service",))
+    client(f"""
+def again():
+    s = socket.socket()
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() resets
+    s.bind(("127.0.0.1", {free_port()}))
+    s.connect(("127.0.0.1", {port}))
+    return s
+""")
+    names = ("first", "second", "third", "fourth")
+    for name in names[:-1]:
+        client("s = again(); s.close()")
+        service(f"{name}, _ = listening.accept()")
+    client("s = again()")
+    # Without a listener nothing but the connection itself tells whose its packets are.
+    service("fourth, _ = listening.accept(); listening.close()")
+    for name in names[:-1]:
+        service(f"{name}.close()")
+        client("s.sendall(b'x' * 10)")
+        service("fourth.recv(10)")
+    run.wait_for("all was read", lambda rows: total(rows, "recv") == 30)
+    rows = run.stop().rows
+    packets = [row for row in at(rows, "rx_ip") if row["dport"] == port]
+    assert [row["pid"] for row in packets if row["bytes"]] == [service.pid] * 3
+    resets = [row["pid"] for row in packets if "RST" in row["flags"]]
+    assert resets == [service.pid] * 3
+    assert len(by_sock(at(rows, "close"))) == 3
+
+
+def test_packets_of_a_socket_older_than_the_run(
+    running_tcplat: Start, client: Puppet, server: Listener
+) -> None:
+    """Its addresses are known from the start, and still when it has been used."""
+    client.connect(server)
+    peer = server.accept()
+    probe = f"xdp_port:iface=lo,port={server.port},dir=either"
+    run = running_tcplat("-p", str(client.pid), probes=(probe,))
+    for _ in range(3):
+        exchange(client, peer)
+    client("s.close()")
+    run.wait_for("its FIN was there", lambda rows: any("FIN" in row["flags"] for row in rows))
+    rows = run.stop().rows
+    assert sum(row["bytes"] for row in rows if row["dport"] == server.port) == 30
+    assert sum(row["bytes"] for row in rows if row["sport"] == server.port) == 60
+
+
+@pytest.mark.parametrize("older", [True, False], ids=["older", "younger"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("127.0.0.1", "127.0.0.2"),
+        ("127.0.0.1", "::1"),
+        ("0.0.0.0", "127.0.0.2"),
+        ("0.0.0.0", "::"),
+        ("::", "127.0.0.2"),
+        ("::ffff:127.0.0.1", "127.0.0.2"),
+    ],
+)
+def test_two_services_at_one_port(
+    first: str,
+    second: str,
+    older: bool,  # noqa: FBT001 - a parameter of the test
+    running_tcplat: Start,
+    client: Puppet,
+    puppet: StartPuppet,
+) -> None:
+    """Each at its address: a connection belongs to the right one before it is accepted."""
+    services = puppet(), puppet()
+    port = free_port()
+    both_families = (first, second) == ("0.0.0.0", "::")
+
+    def begin() -> None:
+        for service, host in zip(services, (first, second), strict=True):
+            service(f"""
+listening = socket.socket(socket.AF_INET6 if ":" in {host!r} else socket.AF_INET)
+listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+if ":" in {host!r}:
+    listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, {both_families})
+listening.bind(({host!r}, {port}))
+listening.listen()
+""")
+
+    if older:
+        begin()
+    run = running_tcplat("--port", str(port), probes=("tcp_service",))
+    if not older:
+        begin()
+    targets = {"0.0.0.0": "127.0.0.1", "::ffff:127.0.0.1": "127.0.0.1", "::": "::1"}
+    owners = {}
+    for service, host in zip(services, (first, second), strict=True):
+        target = targets.get(host, host)
+        owners[target] = service.pid
+        client(f"""
+for _ in range(2):
+    socket.create_connection(({target!r}, {port})).close()
+""")
+    run.wait_for(
+        "all FINs were there",
+        lambda rows: sum("FIN" in (row["flags"] or "") for row in at(rows, "rx_ip")) >= 4,
+    )
+    rows = [row for row in run.stop().rows if row["state"] != "TCP_LISTEN" and row["dport"] == port]
+    for host, pid in owners.items():
+        mine = [row for row in rows if row["daddr"] == host]
+        assert len(mine) >= 6  # SYN, ACK and FIN, twice
+        assert {row["pid"] for row in mine} == {pid}

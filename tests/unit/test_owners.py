@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tcplat_core import owners
-from tcplat_core.owners import CLIENT, LISTENER, SERVER, Seed
+from tcplat_core.owners import BOTH, CLIENT, IPV4, IPV6, LISTENER, SERVER, Seed
 
 SO_COOKIE = 57
 
@@ -196,3 +196,49 @@ def test_a_process_that_ends_meanwhile_does_not_matter(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "listdir", and_a_dead_one)
     assert isinstance(owners.find(), list)
+
+
+def test_a_client_whose_port_is_listened_on_at_another_address(stack: ExitStack) -> None:
+    elsewhere = stack.enter_context(socket.create_server(("127.0.0.2", 0)))
+    listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    client = stack.enter_context(
+        socket.create_connection(
+            listener.getsockname(), source_address=("127.0.0.1", elsewhere.getsockname()[1])
+        )
+    )
+    assert found()[cookie(client)].role == CLIENT
+
+
+@pytest.mark.parametrize(
+    ("family", "host", "v6only", "ip"),
+    [
+        (socket.AF_INET, "0.0.0.0", False, IPV4),
+        (socket.AF_INET, "127.0.0.1", False, IPV4),
+        (socket.AF_INET6, "::", True, IPV6),
+        (socket.AF_INET6, "::", False, BOTH),
+        (socket.AF_INET6, "::1", False, IPV6),
+        (socket.AF_INET6, "::ffff:127.0.0.1", False, IPV4),
+    ],
+)
+def test_what_a_listening_socket_speaks(
+    stack: ExitStack,
+    family: socket.AddressFamily,
+    host: str,
+    v6only: bool,  # noqa: FBT001 - a parameter of the test
+    ip: int,
+) -> None:
+    listening = stack.enter_context(socket.socket(family))
+    if family == socket.AF_INET6:
+        listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, v6only)
+    listening.bind((host, 0))
+    listening.listen()
+    seed = found()[cookie(listening)]
+    assert (seed.ip, seed.local, seed.device) == (ip, mapped(host), 0)
+
+
+def test_a_listening_socket_that_hears_one_device(stack: ExitStack) -> None:
+    listening = stack.enter_context(socket.socket())
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+    listening.bind(("127.0.0.1", 0))
+    listening.listen()
+    assert found()[cookie(listening)].device == socket.if_nametoindex("lo")

@@ -10,7 +10,8 @@ struct tcplat_addrs {
 	u32 netns;
 	u16 sport, dport;
 	u8 ip;
-	u8 pad[7];
+	u8 lane; /* 0, but in keys of tcplat_flows */
+	u8 pad[6];
 } __attribute__((aligned(8)));
 
 /*

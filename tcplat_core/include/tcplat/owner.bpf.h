@@ -30,10 +30,11 @@ struct tcplat_sock {
 	u32 send_seq;   /* where its bytes begin */
 	u32 send_bytes; /* how many it asked to send */
 	u32 group;      /* of histogram.bpf.h: which, and for which probe; 0: not worked out */
+	u64 cookie;     /* of its seed, as long as that is there; else 0 */
 	u32 inode;      /* of a socket that called connect() or listen(): tcplat_inode() */
 	u8 role;
 	u8 wanted;      /* its owner passes the filters */
-	u8 in_flows;    /* tcplat_flows has its addresses, tcplat_listeners its port */
+	u8 in_flows;    /* 1 + the lane of tcplat_flows that has its addresses; 1: tcplat_listeners has its port */
 	u8 state;       /* what it is in, or 0: nobody has seen it change yet */
 	u8 told;        /* by kprobe: the last state that has its row, or TCPLAT_TOLD_CLOSE */
 	struct tcplat_owner owner; /* the process that used it last */
@@ -42,6 +43,7 @@ struct tcplat_sock {
 
 /* What is known of a socket that is older than the run: filled in from user space. */
 struct tcplat_seed {
+	u64 key; /* the socket's address, once it has an entry, which counts from then on; else 0 */
 	u32 pid;
 	u8 role;
 	u8 wanted;
@@ -88,20 +90,25 @@ BPF_TABLE("hash", u64, struct tcplat_sock, tcplat_socks, 1024);
 /*
  * Socket cookie -> struct tcplat_seed.
  *
- * Inserted by the loader, from sock_diag and /proc, before the gate opens.
- * Deleted by tcplat_find() when the socket gets its entry; the rest are
- * of sockets that never stir.
+ * Inserted by the loader, from sock_diag and /proc, before the gate opens. tcplat_find() makes
+ * the socket's entry of it when the socket first stirs; from then on it leads packets there, and
+ * tcplat_withdraw() deletes it.
  */
 BPF_TABLE("hash", u64, struct tcplat_seed, tcplat_seeds, 1024);
 
 /* Slot 0 -> how often a socket got an entry. Counted after the fact, by tcplat_insert(). */
 BPF_TABLE("array", u32, u64, tcplat_births, 1);
 
+/* Of both families: a wildcard address that takes IPv4 as well. */
+#define TCPLAT_IP_BOTH 0
+
 struct tcplat_port {
+	u8 addr[16]; /* where it listens; the wildcard of its family */
 	u32 netns;
 	u16 port;
-	u16 pad;
-};
+	u8 ip; /* 4, 6, or TCPLAT_IP_BOTH */
+	u8 pad;
+} __attribute__((aligned(8)));
 
 struct tcplat_listener {
 	u32 pid;   /* 0 where several processes accept: nobody can know which one will */
@@ -112,32 +119,53 @@ struct tcplat_listener {
 };
 
 /*
- * Namespace and local port -> struct tcplat_listener.
+ * Namespace, local address and port -> struct tcplat_listener.
  *
  * Inserted by tcplat_listen(), and by the loader for what listened before.
  * Deleted by tcplat_withdraw() with the last user.
  */
 BPF_TABLE("hash", struct tcplat_port, struct tcplat_listener, tcplat_listeners, 16384);
 
+/* What tcplat_served says: a service, and one that hears one device alone. */
+#define TCPLAT_SERVED 1
+#define TCPLAT_SERVED_BY_DEVICE 2
+
 /*
- * Local port -> 1, once a service was seen there, in whatever namespace: packets to other ports
- * are no service's. Set by tcplat_listen(), tcplat_inherit() and the loader; never taken back.
+ * Local port -> TCPLAT_SERVED, once a service was seen there, in whatever namespace: packets to
+ * other ports are no service's. Set by tcplat_listen(), tcplat_inherit() and the loader; never
+ * taken back.
  */
 BPF_TABLE("array", u32, u8, tcplat_served, 65536);
 
 /* Where an address pair leads: to a socket's entry, or to tcplat_seeds. */
 struct tcplat_flow {
-	u64 key;
-	u64 cookie;
+	u64 key; /* the socket's address, or 0 */
+	u64 id;  /* its entry's, which it must still have; where `key` is 0 the seed's cookie */
 };
 
+#define TCPLAT_LANES 2
+
+/* skc_reuse takes four bits of its byte, skc_reuseport one. */
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define TCPLAT_IPV6ONLY 0x20
+#else
+#define TCPLAT_IPV6ONLY 0x04
+#endif
+
 /*
- * Addresses of a socket, local first -> struct tcplat_flow.
+ * Addresses of a socket, local first, and a lane -> struct tcplat_flow.
  *
- * Inserted by tcplat_add_flow(), and by the loader for older sockets.
- * Deleted by tcplat_withdraw(): the socket ends, or connects anew.
+ * A socket that was reset or gave up may be open for long after its addresses are another's, and
+ * TIME_WAIT ends early where a port is used again. So who finds an entry in the way takes the next
+ * lane, and the younger of two counts.
+ *
+ * Inserted, and never replaced while its socket is there, by tcplat_add_flow(), and by the loader
+ * for older sockets. Deleted by tcplat_withdraw() of the same socket: it ends, or connects anew.
  */
 BPF_TABLE("hash", struct tcplat_addrs, struct tcplat_flow, tcplat_flows, 1024);
+
+/* Slot 0 -> 1 once a lane other than the first was used: until then no look is worth while. */
+BPF_TABLE("array", u32, u8, tcplat_lanes, 1);
 
 /* Of names and pids whose parts got mixed up it is another, but by a chance of 2^-64. */
 static __always_inline u64 tcplat_owner_sum(u32 pid, const char *comm)
@@ -322,8 +350,11 @@ static __always_inline struct tcplat_sock *tcplat_find(const struct sock *sk)
 	fresh.role = seed->role;
 	fresh.wanted = seed->wanted;
 	fresh.in_flows = 1;
-	tcplat_seeds.delete(&cookie);
-	return tcplat_insert(key, &fresh);
+	fresh.cookie = cookie;
+	s = tcplat_insert(key, &fresh);
+	if (s)
+		seed->key = key;
+	return s;
 }
 
 /*
@@ -396,29 +427,60 @@ static __always_inline void tcplat_read_addrs(struct tcplat_addrs *to, const str
 	to->ip = tcplat_is_mapped(to->daddr) ? 4 : 6;
 }
 
+/* Where a socket listens, from its own addresses. */
+static __always_inline struct tcplat_port
+tcplat_port_of(const struct sock *sk, const struct tcplat_addrs *own)
+{
+	struct tcplat_port port = {.netns = own->netns, .port = own->sport, .ip = own->ip};
+	/* skc_ipv6only, which is a bit of the byte behind skc_state, has no address. */
+	const u8 *flags = (const u8 *)&sk->__sk_common.skc_state + 1;
+	u8 byte = 0;
+
+	__builtin_memcpy(port.addr, own->saddr, 16);
+	if (tcplat_is_mapped(port.addr)) {
+		port.ip = 4;
+	} else if (!((u64 *)port.addr)[0] && !((u64 *)port.addr)[1]) {
+		bpf_probe_read_kernel(&byte, 1, flags);
+		port.ip = byte & TCPLAT_IPV6ONLY ? 6 : TCPLAT_IP_BOTH;
+	}
+	return port;
+}
+
 /* Neither packets nor children find the socket any more by the addresses that it had. */
 static __always_inline void tcplat_withdraw(const struct sock *sk, struct tcplat_sock *s)
 {
 	struct tcplat_listener *listener;
 	struct tcplat_addrs addrs;
+	u64 cookie = s->cookie;
+	u8 lane;
 
 	if (!s->in_flows)
 		return;
+	lane = s->in_flows - 1;
 	s->in_flows = 0;
 	/* One that had a seed may never have been asked for them; its port may be given back by now. */
 	if (!s->addrs.sport)
 		tcplat_read_addrs(&s->addrs, sk);
 	if (!s->addrs.sport)
 		s->addrs.sport = bpf_ntohs(tcplat_get((const struct inet_sock *)sk, inet_sport));
-	addrs = s->addrs;
 	if (s->role == TCPLAT_ROLE_LISTENER) {
-		struct tcplat_port port = {.netns = addrs.netns, .port = addrs.sport};
+		struct tcplat_port port = tcplat_port_of(sk, &s->addrs);
 
 		listener = tcplat_listeners.lookup(&port);
-		if (listener && --listener->users == 0)
-			tcplat_listeners.delete(&port);
+		if (listener) {
+			lock_xadd(&listener->users, -1);
+			if (!*(volatile u32 *)&listener->users)
+				tcplat_listeners.delete(&port);
+		}
 	} else {
+		addrs = s->addrs;
+		addrs.lane = lane;
 		tcplat_flows.delete(&addrs);
+	}
+	/* Behind the flow: what has no seed any more may be replaced, and must not be deleted then. */
+	if (cookie) {
+		s->cookie = 0;
+		tcplat_seeds.delete(&cookie);
 	}
 }
 
@@ -516,14 +578,60 @@ static __always_inline void tcplat_fill_addrs(struct tcplat_event *e, const stru
 	__builtin_memcpy((void *)&e->netns, &a->netns, 16);
 }
 
+/* Whether the socket that made it is there no more, and no program saw its end. */
+static __always_inline bool tcplat_is_stale(const struct tcplat_flow *flow)
+{
+	u64 key = flow->key, id = flow->id;
+	struct tcplat_sock *s;
+
+	if (!key)
+		return !tcplat_seeds.lookup(&id);
+	s = tcplat_entry(key);
+	return !s || s->id != id;
+}
+
+/* Take a flow from a socket that is open, but has no connection any more. */
+static __always_inline bool tcplat_take_flow(const struct tcplat_flow *flow)
+{
+	u64 key = flow->key, id = flow->id;
+	struct tcplat_sock *s = key ? tcplat_entry(key) : NULL;
+
+	if (!s || s->id != id)
+		return false;
+	if (tcplat_get((const struct sock *)key, __sk_common.skc_state) != TCP_CLOSE)
+		return false;
+	s->in_flows = 0;
+	return true;
+}
+
 /* Let packets find the socket by its addresses, which must be complete. */
 static __always_inline void tcplat_add_flow(struct tcplat_sock *s, u64 key)
 {
-	struct tcplat_flow flow = {.key = key};
+	struct tcplat_flow flow = {.key = key, .id = s->id}, *other;
 	struct tcplat_addrs addrs = s->addrs;
+	u32 zero = 0;
+	u8 one = 1;
 
-	tcplat_flows.update(&addrs, &flow);
-	s->in_flows = 1;
+	/*
+	 * Where both lanes are taken, those of closed sockets are not waited for. One that ends at
+	 * this very instant, on another CPU, deletes what replaced its own: then the listener's owner
+	 * stands in.
+	 */
+#pragma unroll
+	for (u8 round = 0; round < 2 * TCPLAT_LANES; round++) {
+		addrs.lane = round % TCPLAT_LANES;
+		if (round == 1)
+			tcplat_lanes.update(&zero, &one);
+		if (tcplat_flows.insert(&addrs, &flow)) {
+			other = tcplat_flows.lookup(&addrs);
+			if (other && !tcplat_is_stale(other) &&
+			    (round < TCPLAT_LANES || !tcplat_take_flow(other)))
+				continue;
+			tcplat_flows.update(&addrs, &flow);
+		}
+		s->in_flows = 1 + addrs.lane;
+		return;
+	}
 }
 
 /*
@@ -548,13 +656,13 @@ static __always_inline bool tcplat_is_served(u16 port)
 	return served && *served;
 }
 
-static __always_inline void tcplat_serve(u16 port)
+static __always_inline void tcplat_serve(u16 port, u8 how)
 {
 	u32 at = port;
 	u8 *served = tcplat_served.lookup(&at);
 
-	if (served)
-		*served = 1;
+	if (served && *served < how)
+		*served = how;
 }
 
 /* A socket begins to listen, in the process that asks for it. */
@@ -562,7 +670,7 @@ static __always_inline struct tcplat_sock *tcplat_listen(const struct sock *sk)
 {
 	struct tcplat_sock *s = tcplat_learn(sk, TCPLAT_ROLE_LISTENER);
 	struct tcplat_listener *old, fresh = {.users = 1};
-	struct tcplat_port port = {};
+	struct tcplat_port port;
 
 	if (!s)
 		return NULL;
@@ -571,9 +679,9 @@ static __always_inline struct tcplat_sock *tcplat_listen(const struct sock *sk)
 		return s;
 	s->in_flows = 1;
 	tcplat_read_addrs(&s->addrs, sk);
-	port.netns = s->addrs.netns;
-	port.port = s->addrs.sport;
-	tcplat_serve(port.port);
+	port = tcplat_port_of(sk, &s->addrs);
+	tcplat_serve(port.port, tcplat_get(sk, __sk_common.skc_bound_dev_if) ? TCPLAT_SERVED_BY_DEVICE :
+								TCPLAT_SERVED);
 	old = tcplat_listeners.lookup(&port);
 	if (old) {
 		lock_xadd(&old->users, 1);
@@ -586,21 +694,43 @@ static __always_inline struct tcplat_sock *tcplat_listen(const struct sock *sk)
 	return s;
 }
 
-static __always_inline struct tcplat_listener *tcplat_listener_at(u32 netns, u16 lport)
+/* Who listens for what comes to this local end, as the kernel looks for it: the address itself first. */
+static __always_inline struct tcplat_listener *tcplat_listener_at(const struct tcplat_addrs *local)
 {
-	struct tcplat_port port = {.netns = netns, .port = lport};
+	struct tcplat_port port = {.netns = local->netns, .port = local->sport, .ip = local->ip};
+	struct tcplat_listener *found;
 
+	__builtin_memcpy(port.addr, local->saddr, 16);
+	found = tcplat_listeners.lookup(&port);
+	if (found)
+		return found;
+	if (port.ip == 4)
+		tcplat_map_v4(port.addr, 0);
+	else
+		__builtin_memset(port.addr, 0, 16);
+	found = tcplat_listeners.lookup(&port);
+	if (found)
+		return found;
+	__builtin_memset(port.addr, 0, 16);
+	port.ip = TCPLAT_IP_BOTH;
 	return tcplat_listeners.lookup(&port);
 }
 
-/* Who accepts there, and its name; 0 where it is not known. The name never changes. */
-static __always_inline u32 tcplat_listener_pid(const struct tcplat_listener *from, char *comm)
+/*
+ * Who accepts at this port, and its name; 0 where it is not known. The name never changes.
+ * Of several that listen at different devices, the addresses do not tell which one it is.
+ */
+static __always_inline u32
+tcplat_listener_pid(const struct tcplat_listener *from, u16 port, char *comm)
 {
+	u32 at = port;
+	u8 *served = tcplat_served.lookup(&at);
 	/* Once: tcplat_share() clears it, on another CPU. */
 	u32 pid = *(volatile u32 *)&from->pid;
 
-	if (pid)
-		__builtin_memcpy(comm, from->comm, sizeof(from->comm));
+	if (!pid || (served && *served == TCPLAT_SERVED_BY_DEVICE))
+		return 0;
+	__builtin_memcpy(comm, from->comm, sizeof(from->comm));
 	return pid;
 }
 
@@ -643,11 +773,11 @@ static __always_inline struct tcplat_sock *tcplat_inherit(const struct sock *sk,
 	}
 	fresh.role = TCPLAT_ROLE_SERVER;
 	fresh.wanted = tcplat_wanted_nobody();
-	tcplat_serve(fresh.addrs.sport);
-	from = tcplat_listener_at(fresh.addrs.netns, fresh.addrs.sport);
+	tcplat_serve(fresh.addrs.sport, TCPLAT_SERVED);
+	from = tcplat_listener_at(&fresh.addrs);
 	if (from) {
 		fresh.wanted = from->wanted;
-		pid = tcplat_listener_pid(from, comm);
+		pid = tcplat_listener_pid(from, fresh.addrs.sport, comm);
 		tcplat_set_owner(&fresh.owner, pid << 32, comm);
 	}
 	s = tcplat_insert(tcplat_key(sk), &fresh);
@@ -664,10 +794,37 @@ static __always_inline struct tcplat_sock *tcplat_accept(const struct sock *sk)
 
 	if (!s)
 		return NULL;
-	from = tcplat_listener_at(s->addrs.netns, s->addrs.sport);
+	from = tcplat_listener_at(&s->addrs);
 	if (from)
 		tcplat_share(from, s);
 	return s;
+}
+
+/* The socket that a flow leads to; false where that is gone. */
+static __always_inline bool tcplat_follow(const struct tcplat_flow *flow, struct tcplat_seed *who)
+{
+	u64 key = flow->key, id = flow->id;
+	struct tcplat_seed *seed = NULL;
+	struct tcplat_sock *s;
+
+	if (!key) {
+		seed = tcplat_seeds.lookup(&id);
+		if (!seed)
+			return false;
+		key = *(volatile u64 *)&seed->key;
+	}
+	if (!key) {
+		*who = *seed;
+		return true;
+	}
+	s = tcplat_entry(key);
+	/* Its entry may be another socket's by now. */
+	if (!s || (seed ? s->cookie : s->id) != id)
+		return false;
+	who->pid = tcplat_get_owner(&s->owner, who->comm) >> 32;
+	who->role = s->role;
+	who->wanted = s->wanted;
+	return true;
 }
 
 /*
@@ -676,33 +833,31 @@ static __always_inline struct tcplat_sock *tcplat_accept(const struct sock *sk)
  */
 static __always_inline bool tcplat_whose(struct tcplat_addrs *local, struct tcplat_seed *who)
 {
-	struct tcplat_flow *flow = tcplat_flows.lookup(local);
+	struct tcplat_flow *flow = tcplat_flows.lookup(local), *second = NULL, *older;
 	struct tcplat_listener *listener;
-	struct tcplat_sock *s;
-	struct tcplat_seed *seed;
-	u64 key;
+	u32 zero = 0;
+	u8 *lanes = tcplat_lanes.lookup(&zero);
 
-	if (flow && flow->key) {
-		key = flow->key;
-		s = tcplat_entry(key);
-		if (s) {
-			who->pid = tcplat_get_owner(&s->owner, who->comm) >> 32;
-			who->role = s->role;
-			who->wanted = s->wanted;
-			return true;
-		}
-	} else if (flow) {
-		key = flow->cookie;
-		seed = tcplat_seeds.lookup(&key);
-		if (seed) {
-			*who = *seed;
-			return true;
-		}
+	if (lanes && *lanes) {
+		local->lane = 1;
+		second = tcplat_flows.lookup(local);
+		local->lane = 0;
 	}
-	listener = tcplat_listener_at(local->netns, local->sport);
+	if (second) {
+		/* A seed is older than any entry. */
+		bool younger = !flow || (second->key && (!flow->key || second->id > flow->id));
+
+		older = younger ? flow : second;
+		if (tcplat_follow(younger ? second : flow, who))
+			return true;
+		flow = older;
+	}
+	if (flow && tcplat_follow(flow, who))
+		return true;
+	listener = tcplat_listener_at(local);
 	if (!listener)
 		return false;
-	who->pid = tcplat_listener_pid(listener, who->comm);
+	who->pid = tcplat_listener_pid(listener, local->sport, who->comm);
 	who->role = TCPLAT_ROLE_LISTENER;
 	who->wanted = listener->wanted;
 	return true;
