@@ -322,7 +322,13 @@ class Event(msgspec.Struct, gc=False):
     ]
     desc: Annotated[str, Made("desc", "the same in plain words")]
     seq: Annotated[
-        int | None, Wire("u32", "first TCP sequence number of the bytes concerned", has=True)
+        int | None,
+        Wire(
+            "u32",
+            "first TCP sequence number of the bytes concerned; of `state`, where the handshake "
+            "ends: of the client's first byte",
+            has=True,
+        ),
     ]
     bytes: Annotated[int | None, Wire("u32", "how many bytes", has=True)]
     flags: Annotated[

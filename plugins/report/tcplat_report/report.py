@@ -136,13 +136,15 @@ class Story:
     _kept: list[tuple[Rank, int, dict[str, Any], Course | None]] = attrs.field(factory=list)
     _busy: dict[int, _Busy] = attrs.field(factory=dict)
 
+    def __attrs_post_init__(self) -> None:
+        self.joiner.watch = self._courses.note
+
     def write(self, rows: list[Event]) -> None:
         """Take rows."""
         if self.first_ns < 0:
             self.first_ns = rows[0].ts_ns
             self.offset_ns = rows[0].time_ns - rows[0].ts_ns
         self.last_ns = max(self.last_ns, rows[-1].ts_ns)
-        self._courses.feed(rows)
         self._take(self.joiner.feed(rows))
 
     def merged(self, merge: Merge) -> None:

@@ -134,7 +134,6 @@ def test_of_connections_that_are_over_the_table_alone_is_kept() -> None:
     assert story._busy == {}
     assert story._courses._count == 0
     assert not story._courses._courses
-    assert not story._courses._ways
 
 
 def test_more_points_than_there_is_room_for_are_refused_and_that_is_said(

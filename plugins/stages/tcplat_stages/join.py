@@ -9,7 +9,7 @@ pipelining move packets about, and leave the numbers of bytes alone.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .model import (
@@ -58,10 +58,14 @@ _STREAM_PROBES = frozenset({"tcp_client", "tcp_service"})
 _STREAM = frozenset({"send", "send_short", "recv", "ready"})
 _PLAIN = frozenset({"ACK", "PSH|ACK"})
 _PACKETS = frozenset({"nic_tx", "nic_rx", "rx_ip"})
+_MOVES = frozenset({"connect", "state"})
+"""Rows by which a socket may begin another connection."""
 _STRAGGLERS_NS = 2 * _SECOND_NS
 """So long a connection that is over still takes what belongs to it."""
 _MOST_OVER = 8_192
 """Connections that are over and still take what belongs to them."""
+_MOST_DONE = 65_536
+"""Sockets that are remembered longer than their connections."""
 _LONG = 256
 """Entries of a log that are kept without looking whether they are needed."""
 _PATIENT_NS = _SECOND_NS
@@ -85,19 +89,23 @@ class Joiner:
         given_up: Connections that went for want of room.
         cut: Exchanges that were under way when the capture began: they are not told.
         untimed: Messages of which only one instant is known.
+        watch: Called with a connection and each row that is of bytes of its streams.
     """
 
     def __init__(self, *, idle_ns: int = 10 * _SECOND_NS, most: int = 65_536) -> None:
         self.given_up = 0
         self.cut = 0
         self.untimed = 0
+        self.watch: Callable[[Connection, Any], None] | None = None
         self._idle_ns = idle_ns
         self._most = most
         self._number = 0
         self._told: list[Told] = []
         self._conns: dict[int, Connection] = {}
         self._socks: dict[int, End] = {}
-        self._tuples: dict[tuple[Any, ...], Connection] = {}
+        self._done: dict[int, None] = {}
+        """Sockets that are not closed, of connections that are told: what they still do is lost."""
+        self._tuples: dict[tuple[Any, ...], list[Connection]] = {}
         self._ways: dict[tuple[Any, ...], tuple[Connection, int]] = {}
         self._over: deque[Connection] = deque()
         self._next_sweep_ns = 0
@@ -121,7 +129,7 @@ class Joiner:
             "stats": self._stats,
         }
 
-    def feed(self, rows: Iterable[Any]) -> list[Told]:  # noqa: C901 - one pass over a million rows
+    def feed(self, rows: Iterable[Any]) -> list[Told]:  # noqa: C901, PLR0912 - one pass over a million rows
         """Take rows in order of time; what became complete by them.
 
         An exchange is complete when the next one's reply begins, when its connection
@@ -129,7 +137,7 @@ class Joiner:
         rows alone, however they are divided into batches.
         """
         told = self._told = []
-        socks, points, ways = self._socks, self._points, self._ways
+        socks, points, ways, watch = self._socks, self._points, self._ways, self.watch
         for row in rows:
             ts_ns = row.ts_ns
             self._last_ns = max(self._last_ns, ts_ns)
@@ -142,12 +150,16 @@ class Joiner:
                 # A null says that nobody can know: then there is nothing to join by.
                 if handler is None or (point in _STREAM and row.seq is None):
                     continue
-                end = socks.get(sock) or self._bind(row)
-                if end is None:
-                    continue
+                end = socks.get(sock)
+                if end is None or (point in _MOVES and _goes_again(end, row)):
+                    end = self._bind(row) if end is None else self._begin_anew(end, row)
+                    if end is None:
+                        continue
                 if not end.named and row.sport:
                     self._name(end, row)
                 end.conn.last_ns = ts_ns
+                if watch is not None and row.bytes:
+                    watch(end.conn, row)
                 handler(end, row, ts_ns)
             elif point in _PACKETS:
                 flags = row.flags or ""
@@ -170,9 +182,16 @@ class Joiner:
                     if way is None:
                         continue
                 conn, index = way
+                if conn.heir:
+                    found = self._older(conn, index, row, flags)
+                    if found is None:
+                        continue
+                    conn = found
                 if conn.over:
                     continue
                 conn.last_ns = ts_ns
+                if watch is not None and row.bytes:
+                    watch(conn, row)
                 self._packet(conn, index, row, ts_ns, point, flags)
         return told
 
@@ -180,7 +199,7 @@ class Joiner:
         """The rows have ended: tell of what is still open."""
         told = self._told = []
         for conn in list(self._conns.values()):
-            self._finish(conn, "end of run")
+            self._finish(conn, "port reused" if conn.replaced else "end of run")
         for exchange in self._undecided:
             self._decide(exchange)
         self._undecided.clear()
@@ -210,12 +229,16 @@ class Joiner:
         return conn
 
     def _bind(self, row: Any) -> End | None:
-        """A socket that has not been seen before."""
+        """A socket that has not been seen before, or that begins another connection."""
+        if row.sock in self._done and not _calls(row):
+            if row.point == "close":
+                del self._done[row.sock]
+            return None
         index = _ROLES.get(row.probe)
         if index is None:
             role = getattr(row, "role", None)  # what an unknown probe calls so may be anything
             index = _ROLES.get(role) if isinstance(role, str) else None
-        if index is None or row.dport is None or "TCP_LISTEN" in (row.state, row.old_state):
+        if index is None or row.dport is None or _listens(row):
             return None
         if row.sport is None:
             conn = self._new(row, turned=index == SERVICE)
@@ -226,6 +249,20 @@ class Joiner:
         self._own(end, row)
         self._socks[row.sock] = end
         return end
+
+    def _begin_anew(self, end: End, row: Any) -> End | None:
+        """The socket calls connect() or listen() once more: what it was before is over for it."""
+        self._retire(end, end.conn.last_ns)
+        return self._bind(row)
+
+    def _retire(self, end: End, ts_ns: int) -> None:
+        """The socket has done with its connection; the other end's may not have."""
+        end.closed_ns = ts_ns
+        if self._socks.get(end.sock) is end:
+            del self._socks[end.sock]
+        other = end.conn.ends[1 - end.index]
+        if not other.sock or other.closed_ns:
+            self._finish(end.conn, "closed")
 
     def _own(self, end: End, row: Any) -> None:
         end.conn.guessed = False
@@ -245,60 +282,194 @@ class Joiner:
         """The connection of a socket: known by its packets or its other end, or new."""
         near, far = (row.saddr, row.sport), (row.daddr, row.dport)
         client, service = (near, far) if index == CLIENT else (far, near)
-        conn = self._find(row.netns, client, service)
+        syn = _syn_of(row)
+        conn = None
+        # Nothing of a connection is older than the call that begins it.
+        if not _calls(row):
+            conn = self._free(self._find(row.netns, client, service), index, row.netns, syn)
+            if conn is None:
+                turned = [one for one in self._find(row.netns, service, client) if one.guessed]
+                conn = self._free(turned, 1 - index, row.netns, -1)
+                if conn is not None:
+                    self._turn(conn)
         if conn is None:
-            turned = self._find(row.netns, service, client)
-            if turned is not None and turned.guessed and not turned.over:
-                self._turn(turned)
-                conn = turned
-        strange = False
-        if conn is not None:
-            end = conn.ends[index]
-            strange = bool(end.sock) and not conn.over and end.netns != row.netns
-            if not conn.over and not end.sock:
-                return conn
-            if not strange:
-                self._replace(conn)
-        conn = self._new(row, turned=index == SERVICE)
-        self._register(conn, row.netns, apart=strange)
+            conn = self._new(row, turned=index == SERVICE)
+            self._register(conn, row.netns)
+        self._displace(conn, row.netns, index)
+        self._began_with(conn, syn)
         return conn
+
+    def _free(
+        self, known: Sequence[Connection], index: int, netns: Any, syn: int
+    ) -> Connection | None:
+        """Return which of some connections by the same addresses a socket is an end of.
+
+        Args:
+            known: As _find() has them.
+            index: Which end.
+            netns: Where the socket is.
+            syn: Number of the client's SYN; -1 where the row does not tell.
+        """
+        likely = []
+        for conn in reversed(known):
+            if conn.over or conn.ends[index].sock:
+                continue
+            begin = conn.flows[CLIENT].syn
+            if syn >= 0 and begin >= 0:
+                if begin == syn:
+                    return conn
+            elif not conn.replaced:
+                likely.append(conn)
+        return self._likeliest(likely, known, index, netns)
+
+    def _likeliest(
+        self, likely: list[Connection], known: Iterable[Connection], index: int | None, netns: Any
+    ) -> Connection | None:
+        """Return the one of these that a row of a namespace is of; None where nobody can know.
+
+        Args:
+            likely: Those that it may be of.
+            known: All by these addresses.
+            index: The end whose socket the row is of; None for a packet.
+            netns: The namespace.
+        """
+        if not likely:
+            return None
+        here = [conn for conn in likely if conn.is_in(netns, index)]
+        if len(here) == 1:
+            return here[0]
+        # By the same addresses there may be another connection, in two other namespaces.
+        if len(likely) > 1 or sum(conn.lives for conn in known) > 1:
+            return None
+        likely[0].unsure = True
+        return likely[0]
 
     def _name(self, end: End, row: Any) -> None:
         """The source port is chosen. Its packets may have been there before this row."""
         own = end.conn
         end.named = True
-        conn = self._find(row.netns, (row.saddr, row.sport), (row.daddr, row.dport))
         own.client = (row.saddr, row.sport)
         own.service = (row.daddr, row.dport)
-        if conn is None or conn.over or conn.ends[CLIENT].sock:
-            if conn is not None:
-                self._replace(conn)
+        syn = _syn_of(row)
+        known = self._find(row.netns, own.client, own.service)
+        conn = self._free(known, CLIENT, row.netns, syn)
+        if conn is None:
             self._register(own, row.netns)
-            return
-        conn.ends = (end, conn.ends[SERVICE])
+        else:
+            self._merge(end, conn, row)
+        self._displace(end.conn, row.netns, CLIENT)
+        self._began_with(end.conn, syn)
+
+    def _merge(self, end: End, conn: Connection, row: Any) -> None:
+        """Of an end's connection only the call is known; all else of it is known as `conn`."""
+        own = end.conn
+        conn.ends = (end, conn.ends[SERVICE]) if end.index == CLIENT else (conn.ends[CLIENT], end)
         end.conn = conn
-        conn.stamps[CONNECT_CALLED] = own.stamps[CONNECT_CALLED]
-        conn.first_ns = own.first_ns
+        for number, at in enumerate(own.stamps):
+            if at is not None:
+                conn.stamps[number] = at
+        conn.first_ns = min(own.first_ns, conn.first_ns)
         conn.began = conn.began or own.began
         conn.cut = conn.cut and own.cut
+        conn.heir = conn.heir or own.heir
+        self._release(own)
         del self._conns[own.number]
         del own.ends[1 - end.index].conn  # as in _finish
         self._own(end, row)
 
-    def _find(self, netns: Any, client: Any, service: Any) -> Connection | None:
-        key = (*client, *service)
-        return self._tuples.get((netns, *key)) or self._tuples.get(
-            (netns if _is_loopback(client[0], service[0]) else None, *key)
-        )
+    def _identify(self, end: End, row: Any, syn: int) -> None:
+        """A row tells the number of the client's SYN: which connection it is, for sure."""
+        conn = end.conn
+        begin = conn.flows[CLIENT].syn
+        if begin == syn:
+            if end.index == CLIENT:
+                conn.unsure = False
+            return
+        same = [
+            one
+            for one in self._find(row.netns, conn.client, conn.service)
+            if one.flows[CLIENT].syn == syn and not one.over and not one.ends[end.index].sock
+        ]
+        if begin >= 0:
+            self._part(end, row)
+        if same:
+            self._merge(end, same[0], row)
+        self._began_with(end.conn, syn)
 
-    def _register(self, conn: Connection, netns: Any, *, apart: bool = False) -> None:
-        apart = apart or _is_loopback(conn.client[0], conn.service[0])
-        key = (netns if apart else None, *conn.client, *conn.service)
-        self._tuples[key] = conn
+    def _part(self, end: End, row: Any) -> None:
+        """What was joined to an end's call is another connection's, by the same addresses."""
+        conn = end.conn
+        own = self._new(row, turned=end.index == SERVICE)
+        other = End(conn, end.index)
+        number = CONNECT_CALLED if end.index == CLIENT else HANDSHAKE_DONE
+        own.stamps[number], conn.stamps[number] = conn.stamps[number], None
+        own.first_ns, own.began, own.cut = conn.first_ns, conn.began, conn.cut
+        if end.index == CLIENT:
+            conn.ends, own.ends = (other, conn.ends[SERVICE]), (end, own.ends[SERVICE])
+        else:
+            conn.ends, own.ends = (conn.ends[CLIENT], other), (own.ends[CLIENT], end)
+        conn.unsure = False
+        end.conn = own
+        self._register(own, row.netns)
+        self._own(end, row)
+
+    def _began_with(self, conn: Connection, syn: int) -> None:
+        """The number of the client's SYN; -1 where nobody tells."""
+        flow = conn.flows[CLIENT]
+        if syn >= 0 and flow.syn < 0:
+            flow.syn = syn
+            if flow.begin < 0:
+                flow.begin = flow.at(syn) + 1
+            conn.doubtful = False
+
+    def _find(self, netns: Any, client: Any, service: Any) -> Sequence[Connection]:
+        """Return the connections by these addresses, the youngest last."""
+        return self._tuples.get(_key(netns, client, service), ())
+
+    def _register(self, conn: Connection, netns: Any) -> None:
+        """A connection has its addresses, beside those that have them as well."""
+        key = _key(netns, conn.client, conn.service)
+        self._tuples.setdefault(key, []).append(conn)
         conn.keys.append(key)
 
+    def _displace(self, conn: Connection, netns: Any, index: int | None = None) -> None:
+        """In one namespace one connection has these addresses: this one, from now on.
+
+        Args:
+            conn: The connection.
+            netns: The namespace.
+            index: The end whose socket is there; None where a packet is.
+        """
+        known = self._tuples.get(_key(netns, conn.client, conn.service), ())
+        if len(known) < 2:  # noqa: PLR2004 - itself
+            return
+        for one in list(known):
+            if one is conn or one.replaced:
+                continue
+            conn.heir = conn.heir or one.over
+            if one.is_in(netns, index):
+                conn.heir = True
+                self._replace(one)
+            elif not one.over:
+                self._doubt(one)
+                if conn.flows[CLIENT].syn < 0:
+                    conn.doubtful = True
+
+    def _doubt(self, conn: Connection) -> None:
+        """Another connection has its addresses at the same time, elsewhere."""
+        if conn.flows[CLIENT].syn < 0 or conn.unsure:
+            conn.doubtful = True
+        if conn.unsure:
+            # What was joined may be of two. Each row finds its own connection from now on.
+            self._finish(conn, "given up")
+            self._release(conn)
+
     def _replace(self, conn: Connection) -> None:
-        """Another connection has its addresses."""
+        """Another connection has its addresses. Its sockets may live on, and read what came."""
+        conn.replaced = True
+        if not conn.over and any(end.sock and not end.closed_ns for end in conn.ends):
+            self._leave_ways(conn)
+            return
         if not conn.over:
             self._finish(conn, "port reused")
         self._release(conn)
@@ -306,29 +477,34 @@ class Joiner:
     def _release(self, conn: Connection) -> None:
         """Its addresses are free for another connection."""
         for key in conn.keys:
-            if self._tuples.get(key) is conn:
-                del self._tuples[key]
+            known = self._tuples.get(key, [])
+            if conn in known:
+                known.remove(conn)
+                if not known:
+                    del self._tuples[key]
+        conn.keys = []
+        self._leave_ways(conn)
+
+    def _leave_ways(self, conn: Connection) -> None:
+        """No packet finds it any more by where it is seen."""
         for key in conn.ways:
             way = self._ways.get(key)
             if way is not None and way[0] is conn:
                 del self._ways[key]
+        conn.ways = []
 
     def _turn(self, conn: Connection) -> None:
         """Which end is the client was guessed, and wrong."""
+        namespaces = {key[0] for key in conn.keys}
+        self._release(conn)
         conn.client, conn.service = conn.service, conn.client
         conn.flows = (conn.flows[1], conn.flows[0])
         conn.guessed = False
         conn.answered, conn.ask_ns, conn.replying = -1, None, None
         conn.came, conn.doubt = -1, None
         conn.waiting.clear()
-        for key in conn.ways:
-            self._ways.pop(key, None)
-        for key in conn.keys:
-            self._tuples.pop(key, None)
-        conn.ways = []
-        conn.keys = [(key[0], *conn.client, *conn.service) for key in conn.keys]
-        for key in conn.keys:
-            self._tuples[key] = conn
+        for netns in namespaces:
+            self._register(conn, netns)
 
     def _is_new(self, conn: Connection, row: Any) -> bool:
         """A SYN begins another connection by the same addresses."""
@@ -342,14 +518,12 @@ class Joiner:
         source, target = (row.saddr, row.sport), (row.daddr, row.dport)
         flags = row.flags or ""
         opens = _opens(flags)
-        index = CLIENT
-        conn = self._find(row.netns, source, target)
-        if conn is None:
-            conn = self._find(row.netns, target, source)
-            index = SERVICE if conn is not None else CLIENT
-        if conn is not None and opens and self._is_new(conn, row):
-            self._replace(conn)
-            conn = None
+        there = self._find(row.netns, source, target)
+        back = self._find(row.netns, target, source)
+        if opens:
+            conn, index = self._of_syn(row, there), CLIENT
+        else:
+            conn, index = self._of_packet(row, there, back, flags)
         if conn is None:
             # What does not begin a connection and carries nothing is the rest of an old one.
             if not row.bytes and "SYN" not in flags:
@@ -365,19 +539,74 @@ class Joiner:
             conn = self._new(row, turned=index == SERVICE)
             conn.guessed = guessed
             self._register(conn, row.netns)
+            # Before it has a number: what is not known to begin may be of another, elsewhere.
+            if opens:
+                self._began_with(conn, row.seq)
+        if opens:
+            for one in [one for one in back if one.lives and one.is_in(row.netns)]:
+                self._replace(one)
+        self._displace(conn, row.netns)
         way = self._ways[key] = (conn, index)
         conn.ways.append(key)
         return way
+
+    def _of_syn(self, row: Any, known: Sequence[Connection]) -> Connection | None:
+        """The connection that a SYN begins, if anything is known of it."""
+        likely = []
+        for conn in reversed(known):
+            flow = conn.flows[CLIENT]
+            if flow.syn == row.seq:
+                return conn
+            if conn.lives and flow.syn < 0 and flow.begin < 0:
+                likely.append(conn)
+        # In the namespace of its socket, or where that is the only one that has not begun.
+        return self._likeliest(likely, likely, None, row.netns)
+
+    def _of_packet(
+        self, row: Any, there: Sequence[Connection], back: Sequence[Connection], flags: str
+    ) -> tuple[Connection | None, int]:
+        """The connection of a packet that does not begin one, and its direction."""
+        ack = getattr(row, "ack", None)
+        if "SYN" in flags and ack is not None:
+            for one in back:
+                if one.flows[CLIENT].syn == (ack - 1) & 0xFFFFFFFF:
+                    return one, SERVICE
+        known = [*there, *back]
+        likely = [conn for conn in known if conn.lives]
+        conn = self._likeliest(likely, known, None, row.netns)
+        if conn is None and not likely:
+            # The last packets of one that is over.
+            conn = next((one for one in reversed(known) if one.over and not one.replaced), None)
+        return conn, CLIENT if conn in there else SERVICE
+
+    def _older(self, conn: Connection, index: int, row: Any, flags: str) -> Connection | None:
+        """Return the connection of a packet, which may be of the one before by the same addresses.
+
+        A port that is used again begins with a number beyond all of those used before (RFC 6528).
+        """
+        own, other = conn.flows[index].syn, conn.flows[1 - index].syn
+        ack = getattr(row, "ack", None) if "ACK" in flags else None
+        if "SYN" in flags:
+            return conn
+        if (
+            (own >= 0 and _before(row.seq, own) and not (row.seq == 0 and "RST" in flags))
+            or (other >= 0 and ack is not None and _before(ack, other + 1))
+            or (own < 0 and other < 0 and not conn.connected and conn.flows[index].begin < 0)
+        ):
+            known = self._find(row.netns, conn.client, conn.service)
+            return next((one for one in reversed(known) if one.replaced and not one.over), None)
+        return conn
 
     # --- sockets
 
     def _connect(self, end: End, row: Any, ts_ns: int) -> None:
         conn = end.conn
+        end.called = True
         if conn.stamps[CONNECT_CALLED] is None:
             conn.stamps[CONNECT_CALLED] = ts_ns
         conn.began, conn.cut = True, False
         if row.connect_us is not None:
-            conn.connect_us, conn.error = row.connect_us, row.desc
+            conn.connect_us, conn.error, conn.error_ns = row.connect_us, row.desc, ts_ns
 
     def _accept(self, end: End, row: Any, ts_ns: int) -> None:
         end.pid, end.comm = row.pid, row.comm
@@ -388,6 +617,10 @@ class Joiner:
         old, new = row.old_state, row.state
         if old is None:
             return
+        end.state = new
+        syn = _syn_of(row)
+        if syn >= 0:
+            self._identify(end, row, syn)
         conn = end.conn
         if row.connect_us is not None:
             conn.connect_us = row.connect_us
@@ -402,11 +635,19 @@ class Joiner:
             if end.index == CLIENT:
                 conn.left_ns = ts_ns
         elif new == "TCP_CLOSE" and row.desc != "closed":
-            conn.error, conn.error_ns = row.desc, ts_ns
-            if row.desc == "ECONNRESET":
-                self._reset(conn, 1 - end.index)
-            elif row.desc == "refused":
-                self._reset(conn, SERVICE)
+            self._fail(conn, end.index, row.desc, ts_ns)
+
+    def _fail(self, conn: Connection, index: int, error: str, ts_ns: int) -> None:
+        """An end's socket fails. What failed first is why; all else follows from it."""
+        if error == "ECONNRESET":
+            self._reset(conn, 1 - index)
+        elif error == "refused":
+            self._reset(conn, SERVICE)
+        elif conn.reset_by == index:
+            # A socket that gives up says so to the other end, by a RST that leaves before this row.
+            conn.reset_by = conn.reset_why = None
+        if conn.error is None:
+            conn.error, conn.error_ns = error, ts_ns
 
     def _send(self, end: End, row: Any, ts_ns: int) -> None:
         conn = end.conn
@@ -521,12 +762,8 @@ class Joiner:
         if conn.waiting:
             self._come(conn)
 
-    def _close(self, end: End, row: Any, ts_ns: int) -> None:
-        end.closed_ns = ts_ns
-        self._socks.pop(row.sock, None)
-        other = end.conn.ends[1 - end.index]
-        if not other.sock or other.closed_ns:
-            self._finish(end.conn, "closed")
+    def _close(self, end: End, row: Any, ts_ns: int) -> None:  # noqa: ARG002 - as all of them
+        self._retire(end, ts_ns)
 
     def _stats(self, end: End, row: Any, ts_ns: int) -> None:  # noqa: ARG002 - as all of them
         end.stats = {name: getattr(row, name, None) for name in STATS}
@@ -627,7 +864,9 @@ class Joiner:
     ) -> None:
         flow = conn.flows[index]
         conn.began, conn.cut = True, False
-        if flow.syn < 0:
+        if index == CLIENT:
+            self._began_with(conn, row.seq)
+        elif flow.syn < 0:
             flow.syn = row.seq
             if flow.begin < 0:
                 flow.begin = flow.at(row.seq) + 1
@@ -688,8 +927,8 @@ class Joiner:
             conn.fin_ns[index] = conn.last_ns
 
     def _reset(self, conn: Connection, index: int) -> None:
-        """An end resets the connection."""
-        if conn.reset_by is not None:
+        """An end resets the connection; not where it had failed already."""
+        if conn.reset_by is not None or conn.error is not None:
             return
         conn.reset_by, conn.reset_ns = index, conn.last_ns
         end = conn.ends[index]
@@ -1019,8 +1258,7 @@ class Joiner:
         self._told.append(conn)
         del self._conns[conn.number]
         for one in conn.ends:
-            if one.sock and self._socks.get(one.sock) is one:
-                del self._socks[one.sock]
+            self._let_go(one)
             del one.conn  # a cycle, and the collector comes seldom: see spare_the_collector()
         self._over.append(conn)
         if len(self._over) > _MOST_OVER:
@@ -1031,6 +1269,17 @@ class Joiner:
             flow.zero = False
             for log in flow.logs():
                 log.clear()
+
+    def _let_go(self, end: End) -> None:
+        """Its connection is told. A socket that is not closed begins no other by what is left."""
+        sock = end.sock
+        if not sock or self._socks.get(sock) is not end:
+            return
+        del self._socks[sock]
+        if end.conn.replaced:
+            self._done[sock] = None
+            if len(self._done) > _MOST_DONE:
+                del self._done[next(iter(self._done))]
 
     def _sweep(self, ts_ns: int) -> None:
         """Once a second of the rows' time: what has been silent for long."""
@@ -1043,16 +1292,18 @@ class Joiner:
             silent_ns = ts_ns - conn.last_ns
             if silent_ns < _SECOND_NS:
                 continue
-            if conn.closing_ns and not conn.ends[CLIENT].sock and not conn.ends[SERVICE].sock:
-                ended.append(conn)
+            if conn.replaced and silent_ns > self._idle_ns:
+                ended.append((conn, "port reused"))
+            elif conn.closing_ns and not conn.ends[CLIENT].sock and not conn.ends[SERVICE].sock:
+                ended.append((conn, "closed"))
             elif conn.replying is not None and silent_ns > self._idle_ns:
                 reply = conn.flows[SERVICE]
                 if self._has_come(conn, reply.sent):
                     if conn.ends[SERVICE].sock:
                         self._settle(conn, "idle")
                     self._end_reply(conn.replying, reply.sent, "idle")
-        for conn in ended:
-            self._finish(conn, "closed")
+        for conn, why in ended:
+            self._finish(conn, why)
 
     def _prune(self, conn: Connection, index: int) -> None:
         """A message of many packets: forget the instants that no longer can be its last byte's."""
@@ -1081,6 +1332,43 @@ def _device(row: Any) -> str | None:
     """What a packet leaves by; a probe that is not ours may call it otherwise."""
     device: str | None = getattr(row, "dev", None) or row.ifname
     return device
+
+
+def _calls(row: Any) -> bool:
+    """A row by which a socket begins to connect."""
+    if row.point == "connect":
+        return True
+    return (row.point, row.old_state, row.state) == ("state", "TCP_CLOSE", "TCP_SYN_SENT")
+
+
+def _listens(row: Any) -> bool:
+    return "TCP_LISTEN" in (row.state, row.old_state)
+
+
+def _goes_again(end: End, row: Any) -> bool:
+    """Whether a socket that is known does something with which a connection cannot go on."""
+    if row.point == "connect":
+        # Its change of state may be told first, where both have the same instant.
+        return end.called or end.state != "TCP_SYN_SENT"
+    if _listens(row):
+        return True
+    return _calls(row) and not (end.called and end.state is None)
+
+
+def _syn_of(row: Any) -> int:
+    """Number of the client's SYN, as a change of state tells it; else -1."""
+    if row.point != "state" or row.seq is None:
+        return -1
+    return int(row.seq - 1) & 0xFFFFFFFF
+
+
+def _before(seq: int, other: int) -> bool:
+    """Whether a sequence number comes before another."""
+    return bool((seq - other) & 0x80000000)
+
+
+def _key(netns: Any, client: Any, service: Any) -> tuple[Any, ...]:
+    return (netns if _is_loopback(client[0], service[0]) else None, *client, *service)
 
 
 def _is_loopback(address: str, other: str) -> bool:

@@ -266,8 +266,8 @@ class End:
     """One end of a connection: a socket, and the process that has it."""
 
     __slots__ = (
-        *("closed_ns", "comm", "conn", "index", "named", "netns", "pid", "sock", "stats"),
-        "streams",
+        *("called", "closed_ns", "comm", "conn", "index", "named", "netns", "pid", "sock"),
+        *("state", "stats", "streams"),
     )
 
     def __init__(self, conn: Connection, index: int) -> None:
@@ -277,6 +277,10 @@ class End:
         """0 where no probe watches this end."""
         self.named = False
         """Its connection is known by its addresses."""
+        self.called = False
+        """Its connect() was told."""
+        self.state: str | None = None
+        """After the last change that was told."""
         self.netns: int | None = None
         self.pid: int | None = None
         self.comm: str | None = None
@@ -306,6 +310,8 @@ class Connection:
         error_ns: When its socket failed.
         eof_ns: When the client last read the end of the service's stream.
         left_ns: When the client's kernel knew that the service had closed its side.
+        doubtful: Another connection has the same addresses at the same time, in other network
+            namespaces, and nothing tells which rows are whose: it is not joined.
         ended: Why it is told of: closed, idle, given up, end of run.
     """
 
@@ -322,6 +328,7 @@ class Connection:
         "connect_us",
         "cut",
         "doubt",
+        "doubtful",
         "ended",
         "ends",
         "eof_ns",
@@ -332,6 +339,7 @@ class Connection:
         "first_ns",
         "flows",
         "guessed",
+        "heir",
         "ip",
         "keys",
         "last_ns",
@@ -340,6 +348,7 @@ class Connection:
         "offset_ns",
         "outcomes",
         "over",
+        "replaced",
         "replying",
         "reset_by",
         "reset_ns",
@@ -348,6 +357,7 @@ class Connection:
         "stamps",
         "syns",
         "think_ns",
+        "unsure",
         "untold",
         "waiting",
         "ways",
@@ -391,6 +401,13 @@ class Connection:
         self.over = False
         self.closing_ns = 0
         """When its packets ended it."""
+        self.doubtful = False
+        self.unsure = False
+        """It was joined by addresses, and nothing else proves that it is one."""
+        self.heir = False
+        """Another connection had its addresses just before."""
+        self.replaced = False
+        """Another connection has its addresses by now; its sockets may not be closed yet."""
         self.cut = True
         """Its first exchange may have begun before we looked."""
         self.keys: list[tuple[Any, ...]] = []
@@ -421,6 +438,29 @@ class Connection:
         if self.stamps[CONNECTED] is None:
             return split(self.stamps, CONNECT_STAGES)
         return split(self.stamps[: CONNECTED + 1], CONNECT_STAGES[:CONNECTED])
+
+    @property
+    def lives(self) -> bool:
+        """It is under way, as far as is known."""
+        return not (self.over or self.replaced)
+
+    @property
+    def connected(self) -> bool:
+        """The handshake is over at one end."""
+        return self.stamps[CONNECTED] is not None or self.stamps[HANDSHAKE_DONE] is not None
+
+    def is_in(self, netns: int | None, index: int | None = None) -> bool:
+        """Whether a network namespace is known to be an end's, or on the way.
+
+        Args:
+            netns: The namespace.
+            index: The end; None for any, or a packet.
+        """
+        if index is not None and self.ends[index].sock:
+            return self.ends[index].netns == netns
+        return any(end.sock and end.netns == netns for end in self.ends) or any(
+            key[0] == netns for key in self.ways
+        )
 
     @property
     def duration_ns(self) -> int:

@@ -105,6 +105,7 @@ def as_json(conn: Connection, hosts: Hosts) -> dict[str, Any]:
         "daddr": conn.service[0],
         "dport": conn.service[1],
         "guessed": conn.guessed,
+        "doubtful": conn.doubtful,
         "began": conn.began,
         "duration_us": micros(conn.duration_ns),
         "connect_us": conn.connect_us if connect is None else micros(connect),
@@ -220,6 +221,8 @@ def _end(conn: Connection) -> str:
 
 def _trouble(conn: Connection) -> list[str]:
     found = []
+    if conn.doubtful:
+        found.append("two connections have these addresses: not joined")
     for index, name in enumerate(_ENDS):
         count = conn.retransmits_of(index)
         if count:

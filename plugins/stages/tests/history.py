@@ -66,12 +66,14 @@ class History:
         netns: Namespaces of the two ends.
         ends: Addresses and ports of the two ends.
         socks: Numbers of the two sockets.
+        numbered: Changes of state tell the number of the client's first byte.
     """
 
     first: tuple[int, int] = (1_000, 5_000)
     netns: tuple[int, int] = NETNS
     ends: Sequence[tuple[str, int]] = ADDRESSES
     socks: tuple[int, int] = (11, 22)
+    numbered: bool = False
     made: list[Row] = attrs.field(factory=list)
     sent: list[int] = attrs.field(factory=lambda: [0, 0])
     """Bytes that each end has sent."""
@@ -148,10 +150,13 @@ class History:
         self.packet(t + 2_100, "rx_ip", CLIENT, -1, flags="SYN")
         self.packet(t + 3_000, "nic_tx", SERVICE, -1, flags="SYN|ACK")
         self.packet(t + 4_000, "nic_rx", SERVICE, -1, flags="SYN|ACK")
-        self.socket(t + 5_000, CLIENT, "state", old_state="TCP_SYN_SENT", connect_us=5.0)
+        number = self.seq(CLIENT, 0) if self.numbered else None
+        self.socket(
+            t + 5_000, CLIENT, "state", old_state="TCP_SYN_SENT", connect_us=5.0, seq=number
+        )
         self.packet(t + 5_100, "nic_tx", CLIENT, 0)
         self.packet(t + 5_200, "nic_rx", CLIENT, 0)
-        self.socket(t + 6_000, SERVICE, "state", old_state="TCP_SYN_RECV")
+        self.socket(t + 6_000, SERVICE, "state", old_state="TCP_SYN_RECV", seq=number)
         self.socket(t + 7_000, SERVICE, "accept", accept_us=1.0)
         return t + 7_000
 

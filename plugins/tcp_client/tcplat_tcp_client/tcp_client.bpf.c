@@ -18,8 +18,11 @@ static __always_inline struct tcplat_sock *begin_connect(struct sock *sk, u64 no
 {
 	struct tcplat_sock *s = tcplat_learn(sk, CLIENT);
 
-	if (s)
-		s->since_ns = now;
+	if (!s)
+		return NULL;
+	s->since_ns = now;
+	/* What the socket sent in a connection before is no part of a call in this one. */
+	s->send_tid = 0;
 	return s;
 }
 
@@ -208,6 +211,22 @@ int fx_tcp_v6_connect(struct bpf_raw_tracepoint_args *ctx)
 
 /* --- state: each transition, and with it how long the connect took */
 
+/*
+ * The number of the first byte that the client sends tells which connection it is, where others have
+ * the same addresses. A SYN that was acknowledged counts in bytes_acked (RFC 4898), as bytes do that
+ * went along with it. Where none was sent, there is no number: snd_nxt is that of the last connection.
+ */
+static __always_inline void add_begin(struct tcplat_event *e, const struct sock *sk, int new)
+{
+	const struct tcp_sock *tp = (const struct tcp_sock *)sk;
+	u32 next = tcplat_get(tp, snd_nxt), una = tcplat_get(tp, snd_una);
+
+	if (new == TCP_CLOSE && (next == una || next != tcplat_get(tp, write_seq)))
+		return;
+	e->seq = una - (u32)tcplat_get(tp, bytes_acked) + 1;
+	e->has |= TCPLAT_HAS_SEQ;
+}
+
 static __always_inline int report_state(struct sock *sk, int old, int new, u8 hook)
 {
 	u64 now = bpf_ktime_get_ns(), took = 0;
@@ -230,9 +249,13 @@ static __always_inline int report_state(struct sock *sk, int old, int new, u8 ho
 			return 0;
 	}
 	e = tcplat_make_state(sk, s, old, new, hook, now);
-	if (e)
-		e->connect_ns = took;
-	return tcplat_report(e);
+	if (!e)
+		return 0;
+	e->connect_ns = took;
+	if (old == TCP_SYN_SENT)
+		add_begin(e, sk, new);
+	tcplat_submit(e);
+	return 0;
 }
 
 int tp_state(struct bpf_raw_tracepoint_args *ctx)

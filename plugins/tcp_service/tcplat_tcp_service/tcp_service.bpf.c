@@ -431,7 +431,9 @@ int kp_tcp_v6_do_rcv(struct pt_regs *ctx, struct sock *sk, struct sk_buff *skb)
 
 static __always_inline int report_state(struct sock *sk, int old, int new, u8 hook)
 {
+	const struct tcp_sock *tp = (const struct tcp_sock *)sk;
 	u64 now = bpf_ktime_get_ns();
+	struct tcplat_event *e;
 	struct tcplat_sock *s;
 
 	if (new == TCP_LISTEN)
@@ -443,7 +445,16 @@ static __always_inline int report_state(struct sock *sk, int old, int new, u8 ho
 	if (!s || (s->role != SERVER && s->role != LISTENER))
 		return 0;
 	s->state = new;
-	return tcplat_report(tcplat_make_state(sk, s, old, new, hook, now));
+	e = tcplat_make_state(sk, s, old, new, hook, now);
+	if (!e)
+		return 0;
+	/* The client's first byte, as in tcp_client: what came along with the SYN has been received. */
+	if (old == TCP_SYN_RECV && new == TCP_ESTABLISHED) {
+		e->seq = tcplat_get(tp, rcv_nxt) - (u32)tcplat_get(tp, bytes_received);
+		e->has |= TCPLAT_HAS_SEQ;
+	}
+	tcplat_submit(e);
+	return 0;
 }
 
 int tp_state(struct bpf_raw_tracepoint_args *ctx)

@@ -1,0 +1,347 @@
+"""Whose row it is: sockets of several connections, and addresses that several have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tcplat_stages.join import Joiner
+from tcplat_stages.model import Connection, Exchange
+
+from .history import ADDRESSES, CLIENT, NETNS, SERVICE, History, Row
+
+SECOND = 1_000_000_000
+UNNAMED = {"sport": None, "state": "TCP_SYN_SENT"}
+
+
+def joined(rows: Sequence[Row]) -> tuple[list[Exchange], list[Connection]]:
+    joiner = Joiner()
+    told = joiner.feed(rows) + joiner.finish()
+    return (
+        [one for one in told if isinstance(one, Exchange)],
+        [one for one in told if isinstance(one, Connection)],
+    )
+
+
+def in_order(*histories: History) -> list[Row]:
+    return sorted((row for one in histories for row in one.rows()), key=lambda row: row.ts_ns)
+
+
+def talk(history: History, now: int, *, asked: int = 100, answered: int = 200) -> int:
+    """A request and a reply, a microsecond for each stage; when it is over."""
+    at = [now + 1_000 * step for step in range(12)]
+    history.message(CLIENT, asked, at[:6])
+    history.message(SERVICE, answered, at[6:])
+    return at[-1]
+
+
+# --- one socket, several connections
+
+
+def refuse(history: History, t: int) -> int:
+    """An attempt that the other host refuses; when it is over."""
+    history.socket(t, CLIENT, "connect", **UNNAMED)
+    history.socket(t + 1, CLIENT, "state", old_state="TCP_CLOSE", **UNNAMED)
+    history.packet(t + 10, "nic_tx", CLIENT, -1, flags="SYN")
+    history.packet(t + 20, "nic_tx", SERVICE, 0, flags="RST|ACK", seq=0, ack=history.seq(CLIENT, 0))
+    failed = {"old_state": "TCP_SYN_SENT", "state": "TCP_CLOSE", "desc": "refused"}
+    history.socket(t + 30, CLIENT, "state", **failed, connect_us=0.03)
+    return t + 30
+
+
+@pytest.mark.parametrize("without", [(), ("dev_xmit", "xdp_port", "rx_ip")])
+def test_each_connect_of_one_socket_is_a_connection_of_its_own(without: tuple[str, ...]) -> None:
+    tries = [
+        History((1_000 * number, 0), ends=(("10.0.0.1", 40_000 + number), ADDRESSES[1]))
+        for number in range(1, 3)
+    ]
+    ends = [refuse(one, number * SECOND) for number, one in enumerate(tries, 1)]
+    last = History((9_000, 5_000), ends=(("10.0.0.1", 40_009), ADDRESSES[1]))
+    last.close(talk(last, last.shake_hands(3 * SECOND) + 500) + 500)
+    rows = [row for one in (*tries, last) for row in one.rows(without)]
+    exchanges, connections = joined(rows)
+    assert [conn.error for conn in connections] == ["refused", "refused", None]
+    assert [conn.client[1] for conn in connections] == [40_001, 40_002, 40_009]
+    assert [conn.connect_us for conn in connections] == [0.03, 0.03, 5.0]
+    assert [conn.first_ns for conn in connections] == [SECOND, 2 * SECOND, 3 * SECOND]
+    assert [conn.handshake.total_ns for conn in connections][2] == 5_000
+    if not without:
+        assert [conn.duration_ns for conn in connections][:2] == [30, 30]
+        assert [conn.reset_why for conn in connections][:2] == ["nobody listens there"] * 2
+    (exchange,) = exchanges
+    assert exchange.conn is connections[2]
+    assert (exchange.request_bytes, exchange.reply_bytes) == (100, 200)
+    assert ends == [SECOND + 30, 2 * SECOND + 30]
+
+
+def disconnect(history: History, t: int) -> None:
+    """connect(AF_UNSPEC): the socket is closed by a RST, and may be used again."""
+    history.socket(
+        t, CLIENT, "state", old_state="TCP_ESTABLISHED", state="TCP_CLOSE", desc="closed"
+    )
+    history.packet(t + 1, "nic_tx", CLIENT, history.sent[CLIENT], flags="RST|ACK")
+    reset = {"old_state": "TCP_ESTABLISHED", "state": "TCP_CLOSE", "desc": "ECONNRESET"}
+    history.socket(t + 2, SERVICE, "state", **reset)
+    history.socket(t + 3, SERVICE, "close", state="TCP_CLOSE")
+
+
+def test_a_socket_that_was_disconnected_connects_elsewhere() -> None:
+    one = History()
+    other = History((7, 9), ends=(("10.0.0.1", 40_001), ("10.0.0.3", 81)), socks=(11, 44))
+    disconnect(one, talk(one, one.shake_hands() + 500) + 500)
+    other.close(talk(other, other.shake_hands(100_000) + 500, asked=7, answered=9) + 500)
+    exchanges, connections = joined(in_order(one, other))
+    assert [(one.request_bytes, one.reply_bytes) for one in exchanges] == [(100, 200), (7, 9)]
+    assert [conn.service for conn in connections] == [("10.0.0.2", 80), ("10.0.0.3", 81)]
+    assert [conn.bytes_of(CLIENT) for conn in connections] == [100, 7]
+    assert [(conn.reset_by, conn.reset_why) for conn in connections] == [
+        (CLIENT, "it aborted"),
+        (None, None),
+    ]
+    assert [conn.ended for conn in connections] == ["closed", "closed"]
+
+
+def test_a_socket_that_was_disconnected_and_listens_is_no_end_any_more() -> None:
+    history = History()
+    later = talk(history, history.shake_hands() + 500)
+    disconnect(history, later + 500)
+    listens = {"daddr": "0.0.0.0", "dport": 0, "probe": "tcp_service", "sport": 90}
+    history.socket(
+        later + SECOND, CLIENT, "state", old_state="TCP_CLOSE", **{**listens, "state": "TCP_LISTEN"}
+    )
+    history.socket(
+        later + 2 * SECOND,
+        CLIENT,
+        "state",
+        old_state="TCP_LISTEN",
+        **{**listens, "state": "TCP_CLOSE"},
+    )
+    (exchange,), (conn,) = joined(history.rows())
+    assert exchange.conn is conn
+    assert (conn.ended, conn.last_ns) == ("closed", later + 503)
+
+
+# --- addresses that are used again
+
+
+@pytest.mark.parametrize("without", [(), ("dev_xmit", "xdp_port", "rx_ip"), ("tcp_client",)])
+def test_a_socket_that_is_still_open_keeps_its_own_connection(without: tuple[str, ...]) -> None:
+    old, new = History((1_000, 5_000)), History((90_000, 95_000), socks=(33, 44))
+    over = talk(old, old.shake_hands() + 500)
+    # The client aborts; the service has not read all, and learns of it much later.
+    old.message(CLIENT, 30, [over + 100 + step for step in range(5)] + [over + 510_000])
+    old.packet(over + 200, "nic_tx", CLIENT, 130, flags="RST|ACK")
+    closed = {"state": "TCP_CLOSE", "desc": "closed"}
+    old.socket(over + 199, CLIENT, "state", old_state="TCP_ESTABLISHED", **closed)
+    old.socket(over + 201, CLIENT, "close", state="TCP_CLOSE")
+    new_over = talk(new, new.shake_hands(over + 500_000) + 500, asked=11, answered=12)
+    old.socket(new_over + 1, SERVICE, "send", seq=old.seq(SERVICE, 200), bytes=5)
+    old.socket(new_over + 2, SERVICE, "send_short", seq=old.seq(SERVICE, 200), bytes=5)
+    old.socket(new_over + 3, SERVICE, "stats", probe="tcp_stats", srtt_us=1, retransmits=77)
+    old.socket(new_over + 4, SERVICE, "close", state="TCP_CLOSE")
+    talk(new, new_over + 1_000, asked=13, answered=14)
+    new.close(new_over + 50_000)
+    rows = sorted([*old.rows(without), *new.rows(without)], key=lambda row: row.ts_ns)
+    exchanges, connections = joined(rows)
+    assert [(conn.ends[SERVICE].sock, conn.ended) for conn in connections] == [
+        (22, "closed"),
+        (44, "closed"),
+    ]
+    assert [conn.ends[SERVICE].stats is not None for conn in connections] == [True, False]
+    asked = [
+        [
+            (one.request_bytes, one.reply_bytes)
+            for one in exchanges
+            if one.conn is conn and one.kind == "exchange"
+        ]
+        for conn in connections
+    ]
+    assert asked[0][0] == (100, 200)
+    assert asked[1] == [(11, 12), (13, 14)]
+    assert connections[1].reset_by is None
+
+
+def test_packets_of_the_connection_before_do_not_end_the_one_that_is() -> None:
+    old, new = History((1_000, 5_000)), History((90_000, 95_000), socks=(33, 44))
+    over = talk(old, old.shake_hands() + 500)
+    old.socket(
+        over + 10, CLIENT, "state", old_state="TCP_ESTABLISHED", state="TCP_CLOSE", desc="closed"
+    )
+    old.packet(over + 11, "nic_tx", CLIENT, 100, flags="RST|ACK")
+    old.socket(over + 12, CLIENT, "close", state="TCP_CLOSE")
+    # Bound to the port: its name is known from the call on.
+    now = over + 100
+    new.socket(now, CLIENT, "connect", state="TCP_SYN_SENT")
+    new.socket(now + 1, CLIENT, "state", old_state="TCP_CLOSE", state="TCP_SYN_SENT")
+    # A long way behind: the reset of the old one, before and after the new one's SYN.
+    old.packet(now + 2, "nic_rx", CLIENT, 100, flags="RST|ACK")
+    reset = {"old_state": "TCP_ESTABLISHED", "state": "TCP_CLOSE", "desc": "ECONNRESET"}
+    old.socket(now + 3, SERVICE, "state", **reset)
+    done = new.shake_hands(now + 1_000)
+    new.made = [row for row in new.made if row.sport or row.point not in ("connect", "state")]
+    old.packet(done + 1, "nic_rx", CLIENT, 100, flags="RST|ACK")
+    old.packet(done + 2, "nic_rx", SERVICE, 200, 50, flags="FIN|PSH|ACK")
+    later = talk(new, done + 1_000, asked=11, answered=12)
+    new.close(later + 1_000)
+    old.socket(later + 500_000, SERVICE, "close", state="TCP_CLOSE")
+    exchanges, connections = joined(in_order(old, new))
+    assert [(one.request_bytes, one.reply_bytes) for one in exchanges] == [(11, 12), (100, 200)]
+    by_number = {conn.ends[CLIENT].sock: conn for conn in connections}
+    assert sorted(by_number) == [11, 33]
+    assert (by_number[11].reset_by, by_number[33].reset_by) == (CLIENT, None)
+    assert by_number[33].fins == [CLIENT, SERVICE]
+    assert by_number[33].retransmits == 0
+
+
+def test_a_connection_whose_socket_stays_open_is_told_when_it_is_silent() -> None:
+    old, new = History(), History((90_000, 95_000), socks=(33, 44))
+    old.shake_hands()
+    old.socket(20_000, CLIENT, "close", state="TCP_CLOSE")
+    new.close(talk(new, new.shake_hands(100_000) + 500) + 500)
+    late = History(ends=(("10.0.0.9", 1), ADDRESSES[1]), socks=(55, 66))
+    late.shake_hands(30 * SECOND)
+    joiner = Joiner()
+    told = [one for one in joiner.feed(in_order(old, new, late)) if isinstance(one, Connection)]
+    assert [(conn.ends[SERVICE].sock, conn.ended) for conn in told] == [
+        (44, "closed"),
+        (22, "port reused"),
+    ]
+    # What its socket does after that is no connection of its own.
+    old.socket(40 * SECOND, SERVICE, "recv", seq=old.seq(CLIENT, 0), bytes=0)
+    old.socket(41 * SECOND, SERVICE, "close", state="TCP_CLOSE")
+    assert joiner.feed(old.made[-2:]) == []
+    assert [conn.client for conn in joiner.finish() if isinstance(conn, Connection)] == [
+        ("10.0.0.9", 1)
+    ]
+
+
+# --- the same addresses in two pairs of namespaces
+
+OTHERS = (NETNS[0] + 50, NETNS[1] + 50)
+PROBES = ("tcp_client", "tcp_service", "dev_xmit", "xdp_port", "rx_ip")
+
+
+def pair(
+    number: int, begins: int, *, steps: Sequence[int], numbered: bool, first: tuple[int, int]
+) -> History:
+    """One of two pairs; each of its messages has a length that tells whose it is."""
+    history = History(
+        first,
+        netns=(NETNS, OTHERS)[number],
+        socks=((11, 22), (33, 44))[number],
+        numbered=numbered,
+    )
+    now = history.shake_hands(begins)
+    for step in steps:
+        now = talk(history, now + step, asked=100 + number, answered=200 + number)
+    history.close(now + 1_000)
+    return history
+
+
+@given(
+    st.integers(-100_000, 100_000),
+    st.tuples(*[st.lists(st.integers(1, 50_000), min_size=1, max_size=4)] * 2),
+    st.sets(st.sampled_from(PROBES), max_size=4),
+    st.booleans(),
+    st.integers(1, 10_000),
+)
+@settings(deadline=None)
+def test_two_pairs_of_namespaces_with_the_same_addresses_are_never_joined_crosswise(
+    shift: int,
+    steps: tuple[list[int], list[int]],
+    without: set[str],
+    numbered: bool,  # noqa: FBT001 - drawn
+    apart: int,
+) -> None:
+    # By RFC 6528 the same addresses have nearly the same numbers at the same time.
+    first = ((1_000, 5_000), (1_000 + apart, 5_000 + apart))
+    pairs = [
+        pair(number, begins, steps=steps[number], numbered=numbered, first=first[number])
+        for number, begins in enumerate((200_000, 200_000 + shift))
+    ]
+    rows = sorted(
+        (row for one in pairs for row in one.rows(without)),
+        key=lambda row: row.ts_ns,
+    )
+    exchanges, connections = joined(rows)
+    whole = {(11, 22), (33, 44)}
+    for conn in connections:
+        socks = tuple(end.sock for end in conn.ends)
+        assert 0 in socks or socks in whole or conn.doubtful, (socks, conn)
+    for one in exchanges:
+        if one.conn.doubtful:
+            continue
+        sizes = {size % 100 for size in (one.request_bytes, one.reply_bytes) if size > 0}
+        assert len(sizes) == 1, (one.request_bytes, one.reply_bytes)
+    if numbered or not without & {"dev_xmit", "xdp_port"}:
+        assert not any(conn.doubtful for conn in connections)
+    if numbered and not without & {"tcp_client", "tcp_service"}:
+        assert {tuple(end.sock for end in conn.ends) for conn in connections} == whole
+        assert len(exchanges) == sum(map(len, steps))
+
+
+# --- what failed first is why
+
+TIMED_OUT = {"old_state": "TCP_ESTABLISHED", "state": "TCP_CLOSE", "desc": "timed out"}
+RESET = {"old_state": "TCP_ESTABLISHED", "state": "TCP_CLOSE", "desc": "ECONNRESET"}
+
+
+@pytest.mark.parametrize("end", [CLIENT, SERVICE])
+@pytest.mark.parametrize("without", [(), ("dev_xmit", "xdp_port", "rx_ip"), ("xdp_port", "rx_ip")])
+def test_the_reset_of_a_socket_that_timed_out_is_no_abort(
+    end: int, without: tuple[str, ...]
+) -> None:
+    history = History()
+    now = talk(history, history.shake_hands() + 500) + 500
+    # tcp_keepalive_timer(): the RST leaves, and then the socket is told.
+    history.packet(now, "nic_tx", end, history.sent[end], flags="RST|ACK")
+    history.socket(now + 1, end, "state", **TIMED_OUT)
+    history.packet(now + 2, "nic_rx", end, history.sent[end], flags="RST|ACK")
+    history.socket(now + 3, 1 - end, "state", **RESET)
+    history.socket(now + 4, 1 - end, "close", state="TCP_CLOSE")
+    history.socket(now + 5, end, "close", state="TCP_CLOSE")
+    _, (conn,) = joined(history.rows(without))
+    assert (conn.error, conn.reset_by, conn.reset_why) == ("timed out", None, None)
+
+
+def test_a_reset_that_answers_a_connection_which_had_timed_out_is_not_why() -> None:
+    history = History()
+    now = talk(history, history.shake_hands() + 500) + 500
+    history.socket(now, CLIENT, "send", seq=history.seq(CLIENT, 100), bytes=10)
+    history.socket(now + 1, CLIENT, "state", **TIMED_OUT)
+    # The service goes on as if nothing had been, and there is no socket any more.
+    history.packet(now + 2, "nic_tx", SERVICE, 200, 5)
+    history.packet(now + 3, "nic_tx", CLIENT, 110, flags="RST")
+    history.socket(now + 4, SERVICE, "state", **RESET)
+    history.socket(now + 5, SERVICE, "close", state="TCP_CLOSE")
+    history.socket(now + 6, CLIENT, "close", state="TCP_CLOSE")
+    _, (conn,) = joined(history.rows())
+    assert (conn.error, conn.reset_by) == ("timed out", None)
+
+
+def test_a_connect_that_timed_out_was_not_reset_by_its_late_answer() -> None:
+    history = History()
+    history.socket(0, CLIENT, "connect", **UNNAMED)
+    history.packet(10, "nic_tx", CLIENT, -1, flags="SYN")
+    late = {"old_state": "TCP_SYN_SENT", "state": "TCP_CLOSE", "desc": "timed out"}
+    history.socket(SECOND, CLIENT, "state", **late, connect_us=1e6)
+    history.packet(SECOND + 1, "nic_rx", SERVICE, -1, flags="SYN|ACK")
+    history.packet(SECOND + 2, "nic_tx", CLIENT, 0, flags="RST")
+    history.socket(SECOND + 3, CLIENT, "close", state="TCP_CLOSE")
+    _, (conn,) = joined(history.rows())
+    assert (conn.error, conn.reset_by, conn.connect_us) == ("timed out", None, 1e6)
+
+
+def test_a_reset_that_came_first_is_why_though_the_other_end_timed_out() -> None:
+    history = History()
+    now = talk(history, history.shake_hands() + 500) + 500
+    closed = {"state": "TCP_CLOSE", "desc": "closed"}
+    history.socket(now, SERVICE, "state", old_state="TCP_ESTABLISHED", **closed)
+    history.packet(now + 1, "nic_tx", SERVICE, 200, flags="RST|ACK")
+    history.socket(now + 2, SERVICE, "close", state="TCP_CLOSE")
+    history.socket(now + SECOND, CLIENT, "state", **TIMED_OUT)
+    history.socket(now + SECOND + 1, CLIENT, "close", state="TCP_CLOSE")
+    _, (conn,) = joined(history.rows())
+    assert (conn.reset_by, conn.reset_why, conn.error) == (SERVICE, "it aborted", "timed out")
