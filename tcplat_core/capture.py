@@ -9,30 +9,38 @@ from __future__ import annotations
 import contextlib
 import operator
 import os
-import re
 import select
 import socket
 import stat
 import sys
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import attrs
-import msgpack
 import msgspec
 
 from .errors import TcplatError, UsageError
+from .formats import Damage, Format, format_of
 from .model import Loss, Merge, RunReport
-from .schema import SCHEMA_VERSION, Event, fields, printable
+from .schema import LEAST, MOST, SCHEMA_VERSION, Count, Event, cleaned, fields, printable
 
 CHUNK = 1 << 17
 """Bytes that are read, and decoded, at once: what is made of a megabyte is too much for a
 core's cache, and costs half as much again."""
-_LONGEST = 1 << 20
-"""A longer line, or map, is none of ours."""
+_LONGEST_PLAIN = 1 << 12
+"""Bytes of a row: a longer one is looked at more closely."""
 _MOST_CLASSES = 256
-"""Probes that are not installed may bring so many sets of fields; the rest is foreign."""
+_MOST_FIELDS = 1024
+"""Probes that are not installed may bring so many sets of fields, and of so many fields; the
+rest is foreign."""
+_MOST_PROBES = 1 << 12
+"""Of so many the rows are read fast."""
+_MOST_HOSTS = 1 << 10
+_MOST_REPORTED = 16 << 20
+"""Bytes of reports, which are kept until the end."""
+_LOOK_EVERY = 256
+"""Frames that are left out without a pause."""
 _SAID = 3
 """So many of what is left out are reported one by one."""
 _BEGINNING = 64
@@ -45,6 +53,8 @@ GAP = ("msgpack", "reader")
 """Probe and point of the loss that stands for rows which a socket's sink kept from its reader."""
 
 
+_OWN = int | float | str | bool | None
+"""What a field of a probe may be."""
 _TEXTS = operator.attrgetter(*(field.name for field in fields() if "str" in field.type))
 
 
@@ -131,133 +141,6 @@ class Source:
             yield data
 
 
-class _Format(Protocol):
-    """What JSON lines and msgpack maps do not have in common."""
-
-    noun: str
-    head: re.Pattern[bytes]
-    """Of a row as we write it, up to its probe."""
-
-    def split(self, data: bytes, *, end: bool) -> tuple[list[bytes], int]:
-        """What is whole of `data`, and where the rest begins."""
-
-    def swallowed(self, data: bytes) -> list[bytes]:
-        """What is whole again behind the beginning of something damaged."""
-
-    def decoder(self, event: type[Event]) -> Callable[[bytes], Event]:
-        """From bytes to a row."""
-
-    def value(self, data: bytes) -> Any:
-        """From bytes to whatever they are."""
-
-    def encode(self, rows: Sequence[Event]) -> bytes:
-        """As a sink of ours would write these rows."""
-
-
-class _Jsonl:
-    noun = "line"
-    head = re.compile(rb'\{"v":1,"ts_ns":\d+,"time_ns":\d+,"probe":"([^"\\]+)"')
-
-    def __init__(self) -> None:
-        self._encoder = msgspec.json.Encoder()
-        self.value = msgspec.json.Decoder().decode
-        self.encode = self._encoder.encode_lines
-
-    def split(self, data: bytes, *, end: bool) -> tuple[list[bytes], int]:
-        lines = data.split(b"\n")
-        rest = lines.pop()
-        if end and rest:
-            return [*lines, rest], len(data)
-        return lines, len(data) - len(rest)
-
-    def swallowed(self, data: bytes) -> list[bytes]:  # noqa: ARG002 - a newline ends each line
-        return []
-
-    def decoder(self, event: type[Event]) -> Callable[[bytes], Event]:
-        return msgspec.json.Decoder(event).decode
-
-
-_START = re.compile(rb"(?:[\x80-\x8f]|\xde..|\xdf....)\xa1v", re.DOTALL)
-"""How each map of ours begins: with its version."""
-_SPLIT = 6
-"""Bytes of it that a chunk may end with."""
-
-
-class _Msgpack:
-    noun = "map"
-    head = re.compile(
-        rb"(?:[\x80-\x8f]|\xde..)\xa1v\x01"
-        rb"\xa5ts_ns(?:[\x00-\x7f]|\xcc.|\xcd..|\xce.{4}|\xcf.{8})"
-        rb"\xa7time_ns(?:[\x00-\x7f]|\xcc.|\xcd..|\xce.{4}|\xcf.{8})"
-        rb"\xa5probe(?:[\xa0-\xbf]|\xd9.)([\w.-]+)\xa5point",
-        re.DOTALL,
-    )
-
-    def __init__(self) -> None:
-        self._encode_one = msgspec.msgpack.Encoder().encode
-        self.value = msgspec.msgpack.Decoder().decode
-
-    def split(self, data: bytes, *, end: bool) -> tuple[list[bytes], int]:
-        maps: list[bytes] = []
-        at = origin = 0
-        unpacker = self._unpacker(data)
-        while at < len(data):
-            if not _START.match(data, at):
-                # Rubbish, as far as the next map; a beginning may be cut in two.
-                found = _START.search(data, at + 1)
-                stop = found.start() if found else len(data)
-                if not found and not end:
-                    stop -= _SPLIT
-                    if stop <= at:
-                        return maps, at
-                maps.append(data[at:stop])
-                at = origin = stop
-                unpacker = self._unpacker(data[at:])
-                continue
-            try:
-                unpacker.skip()
-            except msgpack.OutOfData:
-                if not end and len(data) - at < _LONGEST:
-                    return maps, at
-                stop = at + 1
-            except (ValueError, msgpack.UnpackException):
-                stop = at + 1
-            else:
-                stop = origin + unpacker.tell()
-                maps.append(data[at:stop])
-                at = stop
-                continue
-            found = _START.search(data, stop)
-            stop = found.start() if found else len(data)
-            maps.append(data[at:stop])
-            at = origin = stop
-            unpacker = self._unpacker(data[at:])
-        return maps, at
-
-    def swallowed(self, data: bytes) -> list[bytes]:
-        found = _START.search(data, 1)
-        return self.split(data[found.start() :], end=True)[0] if found else []
-
-    @staticmethod
-    def _unpacker(data: bytes) -> Any:
-        unpacker = msgpack.Unpacker(max_buffer_size=len(data) + 1, strict_map_key=False)
-        unpacker.feed(data)
-        return unpacker
-
-    def decoder(self, event: type[Event]) -> Callable[[bytes], Event]:
-        return msgspec.msgpack.Decoder(event).decode
-
-    def encode(self, rows: Sequence[Event]) -> bytes:
-        return b"".join(map(self._encode_one, rows))
-
-
-def _format_of(data: bytes) -> _Format:
-    """By whose rows begin more often in it."""
-    if len(_START.findall(data)) > data.count(b'{"v":'):
-        return _Msgpack()
-    return _Jsonl()
-
-
 @attrs.define(eq=False)
 class Capture:
     """A capture, while it is read.
@@ -279,157 +162,192 @@ class Capture:
     left_out: int = attrs.field(default=0, init=False)
     noun: str = attrs.field(default="line", init=False)
     _number: int = attrs.field(default=0, init=False)
-    _format: _Format = attrs.field(init=False)
+    _format: Format | None = attrs.field(default=None, init=False)
     _known: dict[bytes, Callable[[bytes], Event]] = attrs.field(factory=dict, init=False)
     """Probe -> decoder for its rows as they were last."""
     _decoders: dict[type[Event], Callable[[bytes], Event]] = attrs.field(factory=dict, init=False)
+    _own: dict[type[Event], list[str]] = attrs.field(factory=dict, init=False)
+    """Names of the fields that a class adds to the common ones."""
     _numeric: set[type[Event]] = attrs.field(factory=set, init=False)
-    """Classes that add no texts to the common ones."""
+    """Classes that add no texts to them."""
+    _kept: Counter[str] = attrs.field(factory=Counter, init=False)
+    """So much of what stays in memory was read."""
     _classes: dict[tuple[str, ...], type[Event]] = attrs.field(factory=dict, init=False)
 
     def items(self, chunks: Iterator[bytes]) -> Iterator[list[Event] | Loss | Merge | None]:
-        """Batches of rows, losses and hosts, in place; None where nothing comes for a while."""
-        data, skipping, begun = b"", False, False
+        """Batches of rows, losses and hosts, in place; None where nothing comes for a while.
+
+        A batch may be empty: so much that is none of ours was looked at, and it is time to look
+        at something else.
+        """
+        self._format, begun = None, b""
         for chunk in chunks:
             if not chunk:
                 yield None
                 continue
-            data += chunk
-            if not begun:
-                if len(data) < _BEGINNING:
+            if self._format is None:
+                begun += chunk
+                if len(begun) < _BEGINNING:
                     continue
-                self._begin(_format_of(data))
-                begun = True
-            if skipping:
-                _, newline, data = data.partition(b"\n")
-                skipping = not newline
-                if skipping:
-                    continue
-            frames, consumed = self._format.split(data, end=False)
-            yield from self._decode(frames, data[:consumed])
-            data = data[consumed:]
-            if len(data) > _LONGEST:
-                self._number += 1
-                self._leave_out(self._number, "it is too long")
-                data, skipping = b"", True
-        if not begun:
-            self._begin(_format_of(data))
-        if data and not skipping:
-            frames, _ = self._format.split(data, end=True)
-            yield from self._decode(frames, data, torn=True)
+                chunk = begun  # noqa: PLW2901 - the first one that is long enough
+            form = self._format or self._begin(begun)
+            form.feed(chunk)
+            yield from self._decode(form)
+        if self._format is None:
+            self._begin(begun).feed(begun)
+        form = cast("Format", self._format)
+        form.end()
+        yield from self._decode(form)
 
-    def _begin(self, form: _Format) -> None:
-        self._format, self.noun = form, form.noun
+    def _begin(self, data: bytes) -> Format:
+        form = self._format = format_of(data)
+        self.noun = form.noun
         for probe, event in self.events.items():
-            self._know(probe, event)
+            self._know(form, probe, event)
+        return form
 
-    def _know(self, probe: str, event: type[Event]) -> None:
+    def _know(self, form: Format, probe: str, event: type[Event]) -> None:
         if event not in self._decoders:
-            self._decoders[event] = self._format.decoder(event)
-            types = [field.type for field in fields(event) if field.own]
-            if not any("str" in kind or "any" in kind for kind in types):
+            self._decoders[event] = form.decoder(event)
+            own = [field for field in fields(event) if field.own]
+            self._own[event] = [field.name for field in own if field.type != "bool"]
+            if not any("str" in field.type or "any" in field.type for field in own):
                 self._numeric.add(event)
-        self._known[probe.encode()] = self._decoders[event]
+        if probe.encode() in self._known or len(self._known) < _MOST_PROBES:
+            self._known[probe.encode()] = self._decoders[event]
 
-    def _decode(
-        self, frames: Sequence[bytes], data: bytes, *, torn: bool = False
-    ) -> Iterator[list[Event] | Loss | Merge]:
-        rows = self._plain(frames, data)
-        if rows is not None:
-            self._number += len(frames)
-            if rows:
-                self.read += len(rows)
-                self.ended = False
-                yield rows
-            return
-        rows = []
-        todo = deque(frames)
-        while todo:
-            frame = todo.popleft()
-            self._number += 1
-            try:
-                # An empty line is nothing.
-                item = self._one(frame) if frame.strip() else None
-            except _ForeignError as error:
-                todo.extendleft(reversed(self._format.swallowed(frame)))
-                cut = torn and not todo
-                self._leave_out(self._number, "it is cut off" if cut else str(error))
-                continue
+    def _decode(self, form: Format) -> Iterator[list[Event] | Loss | Merge]:
+        if (taken := form.take_all()) is not None:
+            plain = self._plain(form, *taken)
+            if plain is not None:
+                self._number += len(taken[0])
+                if plain:
+                    self.read += len(plain)
+                    self.ended = False
+                    yield plain
+                return
+        form.give_back()
+        rows: list[Event] = []
+        for item in self._each(form):
             if isinstance(item, Event):
                 rows.append(item)
-            elif item is not None:
-                if rows:
-                    yield rows
+                continue
+            if rows:
+                yield rows
                 rows = []
-                yield item
+            yield item
         if rows:
             yield rows
 
-    def _plain(self, frames: Sequence[bytes], data: bytes) -> list[Event] | None:
+    def _each(self, form: Format) -> Iterator[Event | Loss | Merge | list[Event]]:
+        """What frames hold, looked at one by one; an empty list now and then where nothing does."""
+        while (frame := form.take()) is not None:
+            self._number += 1
+            try:
+                if isinstance(frame, Damage):
+                    raise _ForeignError(frame.reason)  # noqa: TRY301 - one place says it
+                # An empty line is nothing.
+                item = self._one(form, frame) if frame.strip() else None
+            except _ForeignError as error:
+                if not isinstance(frame, Damage):
+                    form.reject()
+                self._leave_out(self._number, "it is cut off" if form.torn else str(error))
+                if self.left_out % _LOOK_EVERY == 0:
+                    yield []
+                continue
+            if item is not None:
+                yield item
+
+    def _plain(self, form: Format, frames: Sequence[bytes], data: bytes) -> list[Event] | None:
         """Rows where there is nothing but rows, each as we write it; else None."""
-        head, known = self._format.head.match, self._known
+        head, known = form.head.match, self._known
+        if max(map(len, frames), default=0) > _LONGEST_PLAIN:
+            return None
         try:
             rows = [known[head(frame)[1]](frame) for frame in frames]  # type: ignore[index]
         # No match, no such probe, no such row: looked at one by one, it will be said.
         except (TypeError, KeyError, ValueError):
             return None
         # This proves that no key is too many.
-        if self._format.encode(rows) != data:
+        if not self._are_sound(rows) or form.encode(rows) != data:
             return None
         return rows if self._is_tidy(rows, data) else [_tidy(row) for row in rows]
 
+    def _are_sound(self, rows: Sequence[Event]) -> bool:
+        """Whether all numbers of the probes' own fields are such as a record can hold.
+
+        Those of the common ones are looked at as they are decoded.
+        """
+        return all(
+            value is None or value.__class__ is str or LEAST <= value <= MOST
+            for event in set(map(type, rows))
+            for field in self._own[event]
+            for value in [getattr(row, field) for row in rows if row.__class__ is event]
+        )
+
     def _is_tidy(self, rows: Sequence[Event], data: bytes) -> bool:
         """Whether all texts are printable, as far as that is seen at a glance."""
-        if data.isascii() and b"\\" not in data:  # JSON
+        if data.isascii() and b"\\" not in data and b"\x7f" not in data:  # JSON
             return True
         texts = {text for of_row in set(map(_TEXTS, rows)) for text in of_row if text is not None}
         return all(map(str.isprintable, texts)) and self._numeric.issuperset(map(type, rows))
 
-    def _one(self, frame: bytes) -> Event | Loss | Merge | None:
+    def _one(self, form: Format, frame: bytes) -> Event | Loss | Merge | None:
         """Whatever it is; None for what is no row: a header, a report.
 
         Raises:
             _ForeignError: It is nothing of ours.
         """
         try:
-            value = self._format.value(frame)
-        except (ValueError, RecursionError) as error:
+            value = form.value(frame)
+        # TypeError: a key that no dict can have.
+        except (ValueError, TypeError, RecursionError, OverflowError) as error:
             raise _ForeignError("it is damaged, or not of a capture") from error
         if not isinstance(value, dict) or "v" not in value or set(map(type, value)) != {str}:
             raise _ForeignError("it is not of a capture")
         if value["v"] != SCHEMA_VERSION or value["v"] is True:
-            version = str(value["v"])[:20]
+            version = printable(str(value["v"])[:20])
             raise _ForeignError(
                 f"its schema is {version!r}, and this tcplat reads {SCHEMA_VERSION}"
             )
-        item: Event | Loss | Merge | None = None
         try:
-            if "lost" in value:
-                item = msgspec.convert(value["lost"], Loss)
-            elif "merge" in value:
-                item = msgspec.convert(value["merge"], Merge)
-                item = attrs.evolve(item, name=printable(item.name))
-            elif "gap" in value:
-                item = Loss(*GAP, msgspec.convert(value["gap"], int))
-            elif "report" in value:
-                self.reports.append(RunReport.from_json(value["report"]))
-            elif "schema" not in value:
-                item = self._row(value)
+            item = self._item(form, cleaned(value), len(frame))
         except (ValueError, TypeError) as error:
             words = str(error).split(" - at")[0]
-            raise _ForeignError(f"it is not of a capture: {words}") from error
+            raise _ForeignError(f"it is not of a capture: {printable(words)}") from error
         self.read += 1
         self.ended = "report" in value
         return item
 
-    def _row(self, value: dict[str, Any]) -> Event:
+    def _item(self, form: Format, value: dict[str, Any], size: int) -> Event | Loss | Merge | None:
+        if "lost" in value:
+            return msgspec.convert(value["lost"], Loss)
+        if "merge" in value:
+            self._make_room("hosts", 1, _MOST_HOSTS)
+            return msgspec.convert(value["merge"], Merge)
+        if "gap" in value:
+            return Loss(*GAP, msgspec.convert(value["gap"], Count))
+        if "report" in value:
+            report = RunReport.from_json(value["report"])
+            self._make_room("reports", size, _MOST_REPORTED)
+            self.reports.append(report)
+        elif "schema" not in value:
+            return self._row(form, value)
+        return None
+
+    def _make_room(self, what: str, more: int, most: int) -> None:
+        self._kept[what] += more
+        if self._kept[what] > most:
+            raise ValueError(f"there are too many {what} before it")
+
+    def _row(self, form: Format, value: dict[str, Any]) -> Event:
         probe = msgspec.convert(value.get("probe"), str)
         event = self.events.get(probe, Event)
         if set(value) != set(event.__struct_fields__):
             event = self._class(probe, [key for key in value if key not in Event.__struct_fields__])
         row = msgspec.convert(value, event)
-        self._know(probe, event)
-        return _tidy(row)
+        self._know(form, probe, event)
+        return row
 
     def _class(self, probe: str, extra: Sequence[str]) -> type[Event]:
         """A class for rows with these fields besides the common ones."""
@@ -437,7 +355,8 @@ class Capture:
         if made is None:
             if len(self._classes) >= _MOST_CLASSES or not all(map(_is_field, extra)):
                 raise ValueError("it has fields that no probe has")
-            fields = [(key, Any) for key in extra]
+            self._make_room("fields", len(extra), _MOST_FIELDS)
+            fields = [(key, _OWN) for key in extra]
             made = cast("type[Event]", msgspec.defstruct("Event", fields, bases=(Event,)))
             self._classes[probe, *extra] = made
         return made

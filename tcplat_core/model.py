@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, Self
+from typing import Annotated, Any, Protocol, Self
 
 import attrs
 import msgspec
@@ -13,7 +13,7 @@ from .histogram import Aggregates, Aggregation, Histogram
 from .hookpoints import HookPoint, Interfaces, checked_name
 from .kinds import Kind
 from .maps import Maps, ReadableMap
-from .schema import Event, Moment, checked_event
+from .schema import Count, Event, Micros, Moment, Number, Real, checked_event
 
 
 @attrs.frozen(kw_only=True)
@@ -194,7 +194,7 @@ class Loss:
 
     probe: str
     point: str
-    count: int
+    count: Count
 
 
 HOST_BITS = 32
@@ -216,13 +216,13 @@ class Merge:
         packets: So many of those bound it.
     """
 
-    host: int
+    host: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
     name: str
-    offset_ns: int = 0
-    drift_ppm: float = 0.0
-    drift_bound_ppm: float = 0.0
-    bound_ns: int = 0
-    packets: int = 0
+    offset_ns: Number = 0
+    drift_ppm: Real = 0.0
+    drift_bound_ppm: Micros = 0.0
+    bound_ns: Count = 0
+    packets: Count = 0
 
 
 @attrs.frozen
@@ -232,9 +232,9 @@ class HookReport:
     point: str
     func: str
     attach: str
-    produced: int
-    dropped: int
-    delivered: int
+    produced: Count
+    dropped: Count
+    delivered: Count
 
     @property
     def unread(self) -> int:
@@ -252,9 +252,9 @@ class Counted:
         rest: Of both, those that came when all groups were taken.
     """
 
-    samples: int
-    unmeasured: int
-    rest: int
+    samples: Count
+    unmeasured: Count
+    rest: Count
 
 
 @attrs.frozen(kw_only=True)
@@ -264,11 +264,11 @@ class ProbeReport:
     hooks: tuple[HookReport, ...]
     missing: Mapping[str, str] = attrs.field(factory=dict)
     """Point -> why this host does not have it."""
-    untracked: int = 0
+    untracked: Count = 0
     """Sockets that could not be remembered, because there were too many."""
     interfaces: Mapping[str, str] = attrs.field(factory=dict)
     """Interface with an XDP program of ours -> native or generic."""
-    skipped: Mapping[str, int] = attrs.field(factory=dict)
+    skipped: Mapping[str, Count] = attrs.field(factory=dict)
     """Function or tracepoint -> how often the kernel did not run our program there, because
     it was interrupted by itself: so many rows, at most, are missing. Kernels since 5.12 count
     it for fentry and tracepoints, since 6.7 for kprobes."""
@@ -299,8 +299,8 @@ class RunReport:
     """How a run went."""
 
     probes: Mapping[str, ProbeReport]
-    duration_s: float
-    late: int = 0
+    duration_s: Micros
+    late: Count = 0
     """Rows that came after a younger one was delivered."""
     switched_off: Mapping[str, str] = attrs.field(factory=dict)
     """Sink -> why it was switched off."""

@@ -78,7 +78,7 @@ class Reader:
                     self.lost += item.count
                 elif isinstance(item, Merge):
                     self.merges.append(item)
-                if item is not None:
+                if item:
                     yield item
         finally:
             self._bar.close()

@@ -106,6 +106,8 @@ class Replay:
         for item in self.capture.items(self.source.chunks()):
             if self.stopping():
                 break
+            if item == []:
+                continue
             self.bar.hide()
             self._begin()
             if isinstance(item, list) and self.wanted.by_task:

@@ -104,10 +104,48 @@ def text(raw: bytes) -> str:
 
 
 def printable(plain: str) -> str:
-    """Text from elsewhere, escaped as by text(), but for backslashes: it may have been before."""
+    """Text from elsewhere, escaped as by text(), but for backslashes: it may have been before.
+
+    So it is idempotent, and leaves what text() gave as it is.
+    """
     if plain.isprintable():
         return plain
     return "".join(char if char == "\\" else _escaped(char) for char in plain)
+
+
+_DEEPEST = 16
+_LONGEST_TEXT = 4 * LARGEST_RECORD
+"""No member of a record is longer once it is escaped."""
+
+
+def cleaned(value: Any, depth: int = _DEEPEST) -> Any:
+    """What was decoded of a line from elsewhere, with every text such that a terminal may have it.
+
+    Raises:
+        ValueError: It holds what no line of ours does: values nested deeply, numbers beyond 64
+            bits or infinite, texts that no record has room for, two keys that are the same.
+    """
+    if isinstance(value, str):
+        if len(value) > _LONGEST_TEXT:
+            raise ValueError("a text in it is too long")
+        return printable(value)
+    if isinstance(value, dict | list):
+        if not depth:
+            raise ValueError("it is nested too deeply")
+        if isinstance(value, list):
+            return [cleaned(one, depth - 1) for one in value]
+        clean = {cleaned(key): cleaned(one, depth - 1) for key, one in value.items()}
+        if len(clean) < len(value):
+            raise ValueError("two keys in it are the same")
+        return clean
+    # Neither holds of what is no number.
+    if value is not None and not (isinstance(value, int | float) and LEAST <= value <= MOST):
+        raise ValueError("a number in it is beyond 64 bits, or it is none")
+    return value
+
+
+LEAST, MOST = -(1 << 63), (1 << 64) - 1
+"""Of a number with 64 bits, signed or not."""
 
 
 def _escaped(char: str) -> str:
@@ -276,44 +314,55 @@ def state_name(number: int) -> str | None:
     return TCP_STATES[number] if number < len(TCP_STATES) else f"state {number}"
 
 
+Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+"""A number of a capture that is no less than 0, and fits wherever numbers are kept."""
+Number = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+"""One that may be less."""
+Micros = Annotated[float, msgspec.Meta(ge=0, le=float(1 << 63))]
+"""A duration, µs: neither infinite nor no number."""
+Real = Annotated[float, msgspec.Meta(ge=-float(1 << 63), le=float(1 << 63))]
+"""The same for what is no duration."""
+
+
 class Event(msgspec.Struct, gc=False):
     """One row, as sinks get it and as JSONL carries it. Never changed after it is made."""
 
     v: Annotated[int, Made("1", "schema version")]
-    ts_ns: Annotated[int, Wire("u64", "when, CLOCK_MONOTONIC, ns since boot")]
-    time_ns: Annotated[int, Made("ts_ns + OFFSET_NS", "Unix time of the same instant, ns")]
+    ts_ns: Annotated[Count, Wire("u64", "when, CLOCK_MONOTONIC, ns since boot")]
+    time_ns: Annotated[Count, Made("ts_ns + OFFSET_NS", "Unix time of the same instant, ns")]
     probe: Annotated[str, Made("PROBE", "which probe saw it")]
     point: Annotated[str, Hook("point", "what happened: connect, state, send, recv, close ...")]
     func: Annotated[str, Hook("func", "the very hook: tcp_sendmsg, tcp:tcp_sendmsg_locked")]
     attach: Annotated[str, Hook("attach", "fentry, kprobe, tracepoint or xdp")]
     pid: Annotated[
-        int | None, Wire("u32", "process that owns the socket", nullable=True, block="socket")
+        Count | None, Wire("u32", "process that owns the socket", nullable=True, block="socket")
     ]
     tid: Annotated[
-        int | None, Wire("u32", "its thread that used it last", nullable=True, block="socket")
+        Count | None, Wire("u32", "its thread that used it last", nullable=True, block="socket")
     ]
     comm: Annotated[
         str | None, Wire("char[16]", "the owner's name, escaped", to=name, block="socket")
     ]
-    cpu: Annotated[int, Wire("u16", "where it happened", block="kind")]
+    cpu: Annotated[Count, Wire("u16", "where it happened", block="kind")]
     netns: Annotated[
-        int | None, Wire("u32", "network namespace, inode number", nullable=True, block="socket")
+        Count | None, Wire("u32", "network namespace, inode number", nullable=True, block="socket")
     ]
     ip: Annotated[
-        int | None, Wire("u8", "4 or 6; a mapped IPv4 address is 4", nullable=True, block="socket")
+        Count | None,
+        Wire("u8", "4 or 6; a mapped IPv4 address is 4", nullable=True, block="socket"),
     ]
     saddr: Annotated[
         str, Wire("u8[16]", "local address; in packets the source", to=address, block="socket")
     ]
     sport: Annotated[
-        int | None,
+        Count | None,
         Wire("u16", "local port; null before it is chosen", nullable=True, block="socket"),
     ]
     daddr: Annotated[
         str,
         Wire("u8[16]", "remote address; in packets the destination", to=address, block="socket"),
     ]
-    dport: Annotated[int | None, Wire("u16", "remote port", nullable=True, block="socket")]
+    dport: Annotated[Count | None, Wire("u16", "remote port", nullable=True, block="socket")]
     state: Annotated[
         str | None, Wire("u8", "TCP state after the event", to=state_name, block="kind")
     ]
@@ -322,7 +371,7 @@ class Event(msgspec.Struct, gc=False):
     ]
     desc: Annotated[str, Made("desc", "the same in plain words")]
     seq: Annotated[
-        int | None,
+        Count | None,
         Wire(
             "u32",
             "first TCP sequence number of the bytes concerned; of `state`, where the handshake "
@@ -330,12 +379,12 @@ class Event(msgspec.Struct, gc=False):
             has=True,
         ),
     ]
-    bytes: Annotated[int | None, Wire("u32", "how many bytes", has=True)]
+    bytes: Annotated[Count | None, Wire("u32", "how many bytes", has=True)]
     flags: Annotated[
         str | None, Wire("u8", "TCP flags of a packet", to=flags, has=True, block="kind")
     ]
     connect_us: Annotated[
-        float | None,
+        Micros | None,
         Wire(
             "u64",
             "from connect() to its completion or failure, µs",
@@ -383,7 +432,8 @@ def _sources(event: type[Event]) -> Iterator[tuple[str, Wire | Hook | Made | Non
     """Each field and where its value comes from; None where that is not said."""
     hints = typing.get_type_hints(event, include_extras=True)
     for field in event.__struct_fields__:
-        found = (*getattr(hints[field], "__metadata__", ()), None)[0]
+        said = getattr(hints[field], "__metadata__", ())
+        found = next((one for one in said if isinstance(one, Wire | Hook | Made)), None)
         yield field, found if isinstance(found, Wire | Hook | Made) else None
 
 
