@@ -129,6 +129,7 @@ SECTIONS = {
     "The row": ("Event", "Wire", "micros", "address", "clock_offset_ns", "Field", "fields"),
     "Options": (
         *("Option", "Options", "Kind", "integer", "choice", "ports", "boolean", "duration", "size"),
+        "path",
     ),
     "Maps that Python reads": ("ReadableMap", "Maps", "MapView"),
     "What the kernel counts": (

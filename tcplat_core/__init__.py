@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         xdp,
     )
     from .hookspecs import HOOKSPEC_VERSION, hookimpl
-    from .kinds import Kind, boolean, choice, duration, integer, ports, size
+    from .kinds import Kind, boolean, choice, duration, integer, path, ports, size
     from .maps import Maps, MapView, ReadableMap
     from .model import (
         HOST_BITS,
@@ -114,6 +114,7 @@ __all__ = [
     "kprobe",
     "kreturn",
     "micros",
+    "path",
     "ports",
     "printable",
     "size",

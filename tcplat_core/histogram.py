@@ -32,7 +32,7 @@ _BUDGET = 64 << 20
 """Bytes that the stripes of one probe may take: see stripes()."""
 _GROUP = struct.Struct("=16s16sIHBB")
 """struct tcplat_group."""
-COUNTERS = {"keys": _GROUP.size, "durations": 8}
+COUNTERS = {"group_keys": _GROUP.size, "durations": 8}
 """Maps of include/tcplat/histogram.bpf.h, and the bytes of an entry."""
 
 

@@ -98,6 +98,14 @@ def _size(text: str) -> int:
     return int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]]
 
 
+def _path(text: str) -> str:
+    if not text or "\0" in text:
+        raise ValueError("it is not a path")
+    return text
+
+
+path = Kind("FILE", _path)
+"""The path of a file, as it was written. By this the conformance kit knows where output may go."""
 boolean = Kind("yes|no", _boolean, ("yes", "no"))
 """yes or no (true, false, on, off, 1, 0), as a bool."""
 duration = Kind("TIME", _duration)

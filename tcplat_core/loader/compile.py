@@ -55,7 +55,25 @@ SHARED_PREFIX = "tcplat_"
 """Maps of such a name are made once per run; every other map is its probe's own."""
 
 _INSTALL = "apt install python3-bpfcc (Fedora: dnf install python3-bcc)"
-_INCLUDE = re.compile(r"^\s*#\s*include\s+<tcplat/([a-z_]+\.bpf\.h)>\s*$", re.MULTILINE)
+_INCLUDE = re.compile(
+    r"^[ \t]*#[ \t]*include[ \t]+<tcplat/([a-z_]+\.bpf\.h)>"
+    r"(?:[ \t]*/\* as ([a-z]+) \*/)?[ \t\r]*$",
+    re.MULTILINE,
+)
+_KEYED = "keyed.bpf.h"
+_KEYED_NAMES = {
+    "keys": "{}_keys",
+    "key_numbers": "{}_numbers",
+    "key_given": "{}_given",
+    "key_count": "{}_count",
+    "tcplat_number": "tcplat_{}_number",
+    "TCPLAT_KEY": "TCPLAT_KEY_{}",
+    "TCPLAT_KEYS": "TCPLAT_KEYS_{}",
+}
+"""What <tcplat/keyed.bpf.h> defines or wants defined, and its names where it is included `as`.
+
+bcc rewrites no map call in a macro, so that a macro cannot give a map its name.
+"""
 _LOAD_64, _MAP_FD = 0x18, 1
 """BPF_LD | BPF_DW | BPF_IMM, and BPF_PSEUDO_MAP_FD in its source register."""
 KFUNC = 1 << 30
@@ -284,13 +302,14 @@ def program_text(
         if found[1] in ALWAYS:
             return ""
         line = probe.source.count("\n", 0, found.end()) + 2
-        return f'{_header(found[1])}#line {line} "{probe.name}.bpf.c"'
+        return f'{_header(found[1], found[2])}#line {line} "{probe.name}.bpf.c"'
 
     body = _INCLUDE.sub(pasted, probe.source)
     return "\n".join([*head, probe.struct, prelude, name, body, _header("core.bpf.h")])
 
 
-def _header(name: str) -> str:
+def _header(name: str, own: str | None = None) -> str:
+    """The text of a header, with those that it includes; `own`: under names of its own."""
     try:
         text = files("tcplat_core").joinpath("include", "tcplat", name).read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -298,7 +317,13 @@ def _header(name: str) -> str:
 
     def pasted(found: re.Match[str]) -> str:
         line = text.count("\n", 0, found.end()) + 2
-        return f'{_header(found[1])}#line {line} "tcplat/{name}"'
+        return f'{_header(found[1], found[2])}#line {line} "tcplat/{name}"'
+
+    if own:
+        if name != _KEYED:
+            raise PluginError(f"<tcplat/{name}> cannot be included as {own}: <tcplat/{_KEYED}> can")
+        for word, named in _KEYED_NAMES.items():
+            text = re.sub(rf"\b{word}\b", named.format(own), text)
 
     return f'#line 1 "tcplat/{name}"\n{_INCLUDE.sub(pasted, text)}\n'
 

@@ -6,13 +6,19 @@ check, and :func:`check_plugin` gives the outcomes to whoever wants to look at t
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import attrs
 
-from tcplat_core.errors import UsageError
-from tcplat_core.model import Options, ProbeSpec, SinkSpec, parse_choice, read_options
+from tcplat_core import kinds
+from tcplat_core.errors import TcplatError, UsageError
+from tcplat_core.model import Option, Options, ProbeSpec, SinkSpec, parse_choice, read_options
 from tcplat_core.plugins import Plugins
 
 from .trial import Trial
@@ -56,6 +62,8 @@ class Subject:
     spec: ProbeSpec | SinkSpec
     given: Mapping[str, str]
     trial: Callable[[], Trial | None] = lambda: None
+    folder: str = attrs.field(factory=lambda: os.path.realpath("/proc/self/cwd"))
+    """Where it was asked for: from there go paths that the user has given."""
     known: dict[str, Any] = attrs.field(factory=dict, init=False)
     """What one check has found out and another needs, too."""
 
@@ -78,9 +86,62 @@ class Subject:
         examples = {one.name: one.example for one in self.spec.options if one.required}
         return {**examples, **self.given}
 
+    def paths(self, folder: str) -> dict[str, Any]:
+        """Each option that is a path, with the value of one within a folder instead.
+
+        A file that the user has named is there as a copy: it may be one to read.
+
+        Args:
+            folder: Where output may go.
+        """
+        found: dict[str, Any] = {}
+        for option in self.spec.options:
+            text = self.texts.get(option.name)
+            if text is None or not is_path(option, text):
+                continue
+            inside = Path(folder, Path(text).name or option.name)
+            real = Path(self.folder, text)
+            if option.name in self.given and real.is_file():
+                shutil.copyfile(real, inside)
+            with of_the_plugin():
+                found[option.name] = option.convert(str(inside))
+        return found
+
+
+class RaisedError(Exception):
+    """Code of the plugin's raised something that it must not raise.
+
+    Args:
+        error: It, in words.
+    """
+
+
+@contextlib.contextmanager
+def of_the_plugin() -> Iterator[None]:
+    """Run code of the plugin's: what it raises is its own, and not the kit's.
+
+    Raises:
+        NotChecked: A TcplatError: it says why it cannot be tried here.
+        RaisedError: Anything else.
+    """
+    try:
+        yield
+    except TcplatError as error:
+        raise NotChecked(str(error)) from error
+    except Exception as error:
+        raise RaisedError(named(error)) from error
+
 
 Check = Callable[[Subject], None]
-"""Returns where all is well. Raises Fault or NotChecked; any other exception is the plugin's."""
+"""Returns where all is well. Raises Fault, NotChecked or RaisedError; all else is the kit's own."""
+
+
+def is_path(option: Option, text: str) -> bool:
+    """Whether an option is the path of a file: by its kind, its metavar, or what is written."""
+    if isinstance(option.convert, kinds.Kind):
+        return option.convert is kinds.path
+    words = {"FILE", "PATH", "DIR", "FOLDER", "DATABASE", "SOCKET"}
+    return option.metavar in words or text.startswith(("/", "./", "../", "~"))
 
 
 def checks(subject: Subject) -> dict[str, Check]:
@@ -92,16 +153,35 @@ def checks(subject: Subject) -> dict[str, Check]:
 
 
 def run(name: str, check: Check, subject: Subject) -> Outcome:
-    """Make one check."""
+    """Make one check, in a folder of its own: a path that a plugin takes for granted lies there."""
     try:
-        check(subject)
+        with _own_folder():
+            check(subject)
     except Fault as fault:
         return Outcome(name, "failed", str(fault))
     except (NotChecked, UsageError) as reason:
         return Outcome(name, "not checked", str(reason))
-    except Exception as error:  # noqa: BLE001 - whatever a plugin raises
-        return Outcome(name, "failed", f"it raises {named(error)}: it must not")
+    except RaisedError as error:
+        return Outcome(name, "failed", f"it raises {error}: it must not")
+    except Exception as error:  # noqa: BLE001 - a fault of ours is not to be told as the plugin's
+        words = f"the kit itself failed ({named(error)}): a fault of tcplat's, please report it"
+        return Outcome(name, "not checked", words)
     return Outcome(name, "passed")
+
+
+@contextlib.contextmanager
+def _own_folder() -> Iterator[None]:
+    """The current folder is an empty one meanwhile, that goes with all that is in it."""
+    back = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with tempfile.TemporaryDirectory(prefix="tcplat-", ignore_cleanup_errors=True) as folder:
+            os.chdir(folder)
+            try:
+                yield
+            finally:
+                os.fchdir(back)
+    finally:
+        os.close(back)
 
 
 def subjects(

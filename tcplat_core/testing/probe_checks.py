@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,15 +14,16 @@ import msgspec
 
 from tcplat_core.errors import PluginError, TcplatError
 from tcplat_core.filters import Filter
+from tcplat_core.histogram import Aggregation
 from tcplat_core.hookpoints import Hook, Interfaces, Way, reporting
 from tcplat_core.loader.compile import CORE_TYPES, core_defines, program_text
 from tcplat_core.loader.protocol import ProbeRequest, Request
 from tcplat_core.model import ProbeSpec
-from tcplat_core.ring import Ring
+from tcplat_core.ring import Ring, possible_cpus
 from tcplat_core.schema import TCP_STATES, Event, Moment, Record, Wire, wires
 from tcplat_core.session import fired_by, probe_request
 
-from .conformance import Check, Fault, NotChecked, Subject, named
+from .conformance import Check, Fault, NotChecked, Subject, named, of_the_plugin
 from .kernel import FakeRing
 from .rows import make_record
 from .trial import Trial
@@ -38,7 +40,11 @@ _BCCS_OWN = re.compile(
 
 def checks_of(subject: Subject) -> dict[str, Check]:
     """All checks of a probe, by name."""
-    compiled = {f"compiles by {way}": functools.partial(_compiles, way) for way in _ways(subject)}
+    compiled: dict[str, Check] = {
+        f"compiles by {way}": functools.partial(_compiles, way) for way in _ways(subject)
+    }
+    if _probe(subject).histograms:
+        compiled |= {"compiles with histograms": _compiles_counting}
     return {
         "hook points": _points,
         "constants": _constants,
@@ -91,14 +97,19 @@ def _points(subject: Subject) -> None:
         if not point.ways:
             raise Fault(f"hook point {point.point!r} has no way to listen: give it one")
         for way in point.ways:
-            _check_way(point.point, way)
+            _check_way(point.point, way, counts=_counts(spec, point.point))
     _check_names(spec)
 
 
-def _check_way(point: str, way: Way) -> None:
+def _counts(spec: ProbeSpec, point: str) -> bool:
+    """Whether its programs need no records: poll() or a histogram tells what they count."""
+    return spec.poll is not None or any(point in one.points for one in spec.histograms)
+
+
+def _check_way(point: str, way: Way, *, counts: bool) -> None:
     where = f"the {way.mechanism} way of hook point {point!r}"
     funcs = [hook.func for hook in way.hooks if not hook.quiet]
-    if not funcs:
+    if not (funcs or counts):
         raise Fault(f"{where} has no hook that reports: one of them must not be quiet")
     for hook in way.hooks:
         if funcs.count(hook.func) > 1:
@@ -151,10 +162,9 @@ def _constants(subject: Subject) -> None:
 
 
 def _request(subject: Subject) -> ProbeRequest:
-    try:
-        return probe_request(_probe(subject), subject.options())
-    except TcplatError as error:
-        raise NotChecked(str(error)) from error
+    options = subject.options()
+    with of_the_plugin():
+        return probe_request(_probe(subject), options)
 
 
 _ERRORS = (0, *sorted(errno.errorcode), 9999)
@@ -194,6 +204,8 @@ def _round_trip(subject: Subject) -> None:
     """Whatever a record may hold becomes a row, JSON, and the same row again."""
     spec = _probe(subject)
     record, hooks = Record(spec.event), fired_by(spec)
+    if not hooks:
+        raise NotChecked("none of its programs makes records")
     decode = record.decoder(spec.name, hooks, lambda index: f"if{index}")
     encoder, decoder = msgspec.json.Encoder(), msgspec.json.Decoder(spec.event)
     own = wires(spec.event)
@@ -269,9 +281,16 @@ def _short(value: Any) -> str:
 # --- what the compiler says
 
 
-def _compiled(subject: Subject, mechanism: str) -> dict[str, Any]:
-    """The answer of the trial where each point goes by this mechanism, as far as it can."""
-    if mechanism not in subject.known:
+def _compiled(subject: Subject, mechanism: str, *, counting: bool = False) -> dict[str, Any]:
+    """The answer of the trial where each point goes by this mechanism, as far as it can.
+
+    Args:
+        subject: The probe.
+        mechanism: The way to listen.
+        counting: As where a sink has the kernel count, and another wants rows.
+    """
+    key = f"{mechanism}, counting" if counting else mechanism
+    if key not in subject.known:
         request = _request(subject)
         taken = {
             point.point: next(
@@ -284,13 +303,16 @@ def _compiled(subject: Subject, mechanism: str) -> dict[str, Any]:
         defines = core_defines(request.points, Filter())
         if request.track:
             defines["TCPLAT_TRACK"] = 1
+        if counting:
+            defines["TCPLAT_PROBE"] = 1
+            defines |= _COUNTED.defines(possible_cpus(), len(request.histograms))
         try:
             text = program_text(request, taken=taken, defines=defines)
         except PluginError as error:
             raise Fault(f"{error}: look into include/tcplat") from error
         types = sorted({*CORE_TYPES, *request.types})
-        subject.known[mechanism] = _try(Trial.start("compile"), {"text": text, "types": types})
-    answer: dict[str, Any] = subject.known[mechanism]
+        subject.known[key] = _try(Trial.start("compile"), {"text": text, "types": types})
+    answer: dict[str, Any] = subject.known[key]
     if "unable" in answer:
         raise NotChecked(answer["unable"])
     return answer
@@ -309,9 +331,17 @@ _LAYOUT = re.compile(r'"(?P<what>\w+(?:\.\w+)?): schema\.py has another (?P<how>
 _ERROR = re.compile(r"^(?P<where>[^\s:]+:\d+):\d+: (?:fatal )?error: (?P<words>.*)$", re.MULTILINE)
 
 
-def _compiles(mechanism: str, subject: Subject) -> None:
+_COUNTED = Aggregation("process", groups=16, every_s=math.inf)
+
+
+def _compiles_counting(subject: Subject) -> None:
+    """The C compiles where a sink asks for its histograms."""
+    _compiles(_ways(subject)[0], subject, counting=True)
+
+
+def _compiles(mechanism: str, subject: Subject, *, counting: bool = False) -> None:
     """The C compiles, and lays the record out as Python reads it."""
-    answer = _compiled(subject, mechanism)
+    answer = _compiled(subject, mechanism, counting=counting)
     if "refusal" not in answer:
         return
     words = answer["refusal"]
@@ -349,7 +379,9 @@ def _programs(subject: Subject) -> None:
                 "the function static __always_inline if it is a helper"
             )
     used = set(re.findall(r"\bHOOK_(\w+)", spec.source))
-    for _, hook in reporting(spec.points):
+    for point, hook in reporting(spec.points):
+        if _counts(spec, point):
+            continue
         # A macro may paste the name together; then only the compiler knows.
         if hook.program not in used and "HOOK_##" not in spec.source:
             raise Fault(

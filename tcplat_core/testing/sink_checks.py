@@ -3,13 +3,15 @@
 In there standard output is a file, a full device or a pipe that nobody reads; what the sink
 holds in memory can be measured; and what it breaks is gone with the process.
 
-Options have meanings by their names: at ``path=`` there is such a file, and at ``unix=`` a
-sink lets readers come: one who reads is there, and what he gets is the sink's output.
+Options have meanings by their names: what is written to ``path=`` is the sink's output, and at
+``unix=`` a sink lets readers come: what one of them gets is its output. Every option that is the
+path of a file (see is_path()) is one in a folder of the check's own, which is the current one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 import select
@@ -24,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import attrs
 import msgpack
@@ -35,13 +37,15 @@ from tcplat_core.model import (
     HookReport,
     Loss,
     Merge,
+    Options,
     ProbeReport,
     RunInfo,
     RunReport,
     Sink,
     SinkSpec,
 )
-from tcplat_core.router import spare_the_collector
+from tcplat_core.output import held_back
+from tcplat_core.router import Router, spare_the_collector
 from tcplat_core.schema import Event, Wire, fields, text
 
 from .conformance import Check, Fault, NotChecked, Subject, named
@@ -255,8 +259,9 @@ def _run(
     with tempfile.TemporaryDirectory(prefix="tcplat-") as folder:
         file = Path(folder, "output")
         target = out or str(file)
+        options |= subject.paths(folder)
         # Where it takes a path, it writes there; else to standard output.
-        if "path" in options and "path" not in subject.given and isinstance(target, str):
+        if "path" in options and isinstance(target, str):
             options["path"] = target
         if _at_socket(subject):
             options["unix"] = str(Path(folder, "socket"))
@@ -266,7 +271,7 @@ def _run(
         child = os.fork()
         if not child:
             about = readers(options["unix"]) if _at_socket(subject) else contextlib.nullcontext()
-            _child(theirs, target, lambda: spec.factory(options, info), play, about)
+            _child(theirs, target, lambda: _made(spec, options, info, folder), play, about)
         os.close(theirs)
         try:
             data = _read(answer, child)
@@ -279,7 +284,51 @@ def _run(
         output = file.read_bytes() if file.exists() else b""
     if told["unable"]:
         raise NotChecked(told["unable"])
+    if told["ours"]:
+        raise RuntimeError(told["error"])
     return _Ran(output, told["error"], told["told"])
+
+
+_raised: list[BaseException] = []
+"""In the child: what code of the sink's has raised. All else is the kit's own failure."""
+
+
+@contextlib.contextmanager
+def _the_sinks() -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        _raised.append(error)
+        raise
+
+
+class _Marked:
+    """A sink that knows which exceptions are its own."""
+
+    def __init__(self, sink: Any) -> None:
+        self._sink = sink
+
+    def __getattr__(self, name: str) -> Any:
+        with _the_sinks():
+            value = getattr(self._sink, name)
+        if not callable(value):
+            return value
+
+        @functools.wraps(value)
+        def call(*given: Any) -> Any:
+            with _the_sinks():
+                return value(*given)
+
+        return call
+
+
+def _made(spec: SinkSpec, options: Options, info: RunInfo, folder: str) -> Sink:
+    """The sink, made and begun as a run does it, where a relative path lands in the folder."""
+    os.chdir(folder)
+    with held_back() as outputs, _the_sinks():
+        sink = cast("Sink", _Marked(spec.factory(options, info)))
+    Router({"it": sink}, outputs=outputs).begin()
+    return sink
 
 
 def _child(
@@ -290,7 +339,7 @@ def _child(
     readers: AbstractContextManager[None],
 ) -> None:
     """Never returns: whatever happens is told through the pipe."""
-    told: dict[str, Any] = {"unable": "", "error": "", "told": None}
+    told: dict[str, Any] = {"unable": "", "error": "", "ours": False, "told": None}
     try:
         fd = target if isinstance(target, int) else os.open(target, os.O_WRONLY | os.O_CREAT, 0o644)
         os.dup2(fd, 1)
@@ -305,6 +354,7 @@ def _child(
                 told["told"] = play(sink)
     except BaseException as error:  # noqa: BLE001 - SystemExit is the sink's fault, too
         told["error"] = named(error)
+        told["ours"] = not any(error is one for one in _raised)
     finally:
         os.write(answer, msgpack.packb(told, default=str))
         os._exit(0)
@@ -603,7 +653,7 @@ def _reader_gone(subject: Subject) -> None:
                 "so let the run go on"
             )
         return
-    if _is_silent(subject) or "path" in subject.given:
+    if _is_silent(subject):
         raise NotChecked("it does not write to standard output")
     reader, writer = os.pipe()
     os.close(reader)

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import attrs
 import pytest
@@ -23,6 +23,8 @@ from tcplat_core import (
     Aggregates,
     Aggregation,
     Event,
+    Histogram,
+    Hook,
     HookPoint,
     Loss,
     Moment,
@@ -31,15 +33,19 @@ from tcplat_core import (
     Output,
     PluginError,
     ProbeSpec,
+    ReadableMap,
     RunInfo,
     RunReport,
+    Sink,
     SinkSpec,
+    UsageError,
+    Way,
     Wire,
     integer,
     tracepoint,
 )
+from tcplat_core import path as path_kind
 from tcplat_core.cli import cli
-from tcplat_core.hookpoints import Hook, Way
 from tcplat_core.new import create
 from tcplat_core.plugins import Found, Plugins
 from tcplat_core.testing import conformance, sink_checks
@@ -303,6 +309,158 @@ def test_what_cannot_be_looked_at_has_not_passed() -> None:
     """Whatever comes after a C that does not compile."""
     found = outcome(attrs.evolve(GOOD, source="int tp_gone("), "programs")
     assert found == Outcome("programs", "not checked", "the C does not compile by tracepoint")
+
+
+# --- probes that count
+
+
+COUNTING = """
+#include <tcplat/owner.bpf.h>
+#include <tcplat/histogram.bpf.h>
+struct who { u32 pid, used; };
+#define TCPLAT_KEY struct who
+#define TCPLAT_KEYS 16
+#include <tcplat/keyed.bpf.h>
+#define TCPLAT_KEY_cpu struct who
+#define TCPLAT_KEYS_cpu 8
+#include <tcplat/keyed.bpf.h> /* as cpu */
+BPF_F_TABLE("array", u32, u64, counts, TCPLAT_KEYS + 1, BPF_F_MMAPABLE);
+
+int tp_count(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct sock *sk = (struct sock *)ctx->args[0];
+	struct who who = {.pid = bpf_get_current_pid_tgid() >> 32, .used = 1};
+	struct who cpu = {.pid = bpf_get_smp_processor_id(), .used = 1};
+	struct tcplat_sock *s = tcplat_find(sk);
+	u32 number = tcplat_number(&who) + tcplat_cpu_number(&cpu);
+	u64 *count = counts.lookup(&number);
+
+	if (s && s->pid == who.pid)
+		tcplat_sample(sk, s, HIST_wait, 5);
+	if (count)
+		lock_xadd(count, 1);
+	return 0;
+}
+"""
+
+
+def counts_in_the_kernel(*, quiet: bool) -> ProbeSpec:
+    hook = Hook("tcp:tcp_sendmsg_locked", "tp_count", "tracepoint", quiet=quiet)
+    return ProbeSpec(
+        name="counting",
+        summary="counts, and has no record",
+        source=COUNTING,
+        points=(HookPoint("counts", (Way("tracepoint", (hook,)),)),),
+        event=OwnEvent,
+        maps=(ReadableMap("keys", "=II"), ReadableMap("counts", "=Q")),
+        poll=lambda _: (),
+        histograms=(Histogram("wait", "a wait", ("counts",)),),
+    )
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_probe_that_counts_needs_no_record(*, quiet: bool) -> None:
+    subject = without_root(counts_in_the_kernel(quiet=quiet))
+    found = {name: run(name, check, subject) for name, check in checks(subject).items()}
+    assert "compiles with histograms" in found
+    assert not [one for one in found.values() if one.verdict == "failed"]
+    assert {name for name, one in found.items() if one.verdict == "not checked"} == {
+        *("attaches", "leaves nothing", "lets packets pass"),
+        *(["round trip"] if quiet else []),
+    }
+
+
+# --- the kit's own place, and its own faults
+
+
+def in_a_file(**given: Any) -> SinkSpec:
+    """A sink that takes the place of what is at its path, whatever that is."""
+
+    class Replacing(Lines):
+        pass
+
+    def make(options: Options, run: RunInfo) -> Sink:
+        Path(options["db"]).unlink(missing_ok=True)
+        return Replacing(Output.open(str(options["db"]), run.stopping))
+
+    option = Option(name="db", help="file to write", required=True, **given)
+    return SinkSpec(name="lines", summary="lines", factory=make, options=(option,))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"example": "x.db", "metavar": "FILE"},
+        {"example": "x.db", "convert": path_kind},
+        {"example": "x.db"},  # nothing says that it is a path: but it lands in the kit's folder
+        {"example": "{here}/x.db"},
+        {"example": "{here}/x.db", "convert": Path},
+    ],
+    ids=str,
+)
+def test_an_example_of_a_path_is_none_of_the_users(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    users = tmp_path / "x.db"
+    users.write_text("precious")
+    spec = in_a_file(**{**given, "example": given["example"].format(here=tmp_path)})
+    for check in ("methods", "batches", "close twice", "full device"):
+        assert outcome(spec, check).verdict != "failed"
+    assert users.read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.db"]
+    assert Path.cwd() == tmp_path
+
+
+def test_a_path_that_is_given_is_tried_on_a_copy(tmp_path: Path) -> None:
+    users = tmp_path / "x.db"
+    users.write_text("precious")
+
+    def make(options: Options, run: RunInfo) -> Sink:
+        if Path(options["db"]).read_text(encoding="utf-8") != "precious":
+            raise UsageError("that is not my database")
+        Path(options["db"]).write_text("", encoding="utf-8")
+        return Lines(Output.open(None, run.stopping))
+
+    spec = attrs.evolve(in_a_file(example="x.db", metavar="FILE"), factory=make)
+    subject = Subject(spec=spec, given={"db": str(users)})
+    assert run("batches", checks(subject)["batches"], subject) == Outcome("batches", "passed")
+    assert users.read_text() == "precious"
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, ValueError, OSError, AttributeError])
+def test_the_kits_own_failure_is_not_the_plugins(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise error("ours")
+
+    found = run("one", fails, without_root(GOOD))
+    assert (found.verdict, found.why.partition(":")[0]) == (
+        "not checked",
+        f"the kit itself failed ({error.__name__}",
+    )
+    # In the process of the sink as well, where what the sink raises is told apart.
+    monkeypatch.setattr(sink_checks, "_stream", fails)
+    found = outcome(sink(Lines), "batches")
+    assert (found.verdict, "the kit itself failed" in found.why) == ("not checked", True)
+
+
+def test_what_the_plugin_raises_is_the_plugins() -> None:
+    class Divides(Lines):
+        def write(self, batch: Sequence[Event]) -> None:
+            raise ZeroDivisionError(len(batch))
+
+    class Lacks:
+        """A sink without methods."""
+
+    assert "it raises ZeroDivisionError" in outcome(sink(Divides), "batches").why
+    lacks = attrs.evolve(sink(Lines), factory=lambda *_: cast("Sink", Lacks()))
+    assert outcome(lacks, "batches").verdict == "failed"
+    spec = attrs.evolve(GOOD, defines=lambda _: {"A": 1 // 0})
+    assert outcome(spec, "constants").why == (
+        "it raises ZeroDivisionError: integer division or modulo by zero: it must not"
+    )
 
 
 # --- planted faults: sinks

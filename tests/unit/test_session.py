@@ -559,7 +559,7 @@ def test_where_no_sink_wants_rows_only_what_histograms_need_is_attached() -> Non
     assert request.points == SEND_AND_CLOSE  # the numbers of hooks stay what they are
     assert request.listen == ("close",)
     assert request.histograms == ("took",)
-    assert request.maps == {"counts": 12, "keys": 40, "durations": 8}
+    assert request.maps == {"counts": 12, "group_keys": 40, "durations": 8}
 
 
 def test_with_rows_everything_is_attached_and_without_aggregation_no_counters_are_mapped() -> None:

@@ -18,10 +18,11 @@ from tcplat_core import (
     duration,
     hookimpl,
     integer,
+    path,
     size,
 )
 
-_PATH = Option(name="path", help="file to write; standard output if not given", metavar="FILE")
+_PATH = Option(name="path", help="file to write; standard output if not given", convert=path)
 
 
 def _size(text: str) -> int:
@@ -146,6 +147,7 @@ def tcplat_register_sinks() -> Iterator[SinkSpec]:
             Option(
                 name="unix",
                 help="path of the socket, which its owner alone may use",
+                convert=path,
                 metavar="PATH",
                 example="/run/user/1000/tcplat.sock",
             ),

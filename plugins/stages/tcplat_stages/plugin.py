@@ -15,6 +15,7 @@ from tcplat_core import (
     duration,
     hookimpl,
     integer,
+    path,
 )
 
 _PIPE_WIDTH = 100
@@ -72,7 +73,7 @@ def _stages(options: Options, run: RunInfo) -> Sink:
 
 
 _COMMON = (
-    Option(name="path", help="file to write; standard output if not given", metavar="FILE"),
+    Option(name="path", help="file to write; standard output if not given", convert=path),
     Option(
         name="format",
         help="text, or json: one object a line",

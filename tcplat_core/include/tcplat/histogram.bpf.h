@@ -19,9 +19,9 @@ struct tcplat_group {
 	u8 used; /* 1: nobody's group is all zeros, too */
 } __attribute__((aligned(8)));
 
-#define TCPLAT_KEY struct tcplat_group
-#define TCPLAT_KEYS TCPLAT_GROUPS
-#include <tcplat/keyed.bpf.h>
+#define TCPLAT_KEY_group struct tcplat_group
+#define TCPLAT_KEYS_group TCPLAT_GROUPS
+#include <tcplat/keyed.bpf.h> /* as group */
 
 /* Per bucket, then what was longer, then what could not be measured. */
 #define TCPLAT_CELLS (TCPLAT_BUCKETS + 2)
@@ -60,7 +60,7 @@ static __always_inline u32 tcplat_group_of(struct tcplat_sock *s)
 #ifdef TCPLAT_BY_PORT
 	group.port = s->role == TCPLAT_ROLE_CLIENT ? s->addrs.dport : s->addrs.sport;
 #endif
-	number = tcplat_number(&group);
+	number = tcplat_group_number(&group);
 	s->group = TCPLAT_PROBE << 16 | number;
 	return number;
 #endif

@@ -5,9 +5,13 @@
  * It cannot look into a hash on every kernel, but it can map arrays. So each key gets a
  * number, and what is counted stands in arrays (BPF_F_MMAPABLE) under that number.
  *
- * To be defined before the include, which a probe can have once:
+ * To be defined before the include:
  *   TCPLAT_KEY   a struct without holes (zero it first), of which no value in use is all zeros
  *   TCPLAT_KEYS  how many there may be
+ *
+ * A probe that needs numbers for another kind of keys as well includes it once more, with a
+ * comment behind it that has nothing else in it: "as peer". Then it wants TCPLAT_KEY_peer and
+ * TCPLAT_KEYS_peer, and has tcplat_peer_number() and the map peer_keys.
  */
 
 /*

@@ -37,7 +37,16 @@ struct tcplat_sock {
 	u8 in_flows;    /* 1 + the lane of tcplat_flows that has its addresses; 1: tcplat_listeners has its port */
 	u8 state;       /* what it is in, or 0: nobody has seen it change yet */
 	u8 told;        /* by kprobe: the last state that has its row, or TCPLAT_TOLD_CLOSE */
-	struct tcplat_owner owner; /* the process that used it last */
+	union {
+		struct tcplat_owner owner; /* the process that used it last */
+		struct {                   /* owner.task, for a probe that wants no name */
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+			u32 tid, pid;
+#else
+			u32 pid, tid;
+#endif
+		};
+	};
 	struct tcplat_addrs addrs; /* once the source port is chosen: the kernel forgets it first */
 };
 

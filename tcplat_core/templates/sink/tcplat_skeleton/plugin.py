@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tcplat_core import Option, Options, Output, RunInfo, Sink, SinkSpec, choice, hookimpl
+from tcplat_core import Option, Options, Output, RunInfo, Sink, SinkSpec, choice, hookimpl, path
 
 from .sink import Totals
 
@@ -13,7 +13,7 @@ tcplat_hookspec = "1.0"
 
 OPTIONS = (
     Option(name="by", help="what to count by", convert=choice("comm", "pid"), default="comm"),
-    Option(name="path", help="file to write; standard output if not given", metavar="FILE"),
+    Option(name="path", help="file to write; standard output if not given", convert=path),
 )
 
 
