@@ -247,7 +247,8 @@ const COLUMNS = [
 ];
 const value = (column, c) => typeof column[1] === "function" ? column[1](c) : c[column[1]];
 const PAGE = 50;
-let sorted = 11, down = true, room = PAGE, found = [];
+// At first as they come: with what was not answered, then with the slowest.
+let sorted = -1, down = true, room = PAGE, found = [];
 if (D.table.length) {
   const texts = new Map(D.table.map(c => [c, COLUMNS.filter(col => col[3]).map(col => value(col, c) ?? "").join(" ").toLowerCase()]));
   const body = el("tbody", {}), count = el("span", {class: "soft", id: "count", role: "status"});
@@ -259,7 +260,7 @@ if (D.table.length) {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
     found = D.table.filter(c => words.every(w => texts.get(c).includes(w)));
     const column = COLUMNS[sorted], sign = down ? -1 : 1;
-    found.sort((a, b) => {
+    if (column) found.sort((a, b) => {
       const one = value(column, a), other = value(column, b);
       if (one === null || other === null) return (one === null) - (other === null);
       return sign * (typeof one === "string" ? one.localeCompare(other, "en", {numeric: true}) : one - other);
