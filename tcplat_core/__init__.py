@@ -55,8 +55,8 @@ if TYPE_CHECKING:
         clock_offset_ns,
         fields,
         micros,
-        printable,
     )
+    from .texts import printable
 
 __all__ = [
     "HOOKSPEC_VERSION",

@@ -23,11 +23,23 @@ import msgspec
 from .errors import TcplatError, UsageError
 from .formats import Damage, Format, format_of
 from .model import Loss, Merge, RunReport
-from .schema import LEAST, MOST, SCHEMA_VERSION, Count, Event, cleaned, fields, printable
+from .schema import (
+    LARGEST_RECORD,
+    LEAST,
+    MOST,
+    SCHEMA_VERSION,
+    Count,
+    Event,
+    cleaned,
+    fields,
+)
+from .texts import printable
 
 CHUNK = 1 << 17
 """Bytes that are read, and decoded, at once: what is made of a megabyte is too much for a
 core's cache, and costs half as much again."""
+_LONGEST_TEXT = 4 * LARGEST_RECORD
+"""No member of a record is longer once it is escaped."""
 _LONGEST_PLAIN = 1 << 12
 """Bytes of a row: a longer one is looked at more closely."""
 _MOST_CLASSES = 256
@@ -73,7 +85,7 @@ class Source:
     """
 
     fd: int
-    name: str
+    name: str = attrs.field(converter=printable)
     size: int = 0
     consumed: int = attrs.field(default=0, init=False)
 
@@ -345,6 +357,8 @@ class Capture:
         event = self.events.get(probe, Event)
         if set(value) != set(event.__struct_fields__):
             event = self._class(probe, [key for key in value if key not in Event.__struct_fields__])
+        if any(isinstance(text, str) and len(text) > _LONGEST_TEXT for text in value.values()):
+            raise ValueError("a text in it is too long")
         row = msgspec.convert(value, event)
         self._know(form, probe, event)
         return row

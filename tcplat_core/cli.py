@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import attrs
 import click
 
-from . import kinds
+from . import kinds, texts
 from .bar import Bar
 from .commands import Commands
 from .errors import CannotRunError, EventsLostError, TcplatError, UsageError
@@ -319,12 +319,12 @@ def _run(
         report = session.run()
     except TcplatError as error:
         if debug:
-            click.echo("\n".join(getattr(error, "__notes__", [])), err=True)
+            texts.write("\n".join(getattr(error, "__notes__", [])))
         raise
     finally:
         if loader:
             if debug:
-                click.echo(loader.output(), err=True)
+                texts.write(loader.output())
             loader.close()
         if child:
             child.stop()
@@ -456,7 +456,7 @@ def _comm(text: str | None) -> str:
     if text == "":
         raise UsageError("--comm '': a process has a name")
     text = text or ""
-    if len(text.rstrip("*").encode()) > 15:  # noqa: PLR2004 - TASK_COMM_LEN without its NUL
+    if len(os.fsencode(text.rstrip("*"))) > 15:  # noqa: PLR2004 - TASK_COMM_LEN without its NUL
         raise UsageError(
             f"--comm {text!r}: the kernel keeps 15 bytes of a name; write their beginning and *"
         )
@@ -556,9 +556,9 @@ def _aggregation(
 def _attached(report: RunReport) -> None:
     for name, probe in report.probes.items():
         for hook in probe.hooks:
-            click.echo(f"{name}: {hook.point} by {hook.attach}:{hook.func}", err=True)
+            texts.write(f"{name}: {hook.point} by {hook.attach}:{hook.func}")
         for point, reason in probe.missing.items():
-            click.echo(f"{name}: no {point}: {reason}", err=True)
+            texts.write(f"{name}: no {point}: {reason}")
 
 
 def _summary(report: RunReport, unread: str = "more were seen when the run ended") -> None:
@@ -620,8 +620,13 @@ def _nothing(_: str) -> None:
     """Say nothing: what -q makes of _say()."""
 
 
-def _say(sentence: str) -> None:
-    click.echo(f"tcplat: {sentence}", err=True)
+_say = texts.say
+
+
+def _json(value: object) -> str:
+    from .schema import cleaned  # noqa: PLC0415 - see the top
+
+    return json.dumps(cleaned(value), indent=2)
 
 
 @cli.group()
@@ -648,7 +653,7 @@ def plugins_list(give_up_root: Callable[[], None] | None, *, as_json: bool) -> N
     names = ("name", "kind", "version", "distribution", "status", "summary")
     rows = [{name: getattr(one, name) for name in names} for one in found]
     if as_json:
-        click.echo(json.dumps(rows, indent=2))
+        click.echo(_json(rows))
         return
     widths = [max([len(name), *(len(row[name]) for row in rows)]) for name in names]
     for cells in (
@@ -656,7 +661,7 @@ def plugins_list(give_up_root: Callable[[], None] | None, *, as_json: bool) -> N
         *([row[name] for name in names] for row in rows),
     ):
         padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        click.echo(" ".join(padded).rstrip())
+        click.echo(texts.printable(" ".join(padded).rstrip()))
 
 
 @plugins.command("check")
@@ -679,9 +684,9 @@ def plugins_check(give_up_root: Callable[[], None] | None, choice: str, *, as_js
             give_up_root()
         outcomes = list(conformance.check_plugin(choice, trial=lambda: privileged))
     if as_json:
-        click.echo(json.dumps(conformance.as_json(outcomes), indent=2))
+        click.echo(_json(conformance.as_json(outcomes)))
     else:
-        click.echo(conformance.as_text(outcomes))
+        click.echo(texts.lines(conformance.as_text(outcomes)))
     failed = any(outcome.verdict == "failed" for _, outcome in outcomes)
     sys.exit(TcplatError.exit_code if failed else 0)
 
@@ -709,7 +714,7 @@ def plugins_show(
     if len(several) > 1:
         raise UsageError(f"there are a probe and a sink named {name!r}: --kind says which")
     told = show.as_json(*several[0], sight)
-    click.echo(json.dumps(told, indent=2) if as_json else show.as_text(told))
+    click.echo(_json(told) if as_json else texts.lines(show.as_text(told)))
 
 
 @plugins.command("new")
@@ -726,8 +731,9 @@ def plugins_new(
     if give_up_root:
         give_up_root()
     project, *files = new.create(kind, name, Path(folder))
-    click.echo(f"{project}: {len(files)} files. Next:")
-    click.echo(f"  pip install {project if project.is_absolute() else f'./{project}'}")
+    shown = texts.printable(str(project))
+    click.echo(f"{shown}: {len(files)} files. Next:")
+    click.echo(f"  pip install {shown if project.is_absolute() else f'./{shown}'}")
     click.echo(f"  tcplat plugins check {name}")
     run = f"--probe {name}" if kind == "probe" else f"--probe tcp_client --sink {name}"
     click.echo(f"  sudo tcplat run {run}")
@@ -741,9 +747,9 @@ def doctor(*, as_json: bool) -> None:
 
     checks, probes = doctor_.examine()
     if as_json:
-        click.echo(json.dumps(doctor_.as_json(checks, probes), indent=2))
+        click.echo(_json(doctor_.as_json(checks, probes)))
     else:
-        click.echo(doctor_.as_text(checks, probes))
+        click.echo(texts.lines(doctor_.as_text(checks, probes)))
     sys.exit(0 if doctor_.healthy(checks, probes) else CannotRunError.exit_code)
 
 
@@ -769,7 +775,7 @@ def main() -> NoReturn:
         _say(str(error))
         sys.exit(error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
+        texts.write(error.format_message())
         sys.exit(UsageError.exit_code)
     except click.ClickException as error:
         _say(f"{error.format_message()} (tcplat --help)")

@@ -15,7 +15,8 @@ from typing import Any
 import click
 
 from .bar import wipe
-from .errors import TOO_MANY_FILES, PluginError, TcplatError
+from .errors import TOO_MANY_FILES, PluginError, TcplatError, of_system_call
+from .texts import lines
 
 GROUP = "tcplat.commands"
 """Entry points: the command's name, and the click.Command that it is."""
@@ -40,6 +41,10 @@ class Commands(click.Group):
                 return super().invoke(ctx)
             finally:
                 wipe()
+
+    def get_help(self, ctx: click.Context) -> str:
+        """With a line of each command, which plugins have written."""
+        return lines(super().get_help(ctx))
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All names."""
@@ -127,7 +132,9 @@ def _in_a_sentence() -> Iterator[None]:
         if error.errno in TOO_MANY_FILES:
             raise TcplatError(TOO_MANY_FILES[error.errno]) from error
         if error.errno not in _FULL:
-            raise
+            if error.filename is None:  # nothing that a user has named
+                raise
+            raise of_system_call(error) from error
         _let_go_of_stdout()
         raise TcplatError(f"writing failed: {os.strerror(error.errno)}") from error
     if status is not None:

@@ -46,3 +46,14 @@ class EventsLostError(TcplatError):
 
 class ReaderGoneError(Exception):
     """Nobody reads our output any more (EPIPE): the end of the run, not an error."""
+
+
+def of_system_call(error: OSError) -> TcplatError:
+    """The same in a sentence: what is wrong and, where that is known, what mends it."""
+    if error.errno in TOO_MANY_FILES:
+        return TcplatError(TOO_MANY_FILES[error.errno])
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+    if name.startswith("/proc/") and not os.path.exists("/proc/self"):  # noqa: PTH110 - quick
+        return CannotRunError("there is no /proc: mount it (mount -t proc proc /proc)")
+    what = os.strerror(error.errno).lower() if error.errno else str(error)
+    return TcplatError(f"{name}: {what}" if name else what)

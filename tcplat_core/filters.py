@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,7 +99,7 @@ class Filter:
             return True
         if not pid or (self.pids is not None and pid not in self.pids):
             return False
-        wanted = self.comm.encode()
+        wanted = os.fsencode(self.comm)
         if wanted.endswith(b"*"):
             if not comm.startswith(wanted[:-1]):
                 return False
@@ -108,7 +109,7 @@ class Filter:
 
 
 def _comm_test(pattern: str) -> str:
-    letters = pattern.encode()
+    letters = os.fsencode(pattern)
     # Without a star the NUL behind the name has to match as well.
     exact = letters[:-1] if letters.endswith(b"*") else (letters + b"\0")[:16]
     return " && ".join(f"(u8)(comm)[{at}] == {byte}" for at, byte in enumerate(exact)) or "1"
@@ -183,7 +184,7 @@ class RowFilter:
         from .schema import text  # noqa: PLC0415 - see the top
 
         self._networks = list(map(_network, self.wanted.networks))
-        self._pattern = text(self.wanted.comm.removesuffix("*").encode())
+        self._pattern = text(os.fsencode(self.wanted.comm.removesuffix("*")))
 
     def learn(self, rows: Iterable[Event]) -> None:
         """Remember whose the connections are."""

@@ -13,7 +13,7 @@ from .histogram import Aggregates, Aggregation, Histogram
 from .hookpoints import HookPoint, Interfaces, checked_name
 from .kinds import Kind
 from .maps import Maps, ReadableMap
-from .schema import Count, Event, Micros, Moment, Number, Real, checked_event
+from .schema import Count, Event, Positive, Moment, Number, Real, checked_event, cleaned
 
 
 @attrs.frozen(kw_only=True)
@@ -220,7 +220,7 @@ class Merge:
     name: str
     offset_ns: Number = 0
     drift_ppm: Real = 0.0
-    drift_bound_ppm: Micros = 0.0
+    drift_bound_ppm: Positive = 0.0
     bound_ns: Count = 0
     packets: Count = 0
 
@@ -299,7 +299,7 @@ class RunReport:
     """How a run went."""
 
     probes: Mapping[str, ProbeReport]
-    duration_s: Micros
+    duration_s: Positive
     late: Count = 0
     """Rows that came after a younger one was delivered."""
     switched_off: Mapping[str, str] = attrs.field(factory=dict)
@@ -318,30 +318,33 @@ class RunReport:
 
     def as_json(self) -> dict[str, Any]:
         """What ends a capture: ``{"v":1,"report":...}``."""
-        return {
-            "delivered": self.delivered,
-            "dropped": self.dropped,
-            "late": self.late,
-            "duration_s": round(self.duration_s, 6),
-            "probes": {
-                name: {
-                    "delivered": probe.delivered,
-                    "dropped": probe.dropped,
-                    "untracked": probe.untracked,
-                    "missing": dict(probe.missing),
-                    "interfaces": dict(probe.interfaces),
-                    "skipped": dict(probe.skipped),
-                    "silent": dict(probe.silent),
-                    **_extras(probe),
-                    "hooks": [
-                        {**attrs.asdict(hook), "unread": hook.unread} for hook in probe.hooks
-                    ],
-                }
-                for name, probe in self.probes.items()
-            },
-            "switched_off": dict(self.switched_off),
-            **({"incomplete": self.incomplete} if self.incomplete else {}),
-        }
+        told: dict[str, Any] = cleaned(
+            {
+                "delivered": self.delivered,
+                "dropped": self.dropped,
+                "late": self.late,
+                "duration_s": round(self.duration_s, 6),
+                "probes": {
+                    name: {
+                        "delivered": probe.delivered,
+                        "dropped": probe.dropped,
+                        "untracked": probe.untracked,
+                        "missing": dict(probe.missing),
+                        "interfaces": dict(probe.interfaces),
+                        "skipped": dict(probe.skipped),
+                        "silent": dict(probe.silent),
+                        **_extras(probe),
+                        "hooks": [
+                            {**attrs.asdict(hook), "unread": hook.unread} for hook in probe.hooks
+                        ],
+                    }
+                    for name, probe in self.probes.items()
+                },
+                "switched_off": dict(self.switched_off),
+                **({"incomplete": self.incomplete} if self.incomplete else {}),
+            }
+        )
+        return told
 
     @property
     def deaf(self) -> bool:

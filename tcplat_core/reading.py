@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 
 import attrs
-import click
 
 from .bar import Bar
 from .capture import Capture, Source
@@ -16,6 +15,7 @@ from .plugins import Plugins
 from .replay import add_reports
 from .router import spare_the_collector
 from .schema import Event
+from .texts import say as say_it
 
 
 @attrs.define(eq=False)
@@ -53,7 +53,7 @@ class Reader:
 
         def say(sentence: str) -> None:
             if not quiet and not again:
-                click.echo(f"tcplat: {source.name}: {sentence}", err=True)
+                say_it(f"{source.name}: {sentence}")
 
         bar = Bar(source, shown=not quiet and sys.stderr.isatty())
         return cls(source, Capture(events, say), bar)

@@ -18,6 +18,7 @@ from .histogram import Aggregates
 from .model import Loss, Merge, RunReport, Sink
 from .output import Output
 from .schema import Event
+from .texts import printable
 
 
 def spare_the_collector() -> None:
@@ -211,7 +212,7 @@ class Router:
             self.reader_gone = True
             del self.sinks[name]
         except Exception as error:  # noqa: BLE001 - one sink must not stop the others
-            self.switched_off[name] = str(error) or type(error).__name__
+            self.switched_off[printable(name)] = printable(str(error)) or type(error).__name__
             del self.sinks[name]
 
 

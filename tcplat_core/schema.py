@@ -26,6 +26,7 @@ import attrs
 import msgspec
 
 from .errors import PluginError
+from .texts import escaped, printable
 
 SCHEMA_VERSION = 1
 """Of the event: the `v` of every row and every capture."""
@@ -100,34 +101,20 @@ def text(raw: bytes) -> str:
     plain = raw.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
     if plain.isprintable() and "\\" not in plain:
         return plain
-    return "".join(map(_escaped, plain))
-
-
-def printable(plain: str) -> str:
-    """Text from elsewhere, escaped as by text(), but for backslashes: it may have been before.
-
-    So it is idempotent, and leaves what text() gave as it is.
-    """
-    if plain.isprintable():
-        return plain
-    return "".join(char if char == "\\" else _escaped(char) for char in plain)
+    return "".join(map(escaped, plain))
 
 
 _DEEPEST = 16
-_LONGEST_TEXT = 4 * LARGEST_RECORD
-"""No member of a record is longer once it is escaped."""
 
 
 def cleaned(value: Any, depth: int = _DEEPEST) -> Any:
-    """What was decoded of a line from elsewhere, with every text such that a terminal may have it.
+    """A line's value, or a report's, with every text such that a terminal may have it.
 
     Raises:
         ValueError: It holds what no line of ours does: values nested deeply, numbers beyond 64
-            bits or infinite, texts that no record has room for, two keys that are the same.
+            bits or infinite, two keys that are the same.
     """
     if isinstance(value, str):
-        if len(value) > _LONGEST_TEXT:
-            raise ValueError("a text in it is too long")
         return printable(value)
     if isinstance(value, dict | list):
         if not depth:
@@ -146,16 +133,6 @@ def cleaned(value: Any, depth: int = _DEEPEST) -> Any:
 
 LEAST, MOST = -(1 << 63), (1 << 64) - 1
 """Of a number with 64 bits, signed or not."""
-
-
-def _escaped(char: str) -> str:
-    if char.isprintable() and char != "\\":
-        return char
-    if "\udc80" <= char <= "\udcff":
-        return f"\\x{ord(char) - 0xDC00:02x}"
-    if "\x80" <= char <= "\xff":  # \x80 is the byte, \u0080 the character
-        return f"\\u{ord(char):04x}"
-    return char.encode("unicode_escape").decode("ascii")
 
 
 def name(raw: bytes) -> str | None:
@@ -318,10 +295,10 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 """A number of a capture that is no less than 0, and fits wherever numbers are kept."""
 Number = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 """One that may be less."""
-Micros = Annotated[float, msgspec.Meta(ge=0, le=float(1 << 63))]
-"""A duration, µs: neither infinite nor no number."""
+Positive = Annotated[float, msgspec.Meta(ge=0, le=float(1 << 63))]
+"""A duration, say: no less than 0, neither infinite nor no number."""
 Real = Annotated[float, msgspec.Meta(ge=-float(1 << 63), le=float(1 << 63))]
-"""The same for what is no duration."""
+"""The same for what may be less."""
 
 
 class Event(msgspec.Struct, gc=False):
@@ -384,7 +361,7 @@ class Event(msgspec.Struct, gc=False):
         str | None, Wire("u8", "TCP flags of a packet", to=flags, has=True, block="kind")
     ]
     connect_us: Annotated[
-        Micros | None,
+        Positive | None,
         Wire(
             "u64",
             "from connect() to its completion or failure, µs",

@@ -34,6 +34,7 @@ from .router import Router
 from .schema import Event, FiredBy, Record, clock_offset_ns, row
 from .signals import Signals
 from .sleeper import Sleeper
+from .texts import printable
 from .trace import TracePipe
 
 HOLD_S = 0.003
@@ -116,7 +117,7 @@ class ProbeRun:
             rows = list(self.spec.poll(self.maps) or ())
             self.polled.update(one.point for one in rows)
         except Exception as error:  # noqa: BLE001 - a plugin's; the run goes on without it
-            self.poll_error = f"{type(error).__name__}: {error}"
+            self.poll_error = printable(f"{type(error).__name__}: {error}")
             return []
         return rows
 

@@ -7,7 +7,7 @@ import socket
 import sys
 import traceback
 
-from tcplat_core.errors import TOO_MANY_FILES, TcplatError
+from tcplat_core.errors import TcplatError, of_system_call
 
 from . import isolation
 
@@ -38,8 +38,8 @@ def main() -> None:
     except TcplatError as error:
         answer = Refusal(str(error), error.exit_code, _log(error))
     except Exception as error:  # noqa: BLE001 - a bug of ours; the session shows it
-        known = TOO_MANY_FILES.get(error.errno or 0) if isinstance(error, OSError) else None
-        answer = Refusal(f"the loader failed: {known or repr(error)}", 1, _log(error))
+        known = of_system_call(error) if isinstance(error, OSError) else TcplatError(repr(error))
+        answer = Refusal(f"the loader failed: {known}", known.exit_code, _log(error))
     try:
         send_answer(to, answer)
     except TcplatError as error:

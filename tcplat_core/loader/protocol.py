@@ -19,6 +19,15 @@ MAX_FDS = 253
 """SCM_MAX_FD of the kernel: so many fds go with one message."""
 
 
+def _packed(value: Any) -> bytes:
+    # Names of files and interfaces are bytes, and need not be UTF-8.
+    return bytes(msgpack.packb(value, unicode_errors="surrogateescape"))
+
+
+def _unpacked(data: bytes) -> Any:
+    return msgpack.unpackb(data, unicode_errors="surrogateescape")
+
+
 @attrs.frozen(kw_only=True)
 class ProbeRequest:
     """One probe, as C text and data. No Python of the plugin's crosses over.
@@ -70,12 +79,12 @@ class Request:
 
     def pack(self) -> bytes:
         """For the loader's standard input."""
-        return bytes(msgpack.packb(attrs.asdict(self)))
+        return _packed(attrs.asdict(self))
 
     @classmethod
     def unpack(cls, data: bytes) -> Request:
         """The inverse of pack()."""
-        raw = msgpack.unpackb(data)
+        raw = _unpacked(data)
         raw["probes"] = tuple(_probe(probe) for probe in raw["probes"])
         lists = {key: tuple(value) for key, value in raw["filter"].items() if type(value) is list}
         raw["filter"] = Filter(**{**raw["filter"], **lists})
@@ -200,7 +209,7 @@ class Refusal:
 def send_answer(to: socket.socket, answer: Answer | Refusal) -> None:
     """From the loader to the session; fds go along in the order of the message."""
     if isinstance(answer, Refusal):
-        to.sendall(msgpack.packb({"refusal": attrs.asdict(answer)}))
+        to.sendall(_packed({"refusal": attrs.asdict(answer)}))
         return
     fds = answer.fds
     if len(fds) > MAX_FDS:
@@ -208,7 +217,7 @@ def send_answer(to: socket.socket, answer: Answer | Refusal) -> None:
             f"{len(fds)} programs, links and maps are more than the {MAX_FDS} file descriptors "
             "that a message carries: fewer probes, interfaces or maps will do"
         )
-    socket.send_fds(to, [msgpack.packb(attrs.asdict(answer))], fds)
+    socket.send_fds(to, [_packed(attrs.asdict(answer))], fds)
 
 
 def receive_answer(source: socket.socket) -> Answer | Refusal | None:
@@ -220,7 +229,7 @@ def receive_answer(source: socket.socket) -> Answer | Refusal | None:
         os.set_inheritable(fd, False)
     if not data:
         return None
-    raw = msgpack.unpackb(data)
+    raw = _unpacked(data)
     if "refusal" in raw:
         return Refusal(**raw["refusal"])
     ours = iter(fds)

@@ -269,6 +269,8 @@ def _extremes(record: Record) -> dict[str, list[Any]]:
         signed = c_type.startswith("s")
         values = [0, 1, (1 << bits - 1) - 1, (1 << bits - signed) - 1]
         values += [-1, -(1 << bits - 1)] if signed else [1 << bits - 1]
+        if member in ("ts_ns", "sock"):  # no clock goes further, nor do the numbers of sockets
+            values = [value for value in values if value < 1 << 63]
         # A state beyond those that there are is a number; that of the CPU is one.
         extremes[member] = [bool(value) for value in values] if c_type == "bool" else values
     return extremes

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 import time
 import tracemalloc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,7 +21,9 @@ from hypothesis import strategies as st
 
 from tcplat_core import Event, Loss, Merge, printable
 from tcplat_core.capture import Capture
+from tcplat_core.filters import Filter
 from tcplat_core.formats import LONGEST
+from tcplat_core.loader.protocol import Request
 from tcplat_core.plugins import Plugins
 from tcplat_core.schema import SCHEMA_VERSION, text
 from tcplat_core.testing import make_event
@@ -273,3 +280,142 @@ def test_items_are_what_they_say() -> None:
     _, items = read(line(lost={"probe": "p", "point": "q", "count": (1 << 63) - 1}))
     assert items == [Loss("p", "q", (1 << 63) - 1)]
     assert all(isinstance(item, Event | Loss) for item in items)
+
+
+# --- names and arguments, on standard error
+
+NAME = b"c\xff\xc2\x9b\x1b[2J\x7f\xe2\x80\xae".decode("utf-8", "surrogateescape")
+CONTROLS = re.compile(rb"[\x00-\x09\x0b-\x1f\x7f]|\xc2[\x80-\x9f]|\xe2\x80[\x8e\x8f\xa8-\xae]")
+
+
+def tcplat(folder: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+    done = subprocess.run(
+        [sys.executable, "-I", "-m", "tcplat_core", *arguments],
+        capture_output=True,
+        check=False,
+        cwd=folder,
+        timeout=120,
+        env={**os.environ, "COLUMNS": ""},
+    )
+    assert b"Traceback" not in done.stderr, done.stderr.decode()
+    assert not CONTROLS.search(done.stdout + done.stderr)
+    return done
+
+
+@pytest.mark.parametrize(
+    ("status", "arguments"),
+    [
+        (0, ("replay", NAME)),
+        (0, ("replay", NAME, "--sink", f"jsonl:path={NAME}.out")),
+        (0, ("replay", NAME, "--comm", NAME[:8])),
+        (0, ("report", NAME, "-o", "page.html")),
+        (0, ("report", NAME, "-o", f"{NAME}.json", "--format", "perfetto")),
+        (0, ("diff", NAME, NAME)),
+        (1, ("merge", NAME, NAME)),
+        (2, ("replay", f"{NAME}.gone")),
+        (2, ("replay", f"unix:{NAME}")),
+        (2, ("replay", f"tcp:{NAME}:1")),
+        (2, ("replay", NAME, "--netns", NAME)),
+        (2, ("replay", NAME, "--addr", NAME)),
+        (2, ("replay", NAME, "--port", NAME)),
+        (2, ("replay", NAME, "--min-latency", NAME)),
+        (2, ("replay", NAME, f"--{NAME}")),
+        (2, (NAME,)),
+        (4, ("replay", NAME, "--sink", NAME)),
+        (2, ("replay", NAME, "--sink", f"jsonl:{NAME}=1")),
+        (2, ("report", NAME, "-o", "x" * 300)),
+        (2, ("replay", NAME, "--sink", f"jsonl:path={'x' * 300}")),
+        (2, ("replay", NAME, "--sink", f"msgpack:unix={'x' * 300}")),
+        (4, ("plugins", "show", NAME)),
+        (4, ("plugins", "check", NAME)),
+        (2, ("plugins", "new", "sink", NAME)),
+    ],
+)
+def test_an_argument_is_never_sent_to_the_terminal_as_it_is(
+    tmp_path: Path, status: int, arguments: tuple[str, ...]
+) -> None:
+    good = line(**of_row()) + b"damaged\n"
+    (tmp_path / NAME).write_bytes(good + line(report={"probes": {}, "duration_s": 1.0}))
+    assert tcplat(tmp_path, *arguments).returncode == status
+
+
+PLUGIN = f"""
+from tcplat_core import Option, SinkSpec, hookimpl
+
+class Sink:
+    def __init__(self, *_): pass
+    def write(self, batch): raise ValueError({EVIL!r})
+    def lost(self, loss): pass
+    def close(self, report): pass
+
+@hookimpl
+def tcplat_register_sinks():
+    yield SinkSpec(name="evil", summary={EVIL!r}, factory=Sink, options=(
+        Option(name="x", help={EVIL!r}, metavar={EVIL!r}, default={EVIL!r}),))
+"""
+
+
+def test_what_a_plugin_says_is_never_sent_to_the_terminal_as_it_is(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "evil.py").write_text(PLUGIN, encoding="utf-8")
+    (site / "worse.py").write_text(f"raise ImportError({EVIL!r})", encoding="utf-8")
+    metadata = site / "evil-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Name: evil\nVersion: 1\x1b[2J\x7f\n", encoding="utf-8")
+    points = "[tcplat]\nevil = evil\nworse = worse\n[tcplat.commands]\nworse = worse:x\n"
+    (metadata / "entry_points.txt").write_text(points, encoding="utf-8")
+    (tmp_path / "c").write_bytes(line(**of_row()))
+    program = (
+        f"import sys; sys.path.insert(0, {str(site)!r}); "
+        "from tcplat_core.cli import main; sys.argv[0] = 'tcplat'; main()"
+    )
+    for arguments in (
+        ["plugins", "list"],
+        ["plugins", "list", "--json"],
+        ["plugins", "show", "evil"],
+        ["plugins", "show", "evil", "--json"],
+        ["plugins", "check", "evil"],
+        ["replay", "c", "--sink", "evil", "--sink", "jsonl"],
+        ["worse"],
+        ["--help"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", program, *arguments],
+            capture_output=True,
+            check=False,
+            cwd=tmp_path,
+            timeout=120,
+        )
+        assert b"Traceback" not in done.stderr, done.stderr.decode()
+        assert not CONTROLS.search(done.stdout + done.stderr), arguments
+        if "--json" in arguments:
+            json.loads(done.stdout)
+
+
+def test_a_name_that_is_no_utf8_reaches_the_loader_and_comes_back() -> None:
+    request = Request(
+        probes=(), attach="auto", filter=Filter(netns_at=NAME), events=True, aggregation=None
+    )
+    assert Request.unpack(request.pack()).filter.netns_at == NAME
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a mount namespace needs root")
+@pytest.mark.parametrize(
+    ("status", "arguments"),
+    [(0, "replay c"), (0, "report c -o p"), (0, "diff c c"), (0, "plugins list"), (3, "doctor")],
+)
+def test_without_proc_it_works_or_says_so(tmp_path: Path, status: int, arguments: str) -> None:
+    (tmp_path / "c").write_bytes(line(**of_row()))
+    script = f"mount -t tmpfs none /proc && exec {sys.executable} -I -m tcplat_core {arguments}"
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script],
+        capture_output=True,
+        check=False,
+        cwd=tmp_path,
+        timeout=120,
+    )
+    assert b"Traceback" not in done.stderr
+    assert done.returncode == status, done.stderr
+    if status:
+        assert b"there is no /proc: mount it" in done.stderr

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import click
 from tcplat_stages.join import Joiner, Told
 
-from tcplat_core import Reader
+from tcplat_core import Reader, printable
 
 
 def told(reader: Reader, joiner: Joiner) -> Iterator[Told]:
@@ -31,4 +31,4 @@ def remarks(reader: Reader, joiner: Joiner) -> Iterator[str]:
 
 def say(sentence: str) -> None:
     """A line on stderr."""
-    click.echo(f"tcplat: {sentence}", err=True)
+    click.echo(f"tcplat: {printable(sentence)}", err=True)

@@ -41,7 +41,7 @@ def join_captures(first: str, second: str, output: str, *, quiet: bool) -> None:
     offset = sightings.corridor.offset()
     own, joined = _hosts(readers, offset)
     shift = _Shift(offset, joined[0].host, unix_ns or 0)
-    again = [Reader.open(one.name, quiet=quiet, again=True) for one in readers]
+    again = [Reader.open(where, quiet=quiet, again=True) for where in (first, second)]
     with whole_file(output) as file:
         _write(file, [*own, *joined], again, shift)
     if not quiet:
