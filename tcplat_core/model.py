@@ -13,7 +13,7 @@ from .histogram import Aggregates, Aggregation, Histogram
 from .hookpoints import HookPoint, Interfaces, checked_name
 from .kinds import Kind
 from .maps import Maps, ReadableMap
-from .schema import Count, Event, Positive, Moment, Number, Real, checked_event, cleaned
+from .schema import Count, Event, Moment, Number, Positive, Real, checked_event, cleaned
 
 
 @attrs.frozen(kw_only=True)
