@@ -28,6 +28,7 @@ from tcplat_core.errors import CannotRunError, TcplatError
 _PR_SET_PDEATHSIG = 1
 _PER_LINUX = 0
 _PREFIX = "tcplat-work-"
+"""Then comes the pid of whoever asked for us."""
 _TEMPORARY = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"), Path("/run"))  # noqa: S108 - see below
 """Not tempfile's choice: that asks TMPDIR first, and the current folder last. All may write there,
 but the folder's name is random, and its mode 0700 from the start."""
@@ -120,7 +121,7 @@ class WorkFolder:
             CannotRunError: There is no place to write at.
         """
         global _work  # noqa: PLW0603 - a process has one
-        name = f"{_PREFIX}{secrets.token_hex(8)}"
+        name = f"{_PREFIX}{_parent}-{secrets.token_hex(8)}"
         paths = [one / name for one in (*([parent] if parent else ()), *_TEMPORARY)]
         wait, pipe = os.pipe()
         sys.stdout.flush()

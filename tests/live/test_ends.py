@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -178,6 +180,78 @@ def test_nothing_stays_attached(number: int, running_tcplat: Start) -> None:
     run.process.send_signal(number)
     run.process.wait(patience())
     eventually(lambda: not loaded(ids), "all its programs were unloaded")
+
+
+def helpers(pid: int) -> list[int]:
+    """The descendants of a process: what loads, tries out and tidies up for it."""
+    found = []
+    with contextlib.suppress(OSError):  # it has ended
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            found += [int(child), *helpers(int(child))]
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Whether it runs: one that waits for an init that collects none has ended."""
+    with contextlib.suppress(OSError):
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    return False
+
+
+def folders(pid: int) -> list[Path]:
+    """Temporary folders of such a tcplat."""
+    places = ("/var/cache/tcplat", "/tmp", "/var/tmp", "/dev/shm", "/run")  # noqa: S108 - where to look
+    return [one for place in places for one in Path(place).glob(f"tcplat-work-{pid}-*")]
+
+
+def nothing_remains(pid: int, there: Sequence[int], programs: Sequence[int]) -> bool:
+    """Whether a tcplat that was killed is gone with its helpers, folders and programs."""
+    return not (any(map(alive, there)) or folders(pid) or loaded(programs))
+
+
+KILLED: Mapping[str, tuple[str, ...]] = {
+    "run": ("run", "-q", "--probe", "tcp_client", "--sink", "jsonl", "--min-latency", "{new}"),
+    "plugins check": ("plugins", "check", "tcp_client"),
+}
+
+
+@pytest.mark.parametrize("what", KILLED)
+def test_killed_at_any_instant_it_leaves_nothing(
+    what: str, measured: Callable[[str], None]
+) -> None:
+    """No process, program or folder, half a second later; nothing has been compiled before."""
+    within_s = 2 * SLOW  # on a machine that does nothing else, it compiles from 0.2 to 1 s
+
+    def start() -> subprocess.Popen[bytes]:
+        # A filter that no run has had: no cache spares the compiler.
+        new = f"{1 << 30 | int.from_bytes(os.urandom(4), 'big')}ns"
+        words = [word.format(new=new) for word in KILLED[what]]
+        return subprocess.Popen(
+            [*TCPLAT, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    busy, longest = 0, 0.0
+    for _ in range(20):
+        one = start()
+        time.sleep(random.uniform(0, within_s))  # noqa: S311 - any instant will do
+        there = helpers(one.pid)
+        programs: list[int] = []
+        for pid in (one.pid, *there):
+            with contextlib.suppress(OSError):
+                programs += programs_of(pid)
+        busy += bool(there)
+        one.kill()
+        killed = time.monotonic()
+        one.wait()
+        load = max(1, os.getloadavg()[0] / (os.cpu_count() or 1))
+        gone = partial(nothing_remains, one.pid, there, programs)
+        eventually(gone, "nothing was left", seconds=0.5 * load)
+        longest = max(longest, time.monotonic() - killed)
+    assert busy, "never was anything under way"
+    measured(
+        f"{what} killed at 20 instants of {within_s:.1f} s, {busy} of them with helpers: "
+        f"nothing left after {longest:.2f} s at most"
+    )
 
 
 def test_killed_while_it_loads(start_tcplat: Start) -> None:
