@@ -21,7 +21,7 @@ test: $(VENV)/dev
 	$(BIN)/pytest tests/unit plugins
 	TCPLAT_REQUIRE_ROOT=1 $(BIN)/pytest tests/live
 
-# The same traffic under Debian's 6.1 and 6.12, which have kprobes and fentry.
+# The same traffic under Debian's 5.10, 6.1 and 6.12, which have kprobes and fentry.
 test-vm: $(VENV)/dev
 	@$(call apt,$(TEST_PACKAGES))
 	$(BIN)/python tests/vm/run.py --install

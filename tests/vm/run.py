@@ -12,10 +12,11 @@ Exit status: the command's own (128 + N when signal N killed it), from the first
 not 0; 124 when the time was up; 125 when the machine could not run it (the guest's last console
 lines say why); 2 for a usage error.
 
-`kernels.txt` lists the kernels. Their packages are fetched once, with apt, into
-`$XDG_CACHE_HOME/tcplat-vm`, beside a private apt configuration: this machine's own package sources
-and lists stay as they are. KVM is not used, so it runs anywhere, about ten times slower than the
-machine itself. The host must be x86-64; `--install` installs the Debian packages that it needs.
+`kernels.txt` lists the kernels, `more-kernels.txt` those that have to be named. Their packages are
+fetched once, with apt, into `$XDG_CACHE_HOME/tcplat-vm`, beside a private apt configuration: this
+machine's own package sources and lists stay as they are. KVM is not used, so it runs anywhere,
+about ten times slower than the machine itself. The host must be x86-64; `--install` installs the
+Debian packages that it needs.
 """
 
 from __future__ import annotations
@@ -47,12 +48,19 @@ if TYPE_CHECKING:
     from types import FrameType
 
 # All that the harness needs from Debian, beside what every Debian has.
-PACKAGES = ("busybox-static", "debian-archive-keyring", "kmod", "qemu-system-x86", "zstd")
+PACKAGES = (
+    *("busybox-static", "debian-archive-keyring", "kmod", "qemu-system-x86"),
+    *("squashfs-tools", "zstd"),
+)
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 KERNELS = Path(__file__).with_name("kernels.txt")
+MORE_KERNELS = Path(__file__).with_name("more-kernels.txt")
 # The cloud flavour cannot mount 9p; the real-time one is another scheduler's kernel.
 UNWANTED_FLAVOURS = ("-cloud-", "-rt-")
-MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay")
+MODULES = (
+    *("virtio_pci", "virtio_console", "virtio_blk", "squashfs"),
+    *("9pnet_virtio", "9p", "overlay"),
+)
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 EXIT_TIMEOUT = 124
@@ -317,12 +325,39 @@ class Cache:
             (archive,) = Path(new).glob("*.deb")
             tree = Path(new, "tree")
             output_of("dpkg", "-x", archive, tree)
+            if not (tree / "boot").exists():
+                self._unpack_parts(Path(new), tree, package.partition("=")[0], env)
+            if (tree / "usr/lib/modules").exists():
+                (tree / "lib").mkdir(exist_ok=True)
+                (tree / "usr/lib/modules").rename(tree / "lib/modules")
             output_of(tool("depmod"), "-b", tree, release_of(tree))
             unpack_image(tree / "boot" / f"vmlinuz-{release_of(tree)}", tree / "vmlinux")
             tree.rename(target)
         for old in target.parent.glob("*"):
             if kernel.matches(old.name) and old != target:
                 shutil.rmtree(old)
+
+    def _unpack_parts(self, new: Path, tree: Path, package: str, env: dict[str, str]) -> None:
+        """Unpacks what an image package only depends on: so Debian's are from 6.19 on.
+
+        Args:
+            new: Where to download to.
+            tree: Gets the files, where older packages have them.
+            package: The image package.
+            env: For apt.
+        """
+        release = package.removeprefix("linux-image-")
+        said = output_of("apt-cache", "depends", "--important", package, env=env).split()
+        names = [word for word in said if word.startswith("linux-") and word.endswith(release)]
+        names.remove(package)
+        output_of("env", f"--chdir={new}", "apt-get", "download", "-q", *names, env=env)
+        for archive in new.glob("*.deb"):
+            output_of("dpkg", "-x", archive, tree)
+        (tree / "boot").mkdir(exist_ok=True)
+        for name in ("vmlinuz", "config"):
+            beside_the_modules = tree / "usr/lib/modules" / release / name
+            if beside_the_modules.exists():
+                beside_the_modules.rename(tree / "boot" / f"{name}-{release}")
 
 
 def unpack_image(image: Path, target: Path) -> None:
@@ -376,16 +411,21 @@ INIT = """\
 #!/bin/busybox sh
 /bin/busybox --install -s /bin
 set -e
-mkdir -p /proc /sys /dev /host /rw /new
+mkdir -p /proc /sys /dev /host /rw /new /copied
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
 for module in $(cat /modules/order); do insmod /modules/$module; done
 plan9=version=9p2000.L,trans=virtio,access=any,msize=512000
 mount -t 9p -o ro,cache=loose,$plan9 root /host
+lower=/host
+if [ -e /dev/vda ]; then
+    mount -t squashfs -o ro /dev/vda /copied
+    lower=/copied:/host
+fi
 mount -t tmpfs -o size=75% rw /rw
 mkdir /rw/upper /rw/work
-mount -t overlay -o xino=off,lowerdir=/host,upperdir=/rw/upper,workdir=/rw/work root /new
+mount -t overlay -o xino=off,lowerdir=$lower,upperdir=/rw/upper,workdir=/rw/work root /new
 mount -t tmpfs -o mode=755 run /new/run
 mkdir -p /new/lib/modules/{release} /new/boot
 mount --bind /host{tree}/lib/modules/{release} /new/lib/modules/{release}
@@ -422,7 +462,12 @@ mkdir /sys/fs/cgroup/command
 sh -c 'echo $$ > /sys/fs/cgroup/command/cgroup.procs; exec setsid sh /run/command' \
     < /dev/null > /run/output 2>&1
 code=$?
-echo 1 > /sys/fs/cgroup/command/cgroup.kill
+# cgroup.kill came with 5.14 (661ee6280931).
+if [ -e /sys/fs/cgroup/command/cgroup.kill ]; then
+    echo 1 > /sys/fs/cgroup/command/cgroup.kill
+else
+    while pids=$(cat /sys/fs/cgroup/command/cgroup.procs) && [ "$pids" ]; do kill -9 $pids; done
+fi
 wait $drain
 echo $code > "$status"
 echo o > /proc/sysrq-trigger
@@ -524,16 +569,48 @@ def initramfs(tree: Path, command: str, *, out: bool) -> bytes:
 # ---- running it
 
 
+def copy_in(paths: Sequence[Path], run: Path) -> None:
+    """Makes the image that the guest finds these files in, at their own paths.
+
+    Before 5.13 9p reads a file page by page, each a request: libLLVM alone takes a minute.
+
+    Args:
+        paths: Files, and folders with all that is in them.
+        run: The run's own folder, where the image goes.
+    """
+    words = [str(path.absolute()).lstrip("/") for path in paths]
+    pack = ["tar", "-C", "/", "-c", "--exclude=.git", "--ignore-failed-read", "--", *words]
+    # Nothing is compressed: the guest is slow.
+    options = ("-tar", "-noI", "-noD", "-noF", "-noX", "-no-progress", "-quiet")
+    with subprocess.Popen(pack, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as tar:
+        done = subprocess.run(
+            [tool("mksquashfs"), "-", str(run / "copied"), *options],
+            stdin=tar.stdout,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        raise VmError(f"mksquashfs failed: {done.stderr.strip()}")
+
+
 def qemu_command(qemu: str, tree: Path, run: Path, out: Path | None, *, memory: str) -> list[str]:
     """Gives the command that starts the virtual machine.
 
     Args:
         qemu: The program.
         tree: The kernel's unpacked package.
-        run: The run's own folder, with the initramfs in it.
+        run: The run's own folder, with the initramfs in it, and what copy_in() made.
         out: A folder of the host that the guest may write, or None.
         memory: How much, as qemu takes it.
     """
+    disk: tuple[str, ...] = ()
+    if (run / "copied").exists():
+        where = str(run / "copied").replace(",", ",,")
+        disk = (
+            *("-drive", f"file={where},if=none,id=copied,format=raw,readonly=on"),
+            *("-device", "virtio-blk-pci,drive=copied"),
+        )
 
     def share(tag: str, path: Path, *options: str) -> tuple[str, ...]:
         # In an option of qemu's, a comma is written twice.
@@ -560,6 +637,7 @@ def qemu_command(qemu: str, tree: Path, run: Path, out: Path | None, *, memory: 
         *("-append", "console=ttyS0 panic=-1 oops=panic"),
         *("-serial", f"file:{run / 'console'}"),
         *share("root", Path("/"), "readonly=on"),
+        *disk,
         *(share("out", out) if out else ()),
         *("-device", "virtio-serial-pci"),
         # Not qemu's stdio: it counts as unplugged once its input ends, and the guest's writes hang.
@@ -661,6 +739,8 @@ def boot(kernel: Kernel, tree: Path, command: Sequence[str], options: argparse.N
             out.mkdir(parents=True, exist_ok=True)
         script = command_script(command, kernel.name, Path.cwd())
         (run / "initramfs").write_bytes(initramfs(tree, script, out=out is not None))
+        if options.copy:
+            copy_in(options.copy, run)
         start = qemu_command(tool(options.qemu), tree, run, out, memory=options.memory)
         with started(start, options.timeout) as guest:
             show(guest, prefix.encode())
@@ -715,12 +795,15 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tcplat-vm"
 
 
-def parse(arguments: Sequence[str], names: Iterable[str]) -> argparse.Namespace:
+def parse(
+    arguments: Sequence[str], names: Iterable[str], more: Iterable[str] = ()
+) -> argparse.Namespace:
     """Reads the command line.
 
     Args:
         arguments: Without the program's name.
-        names: The kernels that there are.
+        names: The kernels that are meant where none is named.
+        more: Others that can be named.
     """
     names = list(names)
     parser = argparse.ArgumentParser(
@@ -729,7 +812,10 @@ def parse(arguments: Sequence[str], names: Iterable[str]) -> argparse.Namespace:
         usage="%(prog)s [options] -- COMMAND [ARGS]",
     )
     parser.add_argument(
-        "--kernel", action="append", choices=names, help="which kernel (repeatable; default: all)"
+        "--kernel",
+        action="append",
+        choices=[*names, *more],
+        help=f"which kernel (repeatable; default: {', '.join(names)})",
     )
     parser.add_argument(
         "--timeout", type=float, default=900, help="seconds per kernel (default: %(default)s)"
@@ -740,6 +826,14 @@ def parse(arguments: Sequence[str], names: Iterable[str]) -> argparse.Namespace:
         type=Path,
         metavar="DIR",
         help="keep what is written to $TCPLAT_VM_OUT in DIR/KERNEL",
+    )
+    parser.add_argument(
+        "--copy",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="PATH",
+        help="have the guest read this faster (repeatable)",
     )
     parser.add_argument("--install", action="store_true", help="install missing Debian packages")
     parser.add_argument("--update", action="store_true", help="look for newer kernel packages")
@@ -801,7 +895,8 @@ def main(arguments: Sequence[str]) -> int:
         signal.signal(number, interrupted)
     try:
         known = read_kernels(KERNELS.read_text())
-        return run(parse(arguments, known), known)
+        more = read_kernels(MORE_KERNELS.read_text())
+        return run(parse(arguments, known, more), known | more)
     except VmError as error:
         say(f"{Path(sys.argv[0]).name}: {error}")
         return EXIT_FAILED

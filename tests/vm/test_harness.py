@@ -105,7 +105,8 @@ def has_ended(pid: int) -> bool:
 
 def test_the_list_of_kernels_is_well_formed() -> None:
     kernels = run.read_kernels(run.KERNELS.read_text())
-    assert {"6.1", "6.12"} <= set(kernels)
+    assert {"5.10", "6.1", "6.12"} <= set(kernels)
+    assert not set(kernels) & set(run.read_kernels(run.MORE_KERNELS.read_text()))
 
 
 def test_a_kernel_is_one_line() -> None:
@@ -224,6 +225,60 @@ def test_a_missing_program_names_the_remedy() -> None:
         run.tool("no-such-program")
 
 
+def packed(folder: Path, package: str, files: dict[str, bytes]) -> None:
+    """A Debian package of that name in a folder."""
+    root = folder / "made"
+    for name, content in {
+        "DEBIAN/control": f"Package: {package}\nVersion: 1\nArchitecture: all\n"
+        "Maintainer: x <x@example.org>\nDescription: x\n".encode(),
+        **files,
+    }.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    run.output_of("dpkg-deb", "-b", root, folder / f"{package}.deb")
+    shutil.rmtree(root)
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no dpkg")
+def test_an_image_in_parts_becomes_one_tree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So Debian packs kernels from 6.19 on: vmlinuz and config are beside the modules."""
+    release = "7.3.4-amd64"
+    kernel = run.Kernel("7.3", "linux-image-7.3.*-amd64", "backports")
+    modules = f"usr/lib/modules/{release}"
+    parts = {
+        f"linux-image-{release}": {},
+        f"linux-base-{release}": {f"{modules}/config": b"config"},
+        f"linux-binary-{release}": {f"{modules}/vmlinuz": kernel_image(lzma.compress(b"ELF"))},
+        f"linux-modules-{release}": {f"{modules}/kernel/9p.ko": b"module"},
+    }
+    real = run.output_of
+
+    def output_of(*command: str | Path, env: dict[str, str] | None = None) -> str:
+        words = list(map(str, command))
+        if "pkgnames" in words:
+            return f"linux-image-{release}\n"
+        if "madison" in words:
+            return f"linux-image-{release} | 1 | http://m/debian backports/main amd64 Packages\n"
+        if "depends" in words:
+            return "".join(f"Depends: {part}\n" for part in ("linux-base", "dracut", *parts))
+        if "download" in words:
+            for name in words[words.index("-q") + 1 :]:
+                package = name.partition("=")[0]
+                packed(Path(words[1].partition("=")[2]), package, parts[package])
+            return ""
+        return "" if words[0].endswith("depmod") else real(*command, env=env)
+
+    monkeypatch.setattr(run, "output_of", output_of)
+    monkeypatch.setattr(run.Cache, "_apt", lambda *_: {})
+    tree = run.Cache(tmp_path).fetch([kernel])["7.3"]
+    assert (tree / "vmlinux").read_bytes() == b"ELF"
+    assert (tree / f"boot/config-{release}").read_bytes() == b"config"
+    assert (tree / f"lib/modules/{release}/kernel/9p.ko").read_bytes() == b"module"
+    assert run.release_of(tree) == release
+
+
 # ---- the guest's files
 
 
@@ -267,6 +322,24 @@ def test_qemu_gets_commas_doubled(tree: Path, tmp_path: Path) -> None:
     command = run.qemu_command("qemu", tree, tmp_path, Path("/a,b"), memory="2G")
     assert any(word.startswith("local,id=out,path=/a,,b,") for word in command)
     assert any(word.endswith("readonly=on") and "id=root" in word for word in command)
+
+
+@pytest.mark.skipif(shutil.which("mksquashfs") is None, reason="no squashfs-tools")
+def test_what_is_copied_is_at_its_own_path(tree: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "a, b"
+    folder.mkdir()
+    (folder / "file").write_text("content")
+    machine = tmp_path / "run,1"
+    machine.mkdir()
+    run.copy_in([folder, tmp_path / "missing"], machine)
+    command = run.qemu_command("qemu", tree, machine, None, memory="2G")
+    assert any(f"file={tmp_path}/run,,1/copied," in word for word in command)
+    path = str(folder / "file").lstrip("/")
+    assert run.output_of("unsquashfs", "-cat", machine / "copied", path) == "content"
+
+
+def test_nothing_is_copied_unless_asked_for(tree: Path, tmp_path: Path) -> None:
+    assert "-drive" not in run.qemu_command("qemu", tree, tmp_path, None, memory="2G")
 
 
 def test_the_console_cannot_act_on_a_terminal(tmp_path: Path) -> None:
@@ -387,6 +460,11 @@ def test_nothing_is_left_behind(
 def test_all_kernels_unless_named() -> None:
     assert run.parse(["--", "true"], ["a", "b"]).kernel == ["a", "b"]
     assert run.parse(["--kernel", "b", "--kernel", "b", "--", "true"], ["a", "b"]).kernel == ["b"]
+
+
+def test_a_kernel_that_is_not_usual_has_to_be_named() -> None:
+    assert run.parse(["--", "true"], ["a"], ["b"]).kernel == ["a"]
+    assert run.parse(["--kernel", "b", "--", "true"], ["a"], ["b"]).kernel == ["b"]
 
 
 def test_what_follows_the_dashes_is_the_commands() -> None:
