@@ -17,7 +17,7 @@ from . import privileges
 from .errors import CannotRunError
 from .fast.library import library
 from .hookpoints import MECHANISMS
-from .loader.attach import refuse_without_capabilities
+from .loader.attach import USE, refuse_without_capabilities
 from .loader.bpf import (
     lift_memory_limit,
     refuse_other_machines,
@@ -76,6 +76,7 @@ def examine() -> tuple[list[Check], dict[str, Any]]:
     ]
     if checks[1].ok:
         checks += [_mechanism(host, name) for name in MECHANISMS]
+        checks.append(_owners(sight))
     privileges.drop()
     probes: dict[str, Any] = {}
     if checks[1].ok:
@@ -195,6 +196,17 @@ def _mechanism(host: Host, name: str) -> Check:
     if reason:
         return Check(name, None, reason)
     return Check(name, True, "works") if may_load() else Check(name, None, "not tried")
+
+
+def _owners(sight: Sight) -> Check:
+    """Whether reads and writes are seen, for probes that see nothing but packets."""
+    reasons = [sight.why_not(way) for way in USE.ways]
+    if None in reasons:
+        seen = described(USE.ways[reasons.index(None)])
+        return Check("owners", True, f"by {seen}, also for probes that see packets only")
+    reason = "; ".join(dict.fromkeys(filter(None, reasons)))
+    found = f"for probes that see packets only, a connection stays its listener's: {reason}"
+    return Check("owners", None, found, "run by root on a kernel with kprobes, or 6.3 and newer")
 
 
 def as_json(checks: list[Check], probes: Mapping[str, Any]) -> dict[str, Any]:

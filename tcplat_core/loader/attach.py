@@ -11,13 +11,23 @@ import attrs
 
 from tcplat_core import netdev, owners
 from tcplat_core.errors import NEEDS_ROOT, TOO_MANY_FILES, CannotRunError, PluginError
-from tcplat_core.hookpoints import Hook, HookPoint, Way
+from tcplat_core.hookpoints import (
+    Hook,
+    HookPoint,
+    Way,
+    fenter,
+    fentry,
+    kentry,
+    kprobe,
+    tracepoint,
+)
 from tcplat_core.ring import possible_cpus
 
 from . import bpf, isolation, kheaders, seeding, xdp
 from .btf import BtfError
 from .cache import Cache, digest, kernel_identity
 from .compile import (
+    CGROUP_TYPES,
     CORE_TYPES,
     KFUNC,
     SHARED_PREFIX,
@@ -37,6 +47,50 @@ _PROGRAM_TYPES = {
     "kretprobe": bpf.ProgramType.KPROBE,
     "tracepoint": bpf.ProgramType.RAW_TRACEPOINT,
 }
+
+_SOCK = "const struct sock *"
+_USE = ("tcplat_on_use", "struct sock *", "int", "int")
+_TOUCHED = ("tcp_recvmsg", "tcp_sendmsg")
+
+DESTROY = HookPoint("destroy", (tracepoint("tcp:tcp_destroy_sock", "tcplat_on_destroy", _SOCK),))
+EXIT = HookPoint(
+    "exit", (tracepoint("sched:sched_process_exit", "tcplat_on_exit", "struct task_struct *"),)
+)
+FORK = HookPoint(
+    "fork",
+    (
+        tracepoint(
+            "sched:sched_process_fork",
+            "tcplat_on_fork",
+            *("struct task_struct *", "struct task_struct *"),
+        ),
+    ),
+)
+STATE = HookPoint(
+    "state",
+    (tracepoint("sock:inet_sock_set_state", "tcplat_on_state", _SOCK, "const int", "const int"),),
+)
+QUEUE = HookPoint(
+    "queue", (tracepoint("net:net_dev_queue", "tcplat_on_queue", "struct sk_buff *"),)
+)
+USE = HookPoint(
+    "use",
+    (
+        # Came with 6.3 (6e6eda44b939).
+        Way(
+            "tracepoint",
+            (
+                *tracepoint("sock:sock_recv_length", *_USE).hooks,
+                *tracepoint("sock:sock_send_length", *_USE).hooks,
+            ),
+        ),
+        fentry(*(fenter(func, "tcplat_on_use_fentry", "sk", "msg") for func in _TOUCHED)),
+        kprobe(*(kentry(func, "tcplat_on_use_kprobe", "sk", "msg") for func in _TOUCHED)),
+    ),
+    optional=True,
+)
+CORE = (DESTROY, EXIT, FORK, STATE, QUEUE, USE)
+"""Where the core's own programs (core.bpf.h) listen."""
 
 
 class WayClosedError(Exception):
@@ -87,19 +141,27 @@ class Loader:
                 choose(_listened(probe), self.request.attach, self._why_not, probe.name)
                 for probe in self.request.probes
             ]
-            if len(self._host.facts) > known:
-                self.cache.write(f"{self._kernel}.facts", self._host.facts)
             try:
                 return self._attempt(choices)
             except WayClosedError as closed:
                 self._closed[closed.way] = closed.reason
                 self._undo()
+            finally:
+                if len(self._host.facts) > known:
+                    self.cache.write(f"{self._kernel}.facts", self._host.facts)
 
     @property
     def _follows_packets(self) -> bool:
         """Whether packets have to be told apart by process."""
         xdp_wanted = any(probe.interfaces is not None for probe in self.request.probes)
         return xdp_wanted and self.request.filter.by_task
+
+    @property
+    def _reads_cgroups(self) -> bool:
+        """Whether a cgroup's ancestors are read in its struct: see filter.bpf.h."""
+        return bool(self.request.filter.cgroup) and bool(
+            self._host.fact("struct cgroup.ancestor_ids", is_tracepoint=False)
+        )
 
     @property
     def _tracks(self) -> bool:
@@ -121,7 +183,7 @@ class Loader:
         # A socket that ends while the probes are attached one by one must not leave its entry
         # to the next one at its address. Nobody listens yet: its last row is not missed.
         before = len(self._fds)
-        self._core(core, "tcplat_on_destroy", "tcp:tcp_destroy_sock")
+        self._core(core, DESTROY)
         early = self._fds[before:]
         programs = [
             {
@@ -133,7 +195,7 @@ class Loader:
             for module, choice in zip(modules, choices, strict=True)
         ]
         # Last, so that on one tracepoint it runs after the probes' own handlers.
-        self._core(core, "tcplat_on_destroy", "tcp:tcp_destroy_sock")
+        self._core(core, DESTROY)
         for fd in early:
             self._fds.remove(fd)
             os.close(fd)
@@ -172,17 +234,14 @@ class Loader:
         if pids is not None:
             for pid in pids:
                 bpf.map_update(self._shared["tcplat_pids"], _u32(pid), _u32(1))
-            self._core(core, "tcplat_on_exit", "sched:sched_process_exit")
+            self._core(core, EXIT)
         if self._tracks:
-            self._core(core, "tcplat_on_state", "sock:inet_sock_set_state")
+            self._core(core, STATE)
             if self._follows_packets:
-                self._core(core, "tcplat_on_queue", "net:net_dev_queue")
-            for use in ("sock:sock_recv_length", "sock:sock_send_length"):
-                # Before 6.3 a connection's owner stays its listener's.
-                if self._host.fact(use, is_tracepoint=True):
-                    self._core(core, "tcplat_on_use", use)
+                self._core(core, QUEUE)
+            self._core(core, USE)
         if self.request.follow:
-            self._core(core, "tcplat_on_fork", "sched:sched_process_fork")
+            self._core(core, FORK)
 
     def _open(self, probe: ProbeRequest, choice: Choice, room: int) -> _Module:
         """Compile a probe, or take it from the cache, and create its maps."""
@@ -190,7 +249,7 @@ class Loader:
         text = program_text(probe, taken=taken, defines=self._defines(probe))
         if self.request.debug:
             sys.stderr.write(text)
-        types = sorted({*CORE_TYPES, *probe.types})
+        types = sorted({*CORE_TYPES, *(CGROUP_TYPES if self._reads_cgroups else ()), *probe.types})
         name = digest(
             self._kernel.encode(), compiler_identity(), text.encode(), *map(str.encode, types)
         )
@@ -222,6 +281,8 @@ class Loader:
             defines["TCPLAT_DEBUG"] = 1
         if self._tracks:
             defines["TCPLAT_TRACK"] = 1
+        if self._reads_cgroups:
+            defines["TCPLAT_READ_CGROUPS"] = 1
         if cast := self._host.cast():
             defines["TCPLAT_CAST"] = KFUNC + cast
         if not self.request.events:
@@ -304,12 +365,20 @@ class Loader:
                     attached.append(one)
         return attached, skipped
 
-    def _core(self, module: _Module, program: str, tracepoint: str) -> None:
-        way = Way("tracepoint", (Hook(tracepoint, program, "tracepoint"),))
-        try:
-            self._attach(module, way, way.hooks[0])
-        except WayClosedError as error:
-            raise CannotRunError(f"this kernel cannot serve the core: {error.reason}") from error
+    def _core(self, module: _Module, point: HookPoint) -> None:
+        """One of the core's own hook points, by a tracepoint or by what --attach allows."""
+        reasons = []
+        for way in point.ways:
+            if self.request.attach not in ("auto", way.mechanism) and way.mechanism != "tracepoint":
+                continue
+            reason = self._why_not(way)
+            if reason is None:
+                for hook in way.hooks:
+                    self._attach(module, way, hook)
+                return
+            reasons.append(reason)
+        if not point.optional:
+            raise CannotRunError(f"this kernel cannot serve the core: {'; '.join(reasons)}")
 
     def _undo(self) -> None:
         for fd in self._fds:

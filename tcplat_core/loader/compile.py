@@ -48,6 +48,9 @@ CORE_TYPES = (
 )
 """Kernel types that the shared headers use."""
 
+CGROUP_TYPES = ("task_struct:cgroups", "css_set:dfl_cgrp", "cgroup:level,ancestor_ids")
+"""And with TCPLAT_READ_CGROUPS."""
+
 ALWAYS = ("event.bpf.h", "filter.bpf.h", "owner.bpf.h")
 """Headers that every probe gets: the shared maps are in them."""
 

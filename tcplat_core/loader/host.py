@@ -45,7 +45,7 @@ class Host:
     Args:
         facts: What the BTF said before: hook -> its BTF id and the names (functions)
             or types (tracepoints) of its arguments, None for a hook that it does
-            not have. Grows; worth keeping per kernel.
+            not have; see fact(). Grows; worth keeping per kernel.
     """
 
     facts: dict[str, tuple[int, list[str]] | None] = attrs.field(factory=dict)
@@ -155,12 +155,18 @@ class Host:
             kind = "tracepoint" if is_tracepoint else "function"
             return f"this kernel has no {kind} {hook.func}"
         args = found[1]
-        if hook.args and list(hook.args) != args[: len(hook.args)]:
+        wanted = list(map(_unqualified, hook.args))
+        # By fexit the result stands behind the last argument: there must be no other.
+        looked_at = args if hook.mechanism == "fexit" else args[: len(wanted)]
+        if wanted and wanted != list(map(_unqualified, looked_at)):
             return f"{hook.func} takes ({', '.join(args)}) here, not ({', '.join(hook.args)})"
         return None
 
     def fact(self, func: str, *, is_tracepoint: bool) -> tuple[int, list[str]] | None:
-        """BTF id and arguments of a hook; None if the kernel does not have it."""
+        """BTF id and arguments of a hook; None if the kernel does not have it.
+
+        Also of ``struct sock``, and of ``struct sock.sk_err``, where a member is wanted.
+        """
         if func not in self.facts:
             self.facts[func] = self._look_up(func, is_tracepoint)
         return self.facts[func]
@@ -174,9 +180,12 @@ class Host:
         if is_tracepoint:
             types = self.btf.tracepoint_args(func.rpartition(":")[2])
             return None if types is None else (0, types)
-        if func == _A_TYPE:
-            number = self.btf.find(func.removeprefix("struct "), Kind.STRUCT)
-            return None if number is None else (number, [])
+        if func.startswith("struct "):
+            name, _, member = func.removeprefix("struct ").partition(".")
+            number = self.btf.find(name, Kind.STRUCT)
+            if number is None or (member and not self.btf.has_member(name, member)):
+                return None
+            return number, []
         number = self.btf.find(func, Kind.FUNC)
         if number is None:
             return None
@@ -185,6 +194,11 @@ class Host:
     def way(self, way: Way) -> str | None:
         """None if the way is open, else why it is not."""
         return self.mechanism(way.mechanism) or next(filter(None, map(self.hook, way.hooks)), None)
+
+
+def _unqualified(argument: str) -> str:
+    """An argument lies where it does, const or not: tcp:tcp_probe got its second one with 6.16."""
+    return argument.replace("const ", "")
 
 
 def syscall_id(func: str) -> int | None:

@@ -619,8 +619,8 @@ s.connect({server.address!r})
 
 NO_END = """
 attach = Loader._core
-Loader._core = lambda self, core, program, tracepoint: (
-    program != "tcplat_on_destroy" and attach(self, core, program, tracepoint)
+Loader._core = lambda self, core, point: (
+    point.point != "destroy" and attach(self, core, point)
 )
 """
 """As where the kernel runs no program at the end of a socket: its entry stays behind."""

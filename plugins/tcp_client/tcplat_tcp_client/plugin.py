@@ -22,12 +22,19 @@ from tcplat_core import (
 
 _SOCK = "const struct sock *"
 _CONNECT = ("sk", "uaddr", "addr_len")
-# tcp_recvmsg() lost its `nonblock` in 5.19 (ec095263a965).
-_RECV = ("sk", "msg", "len", "flags", "addr_len")
+# tcp_recvmsg() lost its `nonblock` in 5.19 (ec095263a965) and its `addr_len` in 7.1 (8341c989ac77).
+_RECV4 = ("sk", "msg", "len", "flags")
+_RECV5 = (*_RECV4, "addr_len")
+_RECV6 = ("sk", "msg", "len", "nonblock", "flags", "addr_len")
 _SEND = ("sk", "msg", "size")
 # How splice(2) and sendfile(2) send before 6.5 (dc97391e6610).
 _PAGE = ("sk", "page", "offset", "size", "flags")
 _SPLICE = ("sock", "ppos", "pipe", "len", "flags")
+_SPLICED_FENTRY = (fexit("tcp_splice_read", "fx_tcp_splice_read", *_SPLICE),)
+_SPLICED_KPROBE = (
+    kentry("tcp_splice_read", "kp_tcp_splice_read", *_SPLICE, quiet=True),
+    kreturn("tcp_splice_read", "kr_tcp_splice_read"),
+)
 _STATES = (_SOCK, "const int", "const int")
 _SET_STATE = "sock:inet_sock_set_state"
 _DESTROY = "tcp:tcp_destroy_sock"
@@ -106,14 +113,26 @@ POINTS = (
         "recv",
         (
             fentry(
-                fexit("tcp_recvmsg", "fx_tcp_recvmsg", *_RECV),
-                fexit("tcp_splice_read", "fx_tcp_splice_read", *_SPLICE),
+                fexit("tcp_recvmsg", "fx_tcp_recvmsg4", *_RECV4),
+                *_SPLICED_FENTRY,
+            ),
+            fentry(
+                fexit("tcp_recvmsg", "fx_tcp_recvmsg5", *_RECV5),
+                *_SPLICED_FENTRY,
+            ),
+            fentry(
+                fexit("tcp_recvmsg", "fx_tcp_recvmsg6", *_RECV6),
+                *_SPLICED_FENTRY,
             ),
             kprobe(
-                kentry("tcp_recvmsg", "kp_tcp_recvmsg", *_RECV, quiet=True),
+                kentry("tcp_recvmsg", "kp_tcp_recvmsg", *_RECV4, quiet=True),
                 kreturn("tcp_recvmsg", "kr_tcp_recvmsg"),
-                kentry("tcp_splice_read", "kp_tcp_splice_read", *_SPLICE, quiet=True),
-                kreturn("tcp_splice_read", "kr_tcp_splice_read"),
+                *_SPLICED_KPROBE,
+            ),
+            kprobe(
+                kentry("tcp_recvmsg", "kp_tcp_recvmsg6", *_RECV6, quiet=True),
+                kreturn("tcp_recvmsg", "kr_tcp_recvmsg"),
+                *_SPLICED_KPROBE,
             ),
             # Came with 6.3 (6e6eda44b939).
             tracepoint("sock:sock_recv_length", "tp_recv", "struct sock *", "int", "int"),

@@ -395,13 +395,28 @@ int tp_recv(struct bpf_raw_tracepoint_args *ctx)
 }
 
 #ifdef TCPLAT_FENTRY_recv
-int fx_tcp_recvmsg(struct bpf_raw_tracepoint_args *ctx)
+static __always_inline int returned_recv(struct sock *sk, u64 flags, u64 ret, u8 hook)
 {
-	struct sock *sk = (struct sock *)ctx->args[0];
+	return flags & TCPLAT_NO_STREAM ? 0 : report_recv(sk, ret, hook);
+}
 
-	if (ctx->args[3] & TCPLAT_NO_STREAM)
-		return 0;
-	return report_recv(sk, ctx->args[5], HOOK_fx_tcp_recvmsg);
+/*
+ * tcp_recvmsg() has four arguments since 7.1 (8341c989ac77), and had `nonblock` in front of
+ * `flags` before 5.19 (ec095263a965). The result stands behind them.
+ */
+int fx_tcp_recvmsg4(struct bpf_raw_tracepoint_args *ctx)
+{
+	return returned_recv((struct sock *)ctx->args[0], ctx->args[3], ctx->args[4], HOOK_fx_tcp_recvmsg4);
+}
+
+int fx_tcp_recvmsg5(struct bpf_raw_tracepoint_args *ctx)
+{
+	return returned_recv((struct sock *)ctx->args[0], ctx->args[3], ctx->args[5], HOOK_fx_tcp_recvmsg5);
+}
+
+int fx_tcp_recvmsg6(struct bpf_raw_tracepoint_args *ctx)
+{
+	return returned_recv((struct sock *)ctx->args[0], ctx->args[4], ctx->args[6], HOOK_fx_tcp_recvmsg6);
 }
 
 /* splice(2) and sendfile(2) from a socket; they return what went into the pipe. */
@@ -450,6 +465,13 @@ static __always_inline int leave_recv(int ret, u8 hook)
 }
 
 int kp_tcp_recvmsg(struct pt_regs *ctx, struct sock *sk, struct msghdr *msg, size_t len, int flags)
+{
+	return enter_recv(sk, flags, HOOK_kr_tcp_recvmsg);
+}
+
+/* Before 5.19 (ec095263a965). */
+int kp_tcp_recvmsg6(struct pt_regs *ctx, struct sock *sk, struct msghdr *msg, size_t len,
+		    int nonblock, int flags)
 {
 	return enter_recv(sk, flags, HOOK_kr_tcp_recvmsg);
 }

@@ -760,14 +760,38 @@ static __always_inline int leave_recv(int ret, u8 hook)
 #endif
 
 #ifdef TCPLAT_FENTRY_recv
-int fe_tcp_recvmsg(struct bpf_raw_tracepoint_args *ctx)
+/*
+ * tcp_recvmsg() has four arguments since 7.1 (8341c989ac77), and had `nonblock` in front of
+ * `flags` before 5.19 (ec095263a965). The result stands behind them.
+ */
+int fe_tcp_recvmsg4(struct bpf_raw_tracepoint_args *ctx)
 {
-	return enter_recv((struct sock *)ctx->args[0], ctx->args[3], HOOK_fx_tcp_recvmsg);
+	return enter_recv((struct sock *)ctx->args[0], ctx->args[3], HOOK_fx_tcp_recvmsg4);
 }
 
-int fx_tcp_recvmsg(struct bpf_raw_tracepoint_args *ctx)
+int fx_tcp_recvmsg4(struct bpf_raw_tracepoint_args *ctx)
 {
-	return leave_recv(ctx->args[5], HOOK_fx_tcp_recvmsg);
+	return leave_recv(ctx->args[4], HOOK_fx_tcp_recvmsg4);
+}
+
+int fe_tcp_recvmsg5(struct bpf_raw_tracepoint_args *ctx)
+{
+	return enter_recv((struct sock *)ctx->args[0], ctx->args[3], HOOK_fx_tcp_recvmsg5);
+}
+
+int fx_tcp_recvmsg5(struct bpf_raw_tracepoint_args *ctx)
+{
+	return leave_recv(ctx->args[5], HOOK_fx_tcp_recvmsg5);
+}
+
+int fe_tcp_recvmsg6(struct bpf_raw_tracepoint_args *ctx)
+{
+	return enter_recv((struct sock *)ctx->args[0], ctx->args[4], HOOK_fx_tcp_recvmsg6);
+}
+
+int fx_tcp_recvmsg6(struct bpf_raw_tracepoint_args *ctx)
+{
+	return leave_recv(ctx->args[6], HOOK_fx_tcp_recvmsg6);
 }
 
 /* splice(2) and sendfile(2) from a socket; they return what went into the pipe. */
@@ -786,6 +810,13 @@ int fx_tcp_splice_read(struct bpf_raw_tracepoint_args *ctx)
 
 #ifdef TCPLAT_KPROBE_recv
 int kp_tcp_recvmsg(struct pt_regs *ctx, struct sock *sk, struct msghdr *msg, size_t len, int flags)
+{
+	return enter_recv(sk, flags, HOOK_kr_tcp_recvmsg);
+}
+
+/* Before 5.19 (ec095263a965). */
+int kp_tcp_recvmsg6(struct pt_regs *ctx, struct sock *sk, struct msghdr *msg, size_t len,
+		    int nonblock, int flags)
 {
 	return enter_recv(sk, flags, HOOK_kr_tcp_recvmsg);
 }

@@ -93,4 +93,17 @@ int tcplat_on_use(struct bpf_raw_tracepoint_args *ctx)
 	tcplat_touch((struct sock *)ctx->args[0]);
 	return 0;
 }
+
+/* tcp_recvmsg(), tcp_sendmsg(): the same before 6.3, which has no such tracepoints. */
+int tcplat_on_use_fentry(struct bpf_raw_tracepoint_args *ctx)
+{
+	tcplat_touch((struct sock *)tcplat_scalar((const void *)ctx->args[0]));
+	return 0;
+}
+
+int tcplat_on_use_kprobe(struct pt_regs *ctx, struct sock *sk)
+{
+	tcplat_touch(sk);
+	return 0;
+}
 #endif

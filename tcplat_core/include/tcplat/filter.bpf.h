@@ -32,6 +32,28 @@ static __always_inline bool tcplat_wanted_nobody(void)
 #endif
 }
 
+#ifdef TCPLAT_FILTER_CGROUP
+/* The id of the current task's cgroup, or of its ancestor, at the wanted depth; else 0. */
+static __always_inline u64 tcplat_current_cgroup(void)
+{
+#ifdef TCPLAT_READ_CGROUPS
+	/*
+	 * Tracing programs may call the helper since 5.14 (95b861a7935b). What is read instead, the
+	 * kernel had until 6.1 (7f203bc89eb6).
+	 */
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+	struct css_set *set = tcplat_get(task, cgroups);
+	struct cgroup *cgroup = tcplat_get(set, dfl_cgrp);
+
+	if (tcplat_get(cgroup, level) < TCPLAT_FILTER_CGROUP_LEVEL)
+		return 0;
+	return tcplat_get(cgroup, ancestor_ids[TCPLAT_FILTER_CGROUP_LEVEL]);
+#else
+	return bpf_get_current_ancestor_cgroup_id(TCPLAT_FILTER_CGROUP_LEVEL);
+#endif
+}
+#endif
+
 /* The current task. Only where the socket's own process calls. */
 static __always_inline bool tcplat_wanted_task(const char *comm)
 {
@@ -40,7 +62,7 @@ static __always_inline bool tcplat_wanted_task(const char *comm)
 		return false;
 #endif
 #ifdef TCPLAT_FILTER_CGROUP
-	if (bpf_get_current_ancestor_cgroup_id(TCPLAT_FILTER_CGROUP_LEVEL) != TCPLAT_FILTER_CGROUP)
+	if (tcplat_current_cgroup() != TCPLAT_FILTER_CGROUP)
 		return false;
 #endif
 #ifdef TCPLAT_FILTER_PID
