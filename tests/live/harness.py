@@ -473,7 +473,7 @@ CHANGED = """\
 import sys
 from tcplat_core.loader.attach import Loader
 {change}
-sys.argv[1:] = sys.argv[-1:]
+sys.argv[1:] = sys.argv[-2:]
 import tcplat_core.loader.__main__
 """
 SESSION = "import sys; sys.executable = sys.argv.pop(1); import tcplat_core.__main__ as m; m.main()"
