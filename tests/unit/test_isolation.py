@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tcplat_core import privileges
 from tcplat_core.loader import isolation
 
 BEGIN = """
@@ -177,11 +178,24 @@ def test_in_a_test_no_process_has_asked() -> None:
     isolation.refuse_orphan()
 
 
+@pytest.mark.parametrize(("given", "gid"), [("0", 65534), ("65534", 65534), ("4", 65534)])
+def test_no_group_that_the_user_is_not_in(
+    given: str, gid: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(privileges, "_can_read_python", lambda *_: True)
+    monkeypatch.setenv("SUDO_UID", "65534")
+    monkeypatch.setenv("SUDO_GID", given)
+    found = privileges._user_behind_sudo()
+    assert found
+    assert found[:2] == (65534, gid)
+    assert not {0, 4} & set(found[2])
+
+
 @pytest.mark.parametrize("value", ["-1", "4294967295", "x", "1e3", "²", " 5"])
 @pytest.mark.parametrize("name", ["SUDO_UID", "SUDO_GID"])
 @pytest.mark.skipif(os.geteuid() != 0, reason="for others the variable means nothing")
 def test_a_forged_user_is_refused(name: str, value: str) -> None:
-    """To setresuid(2), -1 means that nothing is to change."""
+    """To setresuid(2), -1 means that nothing is to change: so it is no number of a user."""
     done = subprocess.run(
         [sys.executable, "-I", "-m", "tcplat_core", "plugins", "list"],
         env={**os.environ, "SUDO_UID": "65534", name: value},
