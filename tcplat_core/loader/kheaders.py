@@ -450,7 +450,11 @@ class _Writer:
                 type_id = found.target
             else:
                 break
-        if found.kind in RECORDS and not found.name:
+        if not name:
+            # With a tag or by a typedef as well, since 6.19 (-fms-extensions, c4781dc3d1cf): plain
+            # C takes that for no member.
+            found = self.btf.resolve(found.id)
+        if found.kind in RECORDS and not (name and found.name):
             body = self._body(found, keep, depth + 1)
             inside = f"{name}{'[0]' * dimensions.count('[')}." if name else ""
             checks = [(inside + path, at) for path, at in body.checks]

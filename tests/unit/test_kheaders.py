@@ -16,6 +16,7 @@ import pytest
 from tcplat_core.loader import kheaders
 from tcplat_core.loader.btf import VMLINUX, Btf, BtfError, Kind
 from tcplat_core.loader.kheaders import BCC_TAGS, cached_tree, generate, write_tree
+from tests.unit.test_btf import INT, encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -154,6 +155,35 @@ def test_members_are_used_as_in_the_kernel(small: Btf) -> None:
     }
     """
     assert_compiles(generate(small, ["outer"]) + use)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.parametrize("wanted", ["outer", "outer:second,b"])
+def test_an_anonymous_member_may_have_a_tag_or_be_a_typedef(wanted: str) -> None:
+    """Kernels have them since 6.19 (-fms-extensions); in plain C such a line declares nothing."""
+    two: list[int | str] = ["first", 1, 0, "second", 1, 32]
+    btf = Btf.from_bytes(
+        encode(
+            [
+                INT,
+                (Kind.STRUCT, "inner", 2, 8, two),
+                (Kind.STRUCT, "", 1, 4, ["third", 1, 0]),
+                (Kind.TYPEDEF, "last_t", 0, 3, []),
+                (Kind.STRUCT, "outer", 4, 20, ["a", 1, 0, "", 2, 32, "", 4, 96, "b", 1, 128]),
+            ]
+        )
+    )
+    header = generate(btf, [wanted])
+    assert "struct inner;" not in header
+    use = "int use(struct outer *o) { return o->second + o->b; }\n"
+    types = kheaders._TYPES_H
+    done = subprocess.run(
+        ["cc", "-std=c11", "-Wall", "-Werror", "-fsyntax-only", "-x", "c", "-"],
+        input=f"{types}{header}{use}".encode(),
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
 
 
 @needs_clang
