@@ -21,7 +21,6 @@ from .harness import (
     assert_tiles,
     at,
     by_sock,
-    eventually,
     patience,
     reached,
     read_exactly,
@@ -472,14 +471,6 @@ for _ in range(1000):
     assert not at(rows, "recv")
 
 
-def test_urgent_data_is_sent_like_any(connected: Connected) -> None:
-    connected.client("s.send(b'x' * 10); s.send(b'!', socket.MSG_OOB); s.send(b'x' * 5)")
-    eventually(
-        lambda: len(connected.peer.recv(100, socket.MSG_PEEK)) >= 10, "the bytes had arrived"
-    )
-    assert total(connected.rows(), "send") == 16
-
-
 def test_several_connections_at_once(traffic: Traffic, client: Puppet, server: Listener) -> None:
     """Each thread with a socket of its own, all at the same time: no row in the wrong stream."""
     client(f"""
@@ -503,3 +494,70 @@ for thread in threads:
         assert {row["pid"] for row in rows} == {client.pid}
         (tid,) = {row["tid"] for row in rows}
         assert tid != client.pid
+
+
+def test_an_urgent_byte_is_sent_beside_the_stream(connected: Connected) -> None:
+    """It has a sequence number, and is no byte of what the other end reads."""
+    connected.client("""
+s.sendall(b"x" * 10)
+s.send(b"!", socket.MSG_OOB)
+s.send(b"y" * 20 + b"!", socket.MSG_OOB)
+s.sendall(b"z" * 30)
+""")
+    assert len(read_exactly(connected.peer, 60)) == 60
+    sends = at(connected.traffic.rows(), "send")
+    first = sends[0]["seq"]
+    assert [(row["seq"] - first, row["bytes"]) for row in sends] == [(0, 10), (11, 20), (32, 30)]
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_an_urgent_byte_is_read_beside_the_stream(
+    inline: bool,  # noqa: FBT001 - a parameter of the test
+    connected: Connected,
+) -> None:
+    """Unless the program wants it in its place."""
+    peer = connected.peer
+    connected.client(f"""
+s.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, {int(inline)})
+def read(count):
+    return len(s.recv(count, socket.MSG_WAITALL))
+""")
+    peer.sendall(b"x" * 10)
+    peer.send(b"!", socket.MSG_OOB)
+    read = connected.client("read(10)")
+    assert read == 10
+    urgent = connected.client(f"len(s.recv(1, {0 if inline else 'socket.MSG_OOB'}))")
+    assert urgent == 1
+    peer.sendall(b"y" * 20)
+    read = connected.client("read(20)")
+    assert read == 20
+    peer.close()
+    connected.client("len(s.recv(1))")
+    reads = at(connected.rows(), "recv")
+    first = reads[0]["seq"]
+    in_place = [(10, 1)] if inline else []
+    assert [(row["seq"] - first, row["bytes"]) for row in reads] == [
+        (0, 10),
+        *in_place,
+        (11, 20),
+        (31, 0),
+    ]
+
+
+def test_of_a_send_that_was_not_taken_whole_the_last_byte_was_urgent(connected: Connected) -> None:
+    """Of what was taken: it is beside the stream, and what was not taken was to be in it."""
+    taken = connected.client("""
+s.setblocking(False)
+taken = s.send(b"x" * 50_000_000, socket.MSG_OOB)
+taken
+""")
+    assert taken < 50_000_000
+    connected.client("s.setblocking(True)")
+    count = len(read_exactly(connected.peer, taken - 1))
+    connected.client("s.sendall(b'y' * 10)")
+    read_exactly(connected.peer, 10)
+    first, second = at(connected.traffic.rows(), "send")
+    (short,) = at(connected.traffic.rows(), "send_short")
+    assert first["bytes"] - short["bytes"] == count
+    assert (short["seq"] - first["seq"]) % 2**32 == count
+    assert (second["seq"] - first["seq"]) % 2**32 == taken

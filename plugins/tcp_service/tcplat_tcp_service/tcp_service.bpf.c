@@ -839,12 +839,12 @@ int kr_tcp_splice_read(struct pt_regs *ctx)
 
 /* --- send: the reply */
 
-static __always_inline int report_send(struct sock *sk, u32 bytes, u8 hook)
+static __always_inline int report_send(struct sock *sk, u32 bytes, u32 flags, u8 hook)
 {
 	u64 me;
 	struct tcplat_sock *s = tcplat_use(sk, &me, SERVER);
 
-	return s ? tcplat_report(tcplat_make_send(sk, s, me, bytes, hook)) : 0;
+	return s ? tcplat_report(tcplat_make_send(sk, s, me, bytes, flags, hook)) : 0;
 }
 
 int tp_send(struct bpf_raw_tracepoint_args *ctx)
@@ -852,7 +852,7 @@ int tp_send(struct bpf_raw_tracepoint_args *ctx)
 	struct sock *sk = (struct sock *)ctx->args[0];
 	struct msghdr *msg = (struct msghdr *)ctx->args[1];
 
-	return report_send(sk, tcplat_get(msg, msg_iter.count), HOOK_tp_send);
+	return report_send(sk, tcplat_get(msg, msg_iter.count), tcplat_get(msg, msg_flags), HOOK_tp_send);
 }
 
 int tp_send_short(struct bpf_raw_tracepoint_args *ctx)
@@ -866,15 +866,16 @@ int tp_send_short(struct bpf_raw_tracepoint_args *ctx)
 int fe_tcp_sendmsg(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sock *sk = (struct sock *)ctx->args[0];
+	struct msghdr *msg = (struct msghdr *)ctx->args[1];
 
-	return report_send(sk, ctx->args[2], HOOK_fe_tcp_sendmsg);
+	return report_send(sk, ctx->args[2], tcplat_get(msg, msg_flags), HOOK_fe_tcp_sendmsg);
 }
 
 int fe_tcp_sendpage(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sock *sk = (struct sock *)ctx->args[0];
 
-	return report_send(sk, ctx->args[3], HOOK_fe_tcp_sendpage);
+	return report_send(sk, ctx->args[3], 0, HOOK_fe_tcp_sendpage);
 }
 #endif
 
@@ -897,12 +898,12 @@ int fx_tcp_sendpage(struct bpf_raw_tracepoint_args *ctx)
 #ifdef TCPLAT_KPROBE_send
 int kp_tcp_sendmsg(struct pt_regs *ctx, struct sock *sk, struct msghdr *msg, size_t size)
 {
-	return report_send(sk, size, HOOK_kp_tcp_sendmsg);
+	return report_send(sk, size, tcplat_get(msg, msg_flags), HOOK_kp_tcp_sendmsg);
 }
 
 int kp_tcp_sendpage(struct pt_regs *ctx, struct sock *sk, void *page, int offset, size_t size)
 {
-	return report_send(sk, size, HOOK_kp_tcp_sendpage);
+	return report_send(sk, size, 0, HOOK_kp_tcp_sendpage);
 }
 #endif
 

@@ -32,6 +32,7 @@ struct tcplat_sock {
 	u32 group;      /* of histogram.bpf.h: which, and for which probe; 0: not worked out */
 	u64 cookie;     /* of its seed, as long as that is there; else 0 */
 	u32 inode;      /* of a socket that called connect() or listen(): tcplat_inode() */
+	u8 send_urgent; /* 1: the last of these is urgent */
 	u8 role;
 	u8 wanted;      /* its owner passes the filters */
 	u8 in_flows;    /* 1 + the lane of tcplat_flows that has its addresses; 1: tcplat_listeners has its port */

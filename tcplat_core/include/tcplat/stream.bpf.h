@@ -6,8 +6,14 @@
  * there is nothing to report. The caller may add to it and must submit it.
  */
 
+/*
+ * The last byte of a send() with it is urgent: it has a number, but it is no byte of the stream that
+ * the other end reads, unless that asked for it (SO_OOBINLINE). recv() with it reads that byte alone.
+ */
+#define TCPLAT_MSG_OOB 1
+
 /* recv() flags of calls that take nothing from the byte stream. */
-#define TCPLAT_NO_STREAM (2 /* MSG_PEEK */ | 0x2000 /* MSG_ERRQUEUE */)
+#define TCPLAT_NO_STREAM (TCPLAT_MSG_OOB | 2 /* MSG_PEEK */ | 0x2000 /* MSG_ERRQUEUE */)
 
 static __always_inline bool tcplat_is(const struct tcplat_sock *s, u8 role)
 {
@@ -58,9 +64,9 @@ tcplat_make_state(const struct sock *sk, struct tcplat_sock *s, int old, int new
 	return e;
 }
 
-/* What the program asks to send; `s` and `me` are tcplat_use()'s. */
+/* What the program asks to send, with send()'s flags; `s` and `me` are tcplat_use()'s. */
 static __always_inline struct tcplat_event *
-tcplat_make_send(const struct sock *sk, struct tcplat_sock *s, u64 me, u32 bytes, u8 hook)
+tcplat_make_send(const struct sock *sk, struct tcplat_sock *s, u64 me, u32 bytes, u32 flags, u8 hook)
 {
 	u64 now = bpf_ktime_get_ns();
 	struct tcplat_event *e;
@@ -79,6 +85,10 @@ tcplat_make_send(const struct sock *sk, struct tcplat_sock *s, u64 me, u32 bytes
 	s->send_tid = me;
 	s->send_seq = seq;
 	s->send_bytes = bytes;
+	s->send_urgent = flags & TCPLAT_MSG_OOB;
+	bytes -= s->send_urgent;
+	if (!bytes)
+		return NULL;
 	e = tcplat_reserve_wanted(sk, s, hook, now);
 	if (!e)
 		return NULL;
@@ -94,6 +104,7 @@ tcplat_make_short(const struct sock *sk, u8 role, int ret, u8 hook)
 	struct tcplat_sock *s = tcplat_find(sk);
 	u32 taken = ret > 0 ? ret : 0;
 	struct tcplat_event *e;
+	u32 bytes, urgent;
 	u64 me;
 
 	if (!tcplat_is(s, role) || !s->send_tid)
@@ -110,11 +121,16 @@ tcplat_make_short(const struct sock *sk, u8 role, int ret, u8 hook)
 		return NULL;
 	if (tcplat_get((const struct tcp_sock *)sk, write_seq) != s->send_seq + taken)
 		return NULL;
+	bytes = s->send_bytes - taken - (taken ? 0 : s->send_urgent);
+	if (!bytes)
+		return NULL;
 	e = tcplat_reserve_wanted(sk, s, hook, bpf_ktime_get_ns());
 	if (!e)
 		return NULL;
 	tcplat_fill_caller(e, me);
-	tcplat_add_seq(e, s->send_seq + taken, s->send_bytes - taken);
+	/* Of what was taken the last byte is urgent, of what was not, none. */
+	urgent = taken ? s->send_urgent : 0;
+	tcplat_add_seq(e, s->send_seq + taken - urgent, bytes);
 	if (ret < 0)
 		e->err = -ret;
 	return e;
