@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .model import (
+    ANSWERED,
     CLIENT,
     CUT,
     ONE_WAY,
@@ -110,7 +111,7 @@ class Joiner:
         self._over: deque[Connection] = deque()
         self._next_sweep_ns = 0
         self._last_ns = 0
-        """The latest instant of all rows."""
+        """The latest instant of connections that are over; when all are, of all rows."""
         self._longest: dict[tuple[str, int | None], int] = {}
         """Address and port of a service -> its longest total, ns, of what was answered."""
         self._undecided: list[Exchange] = []
@@ -140,7 +141,6 @@ class Joiner:
         socks, points, ways, watch = self._socks, self._points, self._ways, self.watch
         for row in rows:
             ts_ns = row.ts_ns
-            self._last_ns = max(self._last_ns, ts_ns)
             if ts_ns >= self._next_sweep_ns:
                 self._sweep(ts_ns)
             point = row.point
@@ -198,7 +198,9 @@ class Joiner:
     def finish(self) -> list[Told]:
         """The rows have ended: tell of what is still open."""
         told = self._told = []
-        for conn in list(self._conns.values()):
+        conns = list(self._conns.values())
+        self._last_ns = max((self._last_ns, *(conn.last_ns for conn in conns)))
+        for conn in conns:
             self._finish(conn, "port reused" if conn.replaced else "end of run")
         for exchange in self._undecided:
             self._decide(exchange)
@@ -723,7 +725,8 @@ class Joiner:
         finish = at + count
         if finish <= flow.read:
             return
-        self._skipped(conn, index, at)
+        if at != flow.read or conn.doubt is not None:
+            self._skipped(conn, index, at)
         flow.take(finish, ts_ns)
         if end.pid != row.pid and row.pid is not None:
             end.pid, end.comm = row.pid, row.comm
@@ -954,7 +957,7 @@ class Joiner:
     def _reply(self, conn: Connection, at: int, ts_ns: int | None) -> None:
         """The service sends from `at` on. It answers what it has read and not answered before."""
         watched = conn.ends[SERVICE].sock
-        if watched:
+        if watched and conn.flows[CLIENT].copied > conn.answered:
             self._settle(conn)
         asked = self._asked(conn)
         if asked > conn.answered >= 0:
@@ -1118,10 +1121,12 @@ class Joiner:
             self.untimed += 1
             conn.untold += 1
             return
-        exchange.number = conn.told + 1
-        conn.outcomes[exchange.outcome] = conn.outcomes.get(exchange.outcome, 0) + 1
-        if exchange.measured:
-            total_ns = exchange.total_ns
+        conn.told += 1
+        exchange.number = conn.told
+        outcome, outcomes = exchange.outcome, conn.outcomes
+        outcomes[outcome] = outcomes.get(outcome, 0) + 1
+        if outcome == ANSWERED:
+            total_ns = exchange.split.total_ns
             if total_ns > self._longest.get(conn.service, 0) and (
                 len(self._longest) < _MOST_SERVICES or conn.service in self._longest
             ):
@@ -1247,7 +1252,9 @@ class Joiner:
         for exchange in under_way:
             self._complete(exchange, why)
         request = conn.flows[CLIENT]
-        end = request.sent if request.sent >= 0 else max(request.read, self._asked(conn))
+        end = request.sent
+        if end < 0:  # what came counts, whether or not the service has read it
+            end = max(request.read, self._asked(conn), self._has_got(conn))
         if end > conn.answered >= 0:
             exchange = self._begin(conn, "request", end)
             exchange.ended = why
@@ -1255,6 +1262,7 @@ class Joiner:
             self._tell(exchange)
         conn.ended = why
         conn.over = True
+        self._last_ns = max(self._last_ns, conn.last_ns)
         self._told.append(conn)
         del self._conns[conn.number]
         for one in conn.ends:

@@ -225,9 +225,10 @@ class Flow:
         """The receiver has read up to `finish`: it has come, whether or not its rows have."""
         self.reads.append((finish, ts_ns))
         self.read, self.read_ns = finish, ts_ns
-        for reach in (self.nic, self.ip):
-            if 0 <= reach.position < finish:
-                reach.skip(finish)
+        if 0 <= self.nic.position < finish:
+            self.nic.skip(finish)
+        if 0 <= self.ip.position < finish:
+            self.ip.skip(finish)
 
     def arrived(self) -> int:
         """How far it has come at the receiver's host."""
@@ -235,9 +236,11 @@ class Flow:
 
     def forget(self, position: int) -> None:
         """Drop what only tells of bytes before `position`."""
-        for calls in (self.sends, self.reads):
-            if calls and calls[0][0] < position:
-                del calls[: bisect_left(calls, (position,))]
+        sends, reads = self.sends, self.reads
+        if sends and sends[0][0] < position:
+            del sends[: bisect_left(sends, (position,))]
+        if reads and reads[0][0] < position:
+            del reads[: bisect_left(reads, (position,))]
         self.tx.forget(position)
         self.nic.forget(position)
         self.ip.forget(position)
@@ -357,6 +360,7 @@ class Connection:
         "stamps",
         "syns",
         "think_ns",
+        "told",
         "unsure",
         "untold",
         "waiting",
@@ -395,6 +399,8 @@ class Connection:
         """Between the client's reading of a reply and its next request, in all."""
         self.outcomes: dict[str, int] = {}
         """How many exchanges of it had which outcome."""
+        self.told = 0
+        """Exchanges of any outcome."""
         self.untold = 0
         """Exchanges of it that are left out: cut by the capture's beginning, or of one instant."""
         self.ended = ""
@@ -494,11 +500,6 @@ class Connection:
     def exchanges(self) -> int:
         """Requests that were answered."""
         return self.outcomes.get(ANSWERED, 0)
-
-    @property
-    def told(self) -> int:
-        """Exchanges of any outcome."""
-        return sum(self.outcomes.values())
 
     @property
     def patience_ns(self) -> int:

@@ -81,6 +81,24 @@ def test_stages_that_it_went_through_are_stages_and_the_rest_is_waiting() -> Non
     assert conn.exchanges == 1
 
 
+@pytest.mark.parametrize("watched", [PROBES, ("tcp_client",), ("tcp_service",), ("xdp_port",)])
+def test_a_request_that_the_service_never_reads_is_not_answered_either(
+    watched: tuple[str, ...],
+) -> None:
+    history = hung()
+    (read,) = [
+        row
+        for row in history.made
+        if (row.probe, row.point, row.seq) == ("tcp_service", "recv", history.seq(CLIENT, 100))
+        and row.bytes
+    ]
+    history.made.remove(read)
+    assert [one[0] for one in outcomes(history.rows(set(PROBES) - set(watched)))] == [
+        "answered",
+        "unanswered",
+    ]
+
+
 @pytest.mark.parametrize(
     ("how", "words"),
     [
