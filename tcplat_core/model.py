@@ -114,7 +114,10 @@ class Sink(Protocol):
     ReaderGoneError while there is nothing to write. And ``poll()``: called whenever the
     rings have been looked at, every 3 to 20 ms, also when nothing came (in a replay at
     least every 100 ms); it must not block. And ``merged()``: it gets a :class:`Merge` for each
-    host of a capture that was made of several, before the rows. One whose spec has
+    host of a capture that was made of several, before the rows. And ``passed(ts_ns)``: no row
+    that is older will come; called several times a second while nothing comes, and never in a
+    replay. What follows from it must be what the next row, or close(), would have it write
+    anyhow: `RunReport.until_ns` is where it ended. One whose spec has
     `aggregate` has ``aggregates()``, see :class:`AggregateSink`.
 
     And ``begin()``: called once, before the first row, when everything is attached (in a
@@ -304,6 +307,8 @@ class RunReport:
     """Rows that came after a younger one was delivered."""
     switched_off: Mapping[str, str] = attrs.field(factory=dict)
     """Sink -> why it was switched off."""
+    until_ns: int = 0
+    """Up to this instant (CLOCK_MONOTONIC) all rows are there; 0 where that is not known."""
     incomplete: str = ""
     """Why these are not the books of the whole run; empty where they are."""
 
@@ -341,6 +346,7 @@ class RunReport:
                     for name, probe in self.probes.items()
                 },
                 "switched_off": dict(self.switched_off),
+                **({"until_ns": self.until_ns} if self.until_ns else {}),
                 **({"incomplete": self.incomplete} if self.incomplete else {}),
             }
         )

@@ -182,6 +182,17 @@ class Router:
         """Let sinks notice that their reader has gone, also while nothing happens."""
         self._those_with("idle")
 
+    @property
+    def tells_time(self) -> bool:
+        """Some sink wants to know that time passes while nothing comes."""
+        return any(hasattr(sink, "passed") for sink in self.sinks.values())
+
+    def passed(self, ts_ns: int) -> None:
+        """No row that is older comes any more. Only where nothing waits."""
+        for name, sink in list(self.sinks.items()):
+            if hasattr(sink, "passed"):
+                self._call(name, functools.partial(sink.passed, ts_ns))
+
     def poll(self) -> None:
         """Let sinks serve their readers, also while nothing happens."""
         self._those_with("poll")

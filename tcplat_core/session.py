@@ -55,6 +55,10 @@ LOOK_S = 1.0
 """Between two looks at whether interfaces are still there."""
 GLANCE_S = 0.1
 """Between two looks at whether what is traced still lives."""
+TICK_S = 0.25
+"""How often sinks are told that time passes while nothing comes."""
+LATE_S = 0.1
+"""So late a row may come that was stamped before; by then, it is told that none is missing."""
 LINGER_S = 0.1
 """How long the run outlives what it traces: closing handshakes go on without the process."""
 SETTLE_S = 0.5
@@ -302,6 +306,8 @@ class Session:
     outputs: Sequence[Output] = ()
     _end: float = attrs.field(default=math.inf, init=False)
     """When the loop is to end, on the clock of time.monotonic()."""
+    _tick: float = attrs.field(default=math.inf, init=False)
+    """When sinks are to be told next that time passes."""
     _watched: _Watched | None = attrs.field(default=None, init=False)
     _ready: ReadyFile | None = attrs.field(init=False)
 
@@ -401,6 +407,7 @@ class Session:
         clock = _Clock()
         previous_ns = 0
         look = glance = 0.0
+        self._tick = 0.0 if router.tells_time else math.inf
         came_at = began
         wanted = self.request.aggregation
         every_s = wanted.every_s if wanted else math.inf
@@ -436,14 +443,21 @@ class Session:
                     came_at = now
                     pause = POLL_S if router.total - had < MANY else BUSY_POLL_S
             router.poll()
+            self._tell_time(router, now_ns, quiet=not coming)
             previous_ns = now_ns
             # While a pipe's reader is awaited that is to be told that we are ready.
             pending = now + GLANCE_S if self._ready and not self._ready.told else math.inf
             if pause < IDLE_POLL_S or router.waiting or router.serves or self.trace:
                 time.sleep(max(0.0, min(pause, IDLE_POLL_S, self._end - now)))
             else:
-                sleeper.sleep(min(look, show, self._end, pending) - now, self._others())
+                sleeper.sleep(min(look, show, self._tick, self._end, pending) - now, self._others())
                 glance = 0.0
+
+    def _tell_time(self, router: Router, now_ns: int, *, quiet: bool) -> None:
+        """Where the rings are empty, tell the sinks up to when nothing is missing."""
+        if quiet and now_ns >= self._tick * 1e9 and not router.waiting:
+            self._tick = now_ns / 1e9 + TICK_S
+            router.passed(now_ns - int(LATE_S * 1e9))
 
     def _look(self, runs: Sequence[ProbeRun], router: Router, now: float) -> None:
         """What is to be done once a second."""
@@ -668,6 +682,7 @@ def _report(runs: Sequence[ProbeRun], router: Router, duration_s: float) -> RunR
         duration_s=duration_s,
         late=router.late,
         switched_off=dict(router.switched_off),
+        until_ns=0 if router.done else time.monotonic_ns(),
     )
 
 

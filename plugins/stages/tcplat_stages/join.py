@@ -53,6 +53,8 @@ from .stages import (
 
 Told = Exchange | Connection
 _SECOND_NS = 1_000_000_000
+_STEP_NS = _SECOND_NS // 2
+"""Silence ends at whole steps of the rows' clock."""
 _ROLES = {"tcp_client": CLIENT, "tcp_service": SERVICE, "client": CLIENT, "service": SERVICE}
 """Whose socket it is, by the probe, or by what tcp_stats says."""
 _STREAM_PROBES = frozenset({"tcp_client", "tcp_service"})
@@ -142,7 +144,7 @@ class Joiner:
         for row in rows:
             ts_ns = row.ts_ns
             if ts_ns >= self._next_sweep_ns:
-                self._sweep(ts_ns)
+                self._pass(ts_ns)
             point = row.point
             sock = row.sock
             if sock:
@@ -194,6 +196,21 @@ class Joiner:
                     watch(conn, row)
                 self._packet(conn, index, row, ts_ns, point, flags)
         return told
+
+    def pass_time(self, ts_ns: int) -> list[Told]:
+        """No row that is older than `ts_ns` comes any more; what is over by then.
+
+        It is what feed() would have told before the next row: where time passes without
+        rows, it is told sooner, and in the same order.
+        """
+        told = self._told = []
+        self._pass(ts_ns)
+        return told
+
+    def due_ns(self, ts_ns: int) -> int | None:
+        """After pass_time(): when time alone will have something be over next; None for never."""
+        due_ns = self._sweep(ts_ns - ts_ns % _STEP_NS)
+        return None if due_ns is None else _step(due_ns)
 
     def finish(self) -> list[Told]:
         """The rows have ended: tell of what is still open."""
@@ -1177,7 +1194,8 @@ class Joiner:
             return
         request = conn.flows[CLIENT]
         sent = reached(request.sends, exchange.request_end)
-        last_ns = sent or max(at for at in stamps[:REQUEST_READ] or stamps if at is not None)
+        come = [at for at in stamps[:REQUEST_READ] if at is not None]
+        last_ns = sent or max(come, default=began_ns)
         over, left = self._over_at(conn), self._client_left(conn)
         patience_ns = conn.patience_ns
         gone_ns = conn.left_ns or (conn.fin_ns[SERVICE] and conn.fin_ns[SERVICE] + patience_ns)
@@ -1289,29 +1307,64 @@ class Joiner:
             if len(self._done) > _MOST_DONE:
                 del self._done[next(iter(self._done))]
 
-    def _sweep(self, ts_ns: int) -> None:
-        """Once a second of the rows' time: what has been silent for long."""
-        self._next_sweep_ns = (ts_ns // _SECOND_NS + 1) * _SECOND_NS
-        over = self._over
-        while over and over[0].last_ns + _STRAGGLERS_NS < ts_ns:
+    def _pass(self, ts_ns: int) -> None:
+        """Each step of the time up to now at which something may be over, one after the other."""
+        at = self._next_sweep_ns
+        while at <= ts_ns:
+            due_ns = self._sweep(at)
+            if due_ns is None:
+                break
+            at = max(at + _STEP_NS, _step(due_ns))
+        # What a row begins from now on is over after so long, at the earliest.
+        soonest_ns = _step(ts_ns + min(_SECOND_NS, self._idle_ns))
+        self._next_sweep_ns = soonest_ns if at <= ts_ns else min(at, soonest_ns)
+
+    def _sweep(self, now_ns: int) -> int | None:
+        """Tell what has been silent for long.
+
+        What is told, and in which order, must not depend on how often this is called: so
+        `now_ns` is a whole step, and there is none between two calls at which something were over.
+
+        Returns:
+            When something will be over next; None for never, if no row comes.
+        """
+        over, due = self._over, []
+        while over and over[0].last_ns + _STRAGGLERS_NS < now_ns:
             self._release(over.popleft())
+        if over:
+            due.append(over[0].last_ns + _STRAGGLERS_NS + 1)
         ended = []
         for conn in self._conns.values():
-            silent_ns = ts_ns - conn.last_ns
-            if silent_ns < _SECOND_NS:
+            at, why = self._silent(conn)
+            if at is None:
                 continue
-            if conn.replaced and silent_ns > self._idle_ns:
-                ended.append((conn, "port reused"))
-            elif conn.closing_ns and not conn.ends[CLIENT].sock and not conn.ends[SERVICE].sock:
-                ended.append((conn, "closed"))
-            elif conn.replying is not None and silent_ns > self._idle_ns:
-                reply = conn.flows[SERVICE]
-                if self._has_come(conn, reply.sent):
-                    if conn.ends[SERVICE].sock:
-                        self._settle(conn, "idle")
-                    self._end_reply(conn.replying, reply.sent, "idle")
+            if at > now_ns:
+                due.append(at)
+            elif why == "idle":
+                self._end_idle(conn)
+            else:
+                ended.append((conn, why))
         for conn, why in ended:
             self._finish(conn, why)
+        return min(due, default=None)
+
+    def _silent(self, conn: Connection) -> tuple[int | None, str]:
+        """When silence will end a connection, or its reply, and what it is called then."""
+        if conn.replaced:
+            return conn.last_ns + self._idle_ns + 1, "port reused"
+        if conn.closing_ns and not conn.ends[CLIENT].sock and not conn.ends[SERVICE].sock:
+            return conn.last_ns + _SECOND_NS, "closed"
+        if conn.replying is not None:
+            return conn.last_ns + self._idle_ns + 1, "idle"
+        return None, ""
+
+    def _end_idle(self, conn: Connection) -> None:
+        """Nothing has moved for long: a reply that has come is taken to be complete."""
+        reply = conn.flows[SERVICE]
+        if conn.replying is not None and self._has_come(conn, reply.sent):
+            if conn.ends[SERVICE].sock:
+                self._settle(conn, "idle")
+            self._end_reply(conn.replying, reply.sent, "idle")
 
     def _prune(self, conn: Connection, index: int) -> None:
         """A message of many packets: forget the instants that no longer can be its last byte's."""
@@ -1329,6 +1382,11 @@ class Joiner:
             if len(log) > _LONGEST:
                 # Every other one stays: an instant is then off by one of them, not by all.
                 del log[:-1:2]
+
+
+def _step(ts_ns: int) -> int:
+    """The first whole step that is not before."""
+    return -(-ts_ns // _STEP_NS) * _STEP_NS
 
 
 def _opens(flags: str) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import attrs
 import msgspec
 
-from tcplat_core import Loss, Merge, Output, RunReport
+from tcplat_core import Event, Loss, Merge, Output, RunReport
 
 from .hosts import Hosts
 from .join import Joiner, Told
@@ -28,10 +30,32 @@ class Joined:
     joiner: Joiner = attrs.field(factory=Joiner, init=False)
     hosts: Hosts = attrs.field(factory=Hosts, init=False)
     encoder: msgspec.json.Encoder = attrs.field(factory=msgspec.json.Encoder, init=False)
+    _gaps: list[Loss] = attrs.field(factory=list, init=False)
     _closed: bool = attrs.field(default=False, init=False)
 
+    def write(self, batch: Sequence[Event]) -> None:
+        """Take rows; tell of what is complete by them."""
+        if self._gaps and batch:
+            self._tell_gaps(batch[0].ts_ns)
+        self.take(batch)
+
     def lost(self, loss: Loss) -> None:
-        """A line at the place of the gap."""
+        """A line at the place of the gap: before the next row, whatever is over by then."""
+        # A loss has no time: told at once it would stand before or behind what silence ends.
+        self._gaps.append(loss)
+
+    def passed(self, ts_ns: int) -> None:
+        """No older row comes any more: tell of what has been silent for long."""
+        self.tell(self.joiner.pass_time(ts_ns))
+
+    def _tell_gaps(self, ts_ns: int) -> None:
+        self.passed(ts_ns)
+        for loss in self._gaps:
+            self.gap(loss)
+        self._gaps.clear()
+
+    def gap(self, loss: Loss) -> None:
+        """Say that so many events were lost here."""
         if self.as_json:
             self.output.write(self.encoder.encode({"v": 1, "lost": attrs.asdict(loss)}) + b"\n")
         else:
@@ -46,13 +70,22 @@ class Joined:
         """Notice a reader that has gone."""
         self.output.look()
 
-    def close(self, report: RunReport) -> None:  # noqa: ARG002 - the summary is on stderr
+    def close(self, report: RunReport) -> None:
         """Tell of what was still open. Again it does nothing."""
         if self._closed:
             return
         self._closed = True
+        self._tell_gaps(report.until_ns)
         self.finish(self.joiner.finish())
         self.output.close()
+
+    def take(self, batch: Sequence[Event]) -> None:
+        """Take rows."""
+        self.tell(self.joiner.feed(batch))
+
+    def tell(self, told: list[Told]) -> None:
+        """Write what is over."""
+        raise NotImplementedError
 
     def finish(self, told: list[Told]) -> None:
         """Write what is left."""

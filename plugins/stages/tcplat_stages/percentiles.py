@@ -88,33 +88,51 @@ class Stages(Joined):
     _all: dict[Group, dict[str, Histogram]] = attrs.field(factory=dict, init=False)
     _next_ns: int = attrs.field(default=0, init=False)
     _until_ns: int = attrs.field(default=0, init=False)
+    _offset_ns: int = attrs.field(default=0, init=False)
+    """Unix time minus the rows' clock, as the last row has it."""
     _lost: int = attrs.field(default=0, init=False)
 
-    def write(self, batch: Sequence[Event]) -> None:
+    def take(self, batch: Sequence[Event]) -> None:
         """Take rows; at the end of an interval, tell of it."""
         if not self.every_ns:
-            self._count(self.joiner.feed(batch))
+            super().take(batch)
             return
         rows = batch
         while (cut := self._end_in(rows)) is not None:
-            self._count(self.joiner.feed(rows[:cut]))
-            self._end_interval(rows[cut])
+            self._take(rows[:cut])
+            ts_ns = rows[cut].ts_ns
+            if not self._next_ns:
+                self._next_ns = (ts_ns // self.every_ns + 1) * self.every_ns
+            self._end_intervals(ts_ns)
             rows = rows[cut:]
-        self._count(self.joiner.feed(rows))
+        self._take(rows)
 
-    def lost(self, loss: Loss) -> None:
+    def _take(self, rows: Sequence[Event]) -> None:
+        """Take rows of one interval."""
+        super().take(rows)
+        if rows:
+            self._offset_ns = rows[-1].time_ns - rows[-1].ts_ns
+
+    def passed(self, ts_ns: int) -> None:
+        """No older row comes any more: intervals end, and what has been silent for long is over."""
+        if self.every_ns and self._next_ns:
+            self._end_intervals(ts_ns)
+        super().passed(ts_ns)
+
+    def gap(self, loss: Loss) -> None:
         """Said with the figures; as JSON at the place of the gap."""
         self._lost += loss.count
         if self.as_json:
-            super().lost(loss)
+            super().gap(loss)
 
     def finish(self, told: list[Told]) -> None:
         """The figures of the whole run."""
-        self._count(told)
+        self.tell(told)
         self._add_up()
         self._write(self._all, "")
 
-    def _count(self, told: list[Told]) -> None:
+    def tell(self, told: list[Told]) -> None:
+        """Count what is over."""
         groupings = [GROUPINGS[name] for name in self.group_by]
         groups = self._now
         for one in told:
@@ -132,14 +150,19 @@ class Stages(Joined):
                     histogram = found[name] = Histogram()
                 histogram.add(ns)
 
-    def _end_interval(self, row: Event) -> None:
-        """By the row behind it; what it is called, by the wall clock."""
-        offset_ns = row.time_ns - row.ts_ns
-        if self._next_ns:
-            self._until_ns = self._next_ns + offset_ns
-            self._write(self._now, f"until {moment(self._until_ns)}")
-        self._next_ns = (row.ts_ns // self.every_ns + 1) * self.every_ns
-        self._add_up()
+    def _end_intervals(self, ts_ns: int) -> None:
+        """Tell of those that are over by now, but for those in which nothing was complete."""
+        while self._next_ns <= ts_ns:
+            super().passed(self._next_ns)
+            if self._now:
+                self._until_ns = self._next_ns + self._offset_ns
+                self._write(self._now, f"until {moment(self._until_ns)}")
+                self._add_up()
+            # Until then nothing can be over.
+            due_ns = self.joiner.due_ns(self._next_ns)
+            quiet_ns = ts_ns + 1 if due_ns is None else min(due_ns, ts_ns + 1)
+            self._next_ns = max(self._next_ns + 1, quiet_ns) + self.every_ns - 1
+            self._next_ns -= self._next_ns % self.every_ns
 
     def _end_in(self, rows: Sequence[Event]) -> int | None:
         """The first row of the next interval: a late one may follow it, and be its batch's last."""

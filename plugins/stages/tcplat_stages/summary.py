@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import attrs
 
-from tcplat_core import Event, printable
+from tcplat_core import printable
 
 from .hosts import Hosts
 from .join import Told
@@ -23,11 +22,11 @@ _ENDS = ("client", "service")
 class Summary(Joined):
     """Connections as they end."""
 
-    def write(self, batch: Sequence[Event]) -> None:
-        """Take rows; tell of the connections that end in them."""
-        self.finish(self.joiner.feed(batch))
-
     def finish(self, told: list[Told]) -> None:
+        """Tell of those that were still open."""
+        self.tell(told)
+
+    def tell(self, told: list[Told]) -> None:
         """Tell of those that are over."""
         found = [one for one in told if isinstance(one, Connection)]
         if not found:

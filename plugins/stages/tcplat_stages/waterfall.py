@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
 from typing import Any
 
 import attrs
 
-from tcplat_core import Event, printable
+from tcplat_core import printable
 
 from .hosts import Hosts, crosses
 from .join import Told
@@ -71,20 +70,17 @@ class Waterfall(Joined):
     _slowest: list[tuple[Rank, int, Exchange]] = attrs.field(factory=list, init=False)
     _count: int = attrs.field(default=0, init=False)
 
-    def write(self, batch: Sequence[Event]) -> None:
-        """Take rows; show the exchanges that are complete by them."""
-        self._show(self.joiner.feed(batch))
-
     def finish(self, told: list[Told]) -> None:
         """What was still open; the slowest."""
-        self._show(told)
+        self.tell(told)
         slowest = sorted(self._slowest, key=lambda one: one[:2], reverse=True)
         self._write([exchange for _, _, exchange in slowest])
         untold = [] if self.as_json else self.joiner.untold()
         if untold:
             self.output.write("".join(f"-- {words} --\n" for words in untold).encode())
 
-    def _show(self, told: list[Told]) -> None:
+    def tell(self, told: list[Told]) -> None:
+        """Show the exchanges that are complete."""
         found = [
             one
             for one in told
