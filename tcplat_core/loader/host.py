@@ -197,7 +197,7 @@ class Host:
 
 
 def _unqualified(argument: str) -> str:
-    """An argument lies where it does, const or not: tcp:tcp_probe got its second one with 6.16."""
+    """An argument lies where it does, const or not; tcp:tcp_probe got one by 6.16."""
     return argument.replace("const ", "")
 
 
