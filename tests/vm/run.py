@@ -634,8 +634,8 @@ def qemu_command(qemu: str, tree: Path, run: Path, out: Path | None, *, memory: 
         *("-machine", "q35", "-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", memory),
         *("-kernel", str(tree / "vmlinux")),
         *("-initrd", str(run / "initramfs")),
-        # 5.10's FS-Cache has an error for each file that is opened by two paths, and a serial line is
-        # slow; a panic raises the level by itself.
+        # 5.10's FS-Cache complains of each file that is opened by two paths, and a serial line
+        # is slow; a panic raises the level by itself.
         *("-append", "console=ttyS0 loglevel=3 panic=-1 oops=panic"),
         *("-serial", f"file:{run / 'console'}"),
         *share("root", Path("/"), "readonly=on"),
