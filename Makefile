@@ -8,7 +8,7 @@ BENCH_PACKAGES := $(TEST_PACKAGES) bpftrace kmod
 apt = dpkg -s $(1) >/dev/null 2>&1 || { apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1) >/dev/null; }
 
-.PHONY: demo test test-vm lint format docs bench clean
+.PHONY: demo test test-vm lint format docs fuzz bench clean
 
 demo: $(VENV)/demo
 	@$(call apt,$(DEMO_PACKAGES))
@@ -39,6 +39,10 @@ format: $(VENV)/dev
 # events.md and hooks.md; a test fails where they are not what the code says.
 docs: $(VENV)/dev
 	$(BIN)/python docs/generate.py
+
+# Hostile captures through every sink and command, for ten minutes: tests/fuzz/README.md.
+fuzz: $(VENV)/dev
+	$(BIN)/python -m tests.fuzz.fuzz --seconds 600
 
 bench: $(VENV)/dev
 	@$(call apt,$(BENCH_PACKAGES))

@@ -223,7 +223,7 @@ class Capture:
             self._decoders[event] = form.decoder(event)
             own = [field for field in fields(event) if field.own]
             self._own[event] = [field.name for field in own if field.type != "bool"]
-            if not any("str" in field.type or "any" in field.type for field in own):
+            if not any("str" in field.type or field.type == "any" for field in own):
                 self._numeric.add(event)
         if probe.encode() in self._known or len(self._known) < _MOST_PROBES:
             self._known[probe.encode()] = self._decoders[event]

@@ -121,9 +121,13 @@ def cleaned(value: Any, depth: int = _DEEPEST) -> Any:
             raise ValueError("it is nested too deeply")
         if isinstance(value, list):
             return [cleaned(one, depth - 1) for one in value]
-        clean = {cleaned(key): cleaned(one, depth - 1) for key, one in value.items()}
+        clean = {
+            printable(key): one if one is None else cleaned(one, depth - 1)
+            for key, one in value.items()
+            if isinstance(key, str)
+        }
         if len(clean) < len(value):
-            raise ValueError("two keys in it are the same")
+            raise ValueError("two keys in it are the same, or a key is no text")
         return clean
     # Neither holds of what is no number.
     if value is not None and not (isinstance(value, int | float) and LEAST <= value <= MOST):
@@ -405,9 +409,19 @@ _HIDDEN = (
 """Members that reach the row only in translation."""
 
 
+@functools.lru_cache(maxsize=1024)
+def _hints(event: type[Event], *, include_extras: bool = False) -> Mapping[str, Any]:
+    """The types of a class's fields; to evaluate the text of them all takes a millisecond."""
+    own = inspect.get_annotations(event)
+    # Classes that are made of a capture's rows may be many, and have no texts.
+    if event.__bases__ == (Event,) and not any(isinstance(hint, str) for hint in own.values()):
+        return {**_hints(Event, include_extras=include_extras), **own}
+    return typing.get_type_hints(event, include_extras=include_extras)
+
+
 def _sources(event: type[Event]) -> Iterator[tuple[str, Wire | Hook | Made | None]]:
     """Each field and where its value comes from; None where that is not said."""
-    hints = typing.get_type_hints(event, include_extras=True)
+    hints = _hints(event, include_extras=True)
     for field in event.__struct_fields__:
         said = getattr(hints[field], "__metadata__", ())
         found = next((one for one in said if isinstance(one, Wire | Hook | Made)), None)
@@ -444,17 +458,18 @@ class Field:
 _TYPES = {int: "int", float: "float", str: "str", bool: "bool", type(None): "null"}
 
 
+@functools.lru_cache(maxsize=1024)
 def fields(event: type[Event] = Event) -> tuple[Field, ...]:
     """The fields of an event's class, in the order of its JSON keys.
 
     Of the rows of a probe that is not installed, as a capture has them, nothing is
     known but the names of the fields.
     """
-    hints = typing.get_type_hints(event)
+    hints = _hints(event)
     return tuple(
         Field(
             name=field,
-            type=" or ".join(_TYPES.get(kind, "any") for kind in _kinds(hints[field])),
+            type=_type(_kinds(hints[field])),
             unit=_unit(field),
             doc=source.doc if source else "",
             own=field not in Event.__struct_fields__,
@@ -462,6 +477,12 @@ def fields(event: type[Event] = Event) -> tuple[Field, ...]:
         )
         for field, source in _sources(event)
     )
+
+
+def _type(kinds: tuple[Any, ...]) -> str:
+    if set(kinds) == _TYPES.keys():
+        return "any"
+    return " or ".join(_TYPES.get(kind, "any") for kind in kinds)
 
 
 def _unit(field: str) -> str:

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import attrs
+from tcplat_stages.model import whole
 
 from tcplat_core import TcplatError
 
@@ -248,7 +249,7 @@ class Sightings:
                 way.position = found - 1
                 if ts_ns >= way.since:
                     matched = self._see(leaves, host, ts_ns, (*way_key[2:], "byte", found))
-            ack = getattr(row, "ack", None)
+            ack = whole(row, "ack")
             if ack is not None and "ACK" in flags and (found := _newer(ack, way.acked)):
                 way.acked = found - 1
                 if ts_ns >= way.since:

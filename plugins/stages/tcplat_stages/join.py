@@ -27,6 +27,8 @@ from .model import (
     Flow,
     Reach,
     reached,
+    real,
+    whole,
 )
 from .stages import (
     ACCEPTED,
@@ -409,7 +411,8 @@ class Joiner:
             for one in self._find(row.netns, conn.client, conn.service)
             if one.flows[CLIENT].syn == syn and not one.over and not one.ends[end.index].sock
         ]
-        if begin >= 0:
+        # The other end's socket stays with what it was joined to.
+        if begin >= 0 or (same and conn.ends[1 - end.index].sock):
             self._part(end, row)
         if same:
             self._merge(end, same[0], row)
@@ -585,7 +588,7 @@ class Joiner:
         self, row: Any, there: Sequence[Connection], back: Sequence[Connection], flags: str
     ) -> tuple[Connection | None, int]:
         """The connection of a packet that does not begin one, and its direction."""
-        ack = getattr(row, "ack", None)
+        ack = whole(row, "ack")
         if "SYN" in flags and ack is not None:
             for one in back:
                 if one.flows[CLIENT].syn == (ack - 1) & 0xFFFFFFFF:
@@ -604,7 +607,7 @@ class Joiner:
         A port that is used again begins with a number beyond all of those used before (RFC 6528).
         """
         own, other = conn.flows[index].syn, conn.flows[1 - index].syn
-        ack = getattr(row, "ack", None) if "ACK" in flags else None
+        ack = whole(row, "ack") if "ACK" in flags else None
         if "SYN" in flags:
             return conn
         if (
@@ -630,7 +633,7 @@ class Joiner:
     def _accept(self, end: End, row: Any, ts_ns: int) -> None:
         end.pid, end.comm = row.pid, row.comm
         end.conn.stamps[ACCEPTED] = ts_ns
-        end.conn.accept_us = getattr(row, "accept_us", None)
+        end.conn.accept_us = real(row, "accept_us")
 
     def _state(self, end: End, row: Any, ts_ns: int) -> None:
         old, new = row.old_state, row.state
@@ -786,7 +789,7 @@ class Joiner:
         self._retire(end, ts_ns)
 
     def _stats(self, end: End, row: Any, ts_ns: int) -> None:  # noqa: ARG002 - as all of them
-        end.stats = {name: getattr(row, name, None) for name in STATS}
+        end.stats = {name: whole(row, name) for name in STATS}
 
     # --- packets
 
@@ -814,7 +817,7 @@ class Joiner:
         if count:
             # A SYN has a number of its own, before that of the first byte.
             at = flow.at(row.seq + 1 if "SYN" in flags else row.seq)
-            ack = getattr(row, "ack", None)
+            ack = whole(row, "ack")
             if ack is not None and "ACK" in flags:
                 self._acked(conn, index, ack)
             self._data(conn, index, row, ts_ns, at, at + count)
@@ -907,7 +910,7 @@ class Joiner:
             conn.syns += 1
 
     def _window(self, conn: Connection, flow: Flow, row: Any, flags: str) -> None:
-        window = getattr(row, "window", None)
+        window = whole(row, "window")
         if window is None or "RST" in flags:
             return
         if window:
@@ -1396,8 +1399,9 @@ def _opens(flags: str) -> bool:
 
 def _device(row: Any) -> str | None:
     """What a packet leaves by; a probe that is not ours may call it otherwise."""
-    device: str | None = getattr(row, "dev", None) or row.ifname
-    return device
+    device: str | None = row.ifname
+    named = getattr(row, "dev", None)
+    return named if isinstance(named, str) and named else device
 
 
 def _calls(row: Any) -> bool:

@@ -46,6 +46,22 @@ FAILED = frozenset({UNANSWERED, CUT})
 STATS = ("srtt_us", "min_rtt_us", "rto_us", "retransmits", "bytes_acked", "bytes_received")
 """What probe tcp_stats tells of a socket that closes."""
 
+
+def real(row: Any, name: str) -> float | None:
+    """A field that not every probe has; None where there is none, or where it is no number.
+
+    What the probe of somebody else calls so may be anything.
+    """
+    value = getattr(row, name, None)
+    return value if type(value) in (int, float) else None
+
+
+def whole(row: Any, name: str) -> int | None:
+    """The same of a field that is a whole number."""
+    value = getattr(row, name, None)
+    return value if type(value) is int else None
+
+
 Log = list[tuple[int, int | None]]
 """Position reached, and when: None where the rows that would tell were missed."""
 

@@ -1,0 +1,35 @@
+"""Hostile captures, for some seconds; ``make fuzz`` takes ten minutes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CASES = sorted((ROOT / "tests/fuzz/cases").iterdir())
+SECONDS = 600 if os.environ.get("TCPLAT_LONG") else 15
+
+
+def fuzz(*arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fuzz.fuzz", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_captures_that_once_broke_something_break_nothing() -> None:
+    assert CASES
+    fuzz("--again", *map(str, CASES))
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_captures_that_were_made_to_do_harm_do_none(seed: int) -> None:
+    fuzz("--seconds", str(SECONDS), "--seed", str(seed))
