@@ -29,17 +29,18 @@ _MADE = "<!-- docs/generate.py makes this file from the code: make docs -->\n"
 def events() -> str:
     """The event's schema."""
     row = msgspec.json.encode(make_event()).decode()
-    lost = '{"v":1,"lost":{"probe":"tcp_client","point":"send","count":3}}'
+    version = tcplat_core.SCHEMA_VERSION
+    lost = f'{{"v":{version},"lost":{{"probe":"tcp_client","point":"send","count":3}}}}'
     host = attrs.asdict(Merge(1, "service.jsonl", offset_ns=-3_000_000, bound_ns=15_000))
-    merge = msgspec.json.encode({"v": 1, "merge": host}).decode()
+    merge = msgspec.json.encode({"v": version, "merge": host}).decode()
     report = RunReport(probes={}, duration_s=1.5)
-    end = msgspec.json.encode({"v": 1, "report": report.as_json()}).decode()
+    end = msgspec.json.encode({"v": version, "report": report.as_json()}).decode()
     return "\n".join(
         [
             _MADE,
             "# The event",
             "",
-            f"Schema version {tcplat_core.SCHEMA_VERSION}. One JSON object a line (or one msgpack",
+            f"Schema version {version}. One JSON object a line (or one msgpack",
             "map), keys always present and in this order, `null` where the hook cannot know:",
             "",
             "```json",
@@ -49,6 +50,13 @@ def events() -> str:
             *_table(fields(Event)),
             "",
             *textwrap.wrap(f"States: {', '.join(map(str, TCP_STATES[1:]))}.", 100),
+            "",
+            *textwrap.wrap(
+                "Captures of an older version are read: what it did not have is null. Version 2 "
+                "added `thread`; in version 1 `comm` was the name of the thread `tid`. A reader of "
+                "yours should pass over keys that it does not know.",
+                100,
+            ),
             "",
             "Texts are escaped: what does not print is `\\x1b` or the like, a backslash is two.",
             "`sock` and the `_ns` fields need 64 bits.",

@@ -27,10 +27,13 @@ from .schema import (
     LARGEST_RECORD,
     LEAST,
     MOST,
+    READABLE,
     SCHEMA_VERSION,
     Count,
     Event,
+    Wire,
     cleaned,
+    declared,
     fields,
 )
 from .texts import printable
@@ -67,6 +70,12 @@ GAP = ("msgpack", "reader")
 
 _OWN = int | float | str | bool | None
 """What a field of a probe may be."""
+_ABSENT = {
+    field: None
+    for field, source in declared(Event)
+    if isinstance(source, Wire) and source.since > READABLE[0]
+}
+"""What a row may lack, because an older version did not have it."""
 _TEXTS = operator.attrgetter(*(field.name for field in fields() if "str" in field.type))
 
 
@@ -317,11 +326,10 @@ class Capture:
             raise _ForeignError("it is damaged, or not of a capture") from error
         if not isinstance(value, dict) or "v" not in value or set(map(type, value)) != {str}:
             raise _ForeignError("it is not of a capture")
-        if value["v"] != SCHEMA_VERSION or value["v"] is True:
+        if value["v"] not in READABLE or value["v"] is True:
             version = printable(str(value["v"])[:20])
-            raise _ForeignError(
-                f"its schema is {version!r}, and this tcplat reads {SCHEMA_VERSION}"
-            )
+            readable = " and ".join(map(str, READABLE))
+            raise _ForeignError(f"its schema is {version!r}, and this tcplat reads {readable}")
         try:
             item = self._item(form, cleaned(value), len(frame))
         except (ValueError, TypeError) as error:
@@ -355,6 +363,8 @@ class Capture:
     def _row(self, form: Format, value: dict[str, Any]) -> Event:
         probe = msgspec.convert(value.get("probe"), str)
         event = self.events.get(probe, Event)
+        # What another version has besides becomes a field of the probe's; what it lacks is null.
+        value = {**_ABSENT, **value, "v": SCHEMA_VERSION}
         if set(value) != set(event.__struct_fields__):
             event = self._class(probe, [key for key in value if key not in Event.__struct_fields__])
         if any(isinstance(text, str) and len(text) > _LONGEST_TEXT for text in value.values()):

@@ -15,7 +15,7 @@ import attrs
 import msgpack
 import msgspec
 
-from .schema import Event
+from .schema import SCHEMA_VERSION, Event
 
 LONGEST = 1 << 20
 """Bytes: a longer line, or map, is none of ours."""
@@ -75,7 +75,7 @@ class Jsonl:
     """A frame is a line."""
 
     noun = "line"
-    head = re.compile(rb'\{"v":1,"ts_ns":\d+,"time_ns":\d+,"probe":"([^"\\]+)"')
+    head = re.compile(rb'\{"v":%d,"ts_ns":\d+,"time_ns":\d+,"probe":"([^"\\]+)"' % SCHEMA_VERSION)
 
     def __init__(self) -> None:
         self.value = msgspec.json.Decoder().decode
@@ -159,8 +159,9 @@ class Msgpack:
 
     noun = "map"
     head = re.compile(
-        rb"(?:[\x80-\x8f]|\xde..)\xa1v\x01"
-        rb"\xa5ts_ns(?:[\x00-\x7f]|\xcc.|\xcd..|\xce.{4}|\xcf.{8})"
+        rb"(?:[\x80-\x8f]|\xde..)\xa1v"
+        + bytes([SCHEMA_VERSION])
+        + rb"\xa5ts_ns(?:[\x00-\x7f]|\xcc.|\xcd..|\xce.{4}|\xcf.{8})"
         rb"\xa7time_ns(?:[\x00-\x7f]|\xcc.|\xcd..|\xce.{4}|\xcf.{8})"
         rb"\xa5probe(?:[\xa0-\xbf]|\xd9.)([\w.-]+)\xa5point",
         re.DOTALL,

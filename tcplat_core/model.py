@@ -322,7 +322,7 @@ class RunReport:
         return msgspec.convert(value, cls)
 
     def as_json(self) -> dict[str, Any]:
-        """What ends a capture: ``{"v":1,"report":...}``."""
+        """What ends a capture: ``{"v":2,"report":...}``."""
         told: dict[str, Any] = cleaned(
             {
                 "delivered": self.delivered,

@@ -28,8 +28,12 @@ import msgspec
 from .errors import PluginError
 from .texts import escaped, printable
 
-SCHEMA_VERSION = 1
-"""Of the event: the `v` of every row and every capture."""
+SCHEMA_VERSION = 2
+"""Of the event: the `v` of every row and every capture. Captures of older versions are read, too:
+what their rows lack is null (:data:`READABLE`)."""
+
+READABLE = (1, 2)
+"""Versions that are read. 2 added `thread`; in 1, `comm` was the name of the thread `tid`."""
 
 TCP_STATES = (
     None,
@@ -209,6 +213,9 @@ class Wire:
             ``socket`` or ``kind``; for fields of your own leave it empty.
         latency: It is a duration in µs, and ``--min-latency`` leaves out rows where it is
             shorter: in the kernel the handler has to ask ``tcplat_too_fast()``.
+        unlike: A field of the same block: where both are the same, this one is None.
+        since: The version of the schema that brought it. A row of an older capture lacks
+            it, and it is None.
         column: Its head in the sink `table`; the name in capitals, with its unit in brackets,
             unless given: ``rto_us`` is ``RTO(us)``. Empty: it has no column.
 
@@ -224,6 +231,8 @@ class Wire:
     has: bool = False
     block: str = attrs.field(default="", validator=_checked_block)
     latency: bool = False
+    unlike: str = ""
+    since: int = 1
     column: str | None = None
 
     @property
@@ -308,7 +317,7 @@ Real = Annotated[float, msgspec.Meta(ge=-float(1 << 63), le=float(1 << 63))]
 class Event(msgspec.Struct, gc=False):
     """One row, as sinks get it and as JSONL carries it. Never changed after it is made."""
 
-    v: Annotated[int, Made("1", "schema version")]
+    v: Annotated[int, Made("SCHEMA_VERSION", "schema version")]
     ts_ns: Annotated[Count, Wire("u64", "when, CLOCK_MONOTONIC, ns since boot")]
     time_ns: Annotated[Count, Made("ts_ns + OFFSET_NS", "Unix time of the same instant, ns")]
     probe: Annotated[str, Made("PROBE", "which probe saw it")]
@@ -322,7 +331,24 @@ class Event(msgspec.Struct, gc=False):
         Count | None, Wire("u32", "its thread that used it last", nullable=True, block="socket")
     ]
     comm: Annotated[
-        str | None, Wire("char[16]", "the owner's name, escaped", to=name, block="socket")
+        str | None,
+        Wire(
+            "char[16]",
+            "the process's name, escaped: of its first thread, at that moment",
+            to=name,
+            block="socket",
+        ),
+    ]
+    thread: Annotated[
+        str | None,
+        Wire(
+            "char[16]",
+            "the name of the thread `tid`, escaped; null where it is the process's",
+            nullable=True,
+            unlike="comm",
+            since=2,
+            block="socket",
+        ),
     ]
     cpu: Annotated[Count, Wire("u16", "where it happened", block="kind")]
     netns: Annotated[
@@ -678,6 +704,7 @@ class Record:
             "HOOKS": hooks,
             "IFNAME": ifname,
             "DESCRIBED": _described,
+            "SCHEMA_VERSION": SCHEMA_VERSION,
         }
         values: list[str] = []
         of_block: dict[str, dict[str, str]] = {"socket": {}, "kind": {}}
@@ -796,6 +823,8 @@ def has_bits(event: type[Event]) -> dict[str, int]:
 def _wire_expression(field: str, source: Wire, has: Mapping[str, int]) -> str:
     member = source.member or field
     value = member if source.converter is None else f"TO_{field}[{member}]"
+    if source.unlike:
+        return f"{value} if {value} != TO_{source.unlike}[{source.unlike}] else None"
     if source.has:
         flag = "has" if source.block == "kind" else "_has"
         return f"{value} if {flag} & {has[field]} else None"

@@ -12,7 +12,17 @@ from typing import Any, Self
 import attrs
 import msgspec
 
-from tcplat_core.schema import Event, FiredBy, Made, Record, Wire, declared, has_bits, micros
+from tcplat_core.schema import (
+    SCHEMA_VERSION,
+    Event,
+    FiredBy,
+    Made,
+    Record,
+    Wire,
+    declared,
+    has_bits,
+    micros,
+)
 
 from .library import CHOICE, INSTANT, INTEGER, MICROS, SIGNED, TEXT, Op, library
 
@@ -199,8 +209,8 @@ def _number(plan: _Plan, field: str, source: Wire, has: int) -> None:
 def _made(plan: _Plan, source: Made, probe: str, kind: dict[str, int]) -> bool:
     """What is worked out; whether it could be planned."""
     match source.by:
-        case "1":
-            plan.text(_KIND, b"1")
+        case "SCHEMA_VERSION":
+            plan.text(_KIND, b"%d" % SCHEMA_VERSION)
         case "PROBE":
             plan.text(_KIND, _json.encode(probe))
         case "ts_ns + OFFSET_NS":

@@ -66,6 +66,14 @@ FORK = HookPoint(
         ),
     ),
 )
+RENAME = HookPoint(
+    "rename",
+    (
+        tracepoint(
+            "task:task_rename", "tcplat_on_rename", *("struct task_struct *", "const char *")
+        ),
+    ),
+)
 STATE = HookPoint(
     "state",
     (tracepoint("sock:inet_sock_set_state", "tcplat_on_state", _SOCK, "const int", "const int"),),
@@ -89,7 +97,7 @@ USE = HookPoint(
     ),
     optional=True,
 )
-CORE = (DESTROY, EXIT, FORK, STATE, QUEUE, USE)
+CORE = (DESTROY, EXIT, FORK, RENAME, STATE, QUEUE, USE)
 """Where the core's own programs (core.bpf.h) listen."""
 
 
@@ -230,6 +238,8 @@ class Loader:
 
     def _attach_core(self, core: _Module) -> None:
         """The core's own programs, but for the last one: they know first who is wanted."""
+        # Before the names of what runs already are read.
+        self._core(core, RENAME)
         pids = self.request.filter.pids
         if pids is not None:
             for pid in pids:

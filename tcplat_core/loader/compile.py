@@ -41,7 +41,7 @@ CORE_TYPES = (
     "socket:file",
     "file:f_inode",
     "inode:i_ino",
-    "task_struct:tgid,signal",
+    "task_struct:tgid,signal,group_leader,start_time,flags,comm",
     "signal_struct:live",
     "pt_regs",
     "timespec64",

@@ -6,23 +6,26 @@ import functools
 import struct
 from collections.abc import Callable, Mapping, Sequence
 
+import attrs
+
 from tcplat_core.filters import Filter
 from tcplat_core.owners import CLIENT, LISTENER, Place, Seed
 
 from . import bpf
 
 # Layouts of include/tcplat/owner.bpf.h.
-_SEED = struct.Struct("=QIBBxx16s")
+_SEED = struct.Struct("=QIBBBx16s")
 _PORT = struct.Struct("=16sIHBx")
-_LISTENER = struct.Struct("=IIB7x16s")
+_LISTENER = struct.Struct("=IIBB6x16s")
 _ADDRS = struct.Struct("=16s16sIHHB7x")
 _FLOW = struct.Struct("=QQ")
 _SERVED, _SERVED_BY_DEVICE = 1, 2
 _MAPPED = bytes(10) + b"\xff\xff"
 
 
-_Owner = tuple[int, int, bytes]
-"""Process, 0 where nobody can know; whether it is wanted; its name."""
+_Owner = tuple[int, int, int, bytes]
+"""Process, 0 where it is not known; whether it is wanted, and would be by any name; its name."""
+_Wants = Callable[[int, bytes], bool]
 
 
 def fill(maps: Mapping[str, int], seeds: Sequence[Seed], wanted: Filter, room: int) -> None:
@@ -35,7 +38,8 @@ def fill(maps: Mapping[str, int], seeds: Sequence[Seed], wanted: Filter, room: i
         room: Entries that the maps have.
     """
     wants = functools.cache(wanted.wants)  # a process may hold 100,000 sockets
-    listeners = _listeners(seeds, wants)
+    asks = functools.cache(attrs.evolve(wanted, comm="").wants)
+    listeners = _listeners(seeds, wants, asks)
     served: dict[int, int] = {}
     for seed in seeds:
         if seed.role != CLIENT:
@@ -45,22 +49,24 @@ def fill(maps: Mapping[str, int], seeds: Sequence[Seed], wanted: Filter, room: i
     flows: dict[bytes, bytes] = {}
     for seed in seeds:
         comm = seed.comm[:15]
-        owner = (seed.pid, int(wants(seed.pid, comm)), comm)
+        owner = (seed.pid, int(wants(seed.pid, comm)), int(asks(seed.pid, b"")), comm)
         if seed.waiting:  # it is its listener's
             found = (listeners.get(_port(seed.netns, place)) for place in seed.accepted_at)
             owner = next((one[0] for one in found if one), owner)
             if served[seed.lport] == _SERVED_BY_DEVICE:
-                owner = (0, owner[1], b"")
-        pid, is_wanted, comm = owner
-        by_cookie[struct.pack("=Q", seed.cookie)] = _SEED.pack(0, pid, seed.role, is_wanted, comm)
+                owner = (0, owner[1], 0, b"")
+        pid, is_wanted, asked, comm = owner
+        by_cookie[struct.pack("=Q", seed.cookie)] = _SEED.pack(
+            0, pid, seed.role, is_wanted, asked, comm
+        )
         if seed.role == LISTENER:
             continue
         ip = 4 if seed.remote.startswith(_MAPPED) else 6
         addrs = (seed.local, seed.remote, seed.netns, seed.lport, seed.rport, ip)
         flows[_ADDRS.pack(*addrs)] = _FLOW.pack(0, seed.cookie)
     entries = [
-        (port, _LISTENER.pack(pid, users, is_wanted, comm))
-        for port, ((pid, is_wanted, comm), users) in listeners.items()
+        (port, _LISTENER.pack(pid, users, is_wanted, asked, comm))
+        for port, ((pid, is_wanted, asked, comm), users) in listeners.items()
     ]
     bpf.map_update_many(maps["tcplat_seeds"], list(by_cookie.items())[:room])
     # One that began since our programs are attached is known, and found by its entry.
@@ -78,7 +84,7 @@ def _port(netns: int, place: Place) -> bytes:
 
 
 def _listeners(
-    seeds: Sequence[Seed], wants: Callable[[int, bytes], bool]
+    seeds: Sequence[Seed], wants: _Wants, asks: _Wants
 ) -> dict[bytes, tuple[_Owner, int]]:
     """Who accepts at each port, and how many sockets listen there."""
     found: dict[bytes, tuple[_Owner, int]] = {}
@@ -87,10 +93,11 @@ def _listeners(
             continue
         pid, comm = (0, b"") if seed.others else (seed.pid, seed.comm[:15])
         port = _port(seed.netns, seed.listens_at)
-        (known, all_wanted, comm), users = found.get(port, ((pid, 1, comm), 0))
+        asked = int(asks(pid, b""))
+        (known, all_wanted, _, comm), users = found.get(port, ((pid, 1, asked, comm), 0))
         all_wanted &= all(
             wants(one, name[:15]) for one, name in ((seed.pid, seed.comm), *seed.others)
         )
-        owner = (pid, all_wanted, comm) if known == pid else (0, all_wanted, b"")
+        owner = (pid, all_wanted, asked, comm) if known == pid else (0, all_wanted, 0, b"")
         found[port] = (owner, users + 1)
     return found

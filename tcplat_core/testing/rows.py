@@ -26,6 +26,7 @@ _A_SEND: dict[str, Any] = {
     "pid": 4711,
     "tid": 4711,
     "comm": "curl",
+    "thread": None,
     "cpu": 0,
     "netns": 4_026_531_840,
     "ip": 4,

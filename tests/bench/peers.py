@@ -83,7 +83,7 @@ def row(event: Any, offset_ns: int) -> dict[str, Any]:
     """A row of tcplat's, made in a callback as bcc's own tools make theirs."""
     point, func = POINTS[event.hook & 1]
     return {
-        "v": 1,
+        "v": 2,
         "ts_ns": event.ts_ns,
         "time_ns": event.ts_ns + offset_ns,
         "probe": "tcp_client",
@@ -93,6 +93,7 @@ def row(event: Any, offset_ns: int) -> dict[str, Any]:
         "pid": event.pid,
         "tid": event.tid,
         "comm": event.comm.decode("utf-8", "replace"),
+        "thread": None,
         "cpu": event.cpu,
         "netns": event.netns,
         "ip": event.ip,

@@ -15,8 +15,8 @@ import sys
 import attrs
 import msgpack
 
-_ROW = b"\xa1v\x01\xa5ts_ns"
-_GAP = b"\x82\xa1v\x01\xa3gap"
+_ROW = b"\xa1v\x02\xa5ts_ns"
+_GAP = b"\x82\xa1v\x02\xa3gap"
 _GAP_BYTES = 17
 """Of a gap's map, at most; something longer always follows it."""
 _BUFFER = bytearray(1 << 20)

@@ -141,7 +141,7 @@ def test_head(
         assert run.process.returncode == 0
         assert head.stdout
         line = head.stdout.read()
-    assert line.startswith(b"PID" if sink == "table" else b'{"v":1,')
+    assert line.startswith(b"PID" if sink == "table" else b'{"v":2,')
     assert "Traceback" not in run.errors.read_text()
 
 

@@ -72,7 +72,7 @@ def end_a_flood(
         one(_FLOOD.format(address=server.address))
         server.accept()
     with run.path.open("rb") as file:
-        eventually(lambda: b'{"v":1,"lost":' in file.read(), "something was lost")
+        eventually(lambda: b'{"v":2,"lost":' in file.read(), "something was lost")
     peak, waited = peak_mib(run.pid), waited_s(run.pid)
     began = time.monotonic()
     run.process.send_signal(signal.SIGINT)

@@ -10,7 +10,7 @@ import attrs
 import msgspec
 import pytest
 
-from tcplat_core import HOST_BITS, Event, Loss, Merge, Reader, TcplatError
+from tcplat_core import HOST_BITS, SCHEMA_VERSION, Event, Loss, Merge, Reader, TcplatError
 from tcplat_core.model import RunReport
 from tcplat_core.testing import make_event
 
@@ -25,12 +25,12 @@ REPORT = RunReport(probes={}, duration_s=1.0)
 def capture(path: Path, *, end: bool = True) -> list[Event]:
     rows = [make_event(ts_ns=1000 + n, netns=4 + (n % 2 << HOST_BITS)) for n in range(10)]
     encode = msgspec.json.Encoder().encode
-    lines = [encode({"v": 1, "merge": attrs.asdict(host)}) for host in HOSTS]
+    lines = [encode({"v": SCHEMA_VERSION, "merge": attrs.asdict(host)}) for host in HOSTS]
     lines += [encode(row) for row in rows[:5]]
-    lines.append(encode({"v": 1, "lost": attrs.asdict(LOSS)}))
+    lines.append(encode({"v": SCHEMA_VERSION, "lost": attrs.asdict(LOSS)}))
     lines += [encode(row) for row in rows[5:]]
     if end:
-        lines.append(encode({"v": 1, "report": REPORT.as_json()}))
+        lines.append(encode({"v": SCHEMA_VERSION, "report": REPORT.as_json()}))
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     return rows
 

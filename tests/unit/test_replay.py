@@ -23,7 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tcplat_core import Event, Loss, RunInfo, RunReport
+from tcplat_core import SCHEMA_VERSION, Event, Loss, RunInfo, RunReport
 from tcplat_core.capture import Capture, Source
 from tcplat_core.errors import TcplatError, UsageError
 from tcplat_core.filters import Filter
@@ -33,6 +33,7 @@ from tcplat_core.replay import Replay, add_reports
 from tcplat_core.testing import RecordingSink, make_event
 
 PLUGINS = Plugins.load()
+DATA = Path(__file__).with_name("data")
 EVENTS = {name: spec.event for name, spec in PLUGINS.probes.items()}
 
 
@@ -75,9 +76,9 @@ def report_of(rows: Sequence[Event], losses: Sequence[Loss] = ()) -> RunReport:
 def encoded(item: object, form: str = "jsonl") -> bytes:
     """A row, a loss or a report, as sinks write them."""
     if isinstance(item, Loss):
-        item = {"v": 1, "lost": attrs.asdict(item)}
+        item = {"v": SCHEMA_VERSION, "lost": attrs.asdict(item)}
     elif isinstance(item, RunReport):
-        item = {"v": 1, "report": item.as_json()}
+        item = {"v": SCHEMA_VERSION, "report": item.as_json()}
     return msgspec.json.encode(item) + b"\n" if form == "jsonl" else msgspec.msgpack.encode(item)
 
 
@@ -190,6 +191,36 @@ def test_rows_of_a_probe_with_other_fields_than_the_installed_one(replay: Replay
     assert b"".join(map(encoded, [*found.sink.stream, found.report])) == data
 
 
+# --- another version
+
+
+@pytest.mark.parametrize("name", ["v1.jsonl", "v1.msgpack"])
+def test_a_capture_of_version_1_is_one_of_ours_without_threads(replay: Replayed, name: str) -> None:
+    """It was written by the last release with that schema; `comm` was a thread's name there."""
+    found = replay((DATA / name).read_bytes())
+    assert found.said == []
+    lines = list(map(json.loads, (DATA / "v1.jsonl").read_bytes().splitlines()))
+    *then, _ = lines
+    now = [json.loads(msgspec.json.encode(row)) for row in found.sink.rows]
+    assert now == [{**row, "v": SCHEMA_VERSION, "thread": None} for row in then]
+    assert [type(row) for row in found.sink.rows] == [EVENTS[row["probe"]] for row in then]
+    assert found.report.delivered == len(then)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "msgpack"])
+def test_what_a_row_of_another_version_lacks_is_null_and_what_it_has_besides_stays(
+    replay: Replayed, form: str
+) -> None:
+    encode = msgspec.json.encode if form == "jsonl" else msgspec.msgpack.encode
+    end = b"\n" if form == "jsonl" else b""
+    row = msgspec.structs.asdict(ROWS[0])
+    more = {**row, "cgroup": 4711, "sock": 2}
+    less = {key: value for key, value in row.items() if key != "thread"}
+    found = replay(b"".join(encode(one) + end for one in (row, more, less)))
+    one, two, three = map(msgspec.structs.asdict, found.sink.rows)
+    assert (one, two, three) == (row, more, row)
+
+
 # --- what is damaged
 
 
@@ -197,7 +228,7 @@ def test_rows_of_a_probe_with_other_fields_than_the_installed_one(replay: Replay
     ("bad", "reason"),
     [
         (b"hello", "it is damaged, or not of a capture"),
-        (b'{"v":1', "it is damaged"),
+        (b'{"v":2', "it is damaged"),
         (b"\x00\x00\x00", "it is damaged"),
         (bytes(set(range(256)) - {10}), "it is damaged"),
         (b'{"a":1}', "it is not of a capture"),
@@ -205,15 +236,15 @@ def test_rows_of_a_probe_with_other_fields_than_the_installed_one(replay: Replay
         (b'"v"', "it is not of a capture"),
         (b"1e999", "it is damaged"),
         (b"[" * 100_000, "it is damaged"),
-        (encoded(ROWS[0])[:-1].replace(b'"v":1', b'"v":2'), "its schema is '2'"),
-        (encoded(ROWS[0])[:-1].replace(b'"v":1', b'"v":true'), "its schema is 'True'"),
+        (encoded(ROWS[0])[:-1].replace(b'"v":2', b'"v":3'), "its schema is '3'"),
+        (encoded(ROWS[0])[:-1].replace(b'"v":2', b'"v":true'), "its schema is 'True'"),
         (encoded(ROWS[0])[:-1].replace(b'"pid":4711', b'"pid":"x"'), "Expected `int | null`"),
         (encoded(ROWS[0])[:-1].replace(b'"seq":1,', b""), "missing required field `seq`"),
         (encoded(ROWS[0])[:-1].replace(b'"seq"', b'"not a name":1,"seq"'), "no probe has"),
-        (b'{"v":1,"lost":{"probe":"x"}}', "missing required field `point`"),
-        (b'{"v":1,"report":[]}', "Expected `object`"),
-        (b'{"v":1,"gap":-0.5}', "Expected `int`"),
-        (b'{"v":1,"probe":3}', "Expected `str`"),
+        (b'{"v":2,"lost":{"probe":"x"}}', "missing required field `point`"),
+        (b'{"v":2,"report":[]}', "Expected `object`"),
+        (b'{"v":2,"gap":-0.5}', "Expected `int`"),
+        (b'{"v":2,"probe":3}', "Expected `str`"),
         (b"x" * 3_000_000, ""),
     ],
 )

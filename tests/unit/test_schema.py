@@ -41,8 +41,20 @@ from tcplat_core.schema import (
 from tcplat_core.testing import make_event, make_record
 
 KEYS = [
-    *("v", "ts_ns", "time_ns", "probe", "point", "func", "attach", "pid", "tid", "comm", "cpu"),
-    *("netns", "ip", "saddr", "sport", "daddr", "dport", "state", "old_state", "desc"),
+    *("v", "ts_ns", "time_ns", "probe", "point", "func", "attach", "pid", "tid", "comm"),
+    *(
+        "thread",
+        "cpu",
+        "netns",
+        "ip",
+        "saddr",
+        "sport",
+        "daddr",
+        "dport",
+        "state",
+        "old_state",
+        "desc",
+    ),
     *("seq", "bytes", "flags", "connect_us", "ifname", "sock"),
 ]
 """Of a JSON line, in this order."""
@@ -130,6 +142,7 @@ def test_a_record_becomes_a_row_field_by_field() -> None:
         saddr="192.0.2.1",
         daddr="2001:db8::1",
         comm="nginx",
+        thread="pool 1",
         pid=4_194_303,
         tid=4_194_304,
         netns=4_026_531_840,
@@ -149,7 +162,7 @@ def test_a_record_becomes_a_row_field_by_field() -> None:
     )
     (row,) = decode(record, offset_ns=10)
     assert msgspec.structs.asdict(row) == {
-        "v": 1,
+        "v": 2,
         "ts_ns": 5_000_000_001,
         "time_ns": 5_000_000_011,
         "probe": "a_probe",
@@ -159,6 +172,7 @@ def test_a_record_becomes_a_row_field_by_field() -> None:
         "pid": 4_194_303,
         "tid": 4_194_304,
         "comm": "nginx",
+        "thread": "pool 1",
         "cpu": 65_535,
         "netns": 4_026_531_840,
         "ip": 6,
@@ -184,6 +198,7 @@ def test_what_a_hook_cannot_know_is_null() -> None:
         "pid",
         "tid",
         "comm",
+        "thread",
         "netns",
         "ip",
         "sport",
@@ -196,6 +211,16 @@ def test_what_a_hook_cannot_know_is_null() -> None:
         "connect_us",
         "ifname",
     ]
+
+
+@pytest.mark.parametrize(
+    ("thread", "told"),
+    [(b"", None), (b"nginx", None), (b"nginx\0rest", None), (b"nginx2", "nginx2"), (b"N", "N")],
+)
+def test_the_thread_is_named_where_its_name_is_not_the_process_s(
+    thread: bytes, told: str | None
+) -> None:
+    assert decode_one(comm=b"nginx\0left", thread=thread).thread == told
 
 
 @pytest.mark.parametrize("bits", range(8))

@@ -11,10 +11,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tcplat_core import RunReport
+from tcplat_core import SCHEMA_VERSION, RunReport
 from tcplat_core.testing import make_event
 
-REPORT = {"v": 1, "report": RunReport(probes={}, duration_s=1).as_json()}
+REPORT = {"v": SCHEMA_VERSION, "report": RunReport(probes={}, duration_s=1).as_json()}
 CAPTURE = b"".join(
     msgspec.json.encode(one) + b"\n" for one in [*(make_event() for _ in range(3)), REPORT]
 )

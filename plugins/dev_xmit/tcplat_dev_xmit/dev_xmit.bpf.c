@@ -31,8 +31,8 @@ static __always_inline bool find_owner(const struct sk_buff *skb, struct tcplat_
 	struct tcplat_sock *s = sk ? tcplat_find(sk) : NULL;
 
 	if (s) {
-		who->pid = tcplat_get_owner(&s->owner, who->comm) >> 32;
-		return s->wanted;
+		tcplat_owner_of(s, who);
+		return who->wanted;
 	}
 	/* What answers a SYN has no socket of its own yet, what is forwarded never has. */
 	if (tcplat_whose(ends, who))

@@ -10,7 +10,17 @@ from typing import Any, BinaryIO
 import attrs
 import msgspec
 
-from tcplat_core import HOST_BITS, Event, Loss, Merge, Reader, UsageError, add_reports, whole_file
+from tcplat_core import (
+    HOST_BITS,
+    SCHEMA_VERSION,
+    Event,
+    Loss,
+    Merge,
+    Reader,
+    UsageError,
+    add_reports,
+    whole_file,
+)
 
 from .clocks import Offset, Sightings, together
 from .common import say
@@ -111,7 +121,7 @@ def _write(file: BinaryIO, hosts: list[Merge], readers: list[Reader], shift: _Sh
     encoder = msgspec.json.Encoder()
 
     def line(**value: Any) -> None:
-        file.write(encoder.encode({"v": 1, **value}) + b"\n")
+        file.write(encoder.encode({"v": SCHEMA_VERSION, **value}) + b"\n")
 
     for host in hosts:
         line(merge=attrs.asdict(host))

@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 import msgspec
 
-from tcplat_core import Event
+from tcplat_core import SCHEMA_VERSION, Event
 from tcplat_core.plugins import Plugins
 
 EPOCH_NS = 1_700_000_000_000_000_000
@@ -118,7 +118,7 @@ class Traffic:
             here, there = (near, far) if (sender if packet else host) == 0 else (far, near)
             values = {
                 **nulls(probe),
-                "v": 1,
+                "v": SCHEMA_VERSION,
                 "ts_ns": at,
                 "time_ns": at + EPOCH_NS,
                 "probe": probe,
@@ -235,7 +235,7 @@ def write(
     batch: list[Event] = []
     with path.open("wb") as file:
         for item in head:
-            file.write(encoder.encode({"v": 1, **item}) + b"\n")
+            file.write(encoder.encode({"v": SCHEMA_VERSION, **item}) + b"\n")
         for row in rows:
             batch.append(row)
             if len(batch) == 10_000:
@@ -244,7 +244,7 @@ def write(
         file.write(encoder.encode_lines(batch))
         if end:
             report = {"probes": {}, "duration_s": 1.0}
-            file.write(encoder.encode({"v": 1, "report": report}) + b"\n")
+            file.write(encoder.encode({"v": SCHEMA_VERSION, "report": report}) + b"\n")
     return path
 
 

@@ -221,7 +221,10 @@ def test_a_capture_without_connections_is_a_page_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("out", "status", "said"),
-    [("/", 2, "cannot write /: Is a directory; name another path"), ("/dev/full", 1, "No space left on device")],
+    [
+        ("/", 2, "cannot write /: Is a directory; name another path"),
+        ("/dev/full", 1, "No space left on device"),
+    ],
 )
 def test_where_it_cannot_go_is_one_sentence(
     tmp_path: Path, out: str, status: int, said: str

@@ -11,6 +11,7 @@ import attrs
 import msgspec
 
 from tcplat_core import (
+    SCHEMA_VERSION,
     Aggregates,
     Distribution,
     Event,
@@ -67,7 +68,9 @@ class Histograms:
         if self.output.closed:
             return
         if self.as_json:
-            self.output.write(self._encoder.encode({"v": 1, "report": report.as_json()}) + b"\n")
+            self.output.write(
+                self._encoder.encode({"v": SCHEMA_VERSION, "report": report.as_json()}) + b"\n"
+            )
         else:
             lines = [
                 f"{name} {histogram}: not measured: {why}\n"

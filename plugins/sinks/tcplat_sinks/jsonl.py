@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import attrs
 import msgspec
 
-from tcplat_core import Event, Loss, Merge, Output, RunReport, json_lines
+from tcplat_core import SCHEMA_VERSION, Event, Loss, Merge, Output, RunReport, json_lines
 
 
 @attrs.define(eq=False)
@@ -23,11 +23,11 @@ class Jsonl:
 
     def lost(self, loss: Loss) -> None:
         """A line at the place of the gap."""
-        self._line({"v": 1, "lost": attrs.asdict(loss)})
+        self._line({"v": SCHEMA_VERSION, "lost": attrs.asdict(loss)})
 
     def merged(self, merge: Merge) -> None:
         """A line for each host, before the rows."""
-        self._line({"v": 1, "merge": attrs.asdict(merge)})
+        self._line({"v": SCHEMA_VERSION, "merge": attrs.asdict(merge)})
 
     def idle(self) -> None:
         """Notice a reader that has gone."""
@@ -37,7 +37,7 @@ class Jsonl:
         """The books, as the last line."""
         if self.output.closed:
             return
-        self._line({"v": 1, "report": report.as_json()})
+        self._line({"v": SCHEMA_VERSION, "report": report.as_json()})
         self.output.close()
 
     def _line(self, value: object) -> None:

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from tcplat_sinks.jsonl import Jsonl
 
-from tcplat_core import Event, Loss, Output, RunReport, TcplatError
+from tcplat_core import SCHEMA_VERSION, Event, Loss, Output, RunReport, TcplatError
 from tcplat_core.model import HookReport, ProbeReport
 from tcplat_core.testing import make_event
 
@@ -62,14 +62,17 @@ def test_a_loss_stands_in_its_place(sink: Jsonl, path: Path) -> None:
     sink.write([make_event(ts_ns=2)])
     before, loss, after = lines(path)
     assert (before["ts_ns"], after["ts_ns"]) == (1, 2)
-    assert loss == {"v": 1, "lost": {"probe": "tcp_client", "point": "send", "count": 3}}
+    assert loss == {
+        "v": SCHEMA_VERSION,
+        "lost": {"probe": "tcp_client", "point": "send", "count": 3},
+    }
 
 
 def test_the_last_line_holds_the_books(sink: Jsonl, path: Path) -> None:
     sink.write([make_event()])
     sink.close(REPORT)
     *_, last = lines(path)
-    assert last == {"v": 1, "report": json.loads(json.dumps(REPORT.as_json()))}
+    assert last == {"v": SCHEMA_VERSION, "report": json.loads(json.dumps(REPORT.as_json()))}
     assert last["report"]["delivered"] == 2
     assert last["report"]["dropped"] == 1
     assert last["report"]["switched_off"] == {"table": "disk full"}
@@ -80,7 +83,7 @@ def test_lines_can_be_told_apart_by_their_keys(sink: Jsonl, path: Path) -> None:
     sink.lost(Loss("tcp_client", "send", 1))
     sink.close(REPORT)
     row, loss, report = lines(path)
-    assert [line["v"] for line in (row, loss, report)] == [1, 1, 1]
+    assert [line["v"] for line in (row, loss, report)] == [SCHEMA_VERSION] * 3
     assert "ts_ns" in row
     assert "lost" in loss.keys() - row.keys()
     assert "report" in report.keys() - row.keys()

@@ -25,7 +25,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tcplat_sinks.msgpack import Msgpack, Reader
 
-from tcplat_core import Event, Loss, Merge, ReaderGoneError, RunInfo, RunReport, UsageError
+from tcplat_core import (
+    SCHEMA_VERSION,
+    Event,
+    Loss,
+    Merge,
+    ReaderGoneError,
+    RunInfo,
+    RunReport,
+    UsageError,
+)
 from tcplat_core.model import read_options
 from tcplat_core.plugins import Plugins
 from tcplat_core.testing import make_event
@@ -134,7 +143,7 @@ def test_a_run_is_a_header_rows_losses_in_their_place_and_the_books(bench: Bench
     sink.write(rows(1, 2))
     sink.close(REPORT)
     header, *maps = client.rest()
-    assert header["v"] == header["schema"]["version"] == 1
+    assert header["v"] == header["schema"]["version"] == SCHEMA_VERSION
     assert header["host"] == platform.node()
     assert abs(header["start_ns"] - time.time_ns()) < 60e9
     monotonic_ns = time.time_ns() - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
@@ -143,8 +152,13 @@ def test_a_run_is_a_header_rows_losses_in_their_place_and_the_books(bench: Bench
     assert [name for name, _ in fields] == list(CLIENT.__struct_fields__)
     assert dict(fields)["pid"] == "int or null"
     expected = [msgspec.structs.asdict(row) for row in rows(3)]
-    lost = {"v": 1, "lost": attrs.asdict(LOSS)}
-    assert maps == [*expected[:2], lost, expected[2], {"v": 1, "report": REPORT.as_json()}]
+    lost = {"v": SCHEMA_VERSION, "lost": attrs.asdict(LOSS)}
+    assert maps == [
+        *expected[:2],
+        lost,
+        expected[2],
+        {"v": SCHEMA_VERSION, "report": REPORT.as_json()},
+    ]
 
 
 def test_who_comes_later_gets_the_header_and_what_comes_from_then_on(bench: Bench) -> None:
@@ -172,7 +186,7 @@ def test_hosts_stand_before_the_rows_also_for_who_comes_later(bench: Bench) -> N
     sink.poll()
     sink.write(rows(1, 2))
     sink.close(REPORT)
-    expected = [{"v": 1, "merge": attrs.asdict(host)} for host in hosts]
+    expected = [{"v": SCHEMA_VERSION, "merge": attrs.asdict(host)} for host in hosts]
     for client, count in ((first, 3), (second, 1)):
         header, *maps = client.rest()
         assert "schema" in header
@@ -233,7 +247,7 @@ def test_who_does_not_read_misses_rows_and_is_told_how_many_and_where(bench: Ben
             expected += 1
     assert expected == sum(counts(seen)) == 20_100
     assert 15_000 < counts(seen)[1] < 20_000
-    assert seen[-1] == {"v": 1, "report": REPORT.as_json()}
+    assert seen[-1] == {"v": SCHEMA_VERSION, "report": REPORT.as_json()}
     assert counts(got) == (20_100, 0)
 
 
@@ -617,7 +631,7 @@ def connections(path: str) -> int:
 
 
 def capture_of(batch: Sequence[Event]) -> bytes:
-    lines: list[object] = [*batch, {"v": 1, "report": REPORT.as_json()}]
+    lines: list[object] = [*batch, {"v": SCHEMA_VERSION, "report": REPORT.as_json()}]
     return b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
 
 
@@ -658,10 +672,13 @@ def test_what_a_reader_missed_is_a_loss_in_its_replay(
     bench: Bench, tcplat: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     path = bench.folder / "capture.mp"
-    maps: list[Any] = [*rows(2), {"v": 1, "gap": 7}, *rows(1, 9)]
+    maps: list[Any] = [*rows(2), {"v": SCHEMA_VERSION, "gap": 7}, *rows(1, 9)]
     path.write_bytes(b"".join(map(msgspec.msgpack.encode, maps)))
     done = tcplat("replay", str(path), "--sink", "jsonl")
     out, err = done.communicate(timeout=120)
     third = msgspec.json.decode(out.splitlines()[2])
-    assert third == {"v": 1, "lost": {"probe": "msgpack", "point": "reader", "count": 7}}
+    assert third == {
+        "v": SCHEMA_VERSION,
+        "lost": {"probe": "msgpack", "point": "reader", "count": 7},
+    }
     assert b"7 rows were kept from us, because we did not read fast enough" in err

@@ -12,6 +12,26 @@ int tcplat_on_destroy(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
+/* task:task_rename: exec(2), prctl(PR_SET_NAME), /proc/PID/comm. The task still has its old name. */
+int tcplat_on_rename(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct task_struct *task = (struct task_struct *)ctx->args[0];
+	struct task_struct *leader = tcplat_get(task, group_leader);
+	u32 pid = tcplat_get(task, tgid), zero = 0;
+	u64 *count = tcplat_renames.lookup(&zero);
+	struct tcplat_name name = {};
+
+	if (leader == task) {
+		name.born_ns = tcplat_get(task, start_time);
+		bpf_probe_read_kernel_str(name.comm, sizeof(name.comm), (void *)ctx->args[1]);
+		tcplat_names.update(&pid, &name);
+	}
+	/* Behind the name: who sees the new count finds it. A thread's name is read where it calls. */
+	if (count)
+		lock_xadd(count, 1);
+	return 0;
+}
+
 #ifdef TCPLAT_FILTER_PID
 /* sched:sched_process_fork: children of a traced command are traced too. */
 int tcplat_on_fork(struct bpf_raw_tracepoint_args *ctx)

@@ -54,13 +54,19 @@ static __always_inline u64 tcplat_current_cgroup(void)
 }
 #endif
 
-/* The current task. Only where the socket's own process calls. */
-static __always_inline bool tcplat_wanted_task(const char *comm)
+/* --comm: by the process's name. */
+static __always_inline bool tcplat_wanted_name(const char *comm)
 {
 #ifdef TCPLAT_FILTER_COMM
-	if (!(TCPLAT_FILTER_COMM(comm)))
-		return false;
+	return TCPLAT_FILTER_COMM(comm);
+#else
+	return true;
 #endif
+}
+
+/* The current task, whatever its name. Only where the socket's own process calls. */
+static __always_inline bool tcplat_wanted_caller(void)
+{
 #ifdef TCPLAT_FILTER_CGROUP
 	if (tcplat_current_cgroup() != TCPLAT_FILTER_CGROUP)
 		return false;
@@ -72,6 +78,12 @@ static __always_inline bool tcplat_wanted_task(const char *comm)
 		return false;
 #endif
 	return true;
+}
+
+/* The current task, whose process is called `comm`. Only where the socket's own process calls. */
+static __always_inline bool tcplat_wanted_task(const char *comm)
+{
+	return tcplat_wanted_name(comm) && tcplat_wanted_caller();
 }
 
 /* Local end first. A source port that is not chosen yet is 0, and no port that anybody names. */

@@ -72,6 +72,7 @@ tcplat_count(const struct sock *sk, struct tcplat_sock *s, u32 histogram, u32 ce
 	u32 at = bpf_get_smp_processor_id() & (TCPLAT_STRIPES - 1);
 	u64 *count;
 
+	tcplat_refresh(s);
 	if (!s->wanted || !tcplat_is_open())
 		return;
 	if (!s->addrs.sport)

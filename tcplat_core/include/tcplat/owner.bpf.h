@@ -15,11 +15,14 @@
  * Whose a socket is. Softirq on another CPU reads while its process writes, and two processes may
  * write at once; no lock is to be had in a tracing program. So the parts carry a sum, without which
  * they are not believed: pid and name are of one process, or nothing is known at that instant.
+ * The thread and its name likewise.
  */
 struct tcplat_owner {
 	u64 task; /* process << 32 | thread, as bpf_get_current_pid_tgid() has it; 0: not known */
 	u64 sum;  /* tcplat_owner_sum() of the process and its name */
-	char comm[16] __attribute__((aligned(8)));
+	u64 thread_sum;
+	char comm[16] __attribute__((aligned(8)));   /* the process's name: that of its group leader */
+	char thread[16] __attribute__((aligned(8))); /* empty where the thread is the group leader */
 };
 
 struct tcplat_sock {
@@ -35,9 +38,13 @@ struct tcplat_sock {
 	u8 send_urgent; /* 1: the last of these is urgent */
 	u8 role;
 	u8 wanted;      /* its owner passes the filters */
+	u8 asked;       /* the same without --comm: a process may change its name */
 	u8 in_flows;    /* 1 + the lane of tcplat_flows that has its addresses; 1: tcplat_listeners has its port */
 	u8 state;       /* what it is in, or 0: nobody has seen it change yet */
 	u8 told;        /* by kprobe: the last state that has its row, or TCPLAT_TOLD_CLOSE */
+	u32 renames;    /* tcplat_renamed() when the owner's name was looked at last */
+	u32 thread_renames; /* the same of its thread's: that is done where it calls alone */
+	u64 born_ns;    /* when the owner began, for its pid is given away again; 0: not known */
 	union {
 		struct tcplat_owner owner; /* the process that used it last */
 		struct {                   /* owner.task, for a probe that wants no name */
@@ -57,7 +64,8 @@ struct tcplat_seed {
 	u32 pid;
 	u8 role;
 	u8 wanted;
-	u8 pad[2];
+	u8 asked;
+	u8 pad;
 	char comm[16] __attribute__((aligned(8)));
 };
 
@@ -124,7 +132,8 @@ struct tcplat_listener {
 	u32 pid;   /* 0 where several processes accept: nobody can know which one will */
 	u32 users; /* sockets that listen there (SO_REUSEPORT) */
 	u8 wanted; /* whoever accepts */
-	u8 pad[7];
+	u8 asked;  /* as in tcplat_sock */
+	u8 pad[6];
 	char comm[16] __attribute__((aligned(8)));
 };
 
@@ -146,6 +155,22 @@ BPF_TABLE("hash", struct tcplat_port, struct tcplat_listener, tcplat_listeners, 
  * taken back.
  */
 BPF_TABLE("array", u32, u8, tcplat_served, 65536);
+
+struct tcplat_name {
+	u64 born_ns; /* when the process began: its pid is given away again */
+	char comm[16] __attribute__((aligned(8)));
+};
+
+/*
+ * pid -> struct tcplat_name, of processes that changed theirs since the run began.
+ *
+ * Inserted by tcplat_on_rename: exec(2), prctl(PR_SET_NAME), /proc/PID/comm. Never deleted: the
+ * one that was used least recently makes room. Then a name is learnt where the process calls.
+ */
+BPF_TABLE("lru_hash", u32, struct tcplat_name, tcplat_names, 16384);
+
+/* Slot 0 -> how often a task of this host changed its name. Counted by tcplat_on_rename. */
+BPF_TABLE("array", u32, u64, tcplat_renames, 1);
 
 /* Where an address pair leads: to a socket's entry, or to tcplat_seeds. */
 struct tcplat_flow {
@@ -185,12 +210,97 @@ static __always_inline u64 tcplat_owner_sum(u32 pid, const char *comm)
 	return first ^ (last << 1 | last >> 63) ^ pid * 0x9e3779b97f4a7c15ULL;
 }
 
-static __always_inline void tcplat_set_owner(struct tcplat_owner *to, u64 task, const char *comm)
+static __always_inline void tcplat_set_name(struct tcplat_owner *to, u32 pid, const char *comm)
 {
 	*(volatile u64 *)to->comm = *(const u64 *)comm;
 	*(volatile u64 *)(to->comm + 8) = *(const u64 *)(comm + 8);
-	*(volatile u64 *)&to->sum = tcplat_owner_sum(task >> 32, comm);
+	*(volatile u64 *)&to->sum = tcplat_owner_sum(pid, comm);
+}
+
+/* A process, and no thread, unless tcplat_set_thread() has said which. */
+static __always_inline void tcplat_set_owner(struct tcplat_owner *to, u64 task, const char *comm)
+{
+	tcplat_set_name(to, task >> 32, comm);
 	*(volatile u64 *)&to->task = task;
+}
+
+static __always_inline void tcplat_set_thread(struct tcplat_owner *to, u32 tid, const char *thread)
+{
+	*(volatile u64 *)to->thread = *(const u64 *)thread;
+	*(volatile u64 *)(to->thread + 8) = *(const u64 *)(thread + 8);
+	*(volatile u64 *)&to->thread_sum = tcplat_owner_sum(tid, thread);
+}
+
+/* The name of `tid`, the current thread: empty where it is the group leader, whose is the process's. */
+static __always_inline void tcplat_thread_name(u32 pid, u32 tid, char *thread)
+{
+	*(u64 *)thread = *(u64 *)(thread + 8) = 0;
+	if (tid != pid)
+		bpf_get_current_comm(thread, 16);
+}
+
+static __always_inline u32 tcplat_renamed(void)
+{
+	u32 zero = 0;
+	u64 *count = tcplat_renames.lookup(&zero);
+
+	return count ? *(volatile u64 *)count : 0;
+}
+
+/* The name that a process took since the run began, or NULL. `born_ns` 0: of whoever has the pid. */
+static __always_inline struct tcplat_name *tcplat_new_name(u32 pid, u64 born_ns)
+{
+	struct tcplat_name *name = tcplat_names.lookup(&pid);
+
+	return name && (!born_ns || born_ns == name->born_ns) ? name : NULL;
+}
+
+/* The name of the current task's process, `pid`; when it began. */
+static __always_inline u64 tcplat_process_name(u32 pid, char *comm)
+{
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+	struct task_struct *leader = tcplat_get(task, group_leader);
+	u64 born_ns = tcplat_get(leader, start_time);
+	/* First: its tracepoint comes before the kernel writes the name. */
+	struct tcplat_name *name = tcplat_new_name(pid, born_ns);
+
+	*(u64 *)comm = *(u64 *)(comm + 8) = 0;
+	if (name)
+		__builtin_memcpy(comm, name->comm, sizeof(name->comm));
+	else /* Nothing is written behind its end: what is there would part equal names. */
+		bpf_probe_read_kernel_str(comm, 16, (const void *)&leader->comm);
+	return born_ns;
+}
+
+/* The owner may have another name by now. Any context. */
+static __always_inline void tcplat_refresh(struct tcplat_sock *s)
+{
+	u32 renames = tcplat_renamed(), pid;
+	struct tcplat_name *name;
+
+	if (s->renames == renames)
+		return;
+	s->renames = renames;
+	pid = s->owner.task >> 32;
+	name = tcplat_new_name(pid, s->born_ns);
+	if (!name)
+		return;
+	tcplat_set_name(&s->owner, pid, name->comm);
+	s->wanted = s->asked && tcplat_wanted_name(name->comm);
+	s->group = 0;
+}
+
+#define TCPLAT_PF_KTHREAD 0x00200000 /* include/linux/sched.h */
+
+/*
+ * Whether the current task is a thread of the kernel that works for a process: those of nbd, and
+ * of io_uring before 5.12 (3bfe6106693b). It is no owner where there is another.
+ */
+static __always_inline bool tcplat_is_worker(void)
+{
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+
+	return tcplat_get(task, flags) & TCPLAT_PF_KTHREAD;
 }
 
 /* Process << 32 | thread, and the process's name; 0 where it is not known, or just changes. */
@@ -211,17 +321,31 @@ static __always_inline bool tcplat_own_by(struct tcplat_sock *s, u64 task)
 {
 	struct tcplat_owner *owner = &s->owner;
 	char comm[16] __attribute__((aligned(8)));
+	u32 renames = tcplat_renamed();
 	bool wanted;
 
+	if (s->thread_renames != renames || owner->task != task ||
+	    owner->thread_sum != tcplat_owner_sum(task, owner->thread)) {
+		tcplat_thread_name(task >> 32, task, comm);
+		tcplat_set_thread(owner, task, comm);
+		s->thread_renames = renames;
+	}
 	/* Of one process already; of which thread, is one word of its own. */
-	if (owner->task >> 32 == task >> 32 &&
+	if (s->renames == renames && owner->task >> 32 == task >> 32 &&
 	    owner->sum == tcplat_owner_sum(task >> 32, owner->comm)) {
 		*(volatile u64 *)&owner->task = task;
 		return s->wanted;
 	}
-	bpf_get_current_comm(comm, sizeof(comm));
+	if (owner->task >> 32 && owner->task >> 32 != task >> 32 && tcplat_is_worker()) {
+		*(volatile u64 *)&owner->task = owner->task >> 32 << 32 | (u32)task;
+		tcplat_refresh(s);
+		return s->wanted;
+	}
+	s->born_ns = tcplat_process_name(task >> 32, comm);
+	s->renames = renames;
 	tcplat_set_owner(owner, task, comm);
-	wanted = tcplat_wanted_task(comm);
+	s->asked = tcplat_wanted_caller();
+	wanted = s->asked && tcplat_wanted_name(comm);
 	s->group = 0;
 	s->wanted = wanted;
 	tcplat_debug("sock %llu belongs to pid %d, wanted %d", s->id, (u32)(task >> 32), wanted);
@@ -359,6 +483,7 @@ static __always_inline struct tcplat_sock *tcplat_find(const struct sock *sk)
 	tcplat_set_owner(&fresh.owner, (u64)seed->pid << 32, seed->comm);
 	fresh.role = seed->role;
 	fresh.wanted = seed->wanted;
+	fresh.asked = seed->asked;
 	fresh.in_flows = 1;
 	fresh.cookie = cookie;
 	s = tcplat_insert(key, &fresh);
@@ -554,7 +679,12 @@ static __always_inline void tcplat_fill_owner(struct tcplat_event *e, struct tcp
 
 	e->sock = s->id;
 	e->pid = task >> 32;
-	e->tid = task;
+	*(u64 *)e->thread = *(volatile u64 *)s->owner.thread;
+	*(u64 *)(e->thread + 8) = *(volatile u64 *)(s->owner.thread + 8);
+	if (s->owner.thread_sum == tcplat_owner_sum(task, (const char *)e->thread))
+		e->tid = task;
+	else
+		*(u64 *)e->thread = *(u64 *)(e->thread + 8) = 0;
 }
 
 /*
@@ -563,11 +693,14 @@ static __always_inline void tcplat_fill_owner(struct tcplat_event *e, struct tcp
  */
 static __always_inline void tcplat_fill_caller(struct tcplat_event *e, u64 me)
 {
-	e->tid = me;
-	if (e->pid == me >> 32)
+	if (e->tid != (u32)me) {
+		e->tid = me;
+		tcplat_thread_name(me >> 32, me, (char *)e->thread);
+	}
+	if (e->pid == me >> 32 || (e->pid && tcplat_is_worker()))
 		return;
 	e->pid = me >> 32;
-	bpf_get_current_comm((char *)e->comm, sizeof(e->comm));
+	tcplat_process_name(e->pid, (char *)e->comm);
 }
 
 #define TCPLAT_SAME_PLACE(member, first)                                                       \
@@ -700,6 +833,7 @@ static __always_inline struct tcplat_sock *tcplat_listen(const struct sock *sk)
 	}
 	fresh.pid = tcplat_get_owner(&s->owner, fresh.comm) >> 32;
 	fresh.wanted = s->wanted;
+	fresh.asked = s->asked;
 	tcplat_listeners.update(&port, &fresh);
 	return s;
 }
@@ -787,6 +921,7 @@ static __always_inline struct tcplat_sock *tcplat_inherit(const struct sock *sk,
 	from = tcplat_listener_at(&fresh.addrs);
 	if (from) {
 		fresh.wanted = from->wanted;
+		fresh.asked = from->asked;
 		pid = tcplat_listener_pid(from, fresh.addrs.sport, comm);
 		tcplat_set_owner(&fresh.owner, pid << 32, comm);
 	}
@@ -810,6 +945,27 @@ static __always_inline struct tcplat_sock *tcplat_accept(const struct sock *sk)
 	return s;
 }
 
+/* The owner of a socket, as its entry has it. */
+static __always_inline void tcplat_owner_of(struct tcplat_sock *s, struct tcplat_seed *who)
+{
+	tcplat_refresh(s);
+	who->pid = tcplat_get_owner(&s->owner, who->comm) >> 32;
+	who->role = s->role;
+	who->wanted = s->wanted;
+	who->asked = s->asked;
+}
+
+/* The name of an owner that has no entry may be another by now. */
+static __always_inline void tcplat_refresh_seed(struct tcplat_seed *who)
+{
+	struct tcplat_name *name = who->pid ? tcplat_new_name(who->pid, 0) : NULL;
+
+	if (!name)
+		return;
+	__builtin_memcpy(who->comm, name->comm, sizeof(who->comm));
+	who->wanted = who->asked && tcplat_wanted_name(who->comm);
+}
+
 /* The socket that a flow leads to; false where that is gone. */
 static __always_inline bool tcplat_follow(const struct tcplat_flow *flow, struct tcplat_seed *who)
 {
@@ -825,15 +981,14 @@ static __always_inline bool tcplat_follow(const struct tcplat_flow *flow, struct
 	}
 	if (!key) {
 		*who = *seed;
+		tcplat_refresh_seed(who);
 		return true;
 	}
 	s = tcplat_entry(key);
 	/* Its entry may be another socket's by now. */
 	if (!s || (seed ? s->cookie : s->id) != id)
 		return false;
-	who->pid = tcplat_get_owner(&s->owner, who->comm) >> 32;
-	who->role = s->role;
-	who->wanted = s->wanted;
+	tcplat_owner_of(s, who);
 	return true;
 }
 
@@ -870,6 +1025,8 @@ static __always_inline bool tcplat_whose(struct tcplat_addrs *local, struct tcpl
 	who->pid = tcplat_listener_pid(listener, local->sport, who->comm);
 	who->role = TCPLAT_ROLE_LISTENER;
 	who->wanted = listener->wanted;
+	who->asked = listener->asked;
+	tcplat_refresh_seed(who);
 	return true;
 }
 
@@ -903,5 +1060,6 @@ tcplat_reserve_wanted(const struct sock *sk, struct tcplat_sock *s, u8 hook, u64
 static __always_inline struct tcplat_event *
 tcplat_reserve_for(const struct sock *sk, struct tcplat_sock *s, u8 hook, u64 ts_ns)
 {
+	tcplat_refresh(s);
 	return s->wanted ? tcplat_reserve_wanted(sk, s, hook, ts_ns) : NULL;
 }

@@ -1,0 +1,163 @@
+"""`comm` is the name of the process, whichever of its threads calls, and whenever it changes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .harness import Listener, Puppet, Row, Tcplat, at, eventually, of_port, reached, read_exactly
+
+Start = Callable[..., Tcplat]
+StartPuppet = Callable[..., Puppet]
+
+CALL = "open('/proc/thread-self/comm', 'w').write({!r})"
+IN_A_THREAD = """
+import threading
+def work():
+    open('/proc/thread-self/comm', 'w').write({name!r})
+    {code}
+worker = threading.Thread(target=work)
+worker.start()
+worker.join()
+"""
+
+
+def names(rows: list[Row], point: str) -> list[tuple[str, str | None]]:
+    return [(row["comm"], row["thread"]) for row in at(rows, point)]
+
+
+def test_a_thread_s_name_stands_beside_that_of_its_process(
+    running_tcplat: Start, client: Puppet, server: Listener
+) -> None:
+    client(CALL.format("shop"))
+    client.connect(server, "old")
+    old = server.accept()
+    run = running_tcplat()
+    client.connect(server)
+    peer = server.accept()
+    client(IN_A_THREAD.format(name="pool 1", code="s.sendall(b'x' * 10); old.sendall(b'x' * 5)"))
+    read_exactly(peer, 10)
+    peer.sendall(b"y")
+    client("s.recv(1)")
+    client("s.sendall(b'x')")
+    client(IN_A_THREAD.format(name="pool 2", code="s.sendall(b'x')"))
+    # What is closed unread is reset.
+    read_exactly(peer, 2)
+    read_exactly(old, 5)
+    peer.close()
+    run.wait_for("the peer's FIN was there", reached("CLOSE_WAIT"))
+    old.close()
+    run.wait_for("both FINs were there", reached("CLOSE_WAIT", 2))
+    rows = of_port(run.stop().rows, server.port)
+    assert {row["comm"] for row in rows} == {"shop"}
+    assert names(rows, "connect") == [("shop", None)]
+    assert [name for _, name in names(rows, "send")] == ["pool 1", "pool 1", None, "pool 2"]
+    assert names(rows, "recv") == [("shop", None)]
+    # In softirq: of the thread that used the socket last.
+    last = [row["thread"] for row in rows if row["state"] == "TCP_CLOSE_WAIT"]
+    assert last == ["pool 2", "pool 1"]
+    assert all((row["thread"] is None) == (row["tid"] in (None, row["pid"])) for row in rows)
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("by_exec", [False, True])
+def test_a_name_that_changes(
+    running_tcplat: Start,
+    client: Puppet,
+    server: Listener,
+    tmp_path: Path,
+    *,
+    by_exec: bool,
+    older: bool,
+) -> None:
+    """The last row is one of softirq: the process has not touched the socket again."""
+    client(CALL.format("before"))
+    if older:
+        client.connect(server)
+    run = running_tcplat()
+    if not older:
+        client.connect(server)
+    peer = server.accept()
+    client("s.sendall(b'x')")
+    read_exactly(peer, 1)
+    if by_exec:
+        program = tmp_path / "after"
+        program.symlink_to(shutil.which("sleep") or "sleep")
+        client("os.set_inheritable(s.fileno(), True)")
+        client.tell(f"os.execv({str(program)!r}, ['after', '600'])")
+    else:
+        client(CALL.format("after"))
+    comm = Path(f"/proc/{client.pid}/comm")
+    eventually(lambda: comm.read_text(encoding="ascii") == "after\n", "it had its new name")
+    peer.close()
+    run.wait_for("the peer's FIN was there", reached("CLOSE_WAIT"))
+    rows = of_port(run.stop().rows, server.port)
+    assert names(rows, "send") == [("before", None)]
+    assert names(rows[-1:], "state") == [("after", None)]
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_filter_by_name_follows_it(
+    running_tcplat: Start, client: Puppet, server: Listener, *, older: bool
+) -> None:
+    client(CALL.format("before"))
+    if older:
+        client.connect(server)
+    run = running_tcplat("--comm", "after")
+    if not older:
+        client.connect(server)
+    peer = server.accept()
+    client("s.sendall(b'x')")
+    read_exactly(peer, 1)
+    client(CALL.format("after"))
+    peer.sendall(b"y")
+    client("s.recv(1)")
+    peer.close()
+    run.wait_for("the peer's FIN was there", reached("CLOSE_WAIT"))
+    client(CALL.format("before"))
+    client("s.close()")
+    rows = of_port(run.stop().rows, server.port)
+    assert [row["point"] for row in rows] == ["recv", "state"]
+    assert {row["comm"] for row in rows} == {"after"}
+
+
+def test_a_thread_s_name_is_no_process_s(
+    running_tcplat: Start, client: Puppet, server: Listener
+) -> None:
+    client(CALL.format("shop"))
+    run = running_tcplat("--comm", "shop")
+    code = f"global s; s = socket.create_connection({server.address!r}); s.sendall(b'x')"
+    client(IN_A_THREAD.format(name="pool 1", code=code))
+    run.wait_for("it had sent", lambda rows: bool(at(rows, "send")))
+    rows = of_port(run.stop().rows, server.port)
+    assert names(rows, "connect") == names(rows, "send") == [("shop", "pool 1")]
+
+
+def test_a_listener_s_name(running_tcplat: Start, puppet: StartPuppet, client: Puppet) -> None:
+    """Nobody accepts: what comes is the listener's, by the name it has then."""
+    service = puppet()
+    service(CALL.format("before"))
+    service("l = socket.create_server(('127.0.0.1', 0))")
+    port = service("l.getsockname()[1]")
+    run = running_tcplat(probes=("tcp_service",))
+    client(f"s = socket.create_connection(('127.0.0.1', {port}))")
+    service(CALL.format("after"))
+    client(f"t = socket.create_connection(('127.0.0.1', {port}))")
+    run.wait_for(
+        "both were connected",
+        lambda rows: (
+            len(
+                [
+                    row
+                    for row in rows
+                    if row["state"] == "TCP_ESTABLISHED" and row["point"] == "state"
+                ]
+            )
+            == 2
+        ),
+    )
+    syns = [row for row in run.stop().rows if row["flags"] == "SYN" and row["dport"] == port]
+    assert [row["comm"] for row in syns if row["point"] == "rx_ip"] == ["before", "after"]
