@@ -54,6 +54,8 @@ _MOST_PROBES = 1 << 12
 _MOST_HOSTS = 1 << 10
 _MOST_REPORTED = 16 << 20
 """Bytes of reports, which are kept until the end."""
+_MOST_EVENTS = (1 << 63) - 1
+"""That all reports and losses together count: what is added up has room in 64 bits."""
 _LOOK_EVERY = 256
 """Frames that are left out without a pause."""
 _SAID = 3
@@ -341,24 +343,29 @@ class Capture:
 
     def _item(self, form: Format, value: dict[str, Any], size: int) -> Event | Loss | Merge | None:
         if "lost" in value:
-            return msgspec.convert(value["lost"], Loss)
+            return self._counted(msgspec.convert(value["lost"], Loss))
         if "merge" in value:
             self._make_room("hosts", 1, _MOST_HOSTS)
             return msgspec.convert(value["merge"], Merge)
         if "gap" in value:
-            return Loss(*GAP, msgspec.convert(value["gap"], Count))
+            return self._counted(Loss(*GAP, msgspec.convert(value["gap"], Count)))
         if "report" in value:
             report = RunReport.from_json(value["report"])
+            self._make_room("events", _events(report), _MOST_EVENTS)
             self._make_room("reports", size, _MOST_REPORTED)
             self.reports.append(report)
         elif "schema" not in value:
             return self._row(form, value)
         return None
 
+    def _counted(self, loss: Loss) -> Loss:
+        self._make_room("events", loss.count, _MOST_EVENTS)
+        return loss
+
     def _make_room(self, what: str, more: int, most: int) -> None:
+        if self._kept[what] + more > most:
+            raise ValueError(f"with it there are too many {what}")
         self._kept[what] += more
-        if self._kept[what] > most:
-            raise ValueError(f"there are too many {what} before it")
 
     def _row(self, form: Format, value: dict[str, Any]) -> Event:
         probe = msgspec.convert(value.get("probe"), str)
@@ -389,6 +396,17 @@ class Capture:
         self.left_out += 1
         if self.left_out <= _SAID:
             self.say(f"{self.noun} {number} is left out: {reason}")
+
+
+def _events(report: RunReport) -> int:
+    """All that a report counts."""
+    return report.late + sum(
+        probe.untracked
+        + sum(probe.skipped.values())
+        + sum(hook.produced + hook.dropped + hook.delivered for hook in probe.hooks)
+        + sum(one.samples + one.unmeasured + one.rest for one in (probe.counted or {}).values())
+        for probe in report.probes.values()
+    )
 
 
 def _is_field(key: str) -> bool:

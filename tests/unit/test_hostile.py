@@ -151,6 +151,19 @@ def test_a_count_that_is_none_is_damage(value: dict[str, Any], count: Any) -> No
     assert said[0].startswith("line 1 is left out: it is")
 
 
+@pytest.mark.parametrize("most", [(1 << 63) - 1, 1 << 62])
+def test_what_counts_add_up_to_fits_as_well(most: int) -> None:
+    hook = {"point": "p", "func": "f", "attach": "a", "dropped": most}
+    books = {"hooks": [{**hook, "produced": most, "delivered": most}]}
+    lines = [
+        line(report={"probes": {"p": books}, "duration_s": 1.0}),
+        *[line(lost={"probe": "p", "point": "q", "count": most})] * 3,
+    ]
+    capture, items = read(b"".join(lines))
+    assert (len(items), len(capture.reports)) == (1, 0)
+    assert capture.left_out == 3
+
+
 @pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
 def test_what_is_no_number_is_damage(number: float) -> None:
     for row in (of_row(connect_us=number), of_row(probe="mine", mine=number)):
