@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 
 import attrs
@@ -27,7 +28,8 @@ def million() -> Iterator[Event]:
     rows = list(joint(Traffic(connections=320)))
     span_ns = rows[-1].ts_ns - rows[0].ts_ns + 1_000_000
     for _ in range(_TIMES):
-        yield from rows
+        # Copies: they are written in batches, when these have moved on.
+        yield from map(copy, rows)
         for row in rows:
             row.ts_ns += span_ns
             row.time_ns += span_ns

@@ -577,7 +577,7 @@ class Joiner:
         likely = []
         for conn in reversed(known):
             flow = conn.flows[CLIENT]
-            if flow.syn == row.seq:
+            if flow.syn == row.seq and not conn.over:
                 return conn
             if conn.lives and flow.syn < 0 and flow.begin < 0:
                 likely.append(conn)
@@ -591,7 +591,7 @@ class Joiner:
         ack = whole(row, "ack")
         if "SYN" in flags and ack is not None:
             for one in back:
-                if one.flows[CLIENT].syn == (ack - 1) & 0xFFFFFFFF:
+                if one.flows[CLIENT].syn == (ack - 1) & 0xFFFFFFFF and not one.over:
                     return one, SERVICE
         known = [*there, *back]
         likely = [conn for conn in known if conn.lives]

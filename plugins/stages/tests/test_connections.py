@@ -217,6 +217,21 @@ def test_a_connection_whose_socket_stays_open_is_told_when_it_is_silent() -> Non
     ]
 
 
+@pytest.mark.parametrize("without", [(), ("tcp_client",)])
+def test_the_same_number_again_is_another_connection_once_the_first_is_over(
+    without: tuple[str, ...],
+) -> None:
+    rows: list[Row] = []
+    for number in range(3):
+        history = History(socks=(11 + number * 100, 22 + number * 100), numbered=True)
+        start = number * 4 * SECOND // 3 + 1_000
+        history.close(talk(history, history.shake_hands(start) + 500) + 500)
+        rows += history.rows(without)
+    exchanges, connections = joined(rows)
+    assert [(one.request_bytes, one.reply_bytes) for one in exchanges] == [(100, 200)] * 3
+    assert len(connections) == 3
+
+
 # --- the same addresses in two pairs of namespaces
 
 OTHERS = (NETNS[0] + 50, NETNS[1] + 50)
