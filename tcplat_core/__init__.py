@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .clock import clock_offset_ns
     from .errors import CannotRunError, PluginError, ReaderGoneError, TcplatError, UsageError
     from .fast.records import json_lines
     from .histogram import Aggregates, Aggregation, Distribution, Group, Histogram
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
         Moment,
         Wire,
         address,
-        clock_offset_ns,
         fields,
         micros,
     )
@@ -126,6 +126,7 @@ __all__ = [
 
 _HOMES = (
     *(
+        "clock",
         "errors",
         "histogram",
         "hookpoints",

@@ -208,6 +208,10 @@ def run(**arguments: Any) -> None:
 
     cgroup, netns = arguments.pop("cgroup"), arguments.pop("netns")
     wanted = _filter(arguments)
+    if wanted.pids or arguments["command"]:
+        from .pidns import require_ours  # noqa: PLC0415 - see the top
+
+        require_ours()
     _check_pids(wanted.pids or ())
     wanted = attrs.evolve(
         wanted,
@@ -445,11 +449,6 @@ def _check_pids(pids: Sequence[int]) -> None:
         process = int(status.split("Tgid:")[1].split()[0])
         if process != pid:
             raise UsageError(f"{pid} is a thread of process {process}: -p {process}")
-    if pids and os.readlink("/proc/self/ns/pid") != "pid:[4026531836]":
-        raise CannotRunError(
-            "-p means a process of the host, and this is a pid namespace of its own; "
-            "run tcplat on the host or in a container with --pid=host"
-        )
 
 
 def _comm(text: str | None) -> str:

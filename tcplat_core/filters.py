@@ -248,7 +248,10 @@ class RowFilter:
 
     def _wants_owner(self, row: Event) -> bool:
         wanted = self.wanted
-        if not row.pid or (wanted.pids is not None and row.pid not in wanted.pids):
+        # A process outside the PID namespace of the run has a name and no number.
+        if not row.pid and (wanted.pids is not None or not row.comm):
+            return False
+        if wanted.pids is not None and row.pid not in wanted.pids:
             return False
         if not wanted.comm:
             return True

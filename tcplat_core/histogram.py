@@ -17,7 +17,7 @@ import attrs
 
 from .hookpoints import MECHANISMS, checked_name
 from .maps import mapped
-from .schema import address, name
+from .schema import address, name, process
 
 SUB_BITS = 4
 """Each power of two has 2^SUB_BITS buckets."""
@@ -222,7 +222,7 @@ class Aggregates:
 def _group(by: str, raw: bytes) -> Group:
     addr, comm, pid, port, ip, _ = _GROUP.unpack(raw)
     if by == "process":
-        return Group(pid=pid or None, comm=name(comm))
+        return Group(pid=process(pid) or None, comm=name(comm))
     return Group(address=address(addr) if ip else None, port=port or None)
 
 

@@ -17,7 +17,6 @@ import keyword
 import re
 import socket
 import struct
-import time
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
@@ -146,6 +145,15 @@ LEAST, MOST = -(1 << 63), (1 << 64) - 1
 def name(raw: bytes) -> str | None:
     """A process's name; None for none."""
     return text(raw) or None
+
+
+_OUTSIDE = 1 << 31
+"""TCPLAT_OUTSIDE in include/tcplat/filter.bpf.h."""
+
+
+def process(raw: int) -> int | None:
+    """The number of a process or thread; None for one outside our PID namespace."""
+    return None if raw & _OUTSIDE else raw
 
 
 def address(raw: bytes) -> str:
@@ -325,10 +333,18 @@ class Event(msgspec.Struct, gc=False):
     func: Annotated[str, Hook("func", "the very hook: tcp_sendmsg, tcp:tcp_sendmsg_locked")]
     attach: Annotated[str, Hook("attach", "fentry, kprobe, tracepoint or xdp")]
     pid: Annotated[
-        Count | None, Wire("u32", "process that owns the socket", nullable=True, block="socket")
+        Count | None,
+        Wire(
+            "u32",
+            "process that owns the socket, as /proc numbers it where tcplat runs",
+            to=process,
+            nullable=True,
+            block="socket",
+        ),
     ]
     tid: Annotated[
-        Count | None, Wire("u32", "its thread that used it last", nullable=True, block="socket")
+        Count | None,
+        Wire("u32", "its thread that used it last", to=process, nullable=True, block="socket"),
     ]
     comm: Annotated[
         str | None,
@@ -852,16 +868,3 @@ def _alignment(c_type: str) -> int:
 def _code(c_type: str) -> str:
     base, count = _array(c_type)
     return f"{count}s" if "[" in c_type else _C_TYPES[base][0]
-
-
-def clock_offset_ns() -> int:
-    """Unix time minus CLOCK_MONOTONIC, from the tightest of five readings."""
-    best = None
-    for _ in range(5):
-        before = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-        wall = time.time_ns()
-        after = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-        if best is None or after - before < best[0]:
-            best = (after - before, wall - (before + after) // 2)
-    assert best is not None  # noqa: S101 - five readings were taken
-    return best[1]

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import attrs
 
+from .clock import clock_offset_ns, kernel_ns
 from .command import Command
 from .fast.codec import Codec
 from .fast.records import FOREVER, Room
@@ -31,7 +32,7 @@ from .output import Output
 from .ready import ReadyFile
 from .ring import BATCH, Books, Ring, possible_cpus
 from .router import Router
-from .schema import Event, FiredBy, Record, clock_offset_ns, row
+from .schema import Event, FiredBy, Record, row
 from .signals import Signals
 from .sleeper import Sleeper
 from .texts import printable
@@ -199,7 +200,7 @@ def _maps(spec: ProbeSpec, loaded: LoadedProbe) -> Maps:
     func, attach = POLLED
 
     def make_row(point: str, **fields: Any) -> Event:
-        fields.setdefault("ts_ns", time.clock_gettime_ns(time.CLOCK_MONOTONIC))
+        fields.setdefault("ts_ns", kernel_ns())
         fields.setdefault("time_ns", fields["ts_ns"] + clock_offset_ns())
         fields.setdefault("desc", point)
         return row(spec.event, probe=spec.name, point=point, func=func, attach=attach, **fields)
@@ -414,8 +415,8 @@ class Session:
         show = began + every_s
         self._end = began + self.duration_s if self.duration_s else math.inf
         while not (self.signals.stopping() or router.done):
-            now_ns = time.monotonic_ns()
-            now = now_ns / 1e9
+            now_ns = kernel_ns()
+            now = time.monotonic()
             looking = now >= look
             if looking:
                 look = now + LOOK_S
@@ -443,7 +444,7 @@ class Session:
                     came_at = now
                     pause = POLL_S if router.total - had < MANY else BUSY_POLL_S
             router.poll()
-            self._tell_time(router, now_ns, quiet=not coming)
+            self._tell_time(router, now, now_ns, quiet=not coming)
             previous_ns = now_ns
             # While a pipe's reader is awaited that is to be told that we are ready.
             pending = now + GLANCE_S if self._ready and not self._ready.told else math.inf
@@ -453,10 +454,10 @@ class Session:
                 sleeper.sleep(min(look, show, self._tick, self._end, pending) - now, self._others())
                 glance = 0.0
 
-    def _tell_time(self, router: Router, now_ns: int, *, quiet: bool) -> None:
+    def _tell_time(self, router: Router, now: float, now_ns: int, *, quiet: bool) -> None:
         """Where the rings are empty, tell the sinks up to when nothing is missing."""
-        if quiet and now_ns >= self._tick * 1e9 and not router.waiting:
-            self._tick = now_ns / 1e9 + TICK_S
+        if quiet and now >= self._tick and not router.waiting:
+            self._tick = now + TICK_S
             router.passed(now_ns - int(LATE_S * 1e9))
 
     def _look(self, runs: Sequence[ProbeRun], router: Router, now: float) -> None:
@@ -547,7 +548,7 @@ def _drain_rest(runs: Sequence[ProbeRun], router: Router) -> None:
         if settled or time.monotonic() > deadline:
             router.flush()
             return
-        router.flush(min(horizon_ns, time.clock_gettime_ns(time.CLOCK_MONOTONIC) - _GUARD_NS))
+        router.flush(min(horizon_ns, kernel_ns() - _GUARD_NS))
         time.sleep(0 if horizon_ns < FOREVER else POLL_S)
 
 
@@ -595,7 +596,7 @@ def _aggregate(
     counters = [run.counters for run in runs if run.counters]
     if not counters:
         return
-    ts_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    ts_ns = kernel_ns()
     router.aggregates(
         Aggregates(
             ts_ns=ts_ns,
@@ -682,7 +683,7 @@ def _report(runs: Sequence[ProbeRun], router: Router, duration_s: float) -> RunR
         duration_s=duration_s,
         late=router.late,
         switched_off=dict(router.switched_off),
-        until_ns=0 if router.done else time.monotonic_ns(),
+        until_ns=0 if router.done else kernel_ns(),
     )
 
 

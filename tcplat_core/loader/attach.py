@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import attrs
 
-from tcplat_core import netdev, owners
+from tcplat_core import netdev, owners, pidns
 from tcplat_core.errors import NEEDS_ROOT, TOO_MANY_FILES, CannotRunError, PluginError
 from tcplat_core.hookpoints import (
     Hook,
@@ -30,6 +31,7 @@ from .compile import (
     CGROUP_TYPES,
     CORE_TYPES,
     KFUNC,
+    PIDNS_TYPES,
     SHARED_PREFIX,
     Compiled,
     compile_text,
@@ -171,6 +173,11 @@ class Loader:
             self._host.fact("struct cgroup.ancestor_ids", is_tracepoint=False)
         )
 
+    @functools.cached_property
+    def _pidns(self) -> tuple[int, int] | None:
+        """Whose numbers processes have, if not the first PID namespace's."""
+        return pidns.shown()
+
     @property
     def _tracks(self) -> bool:
         """Whether the core has to learn the owners itself."""
@@ -259,7 +266,11 @@ class Loader:
         text = program_text(probe, taken=taken, defines=self._defines(probe))
         if self.request.debug:
             sys.stderr.write(text)
-        types = sorted({*CORE_TYPES, *(CGROUP_TYPES if self._reads_cgroups else ()), *probe.types})
+        more = (
+            *(CGROUP_TYPES if self._reads_cgroups else ()),
+            *(PIDNS_TYPES if self._pidns else ()),
+        )
+        types = sorted({*CORE_TYPES, *more, *probe.types})
         name = digest(
             self._kernel.encode(), compiler_identity(), text.encode(), *map(str.encode, types)
         )
@@ -293,6 +304,9 @@ class Loader:
             defines["TCPLAT_TRACK"] = 1
         if self._reads_cgroups:
             defines["TCPLAT_READ_CGROUPS"] = 1
+        if self._pidns:
+            inode, device = self._pidns
+            defines |= {"TCPLAT_PIDNS": f"{inode}U", "TCPLAT_PIDNS_DEVICE": device}
         if cast := self._host.cast():
             defines["TCPLAT_CAST"] = KFUNC + cast
         if not self.request.events:

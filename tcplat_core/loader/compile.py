@@ -51,6 +51,9 @@ CORE_TYPES = (
 CGROUP_TYPES = ("task_struct:cgroups", "css_set:dfl_cgrp", "cgroup:level,ancestor_ids")
 """And with TCPLAT_READ_CGROUPS."""
 
+PIDNS_TYPES = ("task_struct:thread_pid,pid", "pid:level,numbers", "upid", "pid_namespace:ns")
+"""And with TCPLAT_PIDNS."""
+
 ALWAYS = ("event.bpf.h", "filter.bpf.h", "owner.bpf.h")
 """Headers that every probe gets: the shared maps are in them."""
 

@@ -54,12 +54,12 @@ _ODD = b"was switched off: "
 
 _FILTERS: tuple[tuple[str, ...], ...] = (
     (),
-    ("--port", "42104"),
-    ("--lport", "42104", "--rport", "42104"),
+    ("--port", "41004"),
+    ("--lport", "41004", "--rport", "41004"),
     ("--addr", "127.0.0.0/8", "-4"),
     ("--addr", "::1", "-6"),
     ("--comm", "python*"),
-    ("-p", "24410"),
+    ("-p", "10308"),
     ("--min-latency", "1us"),
     ("--netns", "4026531833"),
     ("--probe", "tcp_client", "--point", "send"),

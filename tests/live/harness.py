@@ -76,6 +76,7 @@ class Puppet:
     Args:
         within: The puppet whose network namespace it lives in; None for the test's own.
         alone: It gets a network namespace to itself, `lo` up.
+        numbered: It gets a PID namespace to itself, and its own /proc: there it is process 1.
         pass_fds: File descriptors that it inherits.
     """
 
@@ -83,13 +84,21 @@ class Puppet:
 
     @classmethod
     def start(
-        cls, *, within: Puppet | None = None, alone: bool = False, pass_fds: Sequence[int] = ()
+        cls,
+        *,
+        within: Puppet | None = None,
+        alone: bool = False,
+        numbered: bool = False,
+        pass_fds: Sequence[int] = (),
     ) -> Self:
         arguments = [sys.executable, "-I", str(Path(__file__).with_name("puppet.py"))]
         if within:
             arguments = ["nsenter", f"--net=/proc/{within.pid}/ns/net", *arguments]
         if alone:
             arguments = ["unshare", "--net", *arguments]
+        if numbered:
+            flags = ("--pid", "--fork", "--kill-child", "--mount-proc")
+            arguments = ["unshare", *flags, *arguments]
         process = subprocess.Popen(
             arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=pass_fds
         )

@@ -278,6 +278,9 @@ def test_a_recorded_name_passes_as_it_does_in_the_kernel(pattern: str, comm: str
 def test_recorded_rows_of_nobody_pass_no_filter_for_processes() -> None:
     row = make_event(pid=None, comm=None)
     assert not RowFilter(Filter(comm="*")).passes(row)
+    outside = make_event(pid=None, comm="curl")  # of the PID namespace that the run was in
+    assert RowFilter(Filter(comm="curl")).passes(outside)
+    assert not RowFilter(Filter(pids=(4711,))).passes(outside)
     assert not RowFilter(Filter(pids=(4711,))).passes(row)
     assert RowFilter(Filter(pids=(4711,))).passes(make_event())
     assert not RowFilter(Filter(pids=(4711,), comm="wget")).passes(make_event())

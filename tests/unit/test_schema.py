@@ -18,6 +18,7 @@ from typing import Annotated, Any, cast
 import msgspec
 import pytest
 
+from tcplat_core.clock import clock_offset_ns
 from tcplat_core.errors import PluginError
 from tcplat_core.model import ProbeSpec
 from tcplat_core.schema import (
@@ -32,7 +33,6 @@ from tcplat_core.schema import (
     Record,
     Wire,
     address,
-    clock_offset_ns,
     fields,
     flags,
     name,
@@ -221,6 +221,11 @@ def test_the_thread_is_named_where_its_name_is_not_the_process_s(
     thread: bytes, told: str | None
 ) -> None:
     assert decode_one(comm=b"nginx\0left", thread=thread).thread == told
+
+
+def test_a_process_outside_the_namespace_has_a_name_and_no_number() -> None:
+    row = decode_one(pid=1 << 31 | 4711, tid=1 << 31 | 4712, comm=b"nginx")
+    assert (row.pid, row.tid, row.comm) == (None, None, "nginx")
 
 
 @pytest.mark.parametrize("bits", range(8))

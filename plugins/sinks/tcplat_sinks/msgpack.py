@@ -178,11 +178,10 @@ class Msgpack:
     def _who_and_when(self) -> Mapping[str, Any]:
         if not self.run.live:  # a capture does not say
             return {"host": None, "start_ns": None, "clock_offset_ns": None}
-        offset_ns = clock_offset_ns()
         return {
             "host": platform.node(),
-            "start_ns": time.clock_gettime_ns(time.CLOCK_MONOTONIC) + offset_ns,
-            "clock_offset_ns": offset_ns,
+            "start_ns": time.time_ns(),
+            "clock_offset_ns": clock_offset_ns(),
         }
 
     def __attrs_post_init__(self) -> None:

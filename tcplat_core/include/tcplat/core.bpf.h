@@ -17,7 +17,7 @@ int tcplat_on_rename(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct task_struct *task = (struct task_struct *)ctx->args[0];
 	struct task_struct *leader = tcplat_get(task, group_leader);
-	u32 pid = tcplat_get(task, tgid), zero = 0;
+	u32 pid = tcplat_pid(task), zero = 0;
 	u64 *count = tcplat_renames.lookup(&zero);
 	struct tcplat_name name = {};
 
@@ -37,8 +37,8 @@ int tcplat_on_rename(struct bpf_raw_tracepoint_args *ctx)
 int tcplat_on_fork(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct task_struct *child = (struct task_struct *)ctx->args[1];
-	u32 parent = bpf_get_current_pid_tgid() >> 32;
-	u32 pid = tcplat_get(child, tgid), one = 1;
+	u32 parent = tcplat_current() >> 32;
+	u32 pid = tcplat_pid(child), one = 1;
 
 	/* A new thread has its parent's tgid and is there already. */
 	if (tcplat_pids.lookup(&parent))
@@ -51,7 +51,7 @@ int tcplat_on_exit(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct task_struct *task = (struct task_struct *)ctx->args[0];
 	struct signal_struct *signal = tcplat_get(task, signal);
-	u32 pid = tcplat_get(task, tgid);
+	u32 pid = tcplat_pid(task);
 
 	/* do_exit() counts the thread out before it comes here. */
 	if (tcplat_get(signal, live.counter) == 0)

@@ -54,6 +54,53 @@ static __always_inline u64 tcplat_current_cgroup(void)
 }
 #endif
 
+/*
+ * Processes and threads by the numbers that they have where tcplat runs: in a PID namespace of its
+ * own, TCPLAT_PIDNS, those that /proc shows there. One that is outside is the kernel's number, with
+ * TCPLAT_OUTSIDE; no row tells it.
+ */
+#ifdef TCPLAT_PIDNS
+#define TCPLAT_OUTSIDE 0x80000000
+
+static __always_inline u32 tcplat_pid_there(const struct task_struct *task)
+{
+	const struct pid *pid = tcplat_get(task, thread_pid);
+	u32 level = tcplat_get(pid, level);
+
+	/* One number for each namespace, the first's at first; 32 is MAX_PID_NS_LEVEL. */
+	for (u32 i = 0; i <= 32 && i <= level; i++) {
+		const struct upid *at = (const struct upid *)((const u8 *)pid +
+			__builtin_offsetof(struct pid, numbers) + i * sizeof(struct upid));
+		const struct pid_namespace *ns = tcplat_get(at, ns);
+
+		if (tcplat_get(ns, ns.inum) == TCPLAT_PIDNS)
+			return tcplat_get(at, nr);
+	}
+	return TCPLAT_OUTSIDE | tcplat_get(task, pid);
+}
+
+/* A task's process. */
+static __always_inline u32 tcplat_pid(const struct task_struct *task)
+{
+	return tcplat_pid_there(tcplat_get(task, group_leader));
+}
+
+/* The current process << 32 | the current thread. */
+static __always_inline u64 tcplat_current(void)
+{
+	const struct task_struct *task = (const struct task_struct *)bpf_get_current_task();
+	struct bpf_pidns_info known = {};
+
+	/* Where the task is of that very namespace, and of none below it. */
+	if (!bpf_get_ns_current_pid_tgid(TCPLAT_PIDNS_DEVICE, TCPLAT_PIDNS, &known, sizeof(known)))
+		return (u64)known.tgid << 32 | known.pid;
+	return (u64)tcplat_pid(task) << 32 | tcplat_pid_there(task);
+}
+#else
+#define tcplat_pid(task) tcplat_get(task, tgid)
+#define tcplat_current bpf_get_current_pid_tgid
+#endif
+
 /* --comm: by the process's name. */
 static __always_inline bool tcplat_wanted_name(const char *comm)
 {
@@ -72,7 +119,7 @@ static __always_inline bool tcplat_wanted_caller(void)
 		return false;
 #endif
 #ifdef TCPLAT_FILTER_PID
-	u32 pid = bpf_get_current_pid_tgid() >> 32;
+	u32 pid = tcplat_current() >> 32;
 
 	if (!tcplat_pids.lookup(&pid))
 		return false;

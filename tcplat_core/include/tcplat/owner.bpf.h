@@ -18,7 +18,7 @@
  * The thread and its name likewise.
  */
 struct tcplat_owner {
-	u64 task; /* process << 32 | thread, as bpf_get_current_pid_tgid() has it; 0: not known */
+	u64 task; /* process << 32 | thread, as tcplat_current() has it; 0: not known */
 	u64 sum;  /* tcplat_owner_sum() of the process and its name */
 	u64 thread_sum;
 	char comm[16] __attribute__((aligned(8)));   /* the process's name: that of its group leader */
@@ -355,7 +355,7 @@ static __always_inline bool tcplat_own_by(struct tcplat_sock *s, u64 task)
 /* The current task becomes the owner. Only where the socket's own process calls. */
 static __always_inline bool tcplat_own(struct tcplat_sock *s)
 {
-	return tcplat_own_by(s, bpf_get_current_pid_tgid());
+	return tcplat_own_by(s, tcplat_current());
 }
 
 static __always_inline u64 tcplat_new_id(void)
@@ -503,7 +503,7 @@ tcplat_use(const struct sock *sk, u64 *me, u8 role)
 
 	if (!s || s->role != role)
 		return NULL;
-	*me = bpf_get_current_pid_tgid();
+	*me = tcplat_current();
 	return tcplat_own_by(s, *me) ? s : NULL;
 }
 

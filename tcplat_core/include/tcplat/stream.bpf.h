@@ -116,7 +116,7 @@ tcplat_make_short(const struct sock *sk, u8 role, int ret, u8 hook)
 	if (taken >= s->send_bytes)
 		return NULL;
 	s->send_tid = 0;
-	me = bpf_get_current_pid_tgid();
+	me = tcplat_current();
 	if (!tcplat_own_by(s, me))
 		return NULL;
 	if (tcplat_get((const struct tcp_sock *)sk, write_seq) != s->send_seq + taken)
