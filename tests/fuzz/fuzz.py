@@ -54,12 +54,12 @@ _ODD = b"was switched off: "
 
 _FILTERS: tuple[tuple[str, ...], ...] = (
     (),
-    ("--port", "41004"),
-    ("--lport", "41004", "--rport", "41004"),
+    ("--port", "42104"),
+    ("--lport", "42104", "--rport", "42104"),
     ("--addr", "127.0.0.0/8", "-4"),
     ("--addr", "::1", "-6"),
     ("--comm", "python*"),
-    ("-p", "10308"),
+    ("-p", "24410"),
     ("--min-latency", "1us"),
     ("--netns", "4026531833"),
     ("--probe", "tcp_client", "--point", "send"),

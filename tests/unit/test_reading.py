@@ -96,7 +96,7 @@ def test_a_bar_on_a_terminal_says_how_far_it_is(
     capsys: pytest.CaptureFixture[str],
     quiet: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
-    monkeypatch.setattr("tcplat_core.replay._BAR_AFTER_S", -1)
+    monkeypatch.setattr("tcplat_core.bar._AFTER_S", -1)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     capture(tmp_path / "capture")
     list(Reader.open(str(tmp_path / "capture"), quiet=quiet).items())
