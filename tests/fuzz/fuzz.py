@@ -178,6 +178,7 @@ class Worker:
             what = traceback.format_exc()
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
+            self._close_captures()
         with contextlib.suppress(ValueError, OSError):
             sys.stdout.flush()
         if what:
@@ -189,6 +190,13 @@ class Worker:
             self._seen = most
             what = f"memory: {most >> 20} MB"
         return what
+
+    def _close_captures(self) -> None:
+        """A command leaves its capture open: it ends with its process."""
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/self/fd/{name}").startswith(f"{self.folder}/"):
+                    os.close(int(name))
 
 
 def _read_all(listening: socket.socket) -> None:
