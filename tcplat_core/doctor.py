@@ -13,7 +13,7 @@ from typing import Any
 
 import attrs
 
-from . import privileges
+from . import owners, privileges
 from .errors import CannotRunError
 from .fast.library import library
 from .hookpoints import MECHANISMS
@@ -77,6 +77,7 @@ def examine() -> tuple[list[Check], dict[str, Any]]:
     if checks[1].ok:
         checks += [_mechanism(host, name) for name in MECHANISMS]
         checks.append(_owners(sight))
+    checks.append(_older())
     privileges.drop()
     probes: dict[str, Any] = {}
     if checks[1].ok:
@@ -209,6 +210,18 @@ def _owners(sight: Sight) -> Check:
     reason = "; ".join(dict.fromkeys(filter(None, reasons)))
     found = f"for probes that see packets only, a connection stays its listener's: {reason}"
     return Check("owners", None, found, "run by root on a kernel with kprobes, or 6.3 and newer")
+
+
+def _older() -> Check:
+    """Whether the processes of sockets that are there already can be known."""
+    hidden = owners.Hidden()
+    try:
+        found = owners.find(hidden)
+    except OSError as error:
+        return Check("sockets", None, f"those older than a run are not known: {error.strerror}")
+    if said := hidden.sentences():
+        return Check("sockets", None, "not all that are older than a run", "; ".join(said))
+    return Check("sockets", True, f"{len(found)} are there, and their processes can be known")
 
 
 def as_json(checks: list[Check], probes: Mapping[str, Any]) -> dict[str, Any]:

@@ -118,25 +118,84 @@ class _Holder:
     others: list[tuple[int, bytes]] = attrs.field(factory=list)
 
 
-def find() -> list[Seed]:
+@attrs.define
+class Hidden:
+    """What find() had no right to see.
+
+    Args:
+        processes: Whose file descriptors could not be read.
+        sockets: How many have a process, which could not be found.
+        namespaces: Network namespaces that could not be entered.
+    """
+
+    processes: int = 0
+    sockets: int = 0
+    namespaces: int = 0
+
+    def sentences(self, *, mendable: bool = False) -> list[str]:
+        """Return what is missing for it, and what mends it.
+
+        Args:
+            mendable: Nothing of what the host keeps from root as well.
+        """
+        said = []
+        if self.processes and self.sockets:
+            fds = (
+                f"TCP sockets older than the run whose process is not known: {self.sockets}; their "
+                "rows have no pid, and -p, --comm and --cgroup leave them out, until it uses them: "
+                f"/proc/PID/fd cannot be read (of {self.processes})"
+            )
+            said.append((fds, _lacking("CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH")))
+        if self.namespaces:
+            entered = (
+                f"network namespaces that cannot be entered: {self.namespaces}; sockets in them "
+                "that are older than the run have no rows before they connect anew"
+            )
+            said.append((entered, _lacking("CAP_SYS_ADMIN")))
+        return [
+            f"{what}; " + (f"it takes {lacking}" if lacking else "the host refuses root, too")
+            for what, lacking in said
+            if lacking or not mendable
+        ]
+
+
+_CAPABILITIES = {"CAP_DAC_READ_SEARCH": 2, "CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21}
+"""Bits, as in linux/capability.h."""
+
+
+def _lacking(*names: str) -> str:
+    status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
+    effective = int(status.split("CapEff:")[1].split()[0], 16)
+    return " and ".join(name for name in names if not effective >> _CAPABILITIES[name] & 1)
+
+
+def find(hidden: Hidden | None = None) -> list[Seed]:
     """All TCP sockets of all network namespaces that some process lives in.
 
-    Needs root: other processes' fds, and setns(2). A socket that several
-    processes hold belongs to the one with the lowest pid until one of them uses
-    it. A socket at whose local address and port another listens counts as accepted.
+    Needs the rights of root, or some of them: `hidden` is told what was not to be seen. A socket
+    that several processes hold belongs to the one with the lowest pid until one of them uses it.
+    A socket at whose local address and port another listens counts as accepted.
     """
+    hidden = hidden or Hidden()
     holders: dict[int, _Holder] = {}
     everyone = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
     for pid in everyone:
-        with contextlib.suppress(OSError):  # it ended while we looked
+        try:
             comm = Path(f"/proc/{pid}/comm").read_bytes().rstrip(b"\n")
             for inode in _held(pid):
                 holder = holders.setdefault(inode, _Holder(pid, comm))
                 if pid != holder.pid and (pid, comm) not in holder.others[-1:]:
                     holder.others.append((pid, comm))
+        except PermissionError:
+            hidden.processes += 1
+        except OSError:  # it ended while we looked
+            continue
+    # With hidepid=2 other users' processes are not even there.
+    if not Path("/proc/1").exists():
+        hidden.processes += 1
     nobody = _Holder(0, b"")
     seeds = []
-    for netns, diags in _namespaces(everyone):
+    for netns, diags in _namespaces(everyone, hidden):
         listening = {(diag.ip, diag.local, diag.lport) for diag in diags if diag.state == _LISTEN}
         for diag in diags:
             places = _accepted_at(diag.ip, diag.local, diag.lport)
@@ -144,6 +203,7 @@ def find() -> list[Seed]:
             if diag.state == _LISTEN:
                 role = LISTENER
             holder = holders.get(diag.inode, nobody)
+            hidden.sockets += bool(diag.inode) and holder is nobody
             seeds.append(
                 Seed(
                     diag.cookie,
@@ -151,7 +211,8 @@ def find() -> list[Seed]:
                     holder.pid,
                     holder.comm,
                     tuple(holder.others),
-                    holder is nobody and role == SERVER and diag.state in _OPEN,
+                    # What was accepted has an inode, whoever holds it.
+                    not diag.inode and role == SERVER and diag.state in _OPEN,
                     netns,
                     diag.local,
                     diag.remote,
@@ -167,13 +228,15 @@ def find() -> list[Seed]:
 def _held(pid: int) -> Iterator[int]:
     folder = f"/proc/{pid}/fd"
     for name in os.listdir(folder):
-        with contextlib.suppress(OSError):
+        try:
             link = os.readlink(f"{folder}/{name}")
-            if link.startswith("socket:["):
-                yield int(link[8:-1])
+        except FileNotFoundError:  # closed meanwhile
+            continue
+        if link.startswith("socket:["):
+            yield int(link[8:-1])
 
 
-def _namespaces(pids: Iterable[int]) -> Iterator[tuple[int, list[_Diag]]]:
+def _namespaces(pids: Iterable[int], hidden: Hidden) -> Iterator[tuple[int, list[_Diag]]]:
     """Each network namespace and its sockets, ours first."""
     ours = os.stat("/proc/self/ns/net").st_ino
     seen = {ours}
@@ -188,7 +251,11 @@ def _namespaces(pids: Iterable[int]) -> Iterator[tuple[int, list[_Diag]]]:
                     if inode in seen:
                         continue
                     seen.add(inode)
-                    setns(there)
+                    try:
+                        setns(there)
+                    except PermissionError:
+                        hidden.namespaces += 1
+                        continue
                     try:
                         diags = list(_dump())
                     finally:

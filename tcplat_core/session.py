@@ -24,7 +24,7 @@ from .fast.records import FOREVER, Room
 from .histogram import COUNTERS, Aggregates, Aggregation, Counters, Distribution
 from .hookpoints import reporting
 from .loader.process import LoaderProcess
-from .loader.protocol import LoadedProbe, ProbeRequest, Request
+from .loader.protocol import Answer, LoadedProbe, ProbeRequest, Request
 from .maps import Maps, MapView
 from .model import Counted, HookReport, Loss, ProbeReport, ProbeSpec, RunReport, Sink
 from .netdev import is_cut
@@ -329,7 +329,7 @@ class Session:
             router.cancel()
             raise
 
-    def _run(self, router: Router) -> RunReport:
+    def _ask(self) -> tuple[Request, Answer | None]:
         request = attrs.evolve(
             self.request,
             probes=tuple(
@@ -339,8 +339,14 @@ class Session:
                 for probe in self.probes
             ),
         )
+        answer = self.loader.ask(request, self.signals.stopping)
+        for sentence in answer.hidden if answer else ():
+            self.say(sentence)
+        return request, answer
+
+    def _run(self, router: Router) -> RunReport:
         with ExitStack() as stack:
-            answer = self.loader.ask(request, self.signals.stopping)
+            request, answer = self._ask()
             if answer is None:
                 router.cancel()
                 return RunReport(probes={}, duration_s=0)

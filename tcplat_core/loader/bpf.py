@@ -357,7 +357,10 @@ TRACEFS_MOUNT = "mount -t tracefs tracefs /sys/kernel/tracing"
 def tracefs() -> Path | None:
     """Return where the kernel's list of tracepoints can be read; None where it cannot."""
     folders = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
-    return next((folder for folder in folders if os.access(folder / "events", os.R_OK)), None)
+    # By the effective ids: what the real uid alone may, says nothing of its capabilities.
+    return next(
+        (one for one in folders if os.access(one / "events", os.R_OK, effective_ids=True)), None
+    )
 
 
 def tracefs_missing() -> tuple[str, str]:
@@ -366,9 +369,10 @@ def tracefs_missing() -> tuple[str, str]:
         for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
             _, folder, kind = line.split()[:3]
             if kind == "tracefs":
+                remount = f"mount -o remount,mode=755 {folder}"
                 return (
                     f"{folder} is not readable by uid {os.geteuid()}",
-                    f"run it with sudo, or: mount -o remount,mode=755 {folder}",
+                    f"run it with sudo or CAP_DAC_READ_SEARCH, or: {remount}",
                 )
     return "tracefs is not mounted", TRACEFS_MOUNT
 

@@ -189,6 +189,8 @@ class Answer:
     """Of tcplat_gate, which the probes have in common."""
     holding: tuple[int, ...]
     """Links and maps: when the last copy is closed, the kernel detaches."""
+    hidden: tuple[str, ...] = ()
+    """What of older sockets could not be seen, and what mends it."""
 
     @property
     def fds(self) -> list[int]:
@@ -252,4 +254,4 @@ def receive_answer(source: socket.socket) -> Answer | Refusal | None:
         )
         for name, probe in raw["probes"].items()
     }
-    return Answer(probes=probes, gate_fd=gate_fd, holding=tuple(ours))
+    return Answer(probes=probes, gate_fd=gate_fd, holding=tuple(ours), hidden=tuple(raw["hidden"]))

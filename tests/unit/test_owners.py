@@ -242,3 +242,45 @@ def test_a_listening_socket_that_hears_one_device(stack: ExitStack) -> None:
     listening.bind(("127.0.0.1", 0))
     listening.listen()
     assert found()[cookie(listening)].device == socket.if_nametoindex("lo")
+
+
+def test_what_could_not_be_seen_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owners, "_lacking", lambda *names: " and ".join(names))
+    assert owners.Hidden().sentences() == owners.Hidden(processes=3).sentences() == []
+    fds, entered = owners.Hidden(processes=3, sockets=2, namespaces=1).sentences(mendable=True)
+    assert "whose process is not known: 2;" in fds
+    assert fds.endswith("it takes CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH")
+    assert entered.endswith("it takes CAP_SYS_ADMIN")
+
+
+def test_what_root_may_not_see_either_is_no_matter_of_capabilities(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(owners, "_lacking", lambda *_: "")
+    hidden = owners.Hidden(processes=1, sockets=1)
+    assert hidden.sentences(mendable=True) == []
+    assert hidden.sentences()[0].endswith("the host refuses root, too")
+
+
+def test_fds_that_may_not_be_read_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: int) -> list[int]:
+        raise PermissionError
+
+    monkeypatch.setattr(owners, "_held", refuse)
+    hidden = owners.Hidden()
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listening,
+        socket.create_connection(listening.getsockname()) as client,
+    ):
+        peer, _ = listening.accept()
+        port = listening.getsockname()[1]
+        seeds = [seed for seed in owners.find(hidden) if seed.lport == port]
+        peer.close()
+        client.close()
+    # Accepted they are, whoever holds them.
+    assert {(seed.role, seed.pid, seed.waiting) for seed in seeds} == {
+        (owners.LISTENER, 0, False),
+        (owners.SERVER, 0, False),
+    }
+    assert hidden.processes > 0
+    assert hidden.sockets >= 3

@@ -1,0 +1,109 @@
+"""Some capabilities instead of root: what works then works, and what does not is said."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from .harness import Listener, Puppet, Tcplat, at, needs, of_port, reached
+from .test_planted import install
+
+Start = Callable[..., Tcplat]
+
+FEW = "+bpf,+perfmon,+net_admin"
+MORE = f"{FEW},+sys_ptrace,+dac_read_search"
+UID = "65533"
+
+
+@pytest.fixture(scope="module")
+def program() -> Iterator[Callable[[str], Sequence[str]]]:
+    """Gives a tcplat that another user may read, with these capabilities."""
+    needs("setpriv", "/usr/bin/python3")
+    root = Path(tempfile.mkdtemp(prefix="tcplat-capable-", dir="/tmp"))
+    try:
+        root.chmod(0o755)
+        install(root / "venv", root / "venv/bin/python")
+
+        def with_rights(rights: str) -> Sequence[str]:
+            options = (f"--{kind}=-all,{rights}" for kind in ("inh-caps", "ambient-caps"))
+            ids = (f"--reuid={UID}", f"--regid={UID}", "--clear-groups")
+            # Where it lies no other user may be.
+            return ("env", "-C", "/", "setpriv", *ids, *options, str(root / "venv/bin/tcplat"))
+
+        command = [*with_rights(FEW), "plugins", "list"]
+        if subprocess.run(command, check=False, capture_output=True).returncode:
+            pytest.skip("no other user can read this Python and its packages")
+        yield with_rights
+    finally:
+        shutil.rmtree(root)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Where that user may write."""
+    found = Path(tempfile.mkdtemp(prefix="tcplat-capable-", dir="/tmp"))
+    shutil.chown(found, int(UID), int(UID))
+    yield found
+    shutil.rmtree(found)
+
+
+@pytest.mark.parametrize("rights", [FEW, MORE])
+def test_a_socket_older_than_the_run(
+    rights: str,
+    program: Callable[[str], Sequence[str]],
+    folder: Path,
+    client: Puppet,
+    server: Listener,
+) -> None:
+    """A row of softirq, of a socket of root's that its process does not touch."""
+    client.connect(server)
+    peer = server.accept()
+    run = Tcplat.start(folder, "--port", str(server.port), program=program(rights)).wait_ready()
+    peer.close()
+    run.wait_for("the peer's FIN was there", reached("CLOSE_WAIT"))
+    outcome = run.stop()
+    (row,) = of_port(outcome.rows, server.port)
+    if rights == MORE:
+        assert row["pid"] == client.pid
+        assert "older than the run" not in outcome.stderr
+    else:
+        assert row["pid"] is row["comm"] is None
+        assert "TCP sockets older than the run whose process is not known: " in outcome.stderr
+        assert "it takes CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH" in outcome.stderr
+
+
+@pytest.mark.parametrize("rights", [FEW, MORE])
+def test_accept(
+    rights: str,
+    program: Callable[[str], Sequence[str]],
+    folder: Path,
+    client: Puppet,
+    server: Listener,
+) -> None:
+    """By tracepoint it needs tracefs, whose folder is root's alone."""
+    run = Tcplat.start(
+        folder, "--port", str(server.port), probes=("tcp_service",), program=program(rights)
+    ).wait_ready()
+    client.connect(server)
+    server.accept().close()
+    run.wait_for("it was over", reached("FIN_WAIT1"))
+    outcome = run.stop()
+    said = "it with sudo or CAP_DAC_READ_SEARCH" in outcome.stderr
+    assert bool(at(outcome.rows, "accept")) is not said
+    assert not (rights == MORE and said)
+
+
+def test_doctor_says_it(program: Callable[[str], Sequence[str]], server: Listener) -> None:  # noqa: ARG001 - a socket of another user's
+    found = [
+        subprocess.run(
+            [*program(rights), "doctor"], check=False, capture_output=True, text=True
+        ).stdout
+        for rights in (FEW, MORE)
+    ]
+    assert "it takes CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH" in found[0]
+    assert "it takes" not in found[1]
