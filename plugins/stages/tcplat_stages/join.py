@@ -78,6 +78,10 @@ _PATIENT_NS = _SECOND_NS
 _MOST_SERVICES = 4_096
 """Of which it is known how long they take for an answer."""
 _NAMES = ("client", "service")
+_PARTING_NS = 5_000_000
+"""On a busy host a program may take so long from its farewell to its close()."""
+_LONGEST_PARTING_NS = 50_000_000
+"""Within so long of a farewell both ends have closed: a request that hangs takes longer."""
 _LONGEST = 16_384
 """Entries that are kept at all: 16,384 packets that nobody has read yet."""
 
@@ -1147,6 +1151,7 @@ class Joiner:
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
         if outcome == ANSWERED:
             total_ns = exchange.split.total_ns
+            conn.longest_ns = max(conn.longest_ns, total_ns)
             if total_ns > self._longest.get(conn.service, 0) and (
                 len(self._longest) < _MOST_SERVICES or conn.service in self._longest
             ):
@@ -1207,14 +1212,60 @@ class Joiner:
             exchange.over_ns, exchange.over_by = self._stopped(conn, why)
             if why == "end of run":
                 self._undecided.append(exchange)
-        elif (left and left == over and left[0] - last_ns < patience_ns) or (
-            gone_ns and gone_ns < began_ns
+        elif (
+            (left and left == over and left[0] - last_ns < patience_ns)
+            or self._parted(exchange, last_ns)
+            or (gone_ns and gone_ns < began_ns)
         ):
             # It left at once; or the service had closed its side before, and could not answer.
             exchange.outcome = ONE_WAY
         else:
             exchange.outcome = UNANSWERED
             exchange.over_ns, exchange.over_by = over
+
+    def _parted(self, exchange: Exchange, last_ns: int) -> bool:
+        """Whether a last message was a farewell: the client closed for itself, right behind it.
+
+        A service that reads a farewell closes as well, and its FIN may be there first: on a busy
+        host the client has not come to its close() yet. Who waits for a reply reads the end of
+        the service's stream before it closes.
+
+        Args:
+            exchange: A request without a reply.
+            last_ns: When its last byte was sent.
+        """
+        conn = exchange.conn
+        left_ns, gone_ns = conn.fin_ns
+        if conn.reset_by is not None or conn.error or not left_ns or not self._by_itself(conn):
+            return False
+        if left_ns - last_ns < conn.patience_ns:
+            return True
+        # Later: only where both ends close in order, the service has read it, and has answered
+        # before.
+        unread = conn.ends[SERVICE].streams and exchange.stamps[REQUEST_READ] is None
+        if not gone_ns or not conn.longest_ns or unread:
+            return False
+        if gone_ns < left_ns and self._sees_reads(conn):
+            parting_ns = _LONGEST_PARTING_NS  # it was not waiting: it would have read the end
+        else:
+            # No client gives up sooner than it has waited for another answer.
+            parting_ns = max(_PARTING_NS, min(conn.longest_ns, _LONGEST_PARTING_NS))
+        return left_ns - last_ns < parting_ns and gone_ns - last_ns < _LONGEST_PARTING_NS
+
+    def _by_itself(self, conn: Connection) -> bool:
+        """The client closed its socket without having seen that the service had closed its side."""
+        left_ns, gone_ns = conn.fin_ns
+        if conn.eof_ns:
+            return False  # before it closed; or it closed its side alone, and went on waiting
+        if not gone_ns or left_ns <= gone_ns or self._sees_reads(conn):
+            return True
+        # Nothing tells what it read: its FIN left before the service's could have come to it.
+        trip_ns = conn.trip_ns
+        return trip_ns is not None and left_ns - gone_ns < trip_ns
+
+    def _sees_reads(self, conn: Connection) -> bool:
+        """Whatever the client reads, its rows tell: also the end of the service's stream."""
+        return conn.ends[CLIENT].streams and not conn.flows[SERVICE].unseen
 
     def _client_left(self, conn: Connection) -> tuple[int, str] | None:
         """When the client closed its socket, or aborted; None where it only closed its side."""

@@ -363,6 +363,7 @@ class Connection:
         "keys",
         "last_ns",
         "left_ns",
+        "longest_ns",
         "number",
         "offset_ns",
         "outcomes",
@@ -411,6 +412,8 @@ class Connection:
         self.fins: list[int] = []
         self.fin_ns = [0, 0]
         self.reset_ns = self.error_ns = self.eof_ns = self.left_ns = 0
+        self.longest_ns = 0
+        """The longest total of what was answered."""
         self.think_ns = 0
         """Between the client's reading of a reply and its next request, in all."""
         self.outcomes: dict[str, int] = {}
@@ -520,6 +523,11 @@ class Connection:
     @property
     def patience_ns(self) -> int:
         """No reply can come sooner than so: a round trip, and no less than a millisecond."""
+        return max(_SHORTEST_TRIP_NS, self.trip_ns or 0)
+
+    @property
+    def trip_ns(self) -> int | None:
+        """A round trip, as the kernel or the handshake tells; None where neither does."""
         known = [end.stats["min_rtt_us"] for end in self.ends if end.stats]
         trips = [us * 1_000 for us in known if us]
         if not self.syns:
@@ -528,7 +536,7 @@ class Connection:
                 if began is not None and ended is not None and ended >= began:
                     trips.append(min(ended - began, _LONGEST_TRIP_NS))
                     break
-        return max(_SHORTEST_TRIP_NS, min(trips, default=0))
+        return min(trips, default=None)
 
 
 class Exchange:

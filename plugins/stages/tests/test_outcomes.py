@@ -172,6 +172,86 @@ def _far(leaves_ns: int) -> list[Exchange]:
     return joined(history.rows())[0]
 
 
+def _parting(
+    client_ns: int, service_ns: int, *, eof_ns: int = 0, answered: int = 1, read: bool = True
+) -> History:
+    """A last message, and so long behind it each end's FIN; the client reads the end before."""
+    history = History()
+    now = history.shake_hands() + 1_000
+    for _ in range(answered):
+        now = simple(history, now) + 1_000
+    ask(history, now)
+    if not read:
+        del history.made[-1]
+    count, established = history.sent[CLIENT], "TCP_ESTABLISHED"
+    first = min(client_ns, service_ns)
+    for end, at in ((CLIENT, client_ns), (SERVICE, service_ns)):
+        old, new = (
+            (established, "TCP_FIN_WAIT1") if at == first else ("TCP_CLOSE_WAIT", "TCP_LAST_ACK")
+        )
+        peer_ns = now + client_ns + service_ns - at
+        if at != first:
+            history.socket(peer_ns + 1, end, "state", old_state=established, state="TCP_CLOSE_WAIT")
+        history.socket(now + at, end, "state", old_state=old, state=new)
+        history.packet(now + at + 1, "nic_tx", end, history.sent[end], flags="FIN|ACK")
+    if eof_ns:
+        eof = history.seq(SERVICE, history.sent[SERVICE])
+        history.socket(now + eof_ns, CLIENT, "recv", seq=eof, bytes=0)
+    over = now + max(client_ns, service_ns) + 50
+    for end in (CLIENT, SERVICE):
+        history.socket(over, end, "close", state="TCP_CLOSE")
+    assert history.sent[CLIENT] == count
+    return history
+
+
+US, MS = 1_000, 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("how", "outcome"),
+    [
+        # TLS's close_notify: the service has read it, and closes 2 us before the client does.
+        ({"client_ns": 58 * US, "service_ns": 56 * US}, "one_way"),
+        # The client did not run for a while; it did not wait: it never read the end.
+        ({"client_ns": 6_600 * US, "service_ns": 2_790 * US}, "one_way"),
+        # PostgreSQL's Terminate: the client comes late to its close(), the backend to its end.
+        ({"client_ns": 2_300 * US, "service_ns": 9_400 * US}, "one_way"),
+        ({"client_ns": 2_250 * US, "service_ns": 2_150 * US}, "one_way"),
+        # A handler that crashes: the client waits, and reads the end.
+        ({"client_ns": 90 * US, "service_ns": 56 * US, "eof_ns": 80 * US}, "unanswered"),
+        ({"client_ns": 2_250 * US, "service_ns": 2_150 * US, "eof_ns": 2_200 * US}, "unanswered"),
+        # The client gives up, and the service goes on for long.
+        ({"client_ns": 2_300 * US, "service_ns": 90 * MS}, "unanswered"),
+        ({"client_ns": 20 * MS, "service_ns": 21 * MS}, "unanswered"),
+        # The only message of a connection, and one that the service did not read.
+        ({"client_ns": 2_300 * US, "service_ns": 3 * MS, "answered": 0}, "unanswered"),
+        ({"client_ns": 2_300 * US, "service_ns": 3 * MS, "read": False}, "unanswered"),
+    ],
+)
+def test_a_farewell_is_no_request_though_the_close_is_late(
+    how: dict[str, Any], outcome: str
+) -> None:
+    assert outcomes(_parting(**how).rows())[-1][0] == outcome
+
+
+@pytest.mark.parametrize(("client_ns", "outcome"), [(58 * US, "one_way"), (90 * US, "unanswered")])
+def test_where_nothing_tells_what_the_client_read_the_round_trip_does(
+    client_ns: int, outcome: str
+) -> None:
+    # A round trip takes 4 us: what closes sooner behind the service's FIN has not seen that.
+    rows = _parting(client_ns, 56 * US).rows({"tcp_client"})
+    assert outcomes(rows)[-1][0] == outcome
+
+
+def test_a_client_waits_no_less_than_it_waited_for_another_answer() -> None:
+    for answered_ns, outcome in ((30 * MS, "one_way"), (10 * MS, "unanswered")):
+        history = _parting(20 * MS, 25 * MS, answered=2)
+        late = [row for row in history.made if row.ts_ns >= 24_000]
+        for row in late:
+            row.ts_ns += answered_ns
+        assert outcomes(history.rows())[-1][0] == outcome
+
+
 def test_what_is_sent_after_the_service_has_closed_its_side_is_no_request() -> None:
     history = History()
     now = one_answered(history) + 1_000
