@@ -18,7 +18,14 @@ import click
 from . import kinds, texts
 from .bar import Bar
 from .commands import Commands
-from .errors import CannotRunError, EventsLostError, TcplatError, UsageError
+from .errors import (
+    CannotRunError,
+    EventsLostError,
+    PluginError,
+    TcplatError,
+    UsageError,
+    blaming,
+)
 from .hookpoints import SKIPPED_FUNCS
 
 if TYPE_CHECKING:
@@ -516,7 +523,16 @@ def _sink(plugins: Plugins, text: str, run: RunInfo, others: Mapping[str, Sink])
             f"--sink {name} counts in the kernel while a run lasts; "
             "--sink stages has percentiles of a capture"
         )
-    return spec.factory(read_options(f"sink {name}", spec.options, given), run)
+    options = read_options(f"sink {name}", spec.options, given)
+    with blaming(f"sink {name}: its factory"):
+        sink = spec.factory(options, run)
+        for method in ("write", "lost", "close"):
+            if not callable(getattr(sink, method, None)):
+                raise PluginError(
+                    f"sink {name}: what its factory made is no sink: "
+                    f"{type(sink).__name__} has no {method}()"
+                )
+        return sink
 
 
 def _aggregation(
@@ -534,7 +550,8 @@ def _aggregation(
             events = True
             continue
         options = read_options(f"sink {name}", spec.options, given)
-        asked.append((name, spec.aggregate(options)))
+        with blaming(f"sink {name}: aggregate()"):
+            asked.append((name, spec.aggregate(options)))
     if not asked:
         return None, events
     if len(asked) > 1:

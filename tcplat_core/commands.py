@@ -15,7 +15,15 @@ from typing import Any
 import click
 
 from .bar import wipe
-from .errors import TOO_MANY_FILES, PluginError, TcplatError, of_system_call
+from .errors import (
+    TOO_MANY_FILES,
+    PluginError,
+    TcplatError,
+    TerminatedError,
+    is_the_users,
+    named,
+    of_system_call,
+)
 from .texts import lines
 
 GROUP = "tcplat.commands"
@@ -69,14 +77,6 @@ class Commands(click.Group):
             return _broken(cmd_name, error)
 
 
-class _Terminated(BaseException):
-    """SIGTERM or SIGHUP came: everything is left as an exception leaves it."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
 @contextlib.contextmanager
 def terminated_in_order() -> Iterator[None]:
     """Have SIGTERM and SIGHUP undo what is half done, and then end the process as they do.
@@ -89,7 +89,7 @@ def terminated_in_order() -> Iterator[None]:
     def on_signal(number: int, _frame: object) -> None:
         for one in ours:  # a second one ends it at once
             signal.signal(one, signal.SIG_DFL)
-        raise _Terminated(number)
+        raise TerminatedError(number)
 
     if threading.current_thread() is threading.main_thread():
         ours += [
@@ -101,7 +101,7 @@ def terminated_in_order() -> Iterator[None]:
         signal.signal(number, on_signal)
     try:
         yield
-    except _Terminated as error:
+    except TerminatedError as error:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
         os.kill(os.getpid(), error.number)
@@ -173,8 +173,10 @@ def load(entry: importlib.metadata.EntryPoint) -> click.Command:
     """
     try:
         command = entry.load()
-    except (Exception, SystemExit) as error:
-        raise PluginError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    except BaseException as error:
+        if is_the_users(error):
+            raise
+        raise PluginError(named(error)) from error
     if not isinstance(command, click.Command):
         raise PluginError(f"it offers a {type(command).__name__} as a command")
     return command

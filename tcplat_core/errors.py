@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import signal
+from collections.abc import Iterator
 from typing import ClassVar
 
 NEEDS_ROOT = "loading BPF programs needs root: run it with sudo"
@@ -46,6 +49,69 @@ class EventsLostError(TcplatError):
 
 class ReaderGoneError(Exception):
     """Nobody reads our output any more (EPIPE): the end of the run, not an error."""
+
+
+class TerminatedError(BaseException):
+    """SIGTERM or SIGHUP came: everything is left as an exception leaves it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def is_the_users(error: BaseException) -> bool:
+    """Whether a signal of the user's is behind it, and not the plugin in whose code it was raised.
+
+    `run` and `replay` take SIGINT over: a KeyboardInterrupt is the plugin's own there.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    return isinstance(error, TerminatedError)
+
+
+def words(error: BaseException) -> str:
+    """What an exception says, or its class where it says nothing.
+
+    Of one that is no error, such as SystemExit, the class comes first: what it says is no
+    sentence. A plugin may have made the class: its __str__() may raise whatever it likes.
+    """
+    name = type(error).__name__
+    try:
+        said = str(error)
+    except BaseException as another:
+        if is_the_users(another):
+            raise
+        said = ""
+    if isinstance(error, Exception):
+        return said or name
+    return f"{name}: {said}" if said else name
+
+
+def named(error: BaseException) -> str:
+    """The class of an exception, and the first line of what it says."""
+    name, said = type(error).__name__, words(error)
+    (line,) = said.splitlines()[:1] or [""]
+    return line if line == name or line.startswith(f"{name}: ") else f"{name}: {line}"
+
+
+@contextlib.contextmanager
+def blaming(whose: str) -> Iterator[None]:
+    """Have what a plugin's code raises be told as the plugin's fault, and as one sentence.
+
+    Args:
+        whose: Whose code runs in this block, and which: ``sink x: its factory``.
+
+    Raises:
+        PluginError: It raised something that is not meant for the user.
+    """
+    try:
+        yield
+    except (TcplatError, ReaderGoneError):
+        raise
+    except BaseException as error:
+        if is_the_users(error):
+            raise
+        raise PluginError(f"{whose} failed: {named(error)}") from error
 
 
 def of_system_call(error: OSError) -> TcplatError:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Protocol, Self
 import attrs
 import msgspec
 
-from .errors import PluginError, UsageError
+from .errors import PluginError, UsageError, blaming, words
 from .histogram import Aggregates, Aggregation, Histogram
 from .hookpoints import HookPoint, Interfaces, checked_name
 from .kinds import Kind
@@ -133,6 +133,9 @@ class Sink(Protocol):
 
     def write(self, batch: Sequence[Event]) -> None:
         """Take a batch of rows, sorted by time. Output must be flushed when this returns.
+
+        The batch cannot be changed, and the rows are to be left as they are: other sinks
+        get them, too.
 
         Where a batch ends is chance: what is written follows from the rows alone.
         """
@@ -421,10 +424,11 @@ def read_options(owner: str, declared: Sequence[Option], given: Mapping[str, str
                 raise UsageError(f"{owner} needs {option.name}=, as in {whole}")
             values[option.name] = option.default
             continue
-        try:
-            values[option.name] = option.convert(given[option.name])
-        except ValueError as error:
-            raise UsageError(
-                f"{owner}: option {option.name}={given[option.name]!r}: {error}"
-            ) from error
+        with blaming(f"{owner}: reading its option {option.name}"):
+            try:
+                values[option.name] = option.convert(given[option.name])
+            except ValueError as error:
+                raise UsageError(
+                    f"{owner}: option {option.name}={given[option.name]!r}: {words(error)}"
+                ) from error
     return values

@@ -16,7 +16,7 @@ import attrs
 import pluggy
 
 from . import hookspecs
-from .errors import PluginError
+from .errors import PluginError, TerminatedError, named, words
 from .model import ProbeSpec, SinkSpec
 
 GROUP = "tcplat"
@@ -106,7 +106,9 @@ class Plugins:
         for entry in entries[:keep]:
             try:
                 specs = list(_specs(entry))
-            except BaseException as error:  # noqa: BLE001 - whatever a plugin raises, SystemExit too
+            except BaseException as error:
+                if isinstance(error, TerminatedError):
+                    raise
                 self.found.append(attrs.evolve(unread[0], summary=_reason(error)))
                 continue
             for kind, spec in specs:
@@ -180,13 +182,7 @@ def _stdout_is_stderr() -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """One line that says what is wrong."""
-    if isinstance(error, PluginError):
-        return str(error)
-    try:
-        words = str(error).splitlines()
-    except Exception:  # noqa: BLE001 - a plugin may have made the exception's class, too
-        words = []
-    return ": ".join([type(error).__name__, *words[:1]])
+    return words(error) if isinstance(error, PluginError) else named(error)
 
 
 def _specs(entry: importlib.metadata.EntryPoint) -> Iterator[tuple[str, Any]]:

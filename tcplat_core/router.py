@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
-import functools
 import gc
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import attrs
 
-from .errors import ReaderGoneError, TcplatError
+from .errors import ReaderGoneError, TcplatError, is_the_users, words
 from .fast.records import FOREVER, Records, Room
 from .histogram import Aggregates
 from .model import Loss, Merge, RunReport, Sink
@@ -74,7 +72,7 @@ class Router:
     @property
     def serves(self) -> bool:
         """Some sink has readers that it serves in poll()."""
-        return any(hasattr(sink, "poll") for sink in self.sinks.values())
+        return any(_has(sink, "poll") for sink in self.sinks.values())
 
     def begin(self) -> None:
         """Have the sinks make what others see of them: the first rows are about to come.
@@ -82,19 +80,18 @@ class Router:
         Raises:
             TcplatError: One of them cannot.
         """
-        steps = [output.begin for output in self.outputs]
-        steps += [sink.begin for sink in self.sinks.values() if hasattr(sink, "begin")]
-        for step in steps:
+        for one in (*self.outputs, *self.sinks.values()):
             try:
-                step()
+                if hasattr(one, "begin"):
+                    one.begin()
             except ReaderGoneError:
                 self.reader_gone = True
             except TcplatError:
                 raise
-            except Exception as error:
-                raise TcplatError(
-                    f"a sink cannot begin: {error or type(error).__name__}"
-                ) from error
+            except BaseException as error:
+                if is_the_users(error):
+                    raise
+                raise TcplatError(f"a sink cannot begin: {words(error)}") from error
 
     def cancel(self) -> None:
         """Have the sinks take back what others see of them: there was no run, or it broke off."""
@@ -156,7 +153,8 @@ class Router:
             self.late += bisect.bisect_left(ready, self._last_ns, key=_BY_TIME)
         self._last_ns = max(self._last_ns, last_ns)
         self.total += len(ready)
-        self._each("write", ready)
+        # A list that one sink changes would be another batch to the next.
+        self._each("write", ready if isinstance(ready, Records) else tuple(ready))
 
     def undelivered(self) -> Counter[tuple[str, str, str]]:
         """Rows that were fed and reached no sink, by probe, point and func."""
@@ -174,9 +172,7 @@ class Router:
 
     def merged(self, merge: Merge) -> None:
         """Tell the sinks that want to know that the rows are of several hosts."""
-        for name, sink in list(self.sinks.items()):
-            if hasattr(sink, "merged"):
-                self._call(name, functools.partial(sink.merged, merge))
+        self._those_with("merged", merge)
 
     def idle(self) -> None:
         """Let sinks notice that their reader has gone, also while nothing happens."""
@@ -185,57 +181,69 @@ class Router:
     @property
     def tells_time(self) -> bool:
         """Some sink wants to know that time passes while nothing comes."""
-        return any(hasattr(sink, "passed") for sink in self.sinks.values())
+        return any(_has(sink, "passed") for sink in self.sinks.values())
 
     def passed(self, ts_ns: int) -> None:
         """No row that is older comes any more. Only where nothing waits."""
-        for name, sink in list(self.sinks.items()):
-            if hasattr(sink, "passed"):
-                self._call(name, functools.partial(sink.passed, ts_ns))
+        self._those_with("passed", ts_ns)
 
     def poll(self) -> None:
         """Let sinks serve their readers, also while nothing happens."""
         self._those_with("poll")
 
-    def _those_with(self, method: str) -> None:
+    def _those_with(self, method: str, *arguments: object) -> None:
         for name, sink in list(self.sinks.items()):
-            if hasattr(sink, method):
-                self._call(name, getattr(sink, method))
+            if _has(sink, method):
+                self._call(name, method, *arguments)
 
     def aggregates(self, them: Aggregates) -> None:
         """Show the sinks that asked for it what the kernel has counted."""
-        for name, sink in list(self.sinks.items()):
-            if hasattr(sink, "aggregates"):
-                self._call(name, functools.partial(sink.aggregates, them))
+        self._those_with("aggregates", them)
 
     def close(self, report: RunReport) -> None:
         """End every sink, those that were switched off before excepted."""
         self._each("close", report)
 
     def _each(self, method: str, argument: object) -> None:
-        for name, sink in list(self.sinks.items()):
-            self._call(name, functools.partial(getattr(sink, method), argument))
+        for name in list(self.sinks):
+            self._call(name, method, argument)
 
-    def _call(self, name: str, call: Callable[[], object]) -> None:
+    def _call(self, name: str, method: str, *arguments: object) -> None:
         try:
-            call()
+            getattr(self.sinks[name], method)(*arguments)
         except ReaderGoneError:
             self.reader_gone = True
             del self.sinks[name]
-        except Exception as error:  # noqa: BLE001 - one sink must not stop the others
-            self.switched_off[printable(name)] = printable(str(error)) or type(error).__name__
+        except BaseException as error:
+            # SystemExit and the like, too: one sink must not stop the others.
+            if is_the_users(error):
+                raise
+            self.switched_off[printable(name)] = printable(words(error))
             del self.sinks[name]
 
 
 def cancel(sinks: Iterable[Sink], outputs: Iterable[Output]) -> None:
     """Do without these sinks: no row will come, and no report."""
     for sink in sinks:
-        if hasattr(sink, "cancel"):
-            # What made us stop is what the user has to hear of.
-            with contextlib.suppress(Exception):
+        # What made us stop is what the user has to hear of.
+        try:
+            if hasattr(sink, "cancel"):
                 sink.cancel()
+        except BaseException as error:
+            if is_the_users(error):
+                raise
     for output in outputs:
         output.close()
+
+
+def _has(sink: Sink, method: str) -> bool:
+    """Whether a sink has a method that not each one has; where asking fails, calling it will."""
+    try:
+        return hasattr(sink, method)
+    except BaseException as error:
+        if is_the_users(error):
+            raise
+        return True
 
 
 def _first_from(rows: list[Event], ns: int) -> int:

@@ -19,6 +19,7 @@ import attrs
 
 from .clock import clock_offset_ns, kernel_ns
 from .command import Command
+from .errors import blaming, is_the_users, named
 from .fast.codec import Codec
 from .fast.records import FOREVER, Room
 from .histogram import COUNTERS, Aggregates, Aggregation, Counters, Distribution
@@ -32,7 +33,7 @@ from .output import Output
 from .ready import ReadyFile
 from .ring import BATCH, Books, Ring, possible_cpus
 from .router import Router
-from .schema import Event, FiredBy, Record, row
+from .schema import Event, FiredBy, Moment, Record, row
 from .signals import Signals
 from .sleeper import Sleeper
 from .texts import printable
@@ -97,7 +98,7 @@ class ProbeRun:
     @classmethod
     def open(cls, spec: ProbeSpec, loaded: LoadedProbe, request: Request, cpus: int) -> Self:
         """Map what the loader handed over."""
-        hooks = fired_by(spec)
+        hooks = [attrs.evolve(one, describe=_guarded(one.describe)) for one in fired_by(spec)]
         record = Record(spec.event)
         reading = (spec.name, hooks, _ifname(loaded))
         return cls(
@@ -120,10 +121,14 @@ class ProbeRun:
             return []
         try:
             rows = list(self.spec.poll(self.maps) or ())
-            self.polled.update(one.point for one in rows)
-        except Exception as error:  # noqa: BLE001 - a plugin's; the run goes on without it
-            self.poll_error = printable(f"{type(error).__name__}: {error}")
+            _check_rows(rows, self.spec.event)
+        except BaseException as error:
+            # A plugin's, SystemExit too: the run goes on without it.
+            if is_the_users(error):
+                raise
+            self.poll_error = printable(named(error))
             return []
+        self.polled.update(one.point for one in rows)
         return rows
 
     @property
@@ -165,6 +170,12 @@ class ProbeRun:
                 os.close(fd)
 
 
+def _check_rows(rows: Sequence[object], event: type[Event]) -> None:
+    for one in rows:
+        if not isinstance(one, event):
+            raise TypeError(f"a {type(one).__name__} is no row: maps.row() makes them")
+
+
 def _misses(program_fd: int) -> int:
     """How often the kernel did not run a program (bpf_prog_show_fdinfo()); 0 if it does not say."""
     try:
@@ -190,6 +201,23 @@ def fired_by(spec: ProbeSpec) -> list[FiredBy]:
         )
         for point, hook in reporting(spec.points)
     ]
+
+
+def _guarded(describe: Callable[[Moment], str]) -> Callable[[Moment], str]:
+    """The same, and the reason where it raises: a row whose words fail is a row still."""
+
+    def described(moment: Moment) -> str:
+        try:
+            said: object = describe(moment)
+        except BaseException as error:
+            if is_the_users(error):
+                raise
+            return f"{moment.point} (describe() failed: {named(error)})"
+        if isinstance(said, str):
+            return said
+        return f"{moment.point} (describe() gave a {type(said).__name__})"
+
+    return described
 
 
 POLLED = ("poll", "map")
@@ -243,14 +271,18 @@ def probe_request(
     """
     needed = {point for histogram in spec.histograms for point in histogram.points}
     maps = {one.name: one.size for one in spec.maps}
+    with blaming(f"probe {spec.name}: defines()"):
+        defines = spec.defines(options)
+    with blaming(f"probe {spec.name}: interfaces()"):
+        interfaces = spec.interfaces(options) if spec.interfaces else None
     return ProbeRequest(
         name=spec.name,
         source=spec.source,
         struct=Record(spec.event).c_struct(),
         points=spec.points,
         types=spec.types,
-        defines=spec.defines(options),
-        interfaces=spec.interfaces(options) if spec.interfaces else None,
+        defines=defines,
+        interfaces=interfaces,
         track=spec.track,
         listen=None if events else tuple(sorted(needed)),
         maps=maps | COUNTERS if aggregation else maps,
@@ -588,7 +620,8 @@ def _tell_losses(runs: Sequence[ProbeRun], router: Router) -> None:
 def _feed(run: ProbeRun, router: Router, offset_ns: int) -> int:
     """One helping, as rows; when the last was, or 0 where that was all."""
     for number, records in enumerate(run.ring.drain(), 1):
-        rows = run.decode(records, offset_ns)
+        with blaming(f"probe {run.spec.name}: making a row of a record"):
+            rows = run.decode(records, offset_ns)
         router.feed(rows)
         if rows and number == HELPING:
             return rows[-1].ts_ns

@@ -43,7 +43,7 @@ class Records(Sequence[Event]):
     offset_ns: int
     first_ns: int
     last_ns: int
-    _rows: list[Event] | None = attrs.field(default=None, init=False)
+    _rows: tuple[Event, ...] | None = attrs.field(default=None, init=False)
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -53,15 +53,18 @@ class Records(Sequence[Event]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[Event]: ...
     def __getitem__(self, index: int | slice) -> Event | Sequence[Event]:
-        return self.rows()[index]
+        return self._all()[index]
 
     def __iter__(self) -> Iterator[Event]:
-        return iter(self.rows())
+        return iter(self._all())
 
     def rows(self) -> list[Event]:
-        """All of them, made."""
+        """All of them, made; the list is the caller's, the batch stays as it is."""
+        return list(self._all())
+
+    def _all(self) -> tuple[Event, ...]:
         if self._rows is None:
-            self._rows = list(self._made())
+            self._rows = tuple(self._made())
         return self._rows
 
     def _made(self) -> Iterator[Event]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
@@ -21,7 +22,7 @@ from tcplat_core.filters import Filter
 from tcplat_core.loader.process import LoaderProcess
 from tcplat_core.plugins import Plugins
 from tcplat_core.signals import Signals
-from tcplat_core.testing import FakeLoader, FakeProbe
+from tcplat_core.testing import FakeLoader, FakeProbe, make_event
 
 ROOT = os.geteuid() == 0
 UNPRIVILEGED = ("setpriv", "--bounding-set=-all") if ROOT else ()
@@ -519,6 +520,104 @@ def test_without_filters_everything_is_wanted(run: Run, loader: FakeLoader) -> N
     run("-d", "10ms", "-q")
     assert loader.requests[0].filter == Filter()
     assert loader.requests[0].attach == "auto"
+
+
+BAD_SINK = """
+import sys
+from tcplat_core import Option, ReaderGoneError, SinkSpec, hookimpl
+
+class Sink:
+    def __init__(self, how): self.how = how
+    def lost(self, loss): pass
+    def write(self, batch):
+        if self.how == "exit": sys.exit(0)
+        if self.how == "clear": batch.clear()
+    def close(self, report):
+        if self.how == "close": sys.exit(0)
+
+def make(options, run):
+    how = options["how"]
+    if how == "factory": sys.exit(0)
+    if how == "gone": raise ReaderGoneError
+    return 42 if how == "number" else Sink(how)
+
+def read(text):
+    if text == "option": raise GeneratorExit
+    return text
+
+@hookimpl
+def tcplat_register_sinks():
+    yield SinkSpec(name="bad", summary="b", factory=make,
+                   options=(Option(name="how", help="h", convert=read, default=""),))
+"""
+
+
+@pytest.fixture
+def bad_sink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Installs a sink `bad`, as pip would."""
+    (tmp_path / "badsink.py").write_text(BAD_SINK, encoding="utf-8")
+    info = tmp_path / "badsink-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: badsink\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[tcplat]\nbad = badsink\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("badsink", None)
+
+
+SWITCHED_OFF = [
+    ("exit", "SystemExit: 0"),
+    ("clear", "'tuple' object has no attribute 'clear'"),
+    ("close", "SystemExit: 0"),
+]
+
+
+@pytest.mark.usefixtures("bad_sink")
+@pytest.mark.parametrize(("how", "said"), SWITCHED_OFF)
+def test_a_sink_takes_nobody_elses_rows(
+    run: Run, probe: FakeProbe, capfd: Capture, how: str, said: str
+) -> None:
+    probe.emit("tp_send", ts_ns=1)
+    assert run("--sink", f"bad:how={how}", "--sink", "jsonl", "--count", "1") == 1
+    out, err = capfd.readouterr()
+    row, report = map(json.loads, out.splitlines())
+    assert row["point"] == "send"
+    assert report["report"]["delivered"] == 1
+    assert f"tcplat: sink bad:how={how} was switched off: {said}\n" in err
+
+
+@pytest.mark.usefixtures("bad_sink")
+@pytest.mark.parametrize(("how", "said"), SWITCHED_OFF)
+def test_nor_in_a_replay(
+    here: Callable[..., int], tmp_path: Path, capfd: Capture, how: str, said: str
+) -> None:
+    capture = tmp_path / "capture.jsonl"
+    capture.write_bytes(msgspec.json.encode(make_event(point="send")) + b"\n")
+    assert here("replay", str(capture), "--sink", f"bad:how={how}", "--sink", "jsonl") == 1
+    out, err = capfd.readouterr()
+    row, report = map(json.loads, out.splitlines())
+    assert row["point"] == "send"
+    assert report["report"]["delivered"] == 1
+    assert f"tcplat: sink bad:how={how} was switched off: {said}\n" in err
+
+
+@pytest.mark.usefixtures("bad_sink")
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("factory", "sink bad: its factory failed: SystemExit: 0"),
+        ("number", "sink bad: what its factory made is no sink: int has no write()"),
+        ("option", "sink bad: reading its option how failed: GeneratorExit"),
+    ],
+)
+def test_a_sink_that_cannot_be_made_is_a_broken_plugin(
+    run: Run, here: Callable[..., int], tmp_path: Path, capfd: Capture, how: str, said: str
+) -> None:
+    (tmp_path / "capture.jsonl").write_bytes(b"")
+    assert run("--sink", f"bad:how={how}") == 4
+    assert one_sentence(*capfd.readouterr()) == said
+    assert here("replay", str(tmp_path / "capture.jsonl"), "--sink", f"bad:how={how}") == 4
+    assert one_sentence(*capfd.readouterr()) == said
 
 
 def test_a_bug_of_ours_is_not_hidden(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

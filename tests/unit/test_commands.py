@@ -97,6 +97,24 @@ def test_a_broken_command_says_so_and_the_others_go_on(
     assert words in line
 
 
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("raise GeneratorExit", "GeneratorExit"),
+        (
+            "class E(Exception):\n    def __str__(self): raise ValueError\nraise E",
+            "E",
+        ),
+    ],
+)
+def test_whatever_a_commands_module_raises_breaks_it_alone(
+    install: Install, code: str, said: str
+) -> None:
+    install("bad", code, "bad = bad:bad")
+    (line,) = [line for line in ran("plugins", "list").output.splitlines() if "tcplat-bad" in line]
+    assert line.split()[4:] == ["broken", said]
+
+
 def test_no_plugin_takes_the_place_of_a_command_of_ours(install: Install) -> None:
     install("thief", GOOD, "replay = thief:greet")
     assert "Feed a capture to sinks" in ran("replay", "--help").output

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from copy import copy
 
 import attrs
 import pytest
 
 from tcplat_core.errors import ReaderGoneError, TcplatError
-from tcplat_core.model import Loss, RunReport, Sink
+from tcplat_core.histogram import Aggregates
+from tcplat_core.model import Loss, Merge, RunReport, Sink
 from tcplat_core.router import Router
 from tcplat_core.schema import Event
 from tcplat_core.testing import RecordingSink, make_event
@@ -342,3 +344,123 @@ def test_a_sink_that_fails_between_batches_is_switched_off_alone(router: Router)
     assert router.switched_off == {"failing": "no more"}
     assert router.sinks.keys() == {"it"}
     assert not router.done
+
+
+# --- whatever a sink's code does
+
+
+class SilentError(Exception):
+    """Its own words fail, as a plugin's may."""
+
+    def __str__(self) -> str:
+        raise ValueError("in __str__")
+
+
+RAISED = [
+    (SystemExit(0), "SystemExit: 0"),
+    (KeyboardInterrupt(), "KeyboardInterrupt"),
+    (GeneratorExit(), "GeneratorExit"),
+    (BaseExceptionGroup("two", [KeyboardInterrupt()]), "BaseExceptionGroup: two (1 sub-exception)"),
+    (SilentError(), "SilentError"),
+]
+
+
+@pytest.fixture
+def taken_over() -> Iterator[None]:
+    """SIGINT is the run's, as in `run` and `replay`: no KeyboardInterrupt is the user's."""
+    before = signal.signal(signal.SIGINT, lambda _number, _frame: None)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+class Raises(RecordingSink):
+    """In one method."""
+
+    def __init__(self, method: str, error: BaseException) -> None:
+        super().__init__()
+
+        def fail(*_: object) -> None:
+            raise error
+
+        setattr(self, method, fail)
+
+
+@pytest.mark.usefixtures("taken_over")
+@pytest.mark.parametrize(("error", "said"), RAISED)
+@pytest.mark.parametrize(
+    "method", ["write", "lost", "close", "poll", "idle", "passed", "merged", "aggregates"]
+)
+def test_whatever_a_sink_raises_switches_it_off_alone(
+    method: str, error: BaseException, said: str
+) -> None:
+    good, last = RecordingSink(), RecordingSink()
+    router = Router({"good": good, "bad": Raises(method, error), "last": last})
+    loss = Loss("tcp_client", "send", 1)
+    router.feed(rows(1))
+    router.flush()
+    router.lost(loss)
+    router.merged(Merge(0, "a"))
+    router.passed(1)
+    router.poll()
+    router.idle()
+    router.aggregates(Aggregates(ts_ns=1, time_ns=1, elapsed_s=1.0, distributions=[], final=True))
+    router.close(REPORT)
+    assert router.switched_off == {"bad": said}
+    for sink in (good, last):
+        assert times(sink.rows) == [1]
+        assert sink.stream[-1] == loss
+        assert sink.reports == [REPORT]
+
+
+@pytest.mark.usefixtures("taken_over")
+@pytest.mark.parametrize(("error", "said"), RAISED)
+def test_whatever_a_sink_raises_as_it_begins_is_a_sentence(error: BaseException, said: str) -> None:
+    sinks: dict[str, Sink] = {"bad": Raises("begin", error)}
+    with pytest.raises(TcplatError) as raised:
+        Router(sinks).begin()
+    assert str(raised.value) == f"a sink cannot begin: {said}"
+
+
+@pytest.mark.usefixtures("taken_over")
+def test_every_sink_is_cancelled_whatever_another_raises() -> None:
+    calls = []
+
+    class Cancelled(RecordingSink):
+        def cancel(self) -> None:
+            calls.append("cancel")
+
+    Router({"bad": Raises("cancel", SystemExit(0)), "good": Cancelled()}).cancel()
+    assert calls == ["cancel"]
+
+
+@pytest.mark.usefixtures("taken_over")
+def test_a_method_that_cannot_be_looked_up_has_failed(router: Router) -> None:
+    class Odd(RecordingSink):
+        @property
+        def poll(self) -> object:
+            raise SystemExit(3)
+
+    router.sinks["odd"] = Odd()
+    assert router.serves
+    router.poll()
+    assert router.switched_off == {"odd": "SystemExit: 3"}
+    assert router.sinks.keys() == {"it"}
+
+
+def test_ctrl_c_is_no_fault_of_the_sink_in_whose_code_it_comes() -> None:
+    """Where nobody has taken SIGINT over, as in commands that are no run."""
+    with pytest.raises(KeyboardInterrupt):
+        Router({"it": Raises("poll", KeyboardInterrupt())}).poll()
+
+
+def test_no_sink_can_change_the_batch_of_the_next() -> None:
+    class Clears(RecordingSink):
+        def write(self, batch: Sequence[Event]) -> None:
+            batch.clear()  # type: ignore[attr-defined] # that is what it gets wrong
+
+    good = RecordingSink()
+    router = Router({"bad": Clears(), "good": good})
+    router.feed(rows(1, 2))
+    router.flush()
+    assert times(good.rows) == [1, 2]
+    assert router.switched_off.keys() == {"bad"}

@@ -35,9 +35,10 @@ from tcplat_core.loader.protocol import Refusal, Request, send_answer
 from tcplat_core.maps import Maps, ReadableMap
 from tcplat_core.model import Loss, Option, ProbeSpec, RunReport, Sink
 from tcplat_core.output import Output, held_back
+from tcplat_core.plugins import Plugins
 from tcplat_core.ring import BATCH
 from tcplat_core.schema import Event
-from tcplat_core.session import Session
+from tcplat_core.session import Session, probe_request
 from tcplat_core.signals import Signals
 from tcplat_core.testing import FakeArray, FakeLoader, FakeProbe, RecordingSink, make_record
 
@@ -627,6 +628,50 @@ def test_a_poll_that_raises_is_not_called_again(polled: Callable[..., FakeProbe]
     assert len(said) == 1
     assert "its maps are not read any more: TypeError" in said[0]
     assert report.as_json()["probes"]["counted"]["poll_error"].startswith("TypeError")
+
+
+@pytest.mark.parametrize(
+    ("poll", "said"),
+    [
+        (lambda _: sys.exit(0), "SystemExit: 0"),
+        (lambda _: [42], "TypeError: a int is no row: maps.row() makes them"),
+    ],
+)
+def test_whatever_poll_does_the_run_goes_on(
+    polled: Callable[..., FakeProbe], poll: Callable[[Maps], Any], said: str
+) -> None:
+    probe = polled(poll)
+    _, report = run_into_a_sink(probe)
+    assert report.probes["counted"].poll_error == said
+
+
+@pytest.mark.parametrize(
+    ("describe", "said"),
+    [
+        (lambda _: sys.exit(0), "send (describe() failed: SystemExit: 0)"),
+        (lambda _: 42, "send (describe() gave a int)"),
+    ],
+)
+def test_a_row_whose_words_fail_is_a_row_still(describe: Callable[[Any], str], said: str) -> None:
+    probe = FakeProbe(attrs.evolve(Plugins.load().probe("tcp_client"), describe=describe))
+    try:
+        probe.emit("tp_send", ts_ns=1)
+        sink, report = run_into_a_sink(probe)
+    finally:
+        probe.close()
+    assert [row.desc for row in sink.rows] == [said]
+    assert report.delivered == 1
+
+
+@pytest.mark.parametrize("what", ["defines", "interfaces"])
+def test_what_a_probe_raises_as_it_is_asked_for_is_a_sentence(what: str) -> None:
+    def fail(_: object) -> Any:
+        sys.exit(0)
+
+    changes: dict[str, Any] = {what: fail}
+    spec = attrs.evolve(COUNTED, **changes)
+    with pytest.raises(PluginError, match=rf"probe counted: {what}\(\) failed: SystemExit: 0"):
+        probe_request(spec, {})
 
 
 # --- the loader's process, played by others
