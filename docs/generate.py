@@ -149,6 +149,7 @@ SECTIONS = {
         "RunInfo",
         "Output",
         "Place",
+        "connect",
         "json_lines",
         "printable",
         "Loss",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .clock import clock_offset_ns
+    from .connecting import connect
     from .errors import CannotRunError, PluginError, ReaderGoneError, TcplatError, UsageError
     from .fast.records import json_lines
     from .histogram import Aggregates, Aggregation, Distribution, Group, Histogram
@@ -102,6 +103,7 @@ __all__ = [
     "boolean",
     "choice",
     "clock_offset_ns",
+    "connect",
     "duration",
     "fenter",
     "fentry",
@@ -127,6 +129,7 @@ __all__ = [
 _HOMES = (
     *(
         "clock",
+        "connecting",
         "errors",
         "histogram",
         "hookpoints",

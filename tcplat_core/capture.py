@@ -6,11 +6,9 @@ Memory is bounded by one chunk, whatever the capture holds.
 
 from __future__ import annotations
 
-import contextlib
 import operator
 import os
 import select
-import socket
 import stat
 import sys
 from collections import Counter
@@ -20,6 +18,7 @@ from typing import Any, cast
 import attrs
 import msgspec
 
+from .connecting import connect
 from .errors import TcplatError, UsageError
 from .formats import Damage, Format, format_of
 from .model import Loss, Merge, RunReport
@@ -62,7 +61,6 @@ _SAID = 3
 """So many of what is left out are reported one by one."""
 _BEGINNING = 64
 """Bytes that tell JSON lines from msgpack; no row is so short."""
-_CONNECT_S = 10
 _PATIENCE_MS = 100
 """How long a source may keep us from looking at anything else."""
 
@@ -101,17 +99,19 @@ class Source:
     consumed: int = attrs.field(default=0, init=False)
 
     @classmethod
-    def open(cls, where: str) -> Source:
+    def open(cls, where: str, stopping: Callable[[], bool] = lambda: False) -> Source:
         """A path, ``-`` for standard input, ``unix:PATH`` or ``tcp:HOST:PORT``.
 
         Raises:
             UsageError: It cannot be read.
+            InterruptedError: The user wanted to end before a socket had taken the connection.
         """
         try:
             if where.startswith("unix:"):
-                return cls._connect(socket.AF_UNIX, where.removeprefix("unix:"), where)
+                made = connect(where.removeprefix("unix:"), stopping)
+                return cls(made.detach(), where)
             if where.startswith("tcp:"):
-                return cls._connect(socket.AF_UNSPEC, where.removeprefix("tcp:"), where)
+                return cls(connect(_host_and_port(where), stopping).detach(), where)
             if where == "-":
                 if sys.stdin is None:
                     raise UsageError("there is no standard input")
@@ -125,24 +125,11 @@ class Source:
                 os.close(fd)
                 raise UsageError(f"cannot read {where}: Is a directory")
             return cls(fd, where, status.st_size)
+        except InterruptedError:
+            raise
         except (OSError, UnicodeError) as error:
             why = (isinstance(error, OSError) and error.strerror) or error
             raise UsageError(f"cannot read {where}: {why}") from error
-
-    @classmethod
-    def _connect(cls, family: int, where: str, name: str) -> Source:
-        with contextlib.ExitStack() as stack:
-            if family == socket.AF_UNIX:
-                made = stack.enter_context(socket.socket(family))
-                made.connect(where)
-            else:
-                host, colon, port = where.rpartition(":")
-                if not (colon and port.isdecimal() and 0 < int(port) < 1 << 16):
-                    raise UsageError(f"{name} is not of the form tcp:HOST:PORT")
-                address = (host.strip("[]"), int(port))
-                made = stack.enter_context(socket.create_connection(address, _CONNECT_S))
-                made.settimeout(None)
-            return cls(made.detach(), name)
 
     def chunks(self) -> Iterator[bytes]:
         """What comes, and b"" where nothing has come for a while."""
@@ -162,6 +149,13 @@ class Source:
                 return
             self.consumed += len(data)
             yield data
+
+
+def _host_and_port(where: str) -> tuple[str, int]:
+    host, colon, port = where.removeprefix("tcp:").rpartition(":")
+    if not (colon and port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise UsageError(f"{where} is not of the form tcp:HOST:PORT")
+    return host.strip("[]"), int(port)
 
 
 @attrs.define(eq=False)

@@ -22,6 +22,7 @@ from .errors import (
     CannotRunError,
     EventsLostError,
     PluginError,
+    ReaderGoneError,
     TcplatError,
     UsageError,
     blaming,
@@ -396,7 +397,12 @@ def _replay(
     signals = Signals()
     signals.install()
     # As whoever we are: a capture of root's, a socket of another user's.
-    source = Source.open(where)
+    try:
+        source = Source.open(where, signals.stopping)
+    except InterruptedError:
+        if not quiet:
+            _say(f"stopped before {where} had taken the connection; nothing was replayed")
+        return 0
     _give_up_root(say=_nothing if quiet else _say)
     plugins = Plugins.load()
     events = {name: spec.event for name, spec in plugins.probes.items()}
@@ -513,6 +519,7 @@ def _sinks(
 
 def _sink(plugins: Plugins, text: str, run: RunInfo, others: Mapping[str, Sink]) -> Sink:
     from .model import parse_choice, read_options  # noqa: PLC0415 - see the top
+    from .router import Unread  # noqa: PLC0415
 
     name, given = parse_choice(text)
     spec = plugins.sink(name)
@@ -525,7 +532,10 @@ def _sink(plugins: Plugins, text: str, run: RunInfo, others: Mapping[str, Sink])
         )
     options = read_options(f"sink {name}", spec.options, given)
     with blaming(f"sink {name}: its factory"):
-        sink = spec.factory(options, run)
+        try:
+            sink = spec.factory(options, run)
+        except ReaderGoneError:
+            return Unread()
         for method in ("write", "lost", "close"):
             if not callable(getattr(sink, method, None)):
                 raise PluginError(

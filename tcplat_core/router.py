@@ -236,6 +236,25 @@ def cancel(sinks: Iterable[Sink], outputs: Iterable[Output]) -> None:
         output.close()
 
 
+class Unread:
+    """A sink whose reader had gone before the run began: ends it as one that leaves later."""
+
+    def begin(self) -> None:
+        """The end."""
+        raise ReaderGoneError
+
+    def write(self, _batch: Sequence[Event]) -> None:
+        """The end."""
+        raise ReaderGoneError
+
+    def lost(self, _loss: Loss) -> None:
+        """The end."""
+        raise ReaderGoneError
+
+    def close(self, report: RunReport) -> None:
+        """Nobody reads the books."""
+
+
 def _has(sink: Sink, method: str) -> bool:
     """Whether a sink has a method that not each one has; where asking fails, calling it will."""
     try:

@@ -620,6 +620,21 @@ def test_a_sink_that_cannot_be_made_is_a_broken_plugin(
     assert one_sentence(*capfd.readouterr()) == said
 
 
+@pytest.mark.usefixtures("bad_sink")
+def test_a_reader_that_had_gone_before_the_run_ends_it_as_one_that_goes_later(
+    run: Run, here: Callable[..., int], probe: FakeProbe, tmp_path: Path, capfd: Capture
+) -> None:
+    probe.emit("tp_send", ts_ns=1)
+    assert run("--sink", "bad:how=gone", "--sink", "jsonl", "-q") == 0
+    out, err = capfd.readouterr()
+    assert list(json.loads(out)) == ["v", "report"]
+    assert err == ""
+    capture = tmp_path / "capture.jsonl"
+    capture.write_bytes(msgspec.json.encode(make_event(point="send")) + b"\n")
+    assert here("replay", str(capture), "--sink", "bad:how=gone", "-q") == 0
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_bug_of_ours_is_not_hidden(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what a user can cause is one sentence."""
 

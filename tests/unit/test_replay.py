@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -12,8 +13,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from hypothesis import strategies as st
 
 from tcplat_core import SCHEMA_VERSION, Event, Loss, RunInfo, RunReport
 from tcplat_core.capture import Capture, Source
+from tcplat_core.connecting import connect
 from tcplat_core.errors import TcplatError, UsageError
 from tcplat_core.filters import Filter
 from tcplat_core.model import Counted, HookReport, ProbeReport, parse_choice, read_options
@@ -603,6 +607,87 @@ def test_a_line_without_end_is_not_kept_in_memory() -> None:
     assert items == []
     assert capture.left_out == 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+
+
+def full(path: str, stack: ExitStack) -> None:
+    """A unix socket that takes no more connections."""
+    listening = stack.enter_context(socket.socket(socket.AF_UNIX))
+    listening.bind(path)
+    listening.listen(0)
+    while True:
+        made = stack.enter_context(socket.socket(socket.AF_UNIX))
+        made.setblocking(False)
+        if made.connect_ex(path):
+            return
+
+
+def test_a_socket_that_takes_no_connection_is_waited_for_a_while(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        full(str(tmp_path / "s"), stack)
+        with pytest.raises(TimeoutError, match=r"it took no connection for 0\.2 s"):
+            connect(str(tmp_path / "s"), lambda: False, 0.2)
+        with pytest.raises(InterruptedError):
+            connect(str(tmp_path / "s"), lambda: True)
+
+
+def test_a_socket_that_has_room_again_is_connected_to(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    with ExitStack() as stack:
+        listening = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listening.bind(path)
+        listening.listen(0)
+        first = stack.enter_context(socket.socket(socket.AF_UNIX))
+        first.connect(path)
+        asked: list[bool] = []
+
+        def stopping() -> bool:
+            if not asked:  # it had no room
+                asked.append(True)
+                stack.enter_context(listening.accept()[0])
+            return False
+
+        made = stack.enter_context(connect(path, stopping))
+        assert asked
+        assert made.getblocking()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("what", ["source", "sink"])
+def test_a_signal_while_it_connects_is_a_clean_end(
+    tmp_path: Path, what: str, number: signal.Signals
+) -> None:
+    path = str(tmp_path / "s")
+    (tmp_path / "capture").write_bytes(encoded(make_event()))
+    arguments = (
+        [f"unix:{path}"]
+        if what == "source"
+        else [str(tmp_path / "capture"), "--sink", f"msgpack:unix={path},connect=yes"]
+    )
+    with ExitStack() as stack:
+        full(path, stack)
+        process = stack.enter_context(
+            subprocess.Popen(
+                [sys.executable, "-I", "-m", "tcplat_core", "replay", *arguments],
+                stderr=subprocess.PIPE,
+            )
+        )
+        while not any(link.startswith("socket:") for link in _links(process.pid)):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert b"Traceback" not in err
+    assert b"Invalid argument" not in err
+
+
+def _links(pid: int) -> list[str]:
+    """What the file descriptors of a process are."""
+    links = []
+    with contextlib.suppress(OSError):
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            links.append(str(fd.readlink()))  # noqa: PERF401 - what was found stays where one goes
+    return links
 
 
 def test_nothing_to_read_is_usage() -> None:

@@ -31,6 +31,7 @@ from tcplat_core import (
     RunReport,
     UsageError,
     clock_offset_ns,
+    connect,
     fields,
 )
 
@@ -40,7 +41,6 @@ _AT_ONCE = 64
 """Pieces that are handed to the kernel in one call."""
 _BACKLOG = 128
 _LEAST_S = 0.001
-_CONNECT_S = 10
 _LINGER_S = 1.0
 """At the end: how long readers may keep us waiting without taking anything."""
 _END_S = 5.0
@@ -196,6 +196,8 @@ class Msgpack:
 
         Raises:
             UsageError: That cannot be.
+            ReaderGoneError: The one that we went to has gone, or the user wanted to end before
+                it was there.
         """
         unix, tcp = options["unix"], options["tcp"]
         if (unix is None) == (tcp is None):
@@ -203,16 +205,24 @@ class Msgpack:
         where = f"unix={unix}" if tcp is None else f"tcp={tcp[0]}:{tcp[1]}"
         try:
             if options["connect"]:
+                made = _connected(unix, tcp, run)
                 sink = cls(run, options["buffer"])
-                sink.add(_connected(unix, tcp))
+                try:
+                    sink.add(made)
+                except BaseException:
+                    sink.cancel()
+                    raise
             elif unix is not None:
                 sink = cls(run, options["buffer"], *_listen_at(unix))
             else:
                 sink = cls(run, options["buffer"], _listen_on(*tcp, public=options["public"]))
                 who = "everybody who reaches it" if options["public"] else "every local user"
                 run.say(f"sink msgpack: {who} can read the rows at {where}; unix=PATH is private")
-        except OSError as error:
-            raise UsageError(f"sink msgpack: {where}: {error.strerror or error}") from error
+        except InterruptedError as error:
+            raise ReaderGoneError from error
+        except (OSError, UnicodeError) as error:
+            why = (isinstance(error, OSError) and error.strerror) or error
+            raise UsageError(f"sink msgpack: {where}: {why}") from error
         while len(sink.readers) < options["wait"] and not run.stopping():
             sink.serve(0.1)
         return sink
@@ -383,16 +393,12 @@ class Msgpack:
                     place.unlink()
 
 
-def _connected(unix: str, tcp: tuple[str, int] | None) -> socket.socket:
+def _connected(unix: str, tcp: tuple[str, int] | None, run: RunInfo) -> socket.socket:
     if tcp:
-        return socket.create_connection(tcp, _CONNECT_S)
-    with contextlib.ExitStack() as stack:
-        made = stack.enter_context(socket.socket(socket.AF_UNIX))
-        # In a folder that others can write to, another user's socket would get the rows.
-        with contextlib.closing(Place.find(unix)) as place, place.there() as address:
-            made.connect(address)
-        stack.pop_all()
-        return made
+        return connect(tcp, run.stopping)
+    # In a folder that others can write to, another user's socket would get the rows.
+    with contextlib.closing(Place.find(unix)) as place, place.there() as address:
+        return connect(address, run.stopping)
 
 
 def _listen_on(host: str, port: int, *, public: bool) -> socket.socket:

@@ -426,6 +426,19 @@ def test_it_goes_to_a_reader_that_listens_and_ends_when_he_leaves(bench: Bench) 
     assert Path(bench.path).exists()  # it is the reader's
 
 
+def test_of_a_reader_that_goes_at_once_nothing_stays_open(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    monkeypatch.setattr("tcplat_sinks.msgpack.connect", lambda *_: ours)
+    with pytest.raises(ReaderGoneError):
+        bench.sink(tcp="127.0.0.1:1", connect="1")
+    assert ours.fileno() == -1
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
 def test_nobody_to_go_to_is_said(bench: Bench) -> None:
     with pytest.raises(UsageError, match=r"sink msgpack: unix=.*: No such file or directory"):
         bench.sink(connect="1")

@@ -1,0 +1,80 @@
+"""Connects to a socket within a bounded time, and gives up when the user wants to end.
+
+connect(2) to a unix socket whose queue is full waits for as long as it is full, begins anew after a
+signal (PEP 475), and with a handler in between tells EINVAL of a socket that is connected already.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import time
+from collections.abc import Callable
+
+LIMIT_S = 10.0
+"""So long an address may keep us waiting."""
+_AGAIN_S = 0.02
+"""Until the next attempt where the queue is full: nothing tells when there is room."""
+_LOOK_MS = 100
+"""Between two looks at whether the user wants to end."""
+
+
+def connect(
+    where: str | tuple[str, int], stopping: Callable[[], bool], limit_s: float = LIMIT_S
+) -> socket.socket:
+    """Return a connected socket, which blocks.
+
+    Args:
+        where: The path of a unix socket, or host and port.
+        stopping: Whether the user wants to end.
+        limit_s: For each address of the host.
+
+    Raises:
+        InterruptedError: The user wanted to end first.
+        OSError: It cannot be reached; TimeoutError: not in that time.
+        UnicodeError: The name of the host is none.
+    """
+    addresses: list[tuple[int, object]] = [(socket.AF_UNIX, where)]
+    if not isinstance(where, str):
+        found = socket.getaddrinfo(*where, type=socket.SOCK_STREAM)
+        addresses = [(family, address) for family, _, _, _, address in found]
+    failed: OSError | None = None
+    for family, address in addresses:
+        made = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            made.setblocking(False)
+            _reach(made, address, stopping, limit_s)
+            made.setblocking(True)
+        except InterruptedError:
+            made.close()
+            raise
+        except OSError as error:
+            made.close()
+            failed = error
+        else:
+            return made
+    raise failed or OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+
+
+def _reach(
+    made: socket.socket, address: object, stopping: Callable[[], bool], limit_s: float
+) -> None:
+    end = time.monotonic() + limit_s
+    poll = select.poll()
+    poll.register(made, select.POLLOUT)
+    number = made.connect_ex(address)  # type: ignore[arg-type] # of whichever family
+    while number:
+        if stopping():
+            raise InterruptedError(errno.EINTR, "it was stopped")
+        if time.monotonic() >= end:
+            raise TimeoutError(errno.ETIMEDOUT, f"it took no connection for {limit_s:g} s")
+        if number == errno.EAGAIN:
+            time.sleep(_AGAIN_S)
+            number = made.connect_ex(address)  # type: ignore[arg-type] # see above
+        elif number == errno.EINPROGRESS:
+            if poll.poll(_LOOK_MS):
+                number = made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        else:
+            raise OSError(number, os.strerror(number))
