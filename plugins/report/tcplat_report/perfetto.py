@@ -15,7 +15,7 @@ import attrs
 import msgspec
 from tcplat_stages.hosts import Hosts
 from tcplat_stages.join import Told
-from tcplat_stages.model import CLIENT, SERVICE, Connection, Exchange
+from tcplat_stages.model import CLIENT, SERVICE, Connection, Exchange, Who
 from tcplat_stages.stages import CONNECT_STAGES, CONNECTED, REPLY_TX, REQUEST_RX, STAGES
 from tcplat_stages.text import address, micros
 from tcplat_stages.waterfall import WAITING
@@ -50,7 +50,7 @@ class Trace:
     _names: dict[int, str] = attrs.field(factory=dict, init=False)
     _pids: dict[Any, int] = attrs.field(factory=dict, init=False)
     _taken: set[int] = attrs.field(factory=set, init=False)
-    _tracks: dict[tuple[int, int], _Track] = attrs.field(factory=dict, init=False)
+    _tracks: dict[tuple[int, int], dict[Who, _Track]] = attrs.field(factory=dict, init=False)
     _next_pid: int = attrs.field(default=_MADE_UP, init=False)
     _tid: int = attrs.field(default=0, init=False)
     _flow: int = attrs.field(default=0, init=False)
@@ -105,7 +105,8 @@ class Trace:
         chain = _chain(stamps, conn.handshake.left_out)
         if len(chain) > 1:
             end = CLIENT if conn.ends[CLIENT].sock else SERVICE
-            self._slice(conn, end, "connect", chain, CONNECT_STAGES, {"syns_again": conn.syns})
+            about = {"syns_again": conn.syns}
+            self._slice(conn, end, conn.ends[end].who, "connect", chain, CONNECT_STAGES, about)
 
     def _exchange(self, exchange: Exchange) -> None:
         conn = exchange.conn
@@ -132,12 +133,14 @@ class Trace:
             # A request that waited in vain is its client's, whoever told of it.
             name += f" ({exchange.outcome})" if exchange.over_ns is not None else ""
             track, tid = self._slice(
-                conn, CLIENT, name, chain, STAGES, about, exchange.over_ns or 0
+                *(conn, CLIENT, exchange.who(CLIENT), name),
+                *(chain, STAGES, about, exchange.over_ns or 0),
             )
             asked = replied = (track, tid)
         if len(served) < 2:  # noqa: PLR2004 - one instant is no slice
             return
-        at = self._slice(conn, SERVICE, f"serve {exchange.number}", served, STAGES, about)
+        name, service = f"serve {exchange.number}", exchange.who(SERVICE)
+        at = self._slice(conn, SERVICE, service, name, served, STAGES, about)
         if asked is None or replied is None:
             return
         if chain[0][0] < REQUEST_RX:
@@ -151,6 +154,7 @@ class Trace:
         self,
         conn: Connection,
         end: int,
+        who: Who,
         name: str,
         chain: Chain,
         stages: Sequence[str],
@@ -159,7 +163,7 @@ class Trace:
     ) -> tuple[int, int]:
         """A slice, and one for each stage within, and for what it waited then; where it stands."""
         begin_ns, end_ns = chain[0][1], max(chain[-1][1], over_ns)
-        pid, tid = self._lane(conn, end, begin_ns, end_ns)
+        pid, tid = self._lane(conn, end, who, begin_ns, end_ns)
 
         def show(what: str, ts_ns: int, until_ns: int, **more: Any) -> None:
             self._emit(
@@ -188,12 +192,15 @@ class Trace:
         self._emit(ph="s", pid=here[0], tid=here[1], ts=micros(ts_ns), **common)
         self._emit(ph="f", bp="e", pid=there[0], tid=there[1], ts=micros(until_ns), **common)
 
-    def _lane(self, conn: Connection, end: int, begin_ns: int, end_ns: int) -> tuple[int, int]:
+    def _lane(
+        self, conn: Connection, end: int, who: Who, begin_ns: int, end_ns: int
+    ) -> tuple[int, int]:
         """Where nothing else is at that time."""
-        track = self._tracks.get((conn.number, end))
+        tracks = self._tracks.setdefault((conn.number, end), {})
+        track = tracks.get(who)
         if track is None:
             name = f"{address(conn.client)} → {address(conn.service)}"
-            track = self._tracks[conn.number, end] = _Track(self._process(conn, end), name)
+            track = tracks[who] = _Track(self._process(conn, end, who), name)
         for lane, until_ns in enumerate(track.ends_ns):
             if until_ns <= begin_ns:
                 track.ends_ns[lane] = end_ns
@@ -204,25 +211,25 @@ class Trace:
         self._meta("thread_name", track.pid, self._tid, name=track.name)
         return track.pid, self._tid
 
-    def _process(self, conn: Connection, index: int) -> int:
+    def _process(self, conn: Connection, index: int, who: Who) -> int:
         end = conn.ends[index]
         host = (end.netns or 0) >> HOST_BITS
         where = (conn.client, conn.service)[index][0]
-        key = (host, end.pid) if end.pid is not None else where
+        key = (host, who) if who.pid is not None else where
         pid = self._pids.get(key)
         if pid is not None:
             return pid
         if len(self._pids) >= _MOST_PROCESSES:
             self._pids.clear()  # the same process then stands there twice
-        pid = end.pid
+        pid = who.pid
         if pid is None or pid in self._taken or len(self._taken) >= _MOST_PROCESSES:
             self._next_pid += 1
             pid = self._next_pid
         else:
             self._taken.add(pid)
         self._pids[key] = pid
-        name = f"{where} (not watched)" if end.pid is None else f"{end.comm or '?'} {end.pid}"
-        if end.pid is not None and len(self._names) > 1:
+        name = f"{where} (not watched)" if who.pid is None else f"{who.comm or '?'} {who.pid}"
+        if who.pid is not None and len(self._names) > 1:
             name += f" on {self._names.get(host, host)}"
         self._meta("process_name", pid, 0, name=name)
         return pid

@@ -162,3 +162,19 @@ def test_a_request_without_a_reply_lasts_as_long_as_it_waited(tmp_path: Path) ->
     assert whole["args"]["outcome"] == "unanswered"
     assert [part["name"] for part in parts] == [*list(STAGES_US)[:5], "waiting"]
     assert sum(ns(part["dur"]) for part in parts) == ns(whole["dur"]) > 9_000_000
+
+
+def test_after_exec_a_request_stands_with_the_program_that_sent_it(tmp_path: Path) -> None:
+    rows = list(joint(Traffic(connections=1, exchanges=2)))
+    calls = [row for row in rows if row.probe == "tcp_client" and row.sock]
+    asked = [row.ts_ns for row in calls if row.point == "send"]
+    for row in calls:
+        if row.ts_ns >= asked[-1]:
+            row.comm = "execed"
+    capture = write(tmp_path / "capture", iter(rows))
+    arguments = [str(capture), "-o", str(tmp_path / "out"), "--format", "perfetto", "-q"]
+    assert CliRunner().invoke(report, arguments, catch_exceptions=False).exit_code == 0
+    trace = json.loads((tmp_path / "out").read_text(encoding="utf-8"))["traceEvents"]
+    names = {one["pid"]: one["args"]["name"] for one in trace if one["name"] == "process_name"}
+    where = [names[one["pid"]] for one in trace if one["name"] in {"exchange 1", "exchange 2"}]
+    assert [name.split()[0] for name in where] == ["curl", "execed"]

@@ -16,6 +16,7 @@ from .model import (
     ANSWERED,
     CLIENT,
     CUT,
+    NOBODY,
     ONE_WAY,
     OPEN,
     SERVICE,
@@ -26,6 +27,8 @@ from .model import (
     Exchange,
     Flow,
     Reach,
+    Who,
+    caller,
     reached,
     real,
     whole,
@@ -293,7 +296,8 @@ class Joiner:
         end.conn.guessed = False
         end.sock = row.sock
         end.streams = end.streams or row.probe in _STREAM_PROBES
-        end.netns, end.pid, end.comm = row.netns, row.pid, row.comm
+        end.netns = row.netns
+        self._used(end, row)
         # What was taken for this end's from packets, was not: of a router between, say.
         sends, receives = end.conn.flows[end.index], end.conn.flows[1 - end.index]
         if sends.tx_netns not in (None, row.netns):
@@ -302,6 +306,12 @@ class Joiner:
         if receives.rx_netns not in (None, row.netns):
             receives.nic, receives.ip, receives.rx_if = Reach(), Reach(), None
         receives.rx_netns = row.netns
+
+    def _used(self, end: End, row: Any) -> Who:
+        """The process of a call, which may have its socket from another, or take another name."""
+        if row.pid is not None or end.who is NOBODY:
+            end.who = Who(row.pid, row.comm)
+        return end.who
 
     def _connection_of(self, row: Any, index: int) -> Connection:
         """The connection of a socket: known by its packets or its other end, or new."""
@@ -526,7 +536,8 @@ class Joiner:
         conn.client, conn.service = conn.service, conn.client
         conn.flows = (conn.flows[1], conn.flows[0])
         conn.guessed = False
-        conn.answered, conn.ask_ns, conn.replying = -1, None, None
+        conn.answered, conn.replying = -1, None
+        conn.ask_ns = conn.ask_by = None
         conn.came, conn.doubt = -1, None
         conn.waiting.clear()
         for netns in namespaces:
@@ -635,7 +646,7 @@ class Joiner:
             conn.connect_us, conn.error, conn.error_ns = row.connect_us, row.desc, ts_ns
 
     def _accept(self, end: End, row: Any, ts_ns: int) -> None:
-        end.pid, end.comm = row.pid, row.comm
+        self._used(end, row)
         end.conn.stamps[ACCEPTED] = ts_ns
         end.conn.accept_us = real(row, "accept_us")
 
@@ -687,15 +698,19 @@ class Joiner:
         flow.sends.append((finish, ts_ns))
         flow.last_send = at
         flow.sent = max(flow.sent, finish)
-        if end.pid != row.pid and row.pid is not None:
-            end.pid, end.comm = row.pid, row.comm
+        who = end.who
+        if who.pid != row.pid or who.comm != row.comm:
+            who = self._used(end, row)
+        senders = flow.senders
+        if not senders or senders[-1][1] != who:
+            senders.append((at, who))
         if index == SERVICE:
             self._reply(conn, at, ts_ns)
         else:
             if conn.answered < 0:
                 conn.answered = at
             if conn.ask_ns is None and finish > conn.answered:
-                conn.ask_ns = ts_ns
+                conn.ask_ns, conn.ask_by = ts_ns, who
                 conn.think_ns += self._thought(conn, ts_ns)
         if len(flow.sends) > _LONG:
             self._prune(conn, index)
@@ -713,6 +728,7 @@ class Joiner:
             flow.sends.append((at, when))
         elif end.index == CLIENT and conn.ask_ns == when:
             conn.ask_ns = reached(flow.sends, conn.answered + 1)
+            conn.ask_by = caller(flow.senders, conn.answered)
             conn.think_ns -= self._thought(conn, when)
 
     def _thought(self, conn: Connection, ts_ns: int | None) -> int:
@@ -752,8 +768,9 @@ class Joiner:
         if at != flow.read or conn.doubt is not None:
             self._skipped(conn, index, at)
         flow.take(finish, ts_ns)
-        if end.pid != row.pid and row.pid is not None:
-            end.pid, end.comm = row.pid, row.comm
+        who = end.who
+        if who.pid != row.pid or who.comm != row.comm:
+            self._used(end, row)
         if index == CLIENT:
             self._replied(conn, at, finish)
         elif conn.answered < 0:
@@ -993,6 +1010,7 @@ class Joiner:
             conn.replying = exchange = Exchange(conn, "push")
             exchange.reply_begin = at
             exchange.stamps[REPLY_SENT] = ts_ns
+            exchange.by[SERVICE] = caller(conn.flows[SERVICE].senders, at)
         if watched and conn.doubt is None:
             came = self._has_got(conn)
             if came > max(conn.answered, conn.came) and conn.answered >= 0:
@@ -1006,6 +1024,7 @@ class Joiner:
         exchange = self._begin(conn, "exchange", asked)
         exchange.reply_begin = at
         exchange.stamps[REPLY_SENT] = ts_ns
+        exchange.by[SERVICE] = caller(conn.flows[SERVICE].senders, at)
         self._ask_from(conn, asked)
         request.forget(asked + 1)
         conn.replying = exchange
@@ -1013,7 +1032,9 @@ class Joiner:
     def _ask_from(self, conn: Connection, asked: int) -> None:
         """What comes behind `asked` is another request."""
         conn.answered = asked
-        conn.ask_ns = reached(conn.flows[CLIENT].sends, asked + 1)
+        request = conn.flows[CLIENT]
+        conn.ask_ns = reached(request.sends, asked + 1)
+        conn.ask_by = caller(request.senders, asked)
 
     def _settle(self, conn: Connection, why: str = "") -> None:
         """Decide what the service had read, where calls that have no rows may have read it.
@@ -1073,6 +1094,7 @@ class Joiner:
         exchange = Exchange(conn, kind)
         exchange.request_begin, exchange.request_end = conn.answered, end
         exchange.stamps[CLIENT_SENT] = conn.ask_ns
+        exchange.by[CLIENT] = conn.ask_by
         self._arrived(exchange, end)
         exchange.retransmits, conn.ask_retransmits = conn.ask_retransmits, 0
         exchange.zero_windows, conn.ask_zeros = conn.ask_zeros, 0
@@ -1145,6 +1167,8 @@ class Joiner:
             self.untimed += 1
             conn.untold += 1
             return
+        # Whoever uses the connection afterwards, this exchange was not theirs.
+        exchange.by = [exchange.who(CLIENT), exchange.who(SERVICE)]
         conn.told += 1
         exchange.number = conn.told
         outcome, outcomes = exchange.outcome, conn.outcomes
@@ -1349,6 +1373,7 @@ class Joiner:
             flow.zero = False
             for log in flow.logs():
                 log.clear()
+            flow.senders.clear()
 
     def _let_go(self, end: End) -> None:
         """Its connection is told. A socket that is not closed begins no other by what is left."""
@@ -1432,6 +1457,8 @@ class Joiner:
         if index == SERVICE and conn.doubt is not None:
             needed = min(needed, conn.doubt[0])
         flow.forget(needed)
+        if len(flow.senders) > _LONG:
+            flow.senders[: _LONG // 2] = [(flow.senders[0][0], NOBODY)]
         for log in flow.logs():
             if len(log) > _LONGEST:
                 # Every other one stays: an instant is then off by one of them, not by all.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 from .stages import (
     CONNECT_CALLED,
@@ -60,6 +60,29 @@ def whole(row: Any, name: str) -> int | None:
     """The same of a field that is a whole number."""
     value = getattr(row, name, None)
     return value if type(value) is int else None
+
+
+class Who(NamedTuple):
+    """A process, as a row names it; null where nothing does."""
+
+    pid: int | None
+    comm: str | None
+
+
+NOBODY = Who(None, None)
+
+Callers = list[tuple[int, Who]]
+"""From which position on, and by which process: an entry wherever that is another one."""
+
+
+def caller(callers: Callers, position: int) -> Who | None:
+    """Return the process that sent the byte at `position`; None where no row tells."""
+    found = None
+    for begin, who in reversed(callers):
+        if begin <= position:
+            found = who
+            break
+    return found
 
 
 Log = list[tuple[int, int | None]]
@@ -170,6 +193,7 @@ class Flow:
         syn: The SYN's own number, as on the wire.
         sent: How far the sender's calls have come.
         sends: End and instant of each of those calls.
+        senders: Which processes made them.
         last_send: Where the last one's bytes begin.
         fin: Where it ends: the FIN's number; -1 until a packet has it.
         copied: How far its receiver had read when it was last told of more: by whatever call.
@@ -200,6 +224,7 @@ class Flow:
         "retransmits",
         "rx_if",
         "rx_netns",
+        "senders",
         "sends",
         "sent",
         "syn",
@@ -216,6 +241,7 @@ class Flow:
         self.sent = self.last_send = self.read = self.copied = -1
         self.unseen = False
         self.sends: Log = []
+        self.senders: Callers = []
         self.reads: Log = []
         self.read_ns = 0
         self.tx, self.nic, self.ip, self.ready = Reach(), Reach(), Reach(), Reach()
@@ -257,6 +283,8 @@ class Flow:
             del sends[: bisect_left(sends, (position,))]
         if reads and reads[0][0] < position:
             del reads[: bisect_left(reads, (position,))]
+        while len(self.senders) > 1 and self.senders[1][0] < position:
+            del self.senders[0]
         self.tx.forget(position)
         self.nic.forget(position)
         self.ip.forget(position)
@@ -285,8 +313,8 @@ class End:
     """One end of a connection: a socket, and the process that has it."""
 
     __slots__ = (
-        *("called", "closed_ns", "comm", "conn", "index", "named", "netns", "pid", "sock"),
-        *("state", "stats", "streams"),
+        *("called", "closed_ns", "conn", "index", "named", "netns", "sock"),
+        *("state", "stats", "streams", "who"),
     )
 
     def __init__(self, conn: Connection, index: int) -> None:
@@ -301,13 +329,23 @@ class End:
         self.state: str | None = None
         """After the last change that was told."""
         self.netns: int | None = None
-        self.pid: int | None = None
-        self.comm: str | None = None
+        self.who = NOBODY
+        """The process that used it last: it may be another than before, or have another name."""
         self.closed_ns = 0
         self.streams = False
         """A probe watches it that has a row for each send and recv."""
         self.stats: dict[str, int | None] | None = None
         """What the kernel's socket had counted when it closed, by the names of STATS."""
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that used it last; None where no row names one."""
+        return self.who.pid
+
+    @property
+    def comm(self) -> str | None:
+        """Name of the process that used it last."""
+        return self.who.comm
 
 
 class Connection:
@@ -337,6 +375,7 @@ class Connection:
     __slots__ = (
         "accept_us",
         "answered",
+        "ask_by",
         "ask_ns",
         "ask_retransmits",
         "ask_zeros",
@@ -442,6 +481,8 @@ class Connection:
         """Bytes of the client's stream before this position belong to exchanges that have begun."""
         self.ask_ns: int | None = None
         """When the first byte that nobody has answered was sent."""
+        self.ask_by: Who | None = None
+        """By which process; None where no row tells."""
         self.ask_retransmits = 0
         self.ask_zeros = 0
         self.replying: Exchange | None = None
@@ -552,6 +593,8 @@ class Exchange:
         over_by: What ended it, in plain words.
         request: First byte of the request, and the one after its last; unwrapped.
         reply: Of the reply.
+        by: The process at each end, told by the rows of this exchange: which sent the request's
+            first byte, and the reply's; else the one that used the end last by then.
         stamps: Instants, see stages.MILESTONES.
         retransmits: Segments of it that were sent again, as seen in packets.
         zero_windows: How often one end closed its window meanwhile.
@@ -560,6 +603,7 @@ class Exchange:
 
     __slots__ = (
         "_split",
+        "by",
         "conn",
         "ended",
         "kind",
@@ -582,6 +626,7 @@ class Exchange:
         self.number = 0
         self.request_begin = self.request_end = -1
         self.reply_begin = self.reply_end = -1
+        self.by: list[Who | None] = [None, None]
         self.stamps: list[int | None] = [None] * len(MILESTONES)
         self.retransmits = 0
         self.zero_windows = 0
@@ -652,8 +697,13 @@ class Exchange:
         """Of the reply; 0 for a request without one."""
         return self.reply_end - self.reply_begin
 
+    def who(self, index: int) -> Who:
+        """Return the process at an end; see `by`."""
+        return self.by[index] or self.conn.ends[index].who
+
     @property
     def end(self) -> End:
         """The end that it is told for: the client's, if that is known, else the service's."""
-        client, service = self.conn.ends
-        return client if client.pid is not None or service.pid is None else service
+        client, service = self.who(CLIENT), self.who(SERVICE)
+        known = client.pid is not None or service.pid is None
+        return self.conn.ends[CLIENT if known else SERVICE]

@@ -26,7 +26,7 @@ Group = tuple[Any, ...]
 
 
 def _process(exchange: Exchange) -> Any:
-    return exchange.end.comm
+    return exchange.who(exchange.end.index).comm
 
 
 def _remote(exchange: Exchange) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from tcplat_core import duration as seconds
 
-from .model import Connection, End
+from .model import CLIENT, SERVICE, Connection, Exchange, Who
 from .stages import Split
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -55,18 +55,23 @@ def address(end: tuple[str, int | None]) -> str:
     return f"[{host}]:{shown}" if ":" in host else f"{host}:{shown}"
 
 
-def who(end: End) -> str:
-    """Name and number of an end's process, in brackets; empty where nobody knows."""
-    if end.pid is None and end.comm is None:
+def _process(who: Who) -> str:
+    """Name and number of a process, in brackets; empty where nobody knows."""
+    if who.pid is None and who.comm is None:
         return ""
-    return f" ({end.comm or '?'} {end.pid if end.pid is not None else '?'})"
+    return f" ({who.comm or '?'} {who.pid if who.pid is not None else '?'})"
 
 
-def path(conn: Connection) -> str:
-    """From whom to whom."""
-    client, service = conn.ends
+def path(told: Connection | Exchange) -> str:
+    """From whom to whom: of an exchange its own processes, of a connection the last ones."""
+    if isinstance(told, Exchange):
+        conn = told.conn
+        client, service = _process(told.who(CLIENT)), _process(told.who(SERVICE))
+    else:
+        conn = told
+        client, service = (_process(end.who) for end in conn.ends)
     guess = " (a guess)" if conn.guessed else ""
-    return f"{address(conn.client)}{who(client)} → {address(conn.service)}{who(service)}{guess}"
+    return f"{address(conn.client)}{client} → {address(conn.service)}{service}{guess}"
 
 
 def stage(name: str) -> str:

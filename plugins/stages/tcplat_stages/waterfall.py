@@ -118,7 +118,7 @@ def as_json(exchange: Exchange, hosts: Hosts | None = None) -> dict[str, Any]:
     conn = exchange.conn
     split = exchange.split
     end = exchange.end
-    service = conn.ends[SERVICE]
+    who, service = exchange.who(end.index), exchange.who(SERVICE)
     began_ns = exchange.began_ns
     handshake = _handshake(exchange)
     bound_ns = hosts.wire_bound_ns(conn) if hosts else None
@@ -130,8 +130,8 @@ def as_json(exchange: Exchange, hosts: Hosts | None = None) -> dict[str, Any]:
         "time_ns": began_ns + conn.offset_ns,
         "conn": conn.number,
         "number": exchange.number,
-        "pid": end.pid,
-        "comm": end.comm,
+        "pid": who.pid,
+        "comm": who.comm,
         "service_pid": service.pid,
         "service_comm": service.comm,
         "netns": end.netns,
@@ -175,7 +175,7 @@ def block(exchange: Exchange, width: int, hosts: Hosts | None = None) -> str:
     bound_ns = hosts.wire_bound_ns(conn) if hosts else None
     split = exchange.split
     head = (
-        f"{moment(exchange.began_ns + conn.offset_ns)}  {path(conn)}  "
+        f"{moment(exchange.began_ns + conn.offset_ns)}  {path(exchange)}  "
         f"{_what(exchange)}  {_how_long(exchange)}{_marks(exchange)}"
     )
     lines = [head]

@@ -360,3 +360,71 @@ def test_a_reset_that_came_first_is_why_though_the_other_end_timed_out() -> None
     history.socket(now + SECOND + 1, CLIENT, "close", state="TCP_CLOSE")
     _, (conn,) = joined(history.rows())
     assert (conn.reset_by, conn.reset_why, conn.error) == (SERVICE, "it aborted", "timed out")
+
+
+# --- one socket, several processes
+
+
+def renamed(rows: Sequence[Row], since_ns: int, end: int, pid: int, comm: str) -> None:
+    """From an instant on, what an end's socket does is another process's doing."""
+    for row in rows:
+        if row.ts_ns >= since_ns and row.sock == (11, 22)[end]:
+            row.pid, row.comm = pid, comm
+
+
+def names(one: Exchange) -> list[tuple[int | None, str | None]]:
+    return [(who.pid, who.comm) for who in (one.who(CLIENT), one.who(SERVICE))]
+
+
+@pytest.mark.parametrize(
+    ("end", "pid", "comm", "told"),
+    [
+        (CLIENT, 100, "python3", [(100, "python3"), (101, "nginx")]),  # exec(), or prctl()
+        (CLIENT, 300, "worker", [(300, "worker"), (101, "nginx")]),  # by SCM_RIGHTS, or fork()
+        (SERVICE, 101, "cat", [(100, "curl"), (101, "cat")]),
+        (SERVICE, 300, "worker", [(100, "curl"), (300, "worker")]),
+    ],
+)
+def test_an_exchange_is_told_by_the_process_that_its_own_rows_name(
+    end: int, pid: int, comm: str, told: list[tuple[int, str]]
+) -> None:
+    history = History()
+    first_over = talk(history, history.shake_hands() + 1_000)
+    second_over = talk(history, first_over + 1_000)
+    history.close(second_over + 1_000)
+    rows = history.rows()
+    renamed(rows, first_over + 1_000, end, pid, comm)
+    (first, second), (conn,) = joined(rows)
+    # Though the connection is told at the end, when another process has it.
+    assert names(first) == [(100, "curl"), (101, "nginx")]
+    assert names(second) == told
+    assert [(one.pid, one.comm) for one in conn.ends] == told
+
+
+def test_of_requests_in_flight_each_has_the_process_that_sent_it() -> None:
+    history = History()
+    now = history.shake_hands() + 1_000
+    processes = [(300 + number, f"kid{number}") for number in range(3)]
+    for number, (pid, comm) in enumerate(processes):
+        seq = history.seq(CLIENT, 10 * number)
+        history.socket(now + number, CLIENT, "send", seq=seq, bytes=10, pid=pid, comm=comm)
+        history.socket(now + 1_000 * (number + 1), SERVICE, "recv", seq=seq, bytes=10)
+        seq = history.seq(SERVICE, 20 * number)
+        history.socket(now + 1_000 * (number + 1) + 100, SERVICE, "send", seq=seq, bytes=20)
+        history.socket(now + 1_000 * (number + 1) + 200, CLIENT, "recv", seq=seq, bytes=20)
+    history.sent = [30, 60]
+    history.close(now + 100_000)
+    exchanges, _ = joined(history.rows())
+    assert [names(one)[CLIENT] for one in exchanges] == processes
+
+
+def test_processes_that_take_turns_cost_a_bounded_memory() -> None:
+    history = History()
+    now = history.shake_hands() + 1_000
+    for number in range(5_000):
+        seq = history.seq(CLIENT, number)
+        history.socket(now + number, CLIENT, "send", seq=seq, bytes=1, pid=300 + number % 2)
+    joiner = Joiner()
+    joiner.feed(history.rows())
+    (conn,) = joiner._conns.values()
+    assert len(conn.flows[CLIENT].senders) < 1_000

@@ -283,3 +283,23 @@ def test_groups_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         sink.write(history.rows())  # type: ignore[arg-type] # as good as an event
     assert len(sink._now) == 4
     assert sink._now[("(others)",)]["total"].count == 7
+
+
+def test_after_exec_each_sink_tells_the_program_that_runs_now(written: Callable[..., str]) -> None:
+    rows = exchanges(1_000, 400)
+    sends = [row for row in rows if row.point == "send" and row.probe == "tcp_client"]
+    for row in rows:
+        if row.probe == "tcp_client" and row.ts_ns >= sends[-1].ts_ns:
+            row.comm = "python3"
+    shown = objects(written("waterfall", rows, format="json"))
+    assert [one["comm"] for one in shown] == ["curl", "python3"]
+    # At the end of the run, too, each by its own.
+    shown = objects(written("waterfall", rows, format="json", slow="2"))
+    assert [one["comm"] for one in shown] == ["curl", "python3"]
+    assert "(python3 100)" in written("waterfall", rows).split("\n\n")[1]
+    totals = [
+        one for one in objects(written("stages", rows, format="json")) if one["stage"] == "total"
+    ]
+    assert [(one["process"], one["count"]) for one in totals] == [("curl", 1), ("python3", 1)]
+    (conn,) = objects(written("summary", rows, format="json"))
+    assert (conn["comm"], conn["client"]["comm"]) == ("python3", "python3")
