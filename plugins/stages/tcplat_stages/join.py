@@ -8,15 +8,21 @@ pipelining move packets about, and leave the numbers of bytes alone.
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 from .model import (
     ANSWERED,
     CLIENT,
     CUT,
+    NO_LOG,
+    NO_SENDERS,
     NOBODY,
+    NONE_WAIT,
+    NOWHERE,
     ONE_WAY,
     OPEN,
     SERVICE,
@@ -85,6 +91,7 @@ _PARTING_NS = 5_000_000
 """On a busy host a program may take so long from its farewell to its close()."""
 _LONGEST_PARTING_NS = 50_000_000
 """Within so long of a farewell both ends have closed: a request that hangs takes longer."""
+_LAST_NS = attrgetter("last_ns")
 _LONGEST = 16_384
 """Entries that are kept at all: 16,384 packets that nobody has read yet."""
 
@@ -95,7 +102,8 @@ class Joiner:
     Args:
         idle_ns: A reply is taken to be complete when all of it was read, and nothing
             more has come for so long.
-        most: Connections that are remembered; the one that was silent for longest goes.
+        most: Connections that are remembered; the one that was silent for longest goes. Of those
+            that have neither a socket nor data a quarter as many; the oldest goes.
 
     Attributes:
         given_up: Connections that went for want of room.
@@ -104,7 +112,7 @@ class Joiner:
         watch: Called with a connection and each row that is of bytes of its streams.
     """
 
-    def __init__(self, *, idle_ns: int = 10 * _SECOND_NS, most: int = 65_536) -> None:
+    def __init__(self, *, idle_ns: int = 10 * _SECOND_NS, most: int = 32_768) -> None:
         self.given_up = 0
         self.cut = 0
         self.untimed = 0
@@ -114,6 +122,9 @@ class Joiner:
         self._number = 0
         self._told: list[Told] = []
         self._conns: dict[int, Connection] = {}
+        self._bare: dict[int, Connection] = {}
+        """Those that a packet without data began, while they are remembered: the oldest first."""
+        self._most_bare = max(1, most // 4)
         self._socks: dict[int, End] = {}
         self._done: dict[int, None] = {}
         """Sockets that are not closed, of connections that are told: what they still do is lost."""
@@ -248,13 +259,33 @@ class Joiner:
 
     def _new(self, row: Any, *, turned: bool = False) -> Connection:
         if len(self._conns) >= self._most:
-            oldest = sorted(self._conns.values(), key=lambda conn: conn.last_ns)
-            for conn in oldest[: max(1, self._most // 16)]:
-                self.given_up += 1
-                self._finish(conn, "given up")
+            self._make_room()
         self._number += 1
         conn = self._conns[self._number] = Connection(self._number, row, turned=turned)
         return conn
+
+    def _make_room(self) -> None:
+        """Of the connections that were silent for longest, have a sixteenth go."""
+        count = max(1, self._most // 16)
+        for conn in heapq.nsmallest(count, self._conns.values(), key=_LAST_NS):
+            self.given_up += 1
+            self._finish(conn, "given up")
+
+    def _keep_bare(self, conn: Connection) -> None:
+        """A packet has begun it: while it stays without a socket and data, it is one of few.
+
+        A port scan has nothing else, and so many that they would displace all connections.
+        """
+        bare = self._bare
+        bare[conn.number] = conn
+        while len(bare) > self._most_bare:
+            oldest = bare.pop(next(iter(bare)))
+            if not oldest.bare:
+                continue
+            # Its packets have ended it: time would have told, a moment later.
+            over = bool(oldest.closing_ns)
+            self.given_up += not over
+            self._finish(oldest, "closed" if over else "given up")
 
     def _bind(self, row: Any) -> End | None:
         """A socket that has not been seen before, or that begins another connection."""
@@ -301,10 +332,10 @@ class Joiner:
         # What was taken for this end's from packets, was not: of a router between, say.
         sends, receives = end.conn.flows[end.index], end.conn.flows[1 - end.index]
         if sends.tx_netns not in (None, row.netns):
-            sends.tx, sends.tx_dev = Reach(), None
+            sends.tx, sends.tx_dev = NOWHERE, None
         sends.tx_netns = row.netns
         if receives.rx_netns not in (None, row.netns):
-            receives.nic, receives.ip, receives.rx_if = Reach(), Reach(), None
+            receives.nic, receives.ip, receives.rx_if = NOWHERE, NOWHERE, None
         receives.rx_netns = row.netns
 
     def _used(self, end: End, row: Any) -> Who:
@@ -409,6 +440,7 @@ class Joiner:
         conn.heir = conn.heir or own.heir
         self._release(own)
         del self._conns[own.number]
+        self._bare.pop(own.number, None)
         del own.ends[1 - end.index].conn  # as in _finish
         self._own(end, row)
 
@@ -574,6 +606,8 @@ class Joiner:
                 guessed = True
                 index = CLIENT if (row.dport or 0) < (row.sport or 0) else SERVICE
             conn = self._new(row, turned=index == SERVICE)
+            if not row.bytes:
+                self._keep_bare(conn)
             conn.guessed = guessed
             self._register(conn, row.netns)
             # Before it has a number: what is not known to begin may be of another, elsewhere.
@@ -695,6 +729,8 @@ class Joiner:
         if flow.begin < 0:
             flow.begin = at
         finish = at + count
+        if flow.sends is NO_LOG:
+            flow.sends = []
         flow.sends.append((finish, ts_ns))
         flow.last_send = at
         flow.sent = max(flow.sent, finish)
@@ -703,6 +739,8 @@ class Joiner:
             who = self._used(end, row)
         senders = flow.senders
         if not senders or senders[-1][1] != who:
+            if senders is NO_SENDERS:
+                senders = flow.senders = []
             senders.append((at, who))
         if index == SERVICE:
             self._reply(conn, at, ts_ns)
@@ -740,6 +778,8 @@ class Joiner:
         conn = end.conn
         flow = conn.flows[1 - end.index]
         ready = flow.ready
+        if ready is NOWHERE:
+            ready = flow.ready = Reach()
         copied = flow.at(row.seq)
         flow.copied = max(flow.copied, copied)
         if flow.begin < 0:
@@ -783,7 +823,7 @@ class Joiner:
         flow = conn.flows[1 - index]
         if at > flow.read >= 0:
             # At an instant that is not this one.
-            flow.reads.append((at, None))
+            flow.note_read(at, None)
             flow.unseen = True
         if index == CLIENT:
             return
@@ -857,7 +897,7 @@ class Joiner:
         if index == CLIENT and conn.waiting:
             self._come(conn)
 
-    def _data(
+    def _data(  # noqa: C901 - three points, each with the same few steps
         self, conn: Connection, index: int, row: Any, ts_ns: int, at: int, finish: int
     ) -> None:
         """A packet's payload, from `at` to `finish`."""
@@ -867,18 +907,24 @@ class Joiner:
             flow.begin = at
         if point == "nic_tx":
             reach = flow.tx
+            if reach is NOWHERE:
+                reach = flow.tx = Reach()
             device = _device(row)
             flow.tx_dev = flow.tx_dev or device
             if not reach.pass_by(at, finish, ts_ns) and flow.tx_dev == device:
                 self._again(conn, index, at)
         elif point == "nic_rx":
             reach = flow.nic
+            if reach is NOWHERE:
+                reach = flow.nic = Reach()
             flow.rx_if = flow.rx_if or row.ifname
             come = reach.arrive(at, finish, ts_ns, flow.begin)
             if not come and flow.tx_netns is None and flow.rx_if == row.ifname:
                 self._again(conn, index, at)
         else:
             reach = flow.ip
+            if reach is NOWHERE:
+                reach = flow.ip = Reach()
             reach.arrive(at, finish, ts_ns, flow.begin)
         if len(reach.log) > _LONG:
             self._prune(conn, index)
@@ -1115,6 +1161,8 @@ class Joiner:
         exchange.reply_end = max(end, exchange.reply_begin)
         exchange.ended = why
         if conn.waiting or not self._has_come(conn, end):
+            if conn.waiting is NONE_WAIT:
+                conn.waiting = deque()
             conn.waiting.append(exchange)
             self._come(conn)
         else:
@@ -1358,6 +1406,7 @@ class Joiner:
             self._tell(exchange)
         conn.ended = why
         conn.over = True
+        self._bare.pop(conn.number, None)
         self._last_ns = max(self._last_ns, conn.last_ns)
         self._told.append(conn)
         del self._conns[conn.number]
@@ -1371,9 +1420,7 @@ class Joiner:
         for flow in conn.flows:
             self._closed_windows -= flow.zero
             flow.zero = False
-            for log in flow.logs():
-                log.clear()
-            flow.senders.clear()
+            flow.drop_logs()
 
     def _let_go(self, end: End) -> None:
         """Its connection is told. A socket that is not closed begins no other by what is left."""

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import attrs
 import msgspec
 
-from tcplat_core import Event, Loss, Merge, Output, RunReport
+from tcplat_core import Event, Loss, Merge, Output, RunReport, TcplatError
 
 from .hosts import Hosts
 from .join import Joiner, Told
+
+T = TypeVar("T")
+_PIECE = 256
+"""So many are formatted between two looks at whether the user wants to end."""
+_PATIENCE_S = 1.5
+"""So long the end of a run may take once the user has ended it."""
 
 
 @attrs.define(eq=False)
@@ -31,6 +39,7 @@ class Joined:
     hosts: Hosts = attrs.field(factory=Hosts, init=False)
     encoder: msgspec.json.Encoder = attrs.field(factory=msgspec.json.Encoder, init=False)
     _gaps: list[Loss] = attrs.field(factory=list, init=False)
+    _patient_until_s: float = attrs.field(default=0.0, init=False)
     _closed: bool = attrs.field(default=False, init=False)
 
     def write(self, batch: Sequence[Event]) -> None:
@@ -75,9 +84,26 @@ class Joined:
         if self._closed:
             return
         self._closed = True
+        self._patient_until_s = time.monotonic() + _PATIENCE_S
         self._tell_gaps(report.until_ns)
-        self.finish(self.joiner.finish())
-        self.output.close()
+        try:
+            self.finish(self.joiner.finish())
+        finally:
+            self.output.close()
+
+    def pieces(self, found: Sequence[T]) -> Iterator[Sequence[T]]:
+        """A few at a time of what is to be written.
+
+        Raises:
+            TcplatError: At the end of a run that the user wants to end, it takes too long.
+        """
+        for at in range(0, len(found), _PIECE):
+            if self._closed and self.output.stopping() and time.monotonic() > self._patient_until_s:
+                raise TcplatError(
+                    f"{len(found) - at} of {len(found)} that were open when it was ended are not "
+                    f"told: it would have taken more than {_PATIENCE_S} s"
+                )
+            yield found[at : at + _PIECE]
 
     def take(self, batch: Sequence[Event]) -> None:
         """Take rows."""

@@ -184,6 +184,14 @@ class Reach:
             del log[: bisect_left(log, (position,))]
 
 
+NOWHERE = Reach()
+"""Of every point where no byte of a stream was seen: the connections of a port scan have no
+other. It is read alone, and never moved."""
+NO_LOG: Log = []
+NO_SENDERS: Callers = []
+"""Of every stream of which no call was seen: nothing is ever put into these."""
+
+
 class Flow:
     """One direction of a connection.
 
@@ -240,11 +248,10 @@ class Flow:
         self.ref = self.begin = self.syn = self.fin = -1
         self.sent = self.last_send = self.read = self.copied = -1
         self.unseen = False
-        self.sends: Log = []
-        self.senders: Callers = []
-        self.reads: Log = []
+        self.sends = self.reads = NO_LOG
+        self.senders = NO_SENDERS
         self.read_ns = 0
-        self.tx, self.nic, self.ip, self.ready = Reach(), Reach(), Reach(), Reach()
+        self.tx = self.nic = self.ip = self.ready = NOWHERE
         self.tx_netns: int | None = None
         self.tx_dev: str | None = None
         self.rx_netns: int | None = None
@@ -265,12 +272,26 @@ class Flow:
 
     def take(self, finish: int, ts_ns: int) -> None:
         """The receiver has read up to `finish`: it has come, whether or not its rows have."""
-        self.reads.append((finish, ts_ns))
+        self.note_read(finish, ts_ns)
         self.read, self.read_ns = finish, ts_ns
         if 0 <= self.nic.position < finish:
             self.nic.skip(finish)
         if 0 <= self.ip.position < finish:
             self.ip.skip(finish)
+
+    def note_read(self, finish: int, ts_ns: int | None) -> None:
+        """Put into `reads` that the receiver has read up to `finish`."""
+        if self.reads is NO_LOG:
+            self.reads = []
+        self.reads.append((finish, ts_ns))
+
+    def drop_logs(self) -> None:
+        """Forget when: how far the stream has come stays."""
+        self.sends = self.reads = NO_LOG
+        self.senders = NO_SENDERS
+        for reach in (self.tx, self.nic, self.ip, self.ready):
+            if reach.log:
+                reach.log = []
 
     def arrived(self) -> int:
         """How far it has come at the receiver's host."""
@@ -346,6 +367,11 @@ class End:
     def comm(self) -> str | None:
         """Name of the process that used it last."""
         return self.who.comm
+
+
+NONE_WAIT: deque[Exchange] = deque(maxlen=0)
+"""Of every connection of which no exchange has waited for its reply to come: an empty deque takes
+more than all else of it. It takes nothing in."""
 
 
 class Connection:
@@ -487,7 +513,7 @@ class Connection:
         self.ask_zeros = 0
         self.replying: Exchange | None = None
         """Its reply is being sent."""
-        self.waiting: deque[Exchange] = deque()
+        self.waiting = NONE_WAIT
         """Their replies are sent, and on their way."""
         self.came = -1
         """How far the client's stream had come when the reply that is being sent began."""
@@ -555,6 +581,14 @@ class Connection:
         # Seen from its beginning on, by a probe that would have told of any byte.
         watched = flow.syn >= 0 or any(end.streams for end in self.ends)
         return 0 if self.began and watched else None
+
+    @property
+    def bare(self) -> bool:
+        """It has no socket, and no byte of its streams was seen: SYNs, and what answers them."""
+        client, service = self.ends
+        return not (client.sock or service.sock) and all(
+            flow.tx is flow.nic is flow.ip is NOWHERE for flow in self.flows
+        )
 
     @property
     def exchanges(self) -> int:

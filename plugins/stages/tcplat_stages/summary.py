@@ -29,14 +29,13 @@ class Summary(Joined):
     def tell(self, told: list[Told]) -> None:
         """Tell of those that are over."""
         found = [one for one in told if isinstance(one, Connection)]
-        if not found:
-            return
-        if self.as_json:
-            self.output.write(
-                self.encoder.encode_lines([as_json(conn, self.hosts) for conn in found])
-            )
-        else:
-            self.output.write("".join([block(conn, self.hosts) for conn in found]).encode())
+        for some in self.pieces(found):
+            if self.as_json:
+                self.output.write(
+                    self.encoder.encode_lines([as_json(conn, self.hosts) for conn in some])
+                )
+            else:
+                self.output.write("".join([block(conn, self.hosts) for conn in some]).encode())
 
 
 def _between(conn: Connection, first: int, last: int) -> int | None:

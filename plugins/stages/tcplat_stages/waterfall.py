@@ -99,15 +99,14 @@ class Waterfall(Joined):
                 heapq.heappushpop(self._slowest, item)
 
     def _write(self, exchanges: list[Exchange]) -> None:
-        if not exchanges:
-            return
-        if self.as_json:
-            self.output.write(
-                self.encoder.encode_lines([as_json(one, self.hosts) for one in exchanges])
-            )
-        else:
-            blocks = [block(one, self.width, self.hosts) for one in exchanges]
-            self.output.write("".join(blocks).encode())
+        for some in self.pieces(exchanges):
+            if self.as_json:
+                self.output.write(
+                    self.encoder.encode_lines([as_json(one, self.hosts) for one in some])
+                )
+            else:
+                blocks = [block(one, self.width, self.hosts) for one in some]
+                self.output.write("".join(blocks).encode())
 
 
 def as_json(exchange: Exchange, hosts: Hosts | None = None) -> dict[str, Any]:

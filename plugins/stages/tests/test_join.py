@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import tracemalloc
 from collections.abc import Sequence
 from random import Random
 from typing import Any
@@ -13,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tcplat_stages.join import Joiner
-from tcplat_stages.model import Connection, Exchange
+from tcplat_stages.model import NO_LOG, NO_SENDERS, NONE_WAIT, NOWHERE, Connection, Exchange
 from tcplat_stages.stages import MILESTONES, STAGES
 
-from .history import CLIENT, NETNS, SERVICE, History, Row
+from .history import CLIENT, NETNS, SERVICE, SOCKETS, History, Row
 
 DELAYS = st.lists(st.integers(1, 10_000_000), min_size=11, max_size=11)
 TURNS = st.lists(
@@ -724,6 +725,74 @@ def test_replies_that_nobody_is_seen_to_read_do_not_wait_for_ever() -> None:
     assert len(told) + len(conn.waiting) == 16_999
     assert 500 < len(told) < 700
     assert {one.total_ns for one in told if isinstance(one, Exchange)} == {200}
+
+
+def scan(count: int, *, answered: bool = False) -> list[Row]:
+    """SYNs from as many ports, a microsecond apart; each one may be refused at once."""
+    rows = []
+    for number in range(count):
+        one = History(ends=(("10.0.0.9", 1 + number), ("10.0.0.2", 80)))
+        at = SECOND + number * 1_000
+        one.packet(at, "nic_rx", CLIENT, -1, flags="SYN")
+        if answered:
+            one.packet(at + 10, "nic_tx", SERVICE, -1, seq=0, flags="ACK|RST")
+        rows += one.rows()
+    return rows
+
+
+def test_a_port_scan_displaces_no_connection() -> None:
+    history = History()
+    now = history.shake_hands()
+    history.message(CLIENT, 10, [now + step for step in range(6)])
+    history.message(SERVICE, 20, [2 * SECOND + step for step in range(6)])
+    rows = history.rows()
+    before = [row for row in rows if row.ts_ns < SECOND]
+    joiner = Joiner(most=64)
+    told = joiner.feed([*before, *scan(1_000), *rows[len(before) :]])
+    assert len(joiner._conns) <= 1 + 64 // 4
+    assert joiner.given_up == 1_000 - 64 // 4
+    told += joiner.finish()
+    (exchange,) = [one for one in told if isinstance(one, Exchange)]
+    assert exchange.outcome == "answered"
+    assert len([one for one in told if isinstance(one, Connection)]) == 1_001
+
+
+def test_a_port_scan_that_is_refused_is_closed_and_not_given_up() -> None:
+    _, connections, joiner = joined(scan(1_000, answered=True), most=64)
+    assert len(connections) == 1_000
+    assert joiner.given_up == 0
+    assert [conn.ended for conn in connections].count("closed") == 1_000 - 64 // 4
+
+
+def test_a_syn_that_has_become_a_connection_is_displaced_by_none() -> None:
+    history = History()
+    now = history.shake_hands()
+    history.message(CLIENT, 10, [now + step for step in range(6)])
+    joiner = Joiner(most=64)
+    joiner.feed([*history.rows(without=SOCKETS), *scan(1_000)])
+    assert 1 in joiner._conns
+
+
+def test_a_connection_of_a_port_scan_takes_little_memory() -> None:
+    rows, joiner = scan(4_000), Joiner()
+    tracemalloc.start()
+    try:
+        joiner.feed(rows)
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(joiner._conns) == len(rows)
+    assert used / len(rows) < 2_600
+
+
+def test_what_connections_share_stays_empty() -> None:
+    history, _ = of_turns([([10] * 11, 100_000, 100_000, 6)] * 4, (1_000, 5_000), 1)
+    joined(history.rows())
+    joined(scan(100, answered=True), most=8)
+    assert not NO_LOG
+    assert not NO_SENDERS
+    assert not NONE_WAIT
+    assert (NOWHERE.position, NOWHERE.log, NOWHERE.late) == (-1, [], None)
 
 
 def test_a_hole_that_nothing_fills_does_not_grow_for_ever() -> None:

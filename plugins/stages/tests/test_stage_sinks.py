@@ -13,7 +13,7 @@ from tcplat_stages.percentiles import Stages
 from tcplat_stages.plugin import tcplat_register_sinks
 from tcplat_stages.waterfall import parse_at_least
 
-from tcplat_core import Loss, RunInfo, RunReport, UsageError
+from tcplat_core import Loss, RunInfo, RunReport, TcplatError, UsageError
 from tcplat_core.model import read_options
 
 from .history import CLIENT, SERVICE, History, Row
@@ -95,6 +95,32 @@ def test_a_waterfall_is_a_bar_for_each_stage_as_wide_as_it_may_be(
         assert abs(server.count("█") - (longest - begin) / 2) <= 1
         assert "10.0.0.1:40000 (curl 100) → 10.0.0.2:80 (nginx 101)" in text
         assert "100 B, reply 200 B  1.00 ms" in text
+
+
+def test_the_end_of_a_run_that_was_ended_takes_no_longer_than_it_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[Row] = []
+    for number in range(1_000):
+        one = History(ends=(("10.0.0.1", 1 + number), ("10.0.0.2", 80)), socks=(3 + number, 0))
+        one.socket(1_000 + number, CLIENT, "connect")
+        rows += one.rows()
+    told, said = [], []
+    for ended, patience_s in ((False, -1), (True, 60), (True, -1)):
+        monkeypatch.setattr("tcplat_stages.joined._PATIENCE_S", patience_s)
+        path = tmp_path / "out"
+        given = read_options("summary", SPECS["summary"].options, {"path": str(path)})
+        sink: Any = SPECS["summary"].factory(
+            given, RunInfo((), [lambda: False, lambda: True][ended])
+        )
+        sink.write(rows)
+        try:
+            sink.close(REPORT)
+        except TcplatError as error:
+            said.append(str(error))
+        told.append(path.read_text().count("→ 10.0.0.2:80"))
+    assert told == [1_000, 1_000, 0]
+    assert [words.split(" that ")[0] for words in said] == ["1000 of 1000"]
 
 
 def test_the_slowest_come_at_the_end_slowest_first(written: Callable[..., str]) -> None:
