@@ -19,7 +19,7 @@ def start() -> NoReturn:
     A user without rights gets PYTHONPATH and packages below his home after all.
     """
     keep_taken()
-    if not privileges.held() and _differs():
+    if not _held() and _differs():
         os.execv(sys.executable, [sys.executable, "-P", "-m", "tcplat_core", *sys.argv[1:]])
     main()
 
@@ -27,7 +27,7 @@ def start() -> NoReturn:
 def main() -> NoReturn:
     """Run the command line; with rights only where no other user's code can have run by now."""
     keep_taken()
-    if privileges.held():
+    if _held():
         if not sys.flags.isolated:
             print(  # noqa: T201 - click is not to be imported here
                 "tcplat: with root's rights Python needs -I, or it runs what it finds in the "
@@ -37,9 +37,21 @@ def main() -> NoReturn:
             )
             sys.exit(CannotRunError.exit_code)
         privileges.hide_environment()
-    from .cli import main as isolated_main  # noqa: PLC0415 - not before it is safe
+    try:
+        from .cli import main as isolated_main  # noqa: PLC0415 - not before it is safe
+    except KeyboardInterrupt:
+        from .signals import stopped_early  # noqa: PLC0415 - as above
 
+        sys.exit(stopped_early(sys.argv[1:]))
     isolated_main()
+
+
+def _held() -> bool:
+    try:
+        return privileges.held()
+    except CannotRunError as error:
+        print(f"tcplat: {error}", file=sys.stderr)  # noqa: T201 - as above
+        sys.exit(error.exit_code)
 
 
 def _differs() -> bool:

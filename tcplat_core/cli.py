@@ -6,7 +6,6 @@ import contextlib
 import ipaddress
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -340,10 +339,7 @@ def _run(
             loader.close()
         if child:
             child.stop()
-    if dry_run:
-        _attached(report)
-    elif not quiet:
-        _summary(report)
+    _tell(report, dry_run=dry_run, quiet=quiet)
     # Of a command that did not end by itself, the status says no more than that.
     ended = child.status if child and not (child.stopped or signals.caught) else 0
     return _status(report, child, ended or 0, fail_on_loss=fail_on_loss)
@@ -391,7 +387,7 @@ def _replay(
     from .plugins import Plugins  # noqa: PLC0415
     from .replay import Replay  # noqa: PLC0415
     from .router import spare_the_collector  # noqa: PLC0415
-    from .signals import Signals  # noqa: PLC0415
+    from .signals import NOTHING_REPLAYED, Signals  # noqa: PLC0415
 
     spare_the_collector()
     signals = Signals()
@@ -401,7 +397,7 @@ def _replay(
         source = Source.open(where, signals.stopping)
     except InterruptedError:
         if not quiet:
-            _say(f"stopped before {where} had taken the connection; nothing was replayed")
+            _say(NOTHING_REPLAYED)
         return 0
     _give_up_root(say=_nothing if quiet else _say)
     plugins = Plugins.load()
@@ -428,6 +424,8 @@ def _replay(
         )
         for sentence in one.summary(report):
             _say(sentence)
+        if signals.caught and not one.capture.read:
+            _say(NOTHING_REPLAYED)
     return TcplatError.exit_code if one.router.switched_off else 0
 
 
@@ -577,6 +575,18 @@ def _aggregation(
                 f"(of these: {able or 'none'}); give it a run of its own"
             )
     return asked[0][1], events
+
+
+def _tell(report: RunReport, *, dry_run: bool, quiet: bool) -> None:
+    """How the run went."""
+    if dry_run:
+        _attached(report)
+    elif not quiet:
+        _summary(report)
+    if not (report.probes or quiet):
+        from .signals import NOTHING_RECORDED  # noqa: PLC0415 - see the top
+
+        _say(NOTHING_RECORDED)
 
 
 def _attached(report: RunReport) -> None:
@@ -807,6 +817,7 @@ def main() -> NoReturn:
         _say(f"{error.format_message()} (tcplat --help)")
         sys.exit(UsageError.exit_code)
     except click.Abort:
-        # Ctrl-C ends a run or a replay as it should end; anything else was not finished.
-        sys.exit(0 if sys.argv[1:2] in (["run"], ["replay"]) else 128 + signal.SIGINT)
+        from .signals import stopped_early  # noqa: PLC0415 - see the top
+
+        sys.exit(stopped_early(sys.argv[1:]))
     sys.exit(0)

@@ -16,6 +16,7 @@ import click
 
 from .bar import wipe
 from .errors import (
+    REFUSED,
     TOO_MANY_FILES,
     PluginError,
     TcplatError,
@@ -132,7 +133,7 @@ def _in_a_sentence() -> Iterator[None]:
         if error.errno in TOO_MANY_FILES:
             raise TcplatError(TOO_MANY_FILES[error.errno]) from error
         if error.errno not in _FULL:
-            if error.filename is None:  # nothing that a user has named
+            if error.filename is None and error.errno not in REFUSED:  # nothing a user has named
                 raise
             raise of_system_call(error) from error
         _let_go_of_stdout()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
+import linecache
 import os
 import signal
 from collections.abc import Iterator
@@ -114,10 +116,46 @@ def blaming(whose: str) -> Iterator[None]:
         raise PluginError(f"{whose} failed: {named(error)}") from error
 
 
+REFUSED = (errno.EPERM, errno.EACCES, errno.ENOSYS)
+"""errno of a system call that is not to be had: where no file is named, of a filter."""
+
+
+def refused(call: str, number: int) -> CannotRunError:
+    """Of a system call that a filter refuses: which it is, and what mends it."""
+    words = os.strerror(number).lower()
+    why = "a seccomp filter or a security module is in force"
+    if number == errno.ENOSYS:
+        why = "this kernel lacks it, or a seccomp filter hides it"
+    return CannotRunError(
+        f"{call}() is refused here ({words}): {why}; "
+        "allow it (docker, podman: --security-opt seccomp=unconfined)"
+    )
+
+
+def _call(error: OSError) -> str:
+    """The name of the function in C that an error came from, as far as the source tells it.
+
+    No traceback has it: it ends with the frame in Python, and the place in it.
+    """
+    frame = error.__traceback__
+    while frame and frame.tb_next:
+        frame = frame.tb_next
+    if frame is None:
+        return "a system call"
+    code = frame.tb_frame.f_code
+    place = next(itertools.islice(code.co_positions(), frame.tb_lasti // 2, None), None)
+    line, _, column, _ = place or (None, None, None, None)
+    source = linecache.getline(code.co_filename, line or 0).encode()[column or 0 :].decode()
+    function, opened, _ = source.partition("(")
+    return function.removesuffix(".__init__").rpartition(".")[2].strip() if opened else code.co_name
+
+
 def of_system_call(error: OSError) -> TcplatError:
     """The same in a sentence: what is wrong and, where that is known, what mends it."""
     if error.errno in TOO_MANY_FILES:
         return TcplatError(TOO_MANY_FILES[error.errno])
+    if error.errno in REFUSED and error.filename is None:
+        return refused(_call(error), error.errno)
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
     if name.startswith("/proc/") and not os.path.exists("/proc/self"):  # noqa: PTH110 - quick
         return CannotRunError("there is no /proc: mount it (mount -t proc proc /proc)")

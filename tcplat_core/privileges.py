@@ -11,7 +11,7 @@ import pwd
 import struct
 from collections.abc import Mapping
 
-from .errors import CannotRunError
+from .errors import CannotRunError, refused
 
 _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_GET_NO_NEW_PRIVS = 24, 38, 39
 _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
@@ -95,7 +95,7 @@ def _capabilities() -> tuple[int, int, int]:
     """Effective, permitted and inheritable ones of this thread."""
     data = ctypes.create_string_buffer(_CAPABILITIES.size)
     if _libc.capget(struct.pack("=Ii", _CAP_VERSION_3, 0), data):
-        raise OSError(ctypes.get_errno(), "capget")
+        raise refused("capget", ctypes.get_errno())
     low, high = _CAPABILITIES.unpack(data)[:3], _CAPABILITIES.unpack(data)[3:]
     effective, permitted, inheritable = (a | b << 32 for a, b in zip(low, high, strict=True))
     return effective, permitted, inheritable
@@ -109,7 +109,7 @@ def _give_up_capabilities() -> None:
     # Also after setresuid(2): securebits may have kept them, and inheritable ones it keeps anyway.
     header = struct.pack("=Ii", _CAP_VERSION_3, 0)
     if _libc.capset(header, bytes(_CAPABILITIES.size)):
-        raise OSError(ctypes.get_errno(), "capset")
+        raise refused("capset", ctypes.get_errno())
     _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 

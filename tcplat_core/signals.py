@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
+from collections.abc import Sequence
 
 import attrs
+
+from .texts import say
+
+NOTHING_RECORDED = "stopped before the probes were attached; nothing was recorded"
+NOTHING_REPLAYED = "stopped before anything was read; nothing was replayed"
+
+
+def stopped_early(arguments: Sequence[str]) -> int:
+    """Say that Ctrl-C came before a run, or whatever it was to be, had begun.
+
+    Args:
+        arguments: Of the command line, which may not have been read yet.
+
+    Returns:
+        The exit status: Ctrl-C ends a run or a replay as it should end; anything else was not
+        finished.
+    """
+    command = arguments[0] if arguments else ""
+    sentence = {"run": NOTHING_RECORDED, "replay": NOTHING_REPLAYED}.get(command)
+    if sentence is None:
+        return 128 + signal.SIGINT
+    ours = itertools.takewhile(lambda argument: argument != "--", arguments)
+    if not {"-q", "--quiet"} & set(ours):
+        say(sentence)
+    return 0
 
 
 @attrs.define(eq=False)

@@ -55,6 +55,8 @@ class LoaderProcess:
                 start_new_session=True,
             )
         except PermissionError as error:
+            if error.filename is None:  # not of execve(2): a filter's
+                raise
             # This user may read his way to what runs already, and not start it anew.
             raise CannotRunError(NEEDS_ROOT) from error
         theirs.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from tcplat_core.cli import main as cli_main
 from tcplat_core.filters import Filter
 from tcplat_core.loader.process import LoaderProcess
 from tcplat_core.plugins import Plugins
-from tcplat_core.signals import Signals
+from tcplat_core.signals import NOTHING_RECORDED, NOTHING_REPLAYED, Signals
 from tcplat_core.testing import FakeLoader, FakeProbe, make_event
 
 ROOT = os.geteuid() == 0
@@ -453,6 +454,86 @@ def test_too_few_files_are_one_sentence() -> None:
     status, out, err = whole("run", "--probe", "tcp_client", "--", "true", files="7")
     assert status == 1
     assert one_sentence(out, err) == "too many open files: raise the limit (ulimit -n)"
+
+
+FILTER = """
+import ctypes, errno, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+call, number = int(sys.argv[1]), getattr(errno, sys.argv[2])
+class Program(ctypes.Structure):
+    _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
+import struct
+code = b"".join(struct.pack("HBBI", *one) for one in (
+    (0x20, 0, 0, 0), (0x15, 0, 1, call), (0x06, 0, 0, 0x50000 | number), (0x06, 0, 0, 0x7FFF0000),
+))
+NO_NEW_PRIVS, SECCOMP, FILTER = 38, 22, 2
+assert not libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0)
+assert not libc.prctl(SECCOMP, FILTER, ctypes.byref(Program(4, code)))
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""Has a system call refused, as a container's seccomp filter does."""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the numbers are those of x86-64")
+@pytest.mark.parametrize("error", ["EPERM", "ENOSYS"])
+@pytest.mark.parametrize(
+    ("call", "number"),
+    [("memfd_create", 319), ("socketpair", 53), ("capset", 126), ("capget", 125)],
+)
+def test_a_system_call_that_a_filter_refuses_is_named(call: str, number: int, error: str) -> None:
+    if call == "capset" and not ROOT:
+        pytest.skip("without rights there are none to give up")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-I", "-c", FILTER, str(number), error),
+            *(*PROGRAM, "run", "--probe", "tcp_client", "--dry-run"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    sentence = one_sentence(done.stdout, done.stderr)
+    assert sentence.startswith(f"{call}() is refused here (")
+    assert "seccomp" in sentence
+    assert done.returncode == 3
+
+
+@pytest.mark.parametrize("more", [(), ("-q",), ("--dry-run",)])
+def test_stopped_before_it_has_begun_it_says_that_nothing_was_recorded(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capfd: Capture, more: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(Signals, "stopping", lambda _: True)
+    monkeypatch.setattr(FakeLoader, "ask", lambda *_: None)
+    assert run(*more) == 0
+    said = "" if "-q" in more else f"tcplat: {NOTHING_RECORDED}\n"
+    assert capfd.readouterr() == ("", said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        ("run --probe tcp_client", 0, NOTHING_RECORDED),
+        ("run --probe tcp_client -q", 0, ""),
+        ("run --probe tcp_client -- x -q", 0, NOTHING_RECORDED),
+        ("replay x", 0, NOTHING_REPLAYED),
+        ("doctor", 130, ""),
+    ],
+)
+def test_ctrl_c_while_it_starts_says_so(
+    here: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Capture,
+    arguments: str,
+    status: int,
+    said: str,
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "invoke", interrupted)
+    assert here(*arguments.split()) == status
+    assert capfd.readouterr().err.strip() == (f"tcplat: {said}" if said else "")
 
 
 def test_a_run_under_nohup_outlives_its_terminal() -> None:
