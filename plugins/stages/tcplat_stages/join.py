@@ -18,7 +18,6 @@ from .model import (
     ANSWERED,
     CLIENT,
     CUT,
-    NO_LOG,
     NO_SENDERS,
     NOBODY,
     NONE_WAIT,
@@ -729,11 +728,7 @@ class Joiner:
         if flow.begin < 0:
             flow.begin = at
         finish = at + count
-        if flow.sends is NO_LOG:
-            flow.sends = []
-        flow.sends.append((finish, ts_ns))
-        flow.last_send = at
-        flow.sent = max(flow.sent, finish)
+        flow.send(at, finish, ts_ns)
         who = end.who
         if who.pid != row.pid or who.comm != row.comm:
             who = self._used(end, row)
@@ -821,6 +816,8 @@ class Joiner:
     def _skipped(self, conn: Connection, index: int, at: int) -> None:
         """An end reads from `at` on: of what it had not read before, a row was missing."""
         flow = conn.flows[1 - index]
+        if not conn.ends[1 - index].streams:
+            flow.skip_urgent(flow.read, at)
         if at > flow.read >= 0:
             # At an instant that is not this one.
             flow.note_read(at, None)
@@ -1201,6 +1198,11 @@ class Joiner:
 
     def _tell(self, exchange: Exchange) -> None:
         conn = exchange.conn
+        request, reply = conn.flows
+        exchange.urgent = (
+            request.take_urgent(exchange.request_begin, exchange.request_end),
+            reply.take_urgent(exchange.reply_begin, exchange.reply_end),
+        )
         cut, conn.cut = conn.cut, False
         if cut and (
             exchange.kind == "push"

@@ -89,6 +89,10 @@ Log = list[tuple[int, int | None]]
 """Position reached, and when: None where the rows that would tell were missed."""
 
 
+MOST_URGENT = 8
+"""Urgent bytes one after the other."""
+MOST_URGENT_KEPT = 256
+"""Places of them in one request."""
 _MOST_LATE = 4_096
 """Packets behind a hole."""
 
@@ -205,6 +209,9 @@ class Flow:
         last_send: Where the last one's bytes begin.
         fin: Where it ends: the FIN's number; -1 until a packet has it.
         copied: How far its receiver had read when it was last told of more: by whatever call.
+        urgent: From where to where the rows of its calls left out urgent bytes, in exchanges
+            that are not told yet.
+        beside: How many such bytes there were.
         unseen: Some of it was read by calls that have no rows (splice() by tracepoint).
         tx: At the sender's device, in namespace tx_netns; device tx_dev is the first.
         nic: At the receiver's interface, in namespace rx_netns; rx_if is the first.
@@ -219,6 +226,7 @@ class Flow:
 
     __slots__ = (
         "begin",
+        "beside",
         "copied",
         "fin",
         "ip",
@@ -240,6 +248,7 @@ class Flow:
         "tx_dev",
         "tx_netns",
         "unseen",
+        "urgent",
         "zero",
         "zero_windows",
     )
@@ -248,6 +257,8 @@ class Flow:
         self.ref = self.begin = self.syn = self.fin = -1
         self.sent = self.last_send = self.read = self.copied = -1
         self.unseen = False
+        self.urgent: tuple[tuple[int, int], ...] = ()
+        self.beside = 0
         self.sends = self.reads = NO_LOG
         self.senders = NO_SENDERS
         self.read_ns = 0
@@ -269,6 +280,16 @@ class Flow:
         if at > ref:
             self.ref = at
         return at
+
+    def send(self, at: int, finish: int, ts_ns: int) -> None:
+        """The sender calls, for bytes from `at` to `finish`."""
+        if self.sends is NO_LOG:
+            self.sends = []
+        self.sends.append((finish, ts_ns))
+        self.last_send = at
+        if at > self.sent:
+            self.skip_urgent(self.sent, at)
+        self.sent = max(self.sent, finish)
 
     def take(self, finish: int, ts_ns: int) -> None:
         """The receiver has read up to `finish`: it has come, whether or not its rows have."""
@@ -292,6 +313,25 @@ class Flow:
         for reach in (self.tx, self.nic, self.ip, self.ready):
             if reach.log:
                 reach.log = []
+        self.urgent = ()
+
+    def skip_urgent(self, before: int, at: int) -> None:
+        """Rows of calls go on at `at`, and the last one ended at `before`.
+
+        A byte that was sent with MSG_OOB has a number, and is beside the stream. Where more
+        are missing than a few, it is rows that are.
+        """
+        if 0 <= before < at <= before + MOST_URGENT:
+            self.urgent = (*self.urgent[-MOST_URGENT_KEPT:], (before, at))
+            self.beside += at - before
+
+    def take_urgent(self, begin: int, end: int) -> int:
+        """Return how many urgent bytes lie between two positions; forget what lies before `end`."""
+        if not self.urgent:
+            return 0
+        found = sum(max(min(last, end) - max(at, begin), 0) for at, last in self.urgent)
+        self.urgent = tuple(one for one in self.urgent if one[1] > end)
+        return found
 
     def arrived(self) -> int:
         """How far it has come at the receiver's host."""
@@ -572,12 +612,18 @@ class Connection:
         return self.flows[index].retransmits + (self.syns if index == CLIENT else 0)
 
     def bytes_of(self, index: int) -> int | None:
-        """Bytes that an end sent, as far as any point tells; None where none does."""
+        """Bytes that an end sent, as far as any point tells; None where none does.
+
+        Those of its stream: urgent ones are beside it, where rows of calls tell.
+        """
         flow = self.flows[index]
         # Not `ready`: a FIN counts there.
         furthest = max(flow.sent, flow.tx.position, flow.arrived(), flow.read, flow.fin)
         if furthest >= flow.begin >= 0:
-            return furthest - flow.begin
+            calls = flow.sent if self.ends[index].streams else -1
+            if furthest <= calls + MOST_URGENT:
+                furthest = calls  # the last ones were urgent
+            return furthest - flow.begin - flow.beside
         # Seen from its beginning on, by a probe that would have told of any byte.
         watched = flow.syn >= 0 or any(end.streams for end in self.ends)
         return 0 if self.began and watched else None
@@ -625,6 +671,7 @@ class Exchange:
         outcome: One of OUTCOMES; only an ``answered`` one has a total.
         over_ns: When its waiting was over; None where nothing waited, or it was answered.
         over_by: What ended it, in plain words.
+        urgent: Bytes of the request and of the reply that are beside the stream.
         request: First byte of the request, and the one after its last; unwrapped.
         reply: Of the reply.
         by: The process at each end, told by the rows of this exchange: which sent the request's
@@ -651,6 +698,7 @@ class Exchange:
         "request_end",
         "retransmits",
         "stamps",
+        "urgent",
         "zero_windows",
     )
 
@@ -661,6 +709,7 @@ class Exchange:
         self.request_begin = self.request_end = -1
         self.reply_begin = self.reply_end = -1
         self.by: list[Who | None] = [None, None]
+        self.urgent = (0, 0)
         self.stamps: list[int | None] = [None] * len(MILESTONES)
         self.retransmits = 0
         self.zero_windows = 0
@@ -724,12 +773,12 @@ class Exchange:
     @property
     def request_bytes(self) -> int:
         """Of the request; 0 for a push."""
-        return self.request_end - self.request_begin
+        return self.request_end - self.request_begin - self.urgent[CLIENT]
 
     @property
     def reply_bytes(self) -> int:
         """Of the reply; 0 for a request without one."""
-        return self.reply_end - self.reply_begin
+        return self.reply_end - self.reply_begin - self.urgent[SERVICE]
 
     def who(self, index: int) -> Who:
         """Return the process at an end; see `by`."""

@@ -859,3 +859,45 @@ def test_the_two_ends_need_not_be_in_two_namespaces() -> None:
     history.close(simple(history, history.shake_hands() + 500) + 500)
     (exchange,), _, _ = joined(history.rows())
     assert len(exchange.split.stages) == 11
+
+
+@pytest.mark.parametrize("watched", [PROBES, ("tcp_client",), ("tcp_service",)])
+def test_urgent_bytes_are_beside_the_stream(watched: tuple[str, ...]) -> None:
+    history = History()
+    now = history.shake_hands() + 1_000
+    for urgent in (1, 1, 3, 0):
+        now = simple(history, now) + 1_000
+        for _ in range(urgent):  # send(MSG_OOB): a packet, and no row of a call at either end
+            history.packet(now, "nic_tx", CLIENT, history.sent[CLIENT], 1, flags="PSH|ACK|URG")
+            history.packet(now + 10, "rx_ip", CLIENT, history.sent[CLIENT], 1, flags="PSH|ACK|URG")
+            history.sent[CLIENT] += 1
+            now += 100
+    history.close(now + SECOND)
+    exchanges, (conn,), _ = joined(history.rows(set(PROBES) - set(watched)))
+    first = exchanges[0].request_bytes
+    assert [one.request_bytes for one in exchanges] == [first] * 4
+    assert conn.bytes_of(CLIENT) == 4 * first
+
+
+def test_an_urgent_byte_at_the_end_is_no_request_and_no_byte_of_the_stream() -> None:
+    history = History()
+    now = simple(history, history.shake_hands() + 1_000) + 1_000
+    history.packet(now, "nic_tx", CLIENT, history.sent[CLIENT], 1, flags="PSH|ACK|URG")
+    stream = history.sent[CLIENT]
+    history.sent[CLIENT] += 1
+    history.close(now + SECOND)
+    exchanges, (conn,), _ = joined(history.rows())
+    assert [one.outcome for one in exchanges] == ["answered"]
+    assert conn.bytes_of(CLIENT) == stream
+
+
+def test_rows_that_are_missing_are_no_urgent_bytes() -> None:
+    history = History()
+    now = simple(history, history.shake_hands() + 1_000) + 1_000
+    now = simple(history, now) + 1_000
+    last = simple(history, now)
+    history.close(last + SECOND)
+    sends = [row for row in history.rows() if (row.probe, row.point) == ("tcp_client", "send")]
+    missed = [row for row in sends if row.seq is not None and now > row.ts_ns > sends[0].ts_ns]
+    _, (conn,), _ = joined([row for row in history.rows() if row not in missed[-1:]])
+    assert conn.bytes_of(CLIENT) == history.sent[CLIENT]
