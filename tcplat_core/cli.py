@@ -211,7 +211,8 @@ def run(**arguments: Any) -> None:
     After -- comes a command to trace, with its children: the run ends with it,
     and has its exit status.
     """
-    from .filters import cgroup_path, netns_inode  # noqa: PLC0415 - see the top
+    from .filters import cgroup_path  # noqa: PLC0415 - see the top
+    from .netns import inode  # noqa: PLC0415
 
     cgroup, netns = arguments.pop("cgroup"), arguments.pop("netns")
     wanted = _filter(arguments)
@@ -225,7 +226,7 @@ def run(**arguments: Any) -> None:
         cgroup=cgroup and cgroup_path(cgroup),
         cgroup_id=Path(cgroup).stat().st_ino if cgroup else 0,
         # Now, while we are root: another user's namespace is visible to nobody else.
-        netns=netns_inode(netns) if netns else 0,
+        netns=inode(netns) if netns else 0,
         netns_at=netns,
     )
     sys.exit(_run(wanted, **arguments))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from .errors import UsageError
+from .netns import inode
 
 if TYPE_CHECKING:
     from .schema import Event
@@ -268,23 +269,6 @@ class RowFilter:
         return self._owners.get(there, False) or self._owners.get(back, False)
 
 
-def netns_inode(text: str) -> int:
-    """The inode of a network namespace: a name of ``ip netns``, a process id, or a path.
-
-    Raises:
-        UsageError: There is no such namespace.
-    """
-    path = Path(text)
-    if text.isdecimal():
-        path = Path(f"/proc/{text}/ns/net")
-    elif "/" not in text:
-        path = Path("/run/netns") / text
-    try:
-        return path.stat().st_ino
-    except OSError as error:
-        raise UsageError(f"there is no network namespace {text!r} ({path})") from error
-
-
 def netns_recorded(text: str) -> int:
     """The same for rows of before: the inode's number will do, the namespace may be gone.
 
@@ -293,7 +277,7 @@ def netns_recorded(text: str) -> int:
     """
     if text.isdecimal() and int(text) > _MOST_PIDS:
         return int(text)
-    return netns_inode(text)
+    return inode(text)
 
 
 def cgroup_path(text: str) -> str:

@@ -10,15 +10,14 @@ from typing import Any
 
 import attrs
 
-from .errors import UsageError
+from .errors import TOO_MANY_FILES, UsageError
+from .netns import NAMED, opened
 from .owners import setns
 
 _UP, _LOWER_UP = 1, 1 << 16
 """IFF_UP, IFF_LOWER_UP."""
 _ETHERNET = (1, 772)
 """ARPHRD_ETHER and ARPHRD_LOOPBACK: both carry frames with an Ethernet header."""
-_NAMED = Path("/run/netns")
-"""Where `ip netns add` puts them."""
 _PROGRAMS = {
     "native": "IFLA_XDP_DRV_PROG_ID",
     "generic": "IFLA_XDP_SKB_PROG_ID",
@@ -86,10 +85,10 @@ def inside(netns: str) -> Iterator[None]:
         home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         stack.callback(os.close, home)
         try:
-            there = os.open(_path(netns), os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(os.close, there)
-            setns(there)
+            setns(stack.enter_context(opened(netns)))
         except OSError as error:
+            if error.errno in TOO_MANY_FILES:
+                raise
             raise UsageError(
                 f"there is no network namespace {netns!r} ({error.strerror}); {_known()}"
             ) from error
@@ -97,14 +96,8 @@ def inside(netns: str) -> Iterator[None]:
         yield
 
 
-def _path(netns: str) -> str:
-    if "/" in netns:
-        return netns
-    return f"/proc/{netns}/ns/net" if netns.isdecimal() else str(_NAMED / netns)
-
-
 def _known() -> str:
-    names = sorted(os.listdir(_NAMED)) if _NAMED.is_dir() else []
+    names = sorted(os.listdir(NAMED)) if NAMED.is_dir() else []
     if not names:
         return "ip netns has none, but a process id or a path will do as well"
     return f"ip netns has {', '.join(names)}"

@@ -140,6 +140,7 @@ def here(loader: FakeLoader, monkeypatch: pytest.MonkeyPatch) -> Callable[..., i
         ("run --probe tcp_client --addr 10.0.0.0/33", "--addr '10.0.0.0/33' is no address"),
         ("run --probe tcp_client --addr localhost", "--addr 'localhost' is no address"),
         ("run --probe tcp_client --netns no-such", "there is no network namespace 'no-such'"),
+        ("run --probe tcp_client --netns /dev/null", "'/dev/null' is not a network namespace"),
         ("run --probe tcp_client --cgroup /etc", "/etc is no folder below a cgroup2 mount"),
         ("run --probe tcp_client --attach uprobe", "Invalid value for '--attach'"),
         ("run --probe tcp_client --duration 0", "'0' is not a time; write 5, 500ms"),

@@ -14,7 +14,7 @@ import attrs
 import pytest
 
 from tcplat_core.errors import UsageError
-from tcplat_core.filters import Filter, RowFilter, cgroup_path, netns_inode, netns_recorded
+from tcplat_core.filters import Filter, RowFilter, cgroup_path, netns_recorded
 from tcplat_core.plugins import Plugins
 from tcplat_core.schema import text
 from tcplat_core.testing import make_event
@@ -316,18 +316,6 @@ def test_a_namespace_of_before_is_named_by_its_number() -> None:
     assert netns_recorded(str(os.getpid())) == os.stat("/proc/self/ns/net").st_ino
     with pytest.raises(UsageError, match="there is no network namespace"):
         netns_recorded("no-such")
-
-
-def test_a_namespace_is_named_by_process_or_path() -> None:
-    ours = os.stat("/proc/self/ns/net").st_ino
-    assert netns_inode(str(os.getpid())) == ours
-    assert netns_inode("/proc/self/ns/net") == ours
-
-
-@pytest.mark.parametrize("text", ["no-such-namespace", "4194304", "/no/where"])
-def test_a_namespace_that_there_is_not_is_named(text: str) -> None:
-    with pytest.raises(UsageError, match=f"there is no network namespace '{text}'"):
-        netns_inode(text)
 
 
 @pytest.mark.parametrize("text", ["/", "/no/where", "/etc/passwd"])

@@ -22,10 +22,10 @@ def test_interfaces_are_those_of_the_kernel() -> None:
 
 
 def test_nowhere_is_said_to_be_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(netdev, "_NAMED", tmp_path / "none")
+    monkeypatch.setattr(netdev, "NAMED", tmp_path / "none")
     with pytest.raises(UsageError, match=r"no network namespace 'blue' .*ip netns has none"):
         netdev.inside("blue").__enter__()
-    monkeypatch.setattr(netdev, "_NAMED", tmp_path)
+    monkeypatch.setattr(netdev, "NAMED", tmp_path)
     (tmp_path / "red").touch()
     (tmp_path / "green").touch()
     with pytest.raises(UsageError, match=r"'blue' \(No such file.*ip netns has green, red$"):

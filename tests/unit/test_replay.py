@@ -453,6 +453,7 @@ def test_so_many_rows_and_no_more(replay: Replayed) -> None:
         ("/dev/null --sink histogram", 2, "--sink stages has percentiles of a capture"),
         ("/dev/null --port 0", 2, "port '0' is not a number from 1 to 65535"),
         ("/dev/null --netns no-such", 2, "there is no network namespace 'no-such'"),
+        ("/dev/null --netns /etc/passwd", 2, "'/etc/passwd' is not a network namespace"),
         ("/dev/null --cgroup /", 2, "No such option '--cgroup'"),
     ],
 )

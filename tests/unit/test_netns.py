@@ -1,0 +1,59 @@
+"""What is taken for a network namespace, and what is not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from tcplat_core import netdev
+from tcplat_core.errors import UsageError
+from tcplat_core.filters import netns_recorded
+from tcplat_core.netns import inode
+
+OURS = os.stat("/proc/self/ns/net").st_ino
+
+
+def test_a_namespace_is_named_by_process_or_path() -> None:
+    assert inode(str(os.getpid())) == OURS
+    assert inode("/proc/self/ns/net") == OURS
+    assert inode(f"/proc/self/task/{threading.get_native_id()}/ns/net") == OURS
+
+
+@pytest.mark.parametrize("text", ["no-such-namespace", "4194304", "/no/where"])
+def test_a_namespace_that_there_is_not_is_named(text: str) -> None:
+    with pytest.raises(UsageError, match=f"there is no network namespace '{text}'"):
+        inode(text)
+
+
+@pytest.fixture(
+    params=["/etc/passwd", "/dev/null", "/dev/tty", "/usr", "..", "/proc/self/ns/pid", "FIFO"]
+)
+def other(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Something that is there, and no network namespace."""
+    if request.param == "FIFO":
+        os.mkfifo(tmp_path / "fifo")
+        return str(tmp_path / "fifo")
+    text = str(request.param)
+    if text == ".." and not Path("/run/netns").is_dir():
+        pytest.skip("no network namespace was ever named here")
+    return text
+
+
+def test_any_other_file_is_refused_wherever_a_namespace_is_taken(other: str) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for take in (inode, netns_recorded, lambda text: netdev.inside(text).__enter__()):
+        with pytest.raises(UsageError, match=f"'{other}' is not a network namespace, though"):
+            take(other)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_no_file_descriptor_stays_open() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    assert inode("/proc/self/ns/net") == OURS
+    with contextlib.suppress(UsageError), netdev.inside("/proc/self/ns/net"):  # without root
+        pass
+    assert len(os.listdir("/proc/self/fd")) == before
