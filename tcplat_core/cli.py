@@ -805,7 +805,10 @@ def _give_up_root(say: Callable[[str], None] = _say) -> None:
 
 def main() -> NoReturn:
     """Run the command line; every error that a user can cause is one sentence."""
+    from .signals import unblock  # noqa: PLC0415 - see the top
+
     try:
+        unblock()
         # Handed over here: whoever calls a command in his own process keeps his rights.
         cli.main(prog_name="tcplat", standalone_mode=False, obj=_give_up_root)
     except TcplatError as error:
@@ -817,7 +820,7 @@ def main() -> NoReturn:
     except click.ClickException as error:
         _say(f"{error.format_message()} (tcplat --help)")
         sys.exit(UsageError.exit_code)
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):  # the latter: it had been blocked, and was pending
         from .signals import stopped_early  # noqa: PLC0415 - see the top
 
         sys.exit(stopped_early(sys.argv[1:]))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import attrs
 
-from . import privileges
+from . import privileges, signals
 from .errors import UsageError
 
 
@@ -53,6 +53,7 @@ class Command:
                 # Python ignores these, and an ignored signal stays so across exec.
                 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
                 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+                signals.block_again()
                 os.execve(path, list(arguments), environment)
         except OSError as error:
             os.write(2, f"tcplat: cannot run {path}: {error.strerror}\n".encode())

@@ -11,6 +11,9 @@ import attrs
 
 from .texts import say
 
+_inherited: frozenset[int] = frozenset()
+"""What was blocked when this process was started."""
+
 NOTHING_RECORDED = "stopped before the probes were attached; nothing was recorded"
 NOTHING_REPLAYED = "stopped before anything was read; nothing was replayed"
 
@@ -33,6 +36,17 @@ def stopped_early(arguments: Sequence[str]) -> int:
     if not {"-q", "--quiet"} & set(ours):
         say(sentence)
     return 0
+
+
+def unblock() -> None:
+    """Have no signal blocked, whatever this process inherited: it could not be ended."""
+    global _inherited  # noqa: PLW0603 - a process has one
+    _inherited = frozenset(signal.pthread_sigmask(signal.SIG_SETMASK, ()))
+
+
+def block_again() -> None:
+    """Block what was blocked at the start, in a child that becomes another program."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, _inherited)
 
 
 @attrs.define(eq=False)

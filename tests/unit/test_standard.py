@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -89,3 +90,47 @@ def test_with_stand_ins_it_is_the_same_once_more(capture: Path) -> None:
         )
     assert ran.returncode == 2
     assert b"there is no standard output" in ran.stderr
+
+
+BLOCKED = """
+import os, resource, signal, sys
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+os.execv(sys.executable, [sys.executable, "-I", "-m", "tcplat_core", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_signals_blocked_at_the_start_end_it(number: signal.Signals, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen(
+        [sys.executable, "-I", "-c", BLOCKED, "replay", str(pipe)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as child:
+        try:
+            # Opened once it is read, which it is from then on, without an end.
+            with pipe.open("wb", buffering=0):
+                child.send_signal(number)
+                child.wait(timeout=60)
+        finally:
+            child.kill()
+
+
+def test_a_command_has_the_mask_that_tcplat_was_started_with() -> None:
+    """As it would without tcplat before it; in a process of its own, for the sake of others."""
+    text = """
+import signal, sys
+from tcplat_core import signals
+from tcplat_core.command import Command
+signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGUSR1])
+signals.unblock()
+assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+child = Command.fork(["grep", "SigBlk", "/proc/self/status"])
+child.go()
+while not child.ended():
+    pass
+"""
+    done = subprocess.run([sys.executable, "-c", text], check=True, capture_output=True)
+    assert int(done.stdout.split()[1], 16) == 1 << signal.SIGUSR1 - 1
