@@ -107,7 +107,7 @@ _FILTER_OPTIONS = (
         "pids",
         multiple=True,
         metavar="PID",
-        help="Only sockets of this process; repeatable, or a list: 12,34.",
+        help="Only sockets of this process; repeatable, or a list: 12,34 or 12+34.",
     ),
     click.option(
         "--comm",
@@ -120,7 +120,7 @@ _FILTER_OPTIONS = (
         "ports",
         multiple=True,
         metavar="PORT",
-        help="Only this port, on either side; repeatable, or a list.",
+        help="Only this port, on either side; repeatable, or a list: 80,443 or 80+443.",
     ),
     click.option("--lport", "lports", multiple=True, metavar="PORT", help="Only this local port."),
     click.option("--rport", "rports", multiple=True, metavar="PORT", help="Only this remote port."),
@@ -439,9 +439,9 @@ def _status(report: RunReport, child: Command | None, ended: int, *, fail_on_los
 
 
 def _numbers(texts: Sequence[str], option: str, top: int) -> tuple[int, ...]:
-    """``("80,443", "8080")`` as numbers from 1 to `top`."""
+    """``("80,443", "8080+8081")`` as numbers from 1 to `top`; plugin options are written with +."""
     numbers = []
-    for text in ",".join(texts).split(",") if texts else ():
+    for text in ",".join(texts).replace("+", ",").split(",") if texts else ():
         if not text.isdecimal() or not 1 <= int(text) <= top:
             raise UsageError(f"{option} {text!r} is not a number from 1 to {top}")
         numbers.append(int(text))

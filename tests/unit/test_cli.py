@@ -17,8 +17,9 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from tcplat_core.cli import cli
+from tcplat_core.cli import _ports, cli
 from tcplat_core.cli import main as cli_main
+from tcplat_core.errors import UsageError
 from tcplat_core.filters import Filter
 from tcplat_core.loader.process import LoaderProcess
 from tcplat_core.plugins import Plugins
@@ -551,6 +552,13 @@ signal.raise_signal(signal.SIGTERM)
 assert signals.stopping()
 """
     subprocess.run([sys.executable, "-c", text], check=True)
+
+
+def test_lists_of_numbers_are_written_with_commas_or_as_in_plugin_options() -> None:
+    assert _ports(["80+443", "8080,8081"]) == (80, 443, 8080, 8081)
+    for text in ("80+", "+80", "80++443"):
+        with pytest.raises(UsageError, match="port '' is not a number"):
+            _ports([text])
 
 
 def test_a_commands_own_options_are_its_own(run: Run, capfd: Capture) -> None:
