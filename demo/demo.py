@@ -8,9 +8,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from service import PORT
+
 HERE = Path(__file__).parent
 TCPLAT = Path(sys.executable).parent / "tcplat"
-PROBES = ("tcp_client", "tcp_service", "xdp_port:iface=lo,port=9999")
+PROBES = ("tcp_client", "tcp_service", f"xdp_port:iface=lo,port={PORT}")
 LIMIT_S = 30
 
 
@@ -22,8 +24,10 @@ def main() -> int:
             try:
                 deadline = time.monotonic() + LIMIT_S
                 while not listening.exists():
-                    if service.poll() is not None or time.monotonic() > deadline:
-                        print("the service could not start: is port 9999 in use?", file=sys.stderr)
+                    if service.poll() is not None:  # and has said why
+                        return 1
+                    if time.monotonic() > deadline:
+                        print(f"the service could not start within {LIMIT_S} s", file=sys.stderr)
                         return 1
                     time.sleep(0.01)
                 run = [str(TCPLAT), "run", "--sink", "table", "-p", str(service.pid)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import sys
 import time
 from pathlib import Path
 
-PORT = 9999
+PORT = int(os.environ.get("DEMO_PORT", "9999"))
 SIZE = 3000
 THINK_S = 0.002
 
@@ -22,7 +24,16 @@ def read_message(connection: socket.socket) -> bytes:
 
 def main() -> None:
     """Serve one client after the other; make the file of the first argument once we listen."""
-    with socket.create_server(("127.0.0.1", PORT)) as listener:
+    try:
+        listener = socket.create_server(("127.0.0.1", PORT))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise SystemExit(
+            f"demo: port {PORT} is in use (ss -ltnp 'sport = {PORT}' says by what): "
+            "use another one, as in DEMO_PORT=10999 make demo"
+        ) from error
+    with listener:
         Path(sys.argv[1]).touch()
         while True:
             connection, _ = listener.accept()
