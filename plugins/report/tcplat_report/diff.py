@@ -37,6 +37,7 @@ from tcplat_stages.model import (
     PUSH,
     SERVICE,
     UNANSWERED,
+    UNKNOWN,
     Connection,
     Exchange,
 )
@@ -67,7 +68,7 @@ SHARE = "share"
 """Stands for a percentile where the share of requests with an outcome is compared."""
 _SHARES = (UNANSWERED, CUT)
 """Outcomes that can fail a comparison."""
-_COUNTED = (OPEN, ONE_WAY, PUSH)
+_COUNTED = (OPEN, ONE_WAY, UNKNOWN, PUSH)
 """Outcomes that are no fault: how many there were is told."""
 
 Key = tuple[tuple[Any, ...], str]

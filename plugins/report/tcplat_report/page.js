@@ -61,7 +61,7 @@ function colour(stage) {
 
 // What is no exchange, or not a whole one.
 const OUTCOMES = {unanswered: "unanswered", cut: "reply cut off", open: "open at the end",
-  one_way: "no reply awaited", push: "unasked"};
+  one_way: "no reply awaited", unknown: "outcome unknown", push: "unasked"};
 
 function section(title, words, ...children) {
   const part = el("section", {}, el("h2", {}, title), words === null ? null : el("p", {}, words), ...children);
@@ -77,7 +77,7 @@ main.replaceChildren(el("header", {},
     ? `${moment(0)} · ${time(D.span_us)} · times are from the capture's beginning` : "Nothing of a connection is in it.")));
 main.append(el("div", {class: "tiles"}, [
   ["answered", number(D.exchanges)], ["unanswered", number(D.outcomes.unanswered)],
-  ...["cut", "open", "one_way", "push"].filter(o => D.outcomes[o]).map(o => [OUTCOMES[o], number(D.outcomes[o])]), ["p50", total ? time(total[2]) : "–"], ["p90", total ? time(total[3]) : "–"],
+  ...["cut", "open", "one_way", "unknown", "push"].filter(o => D.outcomes[o]).map(o => [OUTCOMES[o], number(D.outcomes[o])]), ["p50", total ? time(total[2]) : "–"], ["p90", total ? time(total[3]) : "–"],
   ["p99", total ? time(total[4]) : "–"], ["slowest", total ? time(total[5]) : "–"],
   ["connections", number(D.connections)], ["retransmits", number(D.retransmits)], ["resets", number(D.resets)],
 ].map(([name, value]) => el("div", {class: "tile"}, el("b", {}, value), el("span", {}, name)))));

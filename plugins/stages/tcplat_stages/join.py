@@ -27,6 +27,7 @@ from .model import (
     SERVICE,
     STATS,
     UNANSWERED,
+    UNKNOWN,
     Connection,
     End,
     Exchange,
@@ -1281,7 +1282,9 @@ class Joiner:
         over, left = self._over_at(conn), self._client_left(conn)
         patience_ns = conn.patience_ns
         gone_ns = conn.left_ns or (conn.fin_ns[SERVICE] and conn.fin_ns[SERVICE] + patience_ns)
-        if over is None:
+        if self._replied_unseen(conn, began_ns):
+            exchange.outcome = UNKNOWN
+        elif over is None:
             exchange.outcome = OPEN
             exchange.over_ns, exchange.over_by = self._stopped(conn, why)
             if why == "end of run":
@@ -1296,6 +1299,37 @@ class Joiner:
         else:
             exchange.outcome = UNANSWERED
             exchange.over_ns, exchange.over_by = over
+
+    def _replied_unseen(self, conn: Connection, since_ns: int) -> bool:
+        """Whether the service sent, since an instant, what no row of its calls tells.
+
+        Of MPTCP there are no such rows: the calls are another socket's. Rows may be lost, too.
+        """
+        end, flow = conn.ends[SERVICE], conn.flows[SERVICE]
+        if not end.streams:
+            return False
+        told = max(flow.sent, flow.begin)
+        for reach in (flow.tx, flow.nic, flow.ip):
+            at_ns = reach.log[-1][1] if reach.log else None
+            if reach.position > told >= 0 and at_ns is not None and at_ns > since_ns:
+                return True
+        if not conn.began:
+            return False
+        # The kernel counts a SYN and a FIN as well.
+        count = max(flow.sent - flow.begin, 0) if flow.sent >= 0 else 0
+        acked = (end.stats or {}).get("bytes_acked") or 0
+        received = (conn.ends[CLIENT].stats or {}).get("bytes_received") or 0
+        if max(acked - 2, received - 1) > count:
+            return True
+        # What was never accepted is reset, not closed: so its calls have no rows.
+        return bool(
+            flow.sent < 0
+            and conn.flows[CLIENT].read < 0
+            and conn.stamps[HANDSHAKE_DONE] is not None
+            and conn.stamps[ACCEPTED] is None
+            and conn.fin_ns[SERVICE]
+            and conn.reset_by is None
+        )
 
     def _parted(self, exchange: Exchange, last_ns: int) -> bool:
         """Whether a last message was a farewell: the client closed for itself, right behind it.

@@ -30,15 +30,16 @@ from .stages import (
 CLIENT, SERVICE = 0, 1
 """Numbers of the ends. Stream 0 flows from the client, stream 1 from the service."""
 
-ANSWERED, UNANSWERED, CUT, OPEN, ONE_WAY, PUSH = (
+ANSWERED, UNANSWERED, CUT, OPEN, ONE_WAY, UNKNOWN, PUSH = (
     "answered",
     "unanswered",
     "cut",
     "open",
     "one_way",
+    "unknown",
     "push",
 )
-OUTCOMES = (ANSWERED, UNANSWERED, CUT, OPEN, ONE_WAY, PUSH)
+OUTCOMES = (ANSWERED, UNANSWERED, CUT, OPEN, ONE_WAY, UNKNOWN, PUSH)
 """What may become of an exchange. The first alone is a sample of the time that a request takes."""
 FAILED = frozenset({UNANSWERED, CUT})
 """Outcomes of requests that never were answered, or not to the end."""

@@ -195,6 +195,7 @@ def _outcomes(conn: Connection) -> list[str]:
         "cut": "cut off",
         "open": "open at the end",
         "one_way": "without a reply awaited",
+        "unknown": "of unknown outcome",
     }
     counts = conn.outcomes
     found = [f"{counts[name]} {what}" for name, what in words.items() if counts.get(name)]

@@ -12,7 +12,7 @@ from tcplat_core import printable
 from .hosts import Hosts, crosses
 from .join import Told
 from .joined import Joined
-from .model import CUT, FAILED, OPEN, SERVICE, UNANSWERED, Exchange
+from .model import CUT, FAILED, OPEN, SERVICE, UNANSWERED, UNKNOWN, Exchange
 from .stages import MILESTONES, STAGES, UNEXPLAINED, Split
 from .text import bar, duration, micros, moment, nanos, path, stage, stages_json
 
@@ -199,7 +199,7 @@ def _what(exchange: Exchange) -> str:
     if exchange.kind == "exchange":
         words = {UNANSWERED: "late, unread ", CUT: "cut off after ", OPEN: "so far "}
         return f"{asked}, reply {words.get(exchange.outcome, '')}{exchange.reply_bytes} B"
-    words = {UNANSWERED: "unanswered", OPEN: "no reply yet"}
+    words = {UNANSWERED: "unanswered", OPEN: "no reply yet", UNKNOWN: "no row tells of a reply"}
     return f"{asked}, {words.get(exchange.outcome, 'no reply awaited')}"
 
 

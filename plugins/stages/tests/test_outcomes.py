@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -583,3 +583,25 @@ def test_outcomes_and_counts_agree() -> None:
         for name, count in one.outcomes.items():
             counted[name] = counted.get(name, 0) + count
     assert sum(counted.values()) == len(exchanges)
+
+
+@pytest.mark.parametrize("tells", ["packets", "acked", "received", "an orderly end"])
+def test_a_reply_without_rows_of_calls_is_no_missing_reply(
+    tells: str, written: Callable[..., str]
+) -> None:
+    """As MPTCP has it: states and packets of a subflow have rows, its calls have none."""
+    history = History()
+    now = one_answered(history)
+    history.socket(now + SECOND - 2, SERVICE, "stats", bytes_acked=202 if tells == "acked" else 2)
+    received = 201 if tells == "received" else 1
+    history.socket(now + SECOND - 1, CLIENT, "stats", bytes_received=received)
+    history.close(now + SECOND)
+    calls = {"send", "recv", *(["accept"] if tells == "an orderly end" else [])}
+    packets = set() if tells == "packets" else {"dev_xmit", "xdp_port"}
+    rows = history.rows(calls | packets)
+    (one,), (conn,), _ = joined(rows)
+    assert (one.outcome, one.waited_ns) == ("unknown", None)
+    assert conn.outcomes == {"unknown": 1}
+    assert "no row tells of a reply" in written("waterfall", rows)
+    assert "1 of unknown outcome" in written("summary", rows)
+    assert objects(written("summary", rows, format="json"))[0]["unanswered"] == 0
