@@ -7,13 +7,16 @@ from collections.abc import Iterator
 import click
 from tcplat_stages.join import Joiner, Told
 
-from tcplat_core import Reader, printable
+from tcplat_core import Loss, Reader, printable
 
 
 def told(reader: Reader, joiner: Joiner) -> Iterator[Told]:
     """Exchanges and connections of a capture, as they are complete."""
-    for batch in reader.batches():
-        yield from joiner.feed(batch)
+    for item in reader.items():
+        if isinstance(item, Loss):
+            joiner.lost(item.point)
+        elif isinstance(item, list):
+            yield from joiner.feed(item)
     yield from joiner.finish()
 
 
@@ -23,6 +26,7 @@ def remarks(reader: Reader, joiner: Joiner) -> Iterator[str]:
     for count, what in (
         (joiner.cut, "requests were under way when the capture began, and are left out"),
         (joiner.untimed, "messages are left out: one instant alone is known of each"),
+        (joiner.missed, "messages are left out: they were under way where events were lost"),
         (joiner.given_up, "connections were given up for want of room"),
     ):
         if count:

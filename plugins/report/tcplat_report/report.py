@@ -336,23 +336,15 @@ def write_report(
     """Run the command."""
     reader = Reader.open(capture, quiet=quiet)
     if form == "perfetto":
-        joiner = Joiner()
-        with whole_file(output) as file:
-            trace = Trace(file)
-            for item in reader.items():
-                if isinstance(item, Merge):
-                    trace.merged(item)
-                elif isinstance(item, list):
-                    trace.add(joiner.feed(item))
-            trace.add(joiner.finish())
-            trace.close()
-        words = list(remarks(reader, joiner))
+        words = _write_trace(reader, output)
     else:
         story = Story(slow, most_connections)
         for item in reader.items():
             if isinstance(item, Merge):
                 story.merged(item)
-            elif not isinstance(item, Loss):
+            elif isinstance(item, Loss):
+                story.joiner.lost(item.point)
+            else:
                 story.write(item)
         story.close()
         words = list(remarks(reader, story.joiner))
@@ -362,3 +354,20 @@ def write_report(
     if not quiet:
         for sentence in words:
             say(sentence)
+
+
+def _write_trace(reader: Reader, output: str) -> list[str]:
+    """Write it as a trace for Perfetto; what has to be said."""
+    joiner = Joiner()
+    with whole_file(output) as file:
+        trace = Trace(file)
+        for item in reader.items():
+            if isinstance(item, Merge):
+                trace.merged(item)
+            elif isinstance(item, Loss):
+                joiner.lost(item.point)
+            else:
+                trace.add(joiner.feed(item))
+        trace.add(joiner.finish())
+        trace.close()
+    return list(remarks(reader, joiner))

@@ -9,6 +9,7 @@ pipelining move packets about, and leave the numbers of bytes alone.
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
@@ -74,6 +75,17 @@ _PLAIN = frozenset({"ACK", "PSH|ACK"})
 _PACKETS = frozenset({"nic_tx", "nic_rx", "rx_ip"})
 _MOVES = frozenset({"connect", "state"})
 """Rows by which a socket may begin another connection."""
+_READER = "reader"
+"""Point of the loss that stands for rows of any kind, which a sink kept from a slow reader."""
+_TELLING = frozenset({*_STREAM, *_MOVES, *_PACKETS, "close", _READER})
+"""Points whose loss may hide a turn, or the end of a connection."""
+_READS, _PACKET_ROWS, _KINDS = 2, 4, ("nic_tx", "nic_rx", "rx_ip")
+"""Bits of Connection.missed: two for each end's sends, two for its reads, three for the packets."""
+_ALL_ROWS = (1 << _PACKET_ROWS + 2 * len(_KINDS)) - 1
+_ASKING_ROWS = 1 << CLIENT | ((1 << len(_KINDS)) - 1) << _PACKET_ROWS
+"""Rows by which it is known that the client asks, where no probe watches the service."""
+_MOST_LOSSES = 4_096
+"""Places in the stream at which rows were lost, to the instant."""
 _STRAGGLERS_NS = 2 * _SECOND_NS
 """So long a connection that is over still takes what belongs to it."""
 _MOST_OVER = 8_192
@@ -109,6 +121,7 @@ class Joiner:
         given_up: Connections that went for want of room.
         cut: Exchanges that were under way when the capture began: they are not told.
         untimed: Messages of which only one instant is known.
+        missed: Messages that were under way where rows were lost: they are not told.
         watch: Called with a connection and each row that is of bytes of its streams.
     """
 
@@ -116,6 +129,7 @@ class Joiner:
         self.given_up = 0
         self.cut = 0
         self.untimed = 0
+        self.missed = 0
         self.watch: Callable[[Connection, Any], None] | None = None
         self._idle_ns = idle_ns
         self._most = most
@@ -134,6 +148,12 @@ class Joiner:
         self._next_sweep_ns = 0
         self._last_ns = 0
         """The latest instant of connections that are over; when all are, of all rows."""
+        self._row_ns = 0
+        """When the last row was of which something follows."""
+        self._lost_ns: list[int] = []
+        """The last row before each place at which it was told that rows were lost."""
+        self._blurred_ns = -1
+        """Up to here these places are forgotten: rows may have been lost anywhere."""
         self._longest: dict[tuple[str, int | None], int] = {}
         """Address and port of a service -> its longest total, ns, of what was answered."""
         self._undecided: list[Exchange] = []
@@ -215,7 +235,31 @@ class Joiner:
                 if watch is not None and row.bytes:
                     watch(conn, row)
                 self._packet(conn, index, row, ts_ns, point, flags)
+            self._row_ns = ts_ns
         return told
+
+    def lost(self, point: str) -> None:
+        """Rows of a point are missing: that is told between the last row and the next.
+
+        What is under way here is not seen whole. What was complete stays so, unless the next
+        row of its connection shows that more had passed in between; or rows of the other end
+        have shown so before, whose ring had room when this one was full already.
+        """
+        if point not in _TELLING or not self._row_ns:
+            return
+        places = self._lost_ns
+        if places and places[-1] == self._row_ns:
+            return
+        places.append(self._row_ns)
+        if len(places) > _MOST_LOSSES:
+            half = len(places) // 2
+            self._blurred_ns = places[half - 1]
+            del places[:half]
+        for conn in self._conns.values():
+            conn.missed = _ALL_ROWS
+            for index, flow in enumerate(conn.flows):
+                if flow.unseen:  # by splice(): a gap in its reads means nothing
+                    conn.missed &= ~(1 << _READS + 1 - index)
 
     def pass_time(self, ts_ns: int) -> list[Told]:
         """No row that is older than `ts_ns` comes any more; what is over by then.
@@ -249,6 +293,7 @@ class Joiner:
         counts = (
             (self.cut, "that were under way when the capture began"),
             (self.untimed, "of which one instant alone is known"),
+            (self.missed, "that were under way where events were lost"),
         )
         found = [f"without {count} exchanges {which}" for count, which in counts if count]
         if self.given_up:
@@ -720,7 +765,7 @@ class Joiner:
         if conn.error is None:
             conn.error, conn.error_ns = error, ts_ns
 
-    def _send(self, end: End, row: Any, ts_ns: int) -> None:
+    def _send(self, end: End, row: Any, ts_ns: int) -> None:  # noqa: C901 - called for each send
         conn = end.conn
         index = end.index
         flow = conn.flows[index]
@@ -728,6 +773,10 @@ class Joiner:
         at = flow.at(row.seq)
         if flow.begin < 0:
             flow.begin = at
+        missed = conn.missed
+        if missed:
+            known = flow.sent if flow.sent >= 0 else flow.begin
+            self._resumes(conn, 1 << index, gap=at != known >= 0)
         finish = at + count
         flow.send(at, finish, ts_ns)
         who = end.who
@@ -745,7 +794,8 @@ class Joiner:
                 conn.answered = at
             if conn.ask_ns is None and finish > conn.answered:
                 conn.ask_ns, conn.ask_by = ts_ns, who
-                conn.think_ns += self._thought(conn, ts_ns)
+                if not missed & (1 << CLIENT | 1 << _READS + CLIENT):
+                    conn.think_ns += self._thought(conn, ts_ns)
         if len(flow.sends) > _LONG:
             self._prune(conn, index)
 
@@ -786,7 +836,7 @@ class Joiner:
         if ready.pass_by(0, copied + (row.bytes or 0), ts_ns) and len(ready.log) > _LONG:
             self._prune(conn, 1 - end.index)
 
-    def _recv(self, end: End, row: Any, ts_ns: int) -> None:
+    def _recv(self, end: End, row: Any, ts_ns: int) -> None:  # noqa: C901 - one row in four is one
         count = row.bytes
         conn = end.conn
         index = end.index
@@ -798,6 +848,9 @@ class Joiner:
         at = flow.at(row.seq)
         if flow.begin < 0:
             flow.begin = at
+        if conn.missed:
+            gap = at > (flow.read if flow.read >= 0 else flow.begin)
+            self._resumes(conn, 1 << _READS + index, gap=gap)
         finish = at + count
         if finish <= flow.read:
             return
@@ -808,11 +861,32 @@ class Joiner:
         if who.pid != row.pid or who.comm != row.comm:
             self._used(end, row)
         if index == CLIENT:
+            if finish > flow.sent >= 0 and conn.replying and conn.ends[SERVICE].streams:
+                conn.replying.beyond = True
             self._replied(conn, at, finish)
         elif conn.answered < 0:
             conn.answered = flow.begin
         if len(flow.reads) > _LONG:
             self._prune(conn, 1 - index)
+
+    def _resumes(self, conn: Connection, kind: int, *, gap: bool) -> None:
+        """The first row of its kind behind a loss; `gap` says that bytes have passed in between.
+
+        Then turns may have passed, too: where the reply before ended is not known, nor where
+        what is under way began.
+        """
+        if conn.missed & kind:
+            conn.missed &= ~kind
+            if gap:
+                conn.torn = True
+                self._tear(conn)
+
+    def _tear(self, conn: Connection) -> None:
+        """What is replied, or on its way to the client, was not seen whole."""
+        for exchange in conn.waiting:
+            exchange.missed = True
+        if conn.replying is not None:
+            conn.replying.missed = True
 
     def _skipped(self, conn: Connection, index: int, at: int) -> None:
         """An end reads from `at` on: of what it had not read before, a row was missing."""
@@ -895,7 +969,7 @@ class Joiner:
         if index == CLIENT and conn.waiting:
             self._come(conn)
 
-    def _data(  # noqa: C901 - three points, each with the same few steps
+    def _data(  # noqa: C901, PLR0912 - three points, each with the same few steps
         self, conn: Connection, index: int, row: Any, ts_ns: int, at: int, finish: int
     ) -> None:
         """A packet's payload, from `at` to `finish`."""
@@ -903,6 +977,13 @@ class Joiner:
         point = row.point
         if flow.begin < 0:
             flow.begin = at
+        if conn.missed:
+            number = _KINDS.index(point)
+            before = (flow.tx, flow.nic, flow.ip)[number].position
+            # Where sockets tell of both ends, the turns are theirs.
+            alone = not (conn.ends[CLIENT].sock and conn.ends[SERVICE].sock)
+            kind = 1 << _PACKET_ROWS + len(_KINDS) * index + number
+            self._resumes(conn, kind, gap=alone and at > before >= 0)
         if point == "nic_tx":
             reach = flow.tx
             if reach is NOWHERE:
@@ -1055,6 +1136,11 @@ class Joiner:
             exchange.reply_begin = at
             exchange.stamps[REPLY_SENT] = ts_ns
             exchange.by[SERVICE] = caller(conn.flows[SERVICE].senders, at)
+        if conn.missed:
+            # It may answer what it read, or what was asked, where rows were lost.
+            asking = 1 << _READS + SERVICE if watched else _ASKING_ROWS
+            if conn.missed & asking == asking:
+                self._tear(conn)
         if watched and conn.doubt is None:
             came = self._has_got(conn)
             if came > max(conn.answered, conn.came) and conn.answered >= 0:
@@ -1139,6 +1225,9 @@ class Joiner:
         exchange.request_begin, exchange.request_end = conn.answered, end
         exchange.stamps[CLIENT_SENT] = conn.ask_ns
         exchange.by[CLIENT] = conn.ask_by
+        unsent = conn.ask_ns is None and conn.missed & 1 << CLIENT and conn.ends[CLIENT].streams
+        exchange.missed = conn.torn or bool(unsent)
+        conn.torn = False
         self._arrived(exchange, end)
         exchange.retransmits, conn.ask_retransmits = conn.ask_retransmits, 0
         exchange.zero_windows, conn.ask_zeros = conn.ask_zeros, 0
@@ -1218,6 +1307,11 @@ class Joiner:
             self.untimed += 1
             conn.untold += 1
             return
+        if self._lost_ns and self._spans_loss(exchange):
+            self.missed += 1
+            conn.untold += 1
+            conn.spans_loss += 1
+            return
         # Whoever uses the connection afterwards, this exchange was not theirs.
         exchange.by = [exchange.who(CLIENT), exchange.who(SERVICE)]
         conn.told += 1
@@ -1232,6 +1326,26 @@ class Joiner:
             ):
                 self._longest[conn.service] = total_ns
         self._told.append(exchange)
+
+    def _spans_loss(self, exchange: Exchange) -> bool:
+        """Rows were lost between its first instant and its last, as far as these are known."""
+        if exchange.missed:
+            return True
+        known = [at for at in exchange.stamps if at is not None]
+        began_ns = min(known)
+        if began_ns <= self._blurred_ns:
+            return True
+        places = self._lost_ns
+        first = bisect_left(places, began_ns)
+        if first == len(places):
+            return False
+        conn, stamps = exchange.conn, exchange.stamps
+        last, reader = (
+            (REQUEST_READ, SERVICE) if exchange.kind == "request" else (REPLY_READ, CLIENT)
+        )
+        if exchange.outcome == OPEN or (conn.ends[reader].streams and stamps[last] is None):
+            return True  # its end is not known: what would tell may be among what was lost
+        return exchange.beyond or places[first] < max(*known, exchange.over_ns or 0)
 
     # --- what ended without a reply, or before the end of one
 
@@ -1409,6 +1523,8 @@ class Joiner:
     def _decide(self, exchange: Exchange) -> None:
         """At the end of the run: it may yet be answered, or has waited longer than any that was."""
         conn, waited_ns = exchange.conn, exchange.waited_ns or 0
+        if not exchange.number:  # it is not told
+            return
         if waited_ns < _PATIENT_NS or waited_ns <= self._longest.get(conn.service, 0):
             return
         exchange.outcome = UNANSWERED

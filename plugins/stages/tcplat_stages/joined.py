@@ -60,6 +60,7 @@ class Joined:
     def _tell_gaps(self, ts_ns: int) -> None:
         self.passed(ts_ns)
         for loss in self._gaps:
+            self.joiner.lost(loss.point)
             self.gap(loss)
         self._gaps.clear()
 
@@ -104,6 +105,11 @@ class Joined:
                     f"told: it would have taken more than {_PATIENCE_S} s"
                 )
             yield found[at : at + _PIECE]
+
+    def spans_loss(self) -> bytes:
+        """How many messages are left out because events were lost, as a line of JSON, if any."""
+        count = self.joiner.missed
+        return self.encoder.encode({"v": 1, "spans_loss": count}) + b"\n" if count else b""
 
     def take(self, batch: Sequence[Event]) -> None:
         """Take rows."""

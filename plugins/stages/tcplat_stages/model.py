@@ -470,6 +470,7 @@ class Connection:
         "last_ns",
         "left_ns",
         "longest_ns",
+        "missed",
         "number",
         "offset_ns",
         "outcomes",
@@ -480,10 +481,12 @@ class Connection:
         "reset_ns",
         "reset_why",
         "service",
+        "spans_loss",
         "stamps",
         "syns",
         "think_ns",
         "told",
+        "torn",
         "unsure",
         "untold",
         "waiting",
@@ -527,7 +530,14 @@ class Connection:
         self.told = 0
         """Exchanges of any outcome."""
         self.untold = 0
-        """Exchanges of it that are left out: cut by the capture's beginning, or of one instant."""
+        """Exchanges of it that are left out: cut by the capture's beginning, of one instant, or
+        under way where events were lost."""
+        self.spans_loss = 0
+        """How many of these were under way where events were lost."""
+        self.missed = 0
+        """Bits, one for each kind of row that has not come since events were lost."""
+        self.torn = False
+        """What is asked next was not seen from its beginning."""
         self.ended = ""
         self.over = False
         self.closing_ns = 0
@@ -680,15 +690,19 @@ class Exchange:
         stamps: Instants, see stages.MILESTONES.
         retransmits: Segments of it that were sent again, as seen in packets.
         zero_windows: How often one end closed its window meanwhile.
+        missed: Rows of it were lost: it is not told.
+        beyond: The client has read of its reply what the service was not seen to send.
         ended: How its end was known: ``turn``, ``closed``, ``idle``, ``given up``, ``end of run``.
     """
 
     __slots__ = (
         "_split",
+        "beyond",
         "by",
         "conn",
         "ended",
         "kind",
+        "missed",
         "number",
         "outcome",
         "over_by",
@@ -715,6 +729,7 @@ class Exchange:
         self.retransmits = 0
         self.zero_windows = 0
         self.ended = ""
+        self.beyond = self.missed = False
         self.outcome = PUSH if kind == "push" else ANSWERED
         self.over_ns: int | None = None
         self.over_by = ""

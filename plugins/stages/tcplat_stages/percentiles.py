@@ -130,6 +130,8 @@ class Stages(Joined):
         self.tell(told)
         self._add_up()
         self._write(self._all, "")
+        if self.as_json:
+            self.output.write(self.spans_loss())
 
     def tell(self, told: list[Told]) -> None:
         """Count what is over."""

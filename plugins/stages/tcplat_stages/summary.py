@@ -117,6 +117,7 @@ def as_json(conn: Connection, hosts: Hosts) -> dict[str, Any]:
         "exchanges": conn.exchanges,
         **{name: conn.outcomes.get(name, 0) for name in OUTCOMES if name != ANSWERED},
         "untold": conn.untold,
+        "spans_loss": conn.spans_loss,
         "think_us": micros(conn.think_ns),
         "bytes_to_service": conn.bytes_of(CLIENT),
         "bytes_to_client": conn.bytes_of(SERVICE),
@@ -200,7 +201,8 @@ def _outcomes(conn: Connection) -> list[str]:
     counts = conn.outcomes
     found = [f"{counts[name]} {what}" for name, what in words.items() if counts.get(name)]
     pushes = counts.get("push")
-    return [*found, *([f"{pushes} push" + "es" * (pushes > 1)] if pushes else [])]
+    lost = [f"{conn.spans_loss} left out: events were lost"] if conn.spans_loss else []
+    return [*found, *([f"{pushes} push" + "es" * (pushes > 1)] if pushes else []), *lost]
 
 
 def _line(head: str, parts: list[str]) -> str:

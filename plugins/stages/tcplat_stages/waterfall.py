@@ -75,9 +75,11 @@ class Waterfall(Joined):
         self.tell(told)
         slowest = sorted(self._slowest, key=lambda one: one[:2], reverse=True)
         self._write([exchange for _, _, exchange in slowest])
-        untold = [] if self.as_json else self.joiner.untold()
-        if untold:
-            self.output.write("".join(f"-- {words} --\n" for words in untold).encode())
+        if self.as_json:
+            self.output.write(self.spans_loss())
+        else:
+            untold = [f"-- {words} --\n" for words in self.joiner.untold()]
+            self.output.write("".join(untold).encode())
 
     def tell(self, told: list[Told]) -> None:
         """Show the exchanges that are complete."""

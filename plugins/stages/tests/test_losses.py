@@ -1,0 +1,155 @@
+"""Where events were lost, what was under way is neither slow nor unanswered: it is not told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tcplat_stages.join import Joiner
+from tcplat_stages.model import Connection, Exchange
+from tcplat_stages.plugin import tcplat_register_sinks
+
+from tcplat_core import Loss, RunInfo, RunReport
+from tcplat_core.model import read_options
+
+from .history import History, Row
+from .test_join import PROBES, SECOND, simple
+
+GAP_NS = SECOND // 2
+TOTAL_NS = 11_000
+RING = ("tcp_client", "tcp_service", "dev_xmit", "xdp_port")
+"""Probes, each with a ring of its own."""
+
+
+def lossy(
+    rows: Sequence[Row],
+    first_ns: int,
+    last_ns: int,
+    probes: Iterable[str] = RING,
+    told_ns: int | None = None,
+) -> tuple[list[Exchange], list[Connection], Joiner]:
+    """Rows of which these probes' were lost from one instant to another; told then, or later."""
+    gone = set(probes)
+    kept = [row for row in rows if row.probe not in gone or not first_ns <= row.ts_ns < last_ns]
+    told_ns = last_ns if told_ns is None else told_ns
+    joiner = Joiner()
+    told = joiner.feed([row for row in kept if row.ts_ns < told_ns])
+    for probe in gone:
+        joiner.lost("nic_tx" if probe == "dev_xmit" else "send")
+    told += joiner.feed([row for row in kept if row.ts_ns >= told_ns])
+    told += joiner.finish()
+    return (
+        [one for one in told if isinstance(one, Exchange)],
+        [one for one in told if isinstance(one, Connection)],
+        joiner,
+    )
+
+
+def requests(count: int, pause_ns: int = 1_000) -> tuple[History, list[int]]:
+    """A connection with so many exchanges of 11 us; when each begins."""
+    history = History()
+    now, begins = history.shake_hands() + 1_000, []
+    for _ in range(count):
+        begins.append(now)
+        now = simple(history, now) + pause_ns
+    history.close(now + 1_000)
+    return history, begins
+
+
+@pytest.mark.parametrize("without", [(), ("tcp_client",), ("tcp_service",), ("xdp_port",)])
+@pytest.mark.parametrize("offset_ns", [1, 1_500, 5_500, 6_500, 10_500])
+@pytest.mark.parametrize("missing", [0, 1, 3])
+def test_what_spans_a_loss_is_neither_slow_nor_unanswered(
+    without: tuple[str, ...], offset_ns: int, missing: int
+) -> None:
+    # From the middle of the fourth of ten requests to the middle of another.
+    history, begins = requests(10, pause_ns=GAP_NS)
+    rows = history.rows(without)
+    told, (conn,), joiner = lossy(rows, begins[3] + offset_ns, begins[3 + missing] + 6_000)
+    assert {one.outcome for one in told} == {"answered"}
+    assert max(one.total_ns for one in told) <= TOTAL_NS
+    assert joiner.missed >= 1
+    assert conn.spans_loss == joiner.missed
+    assert sum(conn.outcomes.values()) == len(told) == conn.told
+    # All that was wholly seen, but for a neighbour of the loss.
+    assert len(told) >= 10 - missing - 3
+
+
+@pytest.mark.parametrize("ring", ["tcp_client", "tcp_service"])
+@pytest.mark.parametrize("late_ns", [0, 100_000, SECOND])
+def test_a_ring_that_stays_full_loses_its_rows_from_its_last_one_on(
+    ring: str, late_ns: int
+) -> None:
+    # The other rings have room, and go on; the loss is told behind their rows, or never before
+    # the end.
+    history, begins = requests(40)
+    first, last = begins[10] + 5_500, begins[30] + 5_500
+    told, (conn,), joiner = lossy(history.rows(), first, last + late_ns, [ring])
+    assert {one.outcome for one in told} == {"answered"}
+    assert max(one.total_ns for one in told) <= TOTAL_NS
+    assert joiner.missed >= 1
+    assert "unanswered" not in conn.outcomes
+
+
+def test_what_was_whole_before_a_loss_stays_whole() -> None:
+    history, begins = requests(6, pause_ns=SECOND)
+    # Nothing is lost of this connection: the loss falls into a pause.
+    then = begins[3] - SECOND // 2
+    told, (conn,), joiner = lossy(history.rows(), then, then)
+    assert [one.total_ns for one in told] == [TOTAL_NS] * 6
+    assert (joiner.missed, conn.spans_loss, conn.outcomes) == (0, 0, {"answered": 6})
+
+
+def test_a_request_whose_end_is_lost_is_not_open_either() -> None:
+    history, begins = requests(3)
+    told, (conn,), joiner = lossy(history.rows(), begins[2] + 5_500, 10 * SECOND)
+    assert [one.outcome for one in told] == ["answered"] * 2
+    assert (joiner.missed, conn.outcomes) == (1, {"answered": 2})
+    assert joiner.untold() == ["without 1 exchanges that were under way where events were lost"]
+
+
+def test_points_that_tell_of_no_turn_do_no_harm() -> None:
+    history, begins = requests(3)
+    joiner = Joiner()
+    rows = history.rows()
+    told = joiner.feed([row for row in rows if row.ts_ns < begins[1] + 5_500])
+    for point in ("stats", "retransmit", "accept", "rx_tcp"):
+        joiner.lost(point)
+    told += joiner.feed([row for row in rows if row.ts_ns >= begins[1] + 5_500])
+    told += joiner.finish()
+    assert sum(isinstance(one, Exchange) for one in told) == 3
+    assert joiner.missed == 0
+
+
+def _sink(name: str, path: Path, form: str) -> Any:
+    spec = next(spec for spec in tcplat_register_sinks() if spec.name == name)
+    options = {"path": str(path), "format": form}
+    return spec.factory(read_options(name, spec.options, options), RunInfo(PROBES))
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "field"),
+    [
+        ("stages", "without 1 exchanges that were under way where events were lost", 1),
+        ("waterfall", "without 1 exchanges that were under way where events were lost", 1),
+        ("summary", "1 left out: events were lost", 1),
+    ],
+)
+def test_every_sink_tells_what_it_leaves_out_as_text_and_as_json(
+    name: str, words: str, field: int, tmp_path: Path
+) -> None:
+    history, begins = requests(5, pause_ns=SECOND)
+    rows = history.rows()
+    cut = begins[2] + 5_500
+    for form in ("text", "json"):
+        sink = _sink(name, tmp_path / form, form)
+        sink.write([row for row in rows if row.ts_ns < cut])
+        sink.lost(Loss("tcp_service", "send", 3))
+        sink.write([row for row in rows if row.ts_ns >= cut])
+        sink.close(RunReport(probes={}, duration_s=1.0))
+    assert words in (tmp_path / "text").read_text()
+    told = [json.loads(line) for line in (tmp_path / "json").read_text().splitlines()]
+    assert [one["spans_loss"] for one in told if "spans_loss" in one] == [field]
