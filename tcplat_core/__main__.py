@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import site
 import sys
 from pathlib import Path
@@ -27,6 +28,8 @@ def start() -> NoReturn:
 def main() -> NoReturn:
     """Run the command line; with rights only where no other user's code can have run by now."""
     keep_taken()
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # bin/tcplat-start
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if _held():
         if not sys.flags.isolated:
             print(  # noqa: T201 - click is not to be imported here

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
-import linecache
 import os
 import signal
 from collections.abc import Iterator
@@ -144,6 +143,8 @@ def _call(error: OSError) -> str:
         return "a system call"
     code = frame.tb_frame.f_code
     place = next(itertools.islice(code.co_positions(), frame.tb_lasti // 2, None), None)
+    import linecache  # noqa: PLC0415 - takes long, and is seldom needed
+
     line, _, column, _ = place or (None, None, None, None)
     source = linecache.getline(code.co_filename, line or 0).encode()[column or 0 :].decode()
     function, opened, _ = source.partition("(")

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -536,6 +537,35 @@ def test_ctrl_c_while_it_starts_says_so(
     monkeypatch.setattr(cli, "invoke", interrupted)
     assert here(*arguments.split()) == status
     assert capfd.readouterr().err.strip() == (f"tcplat: {said}" if said else "")
+
+
+@pytest.mark.parametrize("module", ["tcplat_core.privileges", "tcplat_core.cli"])
+def test_ctrl_c_while_python_imports_is_no_traceback(tmp_path: Path, module: str) -> None:
+    """Before main() it ends the process; after that it is the end of a run."""
+    source = Path(__file__).parents[2] / "bin" / "tcplat-start"
+    start = tmp_path / "start"
+    finder = f"""
+import os, sys
+class Interrupts:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), 2)
+"""
+    # First of all comes what the script does with the signal.
+    head, imports, rest = source.read_text(encoding="utf-8").partition("try:\n")
+    assert imports
+    start.write_text(f"{head}{finder}sys.meta_path.insert(0, Interrupts())\n{imports}{rest}")
+    done = subprocess.run(
+        [sys.executable, "-I", str(start), "run", "--probe", "tcp_client"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if module == "tcplat_core.cli":
+        assert (done.returncode, done.stderr) == (0, f"tcplat: {NOTHING_RECORDED}\n")
+    else:
+        assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 def test_a_run_under_nohup_outlives_its_terminal() -> None:
