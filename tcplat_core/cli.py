@@ -386,7 +386,7 @@ def _replay(
     from .capture import Capture, Source  # noqa: PLC0415
     from .model import RunInfo  # noqa: PLC0415
     from .plugins import Plugins  # noqa: PLC0415
-    from .replay import Replay  # noqa: PLC0415
+    from .replay import UNREAD, Replay  # noqa: PLC0415
     from .router import spare_the_collector  # noqa: PLC0415
     from .signals import NOTHING_REPLAYED, Signals  # noqa: PLC0415
 
@@ -421,7 +421,7 @@ def _replay(
     if not quiet:
         _summary(
             attrs.evolve(report, switched_off=one.router.switched_off),
-            "more were in the run, and are not in what was read",
+            UNREAD,
         )
         for sentence in one.summary(report):
             _say(sentence)

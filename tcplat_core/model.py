@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Protocol, Self
 
 import attrs
@@ -322,7 +322,12 @@ class RunReport:
         Raises:
             ValueError: It is no report.
         """
-        return msgspec.convert(value, cls)
+        report = msgspec.convert(value, cls)
+        for told, found in ((value, report), *_of_probes(value, report)):
+            for name in ("delivered", "dropped"):
+                if told.get(name, getattr(found, name)) != getattr(found, name):
+                    raise ValueError(f"{name} is not the sum of what its hooks have")
+        return report
 
     def as_json(self) -> dict[str, Any]:
         """What ends a capture: ``{"v":2,"report":...}``."""
@@ -369,6 +374,14 @@ class RunReport:
     def dropped(self) -> int:
         """Lost events of all probes."""
         return sum(probe.dropped for probe in self.probes.values())
+
+
+def _of_probes(
+    value: Mapping[str, Any], report: RunReport
+) -> Iterator[tuple[Mapping[str, Any], ProbeReport]]:
+    """What a report's JSON tells of each probe, and what was made of it."""
+    for name, probe in report.probes.items():
+        yield value["probes"][name], probe
 
 
 def _extras(probe: ProbeReport) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 
 import attrs
@@ -12,7 +13,7 @@ from .capture import Capture, Source
 from .errors import TcplatError
 from .model import Loss, Merge, RunReport
 from .plugins import Plugins
-from .replay import add_reports
+from .replay import UNREAD, Hooks, add_reports, compare, count_hooks
 from .router import spare_the_collector
 from .schema import Event
 from .texts import say as say_it
@@ -34,6 +35,9 @@ class Reader:
     rows: int = attrs.field(default=0, init=False)
     lost: int = attrs.field(default=0, init=False)
     merges: list[Merge] = attrs.field(factory=list, init=False)
+    _read: Hooks = attrs.field(factory=Counter, init=False)
+    _whole: bool = attrs.field(default=False, init=False)
+    """It was read to its end."""
 
     @classmethod
     def open(cls, where: str, *, quiet: bool = False, again: bool = False) -> Reader:
@@ -74,12 +78,14 @@ class Reader:
                 self._bar.update()
                 if isinstance(item, list):
                     self.rows += len(item)
+                    self._read += count_hooks(item)
                 elif isinstance(item, Loss):
                     self.lost += item.count
                 elif isinstance(item, Merge):
                     self.merges.append(item)
                 if item:
                     yield item
+            self._whole = True
         finally:
             self._bar.close()
         if not self._capture.read:
@@ -104,6 +110,15 @@ class Reader:
         lost = max(self.lost, self.report.dropped)
         if lost:
             yield f"{self.name}: {lost} events were lost in the run: figures of what was seen"
+        if self._whole:
+            unread, beyond = compare(self.report, self._read)
+            for probe, count in unread.items():
+                yield f"{self.name}: {probe}: {count} {UNREAD}"
+            if beyond and self._capture.reports and self._capture.ended:
+                yield (
+                    f"{self.name}: {beyond} rows are not in its books: "
+                    "a run did not end, or the capture lacks its beginning or end"
+                )
         if self._capture.left_out:
             noun = self._capture.noun
             yield f"{self.name}: {self._capture.left_out} {noun}(s) are damaged and left out"

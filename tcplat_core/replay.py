@@ -26,6 +26,8 @@ _LOOK_S = 1.0
 
 Hooks = Counter[tuple[str, str, str, str]]
 """Rows by probe, point, func and attach."""
+UNREAD = "more were in the run, and are not in what was read"
+"""Behind a number of rows of a probe."""
 
 
 @attrs.define(eq=False)
@@ -256,6 +258,29 @@ class Replay:
             late=self.late,
             incomplete=f"counted from the rows: {reason}",
         )
+
+
+def count_hooks(rows: Sequence[Event]) -> Hooks:
+    """Return how many of some rows are of which hook."""
+    return Counter(map(_HOOK, rows))
+
+
+def compare(report: RunReport, read: Hooks) -> tuple[dict[str, int], int]:
+    """Return by how much the rows of a capture that was read are not what its books say.
+
+    Args:
+        report: Its books.
+        read: Its rows, all of them.
+
+    Returns:
+        Rows by probe that were in the run, and were not read; rows that are in no books.
+    """
+    left = read.copy()
+    unread = {
+        name: sum(_adjusted(name, hook, left, Counter(), Counter()).unread for hook in probe.hooks)
+        for name, probe in report.probes.items()
+    }
+    return {name: count for name, count in unread.items() if count > 0}, (+left).total()
 
 
 def _adjusted(

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from tcplat_core import HOST_BITS, SCHEMA_VERSION, Event, Loss, Merge, Reader, TcplatError
-from tcplat_core.model import RunReport
+from tcplat_core.model import HookReport, ProbeReport, RunReport
 from tcplat_core.testing import make_event
 
 HOSTS = [
@@ -19,10 +19,16 @@ HOSTS = [
     Merge(1, "b.jsonl", 3_700_000_123, 50.25, 0.5, 7_300, 1090),
 ]
 LOSS = Loss("tcp_client", "send", 3)
-REPORT = RunReport(probes={}, duration_s=1.0)
 
 
-def capture(path: Path, *, end: bool = True) -> list[Event]:
+def books(delivered: int, produced: int | None = None) -> RunReport:
+    """Of a run of one hook."""
+    row = make_event()
+    hook = HookReport(row.point, row.func, row.attach, produced or delivered, 0, delivered)
+    return RunReport(probes={row.probe: ProbeReport(hooks=(hook,))}, duration_s=1.0)
+
+
+def capture(path: Path, *, end: bool = True, report: RunReport | None = None) -> list[Event]:
     rows = [make_event(ts_ns=1000 + n, netns=4 + (n % 2 << HOST_BITS)) for n in range(10)]
     encode = msgspec.json.Encoder().encode
     lines = [encode({"v": SCHEMA_VERSION, "merge": attrs.asdict(host)}) for host in HOSTS]
@@ -30,7 +36,7 @@ def capture(path: Path, *, end: bool = True) -> list[Event]:
     lines.append(encode({"v": SCHEMA_VERSION, "lost": attrs.asdict(LOSS)}))
     lines += [encode(row) for row in rows[5:]]
     if end:
-        lines.append(encode({"v": SCHEMA_VERSION, "report": REPORT.as_json()}))
+        lines.append(encode({"v": SCHEMA_VERSION, "report": (report or books(10)).as_json()}))
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     return rows
 
@@ -58,6 +64,38 @@ def test_a_capture_without_an_end_says_so(tmp_path: Path) -> None:
     list(reader.items())
     assert reader.report.incomplete
     assert any("has no end" in sentence for sentence in reader.remarks())
+
+
+@pytest.mark.parametrize(
+    ("delivered", "produced", "said"),
+    [
+        (10, 10, None),
+        (17, 17, "{}: 7 more were in the run, and are not in what was read"),
+        (10, 12, "{}: 2 more were in the run, and are not in what was read"),
+        (4, 4, "6 rows are not in its books: a run did not end, or the capture lacks its"),
+    ],
+)
+def test_rows_that_are_not_as_many_as_its_books_say_are_remarked(
+    tmp_path: Path, delivered: int, produced: int, said: str | None
+) -> None:
+    rows = capture(tmp_path / "capture", report=books(delivered, produced))
+    reader = Reader.open(str(tmp_path / "capture"))
+    list(reader.items())
+    _, *more = reader.remarks()  # that events were lost
+    if said is None:
+        assert not more
+        return
+    (found,) = more
+    assert said.format(rows[0].probe) in found
+
+
+def test_books_whose_sums_are_wrong_are_damaged(tmp_path: Path) -> None:
+    capture(tmp_path / "capture")
+    path = tmp_path / "capture"
+    path.write_bytes(path.read_bytes().replace(b'{"delivered":10', b'{"delivered":5', 1))
+    reader = Reader.open(str(path), quiet=True)
+    list(reader.items())
+    assert any("1 line(s) are damaged" in sentence for sentence in reader.remarks())
 
 
 def test_what_is_no_capture_is_an_error(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
@@ -13,6 +14,7 @@ import attrs
 import msgspec
 
 from tcplat_core import SCHEMA_VERSION, Event
+from tcplat_core.model import HookReport, ProbeReport, RunReport
 from tcplat_core.plugins import Plugins
 
 EPOCH_NS = 1_700_000_000_000_000_000
@@ -230,20 +232,27 @@ def write(
     end: bool = True,
     head: Iterable[dict[str, Any]] = (),
 ) -> Path:
-    """A capture of JSON lines."""
+    """A capture of JSON lines, with the books of its rows."""
+    books: dict[str, Counter[tuple[str, str, str]]] = {}
     encoder = msgspec.json.Encoder()
     batch: list[Event] = []
     with path.open("wb") as file:
         for item in head:
             file.write(encoder.encode({"v": SCHEMA_VERSION, **item}) + b"\n")
         for row in rows:
+            hook = (row.point, row.func, row.attach)
+            books.setdefault(row.probe, Counter())[hook] += 1
             batch.append(row)
             if len(batch) == 10_000:
                 file.write(encoder.encode_lines(batch))
                 batch.clear()
         file.write(encoder.encode_lines(batch))
         if end:
-            report = {"probes": {}, "duration_s": 1.0}
+            probes = {
+                name: ProbeReport(hooks=tuple(HookReport(*key, n, 0, n) for key, n in each.items()))
+                for name, each in books.items()
+            }
+            report = RunReport(probes=probes, duration_s=1.0).as_json()
             file.write(encoder.encode({"v": SCHEMA_VERSION, "report": report}) + b"\n")
     return path
 

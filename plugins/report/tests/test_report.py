@@ -197,6 +197,17 @@ def test_the_page_asks_nobody(tmp_path: Path) -> None:
     assert not re.findall(r"<(?:link|img|iframe|script src)", without_data)
 
 
+def test_rows_that_its_books_miss_are_said_on_the_page(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole.jsonl", joint(Traffic(connections=2)))
+    lines = whole.read_bytes().splitlines(keepends=True)
+    rows, report = list(joint(Traffic(connections=2))), lines[-1]
+    head = [json.loads(report)]
+    result, page = made(tmp_path, iter(rows[:-7]), head=head, end=False)
+    words = " ".join(data(page)["remarks"])
+    assert words.count("more were in the run, and are not in what was read") > 0
+    assert "more were in the run" in result.stderr
+
+
 def test_what_is_wrong_with_the_capture_stands_on_the_page(tmp_path: Path) -> None:
     head = [{"lost": {"probe": "tcp_client", "point": "send", "count": 5}}]
     result, page = made(tmp_path, joint(Traffic(connections=2)), end=False, head=head)
