@@ -34,6 +34,8 @@ _TEMPORARY = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"), Path("/run"))  #
 but the folder's name is random, and its mode 0700 from the start."""
 _STALE_S = 3600.0
 """No start takes so long: a folder of this age is left of a machine that lost power."""
+_ROOM_BYTES = 1 << 20
+"""The kernel's types as C, and what goes into the cache, are less."""
 _LIMITS = (
     resource.RLIMIT_AS,
     resource.RLIMIT_CPU,
@@ -149,9 +151,27 @@ def _made(paths: Sequence[Path]) -> Path:
     for path in paths:
         with contextlib.suppress(OSError):  # not there, read-only, full: the next one
             path.mkdir(mode=0o700)
+            try:
+                _check_room(path / "room")
+            except OSError:
+                shutil.rmtree(path, ignore_errors=True)
+                raise
             return path
     places = ", ".join(str(path.parent) for path in paths)
-    raise CannotRunError(f"there is no folder for temporary files: make one of {places} writable")
+    raise CannotRunError(
+        f"there is no folder for temporary files: make one of {places} writable, "
+        f"with {_ROOM_BYTES >> 20} MiB free"
+    )
+
+
+def _check_room(file: Path) -> None:
+    """Check that what a start writes fits: in a full folder mkdir(2) may well succeed."""
+    fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, _ROOM_BYTES)
+    finally:
+        os.close(fd)
+        file.unlink()
 
 
 def _remove_at_end(wait: int, paths: Sequence[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -162,6 +163,20 @@ def test_a_folder_that_cannot_be_written_to_is_not_the_only_one(tmp_path: Path) 
     folder = Path(lines[0].split()[0])
     assert folder.parent in isolation._TEMPORARY
     assert not folder.exists()
+
+
+def test_a_full_folder_is_not_worked_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full, roomy = tmp_path / "full", tmp_path / "roomy"
+
+    def fallocate(fd: int, _at: int, _bytes: int) -> None:
+        if "/full/" in os.readlink(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    for folder in (full, roomy):
+        folder.mkdir()
+    assert isolation._made([full / "work", roomy / "work"]) == roomy / "work"
+    assert (list(full.iterdir()), list((roomy / "work").iterdir())) == ([], [])
 
 
 def test_folders_of_a_machine_that_lost_power_go(tmp_path: Path) -> None:
