@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import importlib.util
 import os
@@ -141,12 +142,17 @@ def compile_text(text: str, tree: Path) -> Compiled:
     Raises:
         PluginError: It does not compile. The compiler's words are on standard error.
         CannotRunError: There is no bcc.
+        OSError: It may compile, and something else ran out: files, memory, room on the disk.
     """
     bcc = import_bcc()
     with kernel_source(tree):
+        before = _said_up_to()
         try:
             module = bcc.BPF(text=text.encode())
         except Exception as error:
+            refused = _refused(_said_since(before))
+            if refused:
+                raise refused from error
             raise PluginError("it does not compile; --debug shows the compiler's words") from error
     lib, handle = bcc.lib, module.module
     for query in ("num_functions", "num_tables"):
@@ -184,6 +190,41 @@ def compile_text(text: str, tree: Path) -> Compiled:
         functions[name.decode()] = _renumbered(module.dump_func(name), index)
     module.cleanup()
     return Compiled(functions, tuple(maps))
+
+
+_RAN_OUT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
+_MAP = re.compile(r"could not open bpf map: .*, error: (.+)")
+
+
+def _said_up_to() -> int:
+    """Where standard error, the loader's log, ends; -1 if it is no file."""
+    try:
+        return os.lseek(2, 0, os.SEEK_CUR)
+    except OSError:
+        return -1
+
+
+def _said_since(before: int) -> str:
+    if before < 0:
+        return ""
+    with suppress(OSError):  # not to be read
+        return os.pread(2, 1 << 20, before).decode(errors="replace")
+    return ""
+
+
+def _refused(said: str) -> OSError | None:
+    """What bcc ran out of, by its words: of a failure it tells nothing else.
+
+    It creates maps while it compiles, and clang opens files.
+    """
+    for number in _RAN_OUT:
+        if os.strerror(number) in said:
+            return OSError(number, os.strerror(number))
+    found = _MAP.search(said)
+    for number in (errno.EPERM, errno.EACCES) if found else ():
+        if found and found[1] == os.strerror(number):
+            return OSError(number, f"bcc may create no map ({os.strerror(number)})")
+    return None
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import struct
@@ -319,3 +320,19 @@ def test_compiling_comes_back_to_the_folder_it_left(
         assert os.environ["BCC_KERNEL_SOURCE"] == str(tmp_path)
         os.chdir(tmp_path)
     assert os.getcwd() == here
+
+
+@pytest.mark.parametrize(
+    ("said", "number"),
+    [
+        ("could not open bpf map: tcplat_taken, error: Too many open files\n", errno.EMFILE),
+        ("could not open bpf map: books, error: Cannot allocate memory\n", errno.ENOMEM),
+        ("could not open bpf map: books, error: Operation not permitted\n", errno.EPERM),
+        ("fatal error: cannot open file 'x.h': Too many open files\n", errno.EMFILE),
+        ("x.c:3: error: Operation not permitted\n", None),
+        ("x.c:3:1: error: expected ';'\n", None),
+    ],
+)
+def test_what_ran_out_is_not_told_as_c_that_does_not_compile(said: str, number: object) -> None:
+    refused = compiling._refused(said)
+    assert (refused and refused.errno) == number
