@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 import sys
 from collections import deque
@@ -401,7 +400,7 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
 def _beside(place: Place, old: os.stat_result | None) -> Iterator[BinaryIO]:
     """A file beside the place, that is moved there in the end."""
     # As long as a name may be, also where the other is: 255 bytes.
-    name = f".{os.fsdecode(os.fsencode(place.name)[:200])}.{secrets.token_hex(6)}"
+    name = f".{os.fsdecode(os.fsencode(place.name)[:200])}.{os.urandom(6).hex()}"
     with in_words(place.path):
         fd = place.create(name, 0o666)
     try:

@@ -82,7 +82,7 @@ def test_a_connection_from_connect_to_close(
         assert (row["pid"], row["tid"]) == (client.pid, client.pid)
         assert row["netns"] == os.stat("/proc/self/ns/net").st_ino
         assert row["probe"] == "tcp_client"
-        assert row["v"] == 1
+        assert row["v"] == 2
     assert len({row["sock"] for row in rows}) == 1
     # From ESTABLISHED on it has the port that it really came from.
     assert {row["sport"] for row in rows[2:]} == {rows[2]["sport"]}
