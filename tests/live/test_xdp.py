@@ -235,7 +235,7 @@ def test_other_namespaces_by_pid_name_and_path(
     )
     no_namespace = start_tcplat(probes=[probe(island, netns="/etc/passwd")]).wait()
     assert no_namespace.returncode == 2
-    assert "'/etc/passwd' (Invalid argument)" in no_namespace.stderr
+    assert "'/etc/passwd' is not a network namespace" in no_namespace.stderr
 
 
 def test_every_interface_that_is_up(
