@@ -17,7 +17,7 @@ from typing import Any, Literal
 import attrs
 
 from tcplat_core import kinds
-from tcplat_core.errors import TcplatError, UsageError
+from tcplat_core.errors import PluginError, TcplatError, UsageError
 from tcplat_core.model import Option, Options, ProbeSpec, SinkSpec, parse_choice, read_options
 from tcplat_core.plugins import Plugins
 
@@ -122,10 +122,14 @@ def of_the_plugin() -> Iterator[None]:
 
     Raises:
         NotChecked: A TcplatError: it says why it cannot be tried here.
-        RaisedError: Anything else.
+        RaisedError: Anything else, also where the core has put it into words already (blaming()).
     """
     try:
         yield
+    except PluginError as error:
+        if error.__cause__ is not None:
+            raise RaisedError(named(error.__cause__)) from error
+        raise NotChecked(str(error)) from error
     except TcplatError as error:
         raise NotChecked(str(error)) from error
     except Exception as error:

@@ -70,21 +70,25 @@ def test_the_cursor_stays_and_the_bar_goes(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_is_half_written_goes_when_it_is_terminated(
-    capture: Path, tmp_path: Path
-) -> None:
+def test_a_file_that_is_half_written_goes_when_it_is_terminated(tmp_path: Path) -> None:
     old = tmp_path / "trace.json"
     old.write_text("old")
     with subprocess.Popen(
         [
-            *(sys.executable, "-I", "-m", "tcplat_core", "report", str(capture)),
+            *(sys.executable, "-I", "-m", "tcplat_core", "report", "-"),
             *("-q", "-o", str(old), "--format", "perfetto"),
-        ]
+        ],
+        stdin=subprocess.PIPE,
     ) as process:
+        assert process.stdin is not None
+        process.stdin.write(msgspec.json.encode(make_event()) + b"\n")
+        process.stdin.flush()
         until = time.monotonic() + 120
         while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < until:
             time.sleep(0.005)
+        assert len(list(tmp_path.iterdir())) == 2
         process.terminate()
+        process.wait(30)
     assert process.returncode == -signal.SIGTERM
     assert [path.name for path in tmp_path.iterdir()] == ["trace.json"]
     assert old.read_text() == "old"
