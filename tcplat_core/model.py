@@ -317,12 +317,12 @@ class RunReport:
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
-        """The inverse of as_json(), for what it holds.
+        """The inverse of as_json().
 
         Raises:
             ValueError: It is no report.
         """
-        report = msgspec.convert(value, cls)
+        report = msgspec.convert(_with_field_names(value), cls)
         for told, found in ((value, report), *_of_probes(value, report)):
             for name in ("delivered", "dropped"):
                 if told.get(name, getattr(found, name)) != getattr(found, name):
@@ -384,14 +384,38 @@ def _of_probes(
         yield value["probes"][name], probe
 
 
+_FIELDS = {"histograms": "counted", "no_histograms": "uncounted"}
+"""How JSON calls a field of a probe's report, where it does not by the field's name."""
+
+
+def _with_field_names(value: Any) -> Any:
+    """A report's JSON with our names for what the probes have."""
+    probes = value.get("probes") if isinstance(value, dict) else None
+    if not isinstance(probes, dict):
+        return value
+    named = {
+        name: {_FIELDS.get(key, key): one for key, one in probe.items() if key not in _OURS}
+        if isinstance(probe, dict)
+        else probe
+        for name, probe in probes.items()
+    }
+    return {**value, "probes": named}
+
+
+_OURS = frozenset(_FIELDS.values())
+
+
 def _extras(probe: ProbeReport) -> dict[str, Any]:
     """What only few reports have."""
     extras: dict[str, Any] = {}
     if probe.counted is not None:
         extras["histograms"] = {name: attrs.asdict(one) for name, one in probe.counted.items()}
+    if probe.counted is not None or probe.uncounted:
         extras["no_histograms"] = dict(probe.uncounted)
     if probe.poll_error:
         extras["poll_error"] = probe.poll_error
+    if probe.deaf:
+        extras["deaf"] = True
     return extras
 
 

@@ -15,10 +15,10 @@ import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import attrs
 import msgspec
@@ -151,6 +151,37 @@ def test_a_report_is_the_same_after_its_way_through_json() -> None:
     again = RunReport.from_json(json.loads(json.dumps(report.as_json())))
     assert again == report
     assert again.as_json() == report.as_json()
+
+
+def made_of(kind: Any, number: int) -> Any:
+    """A value of a type, such that no field of a class has what it has by default."""
+    if attrs.has(kind):
+        kinds = enumerate(get_type_hints(kind, include_extras=True).items(), number)
+        values = {name: made_of(one, place) for place, (name, one) in kinds}
+        return kind(**values)
+    of = get_args(kind)
+    if get_origin(kind) is tuple:
+        return (made_of(of[0], number), made_of(of[0], number + 10))
+    if get_origin(kind) is Mapping:
+        return {f"key {number}": made_of(of[1], number)}
+    if of:  # Annotated, or a union with None
+        return made_of(of[0], number)
+    return {bool: True, int: number + 1, float: number + 0.25, str: f"text {number}"}[kind]
+
+
+def test_a_report_with_all_that_it_can_have_comes_back_from_json() -> None:
+    report = made_of(RunReport, 1)
+    assert isinstance(report, RunReport)
+    again = RunReport.from_json(json.loads(json.dumps(report.as_json())))
+    assert again == report
+    assert again.as_json() == report.as_json()
+
+
+def test_the_books_of_histograms_are_those_of_the_capture(replay: Replayed) -> None:
+    counted = {"ready_recv": Counted(samples=7, unmeasured=1, rest=0)}
+    probe = ProbeReport(hooks=(), counted=counted, uncounted={"queue": "no such function"})
+    report = RunReport(probes={"tcp_service": probe}, duration_s=1)
+    assert replay(encoded(report)).report == report
 
 
 @pytest.mark.parametrize("sink", ["jsonl", "table", "table:width=120"])
