@@ -19,8 +19,10 @@ from .errors import (
     REFUSED,
     TOO_MANY_FILES,
     PluginError,
+    ReaderGoneError,
     TcplatError,
     TerminatedError,
+    blaming,
     is_the_users,
     named,
     of_system_call,
@@ -47,9 +49,24 @@ class Commands(click.Group):
         """A command is carried out."""
         with _in_a_sentence(), terminated_in_order():
             try:
-                return super().invoke(ctx)
+                with self._blaming(ctx):
+                    return super().invoke(ctx)
             finally:
                 wipe()
+
+    @contextlib.contextmanager
+    def _blaming(self, ctx: click.Context) -> Iterator[None]:
+        """What a plugin's command raises is its own fault; but an exit status is what it wants."""
+        try:
+            yield
+        except (click.ClickException, click.Abort, click.exceptions.Exit, SystemExit):
+            raise
+        except BaseException as error:
+            name = ctx.invoked_subcommand
+            if name is None or name in self.commands or _is_told(error):
+                raise
+            with blaming(f"command {name}"):
+                raise
 
     def get_help(self, ctx: click.Context) -> str:
         """With a line of each command, which plugins have written."""
@@ -126,20 +143,28 @@ def _in_a_sentence() -> Iterator[None]:
             status = error
         if sys.stdout is not None:
             sys.stdout.flush()
-    except BrokenPipeError:
+    except (BrokenPipeError, ReaderGoneError):
         _let_go_of_stdout()
         status = status or SystemExit(0)
     except OSError as error:
         if error.errno in TOO_MANY_FILES:
             raise TcplatError(TOO_MANY_FILES[error.errno]) from error
+        if not _is_told(error):
+            raise
         if error.errno not in _FULL:
-            if error.filename is None and error.errno not in REFUSED:  # nothing a user has named
-                raise
             raise of_system_call(error) from error
         _let_go_of_stdout()
         raise TcplatError(f"writing failed: {os.strerror(error.errno)}") from error
     if status is not None:
         raise status
+
+
+def _is_told(error: BaseException) -> bool:
+    """Whether it is a system call's failure that a sentence of ours explains."""
+    return isinstance(error, OSError) and (
+        error.errno in (*TOO_MANY_FILES, *_FULL, *REFUSED, errno.EPIPE)
+        or error.filename is not None  # something that a user has named
+    )
 
 
 def _let_go_of_stdout() -> None:
@@ -174,6 +199,8 @@ def load(entry: importlib.metadata.EntryPoint) -> click.Command:
     """
     try:
         command = entry.load()
+        if isinstance(command, click.Command):
+            command.get_short_help_str()  # for --help, which it would end with a traceback
     except BaseException as error:
         if is_the_users(error):
             raise

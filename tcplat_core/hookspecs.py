@@ -14,7 +14,10 @@ as made for 1.0.
 
 Commands of a plugin have no hook: an entry point in the group ``tcplat.commands``, such as
 ``count = "tcplat_count:count"``, names each, and is a ``click.Command``. It is imported when
-it is called or listed, as an unprivileged user; ``run`` and ``replay`` never import it.
+it is called or listed, as an unprivileged user; ``run`` and ``replay`` never import it. It tells
+the user what is wrong by ``click.ClickException`` or ``TcplatError``; whatever else it raises is
+its fault, told in one sentence, with exit status 4. An exit status of its own (``SystemExit``)
+stays.
 
 Example::
 

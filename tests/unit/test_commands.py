@@ -115,6 +115,69 @@ def test_whatever_a_commands_module_raises_breaks_it_alone(
     assert line.split()[4:] == ["broken", said]
 
 
+RAISING = """
+import click
+class Odd(BaseException):
+    def __str__(self): raise GeneratorExit
+class Typed(click.ParamType):
+    name = "odd"
+    def convert(self, value, param, ctx): {of_type}
+@click.command()
+@click.argument("it", type=Typed(), default="it")
+def bad(it):
+    "Raise."
+    {of_callback}
+"""
+
+
+@pytest.mark.parametrize("where", ["of_type", "of_callback"])
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        ("raise KeyError('x')", "KeyError: 'x'"),
+        ("raise GeneratorExit", "GeneratorExit"),
+        ("raise Odd", "Odd"),
+        (
+            "raise BaseExceptionGroup('two', [SystemExit(3)])",
+            "BaseExceptionGroup: two .1 sub-exception.",
+        ),
+        ("raise OSError(22, 'words')", "OSError: .Errno 22. words"),
+    ],
+)
+def test_whatever_a_command_raises_as_it_runs_is_its_fault(
+    install: Install, where: str, statement: str, words: str
+) -> None:
+    code = {"of_type": "return value", "of_callback": "pass"} | {where: statement}
+    install("bad", RAISING.format(**code), "bad = bad:bad")
+    with pytest.raises(PluginError, match=f"^command bad failed: {words}$"):
+        ran("bad")
+
+
+@pytest.mark.parametrize(
+    ("statement", "status"),
+    [
+        ("raise SystemExit(3)", 3),
+        ("raise click.exceptions.Exit(6)", 6),
+        ("raise BrokenPipeError(32, 'gone')", 0),
+        ("from tcplat_core.errors import ReaderGoneError; raise ReaderGoneError", 0),
+    ],
+)
+def test_a_commands_exit_status_is_its_own(install: Install, statement: str, status: int) -> None:
+    install("bad", RAISING.format(of_type="return value", of_callback=statement), "bad = bad:bad")
+    assert ran("bad").exit_code == status
+
+
+def test_a_command_whose_line_in_the_help_fails_is_broken(install: Install) -> None:
+    code = """
+import click
+class Bad(click.Command):
+    def get_short_help_str(self, limit=45): raise ValueError("no words")
+bad = Bad("bad")
+"""
+    install("bad", code, "bad = bad:bad")
+    assert "Broken: ValueError: no words" in ran("--help").output
+
+
 def test_no_plugin_takes_the_place_of_a_command_of_ours(install: Install) -> None:
     install("thief", GOOD, "replay = thief:greet")
     assert "Feed a capture to sinks" in ran("replay", "--help").output
