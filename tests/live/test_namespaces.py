@@ -141,6 +141,25 @@ def test_a_command_in_a_pid_namespace_and_one_below(
     assert 1 < pid < 1000  # its number above, where it is no process 1
 
 
+def test_as_process_1_of_a_pid_namespace(start_tcplat: Start, server: Listener) -> None:
+    """As `unshare --pid --fork --mount-proc tcplat run -- COMMAND` starts it."""
+    needs("unshare")
+    code = "import os; os.write(2, os.readlink(b'/proc/self') + b'\\n')" + EXCHANGE
+    run = start_tcplat(
+        program=("unshare", "--pid", "--fork", "--mount-proc", *TCPLAT),
+        command=[sys.executable, "-c", code.format(server.address)],
+    )
+    peer = server.accept()
+    read_exactly(peer, 1)
+    peer.sendall(b"y")
+    outcome = run.wait()
+    assert outcome.returncode == 0
+    rows = of_port(outcome.rows, server.port)
+    (pid,) = {row["pid"] for row in rows}
+    assert len(at(rows, "send")) == len(at(rows, "recv")) == 1
+    assert str(pid) == outcome.stderr.split("\n")[0]
+
+
 def test_a_foreign_proc_is_said(start_tcplat: Start) -> None:
     """Where fork(2) gives other numbers than /proc has, a command could not be found by its own."""
     needs("unshare")
