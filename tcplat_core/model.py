@@ -116,9 +116,10 @@ class Sink(Protocol):
     least every 100 ms); it must not block. And ``merged()``: it gets a :class:`Merge` for each
     host of a capture that was made of several, before the rows. And ``passed(ts_ns)``: no row
     that is older will come; called several times a second while nothing comes, and never in a
-    replay, also of a live socket: its rows may still be on their way. What follows from it must be what the next row, or close(), would have it write
-    anyhow: `RunReport.until_ns` is where it ended. One whose spec has
-    `aggregate` has ``aggregates()``, see :class:`AggregateSink`.
+    replay, also of a live socket: its rows may still be on their way. What follows from it
+    must be what the next row, or close(), would have it write anyhow: `RunReport.until_ns` is
+    where it ended. One whose spec has `aggregate` has ``aggregates()``, see
+    :class:`AggregateSink`.
 
     And ``begin()``: called once, before the first row, when everything is attached (in a
     replay, when something was read; ``poll()`` may have come before). What replaces a file is

@@ -24,8 +24,8 @@ from typing import Self
 import attrs
 
 from tcplat_core.errors import CannotRunError, TcplatError
+from tcplat_core.orphan import end_with
 
-_PR_SET_PDEATHSIG = 1
 _PER_LINUX = 0
 _PREFIX = "tcplat-work-"
 """Then comes the pid of whoever asked for us."""
@@ -61,9 +61,7 @@ def begin(parent: int) -> None:
     """
     global _parent  # noqa: PLW0603 - a process has one
     _parent = parent
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if orphaned():
-        os._exit(1)
+    end_with(parent)
     os.chdir("/")
     os.umask(0o077)
     for number in signal.valid_signals() - {*_OURS}:

@@ -7,6 +7,7 @@ own start: so this file imports next to nothing.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import select
 import socket
@@ -18,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Self
 import attrs
 
 from tcplat_core.errors import NEEDS_ROOT, CannotRunError, PluginError, TcplatError, UsageError
+from tcplat_core.orphan import end_with
 from tcplat_core.privileges import SYSTEM_PATH
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ class LoaderProcess:
                 cwd="/",
                 # Ctrl-C is for the session, which then stops the loader itself.
                 start_new_session=True,
+                preexec_fn=functools.partial(end_with, os.getpid()),  # noqa: PLW1509 - one thread
             )
         except PermissionError as error:
             if error.filename is None:  # not of execve(2): a filter's

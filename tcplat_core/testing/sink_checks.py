@@ -44,6 +44,7 @@ from tcplat_core.model import (
     Sink,
     SinkSpec,
 )
+from tcplat_core.orphan import end_with
 from tcplat_core.output import held_back
 from tcplat_core.router import Router, spare_the_collector
 from tcplat_core.schema import Event, Wire, fields, text
@@ -268,8 +269,9 @@ def _run(
         if sys.stdout is not None:
             sys.stdout.flush()
         answer, theirs = os.pipe()
-        child = os.fork()
+        parent, child = os.getpid(), os.fork()
         if not child:
+            end_with(parent)
             about = readers(options["unix"]) if _at_socket(subject) else contextlib.nullcontext()
             _child(theirs, target, lambda: _made(spec, options, info, folder), play, about)
         os.close(theirs)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import mmap
 import os
 import random
@@ -30,6 +31,7 @@ import msgpack
 from tcplat_core.errors import CannotRunError, TcplatError
 from tcplat_core.loader import isolation
 from tcplat_core.loader.protocol import Request
+from tcplat_core.orphan import end_with
 from tcplat_core.privileges import SYSTEM_PATH
 
 if TYPE_CHECKING:
@@ -76,6 +78,7 @@ class Trial:
                 **{k: v for k, v in os.environ.items() if k in ("HOME", "XDG_CACHE_HOME")},
             },
             cwd="/",
+            preexec_fn=functools.partial(end_with, os.getpid()),  # noqa: PLW1509 - one thread
         )
         return cls(process, log)
 

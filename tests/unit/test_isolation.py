@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -48,6 +49,30 @@ def eventually(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "from tcplat_core.loader.process import LoaderProcess; it = LoaderProcess.start().process",
+        "from tcplat_core.testing.trial import Trial; it = Trial.start('compile').process",
+    ],
+)
+def test_a_child_is_killed_with_its_parent_before_its_python_has_started(
+    start: str, tmp_path: Path
+) -> None:
+    """In the place of Python is a program that knows nothing of us."""
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o755)
+    code = f"import os, signal, sys; sys.executable = {str(program)!r}; {start}"
+    code += "; print(it.pid, flush=True); signal.pause()"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        pidfd = os.pidfd_open(int(parent.stdout.readline()))
+        parent.kill()
+    assert select.select([pidfd], [], [], 10)[0]
+    os.close(pidfd)
 
 
 def test_the_callers_folder_and_umask_are_left(tmp_path: Path) -> None:
