@@ -35,6 +35,7 @@ import attrs
 import click
 
 from tcplat_core import TcplatError, cli, commands
+from tcplat_core.orphan import end_with
 from tcplat_core.plugins import Plugins
 
 from .mutate import FOLDER, mutant, seeds
@@ -230,6 +231,7 @@ def in_a_process(data: bytes, number: int, folder: Path) -> Iterator[Failure]:
             [sys.executable, "-I", "-m", "tcplat_core", *command],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            preexec_fn=functools.partial(end_with, os.getpid()),  # noqa: PLW1509 - one thread
         ) as process:
             out, _ = process.communicate()
         what = _in_output(out)
@@ -348,10 +350,12 @@ def fuzz(seed: int, count: int, seconds: float, jobs: int) -> Tally:
     """So many captures, or for so long."""
     tally, end = Tally(), time.monotonic() + seconds
     pipes: dict[int, tuple[int, bytes]] = {}
+    parent = os.getpid()
     for job in range(jobs):
         mine, theirs = os.pipe()
         pid = os.fork()
         if not pid:
+            end_with(parent)
             _child(theirs, functools.partial(_work, job, jobs, seed, count, end, theirs))
         os.close(theirs)
         pipes[mine] = (pid, b"")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,21 @@ def fuzz(*arguments: str) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_its_workers_end_with_it() -> None:
+    command = [sys.executable, "-m", "tests.fuzz.fuzz", "--seconds", "300", "--jobs", "2"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        deadline = time.monotonic() + 60
+        while len(workers := children.read_text(encoding="ascii").split()) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        fds = [os.pidfd_open(int(pid)) for pid in workers]
+        process.kill()
+    for fd in fds:
+        assert select.select([fd], [], [], 10)[0]
+        os.close(fd)
 
 
 def test_captures_that_once_broke_something_break_nothing() -> None:
