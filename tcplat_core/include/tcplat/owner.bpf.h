@@ -523,7 +523,10 @@ static __always_inline struct tcplat_sock *tcplat_meet(const struct sock *sk)
 	return tcplat_insert(tcplat_key(sk), &fresh);
 }
 
-/* The same where the socket's own process calls: it is the owner from here on. */
+/*
+ * What is known of a socket, as tcplat_find() has it, where the socket's own process calls: it is
+ * the owner from here on. Of a new one nothing is known yet: tcplat_meet() makes its entry.
+ */
 static __always_inline struct tcplat_sock *tcplat_touch(const struct sock *sk)
 {
 	struct tcplat_sock *s = tcplat_find(sk);
