@@ -5,7 +5,9 @@ The templates are whole projects, of a plugin that is called ``skeleton``.
 
 from __future__ import annotations
 
+import contextlib
 import keyword
+import os
 import re
 from collections.abc import Iterator
 from importlib.resources import files
@@ -13,6 +15,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from .errors import UsageError
+from .outfile import MODE, Place, in_words
 from .plugins import Plugins
 
 _SKELETON = "skeleton"
@@ -38,19 +41,59 @@ def create(kind: str, name: str, parent: Path) -> list[Path]:
     _check_name(name)
     project = parent / f"tcplat-{_dashed(name)}"
     written = [project]
-    try:
-        project.mkdir()
-        for path, source in _walk(files(__package__) / "templates" / kind):
-            # With its dot, git would take the template's for one of our own.
-            target = project / (".gitignore" if path == "gitignore" else rendered(path, name))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(rendered(source.read_text(encoding="utf-8"), name), encoding="utf-8")
-            written.append(target)
-    except FileExistsError as error:
-        raise UsageError(f"{project} is there already; remove it, or name another --dir") from error
-    except OSError as error:
-        raise UsageError(f"cannot write {error.filename}: {error.strerror}") from error
+    with in_words(str(project)):
+        try:
+            folder = _made(str(project))
+        except FileExistsError as error:
+            raise UsageError(
+                f"{project} is there already; remove it, or name another --dir"
+            ) from error
+        try:
+            for path, source in _walk(files(__package__) / "templates" / kind):
+                # With its dot, git would take the template's for one of our own.
+                target = ".gitignore" if path == "gitignore" else rendered(path, name)
+                text = rendered(source.read_text(encoding="utf-8"), name)
+                _write(folder, target, text.encode())
+                written.append(project / target)
+        finally:
+            os.close(folder)
     return written
+
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_MODE = 0o755
+"""Whatever the umask: into a folder that nobody else can write to nobody puts a link."""
+
+
+def _made(path: str) -> int:
+    """A new folder, held: whatever another user puts in its place, ours is written to.
+
+    Raises:
+        UsageError: A link of another user is on the way, or the folder is another user's.
+        OSError: It cannot be made.
+    """
+    place = Place.find(path, follow=False)
+    try:
+        os.mkdir(place.name, _MODE, dir_fd=place.folder)
+        folder = os.open(place.name, _FOLDER, dir_fd=place.folder)
+    finally:
+        place.close()
+    if os.fstat(folder).st_uid != os.geteuid():
+        os.close(folder)
+        raise UsageError(f"cannot write {path}: another user has put a folder of theirs there")
+    return folder
+
+
+def _write(folder: int, path: str, data: bytes) -> None:
+    """A new file, and the folders to it, in one that nobody else can write to."""
+    parent = ""
+    for part in path.split("/")[:-1]:
+        parent += f"{part}/"
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(parent, _MODE, dir_fd=folder)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    with os.fdopen(os.open(path, flags, MODE, dir_fd=folder), "wb") as file:
+        file.write(data)
 
 
 def rendered(text: str, name: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tcplat_core.errors import UsageError
-from tcplat_core.new import create
+from tcplat_core.new import create, rendered
 from tcplat_core.plugins import Plugins
 
 ROOT = Path(__file__).parents[2]
@@ -128,3 +128,63 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"cannot write .*nowhere/tcplat-x: No such file"):
         create("probe", "x", tmp_path / "nowhere")
+
+
+OTHER = 4711
+"""The uid of another user."""
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    """A folder that others can write to, too."""
+    if os.geteuid():
+        pytest.skip("only root can give files away")
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    folder.chmod(0o777)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["dir", "dir/below"])
+def test_no_link_of_another_user_leads_it_elsewhere(
+    theirs: Path, tmp_path: Path, name: str
+) -> None:
+    victim = tmp_path / "victim"
+    (victim / "below").mkdir(parents=True)
+    link = theirs / "dir"
+    link.symlink_to(victim)
+    os.chown(link, OTHER, OTHER, follow_symlinks=False)
+    with pytest.raises(UsageError, match="there is a symbolic link of another user"):
+        create("probe", "x", theirs / name)
+    assert [path.name for path in victim.rglob("*")] == ["below"]
+
+
+def test_a_link_that_takes_its_place_meanwhile_changes_nothing(
+    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+
+    def exchanging(text: str, name: str) -> str:
+        project = theirs / "tcplat-x"
+        if not project.is_symlink():
+            project.rename(theirs / "moved")
+            project.symlink_to(victim)
+        return rendered(text, name)
+
+    monkeypatch.setattr("tcplat_core.new.rendered", exchanging)
+    _, *files = create("probe", "x", theirs)
+    assert not list(victim.iterdir())
+    made = {path.relative_to(theirs / "moved") for path in (theirs / "moved").rglob("*.*")}
+    assert {file.relative_to(theirs / "tcplat-x") for file in files if file.suffix} <= made
+
+
+def test_nobody_else_can_write_to_it(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        project, *files = create("probe", "x", tmp_path)
+    finally:
+        os.umask(before)
+    folders = {project, *(file.parent for file in files)}
+    assert {path.stat().st_mode & 0o7777 for path in folders} == {0o755}
+    assert {path.stat().st_mode & 0o7777 for path in files} == {0o644}
