@@ -215,13 +215,21 @@ class Sightings:
     What counts is when a byte, or an acknowledgement of one, is seen for the first time: that
     it left before it arrived is true whatever is segmented, merged, or sent again in between.
     So of each packet its last byte and its acknowledgement count, if they are new there.
+
+    Several connections may have the same addresses and ports, each in network namespaces of its
+    own, and the kernel gives them numbers that are near each other. Which namespace of the one
+    host talks to which of the other, the first packet tells that both have seen, and each SYN
+    anew: its number is no other's. A number that two others seem to share is that of two packets.
     """
 
     def __init__(self) -> None:
         self.corridor = Corridor()
         self._ways: dict[Key, _Way] = {}
-        self._left: dict[Key, int] = {}
-        self._arrived: dict[Key, int] = {}
+        self._left: dict[Key, tuple[int, Any]] = {}
+        """Number -> when, and in which namespace."""
+        self._arrived: dict[Key, tuple[int, Any]] = {}
+        self._peers: dict[Key, Any] = {}
+        """Host, its namespace and a connection's ends there -> the other host's namespace."""
         self.forgotten = 0
 
     def feed(self, host: int, rows: Iterable[Any]) -> None:
@@ -234,7 +242,9 @@ class Sightings:
             leaves = point == "nic_tx"
             flags = row.flags or ""
             ts_ns = row.ts_ns
-            way_key = (leaves, host, row.saddr, row.sport, row.daddr, row.dport)
+            netns = row.netns
+            ends = (row.saddr, row.sport, row.daddr, row.dport)
+            way_key = (leaves, host, netns, *ends)
             way = ways.get(way_key)
             if way is None or "SYN" in flags:
                 # Where the beginning was missed, what seems new may have been sent before.
@@ -244,20 +254,39 @@ class Sightings:
                     if len(ways) > _MOST_WAITING:
                         del ways[next(iter(ways))]
             matched = False
+            # The number that begins a connection is no other's, but may be that of another's data.
+            new = "SYN" in flags
+            byte, acked = ("syn", "syn acked") if new else ("byte", "acked")
             end = row.seq + row.bytes + ("SYN" in flags) + ("FIN" in flags)
             if end != row.seq and (found := _newer(end % _WHOLE, way.position)):
                 way.position = found - 1
                 if ts_ns >= way.since:
-                    matched = self._see(leaves, host, ts_ns, (*way_key[2:], "byte", found))
+                    matched = self._see(leaves, host, netns, ts_ns, (*ends, byte, found), new)
             ack = whole(row, "ack")
             if ack is not None and "ACK" in flags and (found := _newer(ack, way.acked)):
                 way.acked = found - 1
                 if ts_ns >= way.since:
-                    matched |= self._see(leaves, host, ts_ns, (*way_key[2:], "ack", found))
+                    matched |= self._see(leaves, host, netns, ts_ns, (*ends, acked, found), new)
             self.corridor.packets += matched
 
-    def _see(self, leaves: bool, host: int, ts_ns: int, key: Key) -> bool:  # noqa: FBT001 - a fact
+    def _see(
+        self,
+        leaves: bool,  # noqa: FBT001 - a fact
+        host: int,
+        netns: Any,
+        ts_ns: int,
+        key: Key,
+        new: bool,  # noqa: FBT001 - as above
+    ) -> bool:
         """A packet's number, new at this point. It goes from `host` if it leaves, else to it.
+
+        Args:
+            leaves: It does.
+            host: Where it was seen.
+            netns: In which network namespace there.
+            ts_ns: When.
+            key: The packet's ends, and the number.
+            new: It begins a connection.
 
         Returns:
             Whether the other host has seen it before.
@@ -265,19 +294,35 @@ class Sightings:
         sender = host if leaves else 1 - host
         key = (sender, *key)
         here, there = (self._left, self._arrived) if leaves else (self._arrived, self._left)
-        other = there.pop(key, None)
-        if other is None:
+        other = there.get(key)
+        if other is None or not self._are_peers(host, netns, other[1], key, new):
             if key not in here:
-                here[key] = ts_ns
+                here[key] = (ts_ns, netns)
                 if len(here) > _MOST_WAITING:
                     del here[next(iter(here))]
                     self.forgotten += 1
             return False
-        left, arrived = (ts_ns, other) if leaves else (other, ts_ns)
+        del there[key]
+        left, arrived = (ts_ns, other[0]) if leaves else (other[0], ts_ns)
         if sender == 0:
             self.corridor.at_most(arrived, arrived - left)
         else:
             self.corridor.at_least(left, left - arrived)
+        return True
+
+    def _are_peers(self, host: int, netns: Any, other: Any, key: Key, new: bool) -> bool:  # noqa: FBT001 - as above
+        """Whether a connection goes from a namespace here to that one there, as far as is known."""
+        ends = frozenset((key[1:3], key[3:5]))
+        mine, theirs = (host, netns, ends), (1 - host, other, ends)
+        peers = self._peers
+        if not new:
+            known = peers.get(mine, other), peers.get(theirs, netns)
+            if known != (other, netns):
+                return False
+        if peers.get(mine) != other or peers.get(theirs) != netns:
+            peers[mine], peers[theirs] = other, netns
+            while len(peers) > _MOST_WAITING:
+                del peers[next(iter(peers))]
         return True
 
 

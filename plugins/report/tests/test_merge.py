@@ -211,27 +211,33 @@ def test_windows_grow_and_bounds_still_hold(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(abs(offset.at(now)) <= offset.bound_ns for now in range(0, 10**10, 10**7))
 
 
-def test_segments_sent_again_merged_or_split_do_not_mislead() -> None:
-    """B's clock is A's: no bound may be below 0."""
-    traffic = Traffic(connections=1, exchanges=1)
-    sightings = Sightings()
-    like = {
-        (row.point, host): row
-        for host, row in traffic.rows()
-        if row.point in ("nic_tx", "nic_rx") and not row.bytes
-    }
+class Packets:
+    """What two hosts see of packets between them, one by one."""
 
-    def packet(
-        host: int, point: str, sender: int, ts_ns: int, seq: int, count: int, **more: Any
+    def __init__(self) -> None:
+        self.sightings = Sightings()
+        self.like = {
+            (row.point, host): row
+            for host, row in Traffic(connections=1, exchanges=1).rows()
+            if row.point in ("nic_tx", "nic_rx") and not row.bytes
+        }
+
+    def __call__(
+        self, host: int, point: str, sender: int, ts_ns: int, seq: int, count: int, **more: Any
     ) -> None:
-        row = like[point, host]
+        row = self.like[point, host]
         values = {name: getattr(row, name) for name in row.__struct_fields__}
         ends = [("10.0.0.1", 1000), ("10.0.0.2", 80)]
         (saddr, sport), (daddr, dport) = ends[sender], ends[1 - sender]
         values |= {"ts_ns": ts_ns, "seq": seq, "bytes": count, "flags": "ACK", "ack": 7}
         values |= {"saddr": saddr, "sport": sport, "daddr": daddr, "dport": dport, **more}
-        sightings.feed(host, [type(row)(**values)])
+        self.sightings.feed(host, [type(row)(**values)])
 
+
+def test_segments_sent_again_merged_or_split_do_not_mislead() -> None:
+    """B's clock is A's: no bound may be below 0."""
+    packet = Packets()
+    sightings = packet.sightings
     packet(0, "nic_tx", 0, 0, 99, 0, flags="SYN", ack=None)
     packet(0, "nic_tx", 0, 1_000, 100, 1000)  # lost
     packet(0, "nic_tx", 0, 900_000, 100, 1000)  # again: arrives
@@ -248,6 +254,43 @@ def test_segments_sent_again_merged_or_split_do_not_mislead() -> None:
     assert sightings.corridor.counts == [5, 0]  # SYN, three times bytes, and one acknowledgement
     assert sightings.corridor.packets == 4  # one has both
     assert min(highs.values()) >= 0
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_connections_of_several_namespaces_with_equal_ends_are_not_mixed(*, begun: bool) -> None:
+    """The second pair's numbers are those of the first, 10 ms before. B's clock is A's."""
+    packet = Packets()
+    syn = {"flags": "SYN", "ack": None}
+    for pair, at in ((1, 0), (2, 10_000_000)) if begun else ():
+        packet(0, "nic_tx", 0, at, 99, 0, netns=pair, **syn)
+        packet(1, "nic_rx", 0, at + 50_000, 99, 0, netns=10 + pair, **syn)
+    late = 0 if begun else 2_000_000_000
+    for pair in (1, 2):  # from the middle on, what comes within a second is not certain to be new
+        packet(0, "nic_tx", 0, 11_000_000, 99, 1, netns=pair)
+        packet(1, "nic_rx", 0, 11_050_000, 99, 1, netns=10 + pair)
+    for pair, at in ((2, 20_000_000), (1, 20_100_000)):
+        packet(0, "nic_tx", 0, late + at, 100 * pair, 10, netns=pair)
+        packet(1, "nic_rx", 0, late + at + 50_000, 100 * pair, 10, netns=10 + pair)
+    # The same numbers in both, at once; B's row of the first pair is lost, or comes later.
+    packet(0, "nic_tx", 0, late + 30_000_000, 1000, 10, netns=1)
+    packet(0, "nic_tx", 0, late + 40_000_000, 1000, 10, netns=2)
+    packet(1, "nic_rx", 0, late + 40_050_000, 1000, 10, netns=12)
+    packet(0, "nic_tx", 0, late + 50_000_000, 2000, 10, netns=2)
+    packet(0, "nic_tx", 0, late + 60_000_000, 2000, 10, netns=1)
+    packet(1, "nic_rx", 0, late + 50_050_000, 2000, 10, netns=12)
+    highs = packet.sightings.corridor.highs
+    assert packet.sightings.corridor.counts[0] >= 3
+    assert all(50_000 <= high < 1_000_000 for high in highs.values())
+
+
+def test_where_a_namespace_forwards_each_of_its_packets_still_counts() -> None:
+    packet = Packets()
+    for netns, at in ((1, 0), (2, 1000)):  # a container, and its host
+        packet(0, "nic_tx", 0, at, 99, 0, netns=netns, flags="SYN", ack=None)
+        packet(0, "nic_tx", 0, 100_000 + at, 100, 10, netns=netns)
+    for at, seq, more in ((50_000, 99, {"flags": "SYN", "ack": None}), (150_000, 100, {})):
+        packet(1, "nic_rx", 0, at, seq, 10 * (seq > 99), netns=11, **more)
+    assert packet.sightings.corridor.packets == 2
 
 
 def test_wire_times_are_printed_with_their_bound(tmp_path: Path) -> None:
