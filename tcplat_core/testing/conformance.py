@@ -17,7 +17,7 @@ from typing import Any, Literal
 import attrs
 
 from tcplat_core import kinds
-from tcplat_core.errors import PluginError, TcplatError, UsageError
+from tcplat_core.errors import PluginError, TcplatError, UsageError, is_the_users, words
 from tcplat_core.model import Option, Options, ProbeSpec, SinkSpec, parse_choice, read_options
 from tcplat_core.plugins import Plugins
 
@@ -132,7 +132,9 @@ def of_the_plugin() -> Iterator[None]:
         raise NotChecked(str(error)) from error
     except TcplatError as error:
         raise NotChecked(str(error)) from error
-    except Exception as error:
+    except BaseException as error:
+        if is_the_users(error):
+            raise
         raise RaisedError(named(error)) from error
 
 
@@ -144,8 +146,8 @@ def is_path(option: Option, text: str) -> bool:
     """Whether an option is the path of a file: by its kind, its metavar, or what is written."""
     if isinstance(option.convert, kinds.Kind):
         return option.convert is kinds.path
-    words = {"FILE", "PATH", "DIR", "FOLDER", "DATABASE", "SOCKET"}
-    return option.metavar in words or text.startswith(("/", "./", "../", "~"))
+    metavars = {"FILE", "PATH", "DIR", "FOLDER", "DATABASE", "SOCKET"}
+    return option.metavar in metavars or text.startswith(("/", "./", "../", "~"))
 
 
 def checks(subject: Subject) -> dict[str, Check]:
@@ -167,9 +169,14 @@ def run(name: str, check: Check, subject: Subject) -> Outcome:
         return Outcome(name, "not checked", str(reason))
     except RaisedError as error:
         return Outcome(name, "failed", f"it raises {error}: it must not")
-    except Exception as error:  # noqa: BLE001 - a fault of ours is not to be told as the plugin's
-        words = f"the kit itself failed ({named(error)}): a fault of tcplat's, please report it"
-        return Outcome(name, "not checked", words)
+    except BaseException as error:
+        if is_the_users(error):
+            raise
+        if not isinstance(error, Exception):  # the kit raises none of these
+            return Outcome(name, "failed", f"it raises {named(error)}: it must not")
+        # A fault of ours is not to be told as the plugin's.
+        why = f"the kit itself failed ({named(error)}): a fault of tcplat's, please report it"
+        return Outcome(name, "not checked", why)
     return Outcome(name, "passed")
 
 
@@ -236,9 +243,9 @@ def check_plugin(
 
 
 def named(error: BaseException) -> str:
-    """An exception in a sentence."""
-    words = " ".join(str(error).split())
-    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+    """An exception in a sentence, whatever its class makes of str()."""
+    name, said = type(error).__name__, " ".join(words(error).split())
+    return said if said == name or said.startswith(f"{name}: ") else f"{name}: {said}"
 
 
 def _help(subject: Subject) -> None:
@@ -264,36 +271,48 @@ def _options(subject: Subject) -> None:
     if doubled := _doubled(names):
         raise Fault(f"it has two options named {doubled!r}: rename one")
     for option in subject.spec.options:
-        default = option.default
-        if isinstance(default, str | int | float) and not option.required:
-            # True is written "true".
-            text = str(default).lower() if isinstance(default, bool) else str(default)
-            try:
-                value = option.convert(text)
-            except Exception as error:
+        _check_default(option)
+        _check_rubbish(option)
+
+
+def _check_default(option: Option) -> None:
+    default = option.default
+    if isinstance(default, str | int | float) and not option.required:
+        # True is written "true".
+        text = str(default).lower() if isinstance(default, bool) else str(default)
+        try:
+            value = option.convert(text)
+        except BaseException as error:
+            if is_the_users(error):
+                raise
+            raise Fault(
+                f"the default of option {option.name}, {default!r}, does not convert "
+                f"({named(error)}): give one that the user could write"
+            ) from error
+        if value != default:
+            raise Fault(
+                f"the default of option {option.name} is {default!r}, and what a user writes "
+                f"as {text!r} becomes {value!r}: give the converted value"
+            )
+
+
+def _check_rubbish(option: Option) -> None:
+    for rubbish in _RUBBISH:
+        try:
+            option.convert(rubbish)
+        except ValueError as error:
+            if not str(error):
                 raise Fault(
-                    f"the default of option {option.name}, {default!r}, does not convert "
-                    f"({named(error)}): give one that the user could write"
+                    f"option {option.name}={rubbish[:20]!r} is refused without a word: "
+                    "let its ValueError say what is wanted"
                 ) from error
-            if value != default:
-                raise Fault(
-                    f"the default of option {option.name} is {default!r}, and what a user writes "
-                    f"as {text!r} becomes {value!r}: give the converted value"
-                )
-        for rubbish in _RUBBISH:
-            try:
-                option.convert(rubbish)
-            except ValueError as error:
-                if not str(error):
-                    raise Fault(
-                        f"option {option.name}={rubbish[:20]!r} is refused without a word: "
-                        "let its ValueError say what is wanted"
-                    ) from error
-            except Exception as error:
-                raise Fault(
-                    f"option {option.name}={rubbish[:20]!r} raises {named(error)}: "
-                    "its converter has to raise ValueError, in words for the user"
-                ) from error
+        except BaseException as error:
+            if is_the_users(error):
+                raise
+            raise Fault(
+                f"option {option.name}={rubbish[:20]!r} raises {named(error)}: "
+                "its converter has to raise ValueError, in words for the user"
+            ) from error
 
 
 def _doubled(names: Sequence[str]) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from tcplat_core.errors import PluginError, TcplatError
+from tcplat_core.errors import PluginError, TcplatError, is_the_users
 from tcplat_core.filters import Filter
 from tcplat_core.histogram import Aggregation
 from tcplat_core.hookpoints import Hook, Interfaces, Way, reporting
@@ -186,7 +186,9 @@ def _descriptions(subject: Subject) -> None:
         where = f"for point {point!r}, state {state}, old_state {old_state}, err {err}"
         try:
             words = spec.describe(moment)
-        except Exception as error:
+        except BaseException as error:
+            if is_the_users(error):
+                raise
             raise Fault(
                 f"describe() raises {named(error)} {where}, empty {empty}, flags {flags}: "
                 "it has to have words for everything"
@@ -221,14 +223,18 @@ def _round_trip(subject: Subject) -> None:
                 try:
                     (row,) = decode([raw], 0)
                     line = encoder.encode(row)
-                except Exception as error:
+                except BaseException as error:
+                    if is_the_users(error):
+                        raise
                     raise Fault(
                         f"{what} does not become a row ({named(error)}): "
                         "its to= has to take every value that the kernel may give"
                     ) from error
                 try:
                     again = decoder.decode(line)
-                except Exception as error:
+                except BaseException as error:
+                    if is_the_users(error):
+                        raise
                     raise Fault(
                         f"{what} becomes {line.decode()[:200]}, which does not fit the field's "
                         f"type ({named(error)}): to= gives something else than is declared"

@@ -31,7 +31,7 @@ from typing import Annotated, Any, cast
 import attrs
 import msgpack
 
-from tcplat_core.errors import ReaderGoneError, TcplatError
+from tcplat_core.errors import ReaderGoneError, TcplatError, is_the_users
 from tcplat_core.histogram import BUCKETS, Aggregates, Distribution, Group, Histogram, bucket
 from tcplat_core.model import (
     HookReport,
@@ -474,7 +474,9 @@ def _nulls(subject: Subject) -> None:
                 known = {name: getattr(row, name) for name in row.__struct_fields__}
                 try:
                     sink.write([make_event(**{**known, **dict.fromkeys(names)})])
-                except Exception as error:  # noqa: BLE001 - whatever the sink raises
+                except BaseException as error:
+                    if is_the_users(error):
+                        raise
                     which = names[0] if len(names) == 1 else "every field that may be"
                     return f"{which} is null ({_stream(10)[number].point}): {named(error)}"
         sink.close(_REPORT)
@@ -621,7 +623,9 @@ def _close_twice(subject: Subject) -> None:
         _end(sink)
         try:
             sink.close(_REPORT)
-        except Exception as error:  # noqa: BLE001 - whatever the sink raises
+        except BaseException as error:
+            if is_the_users(error):
+                raise
             return named(error)
         return ""
 

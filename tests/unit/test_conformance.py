@@ -463,6 +463,50 @@ def test_what_the_plugin_raises_is_the_plugins() -> None:
     )
 
 
+class Mute(BaseException):
+    """Of a class that does not say what it is, either."""
+
+    def __str__(self) -> str:
+        raise SystemExit(4)
+
+
+ODD = {
+    "SystemExit: 3": SystemExit(3),
+    "GeneratorExit": GeneratorExit(),
+    "BaseExceptionGroup: two (1 sub-exception)": BaseExceptionGroup("two", [SystemExit(3)]),
+    "Mute": Mute(),
+}
+
+
+def raises(error: BaseException) -> Callable[..., Any]:
+    def it(*_: object) -> Any:
+        raise error
+
+    return it
+
+
+@pytest.mark.parametrize("said", ODD)
+def test_whatever_a_probe_raises_is_told_as_its_fault(said: str) -> None:
+    it = raises(ODD[said])
+    odd = {"rto_us": Annotated[int, Wire("u32", "never", to=it)]}
+    event = type("Odd", (Event,), {"__annotations__": odd}, gc=False)
+    for changes, check, words in (
+        ({"describe": it}, "descriptions", f"describe() raises {said} for point 'close'"),
+        ({"defines": it}, "constants", f"it raises {said}: it must not"),
+        ({"options": an_option(convert=it, default=3)}, "options", f"does not convert ({said})"),
+        ({"options": an_option(convert=it)}, "options", f"option least='' raises {said}: "),
+        ({"event": event}, "round trip", f"does not become a row ({said})"),
+    ):
+        done = outcome(attrs.evolve(GOOD, **changes), check)
+        assert (done.verdict, words in done.why) == ("failed", True), done
+
+
+@pytest.mark.parametrize("said", ODD)
+def test_whatever_a_check_meets_where_it_expects_no_code_of_a_plugins(said: str) -> None:
+    done = run("it", raises(ODD[said]), without_root(GOOD))
+    assert done == Outcome("it", "failed", f"it raises {said}: it must not")
+
+
 # --- planted faults: sinks
 
 
@@ -490,6 +534,26 @@ def sink(cls: type[Lines]) -> SinkSpec:
         summary="one line for each row",
         factory=lambda _, run: cls(Output.open(None, run.stopping)),
     )
+
+
+@pytest.mark.parametrize("said", ODD)
+def test_whatever_a_sink_raises_is_told_as_its_fault(said: str) -> None:
+    class Odd(Lines):
+        def write(self, batch: Sequence[Event]) -> None:
+            if any(row.pid is None for row in batch):
+                raise ODD[said]
+            super().write(batch)
+
+        def close(self, report: RunReport) -> None:
+            if self.output.closed:
+                raise ODD[said]
+            super().close(report)
+
+    done = outcome(sink(Odd), "close twice")
+    assert done.why == f"a second close() raises {said}: let it do nothing"
+    done = outcome(sink(Odd), "nulls")
+    assert done.verdict == "failed"
+    assert said in done.why
 
 
 class SwallowsErrors(Lines):
