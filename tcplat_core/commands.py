@@ -95,6 +95,9 @@ class Commands(click.Group):
             return _broken(cmd_name, error)
 
 
+_AGAIN_S = 0.5
+
+
 @contextlib.contextmanager
 def terminated_in_order() -> Iterator[None]:
     """Have SIGTERM and SIGHUP undo what is half done, and then end the process as they do.
@@ -104,10 +107,25 @@ def terminated_in_order() -> Iterator[None]:
     """
     ours: list[int] = []
 
+    ending: list[TerminatedError] = []
+
     def on_signal(number: int, _frame: object) -> None:
         for one in ours:  # a second one ends it at once
             signal.signal(one, signal.SIG_DFL)
-        raise TerminatedError(number)
+        ending.append(TerminatedError(number))
+        signal.signal(signal.SIGALRM, again)
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN_S, _AGAIN_S)
+        raise ending[0]
+
+    # C code that looks something up in a dictionary clears what is raised meanwhile: msgspec's
+    # decoders do, for keys whose __hash__ is Python. What was lost is raised once more.
+    def again(_number: int, _frame: object) -> None:
+        error = sys.exc_info()[1]
+        while error is not None:
+            if error is ending[0]:
+                return  # it is on its way: what is half done is being undone
+            error = error.__context__
+        raise ending[0]
 
     if threading.current_thread() is threading.main_thread():
         ours += [
@@ -124,6 +142,8 @@ def terminated_in_order() -> Iterator[None]:
             sys.stdout.flush()
         os.kill(os.getpid(), error.number)
     finally:
+        if ending:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number in ours:
             if signal.getsignal(number) == on_signal:
                 signal.signal(number, signal.SIG_DFL)

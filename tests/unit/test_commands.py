@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -203,3 +205,31 @@ def test_help_is_quick() -> None:
 def test_the_built_in_ones_are_found() -> None:
     names = {entry.name: status for entry, status, _ in commands.found(())}
     assert names.items() >= {"report": "ok", "diff": "ok", "merge": "ok"}.items()
+
+
+def test_a_termination_that_c_code_loses_comes_again() -> None:
+    code = """
+import ctypes, os, signal, time
+from tcplat_core.commands import terminated_in_order
+
+class Key:
+    def __hash__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return hash("key")
+
+# Clears what is raised meanwhile, as msgspec's decoders do.
+get = ctypes.pythonapi.PyDict_GetItem
+get.argtypes, get.restype = [ctypes.py_object, ctypes.py_object], ctypes.c_void_p
+with terminated_in_order():
+    try:
+        get({}, Key())
+        print("lost", flush=True)
+        time.sleep(60)
+    finally:
+        time.sleep(1.2)  # the next ones do not come in between
+        print("undone", flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, timeout=40, check=False
+    )
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "lost\nundone\n")
