@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs the scripted traffic in each kernel with each mechanism, and prints the matrix.
 
-    python tests/vm/matrix.py [--kernel 6.1] [--timeout 1500]
+    python tests/vm/matrix.py [--kernel 6.1] [--timeout 1500] [--jobs 2]
 
 Exit status 0 when every cell is ok; what pytest says of the others stands above.
 """
@@ -9,12 +9,14 @@ Exit status 0 when every cell is ok; what pytest says of the others stands above
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -113,11 +115,17 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kernel", action="append", choices=known)
     parser.add_argument("--timeout", type=float, default=1500)
+    # A guest has two CPUs, and waits for one of them most of the time.
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="guests at a time")
     options = parser.parse_args(arguments)
     lines, bad = [], 0
     with tempfile.TemporaryDirectory() as folder:
-        for kernel in options.kernel or usual:
-            status = run(known[kernel], Path(folder), options.timeout)
+        names = list(options.kernel or usual)
+        with ThreadPoolExecutor(options.jobs) as guests:
+            statuses = list(
+                guests.map(lambda name: run(known[name], Path(folder), options.timeout), names)
+            )
+        for kernel, status in zip(names, statuses, strict=True):
             bad += status != 0
             for mechanism in MECHANISMS:
                 found = cells(Path(folder) / kernel / f"{mechanism}.xml")
