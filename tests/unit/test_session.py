@@ -421,6 +421,7 @@ def test_a_ready_pipe_is_told_when_somebody_reads_it(play: Play, tmp_path: Path)
         signals.caught = 2
 
     reader = threading.Timer(0.3, read)
+    reader.daemon = True  # where the run fails, nobody ever writes
     reader.start()
     run_into_a_sink(play(), ready_file=str(pipe), duration_s=60, signals=signals)
     reader.join()

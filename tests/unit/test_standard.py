@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -110,12 +112,26 @@ def test_signals_blocked_at_the_start_end_it(number: signal.Signals, tmp_path: P
         stderr=subprocess.DEVNULL,
     ) as child:
         try:
-            # Opened once it is read, which it is from then on, without an end.
-            with pipe.open("wb", buffering=0):
+            # It is read from then on, without an end.
+            writer = opened_once_read(pipe, child)
+            try:
                 child.send_signal(number)
                 child.wait(timeout=60)
+            finally:
+                os.close(writer)
         finally:
             child.kill()
+
+
+def opened_once_read(pipe: Path, reader: subprocess.Popen[bytes]) -> int:
+    """A named pipe, to write to. Without O_NONBLOCK a reader that dies would keep us for good."""
+    deadline = time.monotonic() + 60
+    while True:
+        assert reader.poll() is None
+        assert time.monotonic() < deadline
+        with contextlib.suppress(OSError):  # ENXIO: nobody reads it
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.005)
 
 
 def test_a_command_has_the_mask_that_tcplat_was_started_with() -> None:
