@@ -51,6 +51,8 @@ rest is foreign."""
 _MOST_PROBES = 1 << 12
 """Of so many the rows are read fast."""
 _MOST_HOSTS = 1 << 10
+_MOST_HOOKS = 1 << 10
+"""That rows and losses name: for each there are books."""
 _MOST_REPORTED = 16 << 20
 """Bytes of reports, which are kept until the end."""
 _MOST_EVENTS = (1 << 63) - 1
@@ -76,6 +78,7 @@ _ABSENT = {
     if isinstance(source, Wire) and source.since > READABLE[0]
 }
 """What a row may lack, because an older version did not have it."""
+_HOOK = operator.attrgetter("probe", "point", "func", "attach")
 _TEXTS = operator.attrgetter(*(field.name for field in fields() if "str" in field.type))
 
 
@@ -190,6 +193,8 @@ class Capture:
     _kept: Counter[str] = attrs.field(factory=Counter, init=False)
     """So much of what stays in memory was read."""
     _classes: dict[tuple[str, ...], type[Event]] = attrs.field(factory=dict, init=False)
+    _hooks: set[tuple[str, ...]] = attrs.field(factory=set, init=False)
+    """Of rows, and probe and point of losses."""
 
     def items(self, chunks: Iterator[bytes]) -> Iterator[list[Event] | Loss | Merge | None]:
         """Batches of rows, losses and hosts, in place; None where nothing comes for a while.
@@ -288,6 +293,9 @@ class Capture:
         # This proves that no key is too many.
         if not self._are_sound(rows) or form.encode(rows) != data:
             return None
+        hooks = set(map(_HOOK, rows)) - self._hooks
+        if hooks and not self._learn(hooks):
+            return None
         return rows if self._is_tidy(rows, data) else [_tidy(row) for row in rows]
 
     def _are_sound(self, rows: Sequence[Event]) -> bool:
@@ -353,8 +361,20 @@ class Capture:
         return None
 
     def _counted(self, loss: Loss) -> Loss:
+        self._require_hook((loss.probe, loss.point))
         self._make_room("events", loss.count, _MOST_EVENTS)
         return loss
+
+    def _learn(self, hooks: set[tuple[str, ...]]) -> bool:
+        """Remember hooks, if there is room for all of them: of each something is kept."""
+        if len(self._hooks | hooks) > _MOST_HOOKS:
+            return False
+        self._hooks |= hooks
+        return True
+
+    def _require_hook(self, hook: tuple[str, ...]) -> None:
+        if hook not in self._hooks and not self._learn({hook}):
+            raise ValueError("with it there are too many hooks")
 
     def _make_room(self, what: str, more: int, most: int) -> None:
         if self._kept[what] + more > most:
@@ -371,6 +391,7 @@ class Capture:
         if any(isinstance(text, str) and len(text) > _LONGEST_TEXT for text in value.values()):
             raise ValueError("a text in it is too long")
         row = msgspec.convert(value, event)
+        self._require_hook(_HOOK(row))
         self._know(form, probe, event)
         return row
 

@@ -177,6 +177,18 @@ def test_a_report_with_all_that_it_can_have_comes_back_from_json() -> None:
     assert again.as_json() == report.as_json()
 
 
+@pytest.mark.parametrize("form", ["jsonl", "msgpack"])
+def test_books_of_more_hooks_than_any_tcplat_has_are_not_kept(replay: Replayed, form: str) -> None:
+    made = [make_event(ts_ns=n, point=f"point {n}") for n in range(1, 3001)]
+    stream: list[Any] = [*made, *(Loss("a", f"point {n}", 1) for n in range(3000)), *made]
+    found = replay(b"".join(encoded(one, form) for one in stream))
+    books = [hook for probe in found.report.probes.values() for hook in probe.hooks]
+    assert len(books) == 1024
+    assert len(found.sink.rows) == 2 * 1024  # what is known already is read
+    assert f"{9000 - 2 * 1024} {'lines' if form == 'jsonl' else 'maps'}" in " ".join(found.said)
+    assert any("with it there are too many hooks" in words for words in found.said)
+
+
 def test_the_books_of_histograms_are_those_of_the_capture(replay: Replayed) -> None:
     counted = {"ready_recv": Counted(samples=7, unmeasured=1, rest=0)}
     probe = ProbeReport(hooks=(), counted=counted, uncounted={"queue": "no such function"})
