@@ -19,7 +19,6 @@ from .model import (
     ANSWERED,
     CLIENT,
     CUT,
-    NO_SENDERS,
     NOBODY,
     NONE_WAIT,
     NOWHERE,
@@ -38,6 +37,7 @@ from .model import (
     caller,
     reached,
     real,
+    shared,
     whole,
 )
 from .stages import (
@@ -386,7 +386,9 @@ class Joiner:
     def _used(self, end: End, row: Any) -> Who:
         """The process of a call, which may have its socket from another, or take another name."""
         if row.pid is not None or end.who is NOBODY:
-            end.who = Who(row.pid, row.comm)
+            who = Who(row.pid, shared(row.comm))
+            if who != end.who:
+                end.who = who
         return end.who
 
     def _connection_of(self, row: Any, index: int) -> Connection:
@@ -459,8 +461,8 @@ class Joiner:
         """The source port is chosen. Its packets may have been there before this row."""
         own = end.conn
         end.named = True
-        own.client = (row.saddr, row.sport)
-        own.service = (row.daddr, row.dport)
+        own.client = (shared(row.saddr), row.sport)
+        own.service = (shared(row.daddr), row.dport)
         syn = _syn_of(row)
         known = self._find(row.netns, own.client, own.service)
         conn = self._free(known, CLIENT, row.netns, syn)
@@ -662,6 +664,7 @@ class Joiner:
             for one in [one for one in back if one.lives and one.is_in(row.netns)]:
                 self._replace(one)
         self._displace(conn, row.netns)
+        key = _own(key, conn, index)
         way = self._ways[key] = (conn, index)
         conn.ways.append(key)
         return way
@@ -733,7 +736,7 @@ class Joiner:
         old, new = row.old_state, row.state
         if old is None:
             return
-        end.state = new
+        end.state = shared(new)
         syn = _syn_of(row)
         if syn >= 0:
             self._identify(end, row, syn)
@@ -784,9 +787,10 @@ class Joiner:
             who = self._used(end, row)
         senders = flow.senders
         if not senders or senders[-1][1] != who:
-            if senders is NO_SENDERS:
-                senders = flow.senders = []
-            senders.append((at, who))
+            if senders:
+                senders.append((at, who))
+            else:
+                flow.senders = [(at, who)]
         if index == SERVICE:
             self._reply(conn, at, ts_ns)
         else:
@@ -989,14 +993,14 @@ class Joiner:
             if reach is NOWHERE:
                 reach = flow.tx = Reach()
             device = _device(row)
-            flow.tx_dev = flow.tx_dev or device
+            flow.tx_dev = flow.tx_dev or shared(device)
             if not reach.pass_by(at, finish, ts_ns) and flow.tx_dev == device:
                 self._again(conn, index, at)
         elif point == "nic_rx":
             reach = flow.nic
             if reach is NOWHERE:
                 reach = flow.nic = Reach()
-            flow.rx_if = flow.rx_if or row.ifname
+            flow.rx_if = flow.rx_if or shared(row.ifname)
             come = reach.arrive(at, finish, ts_ns, flow.begin)
             if not come and flow.tx_netns is None and flow.rx_if == row.ifname:
                 self._again(conn, index, at)
@@ -1046,9 +1050,9 @@ class Joiner:
         if conn.stamps[number] is None:
             conn.stamps[number] = ts_ns
             if point == "nic_tx":
-                flow.tx_dev = _device(row)
+                flow.tx_dev = shared(_device(row))
             elif point == "nic_rx":
-                flow.rx_if = row.ifname
+                flow.rx_if = shared(row.ifname)
         elif index == CLIENT and (
             (point == "nic_tx" and flow.tx_dev == _device(row))
             or (point == "nic_rx" and flow.tx_dev is None and flow.rx_if == row.ifname)
@@ -1712,6 +1716,16 @@ def _syn_of(row: Any) -> int:
 def _before(seq: int, other: int) -> bool:
     """Whether a sequence number comes before another."""
     return bool((seq - other) & 0x80000000)
+
+
+def _own(key: tuple[Any, ...], conn: Connection, index: int) -> tuple[Any, ...]:
+    """The key of a packet's way, of the connection's own texts and numbers where they are the same.
+
+    Those of a row are others, which would stay in memory as long as the key does.
+    """
+    ends = (conn.client, conn.service) if index == CLIENT else (conn.service, conn.client)
+    own = (key[0], *ends[0], *ends[1])
+    return own if own == key else key
 
 
 def _key(netns: Any, client: Any, service: Any) -> tuple[Any, ...]:

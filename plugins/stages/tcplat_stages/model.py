@@ -6,9 +6,10 @@ Sequence numbers are unwrapped: they go on growing where TCP's begin anew at 2^3
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left
 from collections import deque
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from .stages import (
     CONNECT_CALLED,
@@ -63,6 +64,14 @@ def whole(row: Any, name: str) -> int | None:
     return value if type(value) is int else None
 
 
+_Text = TypeVar("_Text", str, str | None)
+
+
+def shared(text: _Text) -> _Text:
+    """The same text, once for all who keep it: each row of a capture has one of its own."""
+    return sys.intern(text) if type(text) is str else text
+
+
 class Who(NamedTuple):
     """A process, as a row names it; null where nothing does."""
 
@@ -90,6 +99,20 @@ Log = list[tuple[int, int | None]]
 """Position reached, and when: None where the rows that would tell were missed."""
 
 
+NO_LOG: Log = []
+
+
+def added(log: Log, finish: int, ts_ns: int | None) -> Log:
+    """Return the log with one thing more; one of its own, where there was nothing.
+
+    Most have one: a list that grows would take room for four.
+    """
+    if log:
+        log.append((finish, ts_ns))
+        return log
+    return [(finish, ts_ns)]
+
+
 MOST_URGENT = 8
 """Urgent bytes one after the other."""
 MOST_URGENT_KEPT = 256
@@ -114,7 +137,7 @@ class Reach:
 
     def __init__(self) -> None:
         self.position = -1
-        self.log: Log = []
+        self.log = NO_LOG
         self.late: list[tuple[int, int]] | None = None
         """What came behind a hole: from where to where. Seldom there."""
 
@@ -127,9 +150,9 @@ class Reach:
         if finish <= self.position:
             return False
         if 0 <= self.position < at:
-            self.log.append((at, None))
+            self.log = added(self.log, at, None)
         self.position = finish
-        self.log.append((finish, ts_ns))
+        self.log = added(self.log, finish, ts_ns)
         return True
 
     def arrive(self, at: int, finish: int, ts_ns: int, begin: int) -> bool:
@@ -155,7 +178,7 @@ class Reach:
         if self.late:
             finish = self._whole(finish)
         self.position = finish
-        self.log.append((finish, ts_ns))
+        self.log = added(self.log, finish, ts_ns)
         return True
 
     def _keep(self, at: int, finish: int) -> None:
@@ -172,7 +195,7 @@ class Reach:
         if self.late:
             finish = self._whole(finish)
         self.position = finish
-        self.log.append((finish, None))
+        self.log = added(self.log, finish, None)
 
     def _whole(self, finish: int) -> int:
         """Where the stream is whole up to, once it is whole up to `finish`."""
@@ -187,14 +210,15 @@ class Reach:
         log = self.log
         if log and log[0][0] < position:
             del log[: bisect_left(log, (position,))]
+            if not log:
+                self.log = NO_LOG
 
 
 NOWHERE = Reach()
 """Of every point where no byte of a stream was seen: the connections of a port scan have no
 other. It is read alone, and never moved."""
-NO_LOG: Log = []
 NO_SENDERS: Callers = []
-"""Of every stream of which no call was seen: nothing is ever put into these."""
+"""Of every stream of which no call was seen: nothing is ever put into it, nor into NO_LOG."""
 
 
 class Flow:
@@ -284,9 +308,7 @@ class Flow:
 
     def send(self, at: int, finish: int, ts_ns: int) -> None:
         """The sender calls, for bytes from `at` to `finish`."""
-        if self.sends is NO_LOG:
-            self.sends = []
-        self.sends.append((finish, ts_ns))
+        self.sends = added(self.sends, finish, ts_ns)
         self.last_send = at
         if at > self.sent:
             self.skip_urgent(self.sent, at)
@@ -303,9 +325,7 @@ class Flow:
 
     def note_read(self, finish: int, ts_ns: int | None) -> None:
         """Put into `reads` that the receiver has read up to `finish`."""
-        if self.reads is NO_LOG:
-            self.reads = []
-        self.reads.append((finish, ts_ns))
+        self.reads = added(self.reads, finish, ts_ns)
 
     def drop_logs(self) -> None:
         """Forget when: how far the stream has come stays."""
@@ -313,7 +333,7 @@ class Flow:
         self.senders = NO_SENDERS
         for reach in (self.tx, self.nic, self.ip, self.ready):
             if reach.log:
-                reach.log = []
+                reach.log = NO_LOG
         self.urgent = ()
 
     def skip_urgent(self, before: int, at: int) -> None:
@@ -497,8 +517,8 @@ class Connection:
         self, number: int, row: Any, *, turned: bool = False
     ) -> None:
         self.number = number
-        self.client: tuple[str, int | None] = (row.saddr, row.sport)
-        self.service: tuple[str, int | None] = (row.daddr, row.dport)
+        self.client: tuple[str, int | None] = (shared(row.saddr), row.sport)
+        self.service: tuple[str, int | None] = (shared(row.daddr), row.dport)
         if turned:
             self.client, self.service = self.service, self.client
         self.ip: int | None = row.ip

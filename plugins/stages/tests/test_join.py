@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from random import Random
 from typing import Any
 
@@ -901,3 +901,34 @@ def test_rows_that_are_missing_are_no_urgent_bytes() -> None:
     missed = [row for row in sends if row.seq is not None and now > row.ts_ns > sends[0].ts_ns]
     _, (conn,), _ = joined([row for row in history.rows() if row not in missed[-1:]])
     assert conn.bytes_of(CLIENT) == history.sent[CLIENT]
+
+
+def connection_of(number: int) -> Iterator[Any]:
+    """As a capture has it: each row with texts of its own."""
+    history = History(
+        ends=(("10.0.0.1", 1000 + number), ("10.0.0.2", 80)), socks=(2 * number + 1, 2 * number + 2)
+    )
+    now = history.shake_hands(number * 1_000)
+    at = [now + 1_000 * step for step in range(13)]
+    history.message(CLIENT, 100, at[:6])
+    history.message(SERVICE, 200, at[6:12])
+    for row in history.rows():
+        for name in ("saddr", "daddr", "state", "comm", "ifname", "dev"):
+            text = getattr(row, name)
+            if text:
+                setattr(row, name, f" {text}"[1:])
+        yield row
+
+
+def test_a_connection_that_is_open_takes_little_memory() -> None:
+    count = 300
+    joiner = Joiner()
+    joiner.feed(list(connection_of(0)))
+    tracemalloc.start()
+    try:
+        for number in range(1, count + 1):
+            joiner.feed(list(connection_of(number)))
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert used / count < 7_000
