@@ -13,6 +13,7 @@ import stat
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, cast
 
 import attrs
@@ -365,7 +366,7 @@ class Capture:
         self._make_room("events", loss.count, _MOST_EVENTS)
         return loss
 
-    def _learn(self, hooks: set[tuple[str, ...]]) -> bool:
+    def _learn(self, hooks: AbstractSet[tuple[str, ...]]) -> bool:
         """Remember hooks, if there is room for all of them: of each something is kept."""
         if len(self._hooks | hooks) > _MOST_HOOKS:
             return False

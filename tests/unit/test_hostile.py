@@ -100,10 +100,10 @@ def test_no_text_of_a_capture_keeps_its_control_characters(form: Any) -> None:
     hook = {"point": EVIL, "func": EVIL, "attach": EVIL}
     books = {
         "hooks": [{**hook, "produced": 1, "dropped": 0, "delivered": 1}],
-        **{key: {EVIL: EVIL} for key in ("missing", "interfaces", "silent", "uncounted")},
+        **{key: {EVIL: EVIL} for key in ("missing", "interfaces", "silent", "no_histograms")},
         "skipped": {EVIL: 1},
         "poll_error": EVIL,
-        "counted": {EVIL: {"samples": 1, "unmeasured": 0, "rest": 0}},
+        "histograms": {EVIL: {"samples": 1, "unmeasured": 0, "rest": 0}},
     }
     report = {
         "probes": {EVIL: books},
