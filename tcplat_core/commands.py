@@ -99,14 +99,13 @@ _AGAIN_S = 0.5
 
 
 @contextlib.contextmanager
-def terminated_in_order() -> Iterator[None]:
+def terminated_in_order() -> Iterator[None]:  # noqa: C901 - handlers, and what they share
     """Have SIGTERM and SIGHUP undo what is half done, and then end the process as they do.
 
     What a command has begun to write, or has drawn on the terminal, would stay. `run` and
     `replay` have ends of their own for these signals, and take them over.
     """
     ours: list[int] = []
-
     ending: list[TerminatedError] = []
 
     def on_signal(number: int, _frame: object) -> None:
