@@ -16,7 +16,7 @@ import attrs
 import msgspec
 
 import tcplat_core
-from tcplat_core import Event, Field, Merge, fields, hookspecs
+from tcplat_core import Event, Field, Loss, Merge, fields, hookspecs
 from tcplat_core.model import RunReport
 from tcplat_core.plugins import Plugins
 from tcplat_core.schema import TCP_STATES, Record
@@ -30,7 +30,8 @@ def events() -> str:
     """The event's schema."""
     row = msgspec.json.encode(make_event()).decode()
     version = tcplat_core.SCHEMA_VERSION
-    lost = f'{{"v":{version},"lost":{{"probe":"tcp_client","point":"send","count":3}}}}'
+    loss = attrs.asdict(Loss("tcp_client", "send", 3, 7_100, 7_900))
+    lost = msgspec.json.encode({"v": version, "lost": loss}).decode()
     host = attrs.asdict(Merge(1, "service.jsonl", offset_ns=-3_000_000, bound_ns=15_000))
     merge = msgspec.json.encode({"v": version, "merge": host}).decode()
     report = RunReport(probes={}, duration_s=1.5)
@@ -68,7 +69,8 @@ def events() -> str:
             *_own(),
             "## Lines that are no rows",
             "",
-            "Where events were lost, at the place of the gap:",
+            "Where events were lost, before the first row that is younger than `since_ns`: between",
+            "this and `until_ns` rows are missing. Both are 0 where it is not known.",
             "",
             "```json",
             lost,

@@ -142,7 +142,7 @@ class Sink(Protocol):
         """
 
     def lost(self, loss: Loss) -> None:
-        """Events were lost at this place in the stream."""
+        """Events were lost from this place in the stream on, until `loss.until_ns`."""
 
     def close(self, report: RunReport) -> None:
         """The run is over. Not called where a method has failed before; twice does no harm."""
@@ -197,11 +197,21 @@ class RunInfo:
 
 @attrs.frozen
 class Loss:
-    """So many events of a hook were lost since the last time this was said."""
+    """So many events of a hook were lost since the last time this was said.
+
+    Args:
+        probe: Whose ring was full.
+        point: The hook's.
+        count: So many.
+        since_ns: Where in the stream it stands: none of them was before this instant.
+        until_ns: None of them was after this one. Both are 0 where it is not known.
+    """
 
     probe: str
     point: str
     count: Count
+    since_ns: Count = 0
+    until_ns: Count = 0
 
 
 HOST_BITS = 32

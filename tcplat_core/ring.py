@@ -23,6 +23,7 @@ from .errors import TcplatError
 _BUSY = 1 << 31
 _DISCARD = 1 << 30
 _HEADER = 8
+_U64 = struct.Struct("=Q")
 BATCH = 1024
 """Records per batch: more of them at once would only keep the garbage collector busy."""
 
@@ -42,12 +43,14 @@ class Ring:
         size: Bytes of data; a power of two.
         layout: The record, without the ring's own header.
         tag_at: Where in the record the byte stands by which `taken` counts.
+        ts_at: Where the u64 stands that says when it was.
     """
 
     fd: int
     size: int
     layout: struct.Struct
     tag_at: int = 0
+    ts_at: int = 0
     by_c: Iterable[int] = attrs.field(default=(), init=False)
     """Records that were taken by fast/records.c, by that byte."""
     _taken: Counter[int] = attrs.field(factory=Counter, init=False)
@@ -125,6 +128,28 @@ class Ring:
     def pending(self) -> bool:
         """Whether there is more to drain."""
         return self._produced[0] != self._position[0]
+
+    @property
+    def crowded(self) -> bool:
+        """So full that there may be no room left before all of it is drained."""
+        return self._used() * 2 >= self.size
+
+    def full_since_ns(self) -> int:
+        """When the last record was for which there was room; 0 where there is room, or unknown.
+
+        From then on each one was dropped: nothing gets in until something is drained.
+        """
+        # As bpf_ringbuf_reserve() asks.
+        if self._used() + self._stride < self.size:
+            return 0
+        start = self._produced[0] - self._stride & self.size - 1
+        if self._words[start // 4] & (_BUSY | _DISCARD):
+            return 0
+        ts_ns: int = _U64.unpack_from(self._data, start + _HEADER + self.ts_at)[0]
+        return ts_ns
+
+    def _used(self) -> int:
+        return self._produced[0] - self._position[0]
 
     def _committed(self, lengths: list[int]) -> int:
         """How many of the records, from the first on, are complete."""

@@ -29,6 +29,7 @@ def spare_the_collector() -> None:
 
 
 _BY_TIME = operator.attrgetter("ts_ns")
+_SINCE = operator.attrgetter("since_ns")
 _HOOK = operator.attrgetter("probe", "point", "func")
 
 
@@ -55,8 +56,8 @@ class Router:
     reader_gone: bool = False
     _waiting: list[Event] = attrs.field(factory=list, init=False)
     _cut: Counter[tuple[str, str, str]] = attrs.field(factory=Counter, init=False)
-    _losses: list[tuple[int, Loss]] = attrs.field(factory=list, init=False)
-    """Youngest row that was here when a loss was noticed, and the loss."""
+    _losses: list[Loss] = attrs.field(factory=list, init=False)
+    """Those that wait for their place, in order."""
     _last_ns: int = attrs.field(default=0, init=False)
 
     @property
@@ -101,12 +102,23 @@ class Router:
         """Take rows of one probe, as they came out of its ring."""
         self._waiting += rows
 
+    def feed_loss(self, loss: Loss) -> None:
+        """Take a loss: it is told behind the last row that was no later than it began."""
+        bisect.insort(self._losses, loss, key=_SINCE)
+
     def flush(self, before_ns: int | None = None) -> None:
         """Deliver what is older than `before_ns`, or everything.
 
         A handler stamps its record before it submits it, and may be interrupted
         in between: what is younger waits, an older one may still turn up.
         """
+        while self._losses and (before_ns is None or self._losses[0].since_ns < before_ns):
+            loss = self._losses.pop(0)
+            self._flush_rows(loss.since_ns + 1)
+            self.lost(loss)
+        self._flush_rows(before_ns)
+
+    def _flush_rows(self, before_ns: int | None) -> None:
         ready = self._ready(before_ns)
         if self.done or self.limit:
             room = 0 if self.done else self.limit - self.total
@@ -114,10 +126,6 @@ class Router:
             ready = ready[:room]
         if ready:
             self.deliver(ready)
-        if self._losses:
-            oldest_ns = self._oldest_ns()
-            while self._losses and (oldest_ns is None or oldest_ns > self._losses[0][0]):
-                self._each("lost", self._losses.pop(0)[1])
 
     def _ready(self, before_ns: int | None) -> Sequence[Event]:
         """What need not wait any more, in order."""
@@ -130,17 +138,6 @@ class Router:
         if not records:
             return rows
         return sorted([*records, *rows], key=_BY_TIME) if rows else records
-
-    def _oldest_ns(self) -> int | None:
-        """Of all that waits."""
-        rows = [self._waiting[0].ts_ns] if self._waiting else []
-        records = self.room.oldest_ns() if self.room else 0
-        return min([*rows, records] if records else rows, default=None)
-
-    def _youngest_ns(self) -> int:
-        """Of all that waits; 0 where nothing does."""
-        records = self.room.youngest_ns() if self.room else 0
-        return max([records, *(row.ts_ns for row in self._waiting)])
 
     def deliver(self, ready: Sequence[Event]) -> None:
         """Hand over rows that are in order already."""
@@ -163,12 +160,8 @@ class Router:
         return self._cut + Counter(map(_HOOK, self._waiting))
 
     def lost(self, loss: Loss) -> None:
-        """Say in the stream that events were lost, behind the rows that are here already."""
-        youngest_ns = self._youngest_ns()
-        if youngest_ns:
-            self._losses.append((youngest_ns, loss))
-        else:
-            self._each("lost", loss)
+        """Say that events were lost, behind what was delivered so far."""
+        self._each("lost", loss)
 
     def merged(self, merge: Merge) -> None:
         """Tell the sinks that want to know that the rows are of several hosts."""

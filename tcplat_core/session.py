@@ -10,7 +10,7 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -94,6 +94,10 @@ class ProbeRun:
     polled: Counter[str] = attrs.field(factory=Counter)
     """Rows that poll() made, by point."""
     poll_error: str = ""
+    _counted_ns: int = attrs.field(default=0, init=False)
+    """What was lost before this instant has been told."""
+    _undrained: bool = attrs.field(default=True, init=False)
+    """Nothing was drained since then: a ring that was full once is full still."""
 
     @classmethod
     def open(cls, spec: ProbeSpec, loaded: LoadedProbe, request: Request, cpus: int) -> Self:
@@ -104,7 +108,11 @@ class ProbeRun:
         return cls(
             spec,
             hooks,
-            Ring(loaded.ring_fd, request.ring_bytes, record.layout, record.offset("hook")),
+            Ring(
+                *(loaded.ring_fd, request.ring_bytes, record.layout),
+                tag_at=record.offset("hook"),
+                ts_at=record.offset("ts_ns"),
+            ),
             Books(loaded.books_fd, cpus, len(hooks)),
             record.decoder(*reading),
             Codec.of(record, *reading),
@@ -149,6 +157,33 @@ class ProbeRun:
         for program, fd in self.loaded.program_fds.items():
             counts[funcs[program]] += _misses(fd)
         return {func: count for func, count in counts.items() if count}
+
+    def losses(self) -> list[Loss]:
+        """What was lost since the last time, and between which instants."""
+        now_ns = kernel_ns()
+        full_ns = self.ring.full_since_ns() if self._undrained else 0
+        since_ns, self._counted_ns, self._undrained = self._counted_ns, now_ns, True
+        if self.books.dropped() == sum(self.said_lost):
+            return []
+        counts = [dropped for _, dropped in self.books.read()]
+        place = max(since_ns, full_ns), kernel_ns()
+        found = [
+            Loss(self.spec.name, fired.point, count - said, *place)
+            for fired, count, said in zip(self.hooks, counts, self.said_lost, strict=True)
+            if count > said
+        ]
+        self.said_lost = counts
+        return found
+
+    def lost_none(self, now_ns: int) -> bool:
+        """Whether the ring, which is empty, shows that nothing was lost up to an instant."""
+        if self._undrained:
+            self._counted_ns = now_ns
+        return self._undrained
+
+    def drained(self) -> None:
+        """It may have been full since it was counted what was lost, and be so no more."""
+        self._undrained = False
 
     def settled(self) -> bool:
         """Whether all that was produced is either dropped or here, and nothing is on its way."""
@@ -473,7 +508,6 @@ class Session:
                 had = router.total
                 settled_ns = min(previous_ns, now_ns - int(self.hold_s * 1e9))
                 horizon_ns = _drain(runs, router, clock, settled_ns)
-                _tell_losses(runs, router)
                 router.flush(horizon_ns)
                 if horizon_ns < settled_ns:  # there is more than one helping
                     router.poll()
@@ -581,7 +615,8 @@ def _drain_rest(runs: Sequence[ProbeRun], router: Router) -> None:
     clock = _Clock()
     while not router.done:
         horizon_ns = _drain(runs, router, clock, FOREVER)
-        _tell_losses(runs, router)
+        for run in runs:
+            _tell_losses(run, router)
         settled = all(run.settled() for run in runs)
         if settled or time.monotonic() > deadline:
             router.flush()
@@ -593,28 +628,38 @@ def _drain_rest(runs: Sequence[ProbeRun], router: Router) -> None:
 def _drain(runs: Sequence[ProbeRun], router: Router, clock: _Clock, horizon_ns: int) -> int:
     """Feed the router one helping of each ring.
 
+    What was lost is counted before a ring is drained: until then it was full, and everything
+    behind its last record is missing. Then that is known by the instant.
+
     Returns:
         Up to which instant the rows are complete: `horizon_ns`, or earlier where a ring held
         more than one helping.
     """
     offset_ns = clock.offset_ns()
     for source, run in enumerate(runs):
+        now_ns = kernel_ns()
         if not run.ring.pending():
+            if not run.lost_none(now_ns):
+                _tell_losses(run, router)
             continue
+        crowded = run.ring.crowded
+        _tell_losses(run, router)
         if router.room:
             router.room.offset_ns = offset_ns
             last_ns = router.room.take(source, HELPING * BATCH)
         else:
             last_ns = _feed(run, router, offset_ns)
+        run.drained()
+        if crowded:
+            _tell_losses(run, router)
         if last_ns and run.ring.pending():
             horizon_ns = min(horizon_ns, last_ns - _GUARD_NS)
     return horizon_ns
 
 
-def _tell_losses(runs: Sequence[ProbeRun], router: Router) -> None:
-    for run in runs:
-        for loss in _losses(run):
-            router.lost(loss)
+def _tell_losses(run: ProbeRun, router: Router) -> None:
+    for loss in run.losses():
+        router.feed_loss(loss)
 
 
 def _feed(run: ProbeRun, router: Router, offset_ns: int) -> int:
@@ -672,15 +717,6 @@ class _Clock:
         if now >= self._until:
             self._offset_ns, self._until = clock_offset_ns(), now + 1
         return self._offset_ns
-
-
-def _losses(run: ProbeRun) -> Iterator[Loss]:
-    if run.books.dropped() == sum(run.said_lost):
-        return
-    for hook, (_, dropped) in enumerate(run.books.read()):
-        if dropped > run.said_lost[hook]:
-            yield Loss(run.spec.name, run.hooks[hook].point, dropped - run.said_lost[hook])
-            run.said_lost[hook] = dropped
 
 
 def _report(runs: Sequence[ProbeRun], router: Router, duration_s: float) -> RunReport:

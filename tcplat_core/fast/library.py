@@ -77,7 +77,6 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "ring_taken": (c_void_p, c_void_p),
     "room_take": (c_int64, c_void_p, c_void_p, c_uint32),
     "room_oldest_ns": (c_uint64, c_void_p),
-    "room_youngest_ns": (c_uint64, c_void_p),
     "room_leave": (c_int, c_void_p, c_uint64, c_void_p, POINTER(Left)),
     "codec_new": (c_void_p, c_uint32, c_uint32, c_uint32, c_void_p, c_uint32, c_void_p),
     "codec_learn": (c_int, c_void_p, c_uint32, c_char_p, c_char_p, c_void_p),

@@ -230,15 +230,10 @@ s64 room_take(struct room *room, struct ring *ring, u32 most)
 	return put_in_order(room, from) ? result : NO_MEMORY;
 }
 
-/* Of the oldest record, or of the youngest; 0 where there is none. */
+/* Of the oldest record; 0 where there is none. */
 u64 room_oldest_ns(const struct room *room)
 {
 	return room->count ? room->entries[0].ts_ns : 0;
-}
-
-u64 room_youngest_ns(const struct room *room)
-{
-	return room->count ? room->entries[room->count - 1].ts_ns : 0;
 }
 
 /* What left has left gaps: the rest moves to a buffer of its own. Without memory the gaps stay. */

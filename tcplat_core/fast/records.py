@@ -206,12 +206,8 @@ class Room:
             raise TcplatError(NO_MEMORY)
         return int(last_ns)
 
-    def youngest_ns(self) -> int:
-        """When the last of those here was; 0 where there is none."""
-        return int(self._library.room_youngest_ns(self._handle))
-
     def oldest_ns(self) -> int:
-        """When the first of them was."""
+        """When the first of those here was; 0 where there is none."""
         return int(self._library.room_oldest_ns(self._handle))
 
     def leave(self, before_ns: int) -> Records | None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from .harness import SLOW, Listener, Puppet, Tcplat, eventually
+from .harness import SLOW, TCPLAT, Listener, Puppet, Tcplat, eventually
 
 MOST_MIB = 200
 _FLOOD = """
@@ -93,3 +96,59 @@ def end_a_flood(
     assert f"{dropped} lost" in outcome.stderr
     assert peak <= MOST_MIB
     return took
+
+
+_ASK = """
+import select, socket, sys, threading, time
+listener = socket.create_server(("127.0.0.1", 0))
+def serve(conn):
+    while conn.recv(4096):
+        conn.send(b"+OK")
+    conn.close()
+def listen():
+    while True:
+        threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+threading.Thread(target=listen, daemon=True).start()
+conns = [socket.create_connection(listener.getsockname()) for _ in range(8)]
+longest, end = 0, time.monotonic() + 2
+while time.monotonic() < end:
+    asked = {conn: time.monotonic_ns() for conn in conns if conn.send(b"PING")}
+    while asked:
+        for conn in select.select(list(asked), [], [])[0]:
+            conn.recv(4096)
+            longest = max(longest, time.monotonic_ns() - asked.pop(conn))
+for conn in conns:
+    conn.close()
+print(longest, file=open(sys.argv[1], "w"))
+"""
+
+
+def test_no_exchange_takes_longer_than_the_client_saw_where_events_are_lost(
+    start_tcplat: Callable[..., Tcplat], tmp_path: Path, measured: Callable[[str], None]
+) -> None:
+    capture, told, again = (tmp_path / name for name in ("0.jsonl", "told", "again"))
+    stages = "stages:group_by=none,format=json,path="
+    run = start_tcplat(
+        *("--ring-size", "64K"),
+        probes=("tcp_client", "tcp_service"),
+        sinks=(f"jsonl:path={capture}", f"{stages}{told}"),
+        command=[sys.executable, "-I", "-c", _ASK, str(tmp_path / "longest")],
+    )
+    assert (outcome := run.wait()).returncode == 0
+    longest_us = int((tmp_path / "longest").read_text()) / 1000
+    lines = [json.loads(line) for line in told.read_text().splitlines()]
+    (total,) = [line for line in lines if line.get("stage") == "total"]
+    (left_out,) = [line["spans_loss"] for line in lines if "spans_loss" in line]
+    measured(
+        f"ring of 64K: {total['count']} exchanges told, {left_out} left out; "
+        f"max {total['max_us']:.0f} us, and {longest_us:.0f} by the client's clock"
+    )
+    assert total["count"] > 100 < left_out
+    # A histogram's bucket is up to 3 % wide.
+    assert total["max_us"] <= longest_us * 1.03
+    assert outcome.losses
+    assert all(0 < one["since_ns"] < one["until_ns"] for one in outcome.losses)
+    subprocess.run(
+        [*TCPLAT, "replay", "-q", str(capture), "--sink", stages + str(again)], check=True
+    )
+    assert again.read_bytes() == told.read_bytes()

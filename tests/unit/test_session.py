@@ -18,6 +18,7 @@ import attrs
 import pytest
 
 from tcplat_core import session as sessions
+from tcplat_core.clock import kernel_ns
 from tcplat_core.command import Command
 from tcplat_core.errors import (
     CannotRunError,
@@ -95,6 +96,10 @@ def run(*probes: FakeProbe, holding: tuple[int, ...] = (), **given: Any) -> RunR
 def run_into_a_sink(*probes: FakeProbe, **given: Any) -> tuple[RecordingSink, RunReport]:
     sink = RecordingSink()
     return sink, run(*probes, sinks={"it": sink}, **given)
+
+
+def losses(sink: RecordingSink) -> list[Loss]:
+    return [one for one in sink.stream if isinstance(one, Loss)]
 
 
 def times(rows: Sequence[Event]) -> list[int]:
@@ -189,9 +194,9 @@ def test_produced_is_delivered_and_dropped(play: Play) -> None:
     ]
     assert [hook.unread for hook in report.probes["one"].hooks] == [0, 0]
     assert len(sink.rows) == fitted
-    assert {loss for loss in sink.stream if isinstance(loss, Loss)} == {
-        Loss("one", "send", 100 - fitted),
-        Loss("one", "close", 1),
+    assert {(one.probe, one.point, one.count) for one in losses(sink)} == {
+        ("one", "send", 100 - fitted),
+        ("one", "close", 1),
     }
 
 
@@ -200,7 +205,55 @@ def test_a_loss_is_said_behind_the_rows_that_filled_the_ring(play: Play) -> None
     while probe.emit("tp_send", ts_ns=1):
         pass
     sink, _ = run_into_a_sink(probe)
-    assert sink.stream[-1] == Loss("one", "send", 1)
+    assert losses(sink) == sink.stream[-1:]
+    assert (losses(sink)[0].count, losses(sink)[0].since_ns) == (1, 1)
+
+
+def test_a_loss_is_said_before_what_other_rings_had_room_for(play: Play) -> None:
+    one, two = play("one", ring_bytes=4096), play("two", ring_bytes=4096)
+    last_ns = 0
+    while one.emit("tp_send", ts_ns=last_ns + 10):
+        last_ns += 10
+    two.emit("tp_send", ts_ns=last_ns - 5)
+    two.emit("tp_send", ts_ns=last_ns + 5)
+    two.emit("tp_send", ts_ns=last_ns + 20)
+    sink, _ = run_into_a_sink(one, two)
+    (loss,) = losses(sink)
+    place = sink.stream.index(loss)
+    assert times(sink.rows[:place])[-2:] == [last_ns - 5, last_ns]
+    assert times(sink.rows[place:]) == [last_ns + 5, last_ns + 20]
+    assert loss.since_ns == last_ns
+
+
+def test_a_loss_says_between_which_instants_it_was(play: Play) -> None:
+    probe, other = play("one", ring_bytes=4096), play("two", ring_bytes=1 << 16)
+    signals = Signals()
+    lost_ns: list[tuple[int, int]] = []
+
+    @attrs.define(eq=False)
+    class Overflows(RecordingSink):
+        def write(self, batch: Sequence[Event]) -> None:
+            super().write(batch)
+            if len(lost_ns) == 3:
+                signals.caught = 2
+            elif batch[-1].probe == "two":
+                fitted_ns = 0
+                while probe.emit("tp_send", ts_ns=(now_ns := kernel_ns())):
+                    fitted_ns = now_ns
+                lost_ns.append((fitted_ns, now_ns))
+                # It had room when the other had none.
+                other.emit("tp_send", ts_ns=kernel_ns())
+
+    sink = Overflows()
+    other.emit("tp_send", ts_ns=kernel_ns())
+    run(probe, other, sinks={"it": sink}, duration_s=0, signals=signals)
+    assert len(losses(sink)) == 3
+    for loss, (fitted_ns, now_ns) in zip(losses(sink), lost_ns, strict=True):
+        assert fitted_ns <= loss.since_ns <= now_ns <= loss.until_ns <= kernel_ns()
+        place = sink.stream.index(loss)
+        before = times([row for row in sink.stream[:place] if isinstance(row, Event)])
+        after = times([row for row in sink.stream[place:] if isinstance(row, Event)])
+        assert max(before) <= loss.since_ns < min(after)
 
 
 def test_each_lost_event_is_said_once(play: Play) -> None:
@@ -219,7 +272,7 @@ def test_each_lost_event_is_said_once(play: Play) -> None:
     sink = Overflows()
     probe.emit("tp_send", ts_ns=1)
     report = run(probe, sinks={"it": sink}, duration_s=0, signals=signals)
-    assert [loss.count for loss in sink.stream if isinstance(loss, Loss)] == [1, 1, 1]
+    assert [loss.count for loss in losses(sink)] == [1, 1, 1]
     assert report.dropped == 3
     assert report.delivered == len(sink.rows)
 

@@ -14,7 +14,7 @@ def told(reader: Reader, joiner: Joiner) -> Iterator[Told]:
     """Exchanges and connections of a capture, as they are complete."""
     for item in reader.items():
         if isinstance(item, Loss):
-            joiner.lost(item.point)
+            joiner.lost(item.point, item.since_ns, item.until_ns)
         elif isinstance(item, list):
             yield from joiner.feed(item)
     yield from joiner.finish()

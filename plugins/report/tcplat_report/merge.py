@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import heapq
 import operator
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import attrs
@@ -116,6 +117,14 @@ class _Shift:
             row.sock += self.host << _SOCK_BITS
         return row
 
+    def loss(self, loss: Loss) -> Loss:
+        """The loss, by A's clock, as far as it says when it was."""
+        since_ns, until_ns = (
+            min(max(0, at_ns - self.offset.at(at_ns)), sys.maxsize) if at_ns else 0
+            for at_ns in (loss.since_ns, loss.until_ns)
+        )
+        return attrs.evolve(loss, since_ns=since_ns, until_ns=until_ns)
+
 
 def _write(file: BinaryIO, hosts: list[Merge], readers: list[Reader], shift: _Shift) -> None:
     encoder = msgspec.json.Encoder()
@@ -139,17 +148,15 @@ def _write(file: BinaryIO, hosts: list[Merge], readers: list[Reader], shift: _Sh
     line(report=add_reports(first.report, second.report).as_json())
 
 
-def _timed(
-    reader: Reader, shift: Callable[[Event], Event] = lambda row: row
-) -> Iterator[tuple[int, Event | Loss]]:
+def _timed(reader: Reader, shift: _Shift | None = None) -> Iterator[tuple[int, Event | Loss]]:
     """Rows and losses, with the time that gives them their place."""
     ts_ns = 0
     for item in reader.items():
         if isinstance(item, Loss):
-            yield ts_ns, item
+            yield ts_ns, shift.loss(item) if shift else item
         elif isinstance(item, list):
             for one in item:
-                row = shift(one)
+                row = shift(one) if shift else one
                 # Rows that came late in the run stay where they are.
                 ts_ns = max(ts_ns, row.ts_ns)
                 yield ts_ns, row

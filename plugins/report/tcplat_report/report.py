@@ -343,7 +343,7 @@ def write_report(
             if isinstance(item, Merge):
                 story.merged(item)
             elif isinstance(item, Loss):
-                story.joiner.lost(item.point)
+                story.joiner.lost(item.point, item.since_ns, item.until_ns)
             else:
                 story.write(item)
         story.close()
@@ -365,7 +365,7 @@ def _write_trace(reader: Reader, output: str) -> list[str]:
             if isinstance(item, Merge):
                 trace.merged(item)
             elif isinstance(item, Loss):
-                joiner.lost(item.point)
+                joiner.lost(item.point, item.since_ns, item.until_ns)
             else:
                 trace.add(joiner.feed(item))
         trace.add(joiner.finish())

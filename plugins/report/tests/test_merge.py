@@ -19,7 +19,7 @@ from tcplat_report.commands import merge
 from tcplat_stages.join import Joiner
 from tcplat_stages.model import Exchange
 
-from tcplat_core import Event, Reader, UsageError
+from tcplat_core import Event, Loss, Reader, UsageError
 
 from .captures import Traffic, joint, of_host, write
 
@@ -120,6 +120,28 @@ def test_it_is_a_capture_sorted_and_read_back_as_it_is(tmp_path: Path) -> None:
     assert len([1 for _ in reader.items()]) > 0
     assert [host.host for host in reader.merges] == [0, 1]
     assert not list(reader.remarks())
+
+
+def test_when_rows_were_lost_is_told_by_the_same_clock(tmp_path: Path) -> None:
+    traffic = Traffic(connections=20)
+    paths = [write(tmp_path / "a", of_host(traffic, 0))]
+    paths.append(write(tmp_path / "b", of_host(traffic, 1, drifting)))
+    lines = paths[1].read_text().splitlines()
+    middle = len(lines) // 2
+    times = [json.loads(lines[at])["ts_ns"] for at in (middle - 1, middle)]
+    for since_ns, until_ns in ((0, 0), times):
+        lost = {"probe": "p", "point": "send", "count": 1}
+        lost |= {"since_ns": since_ns, "until_ns": until_ns}
+        lines.insert(middle, json.dumps({"v": 2, "lost": lost}))
+    paths[1].write_text("".join(line + "\n" for line in lines))
+    out = tmp_path / "out"
+    arguments = [*map(str, paths), "-o", str(out)]
+    CliRunner().invoke(merge, arguments, catch_exceptions=False)
+    known, unknown = [item for item in Reader.open(str(out)).items() if isinstance(item, Loss)]
+    assert (unknown.since_ns, unknown.until_ns) == (0, 0)
+    theirs = [row.ts_ns for row in read(out) if (row.netns or 0) >> 32 == 1]
+    assert known.since_ns in theirs
+    assert theirs[theirs.index(known.since_ns) + 1] == known.until_ns
 
 
 def test_a_merged_capture_can_be_merged_again(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import select
 import socket
 import stat
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -72,7 +72,7 @@ class Reader:
     _size: int = attrs.field(default=0, init=False)
     _gap: int = attrs.field(default=0, init=False)
     """Rows that he has missed since the last map in the queue."""
-    _losses: Counter[tuple[str, str]] = attrs.field(factory=Counter, init=False)
+    _losses: dict[tuple[str, str], Loss] = attrs.field(factory=dict, init=False)
     """What the run has lost meanwhile, by probe and point."""
 
     @property
@@ -94,7 +94,8 @@ class Reader:
     def lose(self, loss: Loss, data: bytes) -> None:
         """Queue a loss of the run's, or remember it until there is room."""
         if self._gap or self._losses or self._size + len(data) > self.limit:
-            self._losses[loss.probe, loss.point] += loss.count
+            of = loss.probe, loss.point
+            self._losses[of] = _both(self._losses[of], loss) if of in self._losses else loss
         else:
             self.push(data)
 
@@ -102,8 +103,8 @@ class Reader:
         """Say what he has missed up to here."""
         if self._gap:
             self.push(_encode({"v": SCHEMA_VERSION, "gap": self._gap}))
-        for (probe, point), count in self._losses.items():
-            self.push(_loss(Loss(probe, point, count)))
+        for loss in self._losses.values():
+            self.push(_loss(loss))
         self._gap = 0
         self._losses.clear()
 
@@ -141,6 +142,16 @@ class Reader:
         """
         with contextlib.suppress(BlockingIOError):
             self.mute = self.mute or not self.socket.recv(1 << 16)
+
+
+def _both(one: Loss, other: Loss) -> Loss:
+    """The two as one, of the same point; when it was is not known unless it is of both."""
+    return attrs.evolve(
+        one,
+        count=one.count + other.count,
+        since_ns=min(one.since_ns, other.since_ns),
+        until_ns=max(one.until_ns, other.until_ns),
+    )
 
 
 def _loss(loss: Loss) -> bytes:

@@ -58,13 +58,13 @@ def test_no_text_can_break_a_line(sink: Jsonl, path: Path) -> None:
 
 def test_a_loss_stands_in_its_place(sink: Jsonl, path: Path) -> None:
     sink.write([make_event(ts_ns=1)])
-    sink.lost(Loss("tcp_client", "send", 3))
+    sink.lost(Loss("tcp_client", "send", 3, 5, 7))
     sink.write([make_event(ts_ns=2)])
     before, loss, after = lines(path)
     assert (before["ts_ns"], after["ts_ns"]) == (1, 2)
     assert loss == {
         "v": SCHEMA_VERSION,
-        "lost": {"probe": "tcp_client", "point": "send", "count": 3},
+        "lost": {"probe": "tcp_client", "point": "send", "count": 3, "since_ns": 5, "until_ns": 7},
     }
 
 

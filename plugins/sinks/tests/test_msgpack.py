@@ -256,12 +256,15 @@ def test_losses_of_the_run_are_told_to_who_missed_them_as_well(bench: Bench) -> 
     slow = bench.client()
     for start in range(0, 20_000, 100):
         sink.write(rows(100, start))
-        sink.lost(LOSS)
+        sink.lost(attrs.evolve(LOSS, since_ns=start + 1, until_ns=start + 50))
     maps = ended(sink, slow)
     assert sum(counts(maps)) == 20_000
-    lost = [one["lost"]["count"] for one in maps if "lost" in one]
-    assert sum(lost) == 200 * LOSS.count
+    lost = [one["lost"] for one in maps if "lost" in one]
+    assert sum(one["count"] for one in lost) == 200 * LOSS.count
     assert len(lost) < 200
+    # Each says of all that it stands for when that was.
+    assert [one["since_ns"] for one in lost] == [1, *(one["until_ns"] + 51 for one in lost[:-1])]
+    assert lost[-1]["until_ns"] == 19_950
 
 
 def test_who_never_reads_delays_the_end_by_a_second_at_most(bench: Bench) -> None:
@@ -692,6 +695,6 @@ def test_what_a_reader_missed_is_a_loss_in_its_replay(
     third = msgspec.json.decode(out.splitlines()[2])
     assert third == {
         "v": SCHEMA_VERSION,
-        "lost": {"probe": "msgpack", "point": "reader", "count": 7},
+        "lost": {"probe": "msgpack", "point": "reader", "count": 7, "since_ns": 0, "until_ns": 0},
     }
     assert b"7 rows were kept from us, because we did not read fast enough" in err

@@ -9,10 +9,10 @@ pipelining move packets about, and leave the numbers of bytes alone.
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from .model import (
@@ -85,7 +85,7 @@ _ALL_ROWS = (1 << _PACKET_ROWS + 2 * len(_KINDS)) - 1
 _ASKING_ROWS = 1 << CLIENT | ((1 << len(_KINDS)) - 1) << _PACKET_ROWS
 """Rows by which it is known that the client asks, where no probe watches the service."""
 _MOST_LOSSES = 4_096
-"""Places in the stream at which rows were lost, to the instant."""
+"""Stretches of time in which rows were lost, to the instant."""
 _STRAGGLERS_NS = 2 * _SECOND_NS
 """So long a connection that is over still takes what belongs to it."""
 _MOST_OVER = 8_192
@@ -104,6 +104,7 @@ _PARTING_NS = 5_000_000
 _LONGEST_PARTING_NS = 50_000_000
 """Within so long of a farewell both ends have closed: a request that hangs takes longer."""
 _LAST_NS = attrgetter("last_ns")
+_UNTIL_NS = itemgetter(1)
 _LONGEST = 16_384
 """Entries that are kept at all: 16,384 packets that nobody has read yet."""
 
@@ -150,10 +151,14 @@ class Joiner:
         """The latest instant of connections that are over; when all are, of all rows."""
         self._row_ns = 0
         """When the last row was of which something follows."""
-        self._lost_ns: list[int] = []
-        """The last row before each place at which it was told that rows were lost."""
+        self._gaps: list[tuple[int, int]] = []
+        """Between which instants rows were lost: apart from each other, and in order."""
         self._blurred_ns = -1
-        """Up to here these places are forgotten: rows may have been lost anywhere."""
+        """Up to here these gaps are forgotten: rows may have been lost anywhere."""
+        self._gap_ends: list[int] = []
+        """The ends of those that may not be over yet, in order."""
+        self._breaks = 0
+        """How often a gap began or ended; each connection knows how often by its last row."""
         self._longest: dict[tuple[str, int | None], int] = {}
         """Address and port of a service -> its longest total, ns, of what was answered."""
         self._undecided: list[Exchange] = []
@@ -172,7 +177,7 @@ class Joiner:
             "stats": self._stats,
         }
 
-    def feed(self, rows: Iterable[Any]) -> list[Told]:  # noqa: C901, PLR0912 - one pass over a million rows
+    def feed(self, rows: Iterable[Any]) -> list[Told]:  # noqa: C901, PLR0912, PLR0915 - one pass over a million rows
         """Take rows in order of time; what became complete by them.
 
         An exchange is complete when the next one's reply begins, when its connection
@@ -185,6 +190,8 @@ class Joiner:
             ts_ns = row.ts_ns
             if ts_ns >= self._next_sweep_ns:
                 self._pass(ts_ns)
+            if self._gap_ends and ts_ns >= self._gap_ends[0]:
+                self._end_gaps(ts_ns)
             point = row.point
             sock = row.sock
             if sock:
@@ -199,9 +206,12 @@ class Joiner:
                         continue
                 if not end.named and row.sport:
                     self._name(end, row)
-                end.conn.last_ns = ts_ns
+                conn = end.conn
+                conn.last_ns = ts_ns
+                if conn.breaks != self._breaks:
+                    self._break(conn)
                 if watch is not None and row.bytes:
-                    watch(end.conn, row)
+                    watch(conn, row)
                 handler(end, row, ts_ns)
             elif point in _PACKETS:
                 flags = row.flags or ""
@@ -232,34 +242,59 @@ class Joiner:
                 if conn.over:
                     continue
                 conn.last_ns = ts_ns
+                if conn.breaks != self._breaks:
+                    self._break(conn)
                 if watch is not None and row.bytes:
                     watch(conn, row)
                 self._packet(conn, index, row, ts_ns, point, flags)
             self._row_ns = ts_ns
         return told
 
-    def lost(self, point: str) -> None:
+    def lost(self, point: str, since_ns: int = 0, until_ns: int = 0) -> None:
         """Rows of a point are missing: that is told between the last row and the next.
 
-        What is under way here is not seen whole. What was complete stays so, unless the next
+        What is under way meanwhile is not seen whole. What was complete stays so, unless the next
         row of its connection shows that more had passed in between; or rows of the other end
         have shown so before, whose ring had room when this one was full already.
+
+        Args:
+            point: Of the rows.
+            since_ns: The first that is missing was not before this instant; 0: nor before here.
+            until_ns: The last was not after this one.
         """
-        if point not in _TELLING or not self._row_ns:
+        if point not in _TELLING:
             return
-        places = self._lost_ns
-        if places and places[-1] == self._row_ns:
-            return
-        places.append(self._row_ns)
-        if len(places) > _MOST_LOSSES:
-            half = len(places) // 2
-            self._blurred_ns = places[half - 1]
-            del places[:half]
-        for conn in self._conns.values():
-            conn.missed = _ALL_ROWS
-            for index, flow in enumerate(conn.flows):
-                if flow.unseen:  # by splice(): a gap in its reads means nothing
-                    conn.missed &= ~(1 << _READS + 1 - index)
+        since_ns = since_ns or self._row_ns
+        until_ns = max(since_ns, until_ns)
+        gaps, ends = self._gaps, self._gap_ends
+        if not until_ns or (gaps and gaps[-1] == (since_ns, until_ns)):
+            return  # of another point, at the same time
+        if until_ns > self._row_ns and until_ns not in ends:
+            insort(ends, until_ns)
+            if len(ends) > _MOST_LOSSES:
+                ends.pop(0)
+        while gaps and gaps[-1][1] >= since_ns:
+            before = gaps.pop()
+            since_ns, until_ns = min(before[0], since_ns), max(before[1], until_ns)
+        gaps.append((since_ns, until_ns))
+        if len(gaps) > _MOST_LOSSES:
+            half = len(gaps) // 2
+            self._blurred_ns = gaps[half - 1][1]
+            del gaps[:half]
+        self._breaks += 1
+
+    def _end_gaps(self, ts_ns: int) -> None:
+        """Rows that came while others were lost do not tell what these would have told."""
+        del self._gap_ends[: bisect_right(self._gap_ends, ts_ns)]
+        self._breaks += 1
+
+    def _break(self, conn: Connection) -> None:
+        """Rows of a connection may be lost between its last one and the next."""
+        conn.breaks = self._breaks
+        conn.missed = _ALL_ROWS
+        for index, flow in enumerate(conn.flows):
+            if flow.unseen:  # by splice(): a gap in its reads means nothing
+                conn.missed &= ~(1 << _READS + 1 - index)
 
     def pass_time(self, ts_ns: int) -> list[Told]:
         """No row that is older than `ts_ns` comes any more; what is over by then.
@@ -307,6 +342,7 @@ class Joiner:
             self._make_room()
         self._number += 1
         conn = self._conns[self._number] = Connection(self._number, row, turned=turned)
+        conn.breaks = self._breaks
         return conn
 
     def _make_room(self) -> None:
@@ -1226,6 +1262,8 @@ class Joiner:
     def _begin(self, conn: Connection, kind: str, end: int) -> Exchange:
         """An exchange, and what is known of its request's way."""
         exchange = Exchange(conn, kind)
+        if conn.breaks != self._breaks:
+            self._break(conn)
         exchange.request_begin, exchange.request_end = conn.answered, end
         exchange.stamps[CLIENT_SENT] = conn.ask_ns
         exchange.by[CLIENT] = conn.ask_by
@@ -1311,7 +1349,7 @@ class Joiner:
             self.untimed += 1
             conn.untold += 1
             return
-        if self._lost_ns and self._spans_loss(exchange):
+        if self._gaps and self._spans_loss(exchange):
             self.missed += 1
             conn.untold += 1
             conn.spans_loss += 1
@@ -1339,9 +1377,8 @@ class Joiner:
         began_ns = min(known)
         if began_ns <= self._blurred_ns:
             return True
-        places = self._lost_ns
-        first = bisect_left(places, began_ns)
-        if first == len(places):
+        first = bisect_left(self._gaps, began_ns, key=_UNTIL_NS)
+        if first == len(self._gaps):
             return False
         conn, stamps = exchange.conn, exchange.stamps
         last, reader = (
@@ -1349,7 +1386,7 @@ class Joiner:
         )
         if exchange.outcome == OPEN or (conn.ends[reader].streams and stamps[last] is None):
             return True  # its end is not known: what would tell may be among what was lost
-        return exchange.beyond or places[first] < max(*known, exchange.over_ns or 0)
+        return exchange.beyond or self._gaps[first][0] < max(*known, exchange.over_ns or 0)
 
     # --- what ended without a reply, or before the end of one
 

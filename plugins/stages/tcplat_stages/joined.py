@@ -50,7 +50,7 @@ class Joined:
 
     def lost(self, loss: Loss) -> None:
         """A line at the place of the gap: before the next row, whatever is over by then."""
-        # A loss has no time: told at once it would stand before or behind what silence ends.
+        # It may have no time: told at once it would stand before or behind what silence ends.
         self._gaps.append(loss)
 
     def passed(self, ts_ns: int) -> None:
@@ -60,7 +60,7 @@ class Joined:
     def _tell_gaps(self, ts_ns: int) -> None:
         self.passed(ts_ns)
         for loss in self._gaps:
-            self.joiner.lost(loss.point)
+            self.joiner.lost(loss.point, loss.since_ns, loss.until_ns)
             self.gap(loss)
         self._gaps.clear()
 

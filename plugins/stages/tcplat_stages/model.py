@@ -467,6 +467,7 @@ class Connection:
         "ask_retransmits",
         "ask_zeros",
         "began",
+        "breaks",
         "came",
         "client",
         "closing_ns",
@@ -556,6 +557,8 @@ class Connection:
         """How many of these were under way where events were lost."""
         self.missed = 0
         """Bits, one for each kind of row that has not come since events were lost."""
+        self.breaks = 0
+        """How often events were lost, anywhere, by its last row."""
         self.torn = False
         """What is asked next was not seen from its beginning."""
         self.ended = ""

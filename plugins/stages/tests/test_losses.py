@@ -94,6 +94,48 @@ def test_a_ring_that_stays_full_loses_its_rows_from_its_last_one_on(
     assert "unanswered" not in conn.outcomes
 
 
+@pytest.mark.parametrize("rings", [RING, ("tcp_client", "tcp_service"), ("tcp_client",)])
+@pytest.mark.parametrize("offset_ns", [1, 1_500, 5_500, 6_500, 10_500])
+def test_rows_that_come_while_others_are_lost_end_nothing(
+    rings: Sequence[str], offset_ns: int
+) -> None:
+    # A ring that is drained has room for some: these come amid the gap, and then it is full again.
+    history, begins = requests(40)
+    gaps = [(begins[at] + offset_ns, begins[at + 9] + 6_000) for at in (3, 14, 25)]
+    joiner = Joiner()
+    told = []
+    for row in history.rows():
+        while gaps and row.ts_ns > gaps[0][0]:
+            since_ns, until_ns = gaps.pop(0)
+            joiner.lost("send", since_ns, until_ns)
+            joiner.lost("recv", since_ns, until_ns)
+            middle_ns = (since_ns + until_ns) // 2
+            told_until_ns = until_ns
+        lost = row.ts_ns > begins[3] + offset_ns and row.probe in rings
+        if lost and row.ts_ns <= told_until_ns and abs(row.ts_ns - middle_ns) > TOTAL_NS:
+            continue
+        told += joiner.feed([row])
+    told += joiner.finish()
+    found = [one for one in told if isinstance(one, Exchange)]
+    assert {one.outcome for one in found} == {"answered"}
+    assert {one.total_ns for one in found} == {TOTAL_NS}
+    assert 1 <= joiner.missed <= 36
+    assert len(found) >= 40 - 3 * 12
+
+
+def test_a_gap_is_where_it_says_and_not_where_it_is_told() -> None:
+    # As in a capture of two hosts: rows of the other one may stand before it.
+    history, begins = requests(10, pause_ns=SECOND)
+    first, last = begins[3] + 5_500, begins[3] + 8_500
+    joiner = Joiner()
+    told = joiner.feed([row for row in history.rows() if row.ts_ns <= last])
+    joiner.lost("send", first, last)
+    told += joiner.feed([row for row in history.rows() if row.ts_ns > last])
+    told += joiner.finish()
+    assert sum(isinstance(one, Exchange) for one in told) == 9
+    assert joiner.missed == 1
+
+
 def test_what_was_whole_before_a_loss_stays_whole() -> None:
     history, begins = requests(6, pause_ns=SECOND)
     # Nothing is lost of this connection: the loss falls into a pause.

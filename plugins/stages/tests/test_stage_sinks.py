@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from tcplat_stages.percentiles import Stages
 from tcplat_stages.plugin import tcplat_register_sinks
@@ -268,13 +269,14 @@ def test_a_loss_is_told_at_its_place(tmp_path: Path, name: str) -> None:
         path = tmp_path / form
         options = read_options(name, SPECS[name].options, {"path": str(path), "format": form})
         sink: Any = SPECS[name].factory(options, RunInfo(()))
-        sink.lost(Loss("tcp_client", "send", 7))
+        loss = Loss("tcp_client", "send", 7, 5, 9)
+        sink.lost(loss)
         sink.close(REPORT)
         text = path.read_text(encoding="utf-8")
         if name == "stages" and form == "text":
             assert text.startswith("-- 7 events were lost: figures of what was seen\n")
         elif form == "json":
-            assert json.loads(text)["lost"] == {"probe": "tcp_client", "point": "send", "count": 7}
+            assert json.loads(text)["lost"] == attrs.asdict(loss)
         else:
             assert text.startswith("-- 7 events lost here (tcp_client, send) --\n")
 
