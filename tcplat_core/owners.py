@@ -42,6 +42,7 @@ _SOCK_DIAG_BY_FAMILY = 20
 _NLM_F_DUMP_REQUEST = 0x301
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _CLONE_NEWNET = 0x40000000
+_PF_EXITING = 4
 
 
 @attrs.frozen
@@ -223,6 +224,16 @@ def find(hidden: Hidden | None = None) -> list[Seed]:
                 )
             )
     return seeds
+
+
+def is_ending(pid: int) -> bool:
+    """Whether a process has ended, or has begun to."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return True
+    # Behind the name, which may hold anything: state, five numbers, and the flags.
+    return bool(int(stat.rpartition(b")")[2].split()[6]) & _PF_EXITING)
 
 
 def _held(pid: int) -> Iterator[int]:

@@ -254,7 +254,8 @@ class Loader:
         if pids is not None:
             for pid in pids:
                 bpf.map_update(self._shared["tcplat_pids"], _u32(pid), _u32(1))
-            self._core(core, EXIT)
+        # Before it is read who listens.
+        self._core(core, EXIT)
         if self._tracks:
             self._core(core, STATE)
             if self._follows_packets:
@@ -284,7 +285,7 @@ class Loader:
         else:
             compiled = Compiled.unpack(known)
         sizes = dict.fromkeys(("tcplat_socks", "tcplat_seeds", "tcplat_flows"), room)
-        sizes["tcplat_listeners"] = room // 2
+        sizes["tcplat_listeners"] = sizes["tcplat_listening"] = room // 2
         sizes["events"] = self.request.ring_bytes
         fds = []
         for one in compiled.maps:

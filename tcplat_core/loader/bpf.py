@@ -24,7 +24,14 @@ from tcplat_core.errors import TOO_MANY_FILES, CannotRunError
 _SYSCALLS = {"x86_64": (321, 298), "aarch64": (280, 241)}
 """Machine -> numbers of bpf and perf_event_open."""
 
-_MAP_CREATE, _MAP_UPDATE, _PROG_LOAD, _RAW_TRACEPOINT_OPEN, _MAP_UPDATE_BATCH = 0, 2, 5, 17, 26
+_MAP_CREATE, _MAP_UPDATE, _MAP_DELETE, _PROG_LOAD, _RAW_TRACEPOINT_OPEN, _MAP_UPDATE_BATCH = (
+    0,
+    2,
+    3,
+    5,
+    17,
+    26,
+)
 _NOEXIST = 1
 """BPF_NOEXIST, a flag of map updates."""
 _PROG_TEST_RUN = 10
@@ -135,6 +142,12 @@ def map_update(fd: int, key: bytes, value: bytes) -> None:
     """Set one entry."""
     attr = struct.pack("=IxxxxQQQ", fd, _pointer(key), _pointer(value), 0)
     _bpf(_MAP_UPDATE, attr)
+
+
+def map_delete(fd: int, key: bytes) -> None:
+    """Delete an entry, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        _bpf(_MAP_DELETE, struct.pack("=IxxxxQQQ", fd, _pointer(key), 0, 0))
 
 
 def map_update_many(fd: int, pairs: Sequence[tuple[bytes, bytes]]) -> None:

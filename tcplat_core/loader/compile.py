@@ -39,7 +39,7 @@ CORE_TYPES = (
     "inet_sock",
     "net:ns",
     "sk_buff:sk",
-    "socket:file",
+    "socket:file,sk",
     "file:f_inode",
     "inode:i_ino",
     "task_struct:tgid,signal,group_leader,start_time,flags,comm",

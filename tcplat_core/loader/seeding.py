@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import attrs
 
 from tcplat_core.filters import Filter
-from tcplat_core.owners import CLIENT, LISTENER, Place, Seed
+from tcplat_core.owners import CLIENT, LISTENER, Place, Seed, is_ending
 
 from . import bpf
 
 # Layouts of include/tcplat/owner.bpf.h.
-_SEED = struct.Struct("=QIBBBx16s")
+_SEED = struct.Struct("=QIBBBB16s")
 _PORT = struct.Struct("=16sIHBx")
-_LISTENER = struct.Struct("=IIBB6x16s")
+_LISTENER = struct.Struct("=IIBB6x8x16s")
 _ADDRS = struct.Struct("=16s16sIHHB7x")
 _FLOW = struct.Struct("=QQ")
+_OLDER = 1 << 31
 _SERVED, _SERVED_BY_DEVICE = 1, 2
 _MAPPED = bytes(10) + b"\xff\xff"
 
@@ -30,6 +31,8 @@ _Wants = Callable[[int, bytes], bool]
 
 def fill(maps: Mapping[str, int], seeds: Sequence[Seed], wanted: Filter, room: int) -> None:
     """Enter the sockets into tcplat_seeds, tcplat_flows, tcplat_listeners and tcplat_served.
+
+    And the processes that listen into tcplat_listening.
 
     Args:
         maps: Name -> fd.
@@ -57,7 +60,7 @@ def fill(maps: Mapping[str, int], seeds: Sequence[Seed], wanted: Filter, room: i
                 owner = (0, owner[1], 0, b"")
         pid, is_wanted, asked, comm = owner
         by_cookie[struct.pack("=Q", seed.cookie)] = _SEED.pack(
-            0, pid, seed.role, is_wanted, asked, comm
+            *(0, pid, seed.role, is_wanted, asked, int(seed.waiting), comm)
         )
         if seed.role == LISTENER:
             continue
@@ -71,11 +74,22 @@ def fill(maps: Mapping[str, int], seeds: Sequence[Seed], wanted: Filter, room: i
     bpf.map_update_many(maps["tcplat_seeds"], list(by_cookie.items())[:room])
     # One that began since our programs are attached is known, and found by its entry.
     bpf.map_insert_many(maps["tcplat_flows"], list(flows.items())[:room])
+    _enter_listening(maps["tcplat_listening"], {one.pid for one in seeds if one.role == LISTENER})
     bpf.map_update_many(maps["tcplat_listeners"], entries)
     bpf.map_update_many(
         maps["tcplat_served"],
         [(struct.pack("=I", port), bytes([how])) for port, how in sorted(served.items())],
     )
+
+
+def _enter_listening(fd: int, pids: Iterable[int]) -> None:
+    pids = sorted(pid for pid in pids if pid)
+    keys = {pid: struct.pack("=I", pid | _OLDER) for pid in pids}
+    bpf.map_update_many(fd, [(key, bytes(8)) for key in keys.values()])
+    # Of one that ended before it was entered, tcplat_on_exit has not deleted anything.
+    for pid in pids:
+        if is_ending(pid):
+            bpf.map_delete(fd, keys[pid])
 
 
 def _port(netns: int, place: Place) -> bytes:

@@ -406,6 +406,124 @@ def test_what_comes_for_workers_that_are_all_traced_is_wanted_before_one_accepts
     service("for child in children: os.kill(child, signal.SIGKILL), os.waitpid(child, 0)")
 
 
+# A process that listens, and its child, which accepts when it is told to.
+DAEMON = """
+import ctypes
+def told(pipe):
+    return os.read(pipe[0], 1)
+port, end, accept = os.pipe(), os.pipe(), os.pipe()
+parent = os.fork()
+if not parent:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    listener = socket.create_server(("127.0.0.1", 0))
+    child = os.fork()
+    if child:
+        os.write(port[1], b"%d %d" % (listener.getsockname()[1], child))
+        told(end)
+        os._exit(0)
+    told(accept)
+    peer, _ = listener.accept()
+    peer.sendall(peer.recv(10))
+    os._exit(0)
+[parent, *map(int, os.read(port[0], 100).split())]
+"""
+
+
+def at_port(rows: list[Row], port: int) -> list[Row]:
+    """Rows of a service."""
+    return [row for row in rows if port in (row["sport"], row["dport"])]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_what_comes_for_a_listener_whose_process_has_gone_is_nobodys_until_it_is_accepted(
+    waits: bool,  # noqa: FBT001 - a parameter of the test
+    running_tcplat: Start,
+    puppet: StartPuppet,
+) -> None:
+    service, client = puppet(), puppet()
+    run = running_tcplat(probes=("tcp_service",))
+    parent, port, child = service(DAEMON)
+    ends = "os.write(end[1], b'x'); os.waitpid(parent, 0)"
+    connects = f"s = socket.create_connection(('127.0.0.1', {port})); s.sendall(b'x')"
+    if waits:
+        client(connects)
+        run.wait_for("it waited", lambda rows: bool(at(at_port(rows, port), "ready")))
+    service(ends)
+    client("s.sendall(b'y')" if waits else connects)
+    reached_it = 2 if waits else 1
+    run.wait_for("it waited", lambda rows: len(at(at_port(rows, port), "ready")) == reached_it)
+    service("os.write(accept[1], b'x')")
+    client("s.recv(10)")
+    client("s.close()")
+    run.wait_for("it was over", lambda rows: bool(at(at_port(rows, port), "close")))
+    rows = at_port(run.stop().rows, port)
+    (accept,) = at(rows, "accept")
+    before = [row for row in rows[: rows.index(accept)] if row["state"] != "TCP_LISTEN"]
+    assert {row["point"] for row in before} >= {"rx_ip", "rx_tcp", "state", "ready"}
+    assert {row["pid"] for row in before} == ({parent, None} if waits else {None})
+    assert [row["comm"] is None for row in before] == [row["pid"] is None for row in before]
+    # The second byte is no longer for the process that has gone.
+    assert at(before, "ready")[-1]["pid"] is at(before, "rx_ip")[-1]["pid"] is None
+    assert accept["pid"] == child
+    assert {row["pid"] for row in at(rows, "state") if row["state"] == "TCP_LISTEN"} == {parent}
+
+
+# A process that listens by MPTCP, and its child, which serves one connection.
+MPTCP = """
+import ctypes
+listener = socket.socket(proto=262)
+listener.bind(("127.0.0.1", 0))
+listener.listen()
+child = os.fork()
+if not child:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    peer, _ = listener.accept()
+    peer.sendall(peer.recv(10))
+    peer.recv(10)
+    os._exit(0)
+listener.getsockname()[1]
+"""
+
+
+def has_mptcp() -> bool:
+    try:
+        return Path("/proc/sys/net/mptcp/enabled").read_text() == "1\n"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not has_mptcp(), reason="this kernel has no MPTCP")
+def test_nobody_is_said_to_own_what_comes_by_mptcp(
+    running_tcplat: Start, puppet: StartPuppet
+) -> None:
+    service, client = puppet(), puppet()
+    run = running_tcplat(probes=("tcp_service",))
+    port = service(MPTCP)
+    client(f"s = socket.socket(proto=262); s.connect(('127.0.0.1', {port}))")
+    client("s.sendall(b'x'); s.recv(10)")
+    client("s.close()")
+    run.wait_for("it was over", lambda rows: bool(at(at_port(rows, port), "close")))
+    rows = at_port(run.stop().rows, port)
+    assert {row["point"] for row in rows} >= {"rx_ip", "rx_tcp", "state", "close"}
+    assert {(row["pid"], row["comm"]) for row in rows} == {(None, None)}
+    service("os.waitpid(child, 0)")
+
+
+def test_what_a_process_has_not_accepted_when_it_ends_is_its_own_to_the_end(
+    running_tcplat: Start, puppet: StartPuppet
+) -> None:
+    service, client = puppet(), puppet()
+    run = running_tcplat(probes=("tcp_service",))
+    port = listen(service)
+    client(f"s = socket.create_connection(('127.0.0.1', {port}))")
+    run.wait_for("it waited", lambda rows: "ESTABLISHED" in story(at_port(rows, port)))
+    service.process.kill()
+    service.process.wait()
+    run.wait_for("it was gone", lambda rows: bool(at(at_port(rows, port), "close")))
+    rows = at_port(run.stop().rows, port)
+    assert {row["pid"] for row in rows} == {service.pid}
+
+
 def test_a_child_of_the_traced_process_is_not_the_traced_process(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:

@@ -284,3 +284,13 @@ def test_fds_that_may_not_be_read_are_counted(monkeypatch: pytest.MonkeyPatch) -
     }
     assert hidden.processes > 0
     assert hidden.sockets >= 3
+
+
+def test_a_process_is_ending_once_it_has_ended() -> None:
+    assert not owners.is_ending(os.getpid())
+    process = subprocess.Popen(["true"])
+    # A zombie, until somebody waits for it.
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert owners.is_ending(process.pid)
+    process.wait()
+    assert owners.is_ending(process.pid)

@@ -339,6 +339,7 @@ make_segment(struct sock *sk, struct sk_buff *skb, u8 hook)
 		const u8 *head = tcplat_get(skb, head);
 		u16 l3 = tcplat_get(skb, network_header);
 
+		tcplat_fill_listener(e, sk, s);
 		if (tcplat_parse_ip(&segment, skb, head + l3)) {
 			e->ip = segment.addrs.ip;
 			e->dport = segment.addrs.sport;

@@ -32,6 +32,24 @@ int tcplat_on_rename(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
+/* sched:sched_process_exit: the pid may be given to another process from now on. */
+int tcplat_on_exit(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct task_struct *task = (struct task_struct *)ctx->args[0];
+	struct signal_struct *signal = tcplat_get(task, signal);
+	u32 pid = tcplat_pid(task), older = pid | TCPLAT_OLDER;
+
+	/* do_exit() counts the thread out before it comes here. */
+	if (tcplat_get(signal, live.counter))
+		return 0;
+	tcplat_listening.delete(&pid);
+	tcplat_listening.delete(&older);
+#ifdef TCPLAT_FILTER_PID
+	tcplat_pids.delete(&pid);
+#endif
+	return 0;
+}
+
 #ifdef TCPLAT_FILTER_PID
 /* sched:sched_process_fork: children of a traced command are traced too. */
 int tcplat_on_fork(struct bpf_raw_tracepoint_args *ctx)
@@ -43,19 +61,6 @@ int tcplat_on_fork(struct bpf_raw_tracepoint_args *ctx)
 	/* A new thread has its parent's tgid and is there already. */
 	if (tcplat_pids.lookup(&parent))
 		tcplat_pids.update(&pid, &one);
-	return 0;
-}
-
-/* sched:sched_process_exit: the pid may be given to another process from now on. */
-int tcplat_on_exit(struct bpf_raw_tracepoint_args *ctx)
-{
-	struct task_struct *task = (struct task_struct *)ctx->args[0];
-	struct signal_struct *signal = tcplat_get(task, signal);
-	u32 pid = tcplat_pid(task);
-
-	/* do_exit() counts the thread out before it comes here. */
-	if (tcplat_get(signal, live.counter) == 0)
-		tcplat_pids.delete(&pid);
 	return 0;
 }
 #endif

@@ -42,6 +42,7 @@ struct tcplat_sock {
 	u8 in_flows;    /* 1 + the lane of tcplat_flows that has its addresses; 1: tcplat_listeners has its port */
 	u8 state;       /* what it is in, or 0: nobody has seen it change yet */
 	u8 told;        /* by kprobe: the last state that has its row, or TCPLAT_TOLD_CLOSE */
+	u8 heir;        /* its owner is its listener's, unless a thread of it is known, too */
 	u32 renames;    /* tcplat_renamed() when the owner's name was looked at last */
 	u32 thread_renames; /* the same of its thread's: that is done where it calls alone */
 	u64 born_ns;    /* when the owner began, for its pid is given away again; 0: not known */
@@ -65,7 +66,7 @@ struct tcplat_seed {
 	u8 role;
 	u8 wanted;
 	u8 asked;
-	u8 pad;
+	u8 heir; /* as in tcplat_sock */
 	char comm[16] __attribute__((aligned(8)));
 };
 
@@ -134,6 +135,7 @@ struct tcplat_listener {
 	u8 wanted; /* whoever accepts */
 	u8 asked;  /* as in tcplat_sock */
 	u8 pad[6];
+	u64 born_ns; /* when that process began; 0: it listened before the run */
 	char comm[16] __attribute__((aligned(8)));
 };
 
@@ -144,6 +146,17 @@ struct tcplat_listener {
  * Deleted by tcplat_withdraw() with the last user.
  */
 BPF_TABLE("hash", struct tcplat_port, struct tcplat_listener, tcplat_listeners, 16384);
+
+/* Of a key of tcplat_listening: a process that listened before the run; when it began is not known. */
+#define TCPLAT_OLDER 0x80000000
+
+/*
+ * pid -> when that process began, of those that called listen(); and pid | TCPLAT_OLDER -> 0.
+ *
+ * A listener that a child has inherited outlives who called listen(). Inserted by tcplat_listen(),
+ * and by the loader for what listened before; deleted by tcplat_on_exit.
+ */
+BPF_TABLE("hash", u32, u64, tcplat_listening, 16384);
 
 /* What tcplat_served says: a service, and one that hears one device alone. */
 #define TCPLAT_SERVED 1
@@ -290,6 +303,15 @@ static __always_inline void tcplat_refresh(struct tcplat_sock *s)
 	s->group = 0;
 }
 
+/* Whether a process that listens is still there. While it ends, which closes its sockets, it is. */
+static __always_inline bool tcplat_listens(u32 pid, u64 born_ns)
+{
+	u32 key = born_ns ? pid : pid | TCPLAT_OLDER;
+	u64 *known = tcplat_listening.lookup(&key);
+
+	return (known && *known == born_ns) || pid == tcplat_current() >> 32;
+}
+
 #define TCPLAT_PF_KTHREAD 0x00200000 /* include/linux/sched.h */
 
 /*
@@ -311,6 +333,22 @@ static __always_inline u64 tcplat_get_owner(const struct tcplat_owner *from, cha
 	*(u64 *)comm = *(volatile u64 *)from->comm;
 	*(u64 *)(comm + 8) = *(volatile u64 *)(from->comm + 8);
 	if (*(volatile u64 *)&from->sum == tcplat_owner_sum(task >> 32, comm))
+		return task;
+	*(u64 *)comm = *(u64 *)(comm + 8) = 0;
+	return 0;
+}
+
+/*
+ * The same of a socket's entry. What nobody has used since its listener was made has the owner that
+ * called listen(): as long as that one is there.
+ */
+static __always_inline u64 tcplat_owner_now(const struct tcplat_sock *s, char *comm)
+{
+	u64 task = tcplat_get_owner(&s->owner, comm);
+
+	if (s->role != TCPLAT_ROLE_LISTENER && (!s->heir || (u32)task))
+		return task;
+	if (!task || tcplat_listens(task >> 32, s->born_ns))
 		return task;
 	*(u64 *)comm = *(u64 *)(comm + 8) = 0;
 	return 0;
@@ -484,6 +522,7 @@ static __always_inline struct tcplat_sock *tcplat_find(const struct sock *sk)
 	fresh.role = seed->role;
 	fresh.wanted = seed->wanted;
 	fresh.asked = seed->asked;
+	fresh.heir = seed->heir;
 	fresh.in_flows = 1;
 	fresh.cookie = cookie;
 	s = tcplat_insert(key, &fresh);
@@ -678,7 +717,7 @@ static __always_inline struct tcplat_sock *tcplat_learn(const struct sock *sk, u
 
 static __always_inline void tcplat_fill_owner(struct tcplat_event *e, struct tcplat_sock *s)
 {
-	u64 task = tcplat_get_owner(&s->owner, (char *)e->comm);
+	u64 task = tcplat_owner_now(s, (char *)e->comm);
 
 	e->sock = s->id;
 	e->pid = task >> 32;
@@ -787,7 +826,7 @@ static __always_inline void tcplat_add_flow(struct tcplat_sock *s, u64 key)
 static __always_inline void
 tcplat_share(struct tcplat_listener *listener, const struct tcplat_sock *s)
 {
-	if (listener->pid == s->owner.task >> 32)
+	if (listener->pid == s->owner.task >> 32 && listener->born_ns == s->born_ns)
 		return;
 	listener->pid = 0;
 	if (!s->wanted)
@@ -817,15 +856,24 @@ static __always_inline struct tcplat_sock *tcplat_listen(const struct sock *sk)
 	struct tcplat_sock *s = tcplat_learn(sk, TCPLAT_ROLE_LISTENER);
 	struct tcplat_listener *old, fresh = {.users = 1};
 	struct tcplat_port port;
+	struct socket *socket;
+	u32 pid;
 
 	if (!s)
 		return NULL;
+	/* The kernel's own, or a part of one of MPTCP: no process will be seen to accept by this socket. */
+	socket = tcplat_get(sk, sk_socket);
+	if (!s->inode || (u64)tcplat_get(socket, sk) != tcplat_key(sk))
+		tcplat_set_owner(&s->owner, 0, fresh.comm);
 	/* In the table already: more than one program may see this happen. */
 	if (s->in_flows)
 		return s;
 	s->in_flows = 1;
 	tcplat_read_addrs(&s->addrs, sk);
 	port = tcplat_port_of(sk, &s->addrs);
+	pid = s->owner.task >> 32;
+	if (pid)
+		tcplat_listening.update(&pid, &s->born_ns);
 	tcplat_serve(port.port, tcplat_get(sk, __sk_common.skc_bound_dev_if) ? TCPLAT_SERVED_BY_DEVICE :
 								TCPLAT_SERVED);
 	old = tcplat_listeners.lookup(&port);
@@ -835,6 +883,7 @@ static __always_inline struct tcplat_sock *tcplat_listen(const struct sock *sk)
 		return s;
 	}
 	fresh.pid = tcplat_get_owner(&s->owner, fresh.comm) >> 32;
+	fresh.born_ns = s->born_ns;
 	fresh.wanted = s->wanted;
 	fresh.asked = s->asked;
 	tcplat_listeners.update(&port, &fresh);
@@ -877,8 +926,24 @@ tcplat_listener_pid(const struct tcplat_listener *from, u16 port, char *comm)
 
 	if (!pid || (served && *served == TCPLAT_SERVED_BY_DEVICE))
 		return 0;
+	if (!tcplat_listens(pid, from->born_ns))
+		return 0;
 	__builtin_memcpy(comm, from->comm, sizeof(from->comm));
 	return pid;
+}
+
+/* A segment that a listener gets: where several processes accept, nobody knows whose it will be. */
+static __always_inline void
+tcplat_fill_listener(struct tcplat_event *e, const struct sock *sk, const struct tcplat_sock *s)
+{
+	struct tcplat_port port = tcplat_port_of(sk, &s->addrs);
+	struct tcplat_listener *listener = tcplat_listeners.lookup(&port);
+
+	if (!listener || *(volatile u32 *)&listener->pid)
+		return;
+	e->pid = e->tid = 0;
+	__builtin_memset((void *)e->comm, 0, sizeof(e->comm));
+	__builtin_memset((void *)e->thread, 0, sizeof(e->thread));
 }
 
 static __always_inline bool tcplat_same_addrs(const struct tcplat_addrs *a, const struct tcplat_addrs *b)
@@ -925,6 +990,8 @@ static __always_inline struct tcplat_sock *tcplat_inherit(const struct sock *sk,
 	if (from) {
 		fresh.wanted = from->wanted;
 		fresh.asked = from->asked;
+		fresh.heir = 1;
+		fresh.born_ns = from->born_ns;
 		pid = tcplat_listener_pid(from, fresh.addrs.sport, comm);
 		tcplat_set_owner(&fresh.owner, pid << 32, comm);
 	}
@@ -952,7 +1019,7 @@ static __always_inline struct tcplat_sock *tcplat_accept(const struct sock *sk)
 static __always_inline void tcplat_owner_of(struct tcplat_sock *s, struct tcplat_seed *who)
 {
 	tcplat_refresh(s);
-	who->pid = tcplat_get_owner(&s->owner, who->comm) >> 32;
+	who->pid = tcplat_owner_now(s, who->comm) >> 32;
 	who->role = s->role;
 	who->wanted = s->wanted;
 	who->asked = s->asked;
@@ -985,6 +1052,10 @@ static __always_inline bool tcplat_follow(const struct tcplat_flow *flow, struct
 	if (!key) {
 		*who = *seed;
 		tcplat_refresh_seed(who);
+		if (who->heir && who->pid && !tcplat_listens(who->pid, 0)) {
+			who->pid = 0;
+			__builtin_memset(who->comm, 0, sizeof(who->comm));
+		}
 		return true;
 	}
 	s = tcplat_entry(key);
