@@ -55,7 +55,7 @@ $(VENV)/bin/pip:
 	@python3 -c 'import ensurepip' 2>/dev/null || { $(call apt,python3-venv); }
 	python3 -m venv $(VENV)
 
-C = hatch_build.py tcplat_core/fast/records.c bin/tcplat bin/tcplat-start
+C = hatch_build.py tcplat_core/deliver/fast/records.c bin/tcplat bin/tcplat-start
 
 $(VENV)/demo: pyproject.toml $(C) | $(VENV)/bin/pip
 	$(BIN)/pip install -q --disable-pip-version-check -e .

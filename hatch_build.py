@@ -1,4 +1,4 @@
-"""Compiles tcplat_core/fast/records.c when the package is built or installed.
+"""Compiles tcplat_core/deliver/fast/records.c when the package is built or installed.
 
 Without a C compiler tcplat works as well, only slower: then nothing is made, and that is said.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCE = Path("tcplat_core/fast/records.c")
+SOURCE = Path("tcplat_core/deliver/fast/records.c")
 TARGET = SOURCE.with_name("librecords.so")
 
 

@@ -16,10 +16,12 @@ import attrs
 import msgspec
 
 import tcplat_core
-from tcplat_core import Event, Field, Loss, Merge, fields, hookspecs
-from tcplat_core.model import RunReport
-from tcplat_core.plugins import Plugins
-from tcplat_core.schema import TCP_STATES, Record
+from tcplat_core import Event, Field, Loss, Merge, fields
+from tcplat_core.event.record import Record
+from tcplat_core.event.text import TCP_STATES
+from tcplat_core.plugin import hookspecs
+from tcplat_core.plugin.report import RunReport
+from tcplat_core.registry.find import Plugins
 from tcplat_core.testing import make_event
 
 HERE = Path(__file__).parent
@@ -200,8 +202,8 @@ def hooks() -> str:
 def _docs_of_values() -> dict[str, str]:
     """What stands below the public values: Python keeps no docstring of theirs."""
     found = {}
-    for home in ("hookspecs", "schema", "model", "kinds"):
-        tree = ast.parse((Path(tcplat_core.__file__).with_name(f"{home}.py")).read_text())
+    for home in ("plugin/hookspecs", "event/fields", "plugin/specs", "plugin/options"):
+        tree = ast.parse((Path(tcplat_core.__file__).parent / f"{home}.py").read_text())
         for value, doc in zip(tree.body, tree.body[1:], strict=False):
             if not isinstance(value, ast.Assign) or not isinstance(doc, ast.Expr):
                 continue

@@ -7,12 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .clock import clock_offset_ns
-    from .connecting import connect
+    from .capture.reading import Reader
+    from .deliver.fast.records import json_lines
     from .errors import CannotRunError, PluginError, ReaderGoneError, TcplatError, UsageError
-    from .fast.records import json_lines
-    from .histogram import Aggregates, Aggregation, Distribution, Group, Histogram
-    from .hookpoints import (
+    from .event.clock import clock_offset_ns
+    from .event.fields import SCHEMA_VERSION, Event, Field, Moment, Wire, fields
+    from .event.terminal import printable
+    from .event.text import address, micros
+    from .plugin.connecting import connect
+    from .plugin.histogram import Aggregates, Aggregation, Distribution, Group, Histogram
+    from .plugin.hookpoints import (
         Hook,
         HookPoint,
         Interfaces,
@@ -27,37 +31,33 @@ if TYPE_CHECKING:
         tracepoints,
         xdp,
     )
-    from .hookspecs import HOOKSPEC_VERSION, hookimpl
-    from .kinds import Kind, boolean, choice, duration, integer, path, ports, size
-    from .maps import Maps, MapView, ReadableMap
-    from .model import (
+    from .plugin.hookspecs import HOOKSPEC_VERSION, hookimpl
+    from .plugin.maps import Maps, MapView, ReadableMap
+    from .plugin.options import (
+        Kind,
+        Option,
+        Options,
+        boolean,
+        choice,
+        duration,
+        integer,
+        path,
+        ports,
+        size,
+    )
+    from .plugin.outfile import Place, whole_file
+    from .plugin.output import Output
+    from .plugin.report import RunReport, add_reports
+    from .plugin.specs import (
         HOST_BITS,
         AggregateSink,
         Loss,
         Merge,
-        Option,
-        Options,
         ProbeSpec,
         RunInfo,
-        RunReport,
         Sink,
         SinkSpec,
     )
-    from .outfile import Place, whole_file
-    from .output import Output
-    from .reading import Reader
-    from .replay import add_reports
-    from .schema import (
-        SCHEMA_VERSION,
-        Event,
-        Field,
-        Moment,
-        Wire,
-        address,
-        fields,
-        micros,
-    )
-    from .texts import printable
 
 __all__ = [
     "HOOKSPEC_VERSION",
@@ -127,20 +127,23 @@ __all__ = [
 ]
 
 _HOMES = (
-    *(
-        "clock",
-        "connecting",
-        "errors",
-        "histogram",
-        "hookpoints",
-        "hookspecs",
-        "kinds",
-        "maps",
-        "model",
-        "outfile",
-        "output",
-    ),
-    *("schema", "reading", "replay", "fast.records"),
+    "event.clock",
+    "event.fields",
+    "event.text",
+    "event.terminal",
+    "errors",
+    "plugin.connecting",
+    "plugin.histogram",
+    "plugin.hookpoints",
+    "plugin.hookspecs",
+    "plugin.options",
+    "plugin.maps",
+    "plugin.specs",
+    "plugin.report",
+    "plugin.outfile",
+    "plugin.output",
+    "capture.reading",
+    "deliver.fast.records",
 )
 
 

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from . import privileges
 from .errors import CannotRunError
-from .standard import keep_taken
+from .kernel import rights
+from .run import privileges
+from .run.standard import keep_taken
 
 
 def start() -> NoReturn:
@@ -41,9 +42,9 @@ def main() -> NoReturn:
             sys.exit(CannotRunError.exit_code)
         privileges.hide_environment()
     try:
-        from .cli import main as isolated_main  # noqa: PLC0415 - not before it is safe
+        from .cli.main import main as isolated_main  # noqa: PLC0415 - not before it is safe
     except KeyboardInterrupt:
-        from .signals import stopped_early  # noqa: PLC0415 - as above
+        from .run.signals import stopped_early  # noqa: PLC0415 - as above
 
         sys.exit(stopped_early(sys.argv[1:]))
     isolated_main()
@@ -51,7 +52,7 @@ def main() -> NoReturn:
 
 def _held() -> bool:
     try:
-        return privileges.held()
+        return rights.held()
     except CannotRunError as error:
         print(f"tcplat: {error}", file=sys.stderr)  # noqa: T201 - as above
         sys.exit(error.exit_code)

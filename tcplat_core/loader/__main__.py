@@ -14,8 +14,10 @@ from . import isolation
 # First: what comes now takes 90 ms, in which the session may die.
 isolation.begin(int(sys.argv[1]))
 
-from .attach import Loader, refuse_without_capabilities  # noqa: E402
-from .bpf import lift_memory_limit, try_bpf  # noqa: E402
+from tcplat_core.kernel.bpf import lift_memory_limit, try_bpf  # noqa: E402
+from tcplat_core.kernel.rights import refuse_without_capabilities  # noqa: E402
+
+from .attach import Loader  # noqa: E402
 from .cache import Cache  # noqa: E402
 from .protocol import Answer, Refusal, Request, send_answer  # noqa: E402
 

@@ -10,37 +10,19 @@ from pathlib import Path
 
 import attrs
 
-from tcplat_core import netdev, owners, pidns
-from tcplat_core.errors import NEEDS_ROOT, TOO_MANY_FILES, CannotRunError, PluginError
-from tcplat_core.hookpoints import (
-    Hook,
-    HookPoint,
-    Way,
-    fenter,
-    fentry,
-    kentry,
-    kprobe,
-    tracepoint,
-)
-from tcplat_core.ring import possible_cpus
+from tcplat_core.errors import TOO_MANY_FILES, CannotRunError, PluginError
+from tcplat_core.kernel import bpf, netns, owners, pidns
+from tcplat_core.kernel.btf import BtfError
+from tcplat_core.kernel.core_hooks import DESTROY, EXIT, FORK, QUEUE, RENAME, STATE, USE
+from tcplat_core.kernel.host import BTF_PATH, SYSCALLS, Choice, Host, choose, syscall_id
+from tcplat_core.kernel.layout import possible_cpus
+from tcplat_core.plugin.hookpoints import Hook, HookPoint, Way
 
-from . import bpf, isolation, kheaders, seeding, xdp
-from .btf import BtfError
+from . import isolation, kheaders, seeding, xdp
 from .cache import Cache, digest, kernel_identity
-from .compile import (
-    CGROUP_TYPES,
-    CORE_TYPES,
-    KFUNC,
-    PIDNS_TYPES,
-    SHARED_PREFIX,
-    Compiled,
-    compile_text,
-    compiler_identity,
-    core_defines,
-    program_text,
-)
-from .host import BTF_PATH, SYSCALLS, Choice, Host, choose, may_load, syscall_id
+from .compile import KFUNC, SHARED_PREFIX, Compiled, compile_text, compiler_identity
 from .protocol import Answer, Attached, LoadedMap, LoadedProbe, ProbeRequest, Request
+from .source import CGROUP_TYPES, CORE_TYPES, PIDNS_TYPES, core_defines, program_text
 
 _PROGRAM_TYPES = {
     "fentry": bpf.ProgramType.TRACING,
@@ -49,58 +31,6 @@ _PROGRAM_TYPES = {
     "kretprobe": bpf.ProgramType.KPROBE,
     "tracepoint": bpf.ProgramType.RAW_TRACEPOINT,
 }
-
-_SOCK = "const struct sock *"
-_USE = ("tcplat_on_use", "struct sock *", "int", "int")
-_TOUCHED = ("tcp_recvmsg", "tcp_sendmsg")
-
-DESTROY = HookPoint("destroy", (tracepoint("tcp:tcp_destroy_sock", "tcplat_on_destroy", _SOCK),))
-EXIT = HookPoint(
-    "exit", (tracepoint("sched:sched_process_exit", "tcplat_on_exit", "struct task_struct *"),)
-)
-FORK = HookPoint(
-    "fork",
-    (
-        tracepoint(
-            "sched:sched_process_fork",
-            "tcplat_on_fork",
-            *("struct task_struct *", "struct task_struct *"),
-        ),
-    ),
-)
-RENAME = HookPoint(
-    "rename",
-    (
-        tracepoint(
-            "task:task_rename", "tcplat_on_rename", *("struct task_struct *", "const char *")
-        ),
-    ),
-)
-STATE = HookPoint(
-    "state",
-    (tracepoint("sock:inet_sock_set_state", "tcplat_on_state", _SOCK, "const int", "const int"),),
-)
-QUEUE = HookPoint(
-    "queue", (tracepoint("net:net_dev_queue", "tcplat_on_queue", "struct sk_buff *"),)
-)
-USE = HookPoint(
-    "use",
-    (
-        # Came with 6.3 (6e6eda44b939).
-        Way(
-            "tracepoint",
-            (
-                *tracepoint("sock:sock_recv_length", *_USE).hooks,
-                *tracepoint("sock:sock_send_length", *_USE).hooks,
-            ),
-        ),
-        fentry(*(fenter(func, "tcplat_on_use_fentry", "sk", "msg") for func in _TOUCHED)),
-        kprobe(*(kentry(func, "tcplat_on_use_kprobe", "sk", "msg") for func in _TOUCHED)),
-    ),
-    optional=True,
-)
-CORE = (DESTROY, EXIT, FORK, RENAME, STATE, QUEUE, USE)
-"""Where the core's own programs (core.bpf.h) listen."""
 
 
 class WayClosedError(Exception):
@@ -133,7 +63,8 @@ class Loader:
 
     def __attrs_post_init__(self) -> None:
         # A new version of ours must not meet what an older one wrote.
-        ours = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+        rooms = (Path(__file__).parent, Path(__file__).parents[1] / "kernel")
+        ours = [path.read_bytes() for room in rooms for path in sorted(room.glob("*.py"))]
         self._kernel = digest(kernel_identity(), *ours)
         known = self.cache.read(f"{self._kernel}.facts")
         self._host = Host(facts=dict(known or {}))
@@ -376,7 +307,7 @@ class Loader:
         wanted = attrs.evolve(
             probe.interfaces, netns=probe.interfaces.netns or self.request.filter.netns_at
         )
-        with netdev.inside(wanted.netns):
+        with netns.inside(wanted.netns):
             chosen, skipped = xdp.choose(wanted, probe.name)
             for name in programs:
                 try:
@@ -473,13 +404,3 @@ def _room_for_sockets() -> int:
     # "TCP: inuse 4 orphan 0 tw 0 alloc 6 mem 1": alloc alone counts every namespace, and IPv6.
     allocated = int(words[words.index("alloc", words.index("TCP:")) + 1])
     return 1 << max(16, (2 * allocated).bit_length())
-
-
-def refuse_without_capabilities() -> None:
-    """Say what is missing before the kernel says EPERM.
-
-    Raises:
-        CannotRunError: Not allowed to load programs.
-    """
-    if not may_load():
-        raise CannotRunError(NEEDS_ROOT)

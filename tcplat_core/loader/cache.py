@@ -17,9 +17,9 @@ from typing import Any
 import attrs
 import msgpack
 
-from tcplat_core.privileges import held
+from tcplat_core.kernel.btf import VMLINUX
+from tcplat_core.kernel.rights import held
 
-from .btf import VMLINUX
 from .isolation import scratch
 
 ENTRIES = 64

@@ -9,78 +9,20 @@ import importlib.util
 import os
 import platform
 import re
-import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import attrs
 
 from tcplat_core.errors import CannotRunError, PluginError
-from tcplat_core.filters import Filter
-from tcplat_core.hookpoints import HookPoint, reporting
-from tcplat_core.ring import books_hooks, books_slots, possible_cpus
-
-from .bpf import CALL, INSTRUCTION, PSEUDO_KFUNC_CALL
-from .protocol import ProbeRequest
-
-SYSTEM_FOLDERS = (
-    "/usr/lib/python3/dist-packages",
-    *(f"/usr/lib/python3.{minor}/site-packages" for minor in range(9, 20)),
-    *(f"/usr/lib64/python3.{minor}/site-packages" for minor in range(9, 20)),
-)
-"""Where Debian and Ubuntu, then Fedora and its kin, keep python3-bpfcc or python3-bcc."""
-
-CORE_TYPES = (
-    "sock",
-    "inet_sock",
-    "net:ns",
-    "sk_buff:sk",
-    "socket:file,sk",
-    "file:f_inode",
-    "inode:i_ino",
-    "task_struct:tgid,signal,group_leader,start_time,flags,comm",
-    "signal_struct:live",
-    "pt_regs",
-    "timespec64",
-)
-"""Kernel types that the shared headers use."""
-
-CGROUP_TYPES = ("task_struct:cgroups", "css_set:dfl_cgrp", "cgroup:level,ancestor_ids")
-"""And with TCPLAT_READ_CGROUPS."""
-
-PIDNS_TYPES = ("task_struct:thread_pid,pid", "pid:level,numbers", "upid", "pid_namespace:ns")
-"""And with TCPLAT_PIDNS."""
-
-ALWAYS = ("event.bpf.h", "filter.bpf.h", "owner.bpf.h")
-"""Headers that every probe gets: the shared maps are in them."""
+from tcplat_core.kernel.bcc import INSTALL, find_bcc
+from tcplat_core.kernel.bpf import CALL, INSTRUCTION, PSEUDO_KFUNC_CALL
 
 SHARED_PREFIX = "tcplat_"
 """Maps of such a name are made once per run; every other map is its probe's own."""
-
-_INSTALL = "apt install python3-bpfcc (Fedora: dnf install python3-bcc)"
-_INCLUDE = re.compile(
-    r"^[ \t]*#[ \t]*include[ \t]+<tcplat/([a-z_]+\.bpf\.h)>"
-    r"(?:[ \t]*/\* as ([a-z]+) \*/)?[ \t\r]*$",
-    re.MULTILINE,
-)
-_KEYED = "keyed.bpf.h"
-_KEYED_NAMES = {
-    "keys": "{}_keys",
-    "key_numbers": "{}_numbers",
-    "key_given": "{}_given",
-    "key_count": "{}_count",
-    "tcplat_number": "tcplat_{}_number",
-    "TCPLAT_KEY": "TCPLAT_KEY_{}",
-    "TCPLAT_KEYS": "TCPLAT_KEYS_{}",
-}
-"""What <tcplat/keyed.bpf.h> defines or wants defined, and its names where it is included `as`.
-
-bcc rewrites no map call in a macro, so that a macro cannot give a map its name.
-"""
 _LOAD_64, _MAP_FD = 0x18, 1
 """BPF_LD | BPF_DW | BPF_IMM, and BPF_PSEUDO_MAP_FD in its source register."""
 KFUNC = 1 << 30
@@ -248,43 +190,6 @@ def _file_identity(path: str) -> str:
     return f"{path} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
 
 
-def find_bcc() -> Path:
-    """The folder of the system's bcc package, whatever Python this is.
-
-    Only folders that root alone can write count: what is found runs as root.
-
-    Raises:
-        CannotRunError: There is none; the sentence tells PyPI's bcc apart.
-    """
-    unsafe = ""
-    for folder in SYSTEM_FOLDERS:
-        package = Path(folder) / "bcc"
-        if (package / "libbcc.py").is_file():
-            if _only_roots(package):
-                return package
-            unsafe = unsafe or (
-                f"bcc in {package} can be changed by others than root, and would run as root: "
-                f"chown -R root:root {package} && chmod -R go-w {package}"
-            )
-    if unsafe:
-        raise CannotRunError(unsafe)
-    stray = importlib.util.find_spec("bcc")
-    if stray is not None and stray.origin:
-        raise CannotRunError(
-            f"the package bcc in {Path(stray.origin).parent} is another project of that name "
-            f"(PyPI's is about lattices), and the system's bcc is not installed: {_INSTALL}"
-        )
-    raise CannotRunError(f"bcc is not installed: {_INSTALL}")
-
-
-def _only_roots(package: Path) -> bool:
-    """Return whether root alone can change the folder and what is imported from it."""
-    return all(
-        there.st_uid == 0 and not there.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        for there in map(Path.stat, (package, *package.glob("*.py")))
-    )
-
-
 def import_bcc() -> Any:
     """The bcc module, loaded by its path: a venv does not see the system's folders."""
     package = find_bcc()
@@ -299,7 +204,7 @@ def import_bcc() -> Any:
         spec.loader.exec_module(module)
     except OSError as error:
         raise CannotRunError(
-            f"bcc's library libbcc.so.0 does not load ({error}): {_INSTALL}"
+            f"bcc's library libbcc.so.0 does not load ({error}): {INSTALL}"
         ) from error
     except Exception as error:  # a package that is half there, or of another version of Python
         raise CannotRunError(
@@ -307,72 +212,6 @@ def import_bcc() -> Any:
             "apt install --reinstall python3-bpfcc libbpfcc (Fedora: dnf reinstall python3-bcc bcc)"
         ) from error
     return module
-
-
-def core_defines(points: Sequence[HookPoint], wanted: Filter) -> dict[str, int | str]:
-    """The constants that the shared headers are compiled for."""
-    hooks, cpus = len(reporting(points)), possible_cpus()
-    return {
-        "TCPLAT_HOOKS": books_hooks(hooks),
-        "TCPLAT_BOOKS": books_slots(cpus, hooks),
-        "TCPLAT_CPU_BITS": cpus.bit_length(),
-        **wanted.defines(),
-    }
-
-
-def program_text(
-    probe: ProbeRequest, *, taken: Mapping[str, str], defines: Mapping[str, int | str]
-) -> str:
-    """The whole C text of one probe, headers and the core's own programs pasted in.
-
-    bcc rewrites map calls in the main file only, so a header cannot stay one.
-
-    Args:
-        probe: Its C and its record.
-        taken: Point -> mechanism: becomes TCPLAT_<MECHANISM>_<point>, and TCPLAT_<MECHANISM>.
-        defines: Constants.
-    """
-    numbers = {
-        f"HOOK_{hook.program}": number for number, (_, hook) in enumerate(reporting(probe.points))
-    }
-    numbers |= {f"HIST_{name}": number for number, name in enumerate(probe.histograms)}
-    chosen = {f"TCPLAT_{way.upper()}_{point}": 1 for point, way in taken.items()}
-    chosen |= {f"TCPLAT_{way.upper()}": 1 for way in sorted(set(taken.values()))}
-    head = [
-        f"#define {name} {value}"
-        for name, value in {**defines, **probe.defines, **numbers, **chosen}.items()
-    ]
-    prelude = "".join(map(_header, ALWAYS))
-    name = f'#line 1 "{probe.name}.bpf.c"'
-
-    def pasted(found: re.Match[str]) -> str:
-        if found[1] in ALWAYS:
-            return ""
-        line = probe.source.count("\n", 0, found.end()) + 2
-        return f'{_header(found[1], found[2])}#line {line} "{probe.name}.bpf.c"'
-
-    body = _INCLUDE.sub(pasted, probe.source)
-    return "\n".join([*head, probe.struct, prelude, name, body, _header("core.bpf.h")])
-
-
-def _header(name: str, own: str | None = None) -> str:
-    """The text of a header, with those that it includes; `own`: under names of its own."""
-    try:
-        text = files("tcplat_core").joinpath("include", "tcplat", name).read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise PluginError(f"there is no header <tcplat/{name}>") from error
-
-    def pasted(found: re.Match[str]) -> str:
-        line = text.count("\n", 0, found.end()) + 2
-        return f'{_header(found[1], found[2])}#line {line} "tcplat/{name}"'
-
-    if own:
-        if name != _KEYED:
-            raise PluginError(f"<tcplat/{name}> cannot be included as {own}: <tcplat/{_KEYED}> can")
-        for word, named in _KEYED_NAMES.items():
-            text = re.sub(rf"\b{word}\b", named.format(own), text)
-
-    return f'#line 1 "tcplat/{name}"\n{_INCLUDE.sub(pasted, text)}\n'
 
 
 @contextmanager

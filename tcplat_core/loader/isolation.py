@@ -24,7 +24,7 @@ from typing import Self
 import attrs
 
 from tcplat_core.errors import CannotRunError, TcplatError
-from tcplat_core.orphan import end_with
+from tcplat_core.kernel.orphan import end_with
 
 _PER_LINUX = 0
 _PREFIX = "tcplat-work-"

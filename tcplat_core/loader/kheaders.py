@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from tcplat_core.loader.btf import (
+from tcplat_core.kernel.btf import (
     ENUMS,
     MAX_DEPTH,
     QUALIFIERS,
@@ -28,14 +28,15 @@ from tcplat_core.loader.btf import (
     Kind,
     Type,
 )
-from tcplat_core.loader.cache import check_own, default_root, digest, kernel_identity, own_folder
-from tcplat_core.loader.isolation import scratch
+
+from .cache import check_own, default_root, digest, kernel_identity, own_folder
+from .isolation import scratch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Self
 
-    from tcplat_core.loader.btf import Member
+    from tcplat_core.kernel.btf import Member
 
 CACHE_ENTRIES = 16
 
@@ -691,7 +692,7 @@ def _tree_files(header_text: str) -> dict[str, str]:
 def _key(btf_path: Path | str, entries: list[str]) -> str:
     """Return the cache entry's name: it changes with kernel, wanted types and our own source."""
     here = Path(__file__)
-    sources = [here.read_bytes(), here.with_name("btf.py").read_bytes()]
+    sources = [here.read_bytes(), (here.parents[1] / "kernel" / "btf.py").read_bytes()]
     return digest(kernel_identity(btf_path), "\n".join(entries).encode(), *sources)
 
 

@@ -11,9 +11,10 @@ import attrs
 import msgpack
 
 from tcplat_core.errors import CannotRunError
-from tcplat_core.filters import Filter
-from tcplat_core.histogram import Aggregation
-from tcplat_core.hookpoints import Hook, HookPoint, Interfaces, Way
+from tcplat_core.plugin.histogram import Aggregation
+from tcplat_core.plugin.hookpoints import Hook, HookPoint, Interfaces, Way
+
+from .filter import Filter
 
 MAX_FDS = 253
 """SCM_MAX_FD of the kernel: so many fds go with one message."""

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import attrs
 
-from tcplat_core.filters import Filter
-from tcplat_core.owners import CLIENT, LISTENER, Place, Seed, is_ending
+from tcplat_core.kernel import bpf
+from tcplat_core.kernel.owners import CLIENT, LISTENER, Place, Seed, is_ending
 
-from . import bpf
+from .filter import Filter
 
 # Layouts of include/tcplat/owner.bpf.h.
 _SEED = struct.Struct("=QIBBBB16s")

@@ -9,12 +9,11 @@ import platform
 import re
 from pathlib import Path
 
-from tcplat_core import netdev
 from tcplat_core.errors import CannotRunError, UsageError
-from tcplat_core.hookpoints import Interfaces
-from tcplat_core.netdev import Interface
+from tcplat_core.kernel import bpf, netdev
+from tcplat_core.kernel.netdev import Interface
+from tcplat_core.plugin.hookpoints import Interfaces
 
-from . import bpf
 from .protocol import MAX_FDS, Attached
 
 _FLAGS = {"native": 1 << 2, "generic": 1 << 1}

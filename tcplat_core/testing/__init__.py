@@ -7,8 +7,9 @@ Rows, a sink that remembers, and a kernel side that needs no kernel::
     def test_my_sink_shows_the_bytes():
         sink.write([make_event(bytes=42)])
 
-The conformance kit, as `tcplat plugins check NAME` has it, one test per check; pytest
-knows the mark and the fixture wherever tcplat is installed (:mod:`tcplat_core.testing.plugin`)::
+The conformance kit, as `tcplat plugins check NAME` has it, one test per check; pytest knows
+the mark and the fixture wherever tcplat is installed
+(:mod:`tcplat_core.testing.pytest_plugin`)::
 
     @pytest.mark.tcplat_plugin("my_probe")
     def test_it_conforms(tcplat_check):
@@ -19,7 +20,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .conformance import Outcome, check_plugin
+    from .check import Outcome
+    from .conformance import check_plugin
     from .kernel import FakeArray, FakeBooks, FakeLoader, FakeProbe, FakeRing
     from .rows import RecordingSink, make_event, make_record, make_row
 
@@ -37,7 +39,7 @@ __all__ = [
     "make_row",
 ]
 
-_HOMES = ("kernel", "rows", "conformance")
+_HOMES = ("check", "conformance", "kernel", "rows")
 
 
 # Names are imported when they are first used: pytest loads the plugin in this package

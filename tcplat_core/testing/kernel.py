@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import attrs
 
-from tcplat_core.hookpoints import reporting
+from tcplat_core.kernel.layout import books_hooks, books_slots, possible_cpus
 from tcplat_core.loader.protocol import Answer, LoadedMap, LoadedProbe, Request
-from tcplat_core.model import ProbeSpec
-from tcplat_core.ring import books_hooks, books_slots, possible_cpus
+from tcplat_core.plugin.hookpoints import reporting
+from tcplat_core.plugin.specs import ProbeSpec
 
 from .rows import make_record
 
@@ -29,7 +29,7 @@ def _memory(size: int) -> tuple[int, mmap.mmap]:
 
 @attrs.define(eq=False)
 class FakeRing:
-    """A file that :class:`tcplat_core.ring.Ring` maps as it maps a BPF ring buffer.
+    """A file that :class:`tcplat_core.deliver.ring.Ring` maps as it maps a BPF ring buffer.
 
     Args:
         size: Bytes of data; a power of two, one page at least.
@@ -107,7 +107,7 @@ class FakeRing:
 
 @attrs.define(eq=False)
 class FakeBooks:
-    """A file that :class:`tcplat_core.ring.Books` maps as it maps a probe's `books`.
+    """A file that :class:`tcplat_core.deliver.books.Books` maps as it maps a probe's `books`.
 
     Args:
         hooks: Hooks of the probe.
@@ -239,7 +239,7 @@ class FakeProbe:
 
 @attrs.define(eq=False)
 class FakeLoader:
-    """Takes the place of :class:`tcplat_core.loader.process.LoaderProcess`.
+    """Takes the place of :class:`tcplat_core.run.loader.LoaderProcess`.
 
     Args:
         probes: What it has "loaded".

@@ -12,21 +12,24 @@ from typing import Any
 
 import msgspec
 
+from tcplat_core.deliver.ring import Ring
 from tcplat_core.errors import PluginError, TcplatError, is_the_users
-from tcplat_core.filters import Filter
-from tcplat_core.histogram import Aggregation
-from tcplat_core.hookpoints import Hook, Interfaces, Way, reporting
-from tcplat_core.loader.compile import CORE_TYPES, core_defines, program_text
+from tcplat_core.event.fields import Event, Moment, Wire, wires
+from tcplat_core.event.record import Record
+from tcplat_core.event.text import TCP_STATES
+from tcplat_core.kernel.layout import possible_cpus
+from tcplat_core.loader.filter import Filter
 from tcplat_core.loader.protocol import ProbeRequest, Request
-from tcplat_core.model import ProbeSpec
-from tcplat_core.ring import Ring, possible_cpus
-from tcplat_core.schema import TCP_STATES, Event, Moment, Record, Wire, wires
-from tcplat_core.session import fired_by, probe_request
+from tcplat_core.loader.source import CORE_TYPES, core_defines, program_text
+from tcplat_core.plugin.histogram import Aggregation
+from tcplat_core.plugin.hookpoints import Hook, Interfaces, Way, reporting
+from tcplat_core.plugin.specs import ProbeSpec
+from tcplat_core.run.probe_run import fired_by, probe_request
 
-from .conformance import Check, Fault, NotChecked, Subject, named, of_the_plugin
+from .check import Check, Fault, NotChecked, Subject, named, of_the_plugin
 from .kernel import FakeRing
 from .rows import make_record
-from .trial import Trial
+from .trial_process import Trial
 
 _WIDEST = 15
 """Letters of TCP_DESCRIPTION: the table's column is no wider."""
@@ -335,7 +338,7 @@ def _try(trial: Trial, request: Mapping[str, Any] | bytes) -> dict[str, Any]:
         trial.close()
 
 
-_LAYOUT = re.compile(r'"(?P<what>\w+(?:\.\w+)?): schema\.py has another (?P<how>offset|size)"')
+_LAYOUT = re.compile(r'"(?P<what>\w+(?:\.\w+)?): record\.py has another (?P<how>offset|size)"')
 _ERROR = re.compile(r"^(?P<where>[^\s:]+:\d+):\d+: (?:fatal )?error: (?P<words>.*)$", re.MULTILINE)
 
 

@@ -9,9 +9,11 @@ from typing import Any, TypeVar, overload
 
 import attrs
 
-from tcplat_core.model import Loss, ProbeSpec, RunReport
-from tcplat_core.schema import SCHEMA_VERSION, Event, Record
-from tcplat_core.session import fired_by
+from tcplat_core.event.fields import SCHEMA_VERSION, Event
+from tcplat_core.event.record import Record
+from tcplat_core.plugin.report import RunReport
+from tcplat_core.plugin.specs import Loss, ProbeSpec
+from tcplat_core.run.probe_run import fired_by
 
 _AnyEvent = TypeVar("_AnyEvent", bound=Event)
 

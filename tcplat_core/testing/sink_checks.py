@@ -31,25 +31,18 @@ from typing import Annotated, Any, cast
 import attrs
 import msgpack
 
+from tcplat_core.deliver.router import Router, spare_the_collector
 from tcplat_core.errors import ReaderGoneError, TcplatError, is_the_users
-from tcplat_core.histogram import BUCKETS, Aggregates, Distribution, Group, Histogram, bucket
-from tcplat_core.model import (
-    HookReport,
-    Loss,
-    Merge,
-    Options,
-    ProbeReport,
-    RunInfo,
-    RunReport,
-    Sink,
-    SinkSpec,
-)
-from tcplat_core.orphan import end_with
-from tcplat_core.output import held_back
-from tcplat_core.router import Router, spare_the_collector
-from tcplat_core.schema import Event, Wire, fields, text
+from tcplat_core.event.fields import Event, Wire, fields
+from tcplat_core.event.text import text
+from tcplat_core.kernel.orphan import end_with
+from tcplat_core.plugin.histogram import BUCKETS, Aggregates, Distribution, Group, Histogram, bucket
+from tcplat_core.plugin.options import Options
+from tcplat_core.plugin.output import held_back
+from tcplat_core.plugin.report import HookReport, ProbeReport, RunReport
+from tcplat_core.plugin.specs import Loss, Merge, RunInfo, Sink, SinkSpec
 
-from .conformance import Check, Fault, NotChecked, Subject, named
+from .check import Check, Fault, NotChecked, Subject, named
 from .rows import make_event
 
 MANY = 1_000_000

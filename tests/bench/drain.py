@@ -29,16 +29,18 @@ from typing import Any
 import attrs
 
 from tcplat_core import RunInfo
-from tcplat_core.fast.codec import Codec
-from tcplat_core.fast.records import Room
-from tcplat_core.loader.btf import VMLINUX
+from tcplat_core.deliver.fast.codec import Codec
+from tcplat_core.deliver.fast.records import Room
+from tcplat_core.deliver.ring import BATCH, Ring
+from tcplat_core.deliver.router import Router
+from tcplat_core.event.fields import Event
+from tcplat_core.event.record import Record
+from tcplat_core.kernel.btf import VMLINUX
 from tcplat_core.loader.compile import import_bcc, kernel_source
 from tcplat_core.loader.kheaders import cached_tree
-from tcplat_core.plugins import Plugins
-from tcplat_core.ring import BATCH, Ring
-from tcplat_core.router import Router
-from tcplat_core.schema import Event, Record
-from tcplat_core.session import HELPING, fired_by
+from tcplat_core.registry.find import Plugins
+from tcplat_core.run.drain import HELPING
+from tcplat_core.run.probe_run import fired_by
 from tests.bench import peers
 
 ROUNDS = 13

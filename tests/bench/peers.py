@@ -16,12 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tcplat_core.loader import bpf
-from tcplat_core.loader.btf import VMLINUX
+from tcplat_core.event.fields import Event
+from tcplat_core.event.record import Record
+from tcplat_core.event.text import TCP_STATES
+from tcplat_core.kernel import bpf
+from tcplat_core.kernel.btf import VMLINUX
 from tcplat_core.loader.cache import Cache
 from tcplat_core.loader.compile import import_bcc, kernel_source
 from tcplat_core.loader.kheaders import cached_tree
-from tcplat_core.schema import TCP_STATES, Event, Record
 from tests.vm import run as vm
 
 HERE = Path(__file__).parent

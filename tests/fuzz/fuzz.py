@@ -34,9 +34,12 @@ from typing import Any, NoReturn
 import attrs
 import click
 
-from tcplat_core import TcplatError, cli, commands
-from tcplat_core.orphan import end_with
-from tcplat_core.plugins import Plugins
+from tcplat_core import TcplatError
+from tcplat_core.cli import replay
+from tcplat_core.cli.main import cli
+from tcplat_core.kernel.orphan import end_with
+from tcplat_core.registry import commands
+from tcplat_core.registry.find import Plugins
 
 from .mutate import FOLDER, mutant, seeds
 
@@ -138,7 +141,7 @@ class Worker:
         found, entries = Plugins.load(), commands._entries()
         Plugins.load = lambda *_: found  # type: ignore[method-assign]
         commands._entries = lambda: entries
-        cli._give_up_root = lambda **_: None
+        replay.give_up_root = lambda **_: None  # type: ignore[attr-defined]
         signal.signal(signal.SIGPROF, _out_of_time)
         (self.folder / "base").write_bytes((FOLDER / "corpus" / "ipv4.jsonl").read_bytes())
         self.reader = str(self.folder / "reader")
@@ -166,7 +169,7 @@ class Worker:
         what = ""
         signal.setitimer(signal.ITIMER_PROF, CPU_S)
         try:
-            cli.cli.main(list(command), prog_name="tcplat", standalone_mode=False, obj=None)
+            cli.main(list(command), prog_name="tcplat", standalone_mode=False, obj=None)
         except (TcplatError, click.ClickException) as error:
             what = _in_output(f"{error}".encode("utf-8", "surrogateescape").replace(b"\n", b"\0"))
             what = "" if what and error.__cause__ is not None else what

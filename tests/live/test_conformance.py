@@ -12,10 +12,12 @@ import attrs
 import pytest
 
 from tcplat_core import HookPoint, Interfaces, ProbeSpec, tracepoint, xdp
-from tcplat_core.loader import bpf
-from tcplat_core.plugins import Plugins
-from tcplat_core.testing import trial
-from tcplat_core.testing.conformance import Outcome, Subject, checks, run
+from tcplat_core.kernel import bpf
+from tcplat_core.loader import trial
+from tcplat_core.registry.find import Plugins
+from tcplat_core.testing import trial_process
+from tcplat_core.testing.check import Outcome, Subject
+from tcplat_core.testing.conformance import checks, run
 
 from .harness import TCPLAT, eventually, needs
 
@@ -61,7 +63,7 @@ WRITES = """
 
 def outcomes(spec: ProbeSpec) -> dict[str, Outcome]:
     """Of the checks that need root."""
-    subject = Subject(spec=spec, given={}, trial=trial.as_root)
+    subject = Subject(spec=spec, given={}, trial=trial_process.as_root)
     names = ("attaches", "lets packets pass", "leaves nothing")
     return {name: run(name, checks(subject)[name], subject) for name in names}
 

@@ -12,13 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 import attrs
 import pytest
 
-from tcplat_core.loader import bpf, xdp
+from tcplat_core.event.fields import Event
+from tcplat_core.event.record import Record
+from tcplat_core.kernel import bpf
+from tcplat_core.kernel.host import choose
+from tcplat_core.loader import xdp
 from tcplat_core.loader.attach import Loader
 from tcplat_core.loader.cache import Cache
-from tcplat_core.loader.host import choose
 from tcplat_core.loader.protocol import ProbeRequest, Request
-from tcplat_core.maps import MapView
-from tcplat_core.schema import Event, Record
+from tcplat_core.plugin.maps import MapView
 
 KEYS = 5000
 TURNS = 8

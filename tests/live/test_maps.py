@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tcplat_core.loader import bpf
-from tcplat_core.maps import mapped
+from tcplat_core.kernel import bpf
+from tcplat_core.plugin.maps import mapped
 
 from .harness import Puppet, Tcplat, at, eventually
 

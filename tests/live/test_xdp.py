@@ -318,7 +318,7 @@ def test_what_cannot_be(
 # --- others
 
 _FOREIGN = """
-from tcplat_core.loader import bpf
+from tcplat_core.kernel import bpf
 from pyroute2 import IPRoute
 code = bytes.fromhex("b7000000020000009500000000000000")
 program = bpf.program_load("someone", bpf.ProgramType.XDP, code)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import attrs
 
-from tcplat_core.loader.bpf import tracefs
+from tcplat_core.kernel.bpf import tracefs
 
 from .harness import Puppet, Row, eventually, patience
 

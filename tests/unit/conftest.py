@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tcplat_core import privileges
+from tcplat_core.run import privileges
 
 
 @pytest.fixture(autouse=True)

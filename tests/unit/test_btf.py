@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tcplat_core.loader.btf import VMLINUX, Btf, BtfError, Kind
+from tcplat_core.kernel.btf import VMLINUX, Btf, BtfError, Kind
 from tcplat_core.loader.kheaders import generate
 
 SMALL = (Path(__file__).parent / "data" / "small.btf").read_bytes()

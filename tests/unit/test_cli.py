@@ -14,17 +14,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
+import click
 import msgspec
 import pytest
 from click.testing import CliRunner
 
-from tcplat_core.cli import _ports, cli
-from tcplat_core.cli import main as cli_main
+from tcplat_core.cli.main import cli
+from tcplat_core.cli.main import main as cli_main
+from tcplat_core.cli.options import _ports
 from tcplat_core.errors import UsageError
-from tcplat_core.filters import Filter
-from tcplat_core.loader.process import LoaderProcess
-from tcplat_core.plugins import Plugins
-from tcplat_core.signals import NOTHING_RECORDED, NOTHING_REPLAYED, Signals
+from tcplat_core.loader.filter import Filter
+from tcplat_core.registry.find import Plugins
+from tcplat_core.run.loader import LoaderProcess
+from tcplat_core.run.signals import NOTHING_RECORDED, NOTHING_REPLAYED, Signals
 from tcplat_core.testing import FakeLoader, FakeProbe, make_event
 
 ROOT = os.geteuid() == 0
@@ -241,7 +243,9 @@ def test_the_whole_program_ends_with_that_code(tcplat: Tcplat, probe: str, exit_
 def test_help_explains_every_option(tcplat: Tcplat) -> None:
     done = tcplat("run", "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    for parameter in cli.commands["run"].params:
+    command = cli.get_command(click.Context(cli), "run")
+    assert command is not None
+    for parameter in command.params:
         for option in parameter.opts:
             assert option in done.stdout or option == "command"
 
@@ -539,7 +543,7 @@ def test_ctrl_c_while_it_starts_says_so(
     assert capfd.readouterr().err.strip() == (f"tcplat: {said}" if said else "")
 
 
-@pytest.mark.parametrize("module", ["tcplat_core.privileges", "tcplat_core.cli"])
+@pytest.mark.parametrize("module", ["tcplat_core.run.privileges", "tcplat_core.cli.main"])
 def test_ctrl_c_while_python_imports_is_no_traceback(tmp_path: Path, module: str) -> None:
     """Before main() it ends the process; after that it is the end of a run."""
     source = Path(__file__).parents[2] / "bin" / "tcplat-start"
@@ -562,7 +566,7 @@ class Interrupts:
         text=True,
         check=False,
     )
-    if module == "tcplat_core.cli":
+    if module == "tcplat_core.cli.main":
         assert (done.returncode, done.stderr) == (0, f"tcplat: {NOTHING_RECORDED}\n")
     else:
         assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
@@ -572,7 +576,7 @@ def test_a_run_under_nohup_outlives_its_terminal() -> None:
     """It only takes over what was not ignored; in a process of its own, for the sake of others."""
     text = """
 import signal
-from tcplat_core.signals import Signals
+from tcplat_core.run.signals import Signals
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 signals = Signals()
 signals.install()

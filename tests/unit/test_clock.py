@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tcplat_core import clock
 from tcplat_core.errors import CannotRunError
+from tcplat_core.event import clock
 
 INITIAL, OTHER, THIRD = (f"time:[{inode}]" for inode in (4026531834, 4026532246, 4026532247))
 

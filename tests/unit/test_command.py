@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tcplat_core.command import Command
 from tcplat_core.errors import UsageError
+from tcplat_core.run.command import Command
 
 Fork = Callable[..., Command]
 

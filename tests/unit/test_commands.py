@@ -13,9 +13,9 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from tcplat_core import commands
-from tcplat_core.cli import cli
+from tcplat_core.cli.main import cli
 from tcplat_core.errors import PluginError
+from tcplat_core.registry import commands
 
 Install = Callable[[str, str, str], None]
 GOOD = """
@@ -210,7 +210,7 @@ def test_the_built_in_ones_are_found() -> None:
 def test_a_termination_that_c_code_loses_comes_again() -> None:
     code = """
 import ctypes, os, signal, time
-from tcplat_core.commands import terminated_in_order
+from tcplat_core.registry.commands import terminated_in_order
 
 class Key:
     def __hash__(self):

@@ -14,13 +14,16 @@ import msgpack
 import pytest
 
 from tcplat_core.errors import CannotRunError, PluginError
-from tcplat_core.hookpoints import HookPoint, kentry, kprobe, kreturn, tracepoint
+from tcplat_core.event.record import Record
+from tcplat_core.kernel import bcc
+from tcplat_core.kernel.bcc import find_bcc
 from tcplat_core.loader import compile as compiling
-from tcplat_core.loader.compile import ALWAYS, Compiled, Map, find_bcc, kernel_source, program_text
+from tcplat_core.loader.compile import Compiled, Map, kernel_source
 from tcplat_core.loader.protocol import ProbeRequest
-from tcplat_core.model import ProbeSpec
-from tcplat_core.schema import Record
-from tcplat_core.session import fired_by, probe_request
+from tcplat_core.loader.source import ALWAYS, program_text
+from tcplat_core.plugin.hookpoints import HookPoint, kentry, kprobe, kreturn, tracepoint
+from tcplat_core.plugin.specs import ProbeSpec
+from tcplat_core.run.probe_run import fired_by, probe_request
 
 LAST_LINE = "int tp_send(void *ctx) { return HOOK_tp_send; }"
 SOURCE = [*(f" #  include <tcplat/{name}> " for name in ALWAYS), '#include "own.h"', LAST_LINE]
@@ -230,7 +233,7 @@ def test_what_was_compiled_comes_back_from_the_cache_as_it_was() -> None:
 @pytest.fixture
 def no_system(monkeypatch: pytest.MonkeyPatch) -> None:
     """A system without bcc."""
-    monkeypatch.setattr(compiling, "SYSTEM_FOLDERS", ())
+    monkeypatch.setattr(bcc, "SYSTEM_FOLDERS", ())
     folders = [folder for folder in sys.path if not (Path(folder) / "bcc").is_dir()]
     monkeypatch.setattr(sys, "path", folders)
     monkeypatch.delitem(sys.modules, "bcc", raising=False)
@@ -270,7 +273,7 @@ def test_a_folder_without_libbcc_is_not_the_systems_bcc(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package(tmp_path)
-    monkeypatch.setattr(compiling, "SYSTEM_FOLDERS", (str(tmp_path),))
+    monkeypatch.setattr(bcc, "SYSTEM_FOLDERS", (str(tmp_path),))
     with pytest.raises(CannotRunError, match="bcc is not installed"):
         find_bcc()
 
@@ -285,7 +288,7 @@ def test_the_first_system_folder_that_has_bcc_is_taken(
     folders = [tmp_path / name for name in ("empty", "first", "second")]
     found = package(folders[1], "libbcc")
     package(folders[2], "libbcc")
-    monkeypatch.setattr(compiling, "SYSTEM_FOLDERS", tuple(map(str, folders)))
+    monkeypatch.setattr(bcc, "SYSTEM_FOLDERS", tuple(map(str, folders)))
     assert find_bcc() == found
 
 
@@ -295,7 +298,7 @@ def test_a_bcc_that_others_can_write_to_is_not_run_as_root(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
 ) -> None:
     package(tmp_path, "libbcc").chmod(mode)
-    monkeypatch.setattr(compiling, "SYSTEM_FOLDERS", (str(tmp_path),))
+    monkeypatch.setattr(bcc, "SYSTEM_FOLDERS", (str(tmp_path),))
     with pytest.raises(CannotRunError):
         find_bcc()
 
@@ -305,7 +308,7 @@ def test_a_bcc_of_somebody_else_is_not_run_as_root(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     os.chown(package(tmp_path, "libbcc"), 65534, 65534)
-    monkeypatch.setattr(compiling, "SYSTEM_FOLDERS", (str(tmp_path),))
+    monkeypatch.setattr(bcc, "SYSTEM_FOLDERS", (str(tmp_path),))
     with pytest.raises(CannotRunError):
         find_bcc()
 

@@ -45,11 +45,12 @@ from tcplat_core import (
     tracepoint,
 )
 from tcplat_core import path as path_kind
-from tcplat_core.cli import cli
-from tcplat_core.new import create
-from tcplat_core.plugins import Found, Plugins
+from tcplat_core.cli.main import cli
+from tcplat_core.registry.find import Found, Plugins
+from tcplat_core.registry.new import create
 from tcplat_core.testing import conformance, sink_checks
-from tcplat_core.testing.conformance import Outcome, Subject, checks, run
+from tcplat_core.testing.check import Outcome, Subject
+from tcplat_core.testing.conformance import checks, run
 
 BUILT_IN = [found.name for found in Plugins.load().found if found.distribution == "tcplat"]
 
@@ -293,7 +294,7 @@ def test_a_fault_of_a_probe_is_named(change: dict[str, Any], check: str, sentenc
 
 def test_a_record_that_the_compiler_lays_out_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if tcplat itself had it wrong: a declaration cannot make it so."""
-    from tcplat_core.schema import Record  # noqa: PLC0415 - this test alone plays with it
+    from tcplat_core.event.record import Record  # noqa: PLC0415 - this test alone plays with it
 
     right = Record.c_struct
     monkeypatch.setattr(
@@ -971,7 +972,7 @@ def check(*arguments: str) -> Result:
 @pytest.fixture
 def unprivileged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is loaded or attached by these tests, whoever runs them."""
-    monkeypatch.setattr("tcplat_core.testing.trial.as_root", lambda: None)
+    monkeypatch.setattr("tcplat_core.testing.trial_process.as_root", lambda: None)
 
 
 @pytest.mark.usefixtures("unprivileged")

@@ -23,11 +23,12 @@ import pytest
 
 import tcplat_core
 from tcplat_core import testing
-from tcplat_core.cli import cli
-from tcplat_core.model import parse_choice, read_options
-from tcplat_core.new import create
-from tcplat_core.plugins import Plugins
-from tcplat_core.schema import Event, Record
+from tcplat_core.cli.main import cli
+from tcplat_core.event.fields import Event
+from tcplat_core.event.record import Record
+from tcplat_core.plugin.options import parse_choice, read_options
+from tcplat_core.registry.find import Plugins
+from tcplat_core.registry.new import create
 from tcplat_core.testing import make_event
 
 ROOT = Path(__file__).parents[2]
@@ -243,7 +244,7 @@ import runpy, sys
 program = sys.argv.pop(1)
 if program == "pytest":
     runpy.run_module("pytest", run_name="__main__")
-from tcplat_core.cli import main
+from tcplat_core.cli.main import main
 sys.argv[0] = "tcplat"
 main()
 """

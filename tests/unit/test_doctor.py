@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tcplat_core import doctor
+from tcplat_core.cli import host_checks
 from tcplat_core.errors import CannotRunError
-from tcplat_core.loader import bpf
-from tcplat_core.loader import compile as compiling
-from tcplat_core.loader.compile import find_bcc, import_bcc
+from tcplat_core.kernel import bcc, bpf
+from tcplat_core.kernel.bcc import find_bcc
+from tcplat_core.loader.compile import import_bcc
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can own a system folder")
 
@@ -40,7 +40,7 @@ def test_a_broken_bcc_is_named_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, init: str, words: str
 ) -> None:
     package(tmp_path, __init__=init)
-    monkeypatch.setattr(compiling, "SYSTEM_FOLDERS", (str(tmp_path),))
+    monkeypatch.setattr(bcc, "SYSTEM_FOLDERS", (str(tmp_path),))
     monkeypatch.delitem(sys.modules, "bcc", raising=False)
     with pytest.raises(CannotRunError) as error:
         import_bcc()
@@ -54,7 +54,7 @@ def test_a_bcc_that_others_can_change_is_not_called_missing(
 ) -> None:
     there = package(tmp_path)
     (there / "libbcc.py").chmod(0o666)
-    monkeypatch.setattr(compiling, "SYSTEM_FOLDERS", (str(tmp_path),))
+    monkeypatch.setattr(bcc, "SYSTEM_FOLDERS", (str(tmp_path),))
     with pytest.raises(CannotRunError) as error:
         find_bcc()
     assert f"bcc in {there} can be changed by others than root" in str(error.value)
@@ -64,7 +64,7 @@ def test_a_bcc_that_others_can_change_is_not_called_missing(
 def test_tracefs_that_is_mounted_and_not_readable_is_not_called_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(doctor, "tracefs", lambda: None)
+    monkeypatch.setattr(host_checks, "tracefs", lambda: None)
     monkeypatch.setattr(
         Path, "read_text", lambda *_, **__: "tracefs /sys/kernel/tracing tracefs rw 0 0\n"
     )
@@ -82,5 +82,5 @@ def test_another_machine_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
     with pytest.raises(CannotRunError, match="runs on x86_64 and aarch64; this machine is riscv64"):
         bpf.map_create("any", bpf.ARRAY, 4, 4, 1, 0)
-    checks, _ = doctor.examine()
+    checks, _ = host_checks.examine()
     assert (checks[0].name, checks[0].ok) == ("kernel", False)

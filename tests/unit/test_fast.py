@@ -16,12 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tcplat_core import json_lines
-from tcplat_core.fast import records as fast
-from tcplat_core.fast.codec import Codec
-from tcplat_core.fast.library import FILE, library
-from tcplat_core.fast.records import FOREVER, Records, Room
-from tcplat_core.ring import ForeignRecordError, Ring
-from tcplat_core.schema import Event, FiredBy, Made, Moment, Record, Wire, micros
+from tcplat_core.deliver.fast import records as fast
+from tcplat_core.deliver.fast.codec import Codec
+from tcplat_core.deliver.fast.library import FILE, library
+from tcplat_core.deliver.fast.records import FOREVER, Records, Room
+from tcplat_core.deliver.ring import ForeignRecordError, Ring
+from tcplat_core.event.fields import Event, FiredBy, Made, Moment, Wire
+from tcplat_core.event.record import Record
+from tcplat_core.event.text import micros
 from tcplat_core.testing import FakeRing, make_record
 
 pytestmark = pytest.mark.skipif(

@@ -13,10 +13,12 @@ from typing import Any
 import attrs
 import pytest
 
+from tcplat_core.capture.row_filter import RowFilter
 from tcplat_core.errors import UsageError
-from tcplat_core.filters import Filter, RowFilter, cgroup_path, netns_recorded
-from tcplat_core.plugins import Plugins
-from tcplat_core.schema import text
+from tcplat_core.event.text import text
+from tcplat_core.kernel.netns import netns_recorded
+from tcplat_core.loader.filter import Filter, cgroup_path
+from tcplat_core.registry.find import Plugins
 from tcplat_core.testing import make_event
 
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tcplat_core import histogram as histograms
 from tcplat_core.errors import PluginError
-from tcplat_core.histogram import (
+from tcplat_core.plugin import histogram as histograms
+from tcplat_core.plugin.histogram import (
     BUCKETS,
     CELLS,
     SUB_BITS,
@@ -102,7 +102,7 @@ def test_the_kernel_finds_the_same_bucket_for_a_million_durations(tmp_path: Path
     compiler = shutil.which("clang") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("neither clang nor gcc is installed")
-    header = Path(histograms.__file__).parent / "include" / "tcplat" / "bucket.bpf.h"
+    header = Path(histograms.__file__).parents[1] / "include" / "tcplat" / "bucket.bpf.h"
     source, program = tmp_path / "bucket.c", tmp_path / "bucket"
     source.write_text(
         C_PROGRAM.format(sub_bits=SUB_BITS, top_bits=TOP_BITS, buckets=BUCKETS, header=header)

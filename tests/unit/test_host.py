@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from tcplat_core.errors import CannotRunError
-from tcplat_core.hookpoints import Hook, HookPoint, Way, kentry, kprobe, kreturn, tracepoint
-from tcplat_core.loader.host import Host, choose
+from tcplat_core.kernel.host import Host, choose
+from tcplat_core.plugin.hookpoints import Hook, HookPoint, Way, kentry, kprobe, kreturn, tracepoint
 
 FENTRY = Way("fentry", (Hook("tcp_sendmsg", "fe", "fentry"),))
 KPROBE = kprobe(kentry("tcp_sendmsg", "kp"))

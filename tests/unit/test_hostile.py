@@ -20,12 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tcplat_core import Event, Loss, Merge, printable
-from tcplat_core.capture import Capture
-from tcplat_core.filters import Filter
-from tcplat_core.formats import LONGEST
+from tcplat_core.capture.formats import LONGEST
+from tcplat_core.capture.rows import Capture
+from tcplat_core.event.fields import SCHEMA_VERSION
+from tcplat_core.event.text import text
+from tcplat_core.loader.filter import Filter
 from tcplat_core.loader.protocol import Request
-from tcplat_core.plugins import Plugins
-from tcplat_core.schema import SCHEMA_VERSION, text
+from tcplat_core.registry.find import Plugins
 from tcplat_core.testing import make_event
 
 EVENTS = {name: spec.event for name, spec in Plugins.load().probes.items()}
@@ -391,7 +392,7 @@ def test_what_a_plugin_says_is_never_sent_to_the_terminal_as_it_is(tmp_path: Pat
     (tmp_path / "c").write_bytes(line(**of_row()))
     program = (
         f"import sys; sys.path.insert(0, {str(site)!r}); "
-        "from tcplat_core.cli import main; sys.argv[0] = 'tcplat'; main()"
+        "from tcplat_core.cli.main import main; sys.argv[0] = 'tcplat'; main()"
     )
     for arguments in (
         ["plugins", "list"],

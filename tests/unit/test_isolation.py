@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from tcplat_core import privileges
 from tcplat_core.loader import isolation
+from tcplat_core.run import privileges
 
 BEGIN = """
 import os, sys
@@ -54,8 +54,8 @@ def eventually(condition: Callable[[], bool]) -> None:
 @pytest.mark.parametrize(
     "start",
     [
-        "from tcplat_core.loader.process import LoaderProcess; it = LoaderProcess.start().process",
-        "from tcplat_core.testing.trial import Trial; it = Trial.start('compile').process",
+        "from tcplat_core.run.loader import LoaderProcess; it = LoaderProcess.start().process",
+        "from tcplat_core.testing.trial_process import Trial; it = Trial.start('compile').process",
     ],
 )
 def test_a_child_is_killed_with_its_parent_before_its_python_has_started(

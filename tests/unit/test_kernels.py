@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tcplat_core import doctor
+from tcplat_core.cli import host_checks
 from tcplat_core.errors import CannotRunError
-from tcplat_core.hookpoints import Hook, HookPoint
-from tcplat_core.loader import host as host_module
-from tcplat_core.loader.host import SYSCALLS, Host, choose
-from tcplat_core.show import Sight
+from tcplat_core.kernel import host as host_module
+from tcplat_core.kernel.host import SYSCALLS, Host, choose
+from tcplat_core.plugin.hookpoints import Hook, HookPoint
+from tcplat_core.registry.show import Sight
 from tests.vm import facts, run
 
 KERNELS: dict[str, dict[str, dict[str, list[str] | None]]] = json.loads(
@@ -131,7 +131,7 @@ def test_who_uses_a_socket_is_seen(host: Host, kernel: str) -> None:
 
 @every_kernel
 def test_doctor_says_how_users_are_seen(host: Host, kernel: str) -> None:
-    check = doctor._owners(Sight(host, as_root=True))
+    check = host_checks._owners(Sight(host, as_root=True))
     assert check.ok is True
     by = "tracepoint:sock:sock_recv_length" if version(kernel) >= (6, 3) else "fentry:tcp_recvmsg+"
     assert f"by {by}" in check.found
@@ -143,7 +143,7 @@ def test_doctor_says_that_they_are_not(
 ) -> None:
     monkeypatch.setattr(host_module, "KPROBE_PMU", tmp_path / "none")
     policy = Host(facts=host.facts, fentry="this kernel refuses fentry programs (EPERM)")
-    check = doctor._owners(Sight(policy, as_root=True))
+    check = host_checks._owners(Sight(policy, as_root=True))
     if version(kernel) >= (6, 3):
         assert check.ok is True
     else:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tcplat_core.kernel.btf import VMLINUX, Btf, BtfError, Kind
 from tcplat_core.loader import kheaders
-from tcplat_core.loader.btf import VMLINUX, Btf, BtfError, Kind
 from tcplat_core.loader.kheaders import BCC_TAGS, cached_tree, generate, write_tree
 from tests.unit.test_btf import INT, encode
 

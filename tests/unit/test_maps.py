@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tcplat_core.maps import MapView, ReadableMap
+from tcplat_core.plugin.maps import MapView, ReadableMap
 from tcplat_core.testing import FakeArray
 
 

@@ -9,18 +9,21 @@ from typing import Any
 import pytest
 
 from tcplat_core.errors import PluginError, UsageError
-from tcplat_core.hookpoints import HookPoint, Way, kentry, kprobe, kreturn, tracepoint
-from tcplat_core.kinds import Kind, boolean, choice, duration, integer, ports, size
-from tcplat_core.model import (
-    HookReport,
+from tcplat_core.plugin.hookpoints import HookPoint, Way, kentry, kprobe, kreturn, tracepoint
+from tcplat_core.plugin.options import (
+    Kind,
     Option,
-    ProbeReport,
-    ProbeSpec,
-    RunReport,
-    SinkSpec,
+    boolean,
+    choice,
+    duration,
+    integer,
     parse_choice,
+    ports,
     read_options,
+    size,
 )
+from tcplat_core.plugin.report import HookReport, ProbeReport, RunReport
+from tcplat_core.plugin.specs import ProbeSpec, SinkSpec
 from tcplat_core.testing import RecordingSink
 
 # --- name:key=value,...

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tcplat_core import netdev
 from tcplat_core.errors import UsageError
+from tcplat_core.kernel import fdinfo, netdev, netns
 
 
 def test_interfaces_are_those_of_the_kernel() -> None:
@@ -22,22 +22,22 @@ def test_interfaces_are_those_of_the_kernel() -> None:
 
 
 def test_nowhere_is_said_to_be_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(netdev, "NAMED", tmp_path / "none")
+    monkeypatch.setattr(netns, "NAMED", tmp_path / "none")
     with pytest.raises(UsageError, match=r"no network namespace 'blue' .*ip netns has none"):
-        netdev.inside("blue").__enter__()
-    monkeypatch.setattr(netdev, "NAMED", tmp_path)
+        netns.inside("blue").__enter__()
+    monkeypatch.setattr(netns, "NAMED", tmp_path)
     (tmp_path / "red").touch()
     (tmp_path / "green").touch()
     with pytest.raises(UsageError, match=r"'blue' \(No such file.*ip netns has green, red$"):
-        netdev.inside("blue").__enter__()
+        netns.inside("blue").__enter__()
     for what in ("4194305", "/nowhere"):
         with pytest.raises(UsageError, match=f"'{what}' .No such file"):
-            netdev.inside(what).__enter__()
+            netns.inside(what).__enter__()
 
 
 def test_here_needs_no_root() -> None:
     before = os.stat("/proc/self/ns/net").st_ino
-    with netdev.inside(""):
+    with netns.inside(""):
         assert os.stat("/proc/self/ns/net").st_ino == before
 
 
@@ -45,11 +45,11 @@ def test_only_an_xdp_link_without_interface_is_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (tmp_path / "file").open("wb") as file:
-        assert not netdev.is_cut(file.fileno())
-    assert not netdev.is_cut(1 << 20)
+        assert not fdinfo.is_cut(file.fileno())
+    assert not fdinfo.is_cut(1 << 20)
     for text, cut in (
         ("link_type:\txdp\nprog_id:\t7\nifindex:\t3\n", False),
         ("link_type:\txdp\nprog_id:\t7\nifindex:\t0\n", True),
     ):
         monkeypatch.setattr(Path, "read_text", lambda *_, text=text, **__: text)
-        assert netdev.is_cut(9) is cut
+        assert fdinfo.is_cut(9) is cut

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tcplat_core import netdev
 from tcplat_core.errors import UsageError
-from tcplat_core.filters import netns_recorded
-from tcplat_core.netns import inode
+from tcplat_core.kernel import netns
+from tcplat_core.kernel.netns import inode, netns_recorded
 
 OURS = os.stat("/proc/self/ns/net").st_ino
 
@@ -45,7 +44,7 @@ def other(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def test_any_other_file_is_refused_wherever_a_namespace_is_taken(other: str) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    for take in (inode, netns_recorded, lambda text: netdev.inside(text).__enter__()):
+    for take in (inode, netns_recorded, lambda text: netns.inside(text).__enter__()):
         with pytest.raises(UsageError, match=f"'{other}' is not a network namespace, though"):
             take(other)
     assert len(os.listdir("/proc/self/fd")) == before
@@ -54,6 +53,6 @@ def test_any_other_file_is_refused_wherever_a_namespace_is_taken(other: str) -> 
 def test_no_file_descriptor_stays_open() -> None:
     before = len(os.listdir("/proc/self/fd"))
     assert inode("/proc/self/ns/net") == OURS
-    with contextlib.suppress(UsageError), netdev.inside("/proc/self/ns/net"):  # without root
+    with contextlib.suppress(UsageError), netns.inside("/proc/self/ns/net"):  # without root
         pass
     assert len(os.listdir("/proc/self/fd")) == before

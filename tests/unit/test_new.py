@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tcplat_core.errors import UsageError
-from tcplat_core.new import create, rendered
-from tcplat_core.plugins import Plugins
+from tcplat_core.registry.find import Plugins
+from tcplat_core.registry.new import create, rendered
 
 ROOT = Path(__file__).parents[2]
 LONGEST = "n2345678_0123456_8901234_6789012"
@@ -172,7 +172,7 @@ def test_a_link_that_takes_its_place_meanwhile_changes_nothing(
             project.symlink_to(victim)
         return rendered(text, name)
 
-    monkeypatch.setattr("tcplat_core.new.rendered", exchanging)
+    monkeypatch.setattr("tcplat_core.registry.new.rendered", exchanging)
     _, *files = create("probe", "x", theirs)
     assert not list(victim.iterdir())
     made = {path.relative_to(theirs / "moved") for path in (theirs / "moved").rglob("*.*")}

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from tcplat_core import Output, Place, ReaderGoneError, UsageError, whole_file
-from tcplat_core.output import held_back
-from tcplat_core.ready import ReadyFile
+from tcplat_core.plugin.output import held_back
+from tcplat_core.run.ready import ReadyFile
 
 OTHER = 4711
 """The uid of another user."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tcplat_core.errors import ReaderGoneError, TcplatError, UsageError
-from tcplat_core.output import Output
+from tcplat_core.plugin.output import Output
 
 BIG = bytes(range(256)) * 4096
 """A megabyte: no pipe takes it at once."""

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tcplat_core import owners
-from tcplat_core.owners import BOTH, CLIENT, IPV4, IPV6, LISTENER, SERVER, Seed
+from tcplat_core.kernel import owners
+from tcplat_core.kernel.owners import BOTH, CLIENT, IPV4, IPV6, LISTENER, SERVER, Seed
 
 SO_COOKIE = 57
 

@@ -83,7 +83,7 @@ def imported_by(code: str) -> set[str]:
 
 def test_listing_plugins_imports_neither_bcc_nor_pyroute2() -> None:
     modules = imported_by(
-        "from tcplat_core.cli import cli\ncli.main(['plugins', 'list'], standalone_mode=False)"
+        "from tcplat_core.cli.main import cli\ncli.main(['plugins', 'list'], standalone_mode=False)"
     )
     assert {"tcplat_core", "pluggy", "tcplat_tcp_client", "tcplat_sinks"} <= modules
     assert not {"bcc", "pyroute2"} & modules
@@ -96,7 +96,7 @@ def test_everything_that_a_plugin_may_import_needs_neither() -> None:
 
 def test_help_needs_no_plugin() -> None:
     modules = imported_by(
-        "from tcplat_core.cli import cli\ncli.main(['--help'], standalone_mode=False)"
+        "from tcplat_core.cli.main import cli\ncli.main(['--help'], standalone_mode=False)"
     )
     assert not {"bcc", "pyroute2", "pluggy", "tcplat_sinks"} & modules
 

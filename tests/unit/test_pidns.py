@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tcplat_core import pidns
 from tcplat_core.errors import CannotRunError
+from tcplat_core.kernel import pidns
 
 Set = Callable[..., None]
 OURS = SimpleNamespace(st_ino=4026532300, st_dev=os.makedev(0, 4))

@@ -12,9 +12,9 @@ from textwrap import dedent
 
 import pytest
 
-from tcplat_core import hookspecs
 from tcplat_core.errors import PluginError
-from tcplat_core.plugins import GROUP, Found, Plugins
+from tcplat_core.plugin import hookspecs
+from tcplat_core.registry.find import GROUP, Found, Plugins
 
 Install = Callable[..., None]
 
@@ -217,7 +217,7 @@ def test_plugins_load_without_a_standard_output(install: Install) -> None:
     code = (
         "import os, sys; sys.path.insert(0, sys.argv[1]); os.close(1); sys.stdout = None\n"
         "from importlib.metadata import EntryPoint\n"
-        "from tcplat_core.plugins import Plugins\n"
+        "from tcplat_core.registry.find import Plugins\n"
         "found = Plugins.load([EntryPoint('chatty', 'chatty', 'tcplat')]).found\n"
         "assert [one.status for one in found] == ['ok'] * 3, found\n"
     )

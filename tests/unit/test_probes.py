@@ -9,12 +9,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from tcplat_core.hookpoints import MECHANISMS, Hook, reporting
-from tcplat_core.loader.compile import program_text
-from tcplat_core.model import ProbeSpec, read_options
-from tcplat_core.plugins import Plugins
-from tcplat_core.schema import TCP_STATES, Moment, fields
-from tcplat_core.session import probe_request
+from tcplat_core.event.fields import Moment, fields
+from tcplat_core.event.text import TCP_STATES
+from tcplat_core.loader.source import program_text
+from tcplat_core.plugin.hookpoints import MECHANISMS, Hook, reporting
+from tcplat_core.plugin.options import read_options
+from tcplat_core.plugin.specs import ProbeSpec
+from tcplat_core.registry.find import Plugins
+from tcplat_core.run.probe_run import probe_request
 
 PLUGINS = Plugins.load()
 OURS = [

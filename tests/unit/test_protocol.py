@@ -11,9 +11,7 @@ import attrs
 import pytest
 
 from tcplat_core.errors import CannotRunError
-from tcplat_core.filters import Filter
-from tcplat_core.histogram import Aggregation
-from tcplat_core.hookpoints import HookPoint, Interfaces, kentry, kprobe, kreturn, tracepoint
+from tcplat_core.loader.filter import Filter
 from tcplat_core.loader.protocol import (
     MAX_FDS,
     Answer,
@@ -26,6 +24,8 @@ from tcplat_core.loader.protocol import (
     receive_answer,
     send_answer,
 )
+from tcplat_core.plugin.histogram import Aggregation
+from tcplat_core.plugin.hookpoints import HookPoint, Interfaces, kentry, kprobe, kreturn, tracepoint
 
 Ends = tuple[socket.socket, socket.socket]
 

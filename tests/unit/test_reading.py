@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from tcplat_core import HOST_BITS, SCHEMA_VERSION, Event, Loss, Merge, Reader, TcplatError
-from tcplat_core.model import HookReport, ProbeReport, RunReport
+from tcplat_core.plugin.report import HookReport, ProbeReport, RunReport
 from tcplat_core.testing import make_event
 
 HOSTS = [
@@ -134,7 +134,7 @@ def test_a_bar_on_a_terminal_says_how_far_it_is(
     capsys: pytest.CaptureFixture[str],
     quiet: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
-    monkeypatch.setattr("tcplat_core.bar._AFTER_S", -1)
+    monkeypatch.setattr("tcplat_core.plugin.progress._AFTER_S", -1)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     capture(tmp_path / "capture")
     list(Reader.open(str(tmp_path / "capture"), quiet=quiet).items())

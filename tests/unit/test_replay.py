@@ -27,13 +27,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tcplat_core import SCHEMA_VERSION, Event, Loss, RunInfo, RunReport
-from tcplat_core.capture import Capture, Source
-from tcplat_core.connecting import connect
+from tcplat_core.capture.replay import Replay
+from tcplat_core.capture.rows import Capture
+from tcplat_core.capture.source import Source
 from tcplat_core.errors import TcplatError, UsageError
-from tcplat_core.filters import Filter
-from tcplat_core.model import Counted, HookReport, ProbeReport, parse_choice, read_options
-from tcplat_core.plugins import Plugins
-from tcplat_core.replay import Replay, add_reports
+from tcplat_core.loader.filter import Filter
+from tcplat_core.plugin.connecting import connect
+from tcplat_core.plugin.options import parse_choice, read_options
+from tcplat_core.plugin.report import Counted, HookReport, ProbeReport, add_reports
+from tcplat_core.registry.find import Plugins
 from tcplat_core.testing import RecordingSink, make_event
 
 PLUGINS = Plugins.load()

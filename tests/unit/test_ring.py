@@ -11,7 +11,9 @@ from contextlib import ExitStack
 
 import pytest
 
-from tcplat_core.ring import BATCH, Books, ForeignRecordError, Ring, books_slots, possible_cpus
+from tcplat_core.deliver.books import Books
+from tcplat_core.deliver.ring import BATCH, ForeignRecordError, Ring
+from tcplat_core.kernel.layout import books_slots, possible_cpus
 from tcplat_core.testing import FakeBooks, FakeRing
 
 LAYOUT = struct.Struct("=QI")

@@ -10,11 +10,12 @@ from copy import copy
 import attrs
 import pytest
 
+from tcplat_core.deliver.router import Router
 from tcplat_core.errors import ReaderGoneError, TcplatError
-from tcplat_core.histogram import Aggregates
-from tcplat_core.model import Loss, Merge, RunReport, Sink
-from tcplat_core.router import Router
-from tcplat_core.schema import Event
+from tcplat_core.event.fields import Event
+from tcplat_core.plugin.histogram import Aggregates
+from tcplat_core.plugin.report import RunReport
+from tcplat_core.plugin.specs import Loss, Merge, Sink
 from tcplat_core.testing import RecordingSink, make_event
 
 REPORT = RunReport(probes={}, duration_s=1)

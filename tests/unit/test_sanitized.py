@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tcplat_core.fast import library
+from tcplat_core.deliver.fast import library
 
 SOURCE = Path(library.__file__).with_name("records.c")
 _PLUGIN = """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 def pytest_configure():
-    from tcplat_core.fast import library
+    from tcplat_core.deliver.fast import library
     library.FILE = Path(os.environ["RECORDS_SO"])
     assert library.library()
 """

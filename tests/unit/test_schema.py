@@ -18,26 +18,13 @@ from typing import Annotated, Any, cast
 import msgspec
 import pytest
 
-from tcplat_core.clock import clock_offset_ns
 from tcplat_core.errors import PluginError
-from tcplat_core.model import ProbeSpec
-from tcplat_core.schema import (
-    _HAS,
-    LARGEST_RECORD,
-    TCP_FLAGS,
-    TCP_STATES,
-    Event,
-    FiredBy,
-    Made,
-    Moment,
-    Record,
-    Wire,
-    address,
-    fields,
-    flags,
-    name,
-    text,
-)
+from tcplat_core.event.check import LARGEST_RECORD
+from tcplat_core.event.clock import clock_offset_ns
+from tcplat_core.event.fields import Event, FiredBy, Made, Moment, Wire, fields
+from tcplat_core.event.record import _HAS, Record
+from tcplat_core.event.text import TCP_FLAGS, TCP_STATES, address, flags, name, text
+from tcplat_core.plugin.specs import ProbeSpec
 from tcplat_core.testing import make_event, make_record
 
 KEYS = [
@@ -569,7 +556,7 @@ def test_the_compiler_refuses_a_struct_that_differs(old: str, new: str) -> None:
     assert old in code
     done = compile_c(code.replace(old, new))
     assert done.returncode != 0
-    assert b"schema.py has another" in done.stderr
+    assert b"record.py has another" in done.stderr
 
 
 @needs_clang

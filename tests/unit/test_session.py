@@ -17,30 +17,27 @@ from typing import Any, cast
 import attrs
 import pytest
 
-from tcplat_core import session as sessions
-from tcplat_core.clock import kernel_ns
-from tcplat_core.command import Command
-from tcplat_core.errors import (
-    CannotRunError,
-    PluginError,
-    ReaderGoneError,
-    TcplatError,
-    UsageError,
-)
-from tcplat_core.fast.library import FILE, library
-from tcplat_core.filters import Filter
-from tcplat_core.histogram import Aggregation, Histogram
-from tcplat_core.hookpoints import HookPoint, kentry, kprobe, kreturn, tracepoint
-from tcplat_core.loader.process import LoaderProcess
+from tcplat_core.deliver.fast.library import FILE, library
+from tcplat_core.deliver.ring import BATCH
+from tcplat_core.errors import CannotRunError, PluginError, ReaderGoneError, TcplatError, UsageError
+from tcplat_core.event.clock import kernel_ns
+from tcplat_core.event.fields import Event
+from tcplat_core.loader.filter import Filter
 from tcplat_core.loader.protocol import Refusal, Request, send_answer
-from tcplat_core.maps import Maps, ReadableMap
-from tcplat_core.model import Loss, Option, ProbeSpec, RunReport, Sink
-from tcplat_core.output import Output, held_back
-from tcplat_core.plugins import Plugins
-from tcplat_core.ring import BATCH
-from tcplat_core.schema import Event
-from tcplat_core.session import Session, probe_request
-from tcplat_core.signals import Signals
+from tcplat_core.plugin.histogram import Aggregation, Histogram
+from tcplat_core.plugin.hookpoints import HookPoint, kentry, kprobe, kreturn, tracepoint
+from tcplat_core.plugin.maps import Maps, ReadableMap
+from tcplat_core.plugin.options import Option
+from tcplat_core.plugin.output import Output, held_back
+from tcplat_core.plugin.report import RunReport
+from tcplat_core.plugin.specs import Loss, ProbeSpec, Sink
+from tcplat_core.registry.find import Plugins
+from tcplat_core.run import drain, probe_run
+from tcplat_core.run.command import Command
+from tcplat_core.run.loader import LoaderProcess
+from tcplat_core.run.probe_run import probe_request
+from tcplat_core.run.session import Session
+from tcplat_core.run.signals import Signals
 from tcplat_core.testing import FakeArray, FakeLoader, FakeProbe, RecordingSink, make_record
 
 SEND_AND_CLOSE = (
@@ -153,7 +150,7 @@ def test_more_than_one_helping_arrives_whole(play: Play) -> None:
 
 def test_a_helping_of_discarded_records_is_no_error(play: Play) -> None:
     probe = play(ring_bytes=1 << 22)
-    for _ in range((sessions.HELPING + 1) * BATCH):
+    for _ in range((drain.HELPING + 1) * BATCH):
         position = probe.ring.reserve(make_record())
         assert position is not None
         probe.ring.discard(position)
@@ -397,7 +394,7 @@ def test_a_record_that_is_not_submitted_yet_is_waited_for(
 def test_a_record_that_never_comes_is_waited_for_a_while_and_unread(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions, "SETTLE_S", 0.05)
+    monkeypatch.setattr(drain, "SETTLE_S", 0.05)
     probe = play()
     probe.emit("tp_send", ts_ns=1)
     probe.ring.reserve(make_record(ts_ns=2))
@@ -591,7 +588,7 @@ def test_the_loader_is_asked_for_each_probe_with_its_constants() -> None:
         options=(Option(name="port", help="h", convert=int),),
         defines=lambda options: {"PORT": options["port"]},
     )
-    request = sessions.probe_request(spec, {"port": 80})
+    request = probe_run.probe_request(spec, {"port": 80})
     assert (request.name, request.source, request.points) == ("port", "/* C */", SEND_AND_CLOSE)
     assert request.types == ("tcp_sock",)
     assert request.defines == {"PORT": 80}
@@ -610,7 +607,7 @@ COUNTED = ProbeSpec(
 
 def test_where_no_sink_wants_rows_only_what_histograms_need_is_attached() -> None:
     wanted = Aggregation("all", 256, 1)
-    request = sessions.probe_request(COUNTED, {}, events=False, aggregation=wanted)
+    request = probe_run.probe_request(COUNTED, {}, events=False, aggregation=wanted)
     assert request.points == SEND_AND_CLOSE  # the numbers of hooks stay what they are
     assert request.listen == ("close",)
     assert request.histograms == ("took",)
@@ -618,7 +615,7 @@ def test_where_no_sink_wants_rows_only_what_histograms_need_is_attached() -> Non
 
 
 def test_with_rows_everything_is_attached_and_without_aggregation_no_counters_are_mapped() -> None:
-    request = sessions.probe_request(COUNTED, {})
+    request = probe_run.probe_request(COUNTED, {})
     assert request.listen is None
     assert request.maps == {"counts": 12}
 

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import attrs
 import pytest
 
-from tcplat_core import show
 from tcplat_core.errors import CannotRunError
-from tcplat_core.hookpoints import (
+from tcplat_core.event.fields import Event, Wire, fields
+from tcplat_core.kernel.host import Host
+from tcplat_core.plugin.hookpoints import (
     HookPoint,
     Way,
     fenter,
@@ -20,11 +21,10 @@ from tcplat_core.hookpoints import (
     tracepoint,
     tracepoints,
 )
-from tcplat_core.kinds import boolean, choice, integer
-from tcplat_core.loader.host import Host
-from tcplat_core.model import Option, ProbeSpec, SinkSpec
-from tcplat_core.plugins import Found, Plugins
-from tcplat_core.schema import Event, Wire, fields
+from tcplat_core.plugin.options import Option, boolean, choice, integer
+from tcplat_core.plugin.specs import ProbeSpec, SinkSpec
+from tcplat_core.registry import show
+from tcplat_core.registry.find import Found, Plugins
 
 FUNCTION = {"tcp_sendmsg": (1, ["sk", "msg", "size"]), "tcp_close": (2, ["sk"])}
 TRACEPOINT = {"tcp:tcp_probe": (0, ["struct sock *"])}
@@ -37,8 +37,8 @@ BY_SYSCALL = tracepoints(("syscalls:sys_exit_accept4", "tp_accept"))
 @pytest.fixture(autouse=True)
 def _kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No kprobes, no tracefs; what BTF says stands in the facts below."""
-    monkeypatch.setattr("tcplat_core.loader.host.KPROBE_PMU", tmp_path / "none")
-    monkeypatch.setattr("tcplat_core.loader.bpf.tracefs", lambda: None)
+    monkeypatch.setattr("tcplat_core.kernel.host.KPROBE_PMU", tmp_path / "none")
+    monkeypatch.setattr("tcplat_core.kernel.bpf.tracefs", lambda: None)
     monkeypatch.setattr(show, "tracefs", lambda: None)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tcplat_core.sleeper import Sleeper
+from tcplat_core.run.gate import Sleeper
 
 LONG_S = 60.0
 

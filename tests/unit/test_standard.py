@@ -138,8 +138,8 @@ def test_a_command_has_the_mask_that_tcplat_was_started_with() -> None:
     """As it would without tcplat before it; in a process of its own, for the sake of others."""
     text = """
 import signal, sys
-from tcplat_core import signals
-from tcplat_core.command import Command
+from tcplat_core.run import signals
+from tcplat_core.run.command import Command
 signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGUSR1])
 signals.unblock()
 assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())

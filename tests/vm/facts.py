@@ -20,11 +20,11 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from tcplat_core.hookpoints import HookPoint  # noqa: E402 - wherever it is called from
-from tcplat_core.loader.attach import CORE  # noqa: E402
-from tcplat_core.loader.btf import Btf  # noqa: E402
-from tcplat_core.loader.host import SYSCALLS, Host  # noqa: E402
-from tcplat_core.plugins import Plugins  # noqa: E402
+from tcplat_core.kernel.btf import Btf  # noqa: E402
+from tcplat_core.kernel.core_hooks import CORE  # noqa: E402
+from tcplat_core.kernel.host import SYSCALLS, Host  # noqa: E402
+from tcplat_core.plugin.hookpoints import HookPoint  # noqa: E402 - wherever it is called from
+from tcplat_core.registry.find import Plugins  # noqa: E402
 from tests.vm.run import (  # noqa: E402
     KERNELS,
     MORE_KERNELS,

@@ -10,8 +10,10 @@ import pytest
 from tcplat_dev_xmit.plugin import LeavingEvent, describe, device, tcplat_register_probes
 
 from tcplat_core import Moment, UsageError
-from tcplat_core.model import read_options
-from tcplat_core.schema import TCP_FLAGS, FiredBy, Record
+from tcplat_core.event.fields import FiredBy
+from tcplat_core.event.record import Record
+from tcplat_core.event.text import TCP_FLAGS
+from tcplat_core.plugin.options import read_options
 from tcplat_core.testing import make_record
 
 SPEC = next(tcplat_register_probes())

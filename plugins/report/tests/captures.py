@@ -14,8 +14,8 @@ import attrs
 import msgspec
 
 from tcplat_core import SCHEMA_VERSION, Event
-from tcplat_core.model import HookReport, ProbeReport, RunReport
-from tcplat_core.plugins import Plugins
+from tcplat_core.plugin.report import HookReport, ProbeReport, RunReport
+from tcplat_core.registry.find import Plugins
 
 EPOCH_NS = 1_700_000_000_000_000_000
 NETNS = (4_026_531_840, 4_026_531_840)

@@ -11,8 +11,8 @@ import pytest
 from tcplat_sinks.histogram import Histograms, human
 
 from tcplat_core import Aggregates, Distribution, Group, Histogram, Output, RunReport
-from tcplat_core.histogram import BUCKETS, bucket
-from tcplat_core.model import ProbeReport
+from tcplat_core.plugin.histogram import BUCKETS, bucket
+from tcplat_core.plugin.report import ProbeReport
 
 CONNECT = Histogram("connect", "SYN to established", ("connect", "state"))
 REPORT = RunReport(

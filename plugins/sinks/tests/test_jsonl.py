@@ -11,7 +11,7 @@ import pytest
 from tcplat_sinks.jsonl import Jsonl
 
 from tcplat_core import SCHEMA_VERSION, Event, Loss, Output, RunReport, TcplatError
-from tcplat_core.model import HookReport, ProbeReport
+from tcplat_core.plugin.report import HookReport, ProbeReport
 from tcplat_core.testing import make_event
 
 REPORT = RunReport(

@@ -35,8 +35,8 @@ from tcplat_core import (
     RunReport,
     UsageError,
 )
-from tcplat_core.model import read_options
-from tcplat_core.plugins import Plugins
+from tcplat_core.plugin.options import read_options
+from tcplat_core.registry.find import Plugins
 from tcplat_core.testing import make_event
 
 PLUGINS = Plugins.load()

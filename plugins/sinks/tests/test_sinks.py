@@ -23,7 +23,7 @@ from tcplat_core import (
     Sink,
     SinkSpec,
 )
-from tcplat_core.plugins import Plugins
+from tcplat_core.registry.find import Plugins
 from tcplat_core.testing import make_event
 
 PLUGINS = Plugins.load()

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from tcplat_sinks.table import Table
 
 from tcplat_core import Event, Loss, Output, RunInfo, RunReport, UsageError, Wire
-from tcplat_core.model import read_options
-from tcplat_core.plugins import Plugins
-from tcplat_core.schema import Made, text
+from tcplat_core.event.fields import Made
+from tcplat_core.event.text import text
+from tcplat_core.plugin.options import read_options
+from tcplat_core.registry.find import Plugins
 from tcplat_core.testing import make_event
 
 HEADS = [

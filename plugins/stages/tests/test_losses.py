@@ -13,7 +13,7 @@ from tcplat_stages.model import Connection, Exchange
 from tcplat_stages.plugin import tcplat_register_sinks
 
 from tcplat_core import Loss, RunInfo, RunReport
-from tcplat_core.model import read_options
+from tcplat_core.plugin.options import read_options
 
 from .history import History, Row
 from .test_join import PROBES, SECOND, simple

@@ -15,7 +15,7 @@ from tcplat_stages.plugin import tcplat_register_sinks
 from tcplat_stages.waterfall import parse_at_least
 
 from tcplat_core import Loss, RunInfo, RunReport, TcplatError, UsageError
-from tcplat_core.model import read_options
+from tcplat_core.plugin.options import read_options
 
 from .history import CLIENT, SERVICE, History, Row
 

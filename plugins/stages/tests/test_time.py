@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tcplat_stages.plugin import tcplat_register_sinks
 
 from tcplat_core import Loss, RunInfo, RunReport
-from tcplat_core.model import read_options
+from tcplat_core.plugin.options import read_options
 
 from .history import CLIENT, SERVICE, History, Row
 from .test_join import simple

@@ -10,8 +10,8 @@ import pytest
 from tcplat_tcp_service.plugin import HISTOGRAMS, POINTS, ServiceEvent, describe
 
 from tcplat_core import HookPoint, Moment
-from tcplat_core.plugins import Plugins
-from tcplat_core.schema import TCP_STATES
+from tcplat_core.event.text import TCP_STATES
+from tcplat_core.registry.find import Plugins
 
 
 def words(

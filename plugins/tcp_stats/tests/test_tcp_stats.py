@@ -8,7 +8,8 @@ from pathlib import Path
 from tcplat_tcp_stats.plugin import StatsEvent, describe, tcplat_register_probes
 
 from tcplat_core import Event, Moment
-from tcplat_core.schema import FiredBy, Record
+from tcplat_core.event.fields import FiredBy
+from tcplat_core.event.record import Record
 from tcplat_core.testing import make_record
 
 SPEC = next(tcplat_register_probes())

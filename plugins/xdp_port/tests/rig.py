@@ -12,15 +12,18 @@ from typing import Any, Self
 import attrs
 from tcplat_xdp_port.plugin import tcplat_register_probes
 
-from tcplat_core.loader import bpf, xdp
+from tcplat_core.deliver.books import Books
+from tcplat_core.deliver.ring import Ring
+from tcplat_core.event.record import Record
+from tcplat_core.kernel import bpf
+from tcplat_core.kernel.host import choose
+from tcplat_core.kernel.layout import possible_cpus
+from tcplat_core.loader import xdp
 from tcplat_core.loader.attach import Loader
 from tcplat_core.loader.cache import Cache
-from tcplat_core.loader.host import choose
 from tcplat_core.loader.protocol import Request
-from tcplat_core.model import read_options
-from tcplat_core.ring import Books, Ring, possible_cpus
-from tcplat_core.schema import Record
-from tcplat_core.session import fired_by, probe_request
+from tcplat_core.plugin.options import read_options
+from tcplat_core.run.probe_run import fired_by, probe_request
 
 XDP_PASS = 2
 RETURN_PASS = bytes.fromhex("b702000000000000b7000000020000009500000000000000")

@@ -9,10 +9,11 @@ import pytest
 from tcplat_xdp_port.plugin import PacketEvent, describe, tcplat_register_probes
 
 from tcplat_core import Interfaces, Moment, UsageError
+from tcplat_core.event.record import Record
+from tcplat_core.event.text import TCP_FLAGS
 from tcplat_core.loader.protocol import Request
-from tcplat_core.model import read_options
-from tcplat_core.schema import TCP_FLAGS, Record
-from tcplat_core.session import fired_by, probe_request
+from tcplat_core.plugin.options import read_options
+from tcplat_core.run.probe_run import fired_by, probe_request
 from tcplat_core.testing import make_record
 
 SPEC = next(tcplat_register_probes())

@@ -112,7 +112,7 @@ BPF_F_TABLE("array", u32, u64, books, TCPLAT_BOOKS, BPF_F_MMAPABLE);
 
 /*
  * Slot 0 -> 1 while events are wanted: set by the loader once the owners of older sockets are known,
- * cleared by the session (sleeper.py maps it) when the run ends, for all programs at one instant.
+ * cleared by the session (run/gate.py maps it) when the run ends, for all programs at one instant.
  * Slot 1 -> 1 while the session sleeps, until tcplat_submit() wakes it.
  */
 BPF_F_TABLE("array", u32, u32, tcplat_gate, 2, BPF_F_MMAPABLE);

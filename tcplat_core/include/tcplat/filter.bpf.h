@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
 /*
  * Which tasks and which addresses are wanted. Constants first, look-ups last:
- * the TCPLAT_FILTER_* that stand in front of this text are made by filters.py.
+ * the TCPLAT_FILTER_* that stand in front of this text are made by loader/filter.py.
  */
 
 /* Both ends: of a socket local, then remote; of a packet source, then destination. */

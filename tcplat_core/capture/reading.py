@@ -1,0 +1,129 @@
+"""A capture, as a command reads it: row by row, with a bar and with words about what is amiss."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+
+import attrs
+
+from tcplat_core.deliver.router import spare_the_collector
+from tcplat_core.errors import TcplatError
+from tcplat_core.event.fields import Event
+from tcplat_core.event.terminal import say as say_it
+from tcplat_core.plugin.progress import Bar
+from tcplat_core.plugin.report import RunReport, add_reports
+from tcplat_core.plugin.specs import Loss, Merge
+from tcplat_core.registry.find import Plugins
+
+from .replay import UNREAD, Hooks, compare, count_hooks
+from .rows import Capture
+from .source import Source
+
+
+@attrs.define(eq=False)
+class Reader:
+    """Reads one capture from beginning to end, in bounded memory.
+
+    Attributes:
+        rows: So many were read.
+        lost: Events that the capture says were lost.
+        merges: Its hosts, where it was made of several.
+    """
+
+    _source: Source
+    _capture: Capture
+    _bar: Bar
+    rows: int = attrs.field(default=0, init=False)
+    lost: int = attrs.field(default=0, init=False)
+    merges: list[Merge] = attrs.field(factory=list, init=False)
+    _read: Hooks = attrs.field(factory=Counter, init=False)
+    _whole: bool = attrs.field(default=False, init=False)
+    """It was read to its end."""
+
+    @classmethod
+    def open(cls, where: str, *, quiet: bool = False, again: bool = False) -> Reader:
+        """A path, ``-`` for standard input, ``unix:PATH`` or ``tcp:HOST:PORT``.
+
+        Args:
+            where: One of these.
+            quiet: Without a bar, and without a word on what is left out.
+            again: It was read before: what is left out was said.
+
+        Raises:
+            UsageError: It cannot be read.
+        """
+        spare_the_collector()
+        source = Source.open(where)
+        events = {name: spec.event for name, spec in Plugins.load().probes.items()}
+
+        def say(sentence: str) -> None:
+            if not quiet and not again:
+                say_it(f"{source.name}: {sentence}")
+
+        bar = Bar(source, shown=not quiet and sys.stderr.isatty())
+        return cls(source, Capture(events, say), bar)
+
+    @property
+    def name(self) -> str:
+        """As the user calls it."""
+        return self._source.name
+
+    def items(self) -> Iterator[list[Event] | Loss | Merge]:
+        """Batches of rows, and what is said between them.
+
+        Raises:
+            TcplatError: There is nothing in it that could be read.
+        """
+        try:
+            for item in self._capture.items(self._source.chunks()):
+                self._bar.update()
+                if isinstance(item, list):
+                    self.rows += len(item)
+                    self._read += count_hooks(item)
+                elif isinstance(item, Loss):
+                    self.lost += item.count
+                elif isinstance(item, Merge):
+                    self.merges.append(item)
+                if item:
+                    yield item
+            self._whole = True
+        finally:
+            self._bar.close()
+        if not self._capture.read:
+            raise TcplatError(f"{self.name} is no capture: nothing of tcplat's is in it")
+
+    def batches(self) -> Iterator[list[Event]]:
+        """Its rows alone."""
+        return (item for item in self.items() if isinstance(item, list))
+
+    @property
+    def report(self) -> RunReport:
+        """Its books; such as say why not, where it has none."""
+        report = RunReport(probes={}, duration_s=0)
+        for one in self._capture.reports:
+            report = add_reports(report, one) if report.probes else one
+        if not self._capture.ended:
+            report = attrs.evolve(report, incomplete="the capture has no end")
+        return report
+
+    def remarks(self) -> Iterator[str]:
+        """Once it is read: what a reader of the figures has to know about the capture."""
+        lost = max(self.lost, self.report.dropped)
+        if lost:
+            yield f"{self.name}: {lost} events were lost in the run: figures of what was seen"
+        if self._whole:
+            unread, beyond = compare(self.report, self._read)
+            for probe, count in unread.items():
+                yield f"{self.name}: {probe}: {count} {UNREAD}"
+            if beyond and self._capture.reports and self._capture.ended:
+                yield (
+                    f"{self.name}: {beyond} rows are not in its books: "
+                    "a run did not end, or the capture lacks its beginning or end"
+                )
+        if self._capture.left_out:
+            noun = self._capture.noun
+            yield f"{self.name}: {self._capture.left_out} {noun}(s) are damaged and left out"
+        if not self._capture.ended:
+            yield f"{self.name} has no end: its run was killed, or it is cut off"

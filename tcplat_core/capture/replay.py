@@ -1,0 +1,320 @@
+"""One replay from start to end: a capture, filters, sinks, and the books of what was replayed."""
+
+from __future__ import annotations
+
+import operator
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+
+import attrs
+
+from tcplat_core.deliver.router import Router
+from tcplat_core.errors import TcplatError, UsageError
+from tcplat_core.event.fields import Event
+from tcplat_core.loader.filter import Filter
+from tcplat_core.plugin.output import Output
+from tcplat_core.plugin.progress import Bar
+from tcplat_core.plugin.report import HookReport, ProbeReport, RunReport, add_reports
+from tcplat_core.plugin.specs import Loss, Merge, Sink
+
+from .row_filter import RowFilter
+from .rows import GAP, Capture
+from .source import Source
+
+_HOOK = operator.attrgetter("probe", "point", "func", "attach")
+_TIME = operator.attrgetter("ts_ns")
+_LOOK_S = 1.0
+"""Between two looks at whether the sinks' readers are still there."""
+
+Hooks = Counter[tuple[str, str, str, str]]
+"""Rows by probe, point, func and attach."""
+UNREAD = "more were in the run, and are not in what was read"
+"""Behind a number of rows of a probe."""
+
+
+@attrs.define(eq=False)
+class Replay:
+    """One replay.
+
+    Args:
+        source: Where the capture comes from.
+        capture: What makes rows of it.
+        sinks: By name, opened.
+        wanted: Which rows.
+        probes: Of these alone; of all if empty.
+        points: Of these alone; of all if empty.
+        count: End after so many rows; 0 for no limit.
+        stopping: Whether the user wants to end.
+        bar: How far it is.
+        outputs: Files of the sinks that are to be made or emptied once something was read.
+    """
+
+    source: Source
+    capture: Capture
+    sinks: dict[str, Sink]
+    wanted: Filter = attrs.field(factory=Filter)
+    probes: Sequence[str] = ()
+    points: Sequence[str] = ()
+    count: int = 0
+    stopping: Callable[[], bool] = lambda: False
+    bar: Bar = attrs.field()
+
+    @bar.default
+    def _no_bar(self) -> Bar:
+        return Bar(self.source, shown=False)
+
+    outputs: Sequence[Output] = ()
+    router: Router = attrs.field(init=False)
+    delivered: Hooks = attrs.field(factory=Counter, init=False)
+    filtered: Hooks = attrs.field(factory=Counter, init=False)
+    """Rows that were read, and did not pass."""
+    lost: Counter[tuple[str, str]] = attrs.field(factory=Counter, init=False)
+    """As the capture tells it, by probe and point."""
+    gaps: int = attrs.field(default=0, init=False)
+    """Rows that a socket's sink kept from us."""
+    late: int = attrs.field(default=0, init=False)
+    whole: bool = attrs.field(default=False, init=False)
+    """The capture was read to its end."""
+    _begun: bool = attrs.field(default=False, init=False)
+    """The sinks have."""
+    _first_ns: int = attrs.field(default=-1, init=False)
+    _last_ns: int = attrs.field(default=0, init=False)
+    _filter: RowFilter = attrs.field(init=False)
+    _filtering: bool = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.router = Router(self.sinks, self.count, self.outputs)
+        self._filter = RowFilter(self.wanted)
+        self._filtering = bool(self.wanted != Filter() or self.probes or self.points)
+
+    def run(self) -> RunReport:
+        """Replay until the capture, the limit or the user ends it.
+
+        Raises:
+            TcplatError: There is nothing in it that could be read.
+        """
+        try:
+            self._check_outputs()
+            self._read()
+            return self._end()
+        except BaseException:
+            self.router.cancel()
+            raise
+        finally:
+            self.bar.close()
+
+    def _read(self) -> None:
+        # Whose the packets are that stand in one batch, may stand in the next.
+        waiting: deque[list[Event] | Loss | Merge] = deque()
+        look = time.monotonic() + _LOOK_S
+        for item in self.capture.items(self.source.chunks()):
+            if self.stopping():
+                break
+            if item == []:
+                continue
+            self.bar.hide()
+            self._begin()
+            if isinstance(item, list) and self.wanted.by_task:
+                self._filter.learn(item)
+                self._deliver(waiting)
+            if item is not None:
+                waiting.append(item)
+            if item is None or not self.wanted.by_task:
+                self._deliver(waiting)
+            self.router.poll()
+            if self._begun and (item is None or time.monotonic() >= look):
+                look = time.monotonic() + _LOOK_S
+                self.router.idle()
+            if self.router.done:
+                break
+            self.bar.update()
+        else:
+            self._begin()
+            self._deliver(waiting)
+            self.whole = not self.router.done
+
+    def _end(self) -> RunReport:
+        if self.whole and not self.capture.read:
+            raise TcplatError(f"{self.source.name} is no capture: nothing of tcplat's is in it")
+        report = self.report()
+        if self._begun:
+            self.router.close(report)
+        else:
+            self.router.cancel()
+        return report
+
+    def _check_outputs(self) -> None:
+        there = os.fstat(self.source.fd)
+        if any(output.is_at(there) for output in self.outputs):
+            raise UsageError(f"{self.source.name} is read: a sink has to write another file")
+
+    def _begin(self) -> None:
+        """Have the sinks begin, once it is certain that this is a capture."""
+        if not self._begun and self.capture.read:
+            self._begun = True
+            self.router.begin()
+
+    def _deliver(self, waiting: deque[list[Event] | Loss | Merge]) -> None:
+        while waiting and not self.router.done:
+            item = waiting.popleft()
+            if isinstance(item, Merge):
+                self.router.merged(item)
+                continue
+            if isinstance(item, Loss):
+                if self._is_chosen(item.probe, item.point):
+                    if (item.probe, item.point) == GAP:  # not lost to the run
+                        self.gaps += item.count
+                    else:
+                        self.lost[item.probe, item.point] += item.count
+                    self.router.lost(item)
+                continue
+            rows = self._passing(item) if self._filtering else item
+            if self.count:
+                rows = rows[: self.count - self.delivered.total()]
+            if rows:
+                self._keep_books(rows)
+                self.router.deliver(rows)
+
+    def _is_chosen(self, probe: str, point: str) -> bool:
+        return (not self.probes or probe in self.probes) and (
+            not self.points or point in self.points
+        )
+
+    def _passing(self, rows: list[Event]) -> list[Event]:
+        passing = [
+            row
+            for row in rows
+            if self._is_chosen(row.probe, row.point) and self._filter.passes(row)
+        ]
+        if len(passing) < len(rows):
+            self.filtered += Counter(map(_HOOK, rows))
+            self.filtered -= Counter(map(_HOOK, passing))
+        return passing
+
+    def _keep_books(self, rows: Sequence[Event]) -> None:
+        self.delivered.update(map(_HOOK, rows))
+        times = list(map(_TIME, rows))
+        if self._first_ns < 0:
+            self._first_ns = self._last_ns = times[0]
+        if times[0] < self._last_ns or times != sorted(times):
+            for time in times:
+                self.late += time < self._last_ns
+                self._last_ns = max(self._last_ns, time)
+        self._last_ns = max(self._last_ns, times[-1])
+
+    def summary(self, report: RunReport) -> Iterator[str]:
+        """What a user has to know about a capture that was not as it should be."""
+        left_out, noun = self.capture.left_out, self.capture.noun
+        if left_out == 1:
+            yield f"1 {noun} of {self.source.name} was left out"
+        elif left_out:
+            yield f"{left_out} {noun}s of {self.source.name} were left out"
+        if self.gaps:
+            yield f"{self.gaps} rows were kept from us, because we did not read fast enough"
+        seen = [*self.delivered, *self.filtered, *self.lost]
+        for place, what, names in ((0, "probe", self.probes), (1, "point", self.points)):
+            for name in names:
+                if self.whole and all(hook[place] != name for hook in seen):
+                    yield f"there is no row of {what} {name} in {self.source.name}"
+        if self.whole and not self.capture.ended:
+            yield f"{self.source.name} has no end: its run was killed, or it is cut off"
+        elif self.whole and report.incomplete:
+            yield f"{self.source.name}: the books are {report.incomplete}"
+
+    def report(self) -> RunReport:
+        """The run's own books, of the rows that were replayed; counted where it has none.
+
+        `delivered` is what the sinks of this replay were given. Rows that a filter
+        left out are taken from `produced`, as if the kernel had not made them; what
+        was in the run and is not in the capture, or is damaged there, is `unread`.
+        """
+        report = RunReport(probes={}, duration_s=0)
+        for number, one in enumerate(self.capture.reports):
+            report = add_reports(report, one) if number else one
+        delivered, filtered, lost = self.delivered.copy(), self.filtered.copy(), self.lost.copy()
+        probes = {
+            name: attrs.evolve(
+                probe,
+                hooks=tuple(
+                    _adjusted(name, hook, delivered, filtered, lost)
+                    for hook in probe.hooks
+                    if self._is_chosen(name, hook.point)
+                ),
+            )
+            for name, probe in report.probes.items()
+            if not self.probes or name in self.probes
+        }
+        report = attrs.evolve(
+            report,
+            probes=probes,
+            switched_off={**report.switched_off, **self.router.switched_off},
+        )
+        if self.whole and self.capture.ended and not +delivered:
+            return report
+        reason = "the replay ended before the capture did"
+        if self.whole:
+            reason = "the run did not end, or the capture lacks its beginning or end"
+        return attrs.evolve(
+            add_reports(report, _counted(+delivered, +lost)),
+            duration_s=max(0, self._last_ns - self._first_ns) / 1e9,
+            late=self.late,
+            incomplete=f"counted from the rows: {reason}",
+        )
+
+
+def count_hooks(rows: Sequence[Event]) -> Hooks:
+    """Return how many of some rows are of which hook."""
+    return Counter(map(_HOOK, rows))
+
+
+def compare(report: RunReport, read: Hooks) -> tuple[dict[str, int], int]:
+    """Return by how much the rows of a capture that was read are not what its books say.
+
+    Args:
+        report: Its books.
+        read: Its rows, all of them.
+
+    Returns:
+        Rows by probe that were in the run, and were not read; rows that are in no books.
+    """
+    left = read.copy()
+    unread = {
+        name: sum(_adjusted(name, hook, left, Counter(), Counter()).unread for hook in probe.hooks)
+        for name, probe in report.probes.items()
+    }
+    return {name: count for name, count in unread.items() if count > 0}, (+left).total()
+
+
+def _adjusted(
+    probe: str, hook: HookReport, delivered: Hooks, filtered: Hooks, lost: Counter[tuple[str, str]]
+) -> HookReport:
+    """The books of a hook as far as its rows were replayed; takes them from what was counted."""
+    key = (probe, hook.point, hook.func, hook.attach)
+    got = min(delivered[key], hook.delivered)
+    left = min(filtered[key], hook.delivered - got)
+    delivered[key] -= got
+    filtered[key] -= left
+    lost[probe, hook.point] -= hook.dropped
+    return attrs.evolve(hook, produced=hook.produced - left, delivered=got)
+
+
+def _counted(delivered: Hooks, lost: Counter[tuple[str, str]]) -> RunReport:
+    """Books of rows and losses that no report speaks of."""
+    hooks: dict[str, list[HookReport]] = {}
+    for (probe, point, func, attach), count in delivered.items():
+        row = HookReport(point, func, attach, count, 0, count)
+        hooks.setdefault(probe, []).append(row)
+    for (probe, point), count in lost.items():
+        of_probe = hooks.setdefault(probe, [])
+        # Which of the point's hooks it was, a loss does not tell.
+        known = next((hook for hook in of_probe if hook.point == point), None)
+        if known:
+            of_probe.remove(known)
+        func, attach, got = (known.func, known.attach, known.delivered) if known else ("", "", 0)
+        of_probe.append(HookReport(point, func, attach, got + count, count, got))
+    return RunReport(
+        probes={probe: ProbeReport(hooks=tuple(each)) for probe, each in hooks.items()},
+        duration_s=0,
+    )

@@ -1,0 +1,344 @@
+"""Reads captures: JSON lines, or a stream of msgpack maps.
+
+What is damaged or foreign is left out, counted and reported, and never ends the reading.
+Memory is bounded by one chunk, whatever the capture holds.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any, cast
+
+import attrs
+import msgspec
+
+from tcplat_core.event.check import LARGEST_RECORD
+from tcplat_core.event.fields import READABLE, SCHEMA_VERSION, Count, Event, Wire, declared, fields
+from tcplat_core.event.terminal import printable
+from tcplat_core.event.text import LEAST, MOST, cleaned
+from tcplat_core.plugin.report import RunReport
+from tcplat_core.plugin.specs import Loss, Merge
+
+from .formats import Damage, Format, format_of
+
+_LONGEST_TEXT = 4 * LARGEST_RECORD
+"""No member of a record is longer once it is escaped."""
+_LONGEST_PLAIN = 1 << 12
+"""Bytes of a row: a longer one is looked at more closely."""
+_MOST_CLASSES = 256
+_MOST_FIELDS = 1024
+"""Probes that are not installed may bring so many sets of fields, and of so many fields; the
+rest is foreign."""
+_MOST_PROBES = 1 << 12
+"""Of so many the rows are read fast."""
+_MOST_HOSTS = 1 << 10
+_MOST_HOOKS = 1 << 10
+"""That rows and losses name: for each there are books."""
+_MOST_REPORTED = 16 << 20
+"""Bytes of reports, which are kept until the end."""
+_MOST_EVENTS = (1 << 63) - 1
+"""That all reports and losses together count: what is added up has room in 64 bits."""
+_LOOK_EVERY = 256
+"""Frames that are left out without a pause."""
+_SAID = 3
+"""So many of what is left out are reported one by one."""
+_BEGINNING = 64
+"""Bytes that tell JSON lines from msgpack; no row is so short."""
+
+GAP = ("msgpack", "reader")
+"""Probe and point of the loss that stands for rows which a socket's sink kept from its reader."""
+
+
+_OWN = int | float | str | bool | None
+"""What a field of a probe may be."""
+_ABSENT = {
+    field: None
+    for field, source in declared(Event)
+    if isinstance(source, Wire) and source.since > READABLE[0]
+}
+"""What a row may lack, because an older version did not have it."""
+_HOOK = operator.attrgetter("probe", "point", "func", "attach")
+_TEXTS = operator.attrgetter(*(field.name for field in fields() if "str" in field.type))
+
+
+class _ForeignError(Exception):
+    """A line is none of ours; says why."""
+
+
+@attrs.define(eq=False)
+class Capture:
+    """A capture, while it is read.
+
+    Args:
+        events: The row's class of each installed probe, by name. Rows of other
+            probes get one that is made from their keys.
+        say: Told what is left out, the first few one by one.
+    """
+
+    events: Mapping[str, type[Event]]
+    say: Callable[[str], None] = lambda _: None
+    reports: list[RunReport] = attrs.field(factory=list, init=False)
+    """One, unless captures stand behind each other in one file."""
+    ended: bool = attrs.field(default=False, init=False)
+    """The last thing read was a report."""
+    read: int = attrs.field(default=0, init=False)
+    """Rows, losses, hosts, headers and reports."""
+    left_out: int = attrs.field(default=0, init=False)
+    noun: str = attrs.field(default="line", init=False)
+    _number: int = attrs.field(default=0, init=False)
+    _format: Format | None = attrs.field(default=None, init=False)
+    _known: dict[bytes, Callable[[bytes], Event]] = attrs.field(factory=dict, init=False)
+    """Probe -> decoder for its rows as they were last."""
+    _decoders: dict[type[Event], Callable[[bytes], Event]] = attrs.field(factory=dict, init=False)
+    _own: dict[type[Event], list[str]] = attrs.field(factory=dict, init=False)
+    """Names of the fields that a class adds to the common ones."""
+    _numeric: set[type[Event]] = attrs.field(factory=set, init=False)
+    """Classes that add no texts to them."""
+    _kept: Counter[str] = attrs.field(factory=Counter, init=False)
+    """So much of what stays in memory was read."""
+    _classes: dict[tuple[str, ...], type[Event]] = attrs.field(factory=dict, init=False)
+    _hooks: set[tuple[str, ...]] = attrs.field(factory=set, init=False)
+    """Of rows, and probe and point of losses."""
+
+    def items(self, chunks: Iterator[bytes]) -> Iterator[list[Event] | Loss | Merge | None]:
+        """Batches of rows, losses and hosts, in place; None where nothing comes for a while.
+
+        A batch may be empty: so much that is none of ours was looked at, and it is time to look
+        at something else.
+        """
+        self._format, begun = None, b""
+        for chunk in chunks:
+            if not chunk:
+                yield None
+                continue
+            if self._format is None:
+                begun += chunk
+                if len(begun) < _BEGINNING:
+                    continue
+                chunk = begun  # noqa: PLW2901 - the first one that is long enough
+            form = self._format or self._begin(begun)
+            form.feed(chunk)
+            yield from self._decode(form)
+        if self._format is None:
+            self._begin(begun).feed(begun)
+        form = cast("Format", self._format)
+        form.end()
+        yield from self._decode(form)
+
+    def _begin(self, data: bytes) -> Format:
+        form = self._format = format_of(data)
+        self.noun = form.noun
+        for probe, event in self.events.items():
+            self._know(form, probe, event)
+        return form
+
+    def _know(self, form: Format, probe: str, event: type[Event]) -> None:
+        if event not in self._decoders:
+            self._decoders[event] = form.decoder(event)
+            own = [field for field in fields(event) if field.own]
+            self._own[event] = [field.name for field in own if field.type != "bool"]
+            if not any("str" in field.type or field.type == "any" for field in own):
+                self._numeric.add(event)
+        if probe.encode() in self._known or len(self._known) < _MOST_PROBES:
+            self._known[probe.encode()] = self._decoders[event]
+
+    def _decode(self, form: Format) -> Iterator[list[Event] | Loss | Merge]:
+        if (taken := form.take_all()) is not None:
+            plain = self._plain(form, *taken)
+            if plain is not None:
+                self._number += len(taken[0])
+                if plain:
+                    self.read += len(plain)
+                    self.ended = False
+                    yield plain
+                return
+        form.give_back()
+        rows: list[Event] = []
+        for item in self._each(form):
+            if isinstance(item, Event):
+                rows.append(item)
+                continue
+            if rows:
+                yield rows
+                rows = []
+            yield item
+        if rows:
+            yield rows
+
+    def _each(self, form: Format) -> Iterator[Event | Loss | Merge | list[Event]]:
+        """What frames hold, looked at one by one; an empty list now and then where nothing does."""
+        while (frame := form.take()) is not None:
+            self._number += 1
+            try:
+                if isinstance(frame, Damage):
+                    raise _ForeignError(frame.reason)  # noqa: TRY301 - one place says it
+                # An empty line is nothing.
+                item = self._one(form, frame) if frame.strip() else None
+            except _ForeignError as error:
+                if not isinstance(frame, Damage):
+                    form.reject()
+                self._leave_out(self._number, "it is cut off" if form.torn else str(error))
+                if self.left_out % _LOOK_EVERY == 0:
+                    yield []
+                continue
+            if item is not None:
+                yield item
+
+    def _plain(self, form: Format, frames: Sequence[bytes], data: bytes) -> list[Event] | None:
+        """Rows where there is nothing but rows, each as we write it; else None."""
+        head, known = form.head.match, self._known
+        if max(map(len, frames), default=0) > _LONGEST_PLAIN:
+            return None
+        try:
+            rows = [known[head(frame)[1]](frame) for frame in frames]  # type: ignore[index]
+        # No match, no such probe, no such row: looked at one by one, it will be said.
+        except (TypeError, KeyError, ValueError):
+            return None
+        # This proves that no key is too many.
+        if not self._are_sound(rows) or form.encode(rows) != data:
+            return None
+        hooks = set(map(_HOOK, rows)) - self._hooks
+        if hooks and not self._learn(hooks):
+            return None
+        return rows if self._is_tidy(rows, data) else [_tidy(row) for row in rows]
+
+    def _are_sound(self, rows: Sequence[Event]) -> bool:
+        """Whether all numbers of the probes' own fields are such as a record can hold.
+
+        Those of the common ones are looked at as they are decoded.
+        """
+        return all(
+            value is None or value.__class__ is str or LEAST <= value <= MOST
+            for event in set(map(type, rows))
+            for field in self._own[event]
+            for value in [getattr(row, field) for row in rows if row.__class__ is event]
+        )
+
+    def _is_tidy(self, rows: Sequence[Event], data: bytes) -> bool:
+        """Whether all texts are printable, as far as that is seen at a glance."""
+        if data.isascii() and b"\\" not in data and b"\x7f" not in data:  # JSON
+            return True
+        texts = {text for of_row in set(map(_TEXTS, rows)) for text in of_row if text is not None}
+        return all(map(str.isprintable, texts)) and self._numeric.issuperset(map(type, rows))
+
+    def _one(self, form: Format, frame: bytes) -> Event | Loss | Merge | None:
+        """Whatever it is; None for what is no row: a header, a report.
+
+        Raises:
+            _ForeignError: It is nothing of ours.
+        """
+        try:
+            value = form.value(frame)
+        # TypeError: a key that no dict can have.
+        except (ValueError, TypeError, RecursionError, OverflowError) as error:
+            raise _ForeignError("it is damaged, or not of a capture") from error
+        if not isinstance(value, dict) or "v" not in value or set(map(type, value)) != {str}:
+            raise _ForeignError("it is not of a capture")
+        if value["v"] not in READABLE or value["v"] is True:
+            version = printable(str(value["v"])[:20])
+            readable = " and ".join(map(str, READABLE))
+            raise _ForeignError(f"its schema is {version!r}, and this tcplat reads {readable}")
+        try:
+            item = self._item(form, cleaned(value), len(frame))
+        except (ValueError, TypeError) as error:
+            words = str(error).split(" - at")[0]
+            raise _ForeignError(f"it is not of a capture: {printable(words)}") from error
+        self.read += 1
+        self.ended = "report" in value
+        return item
+
+    def _item(self, form: Format, value: dict[str, Any], size: int) -> Event | Loss | Merge | None:
+        if "lost" in value:
+            return self._counted(msgspec.convert(value["lost"], Loss))
+        if "merge" in value:
+            self._make_room("hosts", 1, _MOST_HOSTS)
+            return msgspec.convert(value["merge"], Merge)
+        if "gap" in value:
+            return self._counted(Loss(*GAP, msgspec.convert(value["gap"], Count)))
+        if "report" in value:
+            report = RunReport.from_json(value["report"])
+            self._make_room("events", _events(report), _MOST_EVENTS)
+            self._make_room("reports", size, _MOST_REPORTED)
+            self.reports.append(report)
+        elif "schema" not in value:
+            return self._row(form, value)
+        return None
+
+    def _counted(self, loss: Loss) -> Loss:
+        self._require_hook((loss.probe, loss.point))
+        self._make_room("events", loss.count, _MOST_EVENTS)
+        return loss
+
+    def _learn(self, hooks: AbstractSet[tuple[str, ...]]) -> bool:
+        """Remember hooks, if there is room for all of them: of each something is kept."""
+        if len(self._hooks | hooks) > _MOST_HOOKS:
+            return False
+        self._hooks |= hooks
+        return True
+
+    def _require_hook(self, hook: tuple[str, ...]) -> None:
+        if hook not in self._hooks and not self._learn({hook}):
+            raise ValueError("with it there are too many hooks")
+
+    def _make_room(self, what: str, more: int, most: int) -> None:
+        if self._kept[what] + more > most:
+            raise ValueError(f"with it there are too many {what}")
+        self._kept[what] += more
+
+    def _row(self, form: Format, value: dict[str, Any]) -> Event:
+        probe = msgspec.convert(value.get("probe"), str)
+        event = self.events.get(probe, Event)
+        # What another version has besides becomes a field of the probe's; what it lacks is null.
+        value = {**_ABSENT, **value, "v": SCHEMA_VERSION}
+        if set(value) != set(event.__struct_fields__):
+            event = self._class(probe, [key for key in value if key not in Event.__struct_fields__])
+        if any(isinstance(text, str) and len(text) > _LONGEST_TEXT for text in value.values()):
+            raise ValueError("a text in it is too long")
+        row = msgspec.convert(value, event)
+        self._require_hook(_HOOK(row))
+        self._know(form, probe, event)
+        return row
+
+    def _class(self, probe: str, extra: Sequence[str]) -> type[Event]:
+        """A class for rows with these fields besides the common ones."""
+        made = self._classes.get((probe, *extra))
+        if made is None:
+            if len(self._classes) >= _MOST_CLASSES or not all(map(_is_field, extra)):
+                raise ValueError("it has fields that no probe has")
+            self._make_room("fields", len(extra), _MOST_FIELDS)
+            fields = [(key, _OWN) for key in extra]
+            made = cast("type[Event]", msgspec.defstruct("Event", fields, bases=(Event,)))
+            self._classes[probe, *extra] = made
+        return made
+
+    def _leave_out(self, number: int, reason: str) -> None:
+        self.left_out += 1
+        if self.left_out <= _SAID:
+            self.say(f"{self.noun} {number} is left out: {reason}")
+
+
+def _events(report: RunReport) -> int:
+    """All that a report counts."""
+    return report.late + sum(
+        probe.untracked
+        + sum(probe.skipped.values())
+        + sum(hook.produced + hook.dropped + hook.delivered for hook in probe.hooks)
+        + sum(one.samples + one.unmeasured + one.rest for one in (probe.counted or {}).values())
+        for probe in report.probes.values()
+    )
+
+
+def _is_field(key: str) -> bool:
+    return key.isidentifier() and not key.startswith("_") and not hasattr(Event, key)
+
+
+def _tidy(row: Event) -> Event:
+    """The row, with every text such that a terminal may have it: who wrote it, nobody knows."""
+    for field in row.__struct_fields__:
+        value = getattr(row, field)
+        if isinstance(value, str) and not value.isprintable():
+            setattr(row, field, printable(value))
+    return row

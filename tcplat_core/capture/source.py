@@ -1,0 +1,96 @@
+"""Where the bytes of a capture come from: a file, a pipe or a socket."""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+import sys
+from collections.abc import Callable, Iterator
+
+import attrs
+
+from tcplat_core.errors import TcplatError, UsageError
+from tcplat_core.event.terminal import printable
+from tcplat_core.plugin.connecting import connect
+
+CHUNK = 1 << 17
+"""Bytes that are read, and decoded, at once: what is made of a megabyte is too much for a
+core's cache, and costs half as much again."""
+_PATIENCE_MS = 100
+"""How long a source may keep us from looking at anything else."""
+
+
+@attrs.define(eq=False)
+class Source:
+    """Where bytes come from.
+
+    Args:
+        fd: Open for reading.
+        name: As the user calls it.
+        size: Bytes of a file; 0 where nobody knows.
+    """
+
+    fd: int
+    name: str = attrs.field(converter=printable)
+    size: int = 0
+    consumed: int = attrs.field(default=0, init=False)
+
+    @classmethod
+    def open(cls, where: str, stopping: Callable[[], bool] = lambda: False) -> Source:
+        """A path, ``-`` for standard input, ``unix:PATH`` or ``tcp:HOST:PORT``.
+
+        Raises:
+            UsageError: It cannot be read.
+            InterruptedError: The user wanted to end before a socket had taken the connection.
+        """
+        try:
+            if where.startswith("unix:"):
+                made = connect(where.removeprefix("unix:"), stopping)
+                return cls(made.detach(), where)
+            if where.startswith("tcp:"):
+                return cls(connect(_host_and_port(where), stopping).detach(), where)
+            if where == "-":
+                if sys.stdin is None:
+                    raise UsageError("there is no standard input")
+                fd = sys.stdin.fileno()
+                return cls(fd, "standard input", os.fstat(fd).st_size)
+            # Without O_NONBLOCK a FIFO that nobody writes would keep us here, deaf to Ctrl-C.
+            fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            os.set_blocking(fd, True)
+            status = os.fstat(fd)
+            if stat.S_ISDIR(status.st_mode):
+                os.close(fd)
+                raise UsageError(f"cannot read {where}: Is a directory")
+            return cls(fd, where, status.st_size)
+        except InterruptedError:
+            raise
+        except (OSError, UnicodeError) as error:
+            why = (isinstance(error, OSError) and error.strerror) or error
+            raise UsageError(f"cannot read {where}: {why}") from error
+
+    def chunks(self) -> Iterator[bytes]:
+        """What comes, and b"" where nothing has come for a while."""
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        while True:
+            if not poll.poll(_PATIENCE_MS):
+                yield b""
+                continue
+            try:
+                data = os.read(self.fd, CHUNK)
+            except ConnectionResetError:
+                data = b""
+            except OSError as error:
+                raise TcplatError(f"reading {self.name} failed: {error.strerror}") from error
+            if not data:
+                return
+            self.consumed += len(data)
+            yield data
+
+
+def _host_and_port(where: str) -> tuple[str, int]:
+    host, colon, port = where.removeprefix("tcp:").rpartition(":")
+    if not (colon and port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise UsageError(f"{where} is not of the form tcp:HOST:PORT")
+    return host.strip("[]"), int(port)

@@ -1,0 +1,171 @@
+"""Options that several commands have, and how their words become values."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tcplat_core.errors import UsageError
+from tcplat_core.plugin.options import duration, size
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tcplat_core.loader.filter import Filter
+
+
+class Duration(click.ParamType[float]):
+    """A time: 5, 500ms, 30s, 2m or 1h, as seconds."""
+
+    name = "time"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The seconds."""
+        if isinstance(value, float):
+            return value
+        try:
+            seconds = float(duration(value))
+        except ValueError:
+            seconds = 0
+        if not seconds:
+            self.fail(f"{value!r} is not a time; write 5, 500ms, 30s, 2m or 1h", param, ctx)
+        return seconds
+
+
+class Size(click.ParamType[int]):
+    """Bytes, a power of two: 64K, 16M."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number."""
+        if isinstance(value, int):
+            return value
+        try:
+            number = int(size(value))
+        except ValueError:
+            number = 0
+        if number & (number - 1) or not 1 << 12 <= number <= 1 << 30:
+            self.fail(f"{value!r} is not a power of two from 4K to 1G", param, ctx)
+        return number
+
+
+SINKS = click.option(
+    "--sink",
+    "sinks",
+    multiple=True,
+    default=["table"],
+    metavar="NAME[:k=v,...]",
+    help="What becomes of the rows; repeatable.  [default: table]",
+)
+COUNT = click.option(
+    "-n", "--count", type=click.IntRange(min=1), default=None, help="End after so many rows."
+)
+QUIET = click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
+_FILTER_OPTIONS = (
+    click.option(
+        "-p",
+        "--pid",
+        "pids",
+        multiple=True,
+        metavar="PID",
+        help="Only sockets of this process; repeatable, or a list: 12,34 or 12+34.",
+    ),
+    click.option(
+        "--comm",
+        default=None,
+        metavar="NAME",
+        help="Only sockets of processes of this name; NAME* for a beginning.",
+    ),
+    click.option(
+        "--port",
+        "ports",
+        multiple=True,
+        metavar="PORT",
+        help="Only this port, on either side; repeatable, or a list: 80,443 or 80+443.",
+    ),
+    click.option("--lport", "lports", multiple=True, metavar="PORT", help="Only this local port."),
+    click.option("--rport", "rports", multiple=True, metavar="PORT", help="Only this remote port."),
+    click.option(
+        "--addr",
+        "networks",
+        multiple=True,
+        metavar="CIDR",
+        help="Only this address or network, on either side; repeatable.",
+    ),
+    click.option("-4", "ip4", is_flag=True, help="Only IPv4."),
+    click.option("-6", "ip6", is_flag=True, help="Only IPv6."),
+    click.option(
+        "--min-latency",
+        type=Duration(),
+        default=0.0,
+        help="Leave out rows whose duration is shorter.",
+    ),
+)
+"""What `run` has the kernel leave out, and `replay` leaves out itself."""
+
+
+def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that say which rows are wanted."""
+    for option in reversed(_FILTER_OPTIONS):
+        command = option(command)
+    return command
+
+
+def filter_of(arguments: dict[str, Any]) -> Filter:
+    """What the options that `run` and `replay` share want; takes them from the arguments."""
+    from tcplat_core.loader.filter import Filter  # noqa: PLC0415 - see __init__.py
+
+    ip4, ip6 = arguments.pop("ip4"), arguments.pop("ip6")
+    return Filter(
+        pids=_numbers(arguments.pop("pids"), "-p", 1 << 22) or None,
+        comm=_comm(arguments.pop("comm")),
+        ports=_ports(arguments.pop("ports")),
+        lports=_ports(arguments.pop("lports")),
+        rports=_ports(arguments.pop("rports")),
+        networks=_networks(arguments.pop("networks")),
+        ip=0 if ip4 == ip6 else 4 if ip4 else 6,
+        min_ns=round(arguments.pop("min_latency") * 1e9),
+    )
+
+
+def _numbers(texts: Sequence[str], option: str, top: int) -> tuple[int, ...]:
+    """``("80,443", "8080+8081")`` as numbers from 1 to `top`; plugin options are written with +."""
+    numbers = []
+    for text in ",".join(texts).replace("+", ",").split(",") if texts else ():
+        if not text.isdecimal() or not 1 <= int(text) <= top:
+            raise UsageError(f"{option} {text!r} is not a number from 1 to {top}")
+        numbers.append(int(text))
+    return tuple(numbers)
+
+
+def _ports(texts: Sequence[str]) -> tuple[int, ...]:
+    return _numbers(texts, "port", 65535)
+
+
+def _comm(text: str | None) -> str:
+    if text == "":
+        raise UsageError("--comm '': a process has a name")
+    text = text or ""
+    if len(os.fsencode(text.rstrip("*"))) > 15:  # noqa: PLR2004 - TASK_COMM_LEN without its NUL
+        raise UsageError(
+            f"--comm {text!r}: the kernel keeps 15 bytes of a name; write their beginning and *"
+        )
+    if "*" in text[:-1]:
+        raise UsageError(f"--comm {text!r}: a * may stand at the end only")
+    return text
+
+
+def _networks(texts: Sequence[str]) -> tuple[str, ...]:
+    for text in texts:
+        try:
+            ipaddress.ip_network(text, strict=False)
+        except ValueError as error:
+            raise UsageError(f"--addr {text!r} is no address and no network: {error}") from error
+    return tuple(texts)

@@ -1,0 +1,126 @@
+"""``tcplat plugins``: list, check, show, new."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from tcplat_core.cli import OWN
+from tcplat_core.errors import TcplatError, UsageError
+from tcplat_core.event import terminal
+
+from .words import json_text
+
+
+@click.group()
+def plugins() -> None:
+    """What there is to choose from."""
+
+
+@plugins.command("list")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_obj
+def plugins_list(give_up_root: Callable[[], None] | None, *, as_json: bool) -> None:
+    """All probes, sinks and plugins' commands, broken ones included."""
+    from tcplat_core.registry import commands  # noqa: PLC0415 - see __init__.py
+    from tcplat_core.registry.find import Found, Plugins  # noqa: PLC0415
+
+    if give_up_root:
+        give_up_root()
+    found = Plugins.load().found
+    for entry, status, summary in commands.found(OWN):
+        dist = entry.dist
+        version, distribution = (dist.version, dist.name) if dist else ("?", "?")
+        found.append(Found(entry.name, "command", version, distribution, status, summary))
+    found.sort(key=lambda one: (one.kind, one.name))
+    names = ("name", "kind", "version", "distribution", "status", "summary")
+    rows = [{name: getattr(one, name) for name in names} for one in found]
+    if as_json:
+        click.echo(json_text(rows))
+        return
+    widths = [max([len(name), *(len(row[name]) for row in rows)]) for name in names]
+    for cells in (
+        [name.upper() for name in names],
+        *([row[name] for name in names] for row in rows),
+    ):
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        click.echo(terminal.printable(" ".join(padded).rstrip()))
+
+
+@plugins.command("check")
+@click.argument("choice", metavar="NAME[:k=v,...]")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_obj
+def plugins_check(give_up_root: Callable[[], None] | None, choice: str, *, as_json: bool) -> None:
+    """Whether a probe or sink keeps what plugins promise.
+
+    Most of it needs no root. With root a probe is also loaded and attached, in a
+    network namespace of its own. Exits with 1 if a check failed.
+    """
+    from tcplat_core.testing import conformance, trial_process  # noqa: PLC0415 - see __init__.py
+
+    with contextlib.ExitStack() as stack:
+        privileged = trial_process.as_root()
+        if privileged:
+            stack.callback(privileged.close)
+        if give_up_root:
+            give_up_root()
+        outcomes = list(conformance.check_plugin(choice, trial=lambda: privileged))
+    if as_json:
+        click.echo(json_text(conformance.as_json(outcomes)))
+    else:
+        click.echo(terminal.lines(conformance.as_text(outcomes)))
+    failed = any(outcome.verdict == "failed" for _, outcome in outcomes)
+    sys.exit(TcplatError.exit_code if failed else 0)
+
+
+@plugins.command("show")
+@click.argument("name")
+@click.option(
+    "--kind",
+    type=click.Choice(["probe", "sink"]),
+    help="Which, where a probe and a sink have one name.",
+)
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_obj
+def plugins_show(
+    give_up_root: Callable[[], None] | None, *, name: str, kind: str | None, as_json: bool
+) -> None:
+    """What a probe or sink is, and how this host would run it."""
+    from tcplat_core.registry import show  # noqa: PLC0415 - see __init__.py
+    from tcplat_core.registry.find import Plugins  # noqa: PLC0415
+
+    sight = show.Sight.now()
+    if give_up_root:
+        give_up_root()
+    several = Plugins.load().named(name, kind)
+    if len(several) > 1:
+        raise UsageError(f"there are a probe and a sink named {name!r}: --kind says which")
+    told = show.as_json(*several[0], sight)
+    click.echo(json_text(told) if as_json else terminal.lines(show.as_text(told)))
+
+
+@plugins.command("new")
+@click.argument("kind", type=click.Choice(["probe", "sink"]))
+@click.argument("name")
+@click.option("--dir", "folder", default=".", metavar="DIR", help="Where to.  [default: .]")
+@click.pass_obj
+def plugins_new(
+    give_up_root: Callable[[], None] | None, *, kind: str, name: str, folder: str
+) -> None:
+    """A project of your own, tcplat-NAME, with a probe or sink that works."""
+    from tcplat_core.registry import new  # noqa: PLC0415 - see __init__.py
+
+    if give_up_root:
+        give_up_root()
+    project, *files = new.create(kind, name, Path(folder))
+    shown = terminal.printable(str(project))
+    click.echo(f"{shown}: {len(files)} files. Next:")
+    click.echo(f"  pip install {shown if project.is_absolute() else f'./{shown}'}")
+    click.echo(f"  tcplat plugins check {name}")
+    run = f"--probe {name}" if kind == "probe" else f"--probe tcp_client --sink {name}"
+    click.echo(f"  sudo tcplat run {run}")

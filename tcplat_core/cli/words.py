@@ -1,0 +1,100 @@
+"""What a user is told of a run, on standard error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from tcplat_core.event import terminal
+from tcplat_core.plugin.hookpoints import SKIPPED_FUNCS
+
+if TYPE_CHECKING:
+    from tcplat_core.plugin.report import Counted, ProbeReport, RunReport
+
+
+def tell(report: RunReport, *, dry_run: bool, quiet: bool) -> None:
+    """How the run went."""
+    if dry_run:
+        _attached(report)
+    elif not quiet:
+        summary(report)
+    if not (report.probes or quiet):
+        from tcplat_core.run.signals import NOTHING_RECORDED  # noqa: PLC0415 - see __init__.py
+
+        terminal.say(NOTHING_RECORDED)
+
+
+def _attached(report: RunReport) -> None:
+    for name, probe in report.probes.items():
+        for hook in probe.hooks:
+            terminal.write(f"{name}: {hook.point} by {hook.attach}:{hook.func}")
+        for point, reason in probe.missing.items():
+            terminal.write(f"{name}: no {point}: {reason}")
+
+
+def summary(report: RunReport, unread: str = "more were seen when the run ended") -> None:
+    """What was seen, what was lost, and what is missing."""
+    for name, probe in report.probes.items():
+        for words in _probe_summary(probe, unread):
+            terminal.say(f"{name}: {words}")
+    if report.late:
+        terminal.say(f"{report.late} rows came out of order")
+    for sink, reason in report.switched_off.items():
+        terminal.say(f"sink {sink} was switched off: {reason}")
+
+
+def _probe_summary(probe: ProbeReport, unread_words: str) -> Iterator[str]:
+    if probe.counted is not None:
+        yield from _counted_summary(probe.counted)
+    if probe.counted is None or probe.delivered or probe.dropped:
+        yield _rows_summary(probe)
+    for what, reason in {**probe.uncounted, **_rows_missing(probe)}.items():
+        yield f"no {what}: {reason}"
+    for interface, reason in probe.silent.items():
+        if interface not in probe.interfaces:  # else it was said when it went
+            yield f"no rows from {interface}: {reason}"
+    if probe.untracked:
+        yield f"{probe.untracked} sockets could not be remembered; their rows are missing"
+    funcs = {hook.func for hook in probe.hooks if hook.attach == "kprobe"} & SKIPPED_FUNCS
+    if funcs:
+        names = ", ".join(sorted(funcs))
+        yield f"rows of {names} may be missing: the kernel skips a kprobe that interrupts another"
+    for func, count in probe.skipped.items():
+        yield f"{count} times the kernel skipped {func}: so many rows may be missing"
+    unread = sum(hook.unread for hook in probe.hooks)
+    if unread:
+        yield f"{unread} {unread_words}"
+
+
+def _rows_missing(probe: ProbeReport) -> dict[str, str]:
+    return {f"{point} rows": reason for point, reason in probe.missing.items()}
+
+
+def _rows_summary(probe: ProbeReport) -> str:
+    by_point: dict[str, int] = {}
+    for hook in probe.hooks:
+        by_point[hook.point] = by_point.get(hook.point, 0) + hook.delivered
+    points = ", ".join(f"{point} {n}" for point, n in by_point.items())
+    return f"{probe.delivered} rows, {probe.dropped} lost ({points})"
+
+
+def _counted_summary(counted: Mapping[str, Counted]) -> Iterator[str]:
+    histograms = ", ".join(f"{name} {one.samples}" for name, one in counted.items())
+    yield f"{sum(one.samples for one in counted.values())} counted ({histograms or 'none'})"
+    for name, one in counted.items():
+        if one.unmeasured:
+            yield f"{name}: {one.unmeasured} more could not be measured"
+        if one.rest:
+            yield f"{name}: {one.rest} came when all groups were taken; groups= makes room"
+
+
+def nothing(_: str) -> None:
+    """Say nothing: what -q makes of say()."""
+
+
+def json_text(value: object) -> str:
+    """A value as JSON, such that a terminal may have it."""
+    from tcplat_core.event.text import cleaned  # noqa: PLC0415 - see __init__.py
+
+    return json.dumps(cleaned(value), indent=2)

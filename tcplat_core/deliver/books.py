@@ -1,0 +1,56 @@
+"""Maps a probe's books: what the kernel side counted."""
+
+from __future__ import annotations
+
+import mmap
+
+import attrs
+
+from tcplat_core.kernel.layout import books_hooks, books_slots
+
+
+@attrs.define(eq=False)
+class Books:
+    """What the kernel side counted: per CPU and per hook, produced and of these dropped.
+
+    Args:
+        fd: Of the probe's `books`, an array of u64 with BPF_F_MMAPABLE.
+        cpus: Possible CPUs.
+        hooks: Hooks of the probe.
+    """
+
+    fd: int
+    cpus: int
+    hooks: int
+    _map: mmap.mmap = attrs.field(init=False)
+    _all: memoryview = attrs.field(init=False)
+    _slots: memoryview = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        slots = books_slots(self.cpus, self.hooks)
+        size = slots * 8
+        self._map = mmap.mmap(self.fd, size + -size % mmap.PAGESIZE, prot=mmap.PROT_READ)
+        self._all = memoryview(self._map).cast("Q")
+        self._slots = self._all[: slots - 1]
+
+    def read(self) -> list[tuple[int, int]]:
+        """(produced, dropped) of each hook, over all CPUs."""
+        row = books_hooks(self.hooks) * 2
+        return [
+            (sum(self._slots[2 * hook :: row]), sum(self._slots[2 * hook + 1 :: row]))
+            for hook in range(self.hooks)
+        ]
+
+    def dropped(self) -> int:
+        """Of all hooks."""
+        return sum(self._slots[1::2])
+
+    def untracked(self) -> int:
+        """How often a socket could not be remembered, because there were too many."""
+        return int(self._all[len(self._slots)])
+
+    def close(self) -> None:
+        """Unmap. The fd stays the caller's."""
+        self._slots.release()
+        self._all.release()
+        self._map.close()

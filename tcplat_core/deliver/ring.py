@@ -1,0 +1,171 @@
+"""Maps a BPF ring buffer and a probe's books, and drains the ring in batches.
+
+Layout of the mapping (kernel/bpf/ringbuf.c): a page with the consumer's position,
+a page with the producer's, then the data, mapped twice in a row so that no record
+is ever torn by the wrap. A record is u32 length, u32 offset, then the payload,
+rounded up to 8 bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import struct
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import attrs
+
+from tcplat_core.errors import TcplatError
+
+_BUSY = 1 << 31
+_DISCARD = 1 << 30
+_HEADER = 8
+_U64 = struct.Struct("=Q")
+BATCH = 1024
+"""Records per batch: more of them at once would only keep the garbage collector busy."""
+
+
+class ForeignRecordError(TcplatError):
+    """The ring holds a record that the schema does not describe."""
+
+
+@attrs.define(eq=False)
+class Ring:
+    """One ring of records of one size.
+
+    Reading needs neither root nor bpf(2): only the map's fd.
+
+    Args:
+        fd: Of a BPF_MAP_TYPE_RINGBUF, or a file of the same layout.
+        size: Bytes of data; a power of two.
+        layout: The record, without the ring's own header.
+        tag_at: Where in the record the byte stands by which `taken` counts.
+        ts_at: Where the u64 stands that says when it was.
+    """
+
+    fd: int
+    size: int
+    layout: struct.Struct
+    tag_at: int = 0
+    ts_at: int = 0
+    by_c: Iterable[int] = attrs.field(default=(), init=False)
+    """Records that were taken by deliver/fast/records.c, by that byte."""
+    _taken: Counter[int] = attrs.field(factory=Counter, init=False)
+    _consumer: mmap.mmap = attrs.field(init=False)
+    _rest: mmap.mmap = attrs.field(init=False)
+    _position: memoryview = attrs.field(init=False)
+    _produced: memoryview = attrs.field(init=False)
+    _data: memoryview = attrs.field(init=False)
+    _words: memoryview = attrs.field(init=False)
+    _stride: int = attrs.field(init=False)
+    _record: struct.Struct = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        page = mmap.PAGESIZE
+        self._consumer = mmap.mmap(self.fd, page)
+        self._rest = mmap.mmap(self.fd, page + 2 * self.size, prot=mmap.PROT_READ, offset=page)
+        self._position = memoryview(self._consumer)[:8].cast("Q")
+        whole = memoryview(self._rest)
+        self._produced = whole[:8].cast("Q")
+        self._data = whole[page:]
+        self._words = self._data.cast("I")
+        self._stride = _HEADER + self.layout.size + -self.layout.size % 8
+        pad = self._stride - _HEADER - self.layout.size
+        # The header is skipped here: drain() has looked at it before.
+        self._record = struct.Struct(f"={_HEADER}x{self.layout.format.removeprefix('=')}{pad}x")
+
+    def drain(self) -> Iterator[list[tuple[Any, ...]]]:
+        """Batches of committed records, oldest first, up to what was there at the call.
+
+        Each batch is a copy: its room in the ring is free when the caller gets it.
+        Stops early at a record that a handler has reserved and not yet submitted:
+        it will be there next time.
+
+        Raises:
+            ForeignRecordError: A record of another size.
+        """
+        # One aligned 8-byte load each. On x86 loads are not reordered with loads;
+        # elsewhere the interpreter's own work between them has to do.
+        end = self._produced[0]
+        here = self._position[0]
+        while here < end:
+            start = here & (self.size - 1)
+            count = min((end - here) // self._stride, BATCH)
+            words = self._words[
+                start // 4 : (start + count * self._stride) // 4 : self._stride // 4
+            ]
+            lengths = words.tolist()
+            if not count:  # the producer is ahead by less than a record of ours
+                self._committed(self._words[start // 4 : start // 4 + 1].tolist())
+            count = self._committed(lengths)
+            if not count:
+                return
+            del lengths[count:]
+            records = list(
+                self._record.iter_unpack(self._data[start : start + count * self._stride])
+            )
+            first = start + _HEADER + self.tag_at
+            tags = bytes(self._data[first : start + count * self._stride : self._stride])
+            if lengths.count(self.layout.size) != count:
+                kept = [not length & _DISCARD for length in lengths]
+                records = list(itertools.compress(records, kept))
+                tags = bytes(itertools.compress(tags, kept))
+            # A column at a time: to look at each record would cost as much as to unpack it.
+            for tag in set(tags):
+                self._taken[tag] += tags.count(tag)
+            here += count * self._stride
+            self._position[0] = here
+            yield records
+
+    @property
+    def taken(self) -> Counter[int]:
+        """Records that were taken out of it, by the byte at `tag_at`."""
+        return self._taken + Counter(dict(enumerate(self.by_c)))
+
+    def pending(self) -> bool:
+        """Whether there is more to drain."""
+        return self._produced[0] != self._position[0]
+
+    @property
+    def crowded(self) -> bool:
+        """So full that there may be no room left before all of it is drained."""
+        return self._used() * 2 >= self.size
+
+    def full_since_ns(self) -> int:
+        """When the last record was for which there was room; 0 where there is room, or unknown.
+
+        From then on each one was dropped: nothing gets in until something is drained.
+        """
+        # As bpf_ringbuf_reserve() asks.
+        if self._used() + self._stride < self.size:
+            return 0
+        start = self._produced[0] - self._stride & self.size - 1
+        if self._words[start // 4] & (_BUSY | _DISCARD):
+            return 0
+        ts_ns: int = _U64.unpack_from(self._data, start + _HEADER + self.ts_at)[0]
+        return ts_ns
+
+    def _used(self) -> int:
+        return self._produced[0] - self._position[0]
+
+    def _committed(self, lengths: list[int]) -> int:
+        """How many of the records, from the first on, are complete."""
+        if lengths.count(self.layout.size) == len(lengths):
+            return len(lengths)
+        for index, length in enumerate(lengths):
+            if length & _BUSY:
+                return index
+            if length & ~_DISCARD != self.layout.size:
+                raise ForeignRecordError(
+                    f"a record of {length & ~_DISCARD} bytes where {self.layout.size} were expected"
+                )
+        return len(lengths)
+
+    def close(self) -> None:
+        """Unmap. The fd stays the caller's."""
+        for view in (self._position, self._produced, self._words, self._data):
+            view.release()
+        self._consumer.close()
+        self._rest.close()

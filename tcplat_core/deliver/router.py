@@ -1,0 +1,268 @@
+"""Puts rows of all probes in order of time, and hands them to the sinks in batches."""
+
+from __future__ import annotations
+
+import bisect
+import gc
+import operator
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import attrs
+
+from tcplat_core.errors import ReaderGoneError, TcplatError, is_the_users, words
+from tcplat_core.event.fields import Event
+from tcplat_core.event.terminal import printable
+from tcplat_core.plugin.histogram import Aggregates
+from tcplat_core.plugin.output import Output
+from tcplat_core.plugin.report import RunReport
+from tcplat_core.plugin.specs import Loss, Merge, Sink
+
+from .fast.records import FOREVER, Records, Room
+
+
+def spare_the_collector() -> None:
+    """Have Python's collector of cycles come seldom, where rows by the million go through.
+
+    Rows are in no cycle, and it would walk through every batch of them. What a sink
+    keeps in cycles may stay for long, so it should not.
+    """
+    gc.set_threshold(100_000, 50, 50)
+
+
+_BY_TIME = operator.attrgetter("ts_ns")
+_SINCE = operator.attrgetter("since_ns")
+_HOOK = operator.attrgetter("probe", "point", "func")
+
+
+@attrs.define(eq=False)
+class Router:
+    """Everything downstream of the rings: needs no kernel and no root.
+
+    Args:
+        sinks: By the name the user gave them.
+        limit: End after so many rows; 0 for no limit.
+        outputs: Files of the sinks that are to be made or emptied when it begins.
+    """
+
+    sinks: dict[str, Sink]
+    limit: int = 0
+    outputs: Sequence[Output] = ()
+    room: Room | None = None
+    """Where records wait that come from C; what was fed as rows waits here."""
+    late: int = 0
+    """Rows that were older than one delivered before them."""
+    total: int = 0
+    """Rows that were delivered."""
+    switched_off: dict[str, str] = attrs.field(factory=dict)
+    reader_gone: bool = False
+    _waiting: list[Event] = attrs.field(factory=list, init=False)
+    _cut: Counter[tuple[str, str, str]] = attrs.field(factory=Counter, init=False)
+    _losses: list[Loss] = attrs.field(factory=list, init=False)
+    """Those that wait for their place, in order."""
+    _last_ns: int = attrs.field(default=0, init=False)
+
+    @property
+    def done(self) -> bool:
+        """The limit is reached, or nobody is left to write to."""
+        return self.reader_gone or not self.sinks or (0 < self.limit <= self.total)
+
+    @property
+    def waiting(self) -> bool:
+        """Something is here that has not been delivered."""
+        return bool(self._waiting or self._losses or (self.room and self.room.oldest_ns()))
+
+    @property
+    def serves(self) -> bool:
+        """Some sink has readers that it serves in poll()."""
+        return any(_has(sink, "poll") for sink in self.sinks.values())
+
+    def begin(self) -> None:
+        """Have the sinks make what others see of them: the first rows are about to come.
+
+        Raises:
+            TcplatError: One of them cannot.
+        """
+        for one in (*self.outputs, *self.sinks.values()):
+            try:
+                if hasattr(one, "begin"):
+                    one.begin()
+            except ReaderGoneError:
+                self.reader_gone = True
+            except TcplatError:
+                raise
+            except BaseException as error:
+                if is_the_users(error):
+                    raise
+                raise TcplatError(f"a sink cannot begin: {words(error)}") from error
+
+    def cancel(self) -> None:
+        """Have the sinks take back what others see of them: there was no run, or it broke off."""
+        cancel(self.sinks.values(), self.outputs)
+
+    def feed(self, rows: Sequence[Event]) -> None:
+        """Take rows of one probe, as they came out of its ring."""
+        self._waiting += rows
+
+    def feed_loss(self, loss: Loss) -> None:
+        """Take a loss: it is told behind the last row that was no later than it began."""
+        bisect.insort(self._losses, loss, key=_SINCE)
+
+    def flush(self, before_ns: int | None = None) -> None:
+        """Deliver what is older than `before_ns`, or everything.
+
+        A handler stamps its record before it submits it, and may be interrupted
+        in between: what is younger waits, an older one may still turn up.
+        """
+        while self._losses and (before_ns is None or self._losses[0].since_ns < before_ns):
+            loss = self._losses.pop(0)
+            self._flush_rows(loss.since_ns + 1)
+            self.lost(loss)
+        self._flush_rows(before_ns)
+
+    def _flush_rows(self, before_ns: int | None) -> None:
+        ready = self._ready(before_ns)
+        if self.done or self.limit:
+            room = 0 if self.done else self.limit - self.total
+            self._cut.update(map(_HOOK, ready[room:]))
+            ready = ready[:room]
+        if ready:
+            self.deliver(ready)
+
+    def _ready(self, before_ns: int | None) -> Sequence[Event]:
+        """What need not wait any more, in order."""
+        rows = self._waiting
+        if rows:
+            rows.sort(key=_BY_TIME)
+            cut = len(rows) if before_ns is None else _first_from(rows, before_ns)
+            rows, self._waiting = rows[:cut], rows[cut:]
+        records = self.room and self.room.leave(FOREVER if before_ns is None else before_ns)
+        if not records:
+            return rows
+        return sorted([*records, *rows], key=_BY_TIME) if rows else records
+
+    def deliver(self, ready: Sequence[Event]) -> None:
+        """Hand over rows that are in order already."""
+        first_ns, last_ns = (
+            (ready.first_ns, ready.last_ns)
+            if isinstance(ready, Records)
+            else (ready[0].ts_ns, ready[-1].ts_ns)
+        )
+        if first_ns < self._last_ns:
+            self.late += bisect.bisect_left(ready, self._last_ns, key=_BY_TIME)
+        self._last_ns = max(self._last_ns, last_ns)
+        self.total += len(ready)
+        # A list that one sink changes would be another batch to the next.
+        self._each("write", ready if isinstance(ready, Records) else tuple(ready))
+
+    def undelivered(self) -> Counter[tuple[str, str, str]]:
+        """Rows that were fed and reached no sink, by probe, point and func."""
+        records = self.room and self.room.leave(FOREVER)
+        self._waiting += records or ()
+        return self._cut + Counter(map(_HOOK, self._waiting))
+
+    def lost(self, loss: Loss) -> None:
+        """Say that events were lost, behind what was delivered so far."""
+        self._each("lost", loss)
+
+    def merged(self, merge: Merge) -> None:
+        """Tell the sinks that want to know that the rows are of several hosts."""
+        self._those_with("merged", merge)
+
+    def idle(self) -> None:
+        """Let sinks notice that their reader has gone, also while nothing happens."""
+        self._those_with("idle")
+
+    @property
+    def tells_time(self) -> bool:
+        """Some sink wants to know that time passes while nothing comes."""
+        return any(_has(sink, "passed") for sink in self.sinks.values())
+
+    def passed(self, ts_ns: int) -> None:
+        """No row that is older comes any more. Only where nothing waits."""
+        self._those_with("passed", ts_ns)
+
+    def poll(self) -> None:
+        """Let sinks serve their readers, also while nothing happens."""
+        self._those_with("poll")
+
+    def _those_with(self, method: str, *arguments: object) -> None:
+        for name, sink in list(self.sinks.items()):
+            if _has(sink, method):
+                self._call(name, method, *arguments)
+
+    def aggregates(self, them: Aggregates) -> None:
+        """Show the sinks that asked for it what the kernel has counted."""
+        self._those_with("aggregates", them)
+
+    def close(self, report: RunReport) -> None:
+        """End every sink, those that were switched off before excepted."""
+        self._each("close", report)
+
+    def _each(self, method: str, argument: object) -> None:
+        for name in list(self.sinks):
+            self._call(name, method, argument)
+
+    def _call(self, name: str, method: str, *arguments: object) -> None:
+        try:
+            getattr(self.sinks[name], method)(*arguments)
+        except ReaderGoneError:
+            self.reader_gone = True
+            del self.sinks[name]
+        except BaseException as error:
+            # SystemExit and the like, too: one sink must not stop the others.
+            if is_the_users(error):
+                raise
+            self.switched_off[printable(name)] = printable(words(error))
+            del self.sinks[name]
+
+
+def cancel(sinks: Iterable[Sink], outputs: Iterable[Output]) -> None:
+    """Do without these sinks: no row will come, and no report."""
+    for sink in sinks:
+        # What made us stop is what the user has to hear of.
+        try:
+            if hasattr(sink, "cancel"):
+                sink.cancel()
+        except BaseException as error:
+            if is_the_users(error):
+                raise
+    for output in outputs:
+        output.close()
+
+
+class Unread:
+    """A sink whose reader had gone before the run began: ends it as one that leaves later."""
+
+    def begin(self) -> None:
+        """The end."""
+        raise ReaderGoneError
+
+    def write(self, _batch: Sequence[Event]) -> None:
+        """The end."""
+        raise ReaderGoneError
+
+    def lost(self, _loss: Loss) -> None:
+        """The end."""
+        raise ReaderGoneError
+
+    def close(self, report: RunReport) -> None:
+        """Nobody reads the books."""
+
+
+def _has(sink: Sink, method: str) -> bool:
+    """Whether a sink has a method that not each one has; where asking fails, calling it will."""
+    try:
+        return hasattr(sink, method)
+    except BaseException as error:
+        if is_the_users(error):
+            raise
+        return True
+
+
+def _first_from(rows: list[Event], ns: int) -> int:
+    """Index of the first row that is not older than `ns`."""
+    index = len(rows)
+    while index and rows[index - 1].ts_ns >= ns:
+        index -= 1
+    return index

@@ -1,0 +1,413 @@
+"""The event: each field declared once, and from it C struct, decoder, JSON names and docs.
+
+A field of :class:`Event` is annotated with where its value comes from:
+:class:`Wire` (a member of the record that the kernel fills), :class:`FromHook`
+(follows from which hook fired) or :class:`Made` (worked out at decode time).
+msgspec makes the class, because it encodes its own structs an order of
+magnitude faster than attrs objects or dicts (see ARCHITECTURE.md).
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import inspect
+import re
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any
+
+import attrs
+import msgspec
+
+from tcplat_core.errors import PluginError
+
+from .text import address, flags, micros, name, process, state_name, text
+
+SCHEMA_VERSION = 2
+"""Of the event: the `v` of every row and every capture. Captures of older versions are read, too:
+what their rows lack is null (:data:`READABLE`)."""
+
+READABLE = (1, 2)
+"""Versions that are read. 2 added `thread`; in 1, `comm` was the name of the thread `tid`."""
+
+C_TYPES = {
+    "u64": ("Q", 8),
+    "u32": ("I", 4),
+    "u16": ("H", 2),
+    "u8": ("B", 1),
+    "s64": ("q", 8),
+    "s32": ("i", 4),
+    "s16": ("h", 2),
+    "s8": ("b", 1),
+    "bool": ("?", 1),
+}
+"""C type -> its letter in :mod:`struct`, and its size. Arrays are of u8 or char."""
+
+_UNITS = ("ns", "us", "ms", "s", "bytes")
+"""How the name of a field may end; it is then the unit."""
+
+
+def _checked_type(_: object, __: object, c_type: str) -> None:
+    found = re.fullmatch(r"([a-z]+\d*)(\[[1-9]\d*\])?", c_type)
+    if found and found[1] in ("char", "u8") and found[2]:
+        return
+    if found is None or found[1] not in C_TYPES or found[2]:
+        raise PluginError(
+            f"a field cannot be of the C type {c_type!r}, but of "
+            f"{', '.join(C_TYPES)}, char[N] or u8[N]"
+        )
+
+
+def _checked_block(_: object, __: object, block: str) -> None:
+    if block not in ("", "socket", "kind"):
+        raise PluginError(f"there is no block {block!r}; for a field of your own leave it empty")
+
+
+@attrs.frozen
+class Wire:
+    """A member of the kernel's record.
+
+    Args:
+        c_type: u8 to u64, s8 to s64 (signed), bool, char[N] (a text that ends at its first
+            NUL, escaped so that it is safe to print), or u8[N] (bytes, which want `to`).
+        doc: What the value is.
+        member: Its name in C; the field's name unless given.
+        to: Turns the raw value into the field's; must be pure, answers are remembered.
+            :func:`micros` for ns, :func:`address` for 16 bytes in network order.
+        nullable: A raw 0, or nothing but zeros, means that nobody can know: the field is None.
+        has: The field is None unless the handler set TCPLAT_HAS_<NAME>; five at most.
+        block: The members of a block stand side by side, and change together or seldom:
+            what they mean is worked out once for each value of the whole block. Either
+            ``socket`` or ``kind``; for fields of your own leave it empty.
+        latency: It is a duration in µs, and ``--min-latency`` leaves out rows where it is
+            shorter: in the kernel the handler has to ask ``tcplat_too_fast()``.
+        unlike: A field of the same block: where both are the same, this one is None.
+        since: The version of the schema that brought it. A row of an older capture lacks
+            it, and it is None.
+        column: Its head in the sink `table`; the name in capitals, with its unit in brackets,
+            unless given: ``rto_us`` is ``RTO(us)``. Empty: it has no column.
+
+    Raises:
+        PluginError: There is no such type or block.
+    """
+
+    c_type: str = attrs.field(validator=_checked_type)
+    doc: str
+    member: str = ""
+    to: Callable[[Any], Any] | None = None
+    nullable: bool = False
+    has: bool = False
+    block: str = attrs.field(default="", validator=_checked_block)
+    latency: bool = False
+    unlike: str = ""
+    since: int = 1
+    column: str | None = None
+
+    @property
+    def converter(self) -> Callable[[Any], Any] | None:
+        """What turns the raw value into the field's, where `to` leaves it to the type."""
+        if self.c_type.startswith("char") and self.to is None:
+            return name if self.nullable else text
+        if "[" in self.c_type and self.nullable and self.to is not None:
+            to = self.to
+            return lambda raw: to(raw) if any(raw) else None
+        return self.to
+
+
+@attrs.frozen
+class FromHook:
+    """Follows from which hook fired: an attribute of :class:`FiredBy`."""
+
+    attribute: str
+    doc: str
+
+
+@attrs.frozen
+class Made:
+    """Worked out at decode time."""
+
+    by: str
+    doc: str
+
+
+@attrs.frozen
+class FiredBy:
+    """What the number in a record's `hook` member stands for."""
+
+    point: str
+    func: str
+    attach: str
+    describe: Callable[[Moment], str]
+    program: str = ""
+
+
+@attrs.frozen
+class Moment:
+    """What a row's description may depend on.
+
+    Args:
+        point: The hook point.
+        state: TCP state after the event.
+        old_state: TCP state before a state change.
+        err: An errno, or 0.
+        empty: Whether `bytes` is 0; None where the row has no `bytes`.
+        flags: TCP flags of a packet, ``SYN|ACK``; None where the row has none.
+    """
+
+    point: str
+    state: str | None
+    old_state: str | None
+    err: int
+    empty: bool | None
+    flags: str | None = None
+
+    @property
+    def error(self) -> str:
+        """In the kernel's words: ``ECONNREFUSED``."""
+        return errno.errorcode.get(self.err, f"errno {self.err}")
+
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+"""A number of a capture that is no less than 0, and fits wherever numbers are kept."""
+Number = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+"""One that may be less."""
+Positive = Annotated[float, msgspec.Meta(ge=0, le=float(1 << 63))]
+"""A duration, say: no less than 0, neither infinite nor no number."""
+Real = Annotated[float, msgspec.Meta(ge=-float(1 << 63), le=float(1 << 63))]
+"""The same for what may be less."""
+
+
+class Event(msgspec.Struct, gc=False):
+    """One row, as sinks get it and as JSONL carries it. Never changed after it is made."""
+
+    v: Annotated[int, Made("SCHEMA_VERSION", "schema version")]
+    ts_ns: Annotated[Count, Wire("u64", "when, CLOCK_MONOTONIC, ns since boot")]
+    time_ns: Annotated[Count, Made("ts_ns + OFFSET_NS", "Unix time of the same instant, ns")]
+    probe: Annotated[str, Made("PROBE", "which probe saw it")]
+    point: Annotated[str, FromHook("point", "what happened: connect, state, send, recv, close ...")]
+    func: Annotated[str, FromHook("func", "the very hook: tcp_sendmsg, tcp:tcp_sendmsg_locked")]
+    attach: Annotated[str, FromHook("attach", "fentry, kprobe, tracepoint or xdp")]
+    pid: Annotated[
+        Count | None,
+        Wire(
+            "u32",
+            "process that owns the socket, as /proc numbers it where tcplat runs",
+            to=process,
+            nullable=True,
+            block="socket",
+        ),
+    ]
+    tid: Annotated[
+        Count | None,
+        Wire("u32", "its thread that used it last", to=process, nullable=True, block="socket"),
+    ]
+    comm: Annotated[
+        str | None,
+        Wire(
+            "char[16]",
+            "the process's name, escaped: of its first thread, at that moment",
+            to=name,
+            block="socket",
+        ),
+    ]
+    thread: Annotated[
+        str | None,
+        Wire(
+            "char[16]",
+            "the name of the thread `tid`, escaped; null where it is the process's",
+            nullable=True,
+            unlike="comm",
+            since=2,
+            block="socket",
+        ),
+    ]
+    cpu: Annotated[Count, Wire("u16", "where it happened", block="kind")]
+    netns: Annotated[
+        Count | None, Wire("u32", "network namespace, inode number", nullable=True, block="socket")
+    ]
+    ip: Annotated[
+        Count | None,
+        Wire("u8", "4 or 6; a mapped IPv4 address is 4", nullable=True, block="socket"),
+    ]
+    saddr: Annotated[
+        str, Wire("u8[16]", "local address; in packets the source", to=address, block="socket")
+    ]
+    sport: Annotated[
+        Count | None,
+        Wire("u16", "local port; null before it is chosen", nullable=True, block="socket"),
+    ]
+    daddr: Annotated[
+        str,
+        Wire("u8[16]", "remote address; in packets the destination", to=address, block="socket"),
+    ]
+    dport: Annotated[Count | None, Wire("u16", "remote port", nullable=True, block="socket")]
+    state: Annotated[
+        str | None, Wire("u8", "TCP state after the event", to=state_name, block="kind")
+    ]
+    old_state: Annotated[
+        str | None, Wire("u8", "TCP state before a state change", to=state_name, block="kind")
+    ]
+    desc: Annotated[str, Made("desc", "the same in plain words")]
+    seq: Annotated[
+        Count | None,
+        Wire(
+            "u32",
+            "first TCP sequence number of the bytes concerned; of `state`, where the handshake "
+            "ends: of the client's first byte",
+            has=True,
+        ),
+    ]
+    bytes: Annotated[Count | None, Wire("u32", "how many bytes", has=True)]
+    flags: Annotated[
+        str | None, Wire("u8", "TCP flags of a packet", to=flags, has=True, block="kind")
+    ]
+    connect_us: Annotated[
+        Positive | None,
+        Wire(
+            "u64",
+            "from connect() to its completion or failure, µs",
+            member="connect_ns",
+            to=micros,
+            nullable=True,
+            latency=True,
+        ),
+    ]
+    ifname: Annotated[str | None, Made("ifname", "interface of a packet")]
+    sock: Annotated[
+        int, Wire("u64", "the same for all events of one socket, 0 for packets", block="socket")
+    ]
+
+
+def row(event: type[Event], **values: Any) -> Event:
+    """A row that no hook made.
+
+    Args:
+        event: Its class.
+        values: Of its fields; what is not given is null or, where it cannot be, the zero
+            of its kind.
+
+    Raises:
+        TypeError: There is no such field.
+    """
+    known: dict[str, Any] = dict.fromkeys(event.__struct_fields__)
+    for field, source in declared(event):
+        if isinstance(source, Wire) and not (source.nullable or source.has):
+            raw = bytes(split_array(source.c_type)[1]) if "[" in source.c_type else 0
+            known[field] = source.to(raw) if source.to else raw
+    return event(**{**known, "v": SCHEMA_VERSION, **values})
+
+
+@functools.lru_cache(maxsize=1024)
+def _hints(event: type[Event], *, include_extras: bool = False) -> Mapping[str, Any]:
+    """The types of a class's fields; to evaluate the text of them all takes a millisecond."""
+    own = inspect.get_annotations(event)
+    # Classes that are made of a capture's rows may be many, and have no texts.
+    if event.__bases__ == (Event,) and not any(isinstance(hint, str) for hint in own.values()):
+        return {**_hints(Event, include_extras=include_extras), **own}
+    return typing.get_type_hints(event, include_extras=include_extras)
+
+
+def sources(event: type[Event]) -> Iterator[tuple[str, Wire | FromHook | Made | None]]:
+    """Each field and where its value comes from; None where that is not said."""
+    hints = _hints(event, include_extras=True)
+    for field in event.__struct_fields__:
+        said = getattr(hints[field], "__metadata__", ())
+        found = next((one for one in said if isinstance(one, Wire | FromHook | Made)), None)
+        yield field, found if isinstance(found, Wire | FromHook | Made) else None
+
+
+@functools.cache  # it evaluates the text of every annotation, and is asked for each new socket
+def declared(event: type[Event]) -> tuple[tuple[str, Wire | FromHook | Made], ...]:
+    """The same of a class that a probe may have: all of it is said."""
+    return tuple((field, source) for field, source in sources(event) if source)
+
+
+@attrs.frozen
+class Field:
+    """What a sink or a reader may want to know of a field.
+
+    Args:
+        name: In Python and in JSON.
+        type: In JSON: ``int``, ``float or null`` ...
+        unit: ns, us, ms, s or bytes, as its name ends; empty where it has none.
+        doc: What it means.
+        own: It is not in every event, but this probe's.
+        column: Its head in a table; empty where it is to have none.
+    """
+
+    name: str
+    type: str
+    unit: str
+    doc: str
+    own: bool
+    column: str
+
+
+JSON_TYPES = {int: "int", float: "float", str: "str", bool: "bool", type(None): "null"}
+
+
+@functools.lru_cache(maxsize=1024)
+def fields(event: type[Event] = Event) -> tuple[Field, ...]:
+    """The fields of an event's class, in the order of its JSON keys.
+
+    Of the rows of a probe that is not installed, as a capture has them, nothing is
+    known but the names of the fields.
+    """
+    hints = _hints(event)
+    return tuple(
+        Field(
+            name=field,
+            type=_type(parts_of(hints[field])),
+            unit=_unit(field),
+            doc=source.doc if source else "",
+            own=field not in Event.__struct_fields__,
+            column=_column(field, source),
+        )
+        for field, source in sources(event)
+    )
+
+
+def _type(kinds: tuple[Any, ...]) -> str:
+    if set(kinds) == JSON_TYPES.keys():
+        return "any"
+    return " or ".join(JSON_TYPES.get(kind, "any") for kind in kinds)
+
+
+def _unit(field: str) -> str:
+    unit = field.rpartition("_")[2]
+    return unit if unit in _UNITS else ""
+
+
+def _column(field: str, source: Wire | FromHook | Made | None) -> str:
+    if isinstance(source, Wire) and source.column is not None:
+        return source.column
+    stem = field.removesuffix(f"_{_unit(field)}")
+    return field.upper() if stem == field else f"{stem.upper()}({_unit(field)})"
+
+
+def wires(event: type[Event]) -> dict[str, tuple[str, Wire]]:
+    """Member of the record -> the field that it fills, and how."""
+    return {
+        source.member or field: (field, source)
+        for field, source in declared(event)
+        if isinstance(source, Wire)
+    }
+
+
+def parts_of(hint: Any) -> tuple[Any, ...]:
+    """``int | None`` as its parts."""
+    return typing.get_args(hint) or (hint,)
+
+
+def latencies(event: type[Event]) -> list[str]:
+    """The fields that ``--min-latency`` looks at."""
+    return [
+        field for field, source in sources(event) if isinstance(source, Wire) and source.latency
+    ]
+
+
+def split_array(c_type: str) -> tuple[str, int]:
+    """A C type and how many: ``u8[16]`` is ``u8`` and 16."""
+    base, _, count = c_type.rstrip("]").partition("[")
+    return base, int(count or 1)

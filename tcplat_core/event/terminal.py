@@ -1,0 +1,51 @@
+"""Texts from elsewhere, such that a terminal may have them.
+
+Names of processes, of files and of hosts, arguments, what a plugin says of itself, the words of an
+exception: whoever chose them, a terminal would obey what controls it. What tcplat prints of
+them goes through here. Needs nothing, so that a refusal is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def printable(plain: str) -> str:
+    r"""Text with every character that does not print as an escape: ``\x1b``, ``\u202e``.
+
+    These are controls of 7 and 8 bits, what changes the direction of writing, ends of lines,
+    bytes that are no UTF-8: see `str.isprintable`. A backslash stays: it may be an escape
+    already. So it is idempotent, and leaves alone what :func:`tcplat_core.event.text.text` gave.
+    """
+    if plain.isprintable():
+        return plain
+    return "".join(char if char == "\\" else escaped(char) for char in plain)
+
+
+def escaped(char: str) -> str:
+    """One character, or its escape; a backslash has one, too."""
+    if char.isprintable() and char != "\\":
+        return char
+    if "\udc80" <= char <= "\udcff":  # a byte that is no UTF-8, by surrogateescape
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    if "\x80" <= char <= "\xff":  # \x80 is the byte, \u0080 the character
+        return f"\\u{ord(char):04x}"
+    return char.encode("unicode_escape").decode("ascii")
+
+
+def lines(plain: str) -> str:
+    """Text of several lines: their ends stay, and tabs are spaces."""
+    return "\n".join(map(printable, plain.expandtabs().split("\n")))
+
+
+def say(sentence: str) -> None:
+    """A line on stderr, in one piece; nothing where there is none."""
+    write(f"tcplat: {printable(sentence)}")
+
+
+def write(text: str) -> None:
+    """Lines on stderr, each such that a terminal may have it."""
+    import click  # noqa: PLC0415 - the loader has nothing to say by itself
+
+    if sys.stderr is not None:
+        click.echo(lines(text), err=True)

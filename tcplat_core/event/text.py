@@ -1,0 +1,114 @@
+"""What a record's bytes and numbers are called: texts that are safe to print."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+from .terminal import escaped, printable
+
+TCP_STATES = (
+    None,
+    "TCP_ESTABLISHED",
+    "TCP_SYN_SENT",
+    "TCP_SYN_RECV",
+    "TCP_FIN_WAIT1",
+    "TCP_FIN_WAIT2",
+    "TCP_TIME_WAIT",
+    "TCP_CLOSE",
+    "TCP_CLOSE_WAIT",
+    "TCP_LAST_ACK",
+    "TCP_LISTEN",
+    "TCP_CLOSING",
+    "TCP_NEW_SYN_RECV",
+)
+"""Index = the number in include/net/tcp_states.h."""
+
+TCP_FLAGS = ("FIN", "SYN", "RST", "PSH", "ACK", "URG", "ECE", "CWR")
+"""Index = the bit in the 14th byte of a TCP header (RFC 9293)."""
+
+
+def text(raw: bytes) -> str:
+    r"""Bytes from the kernel as text that is safe to print.
+
+    Ends at the first NUL. What is not UTF-8, and every character that does not
+    print (control, bidirectional, private: `str.isprintable`), becomes an
+    escape such as ``\x1b``; so does the backslash itself. A process can choose
+    its name freely (prctl PR_SET_NAME), a terminal obeys it.
+    """
+    # surrogateescape keeps each byte that is no UTF-8 apart, as U+DC00 + byte.
+    plain = raw.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+    if plain.isprintable() and "\\" not in plain:
+        return plain
+    return "".join(map(escaped, plain))
+
+
+_DEEPEST = 16
+
+
+def cleaned(value: Any, depth: int = _DEEPEST) -> Any:
+    """A line's value, or a report's, with every text such that a terminal may have it.
+
+    Raises:
+        ValueError: It holds what no line of ours does: values nested deeply, numbers beyond 64
+            bits or infinite, two keys that are the same.
+    """
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict | list):
+        if not depth:
+            raise ValueError("it is nested too deeply")
+        if isinstance(value, list):
+            return [cleaned(one, depth - 1) for one in value]
+        clean = {
+            printable(key): one if one is None else cleaned(one, depth - 1)
+            for key, one in value.items()
+            if isinstance(key, str)
+        }
+        if len(clean) < len(value):
+            raise ValueError("two keys in it are the same, or a key is no text")
+        return clean
+    # Neither holds of what is no number.
+    if value is not None and not (isinstance(value, int | float) and LEAST <= value <= MOST):
+        raise ValueError("a number in it is beyond 64 bits, or it is none")
+    return value
+
+
+LEAST, MOST = -(1 << 63), (1 << 64) - 1
+"""Of a number with 64 bits, signed or not."""
+
+
+def name(raw: bytes) -> str | None:
+    """A process's name; None for none."""
+    return text(raw) or None
+
+
+_OUTSIDE = 1 << 31
+"""TCPLAT_OUTSIDE in include/tcplat/filter.bpf.h."""
+
+
+def process(raw: int) -> int | None:
+    """The number of a process or thread; None for one outside our PID namespace."""
+    return None if raw & _OUTSIDE else raw
+
+
+def address(raw: bytes) -> str:
+    """16 bytes in network order as text; ``::ffff:a.b.c.d`` becomes ``a.b.c.d``."""
+    if raw.startswith(b"\0" * 10 + b"\xff\xff"):
+        return socket.inet_ntop(socket.AF_INET, raw[12:])
+    return socket.inet_ntop(socket.AF_INET6, raw)
+
+
+def flags(raw: int) -> str:
+    """TCP flags of a packet: ``SYN|ACK``."""
+    return "|".join(name for bit, name in enumerate(TCP_FLAGS) if raw >> bit & 1)
+
+
+def micros(ns: int) -> float:
+    """Nanoseconds as microseconds."""
+    return ns / 1000
+
+
+def state_name(number: int) -> str | None:
+    """The name of a TCP state; one that this kernel has and we do not know by its number."""
+    return TCP_STATES[number] if number < len(TCP_STATES) else f"state {number}"

@@ -1,0 +1,142 @@
+"""Network namespaces, as a user names them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from tcplat_core.errors import TOO_MANY_FILES, TcplatError, UsageError
+
+NAMED = Path("/run/netns")
+"""Where `ip netns add` puts them."""
+_NSFS_MAGIC = 0x6E736673
+"""linux/magic.h: f_type of statfs(2)."""
+_STATFS_BYTES = 256
+"""More than struct statfs has anywhere; f_type is its first long."""
+_NS_GET_NSTYPE = 0xB703
+"""linux/nsfs.h, since 4.11: the CLONE_NEW... of a namespace."""
+_CLONE_NEWNET = 0x40000000
+
+
+def path(text: str) -> Path:
+    """Where the namespace is that a name of ``ip netns``, a process id or a path means."""
+    if "/" in text:
+        return Path(text)
+    return Path(f"/proc/{text}/ns/net") if text.isdecimal() else NAMED / text
+
+
+@contextlib.contextmanager
+def opened(text: str) -> Iterator[int]:
+    """Open a network namespace, and give its file descriptor.
+
+    Args:
+        text: A name of ``ip netns``, a process id or a path.
+
+    Raises:
+        OSError: Nothing is there, or it cannot be opened.
+        UsageError: What is there is something else.
+    """
+    place = path(text)
+    # Before it is opened: a FIFO or a device may wait, or act. Namespaces are regular files.
+    fd = -1
+    if stat.S_ISREG(place.stat().st_mode):
+        fd = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        if fd < 0 or not _is_netns(fd):
+            raise UsageError(
+                f"{text!r} is not a network namespace, though there is a file {place}: give a "
+                "name of ip netns, a process id or a path such as /proc/PID/ns/net"
+            )
+        yield fd
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def inode(text: str) -> int:
+    """Return the inode's number, by which rows and programs know the namespace.
+
+    Raises:
+        UsageError: There is no such namespace.
+    """
+    try:
+        with opened(text) as fd:
+            return os.fstat(fd).st_ino
+    except OSError as error:
+        if error.errno in TOO_MANY_FILES:
+            raise TcplatError(TOO_MANY_FILES[error.errno]) from error
+        raise UsageError(f"there is no network namespace {text!r} ({path(text)})") from error
+
+
+def _is_netns(fd: int) -> bool:
+    # os.statvfs() leaves the type out. An ioctl of this number may mean anything elsewhere.
+    libc, raw = ctypes.CDLL(None, use_errno=True), ctypes.create_string_buffer(_STATFS_BYTES)
+    if libc.fstatfs(fd, raw):
+        return False
+    return (
+        ctypes.c_long.from_buffer(raw).value == _NSFS_MAGIC
+        and fcntl.ioctl(fd, _NS_GET_NSTYPE) == _CLONE_NEWNET
+    )
+
+
+_MOST_PIDS = 1 << 22
+"""No process has a higher number; inodes of namespaces begin at 0xF0000000."""
+
+
+def netns_recorded(text: str) -> int:
+    """Return that number for rows of before: it will do itself, the namespace may be gone.
+
+    Raises:
+        UsageError: It is no number, and there is no such namespace.
+    """
+    if text.isdecimal() and int(text) > _MOST_PIDS:
+        return int(text)
+    return inode(text)
+
+
+@contextlib.contextmanager
+def inside(netns: str) -> Iterator[None]:
+    """Have this thread live in a network namespace for a while.
+
+    Args:
+        netns: A name of ``ip netns``, a path or a process id; empty to stay.
+
+    Raises:
+        UsageError: There is none of that name.
+    """
+    if not netns:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, home)
+        try:
+            setns(stack.enter_context(opened(netns)))
+        except OSError as error:
+            if error.errno in TOO_MANY_FILES:
+                raise
+            raise UsageError(
+                f"there is no network namespace {netns!r} ({error.strerror}); {_known()}"
+            ) from error
+        stack.callback(setns, home)
+        yield
+
+
+def _known() -> str:
+    names = sorted(os.listdir(NAMED)) if NAMED.is_dir() else []
+    if not names:
+        return "ip netns has none, but a process id or a path will do as well"
+    return f"ip netns has {', '.join(names)}"
+
+
+def setns(fd: int) -> None:
+    """Move this thread into the network namespace behind a file descriptor."""
+    # os.setns() came with Python 3.12.
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(fd, _CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

@@ -1,0 +1,331 @@
+"""Which process owns which TCP socket that is older than the run.
+
+The kernel has no list of that. sock_diag names each socket's inode and cookie,
+/proc/PID/fd names the inodes that a process holds; joined, they say which cookie
+belongs to which process. The loader hands it to the programs in the kernel,
+which know a socket's cookie.
+
+Own netlink code instead of pyroute2's, which takes 100 µs per socket: a host
+with 100,000 of them would wait for ten seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import attrs
+
+from .netns import setns
+
+CLIENT, SERVER, LISTENER = 1, 2, 3
+"""As TCPLAT_ROLE_* in include/tcplat/owner.bpf.h."""
+IPV4, IPV6, BOTH = 4, 6, 0
+"""As `ip` of struct tcplat_port there."""
+
+_LISTEN = 10
+_OPEN = (1, 8)
+"""ESTABLISHED and CLOSE_WAIT: one that no process holds any more has closed its side."""
+_WITH_A_SOCKET = 0xFFF & ~(1 << 6)
+"""inet_diag states: all but TIME_WAIT, which is no socket any more, and NEW_SYN_RECV (12)."""
+_MAPPED = bytes(10) + b"\xff\xff"
+_SKV6ONLY = 11
+"""INET_DIAG_SKV6ONLY, an attribute of listening sockets."""
+_ATTRIBUTE = struct.Struct("=HH")
+_NLMSG = struct.Struct("=IHHII")
+_REQUEST = struct.Struct("=BBBxI48x")
+"""struct inet_diag_req_v2: family, protocol, extensions, states, an empty socket id."""
+_SOCK_DIAG_BY_FAMILY = 20
+_NLM_F_DUMP_REQUEST = 0x301
+_NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_PF_EXITING = 4
+
+
+@attrs.frozen
+class Seed:
+    """One socket.
+
+    Args:
+        cookie: The kernel's own number of it.
+        role: CLIENT, SERVER or LISTENER.
+        pid: Its owner; 0 where no process holds it.
+        comm: The owner's name.
+        others: Pids and names of the other processes that hold it.
+        waiting: No process has accepted it yet.
+        netns: Inode of its network namespace.
+        local: Its address, 16 bytes; IPv4 is mapped.
+        remote: The other end's.
+        lport: Its port.
+        rport: The other end's.
+        ip: What it speaks: 4 or 6; BOTH for one that listens at the wildcard address of both.
+        device: Index of the only interface that it hears; 0 where it hears all.
+    """
+
+    cookie: int
+    role: int
+    pid: int
+    comm: bytes
+    others: tuple[tuple[int, bytes], ...]
+    waiting: bool
+    netns: int
+    local: bytes
+    remote: bytes
+    lport: int
+    rport: int
+    ip: int
+    device: int
+
+    @property
+    def accepted_at(self) -> list[Place]:
+        """Where what accepted it may listen, in the order in which the kernel looks."""
+        return _accepted_at(self.ip, self.local, self.lport)
+
+    @property
+    def listens_at(self) -> Place:
+        """Where it listens, if it does."""
+        return self.ip, self.local, self.lport
+
+
+Place = tuple[int, bytes, int]
+"""What it speaks (4, 6 or BOTH), its address and its port."""
+
+
+def _accepted_at(ip: int, local: bytes, port: int) -> list[Place]:
+    wildcard = _MAPPED + bytes(4) if ip == IPV4 else bytes(16)
+    return [(ip, local, port), (ip, wildcard, port), (BOTH, bytes(16), port)]
+
+
+@attrs.frozen
+class _Diag:
+    state: int
+    inode: int
+    cookie: int
+    local: bytes
+    remote: bytes
+    lport: int
+    rport: int
+    ip: int
+    device: int
+
+
+@attrs.define
+class _Holder:
+    pid: int
+    comm: bytes
+    others: list[tuple[int, bytes]] = attrs.field(factory=list)
+
+
+@attrs.define
+class Hidden:
+    """What find() had no right to see.
+
+    Args:
+        processes: Whose file descriptors could not be read.
+        sockets: How many have a process, which could not be found.
+        namespaces: Network namespaces that could not be entered.
+    """
+
+    processes: int = 0
+    sockets: int = 0
+    namespaces: int = 0
+
+    def sentences(self, *, mendable: bool = False) -> list[str]:
+        """Return what is missing for it, and what mends it.
+
+        Args:
+            mendable: Nothing of what the host keeps from root as well.
+        """
+        said = []
+        if self.processes and self.sockets:
+            fds = (
+                f"TCP sockets older than the run whose process is not known: {self.sockets}; their "
+                "rows have no pid, and -p, --comm and --cgroup leave them out, until it uses them: "
+                f"/proc/PID/fd cannot be read (of {self.processes})"
+            )
+            said.append((fds, _lacking("CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH")))
+        if self.namespaces:
+            entered = (
+                f"network namespaces that cannot be entered: {self.namespaces}; sockets in them "
+                "that are older than the run have no rows before they connect anew"
+            )
+            said.append((entered, _lacking("CAP_SYS_ADMIN")))
+        return [
+            f"{what}; " + (f"it takes {lacking}" if lacking else "the host refuses root, too")
+            for what, lacking in said
+            if lacking or not mendable
+        ]
+
+
+_CAPABILITIES = {"CAP_DAC_READ_SEARCH": 2, "CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21}
+"""Bits, as in linux/capability.h."""
+
+
+def _lacking(*names: str) -> str:
+    status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
+    effective = int(status.split("CapEff:")[1].split()[0], 16)
+    return " and ".join(name for name in names if not effective >> _CAPABILITIES[name] & 1)
+
+
+def find(hidden: Hidden | None = None) -> list[Seed]:
+    """All TCP sockets of all network namespaces that some process lives in.
+
+    Needs the rights of root, or some of them: `hidden` is told what was not to be seen. A socket
+    that several processes hold belongs to the one with the lowest pid until one of them uses it.
+    A socket at whose local address and port another listens counts as accepted.
+    """
+    hidden = hidden or Hidden()
+    holders: dict[int, _Holder] = {}
+    everyone = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+    for pid in everyone:
+        try:
+            comm = Path(f"/proc/{pid}/comm").read_bytes().rstrip(b"\n")
+            for inode in _held(pid):
+                holder = holders.setdefault(inode, _Holder(pid, comm))
+                if pid != holder.pid and (pid, comm) not in holder.others[-1:]:
+                    holder.others.append((pid, comm))
+        except PermissionError:
+            hidden.processes += 1
+        except OSError:  # it ended while we looked
+            continue
+    # With hidepid=2 other users' processes are not even there.
+    if not Path("/proc/1").exists():
+        hidden.processes += 1
+    nobody = _Holder(0, b"")
+    seeds = []
+    for netns, diags in _namespaces(everyone, hidden):
+        listening = {(diag.ip, diag.local, diag.lport) for diag in diags if diag.state == _LISTEN}
+        for diag in diags:
+            places = _accepted_at(diag.ip, diag.local, diag.lport)
+            role = CLIENT if listening.isdisjoint(places) else SERVER
+            if diag.state == _LISTEN:
+                role = LISTENER
+            holder = holders.get(diag.inode, nobody)
+            hidden.sockets += bool(diag.inode) and holder is nobody
+            seeds.append(
+                Seed(
+                    diag.cookie,
+                    role,
+                    holder.pid,
+                    holder.comm,
+                    tuple(holder.others),
+                    # What was accepted has an inode, whoever holds it.
+                    not diag.inode and role == SERVER and diag.state in _OPEN,
+                    netns,
+                    diag.local,
+                    diag.remote,
+                    diag.lport,
+                    diag.rport,
+                    diag.ip,
+                    diag.device,
+                )
+            )
+    return seeds
+
+
+def is_ending(pid: int) -> bool:
+    """Whether a process has ended, or has begun to."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return True
+    # Behind the name, which may hold anything: state, five numbers, and the flags.
+    return bool(int(stat.rpartition(b")")[2].split()[6]) & _PF_EXITING)
+
+
+def _held(pid: int) -> Iterator[int]:
+    folder = f"/proc/{pid}/fd"
+    for name in os.listdir(folder):
+        try:
+            link = os.readlink(f"{folder}/{name}")
+        except FileNotFoundError:  # closed meanwhile
+            continue
+        if link.startswith("socket:["):
+            yield int(link[8:-1])
+
+
+def _namespaces(pids: Iterable[int], hidden: Hidden) -> Iterator[tuple[int, list[_Diag]]]:
+    """Each network namespace and its sockets, ours first."""
+    ours = os.stat("/proc/self/ns/net").st_ino
+    seen = {ours}
+    yield ours, list(_dump())
+    home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                there = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    inode = os.fstat(there).st_ino
+                    if inode in seen:
+                        continue
+                    seen.add(inode)
+                    try:
+                        setns(there)
+                    except PermissionError:
+                        hidden.namespaces += 1
+                        continue
+                    try:
+                        diags = list(_dump())
+                    finally:
+                        setns(home)
+                finally:
+                    os.close(there)
+                yield inode, diags
+    finally:
+        os.close(home)
+
+
+def _dump() -> Iterator[_Diag]:
+    """TCP sockets of the current network namespace (inet_diag_msg, linux/inet_diag.h)."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4) as diag:  # NETLINK_SOCK_DIAG
+        diag.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        for family in (socket.AF_INET, socket.AF_INET6):
+            body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, _WITH_A_SOCKET)
+            head = _NLMSG.pack(
+                _NLMSG.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_DUMP_REQUEST, 1, 0
+            )
+            diag.send(head + body)
+            yield from _answers(diag)
+
+
+def _answers(diag: socket.socket) -> Iterator[_Diag]:
+    while True:
+        data = diag.recv(1 << 18)
+        offset = 0
+        while offset + _NLMSG.size <= len(data):
+            length, kind, _, _, _ = _NLMSG.unpack_from(data, offset)
+            if kind == _NLMSG_DONE:
+                return
+            if kind == _NLMSG_ERROR:
+                (code,) = struct.unpack_from("=i", data, offset + _NLMSG.size)
+                if code in (-2, -22):  # this kernel has no tcp_diag, or no IPv6
+                    return
+                raise OSError(-code, f"sock_diag: {os.strerror(-code)}")
+            at = offset + _NLMSG.size
+            lport, rport = struct.unpack_from(">HH", data, at + 4)
+            local, remote = data[at + 8 : at + 24], data[at + 24 : at + 40]
+            if data[at] == socket.AF_INET:
+                local, remote = _MAPPED + local[:4], _MAPPED + remote[:4]
+            (cookie,) = struct.unpack_from("=Q", data, at + 44)
+            (inode,) = struct.unpack_from("=I", data, at + 68)
+            (device,) = struct.unpack_from("=I", data, at + 40)
+            ip = IPV4 if local.startswith(_MAPPED) else IPV6
+            # Before it is bound to an address, a socket of IPv6 takes IPv4 as well.
+            if data[at + 1] == _LISTEN and not any(local):
+                ip = IPV6 if _is_v6only(data[at + 72 : offset + length]) else BOTH
+            yield _Diag(data[at + 1], inode, cookie, local, remote, lport, rport, ip, device)
+            offset += (length + 3) & ~3
+
+
+def _is_v6only(attributes: bytes) -> bool:
+    """Whether a listening socket of IPv6 takes IPv6 alone."""
+    at = 0
+    while at + _ATTRIBUTE.size <= len(attributes):
+        length, kind = _ATTRIBUTE.unpack_from(attributes, at)
+        if kind == _SKV6ONLY:
+            return attributes[at + _ATTRIBUTE.size] != 0
+        at += max((length + 3) & ~3, _ATTRIBUTE.size)
+    return False

@@ -1,0 +1,50 @@
+"""Which rights this process has."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from pathlib import Path
+
+from tcplat_core.errors import NEEDS_ROOT, CannotRunError, refused
+
+
+def refuse_without_capabilities() -> None:
+    """Say what is missing before the kernel says EPERM.
+
+    Raises:
+        CannotRunError: Not allowed to load programs.
+    """
+    if not may_load():
+        raise CannotRunError(NEEDS_ROOT)
+
+
+def may_load() -> bool:
+    """Return whether this process has the capabilities to load and attach programs."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    effective = int(status.split("CapEff:")[1].split()[0], 16)
+    sys_admin, perfmon, bpf_bit = (1 << 21), (1 << 38), (1 << 39)
+    return bool(effective & sys_admin) or effective & (perfmon | bpf_bit) == perfmon | bpf_bit
+
+
+CAP_VERSION_3 = 0x20080522
+CAPABILITIES = struct.Struct("=6I")
+"""Effective, permitted, inheritable of capabilities 0 to 31, then those of 32 to 63."""
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def held() -> bool:
+    """Whether this process may do more than other processes of its user: root, or capabilities."""
+    effective, permitted, _ = capabilities()
+    return 0 in os.getresuid() or bool(effective | permitted)
+
+
+def capabilities() -> tuple[int, int, int]:
+    """Effective, permitted and inheritable ones of this thread."""
+    data = ctypes.create_string_buffer(CAPABILITIES.size)
+    if _libc.capget(struct.pack("=Ii", CAP_VERSION_3, 0), data):
+        raise refused("capget", ctypes.get_errno())
+    low, high = CAPABILITIES.unpack(data)[:3], CAPABILITIES.unpack(data)[3:]
+    effective, permitted, inheritable = (a | b << 32 for a, b in zip(low, high, strict=True))
+    return effective, permitted, inheritable

@@ -1,0 +1,150 @@
+"""Where a probe listens: hook points, and the ways to listen there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import attrs
+
+from tcplat_core.errors import PluginError
+
+MECHANISMS = ("fentry", "kprobe", "tracepoint", "xdp")
+"""fentry is the cheapest, and never skipped. The kernel skips a kprobe that hits while
+another's handler runs on the same CPU: for what happens in softirq, a tracepoint is better."""
+
+
+SKIPPED_FUNCS = frozenset(
+    {
+        *("tcp_v4_rcv", "tcp_v6_rcv", "tcp_v4_do_rcv", "tcp_v6_do_rcv"),
+        *("tcp_child_process", "tcp_rcv_state_process", "sock_def_readable"),
+    }
+)
+"""What runs in softirq, so that its kprobe may be skipped, and no tracepoint can stand in."""
+
+
+def checked_name(_: object, attribute: attrs.Attribute[str], value: str) -> None:
+    """Validate a name that users type and C identifiers are made of."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", value):
+        raise PluginError(
+            f"{attribute.name} {value!r} must be lower-case letters, digits and underscores"
+        )
+
+
+@attrs.frozen
+class Hook:
+    """One function of the kernel, and the program that listens there.
+
+    Args:
+        func: ``tcp_sendmsg``, or ``tcp:tcp_destroy_sock`` for a tracepoint.
+        program: The C function. HOOK_<program> is its number in the record.
+        mechanism: fentry, fexit, kprobe, kretprobe, tracepoint or xdp.
+        args: The kernel's own argument names (functions) or types (tracepoints).
+            Where the running kernel differs, the hook counts as missing: better
+            no row than one read from the wrong argument. Empty: not checked.
+        quiet: It helps another hook, and its rows are that one's.
+    """
+
+    func: str
+    program: str
+    mechanism: str
+    args: tuple[str, ...] = ()
+    quiet: bool = False
+
+
+@attrs.frozen
+class Way:
+    """The hooks that serve a hook point by one mechanism: all of them, or none."""
+
+    mechanism: str = attrs.field(validator=attrs.validators.in_(MECHANISMS))
+    hooks: tuple[Hook, ...]
+
+
+def tracepoint(func: str, program: str, *args: str) -> Way:
+    """A way through one tracepoint: ``tracepoint("tcp:tcp_destroy_sock", "tp_close")``."""
+    return Way("tracepoint", (Hook(func, program, "tracepoint", args),))
+
+
+def tracepoints(*hooks: tuple[str, str]) -> Way:
+    """A way through several tracepoints, as pairs of name and program."""
+    return Way("tracepoint", tuple(Hook(func, program, "tracepoint") for func, program in hooks))
+
+
+def kprobe(*hooks: Hook) -> Way:
+    """A way through kprobes and, where only the return tells, kretprobes."""
+    return Way("kprobe", hooks)
+
+
+def xdp(program: str) -> Way:
+    """A way through XDP, on the interfaces that the probe's spec names."""
+    return Way("xdp", (Hook("xdp", program, "xdp"),))
+
+
+def kentry(func: str, program: str, *args: str, quiet: bool = False) -> Hook:
+    """A kprobe at the entry of a function."""
+    return Hook(func, program, "kprobe", args, quiet)
+
+
+def kreturn(func: str, program: str, *, quiet: bool = False) -> Hook:
+    """A kretprobe. It costs several times a kprobe: only where nothing else gives the value."""
+    return Hook(func, program, "kretprobe", quiet=quiet)
+
+
+XDP_MODES = ("auto", "native", "generic")
+
+
+@attrs.frozen(kw_only=True)
+class Interfaces:
+    """Where the XDP programs of a probe are attached. Only Ethernet will do.
+
+    Args:
+        names: The interfaces; none for every one that is up.
+        mode: native, generic, or auto: generic where the driver knows no XDP.
+        netns: Their network namespace: a name of ``ip netns``, a path or a
+            process id; empty for the one of ``--netns``, or tcplat's own.
+    """
+
+    names: tuple[str, ...] = ()
+    mode: str = attrs.field(default="auto", validator=attrs.validators.in_(XDP_MODES))
+    netns: str = ""
+
+
+@attrs.frozen
+class HookPoint:
+    """One place where a probe listens, and the ways to listen there, best first.
+
+    Args:
+        point: The event's `point`, the same whatever the mechanism.
+        ways: Alternatives. `--attach auto` takes the first that this host allows.
+        optional: The probe is of use without it; the report says that it is missing.
+    """
+
+    point: str = attrs.field(validator=checked_name)
+    ways: tuple[Way, ...]
+    optional: bool = False
+
+
+def fentry(*hooks: Hook) -> Way:
+    """A way through fentry and fexit: as cheap as tracepoints, at any function."""
+    return Way("fentry", hooks)
+
+
+def fenter(func: str, program: str, *args: str, quiet: bool = False) -> Hook:
+    """A fentry program: ``ctx->args[0]`` is the function's first argument."""
+    return Hook(func, program, "fentry", args, quiet)
+
+
+def fexit(func: str, program: str, *args: str, quiet: bool = False) -> Hook:
+    """A fexit program: the result stands in ``ctx->args`` behind the arguments."""
+    return Hook(func, program, "fexit", args, quiet)
+
+
+def reporting(points: Iterable[HookPoint]) -> list[tuple[str, Hook]]:
+    """Point and hook of each program that makes rows: the index is the record's `hook`."""
+    found: dict[str, tuple[str, Hook]] = {}
+    for point in points:
+        for way in point.ways:
+            for hook in way.hooks:
+                if not hook.quiet:
+                    found.setdefault(hook.program, (point.point, hook))
+    return list(found.values())

@@ -1,0 +1,111 @@
+"""BPF maps that the Python side of a probe reads: arrays, mapped, because that needs no rights.
+
+When probes are attached, root is gone. Before 5.19 (c8644cd0efe7) bpf(2) then refuses even
+to look a key up where kernel.unprivileged_bpf_disabled is set, as on Debian and Ubuntu. An
+array with BPF_F_MMAPABLE (5.5) is mapped through its fd, which asks for nothing, and costs
+no call per entry. Hashes cannot be mapped: include/tcplat/keyed.bpf.h counts by key in arrays.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import attrs
+
+from tcplat_core.event.fields import Event
+
+
+def mapped(fd: int, size: int) -> mmap.mmap:
+    """An array of so many bytes, to read."""
+    return mmap.mmap(fd, size + -size % mmap.PAGESIZE, prot=mmap.PROT_READ)
+
+
+@attrs.frozen
+class ReadableMap:
+    """A map of the probe's C that its poll() reads.
+
+    In C it is an array that may be mapped:
+    ``BPF_F_TABLE("array", u32, struct count, counts, 64, BPF_F_MMAPABLE)``.
+
+    Args:
+        name: Its name in C.
+        layout: One entry, as :mod:`struct` writes it: ``"=QQ"``. Without ``=`` it has C's own
+            padding. The loader compares the size with the compiled one.
+    """
+
+    name: str
+    layout: str
+
+    @property
+    def size(self) -> int:
+        """Bytes of an entry."""
+        return struct.calcsize(self.layout)
+
+
+@attrs.define(eq=False)
+class MapView(Sequence[tuple[Any, ...]]):
+    """One array, as tuples: index -> the members of that entry, as they are just now.
+
+    Handlers go on counting meanwhile. A number of up to eight bytes is whole; an entry
+    may be read half before, half after a change.
+    """
+
+    fd: int
+    layout: struct.Struct
+    entries: int
+    _memory: mmap.mmap = attrs.field(init=False)
+    _stride: int = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._stride = self.layout.size + -self.layout.size % 8  # array_map_alloc()
+        self._memory = mapped(self.fd, self._stride * self.entries)
+
+    def __len__(self) -> int:
+        return self.entries
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(self.entries))]
+        if not -self.entries <= index < self.entries:
+            raise IndexError(index)
+        return self.layout.unpack_from(self._memory, index % self.entries * self._stride)
+
+    def close(self) -> None:
+        """Unmap. The fd stays the caller's."""
+        self._memory.close()
+
+
+@attrs.define(eq=False)
+class Maps:
+    """What poll() gets: ``maps["counts"][3]``, and rows to tell of it.
+
+    Args:
+        views: By name.
+        make_row: See row().
+    """
+
+    views: dict[str, MapView]
+    make_row: Callable[..., Event]
+
+    def __getitem__(self, name: str) -> MapView:
+        return self.views[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.views)
+
+    def row(self, point: str, **fields: Any) -> Event:
+        """A row of this instant. Fields of the event's class; what is not given is null.
+
+        Args:
+            point: What it tells of; a name of the probe's own, no hook point.
+            fields: Of the probe's event class.
+        """
+        return self.make_row(point, **fields)
+
+    def close(self) -> None:
+        """Unmap all."""
+        for view in self.views.values():
+            view.close()

@@ -1,0 +1,418 @@
+"""Where output may go: no other user's link, file or pipe turns a path into another.
+
+A folder that others can write to may hold anything by the time that a path is used: a symbolic
+link to a file of ours, a second name of one (hard link), a file or pipe that somebody reads. So a
+path is followed component by component, each folder held by a file descriptor; in such a folder
+only links of ours are followed, only files of ours are written, and what is made is made
+exclusively. Elsewhere nobody but us and root could have put it there, and a path means what it
+always means. The same holds for every user: root has more to lose, not more to do.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import BinaryIO
+
+import attrs
+
+from tcplat_core.errors import UsageError
+
+_FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+# Without O_NONBLOCK a FIFO that nobody reads would keep us here, deaf to Ctrl-C.
+_WRITE = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+_MOST_LINKS = 40
+"""As the kernel has it (MAXSYMLINKS)."""
+_ATTEMPTS = 16
+"""What is made and removed again while we look keeps us no longer than that."""
+MODE = 0o644
+"""Of a file that is made, less the umask."""
+
+
+@attrs.define(eq=False)
+class Place:
+    """A name in a folder that is held: what a path leads to cannot be exchanged any more.
+
+    For sinks that do not write by :class:`Output`. Has to be closed.
+
+    Args:
+        path: As the user wrote it.
+        folder: File descriptor (O_PATH) of the folder.
+        name: The last component.
+        magic: It is a link of procfs, as /dev/stdout leads to: the kernel knows where to.
+        plain: Nobody else can exchange a folder on the way, so that the path may be used as well.
+    """
+
+    path: str
+    folder: int
+    name: str
+    magic: bool = False
+    plain: bool = True
+
+    @classmethod
+    def find(cls, path: str, *, follow: bool = True) -> Place:
+        """Follow a path to the folder that it ends in.
+
+        Args:
+            path: As the user wrote it.
+            follow: Also where the last component is a link.
+
+        Raises:
+            UsageError: There is no such folder, or a link of another user is on the way.
+        """
+        with in_words(path):
+            return find(path, follow=follow)
+
+    @property
+    def address(self) -> str:
+        """A path that leads here: that of the user, or one that nobody else can turn aside."""
+        return self.path if self.plain else f"/proc/self/fd/{self.folder}/{self.name}"
+
+    def look(self) -> os.stat_result | None:
+        """What is there, whosever it is; None where nothing is."""
+        try:
+            return os.stat(self.name, dir_fd=self.folder, follow_symlinks=self.magic)
+        except FileNotFoundError:
+            return None
+
+    def status(self) -> os.stat_result | None:
+        """What is there, if it may be written; None where nothing is.
+
+        Raises:
+            UsageError: It must not be written.
+            OSError: It cannot be looked at, or is a folder.
+        """
+        found = self.look()
+        if found is None:
+            return None
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if stat.S_ISSOCK(found.st_mode):
+            raise UsageError(f"cannot write {self.path}: it is a socket; name a file")
+        self.judge(found)
+        return found
+
+    def check(self, *, replacing: bool = False) -> os.stat_result | None:
+        """Find out, without making or changing anything, whether it can be written.
+
+        Args:
+            replacing: A file is to be replaced by another, not to be written itself.
+
+        Returns:
+            What is there; None where nothing is.
+
+        Raises:
+            UsageError: It cannot.
+        """
+        with in_words(self.path):
+            found = self.status()
+            in_place = found and (self.magic or not (replacing and stat.S_ISREG(found.st_mode)))
+            target, wanted = (self.name, os.W_OK) if in_place else (".", os.W_OK | os.X_OK)
+            # What is no magic link has been looked at, and is no link: it makes no difference.
+            if not os.access(target, wanted, dir_fd=self.folder, effective_ids=True):
+                read_only = os.statvfs(self.folder).f_flag & os.ST_RDONLY
+                number = errno.EROFS if read_only else errno.EACCES
+                raise OSError(number, os.strerror(number))
+            return found
+
+    def open(self) -> int:
+        """What is there, or a new file, open for writing; a file that is there is not emptied.
+
+        Raises:
+            UsageError: It must not be written.
+            OSError: It cannot.
+        """
+        for _ in range(_ATTEMPTS):
+            with suppress(FileExistsError, FileNotFoundError):
+                if self.status() is None:
+                    return self.create(self.name)
+                flags = _WRITE & ~os.O_NOFOLLOW if self.magic else _WRITE
+                fd = os.open(self.name, flags, dir_fd=self.folder)
+                try:
+                    # What was opened, not what was looked at.
+                    self.judge(os.fstat(fd))
+                except BaseException:
+                    os.close(fd)
+                    raise
+                os.set_blocking(fd, True)
+                return fd
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    def create(self, name: str, mode: int = MODE) -> int:
+        """A new file of this name beside it, open for writing.
+
+        Raises:
+            OSError: There is one, or it cannot be made.
+        """
+        return os.open(name, _WRITE | os.O_CREAT | os.O_EXCL, mode, dir_fd=self.folder)
+
+    def judge(self, found: os.stat_result) -> None:
+        """Refuse what another user could have put there.
+
+        Raises:
+            UsageError: It is refused.
+        """
+        folder = os.fstat(self.folder)
+        if self.magic or not is_shared(folder):
+            return
+        owners = {os.geteuid(), 0}
+        if not folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            owners.add(folder.st_uid)  # that user alone can put anything there, and was named
+        kind = "a file"
+        if not stat.S_ISREG(found.st_mode):
+            kind = "a pipe" if stat.S_ISFIFO(found.st_mode) else "no file"
+            if os.geteuid() == 0:
+                # Who calls sudo may hand over a pipe of theirs; into a file root does not write.
+                with suppress(ValueError):
+                    owners.add(int(os.environ.get("SUDO_UID", "")))
+        if found.st_uid not in owners:
+            raise _refused(self.path, f"{kind} of another user (uid {found.st_uid})")
+        if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
+            raise _refused(self.path, "a file with a second name (hard link)")
+
+    @contextmanager
+    def there(self) -> Iterator[str]:
+        """Give a path to what is there now, if it may be written: a socket to connect to, say.
+
+        Raises:
+            UsageError: Another user may have put it there.
+            OSError: There is nothing.
+        """
+        fd = os.open(self.name, _LOOK, dir_fd=self.folder)
+        try:
+            self.judge(os.fstat(fd))
+            yield self.path if self.plain and not self.shared else f"/proc/self/fd/{fd}"
+        finally:
+            os.close(fd)
+
+    @property
+    def shared(self) -> bool:
+        """Whether others than root and this user can put things into the folder."""
+        return is_shared(os.fstat(self.folder))
+
+    def unlink(self) -> None:
+        """Remove what is there.
+
+        Raises:
+            OSError: It cannot be removed.
+        """
+        os.unlink(self.name, dir_fd=self.folder)
+
+    def close(self) -> None:
+        """Let go of the folder. Again it does nothing."""
+        if self.folder >= 0:
+            os.close(self.folder)
+        self.folder = -1
+
+
+def is_shared(folder: os.stat_result) -> bool:
+    """Whether others than root and this user can put things into a folder."""
+    return folder.st_uid not in (0, os.geteuid()) or bool(
+        folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    )
+
+
+def _can_be_exchanged(folder: os.stat_result, found: os.stat_result) -> bool:
+    """Whether others can put something else in the place of what is in a folder."""
+    trusted = (0, os.geteuid())
+    if not is_shared(folder):
+        return False
+    sticky = folder.st_mode & stat.S_ISVTX and folder.st_uid in trusted
+    return not (sticky and found.st_uid in trusted)
+
+
+def find(path: str, *, follow: bool = True) -> Place:
+    """Follow a path, as Place.find() does.
+
+    Raises:
+        UsageError: A link of another user is on the way.
+        OSError: There is no such folder, or the path ends with one.
+        ValueError: No path can be like this.
+    """
+    walk = _Walk(path, follow)
+    try:
+        return walk.place()
+    except BaseException:
+        os.close(walk.folder)
+        raise
+
+
+@attrs.define(eq=False)
+class _Walk:
+    """A way along a path, that holds one folder at a time."""
+
+    path: str
+    follow: bool
+    folder: int = attrs.field(init=False)
+    plain: bool = attrs.field(default=True, init=False)
+    """So far: see Place."""
+    _todo: deque[str] = attrs.field(factory=deque, init=False)
+    _links: int = attrs.field(default=0, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.folder = os.open("/" if self.path.startswith("/") else ".", _FOLDER)
+
+    def place(self) -> Place:
+        """Go all the way."""
+        if not self.path:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        self._todo += self.path.split("/")
+        while True:
+            part = self._todo.popleft()
+            last = not self._todo
+            if last and part in ("", ".", ".."):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if part in ("", "."):
+                continue
+            magic = self._look_at(part, last=last)
+            if magic is not None:
+                return Place(self.path, self.folder, part, magic, self.plain)
+
+    def _look_at(self, part: str, *, last: bool) -> bool | None:
+        """Go into a folder or along a link; where this is the end, whether it is a magic link."""
+        try:
+            fd = os.open(part, _LOOK, dir_fd=self.folder)
+        except FileNotFoundError:
+            if last:
+                return False
+            raise
+        keep = False
+        try:
+            found = os.fstat(fd)
+            if stat.S_ISLNK(found.st_mode) and (self.follow or not last):
+                if not _is_procfs(self.folder):
+                    self._follow(part, fd, found)
+                elif last:
+                    return True
+                else:
+                    # Such a link is none by its text, and the kernel alone makes them.
+                    self._go(os.open(part, _FOLDER, dir_fd=self.folder))
+                return None
+            if last:
+                return False
+            if not stat.S_ISDIR(found.st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            keep = True
+            self.plain = self.plain and not _can_be_exchanged(os.fstat(self.folder), found)
+            self._go(fd)
+            return None
+        finally:
+            if not keep:
+                os.close(fd)
+
+    def _follow(self, part: str, fd: int, found: os.stat_result) -> None:
+        if is_shared(os.fstat(self.folder)):
+            self.plain = False
+            # Others can give a link of ours a second name, at a place of their choice.
+            if found.st_uid not in (0, os.geteuid()) or found.st_nlink > 1:
+                who = f"a symbolic link of another user (uid {found.st_uid})"
+                raise _refused(self.path, f"{who}: {part}" if self._todo else who)
+        self._links += 1
+        if self._links > _MOST_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        target = os.readlink("", dir_fd=fd)
+        if target.startswith("/"):
+            self._go(os.open("/", _FOLDER))
+        self._todo.extendleft(reversed(target.split("/")))
+
+    def _go(self, folder: int) -> None:
+        os.close(self.folder)
+        self.folder = folder
+
+
+def _is_procfs(folder: int) -> bool:
+    try:
+        return os.fstat(folder).st_dev == os.stat("/proc/self").st_dev
+    except OSError:  # not mounted
+        return False
+
+
+def _refused(path: str, what: str) -> UsageError:
+    return UsageError(
+        f"cannot write {path}: there is {what}, in a folder that others can write to; "
+        "name another path"
+    )
+
+
+@contextmanager
+def in_words(path: str, what: str = "") -> Iterator[None]:
+    """Say in a sentence what the operating system has against a path.
+
+    Args:
+        path: As the user wrote it.
+        what: What it is, with a blank behind it.
+
+    Raises:
+        UsageError: Instead of an OSError or a ValueError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise UsageError(f"nobody reads the pipe {path}: start its reader first") from error
+        raise UsageError(
+            f"cannot write {what}{path}: {error.strerror}; name another path"
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"cannot write {what}{path!r}: {error}; name another path") from error
+
+
+@contextmanager
+def whole_file(path: str) -> Iterator[BinaryIO]:
+    """Give a file to write that takes the place of the one at `path` once it is whole.
+
+    Until the block ends, and where it raises, what was there stays as it is. The new file has
+    the mode of the old one, and its owner where this process may give files away. ``-`` is
+    standard output. What is no file, such as a pipe, is written as it stands.
+
+    Raises:
+        UsageError: It cannot be written.
+    """
+    if path == "-":
+        if sys.stdout is None:
+            raise UsageError("there is no standard output: name a file")
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    with in_words(path):
+        place = find(path)
+    try:
+        found = place.check(replacing=True)
+        if found and (place.magic or not stat.S_ISREG(found.st_mode)):
+            with in_words(path):
+                fd = place.open()
+            with os.fdopen(fd, "wb") as file:
+                yield file
+        else:
+            with _beside(place, found) as file:
+                yield file
+    finally:
+        place.close()
+
+
+@contextmanager
+def _beside(place: Place, old: os.stat_result | None) -> Iterator[BinaryIO]:
+    """A file beside the place, that is moved there in the end."""
+    # As long as a name may be, also where the other is: 255 bytes.
+    name = f".{os.fsdecode(os.fsencode(place.name)[:200])}.{os.urandom(6).hex()}"
+    with in_words(place.path):
+        fd = place.create(name, 0o666)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            if old:
+                with suppress(OSError):
+                    os.fchown(fd, old.st_uid, old.st_gid)
+                os.fchmod(fd, stat.S_IMODE(old.st_mode) & 0o777)
+            yield file
+        with in_words(place.path):
+            os.rename(name, place.name, src_dir_fd=place.folder, dst_dir_fd=place.folder)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name, dir_fd=place.folder)
+        raise

@@ -1,0 +1,224 @@
+"""A file, or standard output, for sinks: whole writes that Ctrl-C can end, and no half lines.
+
+A file is emptied or made once the run has begun, and not before: a start that is refused
+leaves what was there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+
+import attrs
+
+from tcplat_core.errors import ReaderGoneError, TcplatError, UsageError
+
+from . import outfile
+
+_PIPE_BUF = select.PIPE_BUF
+"""poll(2) calls a pipe writable when this much fits, so that such a write does not block."""
+
+
+_held_back: ContextVar[list[Output] | None] = ContextVar("_held_back", default=None)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[list[Output]]:
+    """Have what is opened in this block touch no file before its begin() is called.
+
+    Yields:
+        The outputs, as they are opened.
+    """
+    outputs: list[Output] = []
+    token = _held_back.set(outputs)
+    try:
+        yield outputs
+    finally:
+        _held_back.reset(token)
+
+
+@attrs.define(eq=False)
+class Output:
+    """Where a sink writes its bytes.
+
+    Args:
+        fd: Open for writing; -1 for a file that is not made or emptied yet.
+        stopping: Asked while a reader keeps us waiting: whether the user wants to end.
+        lines: What is written is lines: where the disk is full, no half one stays. Else no
+            half write() stays.
+    """
+
+    fd: int
+    stopping: Callable[[], bool]
+    lines: bool = True
+    closed: bool = attrs.field(default=False, init=False)
+    _may_block: bool = attrs.field(default=False, init=False)
+    _owned: bool = attrs.field(default=False, init=False)
+    _place: outfile.Place | None = attrs.field(default=None, init=False)
+    """Of a file that is not made or emptied yet."""
+    _early: bytearray = attrs.field(factory=bytearray, init=False)
+    """What was written before that."""
+
+    def __attrs_post_init__(self) -> None:
+        self._look_at_fd()
+
+    def _look_at_fd(self) -> None:
+        self._may_block = self.fd >= 0 and not stat.S_ISREG(os.fstat(self.fd).st_mode)
+
+    @classmethod
+    def open(cls, path: str | None, stopping: Callable[[], bool], *, lines: bool = True) -> Output:
+        """The file at `path`, truncated or made; standard output when there is none.
+
+        Whether it can be written is found out now; while a run makes its sinks, the file is left
+        as it is until everything is attached.
+
+        Raises:
+            UsageError: It cannot be written.
+        """
+        if path is None:
+            if sys.stdout is None:
+                raise UsageError("there is no standard output: give the sink a path=")
+            return cls(sys.stdout.fileno(), stopping, lines)
+        place: outfile.Place | None
+        with outfile.in_words(path):
+            place = outfile.find(path)
+        try:
+            with outfile.in_words(path):
+                found = place.check()
+                if found and not stat.S_ISREG(found.st_mode):
+                    # A pipe's reader would take a second opening for the end of the first.
+                    output = cls(place.open(), stopping, lines)
+                    output._owned = True
+                    return output
+            output = cls(-1, stopping, lines)
+            output._place, place = place, None
+        finally:
+            if place:
+                place.close()
+        outputs = _held_back.get()
+        if outputs is None:
+            output.begin()
+        else:
+            outputs.append(output)
+        return output
+
+    def begin(self) -> None:
+        """Make or empty the file, where that was held back. Again it does nothing.
+
+        Raises:
+            UsageError: It cannot be written any more.
+        """
+        if self._place is None:
+            return
+        place, self._place = self._place, None
+        with contextlib.closing(place), outfile.in_words(place.path):
+            self.fd = place.open()
+            self._owned = True
+            self._look_at_fd()
+            if not self._may_block:
+                os.ftruncate(self.fd, 0)
+        if self._early:
+            self.write(self._early)
+            self._early.clear()
+
+    def is_at(self, found: os.stat_result) -> bool:
+        """Whether that is the file it writes, or is going to."""
+        with contextlib.suppress(OSError):
+            ours = self._place.status() if self._place else os.fstat(self.fd)
+            return ours is not None and os.path.samestat(ours, found)
+        return False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Write all of it, now.
+
+        Raises:
+            ReaderGoneError: Nobody reads any more.
+            TcplatError: The device failed, or the user stopped a write that did not end.
+        """
+        if self._place is not None:
+            self._early += data
+            return
+        view = memoryview(data)
+        done = 0
+        try:
+            while done < len(view):
+                chunk = view[done:]
+                if self._may_block:
+                    chunk = self._piece(chunk)
+                    self._wait()
+                done += os.write(self.fd, chunk)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise ReaderGoneError from error
+        except OSError as error:
+            self._take_back(view[:done])
+            raise TcplatError(f"writing failed: {os.strerror(error.errno or errno.EIO)}") from error
+
+    def _piece(self, rest: memoryview) -> memoryview:
+        """What a pipe takes at once: whole lines, where one is not longer than that."""
+        piece = rest[:_PIPE_BUF]
+        if self.lines and len(rest) > _PIPE_BUF:
+            end = bytes(piece).rfind(b"\n") + 1
+            return piece[:end] if end else piece
+        return piece
+
+    def _take_back(self, written: memoryview) -> None:
+        """Cut off the half of a line, or of a write, that a failed write has left in a file."""
+        end = bytes(written).rfind(b"\n") + 1 if self.lines else 0
+        surplus = len(written) - end
+        if self._may_block or not surplus:
+            return
+        with contextlib.suppress(OSError):
+            at = os.lseek(self.fd, 0, os.SEEK_CUR)
+            # Behind what another process has written meanwhile there is nothing of ours.
+            if os.fstat(self.fd).st_size == at:
+                os.ftruncate(self.fd, at - surplus)
+                os.lseek(self.fd, at - surplus, os.SEEK_SET)
+
+    def look(self) -> None:
+        """Notice a reader that has gone, without writing.
+
+        Raises:
+            ReaderGoneError: Nobody reads any more.
+        """
+        if self._place is not None:
+            return
+        poll = select.poll()
+        poll.register(self.fd, 0)
+        # Of a pipe POLLERR tells it, of a socket POLLHUP.
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            raise ReaderGoneError
+
+    def columns(self) -> int:
+        """COLUMNS, or the terminal's width; 0 into a pipe or a file."""
+        if os.environ.get("COLUMNS", "").isdecimal():
+            return int(os.environ["COLUMNS"])
+        try:
+            return os.get_terminal_size(self.fd).columns
+        except OSError:
+            return 0
+
+    def _wait(self) -> None:
+        poll = select.poll()
+        poll.register(self.fd, select.POLLOUT)
+        while not poll.poll(100):
+            if self.stopping():
+                raise TcplatError("its reader did not read, and the run was stopped")
+
+    def close(self) -> None:
+        """Close the file; standard output stays open. Again it does nothing.
+
+        A file that was held back until now is left as it is.
+        """
+        if self._place is not None:
+            self._place.close()
+            self._place = None
+        if self._owned:
+            os.close(self.fd)
+        self._owned = False
+        self.closed = True

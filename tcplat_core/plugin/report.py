@@ -1,0 +1,254 @@
+"""How a run went: the books of hooks, probes and the whole run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+import attrs
+import msgspec
+
+from tcplat_core.event.fields import Count, Positive
+from tcplat_core.event.text import cleaned
+
+
+@attrs.frozen
+class HookReport:
+    """The books of one hook: produced = delivered + dropped + unread."""
+
+    point: str
+    func: str
+    attach: str
+    produced: Count
+    dropped: Count
+    delivered: Count
+
+    @property
+    def unread(self) -> int:
+        """Left in the ring because the run ended (``--count``)."""
+        return self.produced - self.dropped - self.delivered
+
+
+@attrs.frozen(kw_only=True)
+class Counted:
+    """The books of one histogram, over all groups.
+
+    Args:
+        samples: Durations in it.
+        unmeasured: Durations whose length could not be known.
+        rest: Of both, those that came when all groups were taken.
+    """
+
+    samples: Count
+    unmeasured: Count
+    rest: Count
+
+
+@attrs.frozen(kw_only=True)
+class ProbeReport:
+    """The books of one probe."""
+
+    hooks: tuple[HookReport, ...]
+    missing: Mapping[str, str] = attrs.field(factory=dict)
+    """Point -> why this host does not have it."""
+    untracked: Count = 0
+    """Sockets that could not be remembered, because there were too many."""
+    interfaces: Mapping[str, str] = attrs.field(factory=dict)
+    """Interface with an XDP program of ours -> native or generic."""
+    skipped: Mapping[str, Count] = attrs.field(factory=dict)
+    """Function or tracepoint -> how often the kernel did not run our program there, because
+    it was interrupted by itself: so many rows, at most, are missing. Kernels since 5.12 count
+    it for fentry and tracepoints, since 6.7 for kprobes."""
+    silent: Mapping[str, str] = attrs.field(factory=dict)
+    """Interface -> why no rows come from it, or no more."""
+    deaf: bool = False
+    """It listened on interfaces alone, and all of them are gone."""
+    counted: Mapping[str, Counted] | None = None
+    """Histogram -> its books; None where no sink asked for any."""
+    uncounted: Mapping[str, str] = attrs.field(factory=dict)
+    """Histogram -> why this host does not have it."""
+    poll_error: str = ""
+    """Why its poll() is not called any more."""
+
+    @property
+    def delivered(self) -> int:
+        """Rows that were handed to the sinks."""
+        return sum(hook.delivered for hook in self.hooks)
+
+    @property
+    def dropped(self) -> int:
+        """Events for which the ring had no room."""
+        return sum(hook.dropped for hook in self.hooks)
+
+
+@attrs.frozen(kw_only=True)
+class RunReport:
+    """How a run went."""
+
+    probes: Mapping[str, ProbeReport]
+    duration_s: Positive
+    late: Count = 0
+    """Rows that came after a younger one was delivered."""
+    switched_off: Mapping[str, str] = attrs.field(factory=dict)
+    """Sink -> why it was switched off."""
+    until_ns: int = 0
+    """Up to this instant (CLOCK_MONOTONIC) all rows are there; 0 where that is not known."""
+    incomplete: str = ""
+    """Why these are not the books of the whole run; empty where they are."""
+
+    @classmethod
+    def from_json(cls, value: Any) -> Self:
+        """The inverse of as_json().
+
+        Raises:
+            ValueError: It is no report.
+        """
+        report = msgspec.convert(_with_field_names(value), cls)
+        for told, found in ((value, report), *_of_probes(value, report)):
+            for name in ("delivered", "dropped"):
+                if told.get(name, getattr(found, name)) != getattr(found, name):
+                    raise ValueError(f"{name} is not the sum of what its hooks have")
+        return report
+
+    def as_json(self) -> dict[str, Any]:
+        """What ends a capture: ``{"v":2,"report":...}``."""
+        told: dict[str, Any] = cleaned(
+            {
+                "delivered": self.delivered,
+                "dropped": self.dropped,
+                "late": self.late,
+                "duration_s": round(self.duration_s, 6),
+                "probes": {
+                    name: {
+                        "delivered": probe.delivered,
+                        "dropped": probe.dropped,
+                        "untracked": probe.untracked,
+                        "missing": dict(probe.missing),
+                        "interfaces": dict(probe.interfaces),
+                        "skipped": dict(probe.skipped),
+                        "silent": dict(probe.silent),
+                        **_extras(probe),
+                        "hooks": [
+                            {**attrs.asdict(hook), "unread": hook.unread} for hook in probe.hooks
+                        ],
+                    }
+                    for name, probe in self.probes.items()
+                },
+                "switched_off": dict(self.switched_off),
+                **({"until_ns": self.until_ns} if self.until_ns else {}),
+                **({"incomplete": self.incomplete} if self.incomplete else {}),
+            }
+        )
+        return told
+
+    @property
+    def deaf(self) -> bool:
+        """The run ended because there was nothing left to listen to."""
+        return bool(self.probes) and all(probe.deaf for probe in self.probes.values())
+
+    @property
+    def delivered(self) -> int:
+        """Rows of all probes."""
+        return sum(probe.delivered for probe in self.probes.values())
+
+    @property
+    def dropped(self) -> int:
+        """Lost events of all probes."""
+        return sum(probe.dropped for probe in self.probes.values())
+
+
+def _of_probes(
+    value: Mapping[str, Any], report: RunReport
+) -> Iterator[tuple[Mapping[str, Any], ProbeReport]]:
+    """What a report's JSON tells of each probe, and what was made of it."""
+    for name, probe in report.probes.items():
+        yield value["probes"][name], probe
+
+
+_FIELDS = {"histograms": "counted", "no_histograms": "uncounted"}
+"""How JSON calls a field of a probe's report, where it does not by the field's name."""
+
+
+def _with_field_names(value: Any) -> Any:
+    """A report's JSON with our names for what the probes have."""
+    probes = value.get("probes") if isinstance(value, dict) else None
+    if not isinstance(probes, dict):
+        return value
+    named = {
+        name: {_FIELDS.get(key, key): one for key, one in probe.items() if key not in _OURS}
+        if isinstance(probe, dict)
+        else probe
+        for name, probe in probes.items()
+    }
+    return {**value, "probes": named}
+
+
+_OURS = frozenset(_FIELDS.values())
+
+
+def _extras(probe: ProbeReport) -> dict[str, Any]:
+    """What only few reports have."""
+    extras: dict[str, Any] = {}
+    if probe.counted is not None:
+        extras["histograms"] = {name: attrs.asdict(one) for name, one in probe.counted.items()}
+    if probe.counted is not None or probe.uncounted:
+        extras["no_histograms"] = dict(probe.uncounted)
+    if probe.poll_error:
+        extras["poll_error"] = probe.poll_error
+    if probe.deaf:
+        extras["deaf"] = True
+    return extras
+
+
+def add_reports(one: RunReport, other: RunReport) -> RunReport:
+    """The books of both: captures that stand behind each other, or are of two hosts."""
+    probes = dict(one.probes)
+    for name, probe in other.probes.items():
+        if name not in probes:
+            probes[name] = probe
+            continue
+        hooks: dict[tuple[str, str, str], HookReport] = {}
+        for hook in (*probes[name].hooks, *probe.hooks):
+            key = (hook.point, hook.func, hook.attach)
+            known = hooks.get(key, HookReport(*key, 0, 0, 0))
+            hooks[key] = HookReport(
+                *key,
+                known.produced + hook.produced,
+                known.dropped + hook.dropped,
+                known.delivered + hook.delivered,
+            )
+        probes[name] = ProbeReport(
+            hooks=tuple(hooks.values()),
+            missing={**probes[name].missing, **probe.missing},
+            untracked=probes[name].untracked + probe.untracked,
+            interfaces={**probes[name].interfaces, **probe.interfaces},
+            skipped=Counter(probes[name].skipped) + Counter(probe.skipped),
+            silent={**probes[name].silent, **probe.silent},
+            deaf=probes[name].deaf and probe.deaf,
+            counted=_both_counted(probes[name].counted, probe.counted),
+            uncounted={**probes[name].uncounted, **probe.uncounted},
+            poll_error=probes[name].poll_error or probe.poll_error,
+        )
+    return RunReport(
+        probes=probes,
+        duration_s=one.duration_s + other.duration_s,
+        late=one.late + other.late,
+        switched_off={**one.switched_off, **other.switched_off},
+        incomplete=one.incomplete or other.incomplete,
+    )
+
+
+def _both_counted(
+    one: Mapping[str, Counted] | None, other: Mapping[str, Counted] | None
+) -> Mapping[str, Counted] | None:
+    if one is None or other is None:
+        return one or other
+    return {**one, **other} | {
+        name: Counted(
+            samples=one[name].samples + other[name].samples,
+            unmeasured=one[name].unmeasured + other[name].unmeasured,
+            rest=one[name].rest + other[name].rest,
+        )
+        for name in one.keys() & other.keys()
+    }

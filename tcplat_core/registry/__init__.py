@@ -1,0 +1,1 @@
+"""Which plugins and commands there are, and new ones from templates."""

@@ -1,0 +1,129 @@
+"""``tcplat plugins new``: a plugin that works, to start from.
+
+The templates are whole projects, of a plugin that is called ``skeleton``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import keyword
+import os
+import re
+from collections.abc import Iterator
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from tcplat_core.errors import UsageError
+from tcplat_core.plugin.outfile import MODE, Place, in_words
+
+from .find import Plugins
+
+_SKELETON = "skeleton"
+_LONGEST = 32
+_CORE = "core"
+"""The package tcplat_core is ours."""
+
+
+def create(kind: str, name: str, parent: Path) -> list[Path]:
+    """Write the project ``tcplat-NAME`` into a folder.
+
+    Args:
+        kind: probe or sink.
+        name: As in ``--probe NAME``; its underscores are dashes in the project's name.
+        parent: Where to; must be there.
+
+    Returns:
+        The project's folder, and below it the files.
+
+    Raises:
+        UsageError: Not with this name, or not there.
+    """
+    _check_name(name)
+    project = parent / f"tcplat-{_dashed(name)}"
+    written = [project]
+    with in_words(str(project)):
+        try:
+            folder = _made(str(project))
+        except FileExistsError as error:
+            raise UsageError(
+                f"{project} is there already; remove it, or name another --dir"
+            ) from error
+        try:
+            for path, source in _walk(files(__package__) / "templates" / kind):
+                # With its dot, git would take the template's for one of our own.
+                target = ".gitignore" if path == "gitignore" else rendered(path, name)
+                text = rendered(source.read_text(encoding="utf-8"), name)
+                _write(folder, target, text.encode())
+                written.append(project / target)
+        finally:
+            os.close(folder)
+    return written
+
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_MODE = 0o755
+"""Whatever the umask: into a folder that nobody else can write to nobody puts a link."""
+
+
+def _made(path: str) -> int:
+    """A new folder, held: whatever another user puts in its place, ours is written to.
+
+    Raises:
+        UsageError: A link of another user is on the way, or the folder is another user's.
+        OSError: It cannot be made.
+    """
+    place = Place.find(path, follow=False)
+    try:
+        os.mkdir(place.name, _MODE, dir_fd=place.folder)
+        folder = os.open(place.name, _FOLDER, dir_fd=place.folder)
+    finally:
+        place.close()
+    if os.fstat(folder).st_uid != os.geteuid():
+        os.close(folder)
+        raise UsageError(f"cannot write {path}: another user has put a folder of theirs there")
+    return folder
+
+
+def _write(folder: int, path: str, data: bytes) -> None:
+    """A new file, and the folders to it, in one that nobody else can write to."""
+    parent = ""
+    for part in path.split("/")[:-1]:
+        parent += f"{part}/"
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(parent, _MODE, dir_fd=folder)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    with os.fdopen(os.open(path, flags, MODE, dir_fd=folder), "wb") as file:
+        file.write(data)
+
+
+def rendered(text: str, name: str) -> str:
+    """A template's text, or path, for a plugin of that name."""
+    return text.replace(f"tcplat-{_SKELETON}", f"tcplat-{_dashed(name)}").replace(_SKELETON, name)
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _walk(folder: Traversable, at: str = "") -> Iterator[tuple[str, Traversable]]:
+    for one in folder.iterdir():
+        if one.name.startswith((".", "__pycache__")):  # left by those who worked on the templates
+            continue
+        if one.is_dir():
+            yield from _walk(one, f"{at}{one.name}/")
+        else:
+            yield f"{at}{one.name}", one
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or len(name) > _LONGEST:
+        raise UsageError(
+            f"{name!r} is no name for a plugin: take lower-case letters, digits and single "
+            f"underscores between them, {_LONGEST} at most, and a letter first"
+        )
+    if keyword.iskeyword(name):
+        raise UsageError(f"{name!r} is a word of Python's and no name for a plugin")
+    ours = {one.name for one in Plugins.load().found if one.distribution == "tcplat"}
+    if name in (_CORE, _SKELETON, "sinks") or name in ours:
+        raise UsageError(f"{name!r} is a name of tcplat's own; take another")

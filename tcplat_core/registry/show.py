@@ -1,0 +1,191 @@
+"""``tcplat plugins show``: all there is to know of a plugin, and how this host would run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from tcplat_core.errors import CannotRunError
+from tcplat_core.event.fields import fields
+from tcplat_core.kernel.bpf import tracefs
+from tcplat_core.kernel.host import ONLY_ROOT, SYSCALLS, Host, choose
+from tcplat_core.kernel.rights import refuse_without_capabilities
+from tcplat_core.plugin.hookpoints import HookPoint, Way
+from tcplat_core.plugin.options import Option, example
+from tcplat_core.plugin.specs import ProbeSpec, SinkSpec
+
+from .find import Found
+
+
+@attrs.define(eq=False)
+class Sight:
+    """What can be seen of this host.
+
+    Args:
+        host: The running kernel.
+        as_root: It was looked at by root, who may try things out.
+    """
+
+    host: Host = attrs.field(factory=Host)
+    as_root: bool = False
+
+    @classmethod
+    def now(cls) -> Sight:
+        """Look; to be called before root is given up."""
+        sight = cls()
+        try:
+            refuse_without_capabilities()
+        except CannotRunError:
+            return sight
+        sight.as_root = True
+        sight.host.look()
+        return sight
+
+    def point(self, point: HookPoint) -> dict[str, Any]:
+        """How ``--attach auto`` listens at a point.
+
+        Returns:
+            `takes`: the way, None if there is none. `perhaps`: the way that it takes
+            instead if that works, which only root can find out. `why_not`: why there is
+            no way that is sure to work.
+        """
+        sure, reason = _choice(point, self.why_not)
+        best, _ = _choice(point, self._why_not_at_best)
+        return {
+            "point": point.point,
+            "optional": point.optional,
+            "takes": sure and described(sure),
+            "perhaps": described(best) if best and best != sure else None,
+            "why_not": reason,
+        }
+
+    def _hidden(self, way: Way) -> str | None:
+        if self.as_root:
+            return None
+        if way.mechanism == "fentry":
+            return ONLY_ROOT
+        if tracefs() is None and any(hook.func.startswith(SYSCALLS) for hook in way.hooks):
+            return "which tracepoints of system calls there are only root can see"
+        return None
+
+    def why_not(self, way: Way) -> str | None:
+        """Return why a way is closed, or not known to be open; None if it is open."""
+        return self._hidden(way) or self.host.way(way)
+
+    def _why_not_at_best(self, way: Way) -> str | None:
+        if not self._hidden(way):
+            return self.host.way(way)
+        seen = (hook for hook in way.hooks if not hook.func.startswith(SYSCALLS))
+        return next(filter(None, map(self.host.hook, seen)), None)
+
+
+def _choice(
+    point: HookPoint, why_not: Callable[[Way], str | None]
+) -> tuple[Way | None, str | None]:
+    try:
+        choice = choose([attrs.evolve(point, optional=True)], "auto", why_not, "")
+    except CannotRunError as error:  # the kernel does not describe itself
+        return None, str(error)
+    return choice.taken.get(point.point), choice.missing.get(point.point)
+
+
+def described(way: Way) -> str:
+    """A way in a word: ``fentry:tcp_v4_rcv+tcp_v6_rcv``."""
+    names = dict.fromkeys(hook.func for hook in way.hooks)
+    return f"{way.mechanism}:{'+'.join(names)}"
+
+
+def as_json(found: Found, spec: ProbeSpec | SinkSpec, sight: Sight) -> dict[str, Any]:
+    """For ``--json``; a sink has neither points nor fields."""
+    told = {
+        **{key: value for key, value in attrs.asdict(found).items() if key != "status"},
+        "options": [_option(option) for option in spec.options],
+        "example": f"sudo tcplat run --probe {example(spec.name, spec.options)}",
+    }
+    if isinstance(spec, SinkSpec):
+        sink = example(spec.name, spec.options)
+        return {**told, "example": f"sudo tcplat run --probe tcp_client --sink {sink}"}
+    return {
+        **told,
+        "points": [sight.point(point) for point in spec.points],
+        "fields": [attrs.asdict(field) for field in fields(spec.event)],
+    }
+
+
+def _option(option: Option) -> dict[str, Any]:
+    default = option.default
+    if isinstance(default, tuple):  # of several, as one writes them
+        default = "+".join(map(str, default))
+    elif not isinstance(default, str | int | float | None):
+        default = str(default)
+    return {
+        "name": option.name,
+        "type": option.metavar,
+        "choices": list(option.choices),
+        "default": default,
+        "required": option.required,
+        "help": option.help,
+    }
+
+
+def as_text(told: Mapping[str, Any]) -> str:
+    """The same for a reader."""
+    lines = [
+        f"{told['name']}: {told['summary']}",
+        f"{told['kind']}, from {told['distribution']} {told['version']}",
+    ]
+    if "points" in told:
+        lines += ["", "points, and how --attach auto listens there on this host"]
+        lines += _columns([_point_cells(point) for point in told["points"]])
+        if any(point["perhaps"] for point in told["points"]):
+            lines.append(f"  root can tell for sure: sudo tcplat plugins show {told['name']}")
+        lines += ["", "fields of a row (* its own)"]
+        lines += _columns(
+            [
+                (
+                    "*" if field["own"] else "",
+                    field["name"],
+                    field["type"],
+                    field["unit"],
+                    field["doc"],
+                )
+                for field in told["fields"]
+            ]
+        )
+    lines += ["", "options" if told["options"] else "no options"]
+    lines += _columns([_option_cells(option) for option in told["options"]])
+    return "\n".join([*lines, "", "example", f"  {told['example']}"])
+
+
+def _point_cells(point: Mapping[str, Any]) -> tuple[str, str]:
+    takes, perhaps, why_not = point["takes"], point["perhaps"], point["why_not"]
+    if perhaps:
+        return point["point"], f"{perhaps} if that works here, else {takes or 'not at all'}"
+    without = "" if point["optional"] else "; the probe cannot do without"
+    return point["point"], takes or f"no: {why_not}{without}"
+
+
+def _field_cells(field: Mapping[str, Any]) -> tuple[str, ...]:
+    return "*" if field["own"] else " ", *(field[key] for key in ("name", "type", "unit", "doc"))
+
+
+def _option_cells(option: Mapping[str, Any]) -> tuple[str, str]:
+    default = option["default"]
+    note = "  [required]" if option["required"] else ""
+    note = note or ("" if default in (None, "") else f"  [default: {_shown(default)}]")
+    return f"{option['name']}={option['type']}", f"{option['help']}{note}"
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = map(str.ljust, row, widths)
+        yield f"  {'  '.join(cells)}".rstrip()

@@ -1,0 +1,77 @@
+"""The report of a run, from the books of its probes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tcplat_core.deliver.router import Router
+from tcplat_core.event.clock import kernel_ns
+from tcplat_core.plugin.histogram import Distribution
+from tcplat_core.plugin.report import Counted, HookReport, ProbeReport, RunReport
+
+from .probe_run import POLLED, ProbeRun
+
+
+def _counted(found: Sequence[Distribution]) -> dict[str, Counted]:
+    """The books of each histogram."""
+    books = {}
+    for name in dict.fromkeys(one.histogram.name for one in found):
+        ours = [one for one in found if one.histogram.name == name]
+        books[name] = Counted(
+            samples=sum(one.count for one in ours),
+            unmeasured=sum(one.unmeasured for one in ours),
+            rest=sum(one.count + one.unmeasured for one in ours if one.group.rest),
+        )
+    return books
+
+
+def report_of(runs: Sequence[ProbeRun], router: Router, duration_s: float) -> RunReport:
+    """The report of a run, from its probes' books."""
+    probes = {}
+    undelivered = router.undelivered()
+    for run in runs:
+        hooks = []
+        consumed = run.ring.taken
+        for number, (fired, (produced, dropped)) in enumerate(
+            zip(run.hooks, run.books.read(), strict=True)
+        ):
+            if fired.program not in run.loaded.programs:
+                continue
+            # Where two hooks share point and func, which of them a row is from does not matter.
+            lacking = undelivered[run.spec.name, fired.point, fired.func]
+            delivered = max(0, consumed[number] - lacking)
+            undelivered[run.spec.name, fired.point, fired.func] -= consumed[number] - delivered
+            hooks.append(
+                HookReport(fired.point, fired.func, fired.attach, produced, dropped, delivered)
+            )
+        func, attach = POLLED
+        for point, made in run.polled.items():
+            delivered = max(0, made - undelivered[run.spec.name, point, func])
+            hooks.append(HookReport(point, func, attach, made, 0, delivered))
+        probes[run.spec.name] = ProbeReport(
+            hooks=tuple(hooks),
+            missing=run.loaded.missing,
+            untracked=run.books.untracked(),
+            interfaces={one.name: one.mode for one in run.loaded.interfaces},
+            skipped=run.skipped(),
+            silent=run.silent,
+            deaf=run.deaf,
+            counted=_counted(run.counters.read()) if run.counters else None,
+            uncounted=_uncounted(run) if run.counters else {},
+            poll_error=run.poll_error,
+        )
+    return RunReport(
+        probes=probes,
+        duration_s=duration_s,
+        late=router.late,
+        switched_off=dict(router.switched_off),
+        until_ns=0 if router.done else kernel_ns(),
+    )
+
+
+def _uncounted(run: ProbeRun) -> dict[str, str]:
+    """Histogram -> why this host does not have it."""
+    reasons = {
+        one.name: one.missing(run.loaded.taken, run.loaded.missing) for one in run.spec.histograms
+    }
+    return {name: why for name, why in reasons.items() if why}

@@ -1,0 +1,121 @@
+"""The command behind ``--``: started stopped, let go once everything is attached."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+from collections.abc import Sequence
+
+import attrs
+
+from tcplat_core.errors import UsageError
+
+from . import privileges, signals
+
+
+@attrs.define(eq=False)
+class Command:
+    """A child that waits for :meth:`go` before it becomes the command.
+
+    It is forked before tcplat gives up root, and runs as tcplat was started: what
+    ``sudo tcplat run -- CMD`` traces is what ``sudo CMD`` would do.
+    """
+
+    pid: int
+    _gate: int
+    _ender: int
+    status: int | None = None
+    """The shell's exit status (128 + signal), once it has ended."""
+    stopped: bool = False
+    """It was we who ended it."""
+
+    @classmethod
+    def fork(cls, arguments: Sequence[str]) -> Command:
+        """Prepare to run `arguments`.
+
+        Raises:
+            UsageError: There is no such program.
+        """
+        # As tcplat was started: what is hidden from us is not hidden from the command.
+        environment = privileges.environment()
+        path = shutil.which(arguments[0], path=environment.get("PATH"))
+        if path is None:
+            raise UsageError(f"there is no program {arguments[0]!r} to run")
+        wait, gate = os.pipe()
+        pid = os.fork()
+        if pid:
+            os.close(wait)
+            return cls(pid, gate, _fork_ender(pid, gate))
+        try:
+            os.close(gate)
+            if os.read(wait, 1) == b"!":
+                # Python ignores these, and an ignored signal stays so across exec.
+                signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+                signals.block_again()
+                os.execve(path, list(arguments), environment)
+        except OSError as error:
+            os.write(2, f"tcplat: cannot run {path}: {error.strerror}\n".encode())
+            os._exit(126)
+        finally:
+            os._exit(127)
+
+    def go(self) -> None:
+        """Let it run."""
+        with contextlib.suppress(BrokenPipeError):  # somebody has killed it
+            os.write(self._gate, b"!")
+        os.close(self._gate)
+        self._gate = -1
+
+    def ended(self) -> bool:
+        """Whether it has ended; never waits."""
+        if self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                code = os.waitstatus_to_exitcode(status)
+                self.status = code if code >= 0 else 128 - code
+        return self.status is not None
+
+    def stop(self) -> None:
+        """End it: unstarted it goes by itself, started it gets SIGTERM and is waited for."""
+        if self._gate >= 0:
+            os.close(self._gate)
+            self._gate = -1
+        elif not self.ended():
+            self.stopped = True
+            os.write(self._ender, b"!")
+        if self._ender >= 0:
+            os.close(self._ender)
+            self._ender = -1
+        if self.status is None:
+            _, status = os.waitpid(self.pid, 0)
+            code = os.waitstatus_to_exitcode(status)
+            self.status = code if code >= 0 else 128 - code
+
+
+def _fork_ender(pid: int, gate: int) -> int:
+    """A process that keeps our rights, to end the command with: we shall have given them up.
+
+    Returns:
+        A pipe. A byte in it sends SIGTERM; closing it lets the command be. Plugins can write
+        to it as well, also when the command has ended and its pid is another process's: so
+        what is signalled is the process itself, by a pidfd.
+    """
+    wait, ender = os.pipe()
+    # Here, where the command cannot have ended unnoticed: we have not waited for it.
+    process = os.pidfd_open(pid)
+    if os.fork():
+        os.close(wait)
+        os.close(process)
+        return ender
+    try:
+        os.close(ender)
+        os.close(gate)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        if os.read(wait, 1):
+            signal.pidfd_send_signal(process, signal.SIGTERM)
+    finally:
+        os._exit(0)

@@ -1,0 +1,146 @@
+"""Rights beyond a user's own, uid 0 or capabilities: who has them, and how they are given up.
+
+No third-party Python runs with them, and output files belong to the user.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pwd
+import struct
+from collections.abc import Mapping
+
+from tcplat_core.errors import CannotRunError, refused
+from tcplat_core.kernel.rights import CAP_VERSION_3, CAPABILITIES, capabilities, held
+
+_PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_GET_NO_NEW_PRIVS = 24, 38, 39
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
+_NO_UID = (1 << 32) - 1
+"""(uid_t)-1: to setresuid(2) it means that nothing is to change."""
+
+SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+"""Where programs are looked for with rights: only root can write there."""
+_HARMLESS = ("SUDO_UID", "SUDO_GID", "SUDO_USER", "COLUMNS", "TCPLAT_PURE")
+"""Variables that are read before the rights are given up, and name no file."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_given: dict[str, str] | None = None
+"""The environment that tcplat was started with, while it is hidden."""
+_dropped = False
+
+
+def hide_environment() -> None:
+    """Keep from everything that runs with rights what another user may have put into variables.
+
+    Libraries look there for files and programs (click for `bash`, ctypes for `gcc`).
+    drop() gives it back.
+    """
+    global _given  # noqa: PLW0603 - like os.environ, there is one per process
+    if _given is not None:
+        return
+    _given = dict(os.environ)
+    os.environ.clear()
+    os.environ.update({name: _given[name] for name in _HARMLESS if name in _given})
+    os.environ["PATH"] = SYSTEM_PATH
+
+
+def environment() -> Mapping[str, str]:
+    """The environment that tcplat was started with: what runs after ``--`` gets it."""
+    return os.environ if _given is None else _given
+
+
+def drop() -> None:
+    """Become the user behind sudo; without one, keep the uid and give up every capability.
+
+    An identity that cannot read the Python installation (a pyenv below /root)
+    would fail at the next import: then the uid is kept as well. Does nothing for
+    a process that has no more rights than its user. Irrevocable; a second call does nothing.
+
+    Raises:
+        CannotRunError: Some right would be left.
+    """
+    global _dropped  # noqa: PLW0603 - see _given
+    if _dropped:
+        return
+    if held():
+        if os.geteuid() == 0 and (user := _user_behind_sudo()):
+            uid, gid, groups = user
+            os.setgroups(groups)
+            os.setresgid(gid, gid, gid)
+            os.setresuid(uid, uid, uid)
+        _give_up_capabilities()
+        _check()
+    _dropped = True
+    _restore_environment()
+
+
+def _restore_environment() -> None:
+    global _given  # noqa: PLW0603 - see above
+    if _given is not None:
+        os.environ.clear()
+        os.environ.update(_given)
+        _given = None
+
+
+def _give_up_capabilities() -> None:
+    # Without CAP_SETPCAP the bounding set stays; no_new_privs keeps execve(2) from using it.
+    for capability in range(64):
+        _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
+    _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    # Also after setresuid(2): securebits may have kept them, and inheritable ones it keeps anyway.
+    header = struct.pack("=Ii", CAP_VERSION_3, 0)
+    if _libc.capset(header, bytes(CAPABILITIES.size)):
+        raise refused("capset", ctypes.get_errno())
+    _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
+def _check() -> None:
+    """Look at what is left, instead of trusting that each call did what it should."""
+    if any(capabilities()) or _libc.prctl(_PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) != 1:
+        raise CannotRunError("this kernel does not let tcplat give up its capabilities")
+
+
+def _user_behind_sudo() -> tuple[int, int, list[int]] | None:
+    """Uid, gid and groups of SUDO_UID; None where there is none whom we can become.
+
+    Where root's environment is another user's, that user has chosen the variables, too: they can
+    name nobody with root's rights, and no group that the user is not in.
+
+    Raises:
+        CannotRunError: SUDO_UID or SUDO_GID is no number of a user or group.
+    """
+    uid, given = _number("SUDO_UID"), _number("SUDO_GID")
+    if not uid:
+        return None
+    try:
+        user = pwd.getpwuid(uid)
+    except KeyError:  # a uid without an account
+        gid = given or uid
+        groups = [gid]
+    else:
+        # The gid of the account, unless sudo was called in a shell of newgrp(1).
+        gid, groups = user.pw_gid, os.getgrouplist(user.pw_name, user.pw_gid)
+        if given and given in groups:
+            gid = given
+    return (uid, gid, groups) if _can_read_python(uid, gid) else None
+
+
+def _number(variable: str) -> int:
+    text = os.environ.get(variable) or "0"
+    if not (text.isascii() and text.isdecimal() and int(text) < _NO_UID):
+        raise CannotRunError(f"{variable}={text} is not a number as sudo sets it: unset {variable}")
+    return int(text)
+
+
+def _can_read_python(uid: int, gid: int) -> bool:
+    try:
+        os.setegid(gid)
+        os.seteuid(uid)
+    except PermissionError:  # root without CAP_SETUID, in a container
+        return False
+    else:
+        return all(os.access(path, os.R_OK, effective_ids=True) for path in (os.__file__, __file__))
+    finally:
+        os.seteuid(0)
+        os.setegid(0)

@@ -1,0 +1,284 @@
+"""One loaded probe: its ring, its books, its maps, and what is asked of the loader."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import attrs
+
+from tcplat_core.deliver.books import Books
+from tcplat_core.deliver.fast.codec import Codec
+from tcplat_core.deliver.ring import Ring
+from tcplat_core.errors import blaming, is_the_users, named
+from tcplat_core.event.clock import clock_offset_ns, kernel_ns
+from tcplat_core.event.fields import Event, FiredBy, Moment, row
+from tcplat_core.event.record import Record
+from tcplat_core.event.terminal import printable
+from tcplat_core.kernel.fdinfo import misses
+from tcplat_core.loader.protocol import LoadedProbe, ProbeRequest, Request
+from tcplat_core.plugin.histogram import COUNTERS, Aggregation, Counters
+from tcplat_core.plugin.hookpoints import reporting
+from tcplat_core.plugin.maps import Maps, MapView
+from tcplat_core.plugin.specs import Loss, ProbeSpec
+
+
+@attrs.define(eq=False)
+class ProbeRun:
+    """One loaded probe: its ring, its books, and how to read them."""
+
+    spec: ProbeSpec
+    hooks: Sequence[FiredBy]
+    ring: Ring
+    books: Books
+    decode: Callable[[Any, int], list[Event]]
+    codec: Codec | None
+    """Of deliver/fast/records.c, where that is to be had."""
+    loaded: LoadedProbe
+    said_lost: list[int]
+    silent: dict[str, str]
+    """Interface -> why no rows come from it, or no more."""
+    maps: Maps
+    """What poll() reads."""
+    counters: Counters | None
+    """What the kernel counts for a sink."""
+    polled: Counter[str] = attrs.field(factory=Counter)
+    """Rows that poll() made, by point."""
+    poll_error: str = ""
+    _counted_ns: int = attrs.field(default=0, init=False)
+    """What was lost before this instant has been told."""
+    _undrained: bool = attrs.field(default=True, init=False)
+    """Nothing was drained since then: a ring that was full once is full still."""
+
+    @classmethod
+    def open(cls, spec: ProbeSpec, loaded: LoadedProbe, request: Request, cpus: int) -> Self:
+        """Map what the loader handed over."""
+        hooks = [attrs.evolve(one, describe=_guarded(one.describe)) for one in fired_by(spec)]
+        record = Record(spec.event)
+        reading = (spec.name, hooks, _ifname(loaded))
+        return cls(
+            spec,
+            hooks,
+            Ring(
+                *(loaded.ring_fd, request.ring_bytes, record.layout),
+                tag_at=record.offset("hook"),
+                ts_at=record.offset("ts_ns"),
+            ),
+            Books(loaded.books_fd, cpus, len(hooks)),
+            record.decoder(*reading),
+            Codec.of(record, *reading),
+            loaded,
+            [0] * len(hooks),
+            dict(loaded.skipped),
+            _maps(spec, loaded),
+            _counters(spec, loaded, request.aggregation, cpus),
+        )
+
+    def poll(self) -> list[Event]:
+        """Rows that the probe's Python side makes of its maps."""
+        if self.spec.poll is None or self.poll_error:
+            return []
+        try:
+            rows = list(self.spec.poll(self.maps) or ())
+            _check_rows(rows, self.spec.event)
+        except BaseException as error:
+            # A plugin's, SystemExit too: the run goes on without it.
+            if is_the_users(error):
+                raise
+            self.poll_error = printable(named(error))
+            return []
+        self.polled.update(one.point for one in rows)
+        return rows
+
+    @property
+    def deaf(self) -> bool:
+        """It listened on interfaces alone, and all of them are gone."""
+        names = {one.name for one in self.loaded.interfaces}
+        return set(self.loaded.taken.values()) == {"xdp"} and names <= self.silent.keys()
+
+    def skipped(self) -> dict[str, int]:
+        """Function -> how often the kernel did not run our program there."""
+        funcs = {
+            hook.program: hook.func
+            for point in self.spec.points
+            for way in point.ways
+            for hook in way.hooks
+        }
+        counts: Counter[str] = Counter()
+        for program, fd in self.loaded.program_fds.items():
+            counts[funcs[program]] += misses(fd)
+        return {func: count for func, count in counts.items() if count}
+
+    def losses(self) -> list[Loss]:
+        """What was lost since the last time, and between which instants."""
+        now_ns = kernel_ns()
+        full_ns = self.ring.full_since_ns() if self._undrained else 0
+        since_ns, self._counted_ns, self._undrained = self._counted_ns, now_ns, True
+        if self.books.dropped() == sum(self.said_lost):
+            return []
+        counts = [dropped for _, dropped in self.books.read()]
+        place = max(since_ns, full_ns), kernel_ns()
+        found = [
+            Loss(self.spec.name, fired.point, count - said, *place)
+            for fired, count, said in zip(self.hooks, counts, self.said_lost, strict=True)
+            if count > said
+        ]
+        self.said_lost = counts
+        return found
+
+    def lost_none(self, now_ns: int) -> bool:
+        """Whether the ring, which is empty, shows that nothing was lost up to an instant."""
+        if self._undrained:
+            self._counted_ns = now_ns
+        return self._undrained
+
+    def drained(self) -> None:
+        """It may have been full since it was counted what was lost, and be so no more."""
+        self._undrained = False
+
+    def settled(self) -> bool:
+        """Whether all that was produced is either dropped or here, and nothing is on its way."""
+        # A record is counted after its place in the ring was taken, and before it is submitted.
+        if self.ring.pending():
+            return False
+        return sum(made - lost for made, lost in self.books.read()) == self.ring.taken.total()
+
+    def close(self) -> None:
+        """Unmap, and close the loader's fds."""
+        self.ring.close()
+        self.books.close()
+        self.maps.close()
+        if self.counters:
+            self.counters.close()
+        links = {one.link_fd for one in self.loaded.interfaces}  # closed to detach
+        for fd in self.loaded.fds:
+            if fd not in links:
+                os.close(fd)
+
+
+def _check_rows(rows: Sequence[object], event: type[Event]) -> None:
+    for one in rows:
+        if not isinstance(one, event):
+            raise TypeError(f"a {type(one).__name__} is no row: maps.row() makes them")
+
+
+_ATTACH = {"kretprobe": "kprobe", "fexit": "fentry"}
+"""What a row calls the hooks that are named otherwise."""
+
+
+def fired_by(spec: ProbeSpec) -> list[FiredBy]:
+    """What each hook number in a record stands for: hooks that report, over all ways."""
+    return [
+        FiredBy(
+            point,
+            hook.func,
+            _ATTACH.get(hook.mechanism, hook.mechanism),
+            spec.describe,
+            hook.program,
+        )
+        for point, hook in reporting(spec.points)
+    ]
+
+
+def _guarded(describe: Callable[[Moment], str]) -> Callable[[Moment], str]:
+    """The same, and the reason where it raises: a row whose words fail is a row still."""
+
+    def described(moment: Moment) -> str:
+        try:
+            said: object = describe(moment)
+        except BaseException as error:
+            if is_the_users(error):
+                raise
+            return f"{moment.point} (describe() failed: {named(error)})"
+        if isinstance(said, str):
+            return said
+        return f"{moment.point} (describe() gave a {type(said).__name__})"
+
+    return described
+
+
+POLLED = ("poll", "map")
+"""What stands for function and mechanism in rows that poll() makes."""
+
+
+def _maps(spec: ProbeSpec, loaded: LoadedProbe) -> Maps:
+    func, attach = POLLED
+
+    def make_row(point: str, **fields: Any) -> Event:
+        fields.setdefault("ts_ns", kernel_ns())
+        fields.setdefault("time_ns", fields["ts_ns"] + clock_offset_ns())
+        fields.setdefault("desc", point)
+        return row(spec.event, probe=spec.name, point=point, func=func, attach=attach, **fields)
+
+    views = {}
+    for one in spec.maps:
+        found = loaded.maps[one.name]
+        views[one.name] = MapView(found.fd, struct.Struct(one.layout), found.entries)
+    return Maps(views, make_row)
+
+
+def _counters(
+    spec: ProbeSpec, loaded: LoadedProbe, aggregation: Aggregation | None, cpus: int
+) -> Counters | None:
+    if aggregation is None:
+        return None
+    return Counters(
+        spec.name,
+        spec.histograms,
+        aggregation,
+        aggregation.stripes(cpus, len(spec.histograms)),
+        *(loaded.maps[name].fd for name in COUNTERS),
+    )
+
+
+def probe_request(
+    spec: ProbeSpec,
+    options: Mapping[str, Any],
+    *,
+    events: bool = True,
+    aggregation: Aggregation | None = None,
+) -> ProbeRequest:
+    """What the loader needs of a probe.
+
+    Args:
+        spec: The probe.
+        options: Its options.
+        events: Some sink wants rows.
+        aggregation: What some sink wants counted.
+    """
+    needed = {point for histogram in spec.histograms for point in histogram.points}
+    maps = {one.name: one.size for one in spec.maps}
+    with blaming(f"probe {spec.name}: defines()"):
+        defines = spec.defines(options)
+    with blaming(f"probe {spec.name}: interfaces()"):
+        interfaces = spec.interfaces(options) if spec.interfaces else None
+    return ProbeRequest(
+        name=spec.name,
+        source=spec.source,
+        struct=Record(spec.event).c_struct(),
+        points=spec.points,
+        types=spec.types,
+        defines=defines,
+        interfaces=interfaces,
+        track=spec.track,
+        listen=None if events else tuple(sorted(needed)),
+        maps=maps | COUNTERS if aggregation else maps,
+        histograms=tuple(histogram.name for histogram in spec.histograms),
+    )
+
+
+def _ifname(loaded: LoadedProbe) -> Callable[[int], str]:
+    """The names of interfaces: those in another network namespace only the loader can know."""
+    names = {one.index: one.name for one in loaded.interfaces}
+
+    def ifname(index: int) -> str:
+        try:
+            return names.get(index) or socket.if_indextoname(index)
+        except OSError:  # it is gone by now
+            return f"if{index}"
+
+    return ifname

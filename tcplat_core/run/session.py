@@ -1,0 +1,295 @@
+"""One run from start to end: loader, rings, router, sinks, and the books at the end."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import attrs
+
+from tcplat_core.deliver.fast.records import Room
+from tcplat_core.deliver.router import Router
+from tcplat_core.event.clock import kernel_ns
+from tcplat_core.kernel.fdinfo import is_cut
+from tcplat_core.kernel.layout import possible_cpus
+from tcplat_core.loader.protocol import Answer, Request
+from tcplat_core.plugin.output import Output
+from tcplat_core.plugin.report import RunReport
+from tcplat_core.plugin.specs import ProbeSpec, Sink
+
+from .bookkeeping import report_of
+from .command import Command
+from .drain import Clock, drain, drain_rest, show_counted
+from .gate import Sleeper
+from .loader import LoaderProcess
+from .pace import (
+    BUSY_POLL_S,
+    GLANCE_S,
+    HOLD_S,
+    IDLE_POLL_S,
+    LATE_S,
+    LINGER_S,
+    LOOK_S,
+    MANY,
+    PATIENCE,
+    POLL_S,
+    TICK_S,
+)
+from .probe_run import ProbeRun, probe_request
+from .ready import ReadyFile
+from .signals import Signals
+from .trace import TracePipe
+from .watched import Watched
+
+
+@attrs.define(eq=False)
+class Session:
+    """One run.
+
+    Args:
+        loader: Started before root was given up.
+        probes: With their options.
+        sinks: By name, opened.
+        request: Everything but the probes.
+        duration_s: End after so long; 0 for no limit.
+        count: End after so many rows; 0 for no limit.
+        ready_file: Made once everything is attached.
+        hold_s: How long a row waits for an older one that may still turn up.
+        dry: Attach, and end at once.
+        trace: Where our programs' own lines come from.
+        command: Let go then; the run ends with it.
+        outputs: Files of the sinks that are to be made or emptied then, and not before.
+        say: Tells the user what happens meanwhile.
+    """
+
+    loader: LoaderProcess
+    probes: Sequence[tuple[ProbeSpec, Mapping[str, Any]]]
+    sinks: dict[str, Sink]
+    request: Request
+    duration_s: float = 0
+    count: int = 0
+    ready_file: str | None = None
+    hold_s: float = HOLD_S
+    dry: bool = False
+    trace: TracePipe | None = None
+    command: Command | None = None
+    signals: Signals = attrs.field(factory=Signals)
+    say: Callable[[str], None] = lambda _: None
+    outputs: Sequence[Output] = ()
+    _end: float = attrs.field(default=math.inf, init=False)
+    """When the loop is to end, on the clock of time.monotonic()."""
+    _tick: float = attrs.field(default=math.inf, init=False)
+    """When sinks are to be told next that time passes."""
+    _watched: Watched | None = attrs.field(default=None, init=False)
+    _ready: ReadyFile | None = attrs.field(init=False)
+
+    @_ready.default
+    def _ready_file(self) -> ReadyFile | None:
+        return ReadyFile(self.ready_file) if self.ready_file else None
+
+    def run(self) -> RunReport:
+        """Run until something ends it.
+
+        Raises:
+            TcplatError: It could not start, or a probe's ring is not readable.
+        """
+        router = Router(self.sinks, self.count, self.outputs)
+        try:
+            return self._run(router)
+        except BaseException:
+            router.cancel()
+            raise
+
+    def _ask(self) -> tuple[Request, Answer | None]:
+        request = attrs.evolve(
+            self.request,
+            probes=tuple(
+                probe_request(
+                    *probe, events=self.request.events, aggregation=self.request.aggregation
+                )
+                for probe in self.probes
+            ),
+        )
+        answer = self.loader.ask(request, self.signals.stopping)
+        for sentence in answer.hidden if answer else ():
+            self.say(sentence)
+        return request, answer
+
+    def _run(self, router: Router) -> RunReport:
+        with ExitStack() as stack:
+            request, answer = self._ask()
+            if answer is None:
+                router.cancel()
+                return RunReport(probes={}, duration_s=0)
+            links = [one.link_fd for probe in answer.probes.values() for one in probe.interfaces]
+            held = _Fds([*answer.holding, *links])
+            stack.callback(os.close, answer.gate_fd)
+            stack.callback(held.close)
+            cpus = possible_cpus()
+            runs = []
+            for spec, _ in self.probes:
+                loaded = answer.probes[spec.name]
+                run = ProbeRun.open(spec, loaded, request, cpus)
+                stack.callback(run.close)
+                runs.append(run)
+            sleeper = Sleeper(answer.gate_fd, [run.ring.fd for run in runs])
+            stack.callback(sleeper.close)
+            router.room = Room.of([(run.ring, run.codec) for run in runs])
+            if router.room:
+                stack.callback(router.room.close)
+            if self.command:
+                self._watched = Watched([self.command.pid])
+            elif self.request.filter.pids is not None:
+                self._watched = Watched(list(self.request.filter.pids))
+            if self._watched:
+                stack.callback(self._watched.close)
+            began = time.monotonic()
+            self._say_silent(runs)
+            if not self.dry:
+                router.begin()
+                self._begin()
+                self._loop(runs, router, sleeper, began)
+            sleeper.shut()
+            self._look_at_interfaces(runs)
+            held.close()
+            if self.trace:
+                self.trace.relay(self.say)
+            drain_rest(runs, router)
+            self._poll(runs, router)
+            router.flush()
+            show_counted(runs, router, began, final=True)
+            report = report_of(runs, router, time.monotonic() - began)
+        if self.dry:
+            router.cancel()
+            return report
+        router.close(report)
+        # A sink may have failed in close(), too.
+        return attrs.evolve(report, switched_off=dict(router.switched_off))
+
+    def _say_silent(self, runs: Sequence[ProbeRun]) -> None:
+        """Say through which interfaces no packet can come for now."""
+        for run in runs:
+            for one in run.loaded.interfaces:
+                if one.silent:
+                    self.say(f"{run.spec.name}: no rows from {one.name} for now: {one.silent}")
+
+    def _begin(self) -> None:
+        if self._ready:
+            self._ready.tell()
+        if self.command:
+            self.command.go()
+
+    def _loop(
+        self, runs: Sequence[ProbeRun], router: Router, sleeper: Sleeper, began: float
+    ) -> None:
+        clock = Clock()
+        previous_ns = 0
+        look = glance = 0.0
+        self._tick = 0.0 if router.tells_time else math.inf
+        came_at = began
+        wanted = self.request.aggregation
+        every_s = wanted.every_s if wanted else math.inf
+        show = began + every_s
+        self._end = began + self.duration_s if self.duration_s else math.inf
+        while not (self.signals.stopping() or router.done):
+            now_ns = kernel_ns()
+            now = time.monotonic()
+            looking = now >= look
+            if looking:
+                look = now + LOOK_S
+                self._look(runs, router, now)
+            if now >= show:
+                show += every_s * ((now - show) // every_s + 1)
+                show_counted(runs, router, began)
+            if now >= glance:
+                glance = now + GLANCE_S
+                self._glance(now)
+            if now >= self._end:
+                return
+            pause = POLL_S + PATIENCE * (now - came_at)
+            coming = any(run.ring.pending() for run in runs)
+            if coming or looking or router.waiting:
+                had = router.total
+                settled_ns = min(previous_ns, now_ns - int(self.hold_s * 1e9))
+                horizon_ns = drain(runs, router, clock, settled_ns)
+                router.flush(horizon_ns)
+                if horizon_ns < settled_ns:  # there is more than one helping
+                    router.poll()
+                    continue
+                if coming or router.total > had:
+                    came_at = now
+                    pause = POLL_S if router.total - had < MANY else BUSY_POLL_S
+            router.poll()
+            self._tell_time(router, now, now_ns, quiet=not coming)
+            previous_ns = now_ns
+            # While a pipe's reader is awaited that is to be told that we are ready.
+            pending = now + GLANCE_S if self._ready and not self._ready.told else math.inf
+            if pause < IDLE_POLL_S or router.waiting or router.serves or self.trace:
+                time.sleep(max(0.0, min(pause, IDLE_POLL_S, self._end - now)))
+            else:
+                sleeper.sleep(min(look, show, self._tick, self._end, pending) - now, self._others())
+                glance = 0.0
+
+    def _tell_time(self, router: Router, now: float, now_ns: int, *, quiet: bool) -> None:
+        """Where the rings are empty, tell the sinks up to when nothing is missing."""
+        if quiet and now >= self._tick and not router.waiting:
+            self._tick = now + TICK_S
+            router.passed(now_ns - int(LATE_S * 1e9))
+
+    def _look(self, runs: Sequence[ProbeRun], router: Router, now: float) -> None:
+        """What is to be done once a second."""
+        if self._look_at_interfaces(runs) and not self.command:
+            self._end = now
+        self._poll(runs, router)
+        router.idle()
+
+    def _glance(self, now: float) -> None:
+        """What is to be done several times a second."""
+        if self._end == math.inf and self._traced_ended():
+            self._end = now + LINGER_S
+        if self._ready and not self._ready.told:  # a pipe: does somebody read it by now?
+            self._ready.tell()
+        if self.trace:
+            self.trace.relay(self.say)
+
+    def _poll(self, runs: Sequence[ProbeRun], router: Router) -> None:
+        """Have the probes' Python sides look at their maps, if anybody wants their rows."""
+        for run in runs if self.request.events else ():
+            working = not run.poll_error
+            router.feed(run.poll())
+            if working and run.poll_error:
+                self.say(f"{run.spec.name}: its maps are not read any more: {run.poll_error}")
+
+    def _look_at_interfaces(self, runs: Sequence[ProbeRun]) -> bool:
+        """Say which interfaces have gone; whether there is nothing left to listen to."""
+        for run in runs:
+            for one in run.loaded.interfaces:
+                if one.name not in run.silent and is_cut(one.link_fd):
+                    run.silent[one.name] = "it is gone"
+                    self.say(f"{run.spec.name}: no more rows from {one.name}: it is gone")
+        return all(run.deaf for run in runs)
+
+    def _others(self) -> list[int]:
+        """What wakes us beside the rings: a signal, the end of what is traced."""
+        fds = (self.signals.fd, self._watched.fd() if self._watched else None)
+        return [fd for fd in fds if fd is not None]
+
+    def _traced_ended(self) -> bool:
+        if self.command:
+            return self.command.ended()
+        return self._watched is not None and self._watched.ended()
+
+
+@attrs.define(eq=False)
+class _Fds:
+    """File descriptors that are closed once, on the way or at the end."""
+
+    fds: list[int]
+
+    def close(self) -> None:
+        while self.fds:
+            os.close(self.fds.pop())

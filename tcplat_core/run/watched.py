@@ -1,0 +1,42 @@
+"""The processes that are traced: whether they still live."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+
+import attrs
+
+
+@attrs.define(eq=False)
+class Watched:
+    """Processes that are traced; of one that still lives a pidfd is held (pidfd_open(2))."""
+
+    pids: list[int]
+    _fd: int | None = attrs.field(default=None, init=False)
+
+    def ended(self) -> bool:
+        """Whether all of them have, even if nobody has waited for them yet."""
+        return self.fd() is None
+
+    def fd(self) -> int | None:
+        """What becomes readable when the one ends that is watched now; None: all have."""
+        while True:
+            if self._fd is None:
+                if not self.pids:
+                    return None
+                with contextlib.suppress(ProcessLookupError):
+                    self._fd = os.pidfd_open(self.pids.pop())
+                continue
+            poll = select.poll()
+            poll.register(self._fd, select.POLLIN)
+            if not poll.poll(0):
+                return self._fd
+            self.close()
+
+    def close(self) -> None:
+        """Let go of it. Again it does nothing."""
+        if self._fd is not None:
+            os.close(self._fd)
+        self._fd = None

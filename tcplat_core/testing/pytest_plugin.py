@@ -1,0 +1,87 @@
+"""For pytest, which finds it wherever tcplat is installed: one test for each check of a plugin.
+
+In the tests of a plugin::
+
+    @pytest.mark.tcplat_plugin("my_probe:option=value")
+    def test_it_conforms(tcplat_check):
+        tcplat_check()
+
+Options that it cannot do without have their example, unless the mark gives another. Checks that
+need root are skipped without it, or with ``root=False`` in the mark. The mark may name several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tcplat_core.errors import TcplatError
+
+_SUBJECTS = pytest.StashKey[dict[str, list[Any]]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the mark known."""
+    config.addinivalue_line(
+        "markers",
+        "tcplat_plugin(*choices, root=True): of which probes and sinks tcplat_check is, each "
+        "NAME or NAME:key=value; root=False: load and attach nothing",
+    )
+    config.stash[_SUBJECTS] = {}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test for each check of the plugin that the mark names."""
+    if "tcplat_check" not in metafunc.fixturenames:
+        return
+    mark = metafunc.definition.get_closest_marker("tcplat_plugin")
+    if mark is None:
+        raise pytest.Collector.CollectError(
+            f"{metafunc.definition.nodeid} wants tcplat_check, and has no mark that says of which "
+            'plugin: @pytest.mark.tcplat_plugin("NAME")'
+        )
+    from . import conformance, trial_process  # noqa: PLC0415 - most tests have nothing to do with it
+
+    known = metafunc.config.stash[_SUBJECTS]
+    as_root = trial_process.as_root if mark.kwargs.get("root", True) else lambda: None
+    made = []
+    for choice in mark.args:
+        key = f"{choice} {as_root is trial_process.as_root}"
+        if key not in known:
+            try:
+                known[key] = conformance.subjects(choice, trial=as_root)
+            except TcplatError as error:
+                raise pytest.Collector.CollectError(str(error)) from error
+        made += known[key]
+    metafunc.parametrize(
+        "tcplat_check",
+        [
+            pytest.param(
+                (subject, name, check),
+                id=f"{subject.spec.name}: {name}" if len(made) > 1 else name,
+            )
+            for subject in made
+            for name, check in conformance.checks(subject).items()
+        ],
+        indirect=True,
+    )
+
+
+@pytest.fixture
+def tcplat_check(request: pytest.FixtureRequest) -> Callable[[], None]:
+    """Makes one check: fails with its sentence, skips where it cannot be made here."""
+    from . import conformance  # noqa: PLC0415 - see above
+
+    subject, name, check = request.param
+
+    def make() -> None:
+        __tracebackhide__ = True
+        outcome = conformance.run(name, check, subject)
+        if outcome.verdict == "failed":
+            pytest.fail(f"{subject.kind} {subject.spec.name}: {outcome.why}", pytrace=False)
+        if outcome.verdict == "not checked":
+            pytest.skip(outcome.why)
+
+    return make

@@ -1,0 +1,79 @@
+"""The process in which a probe is tried out, as the kit sees it: see loader/trial.py."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import attrs
+import msgpack
+
+from tcplat_core.errors import TcplatError
+from tcplat_core.kernel.orphan import end_with
+from tcplat_core.run.privileges import SYSTEM_PATH
+
+
+@attrs.define(eq=False)
+class Trial:
+    """The process, waiting for what it is to try."""
+
+    process: subprocess.Popen[bytes]
+    log: Any
+
+    @classmethod
+    def start(cls, what: str) -> Self:
+        """Start it; for `attach` while we are still root."""
+        log = os.fdopen(os.memfd_create("tcplat-log"), "w+b")
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-I", "-m", "tcplat_core.loader.trial"),
+                *(str(os.getpid()), what),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            # As for the loader: bcc hands much of its environment on.
+            env={
+                "PATH": SYSTEM_PATH,
+                "LC_ALL": "C",
+                **{k: v for k, v in os.environ.items() if k in ("HOME", "XDG_CACHE_HOME")},
+            },
+            cwd="/",
+            preexec_fn=functools.partial(end_with, os.getpid()),  # noqa: PLW1509 - one thread
+        )
+        return cls(process, log)
+
+    def ask(self, request: Mapping[str, Any] | bytes) -> dict[str, Any]:
+        """What came of it.
+
+        Raises:
+            TcplatError: The process failed, which is not the plugin's fault.
+        """
+        data = request if isinstance(request, bytes) else msgpack.packb(request)
+        out, _ = self.process.communicate(data)
+        if self.process.returncode or not out:
+            self.log.seek(0)
+            words = self.log.read().decode(errors="replace").strip().splitlines()
+            raise TcplatError(f"the trial did not come to an end: {(words or ['?'])[-1]}")
+        return dict(msgpack.unpackb(out))
+
+    def close(self) -> None:
+        """End it: without a request it tries nothing."""
+        if self.process.stdin and not self.process.stdin.closed:
+            self.process.communicate(b"")
+        self.process.wait()
+        self.log.close()
+
+
+def as_root() -> Trial | None:
+    """One that may attach; None where this process may not."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    sys_admin = 1 << 21
+    if not int(status.split("CapEff:")[1].split()[0], 16) & sys_admin:
+        return None
+    return Trial.start("attach")
