@@ -4,7 +4,7 @@ A field of :class:`Event` is annotated with where its value comes from:
 :class:`Wire` (a member of the record that the kernel fills), :class:`FromHook`
 (follows from which hook fired) or :class:`Made` (worked out at decode time).
 msgspec makes the class, because it encodes its own structs an order of
-magnitude faster than attrs objects or dicts (see ARCHITECTURE.md).
+magnitude faster than attrs objects or dicts (D11, docs/design/event.md).
 """
 
 from __future__ import annotations
