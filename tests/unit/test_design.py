@@ -20,6 +20,7 @@ _HEADING = re.compile(r"^### (D\d+) \S.*$", re.MULTILINE)
 _NUMBER = re.compile(r"\bD[1-9]\d{0,2}\b")
 _DATE = re.compile(r"^\d{4}-\d\d-\d\d\b.* · \S", re.MULTILINE)
 _QUOTED = re.compile(r"`([\w-][\w./-]*)`")
+_NAMES = re.compile(r"`([\w./-]+/[\w./-]+\.[a-z]+)`\s\(((?:`[^`]+`(?:,\s|\sof\s)?)+)\)")
 _LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 _KINDS = (".py", ".c", ".h", ".js", ".json", ".md", ".txt")
 
@@ -102,6 +103,17 @@ def test_paths_exist(page: Path) -> None:
     }
     assert named
     assert [word for word in sorted(named) if not is_there(word, names)] == []
+
+
+@every_page
+def test_names_behind_paths_stand_in_those_files(page: Path) -> None:
+    for path, names in _NAMES.findall(page.read_text(encoding="utf-8")):
+        found = next((base / path for base in (ROOT, CORE) if (base / path).is_file()), None)
+        assert found, path
+        text = found.read_text(encoding="utf-8")
+        for name in re.findall(r"`([^`]+)`", names):
+            last = re.split(r"[. ]", name)[-1]
+            assert re.search(rf"\b{last}\b", text), f"{path}: {name}"
 
 
 @every_page
