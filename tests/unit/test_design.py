@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.test_rooms import MAY_IMPORT
+
 ROOT = Path(__file__).parents[2]
 CORE = ROOT / "tcplat_core"
 DESIGN = sorted((ROOT / "docs" / "design").glob("*.md"))
@@ -21,6 +23,7 @@ _NUMBER = re.compile(r"\bD[1-9]\d{0,2}\b")
 _DATE = re.compile(r"^\d{4}-\d\d-\d\d\b.* · \S", re.MULTILINE)
 _QUOTED = re.compile(r"`([\w-][\w./-]*)`")
 _NAMES = re.compile(r"`([\w./-]+/[\w./-]+\.[a-z]+)`\s\(((?:`[^`]+`(?:,\s|\sof\s)?)+)\)")
+_ROOM = re.compile(r"^\| `(\w+)/` \|[^|]*\| ?([^|]*?) ?\| \[", re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 _KINDS = (".py", ".c", ".h", ".js", ".json", ".md", ".txt")
 
@@ -29,7 +32,7 @@ every_page = pytest.mark.parametrize("page", [MAP, *DESIGN], ids=lambda page: pa
 
 def sources() -> Iterator[Path]:
     """Give each text of the project that may name a decision."""
-    yield from ROOT.glob("*.md")
+    yield from (*ROOT.glob("*.md"), *ROOT.glob("*.py"))
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
@@ -120,6 +123,15 @@ def test_names_behind_paths_stand_in_those_files(page: Path) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for link in _LINK.findall(page.read_text(encoding="utf-8")):
         assert "://" in link or (page.parent / link).exists(), link
+
+
+def test_architecture_shows_what_each_room_may_import() -> None:
+    shown: dict[str, set[str]] = {}
+    for room, cell in _ROOM.findall(MAP.read_text(encoding="utf-8")):
+        shown[room] = set(shown) if cell == "all above" else set(filter(None, cell.split(", ")))
+    rooms = {name: set(below) - {"errors"} for name, below in MAY_IMPORT.items()}
+    assert shown == {name: below for name, below in rooms.items() if name in shown}
+    assert {name for name in rooms if (CORE / name).is_dir()} == set(shown)
 
 
 def test_architecture_names_each_room_and_each_page_of_decisions() -> None:
