@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from tests.unit.test_rooms import MAY_IMPORT
 
 ROOT = Path(__file__).parents[2]
