@@ -25,7 +25,7 @@ test: $(VENV)/dev
 test-vm: $(VENV)/dev
 	@$(call apt,$(TEST_PACKAGES))
 	$(BIN)/python tests/vm/run.py --install
-	$(BIN)/python tests/vm/matrix.py --timeout 2400
+	$(BIN)/python tests/vm/matrix.py --timeout 3600
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
