@@ -47,9 +47,10 @@ IN_THE_GUEST = """
 status=0
 export TCPLAT_SLOW={slow} TCPLAT_REQUIRE_ROOT=1
 for mechanism in {mechanisms}; do
-    TCPLAT_ATTACH=$mechanism "$@" tests/live/test_matrix.py {others} \\
+    TCPLAT_ATTACH=$mechanism "$@" tests/live/test_matrix.py \\
         --junitxml="$TCPLAT_VM_OUT/$mechanism.xml" || status=1
 done
+TCPLAT_ATTACH=$mechanism "$@" {others} || status=1
 # By tracepoint alone.
 tcplat run --probe dev_xmit --dry-run || status=1
 if [ -n "{headers}" ]; then
