@@ -17,6 +17,8 @@ from pathlib import Path
 import attrs
 import pytest
 
+import tcplat_core
+
 from .harness import (
     SLOW,
     TCPLAT,
@@ -261,23 +263,39 @@ def imports_s() -> float:
     return cpu_s() - before
 
 
-def quickest(limit: float, start_tcplat: Start, **how: object) -> str:
+def compiles_s() -> float:
+    """Processor time of a clang that compiles a file of ours, which is no BPF program."""
+    before = cpu_s()
+    source = Path(tcplat_core.__file__).parent / "deliver/fast/records.c"
+    subprocess.run(["clang", "-O2", "-c", source, "-o", "/dev/null"], check=True)
+    return cpu_s() - before
+
+
+def quickest(
+    limit: float,
+    start_tcplat: Start,
+    yardstick: Callable[[], float] = imports_s,
+    usual_s: float = 0.4,
+    **how: object,
+) -> str:
     """Start until it takes no longer than this at its best, at most eight times; the figures.
 
     A machine that is slow, or does other things as well, is not our fault, waiting for
-    nothing is: the limit is for one that imports what we depend on in 0.4 s.
+    nothing is: the limit is for one on which `yardstick` takes `usual_s`.
     """
-    walls, cpus, imports = [], [], []
+    walls, cpus, usual = [], [], []
     for _ in range(8):
-        imports.append(imports_s())
+        usual.append(yardstick())
         took = start_once(start_tcplat, **how)
         walls.append(took.wall)
         cpus.append(took.cpu)
-        slower = max(1, min(imports) / 0.4) * SLOW
+        slower = max(1, min(usual) / usual_s) * SLOW
         load = os.getloadavg()[0] / (os.cpu_count() or 1)
         if min(cpus) <= limit * slower and min(walls) <= limit * slower * max(1, load):
             return f"{min(walls):.2f} s, {min(cpus):.2f} s of CPU"
-    pytest.fail(f"at best {min(walls):.2f} s, {min(cpus):.2f} s of CPU, imports {min(imports):.2f}")
+    pytest.fail(
+        f"at best {min(walls):.2f} s, {min(cpus):.2f} s of CPU, the yardstick {min(usual):.2f}"
+    )
 
 
 def test_a_warm_start(start_tcplat: Start, measured: Callable[[str], None]) -> None:
@@ -287,11 +305,13 @@ def test_a_warm_start(start_tcplat: Start, measured: Callable[[str], None]) -> N
 
 def test_a_cold_start(start_tcplat: Start, measured: Callable[[str], None]) -> None:
     """With an empty cache: in a mount namespace of its own, so that nobody else's suffers."""
-    needs("unshare", "mount")
+    needs("unshare", "mount", "clang")
     Path("/var/cache/tcplat").mkdir(mode=0o700, parents=True, exist_ok=True)
     script = 'mount -t tmpfs -o mode=0700 none /var/cache/tcplat && exec "$@"'
     program = ("unshare", "--mount", "sh", "-c", script, "sh", *TCPLAT)
-    measured(f"start to ready, cold: {quickest(2.0, start_tcplat, program=program)}")
+    # Most of it is LLVM, whose speed is not that of imports: 9.5 clangs, and 12 are allowed.
+    took = quickest(2.0, start_tcplat, compiles_s, 2.0 / 12, program=program)
+    measured(f"start to ready, cold: {took}")
 
 
 def test_it_starts_without_a_cache(start_tcplat: Start) -> None:
