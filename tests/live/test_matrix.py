@@ -64,24 +64,15 @@ r.connect_ex((host, {closed})), r.close()
 
 
 @attrs.frozen
-class Script:
-    """Traffic: at `port` there is a listener, at `closed` there is none."""
-
-    ip: int
-    port: int
-    closed: int
-
-    def play(self, puppet: Callable[..., Puppet]) -> None:
-        """From the first connect until the client has closed all."""
-        server, client = puppet(), puppet()
-        values = {"ip": self.ip, "port": self.port, "connections": CONNECTIONS, "size": SIZE}
-        server(_SERVE.format(**values))
-        client(_CALL.format(**values, closed=self.closed, messages=MESSAGES))
-
-
-@attrs.frozen
 class Seen:
-    """The rows of a run, all its histograms, and the ports of one script."""
+    """All rows and histograms of a run, and the ports of one IP version.
+
+    Args:
+        rows: Of both versions.
+        histograms: Of both versions.
+        port: Of a listener.
+        closed: Nothing listens there.
+    """
 
     rows: list[Row]
     histograms: list[Row]
@@ -90,7 +81,9 @@ class Seen:
 
 
 def play(folder: Path, arguments: Arguments, complete: Complete) -> dict[int, Seen]:
-    """One run over the traffic of both IP versions, by IP version.
+    """Return what one run sees of the traffic of both IP versions, by IP version.
+
+    It lasts from the first connect until `complete`, which is asked for each version.
 
     Args:
         folder: For its files.

@@ -116,7 +116,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kernel", action="append", choices=known)
     parser.add_argument("--timeout", type=float, default=1500)
-    # A guest has two CPUs, and waits for one of them most of the time.
+    # A guest keeps little more than one CPU of the machine busy.
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="guests at a time")
     options = parser.parse_args(arguments)
     lines, bad = [], 0
