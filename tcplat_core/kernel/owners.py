@@ -21,6 +21,7 @@ from pathlib import Path
 import attrs
 
 from .netns import setns
+from .rights import lacking
 
 CLIENT, SERVER, LISTENER = 1, 2, 3
 """As TCPLAT_ROLE_* in include/tcplat/owner.bpf.h."""
@@ -146,28 +147,19 @@ class Hidden:
                 "rows have no pid, and -p, --comm and --cgroup leave them out, until it uses them: "
                 f"/proc/PID/fd cannot be read (of {self.processes})"
             )
-            said.append((fds, _lacking("CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH")))
+            said.append((fds, lacking("CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH")))
         if self.namespaces:
             entered = (
                 f"network namespaces that cannot be entered: {self.namespaces}; sockets in them "
                 "that are older than the run have no rows before they connect anew"
             )
-            said.append((entered, _lacking("CAP_SYS_ADMIN")))
+            said.append((entered, lacking("CAP_SYS_ADMIN")))
         return [
-            f"{what}; " + (f"it takes {lacking}" if lacking else "the host refuses root, too")
-            for what, lacking in said
-            if lacking or not mendable
+            f"{what}; "
+            + (f"it takes {' and '.join(missing)}" if missing else "the host refuses root, too")
+            for what, missing in said
+            if missing or not mendable
         ]
-
-
-_CAPABILITIES = {"CAP_DAC_READ_SEARCH": 2, "CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21}
-"""Bits, as in linux/capability.h."""
-
-
-def _lacking(*names: str) -> str:
-    status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
-    effective = int(status.split("CapEff:")[1].split()[0], 16)
-    return " and ".join(name for name in names if not effective >> _CAPABILITIES[name] & 1)
 
 
 def find(hidden: Hidden | None = None) -> list[Seed]:

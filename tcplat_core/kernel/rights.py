@@ -22,10 +22,27 @@ def refuse_without_capabilities() -> None:
 
 def may_load() -> bool:
     """Return whether this process has the capabilities to load and attach programs."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return not lacking("CAP_SYS_ADMIN") or not lacking("CAP_PERFMON", "CAP_BPF")
+
+
+_NUMBERS = {
+    "CAP_DAC_READ_SEARCH": 2,
+    "CAP_SYS_PTRACE": 19,
+    "CAP_SYS_ADMIN": 21,
+    "CAP_PERFMON": 38,
+    "CAP_BPF": 39,
+}
+"""As in linux/capability.h."""
+
+
+def lacking(*names: str) -> list[str]:
+    """Return those of these capabilities that are not effective in this process.
+
+    From /proc, unlike capabilities(): what asks here cannot work without it, and says so.
+    """
+    status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
     effective = int(status.split("CapEff:")[1].split()[0], 16)
-    sys_admin, perfmon, bpf_bit = (1 << 21), (1 << 38), (1 << 39)
-    return bool(effective & sys_admin) or effective & (perfmon | bpf_bit) == perfmon | bpf_bit
+    return [name for name in names if not effective >> _NUMBERS[name] & 1]
 
 
 CAP_VERSION_3 = 0x20080522

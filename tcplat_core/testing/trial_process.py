@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Self
 
 import attrs
@@ -15,6 +14,7 @@ import msgpack
 
 from tcplat_core.errors import TcplatError
 from tcplat_core.kernel.orphan import end_with
+from tcplat_core.kernel.rights import lacking
 from tcplat_core.run.privileges import SYSTEM_PATH
 
 
@@ -72,8 +72,6 @@ class Trial:
 
 def as_root() -> Trial | None:
     """One that may attach; None where this process may not."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    sys_admin = 1 << 21
-    if not int(status.split("CapEff:")[1].split()[0], 16) & sys_admin:
+    if lacking("CAP_SYS_ADMIN"):
         return None
     return Trial.start("attach")

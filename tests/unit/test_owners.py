@@ -245,7 +245,7 @@ def test_a_listening_socket_that_hears_one_device(stack: ExitStack) -> None:
 
 
 def test_what_could_not_be_seen_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(owners, "_lacking", lambda *names: " and ".join(names))
+    monkeypatch.setattr(owners, "lacking", lambda *names: list(names))
     assert owners.Hidden().sentences() == owners.Hidden(processes=3).sentences() == []
     fds, entered = owners.Hidden(processes=3, sockets=2, namespaces=1).sentences(mendable=True)
     assert "whose process is not known: 2;" in fds
@@ -256,7 +256,7 @@ def test_what_could_not_be_seen_is_said(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_root_may_not_see_either_is_no_matter_of_capabilities(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(owners, "_lacking", lambda *_: "")
+    monkeypatch.setattr(owners, "lacking", lambda *_: [])
     hidden = owners.Hidden(processes=1, sockets=1)
     assert hidden.sentences(mendable=True) == []
     assert hidden.sentences()[0].endswith("the host refuses root, too")
