@@ -108,42 +108,52 @@ class Commands(click.Group):
 _AGAIN_S = 0.5
 
 
+class _Termination:
+    """Raises TerminatedError for signals, and once more where it was lost on the way.
+
+    C code that looks something up in a dictionary clears what is raised meanwhile: msgspec's
+    decoders do, for keys whose __hash__ is Python.
+    """
+
+    def __init__(self, numbers: Iterable[int]) -> None:
+        self.numbers = [one for one in numbers if signal.getsignal(one) == signal.SIG_DFL]
+        self.error: TerminatedError | None = None
+        for number in self.numbers:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        for one in self.numbers:  # a second one ends it at once
+            signal.signal(one, signal.SIG_DFL)
+        self.error = TerminatedError(number)
+        signal.signal(signal.SIGALRM, self._again)
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN_S, _AGAIN_S)
+        raise self.error
+
+    def _again(self, _number: int, _frame: object) -> None:
+        error = sys.exc_info()[1]
+        while error is not None and error is not self.error:
+            error = error.__context__
+        if self.error and error is None:  # else it is under way: what is half done is being undone
+            raise self.error
+
+    def close(self) -> None:
+        """Leave the signals as they were."""
+        if self.error:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number in self.numbers:
+            if signal.getsignal(number) == self._on_signal:
+                signal.signal(number, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
-def terminated_in_order() -> Iterator[None]:  # noqa: C901 - handlers, and what they share
+def terminated_in_order() -> Iterator[None]:
     """Have SIGTERM and SIGHUP undo what is half done, and then end the process as they do.
 
     What a command has begun to write, or has drawn on the terminal, would stay. `run` and
     `replay` have ends of their own for these signals, and take them over.
     """
-    ours: list[int] = []
-    ending: list[TerminatedError] = []
-
-    def on_signal(number: int, _frame: object) -> None:
-        for one in ours:  # a second one ends it at once
-            signal.signal(one, signal.SIG_DFL)
-        ending.append(TerminatedError(number))
-        signal.signal(signal.SIGALRM, again)
-        signal.setitimer(signal.ITIMER_REAL, _AGAIN_S, _AGAIN_S)
-        raise ending[0]
-
-    # C code that looks something up in a dictionary clears what is raised meanwhile: msgspec's
-    # decoders do, for keys whose __hash__ is Python. What was lost is raised once more.
-    def again(_number: int, _frame: object) -> None:
-        error = sys.exc_info()[1]
-        while error is not None:
-            if error is ending[0]:
-                return  # it is on its way: what is half done is being undone
-            error = error.__context__
-        raise ending[0]
-
-    if threading.current_thread() is threading.main_thread():
-        ours += [
-            number
-            for number in (signal.SIGTERM, signal.SIGHUP)
-            if signal.getsignal(number) == signal.SIG_DFL
-        ]
-    for number in ours:
-        signal.signal(number, on_signal)
+    is_main = threading.current_thread() is threading.main_thread()
+    termination = _Termination((signal.SIGTERM, signal.SIGHUP) if is_main else ())
     try:
         yield
     except TerminatedError as error:
@@ -151,11 +161,7 @@ def terminated_in_order() -> Iterator[None]:  # noqa: C901 - handlers, and what 
             sys.stdout.flush()
         os.kill(os.getpid(), error.number)
     finally:
-        if ending:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        for number in ours:
-            if signal.getsignal(number) == on_signal:
-                signal.signal(number, signal.SIG_DFL)
+        termination.close()
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
