@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tcplat_core.errors import PluginError, ReaderGoneError, UsageError, blaming
+from tcplat_core.plugin.options import parse_choice, read_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 def chosen_probes(plugins: Plugins, texts: Sequence[str]) -> list[tuple[Any, Any]]:
     """The probes, each with its options."""
-    from tcplat_core.plugin.options import parse_choice, read_options  # noqa: PLC0415 - see __init__.py
-
     chosen: list[tuple[Any, Any]] = []
     for text in texts:
         name, given = parse_choice(text)
@@ -49,8 +48,7 @@ def chosen_sinks(
 
 
 def _sink(plugins: Plugins, text: str, run: RunInfo, others: Mapping[str, Sink]) -> Sink:
-    from tcplat_core.deliver.router import Unread  # noqa: PLC0415
-    from tcplat_core.plugin.options import parse_choice, read_options  # noqa: PLC0415 - see __init__.py
+    from tcplat_core.deliver.router import Unread  # noqa: PLC0415 - see __init__.py
 
     name, given = parse_choice(text)
     spec = plugins.sink(name)
@@ -80,8 +78,6 @@ def chosen_aggregation(
     plugins: Plugins, texts: Sequence[str], probes: Sequence[tuple[Any, Any]]
 ) -> tuple[Aggregation | None, bool]:
     """What the sinks want counted in the kernel, and whether any of them wants rows."""
-    from tcplat_core.plugin.options import parse_choice, read_options  # noqa: PLC0415 - see __init__.py
-
     asked: list[tuple[str, Aggregation]] = []
     events = False
     for text in texts:

@@ -11,6 +11,7 @@ from tcplat_core.cli import OWN
 from tcplat_core.errors import TcplatError, UsageError
 from tcplat_core.event import terminal
 from tcplat_core.registry.commands import Commands
+from tcplat_core.run.signals import stopped_early, unblock
 
 from .root import give_up_root
 
@@ -31,11 +32,9 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """Run the command line; every error that a user can cause is one sentence."""
-    from tcplat_core.run.signals import unblock  # noqa: PLC0415 - see __init__.py
-
     try:
         unblock()
-        # Handed over here: whoever calls a command in his own process keeps his rights.
+        # Passed here: a program that calls a command in its own process keeps its rights.
         cli.main(prog_name="tcplat", standalone_mode=False, obj=give_up_root)
     except TcplatError as error:
         terminal.say(str(error))
@@ -47,7 +46,5 @@ def main() -> NoReturn:
         terminal.say(f"{error.format_message()} (tcplat --help)")
         sys.exit(UsageError.exit_code)
     except (click.Abort, KeyboardInterrupt):  # the latter: it had been blocked, and was pending
-        from tcplat_core.run.signals import stopped_early  # noqa: PLC0415 - see __init__.py
-
         sys.exit(stopped_early(sys.argv[1:]))
     sys.exit(0)

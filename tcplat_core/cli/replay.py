@@ -11,6 +11,7 @@ import click
 from tcplat_core.errors import TcplatError
 from tcplat_core.event import terminal
 from tcplat_core.plugin.progress import Bar
+from tcplat_core.run.signals import NOTHING_REPLAYED, Signals
 
 from .chosen import chosen_sinks
 from .options import COUNT, QUIET, SINKS, filter_of, filter_options
@@ -66,7 +67,6 @@ def _replay(
     from tcplat_core.deliver.router import spare_the_collector  # noqa: PLC0415
     from tcplat_core.plugin.specs import RunInfo  # noqa: PLC0415
     from tcplat_core.registry.find import Plugins  # noqa: PLC0415
-    from tcplat_core.run.signals import NOTHING_REPLAYED, Signals  # noqa: PLC0415
 
     spare_the_collector()
     signals = Signals()

@@ -7,12 +7,11 @@ import sys
 from collections.abc import Callable
 
 from tcplat_core.event import terminal
+from tcplat_core.run import privileges
 
 
 def give_up_root(say: Callable[[str], None] = terminal.say) -> None:
     """Give up root, and say where that is not the user behind sudo."""
-    from tcplat_core.run import privileges  # noqa: PLC0415 - see __init__.py
-
     privileges.drop()
     uid = os.environ.get("SUDO_UID") or "0"
     if os.geteuid() == 0 and uid != "0":

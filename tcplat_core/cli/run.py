@@ -11,6 +11,7 @@ import click
 
 from tcplat_core.errors import EventsLostError, TcplatError, UsageError
 from tcplat_core.event import terminal
+from tcplat_core.run.signals import Signals
 
 from .chosen import chosen_aggregation, chosen_probes, chosen_sinks
 from .options import COUNT, QUIET, SINKS, Duration, Size, filter_of, filter_options
@@ -127,7 +128,6 @@ def _run(
 ) -> int:
     from tcplat_core.run.command import Command  # noqa: PLC0415 - see __init__.py
     from tcplat_core.run.loader import LoaderProcess  # noqa: PLC0415
-    from tcplat_core.run.signals import Signals  # noqa: PLC0415
 
     signals = Signals()
     signals.install()

@@ -1,4 +1,4 @@
-"""What a user is told of a run, on standard error."""
+"""Messages about a run, on standard error."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tcplat_core.event import terminal
 from tcplat_core.plugin.hookpoints import SKIPPED_FUNCS
+from tcplat_core.run.signals import NOTHING_RECORDED
 
 if TYPE_CHECKING:
     from tcplat_core.plugin.report import Counted, ProbeReport, RunReport
@@ -20,8 +21,6 @@ def tell(report: RunReport, *, dry_run: bool, quiet: bool) -> None:
     elif not quiet:
         summary(report)
     if not (report.probes or quiet):
-        from tcplat_core.run.signals import NOTHING_RECORDED  # noqa: PLC0415 - see __init__.py
-
         terminal.say(NOTHING_RECORDED)
 
 
