@@ -90,9 +90,18 @@ def words(error: BaseException) -> str:
 
 def named(error: BaseException) -> str:
     """The class of an exception, and the first line of what it says."""
-    name, said = type(error).__name__, words(error)
-    (line,) = said.splitlines()[:1] or [""]
-    return line if line == name or line.startswith(f"{name}: ") else f"{name}: {line}"
+    (line,) = words(error).splitlines()[:1] or [""]
+    return _with_class(error, line)
+
+
+def in_a_line(error: BaseException) -> str:
+    """The class of an exception, and all that it says."""
+    return _with_class(error, " ".join(words(error).split()))
+
+
+def _with_class(error: BaseException, said: str) -> str:
+    name = type(error).__name__
+    return said if said == name or said.startswith(f"{name}: ") else f"{name}: {said}"
 
 
 @contextlib.contextmanager

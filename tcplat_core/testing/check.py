@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import attrs
 
-from tcplat_core.errors import PluginError, TcplatError, is_the_users, words
+from tcplat_core.errors import PluginError, TcplatError, in_a_line, is_the_users
 from tcplat_core.plugin.options import Kind, Option, Options, read_options
 from tcplat_core.plugin.options import path as path_kind
 from tcplat_core.plugin.specs import ProbeSpec, SinkSpec
@@ -123,14 +123,14 @@ def of_the_plugin() -> Iterator[None]:
         yield
     except PluginError as error:
         if error.__cause__ is not None:
-            raise RaisedError(named(error.__cause__)) from error
+            raise RaisedError(in_a_line(error.__cause__)) from error
         raise NotChecked(str(error)) from error
     except TcplatError as error:
         raise NotChecked(str(error)) from error
     except BaseException as error:
         if is_the_users(error):
             raise
-        raise RaisedError(named(error)) from error
+        raise RaisedError(in_a_line(error)) from error
 
 
 Check = Callable[[Subject], None]
@@ -143,9 +143,3 @@ def is_path(option: Option, text: str) -> bool:
         return option.convert is path_kind
     metavars = {"FILE", "PATH", "DIR", "FOLDER", "DATABASE", "SOCKET"}
     return option.metavar in metavars or text.startswith(("/", "./", "../", "~"))
-
-
-def named(error: BaseException) -> str:
-    """An exception in a sentence, whatever its class makes of str()."""
-    name, said = type(error).__name__, " ".join(words(error).split())
-    return said if said == name or said.startswith(f"{name}: ") else f"{name}: {said}"

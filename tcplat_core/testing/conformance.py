@@ -14,11 +14,11 @@ from typing import Any
 
 import attrs
 
-from tcplat_core.errors import UsageError, is_the_users
+from tcplat_core.errors import UsageError, in_a_line, is_the_users
 from tcplat_core.plugin.options import Option, parse_choice
 from tcplat_core.registry.find import Plugins
 
-from .check import Check, Fault, NotChecked, Outcome, RaisedError, Subject, named
+from .check import Check, Fault, NotChecked, Outcome, RaisedError, Subject
 from .trial_process import Trial
 
 
@@ -45,9 +45,9 @@ def run(name: str, check: Check, subject: Subject) -> Outcome:
         if is_the_users(error):
             raise
         if not isinstance(error, Exception):  # the kit raises none of these
-            return Outcome(name, "failed", f"it raises {named(error)}: it must not")
+            return Outcome(name, "failed", f"it raises {in_a_line(error)}: it must not")
         # A fault of ours is not to be told as the plugin's.
-        why = f"the kit itself failed ({named(error)}): a fault of tcplat's, please report it"
+        why = f"the kit itself failed ({in_a_line(error)}): a fault of tcplat's, please report it"
         return Outcome(name, "not checked", why)
     return Outcome(name, "passed")
 
@@ -153,7 +153,7 @@ def _check_default(option: Option) -> None:
                 raise
             raise Fault(
                 f"the default of option {option.name}, {default!r}, does not convert "
-                f"({named(error)}): give one that the user could write"
+                f"({in_a_line(error)}): give one that the user could write"
             ) from error
         if value != default:
             raise Fault(
@@ -176,7 +176,7 @@ def _check_rubbish(option: Option) -> None:
             if is_the_users(error):
                 raise
             raise Fault(
-                f"option {option.name}={rubbish[:20]!r} raises {named(error)}: "
+                f"option {option.name}={rubbish[:20]!r} raises {in_a_line(error)}: "
                 "its converter has to raise ValueError, in words for the user"
             ) from error
 

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from tcplat_core.deliver.ring import Ring
-from tcplat_core.errors import PluginError, TcplatError, is_the_users
+from tcplat_core.errors import PluginError, TcplatError, in_a_line, is_the_users
 from tcplat_core.event.fields import Event, Moment, Wire, wires
 from tcplat_core.event.record import Record
 from tcplat_core.event.text import TCP_STATES
@@ -26,7 +26,7 @@ from tcplat_core.plugin.hookpoints import Hook, Interfaces, Way, reporting
 from tcplat_core.plugin.specs import ProbeSpec
 from tcplat_core.run.probe_run import fired_by, probe_request
 
-from .check import Check, Fault, NotChecked, Subject, named, of_the_plugin
+from .check import Check, Fault, NotChecked, Subject, of_the_plugin
 from .kernel import FakeRing
 from .rows import make_record
 from .trial_process import Trial
@@ -193,7 +193,7 @@ def _descriptions(subject: Subject) -> None:
             if is_the_users(error):
                 raise
             raise Fault(
-                f"describe() raises {named(error)} {where}, empty {empty}, flags {flags}: "
+                f"describe() raises {in_a_line(error)} {where}, empty {empty}, flags {flags}: "
                 "it has to have words for everything"
             ) from error
         if not isinstance(words, str) or not words.strip() or not words.isprintable():
@@ -230,7 +230,7 @@ def _round_trip(subject: Subject) -> None:
                     if is_the_users(error):
                         raise
                     raise Fault(
-                        f"{what} does not become a row ({named(error)}): "
+                        f"{what} does not become a row ({in_a_line(error)}): "
                         "its to= has to take every value that the kernel may give"
                     ) from error
                 try:
@@ -240,7 +240,7 @@ def _round_trip(subject: Subject) -> None:
                         raise
                     raise Fault(
                         f"{what} becomes {line.decode()[:200]}, which does not fit the field's "
-                        f"type ({named(error)}): to= gives something else than is declared"
+                        f"type ({in_a_line(error)}): to= gives something else than is declared"
                     ) from error
                 if again != row:
                     raise Fault(f"{what} is another one after JSON: {row} became {again}")

@@ -32,7 +32,7 @@ import attrs
 import msgpack
 
 from tcplat_core.deliver.router import Router, spare_the_collector
-from tcplat_core.errors import ReaderGoneError, TcplatError, is_the_users
+from tcplat_core.errors import ReaderGoneError, TcplatError, in_a_line, is_the_users
 from tcplat_core.event.fields import Event, Wire, fields
 from tcplat_core.event.text import text
 from tcplat_core.kernel.orphan import end_with
@@ -42,7 +42,7 @@ from tcplat_core.plugin.output import held_back
 from tcplat_core.plugin.report import HookReport, ProbeReport, RunReport
 from tcplat_core.plugin.specs import Loss, Merge, RunInfo, Sink, SinkSpec
 
-from .check import Check, Fault, NotChecked, Subject, named
+from .check import Check, Fault, NotChecked, Subject
 from .rows import make_event
 
 MANY = 1_000_000
@@ -348,7 +348,7 @@ def _child(
             with readers:
                 told["told"] = play(sink)
     except BaseException as error:  # noqa: BLE001 - SystemExit is the sink's fault, too
-        told["error"] = named(error)
+        told["error"] = in_a_line(error)
         told["ours"] = not any(error is one for one in _raised)
     finally:
         os.write(answer, msgpack.packb(told, default=str))
@@ -471,7 +471,7 @@ def _nulls(subject: Subject) -> None:
                     if is_the_users(error):
                         raise
                     which = names[0] if len(names) == 1 else "every field that may be"
-                    return f"{which} is null ({_stream(10)[number].point}): {named(error)}"
+                    return f"{which} is null ({_stream(10)[number].point}): {in_a_line(error)}"
         sink.close(_REPORT)
         return ""
 
@@ -619,7 +619,7 @@ def _close_twice(subject: Subject) -> None:
         except BaseException as error:
             if is_the_users(error):
                 raise
-            return named(error)
+            return in_a_line(error)
         return ""
 
     error = _run(subject, play).fine().told
