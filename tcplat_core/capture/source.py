@@ -28,7 +28,7 @@ class Source:
     Args:
         fd: Open for reading.
         name: As the user calls it.
-        size: Bytes of a file; 0 where nobody knows.
+        size: Bytes of a file; 0 if it is not known.
     """
 
     fd: int
@@ -55,7 +55,7 @@ class Source:
                     raise UsageError("there is no standard input")
                 fd = sys.stdin.fileno()
                 return cls(fd, "standard input", os.fstat(fd).st_size)
-            # Without O_NONBLOCK a FIFO that nobody writes would keep us here, deaf to Ctrl-C.
+            # Without O_NONBLOCK, opening a FIFO without a writer blocks, and Ctrl-C has no effect.
             fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             os.set_blocking(fd, True)
             status = os.fstat(fd)

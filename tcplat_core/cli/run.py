@@ -102,7 +102,7 @@ def run(**arguments: Any) -> None:
         wanted,
         cgroup=cgroup and cgroup_path(cgroup),
         cgroup_id=Path(cgroup).stat().st_ino if cgroup else 0,
-        # Now, while we are root: another user's namespace is visible to nobody else.
+        # Now: only root can open the namespace of another user's process.
         netns=inode(netns) if netns else 0,
         netns_at=netns,
     )

@@ -80,7 +80,7 @@ def defines(options: Options) -> dict[str, int | str]:
     """What the C is compiled for.
 
     Raises:
-        CannotRunError: min_rto_us= is given, and nobody knows the kernel's HZ.
+        CannotRunError: min_rto_us= is given, and the kernel's HZ is not known.
     """
     hz = kernel_hz()
     if hz is None and options["min_rto_us"]:
