@@ -13,9 +13,9 @@ from .words import json_text
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(*, as_json: bool) -> None:
-    """What this host can run, and how to mend what it cannot."""
+    """Show what this host can run, and how to fix what it cannot."""
     from . import host_checks  # noqa: PLC0415 - see __init__.py
 
     checks, probes = host_checks.examine()

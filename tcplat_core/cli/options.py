@@ -62,12 +62,12 @@ SINKS = click.option(
     multiple=True,
     default=["table"],
     metavar="NAME[:k=v,...]",
-    help="What becomes of the rows; repeatable.  [default: table]",
+    help="Where to send rows; repeatable.  [default: table]",
 )
 COUNT = click.option(
-    "-n", "--count", type=click.IntRange(min=1), default=None, help="End after so many rows."
+    "-n", "--count", type=click.IntRange(min=1), default=None, help="End after this many rows."
 )
-QUIET = click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
+QUIET = click.option("-q", "--quiet", is_flag=True, help="Print only errors on stderr.")
 _FILTER_OPTIONS = (
     click.option(
         "-p",
@@ -75,20 +75,20 @@ _FILTER_OPTIONS = (
         "pids",
         multiple=True,
         metavar="PID",
-        help="Only sockets of this process; repeatable, or a list: 12,34 or 12+34.",
+        help="Only sockets of this process; repeatable, or a list: 12,34.",
     ),
     click.option(
         "--comm",
         default=None,
         metavar="NAME",
-        help="Only sockets of processes of this name; NAME* for a beginning.",
+        help="Only sockets of processes with this name; NAME* matches a prefix.",
     ),
     click.option(
         "--port",
         "ports",
         multiple=True,
         metavar="PORT",
-        help="Only this port, on either side; repeatable, or a list: 80,443 or 80+443.",
+        help="Only this port, local or remote; repeatable, or a list: 80,443.",
     ),
     click.option("--lport", "lports", multiple=True, metavar="PORT", help="Only this local port."),
     click.option("--rport", "rports", multiple=True, metavar="PORT", help="Only this remote port."),
@@ -97,7 +97,7 @@ _FILTER_OPTIONS = (
         "networks",
         multiple=True,
         metavar="CIDR",
-        help="Only this address or network, on either side; repeatable.",
+        help="Only this address or network, local or remote; repeatable.",
     ),
     click.option("-4", "ip4", is_flag=True, help="Only IPv4."),
     click.option("-6", "ip6", is_flag=True, help="Only IPv6."),
@@ -105,7 +105,7 @@ _FILTER_OPTIONS = (
         "--min-latency",
         type=Duration(),
         default=0.0,
-        help="Leave out rows whose duration is shorter.",
+        help="Skip rows with a shorter duration.",
     ),
 )
 """What `run` has the kernel leave out, and `replay` leaves out itself."""

@@ -18,14 +18,14 @@ from .words import json_text
 
 @click.group()
 def plugins() -> None:
-    """What there is to choose from."""
+    """List, check, show and create probes and sinks."""
 
 
 @plugins.command("list")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def plugins_list(give_up_root: Callable[[], None] | None, *, as_json: bool) -> None:
-    """All probes, sinks and plugins' commands, broken ones included."""
+    """List all probes, sinks and plugins' commands, broken ones included."""
     from tcplat_core.registry import commands  # noqa: PLC0415 - see __init__.py
     from tcplat_core.registry.find import Found, Plugins  # noqa: PLC0415
 
@@ -53,13 +53,13 @@ def plugins_list(give_up_root: Callable[[], None] | None, *, as_json: bool) -> N
 
 @plugins.command("check")
 @click.argument("choice", metavar="NAME[:k=v,...]")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def plugins_check(give_up_root: Callable[[], None] | None, choice: str, *, as_json: bool) -> None:
-    """Whether a probe or sink keeps what plugins promise.
+    """Check that a probe or sink keeps the rules for plugins.
 
-    Most of it needs no root. With root a probe is also loaded and attached, in a
-    network namespace of its own. Exits with 1 if a check failed.
+    Most checks need no root. As root, a probe is also loaded and attached, in a
+    network namespace of its own. Exits with status 1 if a check failed.
     """
     from tcplat_core.testing import conformance, trial_process  # noqa: PLC0415 - see __init__.py
 
@@ -83,14 +83,14 @@ def plugins_check(give_up_root: Callable[[], None] | None, choice: str, *, as_js
 @click.option(
     "--kind",
     type=click.Choice(["probe", "sink"]),
-    help="Which, where a probe and a sink have one name.",
+    help="Needed if a probe and a sink have the same name.",
 )
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def plugins_show(
     give_up_root: Callable[[], None] | None, *, name: str, kind: str | None, as_json: bool
 ) -> None:
-    """What a probe or sink is, and how this host would run it."""
+    """Show a probe or sink, and how this host would run it."""
     from tcplat_core.registry import show  # noqa: PLC0415 - see __init__.py
     from tcplat_core.registry.find import Plugins  # noqa: PLC0415
 
@@ -107,12 +107,12 @@ def plugins_show(
 @plugins.command("new")
 @click.argument("kind", type=click.Choice(["probe", "sink"]))
 @click.argument("name")
-@click.option("--dir", "folder", default=".", metavar="DIR", help="Where to.  [default: .]")
+@click.option("--dir", "folder", default=".", metavar="DIR", help="Parent folder.  [default: .]")
 @click.pass_obj
 def plugins_new(
     give_up_root: Callable[[], None] | None, *, kind: str, name: str, folder: str
 ) -> None:
-    """A project of your own, tcplat-NAME, with a probe or sink that works."""
+    """Create the project tcplat-NAME, with a probe or sink that works."""
     from tcplat_core.registry import new  # noqa: PLC0415 - see __init__.py
 
     if give_up_root:

@@ -35,14 +35,17 @@ if TYPE_CHECKING:
 )
 @filter_options
 @click.option(
-    "--netns", default="", metavar="NS", help="Only this network namespace: its number, or a name."
+    "--netns",
+    default="",
+    metavar="NS",
+    help="Only this network namespace: its inode number, or a name.",
 )
 @COUNT
 @QUIET
 def replay(capture: str, **arguments: Any) -> None:
-    """Feed a capture to sinks: JSON lines or msgpack, from a file, a pipe or a socket.
+    """Send the rows of a capture to sinks: JSON lines or msgpack, from a file, pipe or socket.
 
-    Needs neither root nor a kernel. What is damaged is left out, and said.
+    Needs no root and no BPF. Damaged lines are skipped, counted and reported.
     """
     from tcplat_core.kernel.netns import netns_recorded  # noqa: PLC0415 - see __init__.py
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     multiple=True,
     required=True,
     metavar="NAME[:k=v,...]",
-    help="What to observe; repeatable.",
+    help="Probe to attach; repeatable.",
 )
 @SINKS
 @filter_options
@@ -47,46 +47,50 @@ if TYPE_CHECKING:
     "--netns",
     default="",
     metavar="NS",
-    help="Only this network namespace, interfaces too: a name, a process id or a path.",
+    help="Only sockets and interfaces of this network namespace: a name, a pid or a path.",
 )
 @click.option(
     "--attach",
     type=click.Choice(["auto", "fentry", "kprobe", "tracepoint"]),
     default="auto",
     show_default=True,
-    help="How to listen; anything but auto is mandatory.",
+    help="Mechanism to use. auto: the first that works, for each hook point.",
 )
-@click.option("-d", "--duration", type=Duration(), default=0.0, help="End after so long.")
+@click.option("-d", "--duration", type=Duration(), default=0.0, help="End after this time.")
 @COUNT
-@click.option("--ready-file", metavar="PATH", help="Made once everything is attached.")
+@click.option("--ready-file", metavar="PATH", help="Create PATH when all probes are attached.")
 @click.option(
     "--hold",
     type=Duration(),
     default=0.003,
-    help="How long a row waits for an older one that an interrupt delayed; "
-    "more than the 3ms of the default on a slow virtual machine.",
+    help="How long a row is held back so that an older one, delayed by an interrupt, comes "
+    "first; default 3ms, more on a slow virtual machine.",
 )
 @click.option(
     "--ring-size",
     type=Size(),
     default=1 << 23,
     metavar="BYTES",
-    help="Of each probe's ring, a power of two: 4K to 1G.  [default: 8M]",
+    help="Size of each probe's ring buffer, a power of two: 4K to 1G.  [default: 8M]",
 )
-@click.option("--fail-on-loss", is_flag=True, help="Exit 5 if an event was lost.")
+@click.option("--fail-on-loss", is_flag=True, help="Exit with status 5 if an event was lost.")
 @QUIET
-@click.option("--dry-run", is_flag=True, help="Compile, load, attach, detach; say by what.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Attach and detach, print the mechanism of each hook point, and exit.",
+)
 @click.option(
     "--debug",
     is_flag=True,
-    help="Show the C as compiled, what compiler and verifier say, and our programs' own lines.",
+    help="Show the C code, the output of compiler and verifier, and what the programs print.",
 )
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def run(**arguments: Any) -> None:
-    """Attach probes and deliver what they see to sinks.
+    """Attach probes and send their rows to sinks.
 
-    After -- comes a command to trace, with its children: the run ends with it,
-    and has its exit status.
+    A command after -- is traced with its children. The run ends when the command
+    ends, with its exit status.
     """
     from tcplat_core.kernel.netns import inode  # noqa: PLC0415
     from tcplat_core.loader.filter import cgroup_path  # noqa: PLC0415 - see __init__.py

@@ -182,7 +182,7 @@ bad = Bad("bad")
 
 def test_no_plugin_takes_the_place_of_a_command_of_ours(install: Install) -> None:
     install("thief", GOOD, "replay = thief:greet")
-    assert "Feed a capture to sinks" in ran("replay", "--help").output
+    assert "Send the rows of a capture to sinks" in ran("replay", "--help").output
     (line,) = [line for line in ran("plugins", "list").output.splitlines() if "thief" in line]
     assert "there is a command of this name already" in line
 

@@ -1,11 +1,11 @@
-"""The commands' own words. What they need is imported when they are called: --help is quick."""
+"""The commands. What they need is imported when they are called, so that --help is quick."""
 
 from __future__ import annotations
 
 import click
 
 _CAPTURE = "FILE|unix:PATH|tcp:HOST:PORT|-"
-_QUIET = click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
+_QUIET = click.option("-q", "--quiet", is_flag=True, help="Print only errors on stderr.")
 
 
 @click.command()
@@ -17,30 +17,30 @@ _QUIET = click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but
     type=click.Choice(["html", "perfetto"]),
     default="html",
     show_default=True,
-    help="One page to look at, or a trace for ui.perfetto.dev.",
+    help="One HTML page, or a trace for ui.perfetto.dev.",
 )
 @click.option(
     "--slow",
     type=click.IntRange(1, 1000),
     default=50,
     show_default=True,
-    help="So many of the slowest requests are shown one by one.",
+    help="How many of the slowest requests to show one by one.",
 )
 @click.option(
     "--connections",
     type=click.IntRange(1, 20_000),
     default=2000,
     show_default=True,
-    help="So many connections stand in the table: those with the slowest requests.",
+    help="How many connections to list: those with the slowest requests.",
 )
 @_QUIET
 def report(
     capture: str, output: str, form: str, slow: int, connections: int, *, quiet: bool
 ) -> None:
-    """A capture as one page, or as a trace.
+    """Make one HTML page, or a trace, of a capture.
 
-    The page needs no network: latency over time, stages, the slowest requests, connections
-    and their packets. Needs neither root nor a kernel.
+    The page shows latency over time, stages, the slowest requests, connections and their
+    packets, and works offline. Needs no root and no BPF.
     """
     from .report import write_report  # noqa: PLC0415 - see the top
 
@@ -55,15 +55,15 @@ def report(
     "conditions",
     multiple=True,
     metavar="STAGE.PCT:LIMIT",
-    help="Exit 1 if it surely changed by more: queue.p99:+10%, total.p50:+2ms; unanswered:+0 "
-    "if more requests had no reply; repeatable.",
+    help="Exit with status 1 if the whole confidence interval of a change is beyond LIMIT: "
+    "queue.p99:+10%, total.p50:+2ms, or unanswered:+0 (more requests without a reply); repeatable.",
 )
 @click.option(
     "--group-by",
     default="none",
     show_default=True,
     metavar="NAME[+NAME]",
-    help="Compare process, remote or port, each by itself.",
+    help="Compare each process, remote address or port by itself.",
 )
 @click.option(
     "--format",
@@ -71,9 +71,9 @@ def report(
     type=click.Choice(["text", "json"]),
     default="text",
     show_default=True,
-    help="A table, or one JSON object a line.",
+    help="A table, or one JSON object per line.",
 )
-@click.option("--seed", type=int, default=1, show_default=True, help="Of the random numbers.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Seed of the random numbers.")
 @_QUIET
 def diff(
     base: str,
@@ -85,9 +85,9 @@ def diff(
     *,
     quiet: bool,
 ) -> None:
-    """What changed from one capture to another, stage by stage, and how sure that is.
+    """Show what changed between two captures, stage by stage, with confidence intervals.
 
-    Exit status 1 if a --fail-on is met; too little data never fails, and is said.
+    Exits with status 1 if a --fail-on is met. Too little data is reported and never fails.
     """
     from .diff import compare  # noqa: PLC0415 - see the top
 
@@ -102,10 +102,10 @@ def diff(
 )
 @_QUIET
 def merge(first: str, second: str, output: str, *, quiet: bool) -> None:
-    """Captures of two hosts as one, by the clock of A's.
+    """Join the captures of two hosts, by the clock of A.
 
-    How far the clocks are apart follows from the packets that both hosts saw, and the bound
-    of it is told. Both files are read twice.
+    The offset of the clocks is bounded by packets that both hosts saw; the bound is printed.
+    Both files are read twice.
     """
     from .merge import join_captures  # noqa: PLC0415 - see the top
 
