@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     "--netns",
     default="",
     metavar="NS",
-    help="Only this network namespace: its inode number, or a name.",
+    help="Only this network namespace: inode number or name.",
 )
 @COUNT
 @QUIET
