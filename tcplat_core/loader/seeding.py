@@ -16,7 +16,9 @@ from .filter import Filter
 # Layouts of include/tcplat/owner.bpf.h.
 _SEED = struct.Struct("=QIBBBB16s")
 _PORT = struct.Struct("=16sIHBx")
-_LISTENER = struct.Struct("=IIBB6x8x16s")
+_LISTENER = struct.Struct("=IIBBB5xQQ8x16s")
+_SERVED_BY = struct.Struct("=II")
+_SERVICE = struct.Struct("=8xBB6x16s")
 _ADDRS = struct.Struct("=16s16sIHHB7x")
 _FLOW = struct.Struct("=QQ")
 _OLDER = 1 << 31
@@ -32,7 +34,7 @@ _Wants = Callable[[int, bytes], bool]
 def fill(maps: Mapping[str, int], seeds: Sequence[Seed], wanted: Filter, room: int) -> None:
     """Enter the sockets into tcplat_seeds, tcplat_flows, tcplat_listeners and tcplat_served.
 
-    And the processes that listen into tcplat_listening.
+    And the processes that listen into tcplat_listening and tcplat_services.
 
     Args:
         maps: Name -> fd.
@@ -55,7 +57,7 @@ def fill(maps: Mapping[str, int], seeds: Sequence[Seed], wanted: Filter, room: i
         owner = (seed.pid, int(wants(seed.pid, comm)), int(asks(seed.pid, b"")), comm)
         if seed.waiting:  # it is its listener's
             found = (listeners.get(_port(seed.netns, place)) for place in seed.accepted_at)
-            owner = next((one[0] for one in found if one), owner)
+            owner = next((one.owner for one in found if one), owner)
             if served[seed.lport] == _SERVED_BY_DEVICE:
                 owner = (0, owner[1], 0, b"")
         pid, is_wanted, asked, comm = owner
@@ -67,15 +69,20 @@ def fill(maps: Mapping[str, int], seeds: Sequence[Seed], wanted: Filter, room: i
         ip = 4 if seed.remote.startswith(_MAPPED) else 6
         addrs = (seed.local, seed.remote, seed.netns, seed.lport, seed.rport, ip)
         flows[_ADDRS.pack(*addrs)] = _FLOW.pack(0, seed.cookie)
-    entries = [
-        (port, _LISTENER.pack(pid, users, is_wanted, asked, comm))
-        for port, ((pid, is_wanted, asked, comm), users) in listeners.items()
-    ]
+    services: dict[bytes, bytes] = {}
+    for seed in seeds:
+        if seed.role == LISTENER and seed.pid:
+            comm = seed.comm[:15]
+            key = _SERVED_BY.pack(seed.pid, seed.lport)
+            services[key] = _SERVICE.pack(wants(seed.pid, comm), asks(seed.pid, b""), comm)
     bpf.map_update_many(maps["tcplat_seeds"], list(by_cookie.items())[:room])
     # One that began since our programs are attached is known, and found by its entry.
     bpf.map_insert_many(maps["tcplat_flows"], list(flows.items())[:room])
     _enter_listening(maps["tcplat_listening"], {one.pid for one in seeds if one.role == LISTENER})
-    bpf.map_update_many(maps["tcplat_listeners"], entries)
+    bpf.map_update_many(maps["tcplat_services"], list(services.items()))
+    bpf.map_update_many(
+        maps["tcplat_listeners"], [(port, one.packed()) for port, one in listeners.items()]
+    )
     bpf.map_update_many(
         maps["tcplat_served"],
         [(struct.pack("=I", port), bytes([how])) for port, how in sorted(served.items())],
@@ -97,21 +104,43 @@ def _port(netns: int, place: Place) -> bytes:
     return _PORT.pack(local, netns, lport, ip)
 
 
-def _listeners(
-    seeds: Sequence[Seed], wants: _Wants, asks: _Wants
-) -> dict[bytes, tuple[_Owner, int]]:
-    """Who accepts at each port, and how many sockets listen there."""
-    found: dict[bytes, tuple[_Owner, int]] = {}
+@attrs.define
+class _Listener:
+    """Who accepts at a port.
+
+    Args:
+        owner: Its process, or none where there are several.
+        pids: Of the sockets that listen there, one each.
+        inherited: Several processes hold one of these sockets.
+    """
+
+    owner: _Owner
+    pids: list[int] = attrs.field(factory=list)
+    inherited: bool = False
+
+    def packed(self) -> bytes:
+        pid, is_wanted, asked, comm = self.owner
+        squares = sum(one * one for one in self.pids)
+        flags = (is_wanted, asked, int(self.inherited))
+        return _LISTENER.pack(pid, len(self.pids), *flags, sum(self.pids), squares, comm)
+
+
+def _listeners(seeds: Sequence[Seed], wants: _Wants, asks: _Wants) -> dict[bytes, _Listener]:
+    """Who accepts at each port."""
+    found: dict[bytes, _Listener] = {}
     for seed in seeds:
         if seed.role != LISTENER:
             continue
         pid, comm = (0, b"") if seed.others else (seed.pid, seed.comm[:15])
-        port = _port(seed.netns, seed.listens_at)
         asked = int(asks(pid, b""))
-        (known, all_wanted, _, comm), users = found.get(port, ((pid, 1, asked, comm), 0))
+        port = _port(seed.netns, seed.listens_at)
+        listener = found.setdefault(port, _Listener((pid, 1, asked, comm)))
+        known, all_wanted, _, comm = listener.owner
         all_wanted &= all(
             wants(one, name[:15]) for one, name in ((seed.pid, seed.comm), *seed.others)
         )
-        owner = (pid, all_wanted, asked, comm) if known == pid else (0, all_wanted, 0, b"")
-        found[port] = (owner, users + 1)
+        same = known == pid
+        listener.owner = (pid, all_wanted, asked, comm) if same else (0, all_wanted, 0, b"")
+        listener.pids.append(seed.pid)
+        listener.inherited |= bool(seed.others)
     return found

@@ -469,6 +469,123 @@ def test_what_comes_for_a_listener_whose_process_has_gone_is_nobodys_until_it_is
     assert accept["pid"] == child
 
 
+# One of a group: it listens at the port that the others have, too, or at any.
+JOIN = """
+{name} = socket.socket()
+{name}.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+{name}.bind(("127.0.0.1", {port}))
+{name}.listen()
+{name}.getsockname()[1]
+"""
+
+
+def join(puppet: Puppet, port: int = 0, name: str = "listening") -> int:
+    return int(puppet(JOIN.format(name=name, port=port)))
+
+
+def before_accept(rows: list[Row], sport: int) -> list[Row]:
+    """Rows of a connection while it waits; all of them where it still does."""
+    mine = [row for row in rows if sport in (row["sport"], row["dport"])]
+    accepts = at(mine, "accept")
+    return mine[: mine.index(accepts[0])] if accepts else mine
+
+
+def assert_waits_for(rows: list[Row], sport: int, owner: Puppet | None) -> None:
+    """Whose a connection is before it is accepted."""
+    waiting = before_accept(rows, sport)
+    assert {row["point"] for row in waiting} >= {"rx_ip", "rx_tcp", "state", "ready"}
+    pid = owner and owner.pid
+    comm = owner and Path(f"/proc/{pid}/comm").read_text().strip()
+    assert {(row["pid"], row["comm"]) for row in waiting} == {(pid, comm)}
+
+
+def ask(client: Puppet, port: int) -> int:
+    """Connect and send; the port that it comes from."""
+    client(f"s = socket.create_connection(('127.0.0.1', {port})); s.sendall(b'x')")
+    return int(client("s.getsockname()[1]"))
+
+
+def waits(sport: int) -> Callable[[list[Row]], bool]:
+    return lambda rows: bool(at(before_accept(rows, sport), "ready"))
+
+
+@pytest.mark.parametrize("older", [True, False])
+@pytest.mark.parametrize("sockets", [1, 3])
+def test_the_last_process_of_a_reuseport_group_is_the_owner(
+    older: bool,  # noqa: FBT001 - a parameter of the test
+    sockets: int,
+    running_tcplat: Start,
+    puppet: StartPuppet,
+) -> None:
+    leaves, stays, client = puppet(), puppet(), puppet()
+    run = None if older else running_tcplat(probes=("tcp_service",))
+    port = join(leaves)
+    for number in range(sockets):
+        join(stays, port, f"listening{number}")
+    run = run or running_tcplat(probes=("tcp_service",))
+    shared = ask(client, port)
+    run.wait_for("it waited", waits(shared))
+    leaves.end()
+    alone = ask(client, port)
+    rows = run.wait_for("it waited", waits(alone))
+    assert_waits_for(rows, shared, None)
+    assert_waits_for(rows, alone, stays)
+    # And with another one it is not known again.
+    join(leaves := puppet(), port)
+    shared = ask(client, port)
+    assert_waits_for(run.wait_for("it waited", waits(shared)), shared, None)
+    run.stop()
+
+
+def test_the_last_process_of_a_reuseport_group_is_traced(
+    running_tcplat: Start, puppet: StartPuppet
+) -> None:
+    leaves, stays, client = puppet(), puppet(), puppet()
+    run = running_tcplat("-p", str(stays.pid), probes=("tcp_service",))
+    port = join(leaves)
+    join(stays, port)
+    leaves.end()
+    alone = ask(client, port)
+    assert_waits_for(run.wait_for("it waited", waits(alone)), alone, stays)
+    run.stop()
+
+
+# A child that accepts one connection from a socket that it has inherited, and says so.
+INHERIT = """
+import ctypes
+accepted = os.pipe()
+child = os.fork()
+if not child:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    peer, _ = listening.accept()
+    os.write(accepted[1], b"x")
+    signal.pause()
+child
+"""
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_a_reuseport_group_whose_last_socket_a_child_accepts_from_has_no_owner(
+    older: bool,  # noqa: FBT001 - a parameter of the test
+    running_tcplat: Start,
+    puppet: StartPuppet,
+) -> None:
+    leaves, stays, client = puppet(), puppet(), puppet()
+    run = None if older else running_tcplat(probes=("tcp_service",))
+    port = join(leaves)
+    join(stays, port)
+    stays(INHERIT)
+    run = run or running_tcplat(probes=("tcp_service",))
+    # The kernel chooses by addresses: half of them are for the child's socket.
+    client(f"many = [socket.create_connection(('127.0.0.1', {port})) for _ in range(40)]")
+    stays("os.read(accepted[0], 1)")
+    leaves.end()
+    alone = ask(client, port)
+    assert_waits_for(run.wait_for("it waited", waits(alone)), alone, None)
+    run.stop()
+    stays("os.kill(child, signal.SIGKILL); os.waitpid(child, 0)")
+
+
 # A process that listens by MPTCP, and its child, which serves one connection.
 MPTCP = """
 import ctypes

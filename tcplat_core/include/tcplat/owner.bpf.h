@@ -130,11 +130,14 @@ struct tcplat_port {
 } __attribute__((aligned(8)));
 
 struct tcplat_listener {
-	u32 pid;   /* 0 where several processes accept: nobody can know which one will */
-	u32 users; /* sockets that listen there (SO_REUSEPORT) */
-	u8 wanted; /* whoever accepts */
-	u8 asked;  /* as in tcplat_sock */
-	u8 pad[6];
+	u32 pid;      /* 0 where several processes accept: nobody can know which one will */
+	u32 users;    /* sockets that listen there (SO_REUSEPORT) */
+	u8 wanted;    /* whoever accepts */
+	u8 asked;     /* as in tcplat_sock */
+	u8 inherited; /* 1: a process accepts that did not call listen() there */
+	u8 pad[5];
+	u64 pids;    /* of the users: the sum of the pids that called listen() ... */
+	u64 squares; /* ... and of their squares: together they tell whether all are one process */
 	u64 born_ns; /* when that process began; 0: it listened before the run */
 	char comm[16] __attribute__((aligned(8)));
 };
@@ -146,6 +149,28 @@ struct tcplat_listener {
  * Deleted by tcplat_withdraw() with the last user.
  */
 BPF_TABLE("hash", struct tcplat_port, struct tcplat_listener, tcplat_listeners, 16384);
+
+struct tcplat_served_by {
+	u32 pid;
+	u32 port;
+};
+
+struct tcplat_service {
+	u64 born_ns; /* as in tcplat_listener */
+	u8 wanted;
+	u8 asked;
+	u8 pad[6];
+	char comm[16] __attribute__((aligned(8)));
+};
+
+/*
+ * Process and port -> struct tcplat_service, of processes that called listen() there.
+ *
+ * Who of a group of SO_REUSEPORT is left when the others have gone. Inserted by tcplat_listen(),
+ * and by the loader for what listened before. Never deleted: the one that was used least recently
+ * makes room, and then the owner stays unknown.
+ */
+BPF_TABLE("lru_hash", struct tcplat_served_by, struct tcplat_service, tcplat_services, 4096);
 
 /* Of a key of tcplat_listening: a process that listened before the run; when it began is not known. */
 #define TCPLAT_OLDER 0x80000000
@@ -623,6 +648,48 @@ tcplat_port_of(const struct sock *sk, const struct tcplat_addrs *own)
 	return port;
 }
 
+/* A socket joins those that listen at a port, or leaves them (`sign` -1). */
+static __always_inline void tcplat_count_user(struct tcplat_listener *listener, u64 pid, s64 sign)
+{
+	lock_xadd(&listener->pids, pid * sign);
+	lock_xadd(&listener->squares, pid * pid * sign);
+	/* Last: who sees the number sees the sums. */
+	lock_xadd(&listener->users, (u32)sign);
+}
+
+/*
+ * A socket does not listen at `port` any more. Where all that are left are one process's, that one
+ * will accept. How many are left.
+ */
+static __always_inline u32 tcplat_leave(struct tcplat_listener *listener, u16 port, u32 pid)
+{
+	struct tcplat_served_by key = {.port = port};
+	struct tcplat_service *left;
+	u32 users;
+
+	tcplat_count_user(listener, pid, -1);
+	users = *(volatile u32 *)&listener->users;
+	if (!users || listener->pid || listener->inherited)
+		return users;
+	key.pid = listener->pids / users;
+	/* The mean of the squares is the square of the mean: all of them are equal. */
+	if (!key.pid || listener->pids != (u64)key.pid * users ||
+	    listener->squares != (u64)key.pid * key.pid * users)
+		return users;
+	left = tcplat_services.lookup(&key);
+	if (!left)
+		return users;
+	__builtin_memcpy(listener->comm, left->comm, sizeof(listener->comm));
+	listener->born_ns = left->born_ns;
+	listener->wanted = left->wanted;
+	listener->asked = left->asked;
+	*(volatile u32 *)&listener->pid = key.pid;
+	/* Another has come, on another CPU, and may have cleared it before it was set. */
+	if (*(volatile u32 *)&listener->users != users)
+		*(volatile u32 *)&listener->pid = 0;
+	return users;
+}
+
 /* Neither packets nor children find the socket any more by the addresses that it had. */
 static __always_inline void tcplat_withdraw(const struct sock *sk, struct tcplat_sock *s)
 {
@@ -644,11 +711,8 @@ static __always_inline void tcplat_withdraw(const struct sock *sk, struct tcplat
 		struct tcplat_port port = tcplat_port_of(sk, &s->addrs);
 
 		listener = tcplat_listeners.lookup(&port);
-		if (listener) {
-			lock_xadd(&listener->users, -1);
-			if (!*(volatile u32 *)&listener->users)
-				tcplat_listeners.delete(&port);
-		}
+		if (listener && !tcplat_leave(listener, port.port, s->owner.task >> 32))
+			tcplat_listeners.delete(&port);
 	} else {
 		addrs = s->addrs;
 		addrs.lane = lane;
@@ -850,11 +914,33 @@ static __always_inline void tcplat_serve(u16 port, u8 how)
 		*served = how;
 }
 
+/* The owner of this socket, the current process, has called listen() at `port`. */
+static __always_inline void tcplat_serves(const struct tcplat_sock *s, u16 port)
+{
+	struct tcplat_served_by key = {.pid = s->owner.task >> 32, .port = port};
+	struct tcplat_service service = {.born_ns = s->born_ns, .wanted = s->wanted, .asked = s->asked};
+
+	__builtin_memcpy(service.comm, s->owner.comm, sizeof(service.comm));
+	tcplat_services.update(&key, &service);
+}
+
+/* Whether it has, if it is the current process that owns `s`, a connection which it accepted. */
+static __always_inline bool tcplat_is_serving(const struct tcplat_sock *s)
+{
+	struct tcplat_served_by key = {.pid = s->owner.task >> 32, .port = s->addrs.sport};
+	struct tcplat_service *service = tcplat_services.lookup(&key);
+	u32 older = key.pid | TCPLAT_OLDER;
+
+	if (!service)
+		return false;
+	return service->born_ns ? service->born_ns == s->born_ns : !!tcplat_listening.lookup(&older);
+}
+
 /* A socket begins to listen, in the process that asks for it. */
 static __always_inline struct tcplat_sock *tcplat_listen(const struct sock *sk)
 {
 	struct tcplat_sock *s = tcplat_learn(sk, TCPLAT_ROLE_LISTENER);
-	struct tcplat_listener *old, fresh = {.users = 1};
+	struct tcplat_listener *old, fresh = {};
 	struct tcplat_port port;
 	struct socket *socket;
 	u32 pid;
@@ -872,16 +958,19 @@ static __always_inline struct tcplat_sock *tcplat_listen(const struct sock *sk)
 	tcplat_read_addrs(&s->addrs, sk);
 	port = tcplat_port_of(sk, &s->addrs);
 	pid = s->owner.task >> 32;
-	if (pid)
+	if (pid) {
 		tcplat_listening.update(&pid, &s->born_ns);
+		tcplat_serves(s, port.port);
+	}
 	tcplat_serve(port.port, tcplat_get(sk, __sk_common.skc_bound_dev_if) ? TCPLAT_SERVED_BY_DEVICE :
 								TCPLAT_SERVED);
 	old = tcplat_listeners.lookup(&port);
 	if (old) {
-		lock_xadd(&old->users, 1);
+		tcplat_count_user(old, pid, 1);
 		tcplat_share(old, s);
 		return s;
 	}
+	tcplat_count_user(&fresh, pid, 1);
 	fresh.pid = tcplat_get_owner(&s->owner, fresh.comm) >> 32;
 	fresh.born_ns = s->born_ns;
 	fresh.wanted = s->wanted;
@@ -913,7 +1002,7 @@ static __always_inline struct tcplat_listener *tcplat_listener_at(const struct t
 }
 
 /*
- * Who accepts at this port, and its name; 0 where it is not known. The name never changes.
+ * Who accepts at this port, and its name; 0 where it is not known.
  * Of several that listen at different devices, the addresses do not tell which one it is.
  */
 static __always_inline u32
@@ -921,7 +1010,7 @@ tcplat_listener_pid(const struct tcplat_listener *from, u16 port, char *comm)
 {
 	u32 at = port;
 	u8 *served = tcplat_served.lookup(&at);
-	/* Once: tcplat_share() clears it, on another CPU. */
+	/* Once: tcplat_share() clears it, on another CPU, and tcplat_leave() may set another one's. */
 	u32 pid = *(volatile u32 *)&from->pid;
 
 	if (!pid || (served && *served == TCPLAT_SERVED_BY_DEVICE))
@@ -929,7 +1018,10 @@ tcplat_listener_pid(const struct tcplat_listener *from, u16 port, char *comm)
 	if (!tcplat_listens(pid, from->born_ns))
 		return 0;
 	__builtin_memcpy(comm, from->comm, sizeof(from->comm));
-	return pid;
+	if (*(volatile u32 *)&from->pid == pid)
+		return pid;
+	*(u64 *)comm = *(u64 *)(comm + 8) = 0;
+	return 0;
 }
 
 /* A segment that a listener gets: where several processes accept, nobody knows whose it will be. */
@@ -1009,9 +1101,15 @@ static __always_inline struct tcplat_sock *tcplat_accept(const struct sock *sk)
 
 	if (!s)
 		return NULL;
+	if (!s->addrs.sport)
+		tcplat_read_addrs(&s->addrs, sk);
 	from = tcplat_listener_at(&s->addrs);
-	if (from)
-		tcplat_share(from, s);
+	if (!from)
+		return s;
+	/* First: who sees that it is shared sees why. */
+	if (!from->inherited && from->pid != s->owner.task >> 32 && !tcplat_is_serving(s))
+		from->inherited = 1;
+	tcplat_share(from, s);
 	return s;
 }
 
