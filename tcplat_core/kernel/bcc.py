@@ -1,4 +1,4 @@
-"""Where the system's bcc is. Only the loader imports it."""
+"""The system's bcc: where it is, and which types its headers define. Only the loader imports it."""
 
 from __future__ import annotations
 
@@ -52,3 +52,70 @@ def _only_roots(package: Path) -> bool:
         there.st_uid == 0 and not there.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
         for there in map(Path.stat, (package, *package.glob("*.py")))
     )
+
+
+DEFINED_TAGS = frozenset(
+    {
+        "__sk_buff",
+        "bpf_attr",
+        "bpf_btf_info",
+        "bpf_cgroup_dev_ctx",
+        "bpf_cgroup_storage_key",
+        "bpf_core_relo",
+        "bpf_cpumap_val",
+        "bpf_devmap_val",
+        "bpf_dynptr",
+        "bpf_fib_lookup",
+        "bpf_flow_keys",
+        "bpf_func_info",
+        "bpf_insn",
+        "bpf_iter_link_info",
+        "bpf_iter_num",
+        "bpf_line_info",
+        "bpf_link_info",
+        "bpf_list_head",
+        "bpf_list_node",
+        "bpf_lpm_trie_key",
+        "bpf_lpm_trie_key_hdr",
+        "bpf_lpm_trie_key_u8",
+        "bpf_map_def",
+        "bpf_map_info",
+        "bpf_perf_event_value",
+        "bpf_pidns_info",
+        "bpf_prog_info",
+        "bpf_raw_tracepoint_args",
+        "bpf_rb_node",
+        "bpf_rb_root",
+        "bpf_redir_neigh",
+        "bpf_refcount",
+        "bpf_sk_lookup",
+        "bpf_sock",
+        "bpf_sock_addr",
+        "bpf_sock_ops",
+        "bpf_sock_tuple",
+        "bpf_sockopt",
+        "bpf_spin_lock",
+        "bpf_stack_build_id",
+        "bpf_stacktrace",
+        "bpf_stacktrace_buildid",
+        "bpf_sysctl",
+        "bpf_task_work",
+        "bpf_tcp_sock",
+        "bpf_timer",
+        "bpf_token_info",
+        "bpf_tunnel_key",
+        "bpf_wq",
+        "bpf_xdp_sock",
+        "bpf_xfrm_state",
+        "btf_ptr",
+        "sk_msg_md",
+        "sk_reuseport_md",
+        "xdp_md",
+    }
+)
+"""Structs and unions that bcc's own copy of <linux/bpf.h> and helpers.h define (0.26, and what
+later kernels' uapi added).
+
+The loader's come first, so a second definition under the same name would not compile: one that is
+asked for is left to bcc, one that another type holds gets a new name.
+"""

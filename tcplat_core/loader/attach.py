@@ -14,13 +14,14 @@ from tcplat_core.errors import TOO_MANY_FILES, CannotRunError, PluginError
 from tcplat_core.kernel import bpf, netns, owners, pidns
 from tcplat_core.kernel.btf import BtfError
 from tcplat_core.kernel.core_hooks import DESTROY, EXIT, FORK, QUEUE, RENAME, STATE, USE
-from tcplat_core.kernel.host import BTF_PATH, SYSCALLS, Choice, Host, choose, syscall_id
+from tcplat_core.kernel.host import SYSCALLS, Choice, Host, choose, syscall_id
 from tcplat_core.kernel.layout import possible_cpus
 from tcplat_core.plugin.hookpoints import Hook, HookPoint, Way
 
-from . import isolation, kheaders, seeding, xdp
-from .cache import Cache, digest, kernel_identity
+from . import isolation, seeding, xdp
+from .cache import Cache, digest, identity
 from .compile import KFUNC, SHARED_PREFIX, Compiled, compile_text, compiler_identity
+from .kernel_tree import kernel_tree
 from .protocol import Answer, Attached, LoadedMap, LoadedProbe, ProbeRequest, Request
 from .source import CGROUP_TYPES, CORE_TYPES, PIDNS_TYPES, core_defines, program_text
 
@@ -53,7 +54,6 @@ class Loader:
 
     request: Request
     cache: Cache
-    _kernel: str = attrs.field(init=False)
     _host: Host = attrs.field(init=False)
     _closed: dict[Way, str] = attrs.field(factory=dict, init=False)
     _fds: list[int] = attrs.field(factory=list, init=False)
@@ -62,11 +62,7 @@ class Loader:
     """Maps that the probes have in common: name -> fd."""
 
     def __attrs_post_init__(self) -> None:
-        # A new version of ours must not meet what an older one wrote.
-        rooms = (Path(__file__).parent, Path(__file__).parents[1] / "kernel")
-        ours = [path.read_bytes() for room in rooms for path in sorted(room.glob("*.py"))]
-        self._kernel = digest(kernel_identity(), *ours)
-        known = self.cache.read(f"{self._kernel}.facts")
+        known = self.cache.read(f"{identity()}.facts")
         self._host = Host(facts=dict(known or {}))
 
     def run(self) -> Answer:
@@ -89,7 +85,7 @@ class Loader:
                 self._undo()
             finally:
                 if len(self._host.facts) > known:
-                    self.cache.write(f"{self._kernel}.facts", self._host.facts)
+                    self.cache.write(f"{identity()}.facts", self._host.facts)
 
     @property
     def _follows_packets(self) -> bool:
@@ -207,7 +203,7 @@ class Loader:
         )
         types = sorted({*CORE_TYPES, *more, *probe.types})
         name = digest(
-            self._kernel.encode(), compiler_identity(), text.encode(), *map(str.encode, types)
+            identity().encode(), compiler_identity(), text.encode(), *map(str.encode, types)
         )
         known = self.cache.read(f"{name}.program")
         if known is None:
@@ -253,9 +249,8 @@ class Loader:
 
     def _compile(self, probe: ProbeRequest, text: str, types: Sequence[str]) -> Compiled:
         try:
-            root, read = self.cache.root, lambda: self._host.btf
-            with kheaders.cached_tree(BTF_PATH, types, root, read) as tree:
-                return compile_text(text, tree.folder)
+            with kernel_tree(types, self.cache, lambda: self._host.btf) as tree:
+                return compile_text(text, tree)
         except (BtfError, PluginError) as error:
             raise PluginError(f"the C of probe {probe.name}: {error}") from error
 

@@ -7,6 +7,7 @@ that nobody but us can write to. All of it may be deleted at any time.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import stat
@@ -24,6 +25,8 @@ from .isolation import scratch
 
 ENTRIES = 64
 """Files kept; the oldest go first."""
+_SUFFIXES = (".program", ".types", ".facts")
+"""Of all files. The folder may have been chosen by the user: what is called otherwise stays."""
 
 
 @attrs.frozen
@@ -78,21 +81,26 @@ class Cache:
 
     def _prune(self) -> None:
         assert self.root is not None  # noqa: S101 - write() has looked
-        ours = [path for path in self.root.iterdir() if path.suffix in (".program", ".facts")]
+        ours = [path for path in self.root.iterdir() if path.suffix in _SUFFIXES]
         for old in sorted(ours, key=lambda path: path.lstat().st_mtime, reverse=True)[ENTRIES:]:
             old.unlink(missing_ok=True)
 
 
-def kernel_identity(btf_path: Path | str = VMLINUX) -> bytes:
-    """Return what no two builds of the kernel have in common."""
-    uname = os.uname()
+@functools.cache
+def identity() -> str:
+    """Return what no two builds of the kernel have in common, and no two of our own versions.
+
+    What an older version has written must not be read by a newer one.
+    """
+    rooms = (Path(__file__).parent, Path(__file__).parents[1] / "kernel")
+    ours = [path.read_bytes() for room in rooms for path in sorted(room.glob("*.py"))]
     notes = b""
-    if Path(btf_path) == VMLINUX:
-        with contextlib.suppress(OSError):
-            notes = Path("/sys/kernel/notes").read_bytes()  # holds the build-id
-    notes = notes or Path(btf_path).read_bytes()
+    with contextlib.suppress(OSError):
+        notes = Path("/sys/kernel/notes").read_bytes()  # holds the build-id
+    notes = notes or VMLINUX.read_bytes()
+    uname = os.uname()
     names = (uname.release, uname.version, uname.machine)
-    return digest(notes, *(name.encode() for name in names)).encode()
+    return digest(notes, *(name.encode() for name in names), *ours)
 
 
 def digest(*parts: bytes) -> str:

@@ -61,8 +61,9 @@ def compile_(raw: Mapping[str, Any], cache: Cache) -> dict[str, Any]:
     from tcplat_core.kernel.btf import BtfError  # noqa: PLC0415
     from tcplat_core.kernel.host import BTF_PATH  # noqa: PLC0415
 
-    from . import kheaders  # noqa: PLC0415 - the other trial needs none of it
+    # The other trial needs none of it.
     from .compile import import_bcc, kernel_source  # noqa: PLC0415
+    from .kernel_tree import kernel_tree  # noqa: PLC0415
 
     try:
         bcc = import_bcc()
@@ -72,14 +73,13 @@ def compile_(raw: Mapping[str, Any], cache: Cache) -> dict[str, Any]:
         return {"unable": str(error)}
     failed = False
     try:
-        tree = kheaders.cached_tree(BTF_PATH, raw["types"], cache.root)
+        with kernel_tree(raw["types"], cache) as tree, _captured() as words, kernel_source(tree):
+            try:
+                bcc.BPF(text=raw["text"].encode(), debug=_LLVM_IR)
+            except Exception:  # noqa: BLE001 - bcc raises this very class
+                failed = True
     except BtfError as error:
         return {"refusal": str(error)}
-    with tree, _captured() as words, kernel_source(tree.folder):
-        try:
-            bcc.BPF(text=raw["text"].encode(), debug=_LLVM_IR)
-        except Exception:  # noqa: BLE001 - bcc raises this very class
-            failed = True
     told = words()
     if failed and not _NO_MAPS.search(told):
         return {"refusal": told}

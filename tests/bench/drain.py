@@ -35,9 +35,9 @@ from tcplat_core.deliver.ring import BATCH, Ring
 from tcplat_core.deliver.router import Router
 from tcplat_core.event.fields import Event
 from tcplat_core.event.record import Record
-from tcplat_core.kernel.btf import VMLINUX
+from tcplat_core.loader.cache import Cache
 from tcplat_core.loader.compile import import_bcc, kernel_source
-from tcplat_core.loader.kheaders import cached_tree
+from tcplat_core.loader.kernel_tree import kernel_tree
 from tcplat_core.registry.find import Plugins
 from tcplat_core.run.drain import HELPING
 from tcplat_core.run.probe_run import fired_by
@@ -199,7 +199,7 @@ def prepare() -> Contest:
     """Compile the program that fills the ring."""
     bcc = import_bcc()
     record = Record(Event)
-    with cached_tree(VMLINUX, ["sock"]) as tree, kernel_source(tree.folder):
+    with kernel_tree(["sock"], Cache.open()) as tree, kernel_source(tree):
         module = bcc.BPF(text=(record.c_struct() + SOURCE).encode())
     program = module.load_func(b"fill", bcc.BPF.XDP).fd
     spec = Plugins.load().probe("tcp_client")

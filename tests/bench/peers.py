@@ -20,10 +20,9 @@ from tcplat_core.event.fields import Event
 from tcplat_core.event.record import Record
 from tcplat_core.event.text import TCP_STATES
 from tcplat_core.kernel import bpf
-from tcplat_core.kernel.btf import VMLINUX
 from tcplat_core.loader.cache import Cache
 from tcplat_core.loader.compile import import_bcc, kernel_source
-from tcplat_core.loader.kheaders import cached_tree
+from tcplat_core.loader.kernel_tree import kernel_tree
 from tests.vm import run as vm
 
 HERE = Path(__file__).parent
@@ -119,7 +118,7 @@ def idiom(pid: int, out: Path) -> None:
     """A tool as bcc's documentation has it: callback, row, json.dumps, a line in a file."""
     bcc = import_bcc()
     text = f"#define PID {pid}\n" + Record(Event).c_struct() + IDIOM
-    with cached_tree(VMLINUX, ["sock"]) as tree, kernel_source(tree.folder):
+    with kernel_tree(["sock"], Cache.open()) as tree, kernel_source(tree):
         module = bcc.BPF(text=text.encode())
     module.attach_raw_tracepoint(tp=b"tcp_sendmsg_locked", fn_name=b"on_send")
     module.attach_raw_tracepoint(tp=b"sock_send_length", fn_name=b"on_short")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tcplat_core.kernel.btf import VMLINUX, Btf, BtfError, Kind
-from tcplat_core.loader.kheaders import generate
+from tcplat_core.loader.kernel_types import generate
 
 SMALL = (Path(__file__).parent / "data" / "small.btf").read_bytes()
 

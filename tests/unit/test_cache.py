@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tcplat_core.loader.cache import ENTRIES, Cache, check_own, default_root, digest, own_folder
+from tcplat_core.loader.cache import (
+    ENTRIES,
+    Cache,
+    check_own,
+    default_root,
+    digest,
+    identity,
+    own_folder,
+)
 
 VALUE = {"functions": {"tp_send": b"\x00\xff"}, "maps": [1, 2], "facts": None}
 
@@ -124,6 +132,35 @@ def test_the_files_that_were_not_used_for_longest_go(cache: Cache) -> None:
     assert cache.read("2.program") == 2
     assert cache.read("new.program") == -1
     assert len(list(cache.root.iterdir())) == ENTRIES
+
+
+def test_what_is_not_of_the_cache_stays(cache: Cache) -> None:
+    assert cache.root is not None
+    (cache.root / "notes.txt").touch()
+    os.utime(cache.root / "notes.txt", (0, 0))
+    for number in range(ENTRIES + 3):
+        cache.write(f"{number}.types", "")
+    assert (cache.root / "notes.txt").exists()
+    assert len(list(cache.root.iterdir())) == ENTRIES + 1
+
+
+def test_another_build_of_the_kernel_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = identity.__wrapped__()
+    read = Path.read_bytes
+    assert identity() == here
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda path: b"x" if str(path).startswith("/sys/") else read(path)
+    )
+    assert identity.__wrapped__() != here
+
+
+def test_another_version_of_ours_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = identity.__wrapped__()
+    read = Path.read_bytes
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda path: b"x" if path.name == "btf.py" else read(path)
+    )
+    assert identity.__wrapped__() != here
 
 
 def test_without_a_folder_nothing_is_remembered() -> None:

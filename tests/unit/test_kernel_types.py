@@ -1,25 +1,20 @@
-"""The kernel types as C, and the tree that bcc compiles against."""
+"""The kernel's types as C."""
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import struct
 import subprocess
-import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
+from tcplat_core.kernel.bcc import DEFINED_TAGS
 from tcplat_core.kernel.btf import VMLINUX, Btf, BtfError, Kind
-from tcplat_core.loader import kheaders
-from tcplat_core.loader.kheaders import BCC_TAGS, cached_tree, generate, write_tree
+from tcplat_core.loader import kernel_tree
+from tcplat_core.loader.kernel_types import generate
 from tests.unit.test_btf import INT, encode
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 SMALL_BTF = Path(__file__).parent / "data" / "small.btf"
 SMALL_WANTED = [
@@ -176,7 +171,7 @@ def test_an_anonymous_member_may_have_a_tag_or_be_a_typedef(wanted: str) -> None
     header = generate(btf, [wanted])
     assert "struct inner;" not in header
     use = "int use(struct outer *o) { return o->second + o->b; }\n"
-    types = kheaders._TYPES_H
+    types = kernel_tree._TYPES_H
     done = subprocess.run(
         ["cc", "-std=c11", "-Wall", "-Werror", "-fsyntax-only", "-x", "c", "-"],
         input=f"{types}{header}{use}".encode(),
@@ -260,7 +255,7 @@ def test_all_that_bcc_defines_is_known() -> None:
         rb"^(?:struct|union) ((?:bpf_|btf_|xdp_|sk_|__sk_)\w+) \{$", text, re.MULTILINE
     )
     assert found
-    assert {name.decode() for name in found} <= BCC_TAGS
+    assert {name.decode() for name in found} <= DEFINED_TAGS
 
 
 @needs_clang
@@ -273,165 +268,6 @@ def test_this_kernels_network_types_are_exact() -> None:
     ours = btf_of(header, names)
     for name in names:
         assert_same_layout(ours, btf, name)
-
-
-@needs_clang
-def test_the_tree_compiles_without_any_include(small: Btf, tmp_path: Path) -> None:
-    write_tree(tmp_path, generate(small, ["outer"]))
-    include = tmp_path / "include"
-    program = """
-    #include <uapi/linux/bpf.h>
-    #include <uapi/linux/if_packet.h>
-    #include <linux/version.h>
-    #include <linux/log2.h>
-    #include <asm/page.h>
-    #if !defined(CONFIG_BPF_SYSCALL) || LINUX_VERSION_CODE < KERNEL_VERSION(4, 8, 0)
-    #error
-    #endif
-    u64 pages = PAGE_SIZE;
-    bool yes(struct outer *o, __be32 a, size_t n) { return o->daddr == a && n ? true : false; }
-    """
-    flags = ["-nostdinc", f"-I{include}", "-include", f"{include}/linux/kconfig.h"]
-    assert_compiles(program, *flags)
-
-
-def test_a_second_start_does_not_read_btf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = cached_tree(SMALL_BTF, ["outer"], tmp_path / "cache")
-    monkeypatch.setattr(Btf, "from_file", None)
-    second = cached_tree(SMALL_BTF, ["outer", "outer"], tmp_path / "cache")
-    assert first == second
-    assert not first.temporary
-    assert (first.folder / "include/linux/kconfig.h").exists()
-
-
-def test_a_first_start_takes_what_was_read_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read = Btf.from_file(SMALL_BTF)
-    monkeypatch.setattr(Btf, "from_file", None)
-    tree = cached_tree(SMALL_BTF, ["outer"], tmp_path, lambda: read)
-    header = tree.folder / "include/generated/tcplat_kernel.h"
-    assert "struct outer" in header.read_text()
-
-
-def test_an_entry_in_use_counts_as_new(tmp_path: Path) -> None:
-    folder = cached_tree(SMALL_BTF, ["outer"], tmp_path).folder
-    os.utime(folder, (1000, 1000))
-    cached_tree(SMALL_BTF, ["outer"], tmp_path)
-    assert folder.stat().st_mtime > 1000
-
-
-def test_other_types_and_other_kernels_have_other_entries(tmp_path: Path) -> None:
-    other = tmp_path / "other.btf"
-    other.write_bytes(SMALL_BTF.read_bytes() + b"\0")
-    root = tmp_path / "cache"
-    folders = {
-        cached_tree(SMALL_BTF, ["outer"], root).folder,
-        cached_tree(SMALL_BTF, ["bits"], root).folder,
-        cached_tree(other, ["outer"], root).folder,
-    }
-    assert len(folders) == 3
-
-
-def test_the_cache_is_private(tmp_path: Path) -> None:
-    tree = cached_tree(SMALL_BTF, ["outer"], tmp_path / "a" / "b" / "cache")
-    for folder in (tree.folder, *list(tree.folder.parents)[:3]):
-        assert folder.stat().st_mode & 0o777 == 0o700, folder
-
-
-def unsafe_mode(folder: Path) -> None:
-    folder.chmod(0o770)
-
-
-def unsafe_link(folder: Path) -> None:
-    folder.rename(folder.with_name("elsewhere"))
-    folder.symlink_to("elsewhere")
-
-
-def unsafe_file(folder: Path) -> None:
-    shutil.rmtree(folder)
-    folder.touch()
-
-
-@pytest.mark.parametrize("spoil", [unsafe_mode, unsafe_link, unsafe_file])
-@pytest.mark.parametrize("level", ["root", "entry"])
-def test_a_folder_that_others_could_write_is_not_used(
-    tmp_path: Path, spoil: Callable[[Path], None], level: str
-) -> None:
-    root = tmp_path / "cache"
-    entry = cached_tree(SMALL_BTF, ["outer"], root).folder
-    spoil(root if level == "root" else entry)
-    with cached_tree(SMALL_BTF, ["outer"], root) as tree:
-        assert tree.temporary
-        assert tmp_path not in tree.folder.parents
-        assert tree.folder.stat().st_mode & 0o777 == 0o700
-        assert (tree.folder / "include/linux/types.h").exists()
-    assert not tree.folder.exists()
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
-def test_a_folder_of_somebody_else_is_not_used(tmp_path: Path) -> None:
-    root = tmp_path / "cache"
-    root.mkdir(mode=0o700)
-    os.chown(root, 65534, 65534)
-    with cached_tree(SMALL_BTF, ["outer"], root) as tree:
-        assert tree.temporary
-
-
-@pytest.mark.parametrize("file", ["generated/tcplat_kernel.h", "linux/types.h"])
-@pytest.mark.parametrize("content", [None, "", "int x;\n"])
-def test_a_damaged_entry_is_made_anew(tmp_path: Path, file: str, content: str | None) -> None:
-    first = cached_tree(SMALL_BTF, ["outer"], tmp_path)
-    path = first.folder / "include" / file
-    before = path.read_text()
-    path.unlink() if content is None else path.write_text(content)
-    assert cached_tree(SMALL_BTF, ["outer"], tmp_path) == first
-    assert path.read_text() == before
-    assert list(tmp_path.iterdir()) == [first.folder]
-    assert [path.name for path in first.folder.iterdir()] == ["include"]
-
-
-def test_the_cache_stays_small_and_touches_only_its_own(tmp_path: Path) -> None:
-    (tmp_path / "not-ours").mkdir()
-    os.utime(tmp_path / "not-ours", (0, 0))
-    for i in range(kheaders.CACHE_ENTRIES + 3):
-        tree = cached_tree(SMALL_BTF, ["bits", f"missing{i}?"], tmp_path)
-        os.utime(tree.folder, (1000 + i, 1000 + i))
-    newest = cached_tree(SMALL_BTF, ["outer"], tmp_path)
-    names = {path.name for path in tmp_path.iterdir()}
-    assert len(names) == kheaders.CACHE_ENTRIES + 1
-    assert {"not-ours", newest.folder.name, tree.folder.name} <= names
-
-
-def test_many_starts_at_once_share_one_entry(tmp_path: Path) -> None:
-    trees: list[kheaders.Tree] = []
-    barrier = threading.Barrier(8)
-
-    def start() -> None:
-        barrier.wait()
-        trees.append(cached_tree(SMALL_BTF, ["outer"], tmp_path))
-
-    threads = [threading.Thread(target=start) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(trees) == 8
-    assert len(set(trees)) == 1
-    assert not trees[0].temporary
-    assert [path.name for path in tmp_path.iterdir()] == [trees[0].folder.name]
-
-
-def test_what_the_kernel_lacks_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(BtfError, match="nothing"):
-        cached_tree(SMALL_BTF, ["nothing"], tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-@needs_kernel
-def test_this_kernel_is_known_by_its_build_id(tmp_path: Path) -> None:
-    first = cached_tree(VMLINUX, ["sock"], tmp_path)
-    assert cached_tree(str(VMLINUX), ["sock"], tmp_path) == first
 
 
 def test_kinds_are_numbered_as_in_the_kernel() -> None:

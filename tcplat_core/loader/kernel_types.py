@@ -1,110 +1,31 @@
-"""Writes the kernel's types as C, and the small kernel tree in which bcc finds them.
-
-bcc compiles against kernel headers, which most hosts lack. It needs little of them: with the types
-that a program reads (taken from BTF, so they are this kernel's) and a dozen tiny files, it compiles
-anything. `BCC_KERNEL_SOURCE` names the folder.
-"""
+"""Writes the kernel's types as C, from BTF: they are this kernel's, whatever headers it has."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import shutil
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import attrs
 
+from tcplat_core.kernel.bcc import DEFINED_TAGS
 from tcplat_core.kernel.btf import (
     ENUMS,
     MAX_DEPTH,
     QUALIFIERS,
     RECORDS,
-    VMLINUX,
     Btf,
     BtfError,
     Kind,
     Type,
 )
 
-from .cache import check_own, default_root, digest, kernel_identity, own_folder
-from .isolation import scratch
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from typing import Self
+    from collections.abc import Iterable
 
     from tcplat_core.kernel.btf import Member
 
-CACHE_ENTRIES = 16
-
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _KEYWORDS: dict[int, str] = {Kind.STRUCT: "struct", Kind.UNION: "union"}
-
-# Structs and unions that bcc's own copy of <linux/bpf.h> and helpers.h define (0.26, and what
-# later kernels' uapi added). Ours come first, so a second definition under the same name would not
-# compile: one that is asked for is left to bcc, one that another type holds gets a new name.
-BCC_TAGS = frozenset(
-    {
-        "__sk_buff",
-        "bpf_attr",
-        "bpf_btf_info",
-        "bpf_cgroup_dev_ctx",
-        "bpf_cgroup_storage_key",
-        "bpf_core_relo",
-        "bpf_cpumap_val",
-        "bpf_devmap_val",
-        "bpf_dynptr",
-        "bpf_fib_lookup",
-        "bpf_flow_keys",
-        "bpf_func_info",
-        "bpf_insn",
-        "bpf_iter_link_info",
-        "bpf_iter_num",
-        "bpf_line_info",
-        "bpf_link_info",
-        "bpf_list_head",
-        "bpf_list_node",
-        "bpf_lpm_trie_key",
-        "bpf_lpm_trie_key_hdr",
-        "bpf_lpm_trie_key_u8",
-        "bpf_map_def",
-        "bpf_map_info",
-        "bpf_perf_event_value",
-        "bpf_pidns_info",
-        "bpf_prog_info",
-        "bpf_raw_tracepoint_args",
-        "bpf_rb_node",
-        "bpf_rb_root",
-        "bpf_redir_neigh",
-        "bpf_refcount",
-        "bpf_sk_lookup",
-        "bpf_sock",
-        "bpf_sock_addr",
-        "bpf_sock_ops",
-        "bpf_sock_tuple",
-        "bpf_sockopt",
-        "bpf_spin_lock",
-        "bpf_stack_build_id",
-        "bpf_stacktrace",
-        "bpf_stacktrace_buildid",
-        "bpf_sysctl",
-        "bpf_task_work",
-        "bpf_tcp_sock",
-        "bpf_timer",
-        "bpf_token_info",
-        "bpf_tunnel_key",
-        "bpf_wq",
-        "bpf_xdp_sock",
-        "bpf_xfrm_state",
-        "btf_ptr",
-        "sk_msg_md",
-        "sk_reuseport_md",
-        "xdp_md",
-    }
-)
 
 _C_INTS = {
     "char": 1,
@@ -123,25 +44,6 @@ _C_INTS = {
 _INT_BY_SIZE = {1: "char", 2: "short", 4: "int", 8: "long long"}
 _SIGNED, _BOOL = 1 << 24, 1 << 26
 _POINTER_SIZE = 8  # BPF's own; 32-bit kernels are not served
-
-
-@attrs.frozen
-class Tree:
-    """A folder for BCC_KERNEL_SOURCE; leaving the `with` block removes it if it is temporary."""
-
-    folder: Path
-    temporary: bool
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Remove the folder if it was made for this run alone."""
-        if self.temporary:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def generate(btf: Btf, wanted: Iterable[str]) -> str:
@@ -172,7 +74,7 @@ def generate(btf: Btf, wanted: Iterable[str]) -> str:
             continue
         optional, name = name.endswith("?"), name.removesuffix("?")
         record_id = btf.find(name, Kind.STRUCT, Kind.UNION)
-        if name in BCC_TAGS or (record_id is None and optional):
+        if name in DEFINED_TAGS or (record_id is None and optional):
             continue
         record = btf.type(btf.record(name) if record_id is None else record_id)
         writer.claim(record)
@@ -189,68 +91,6 @@ def generate(btf: Btf, wanted: Iterable[str]) -> str:
     for record, keep in trimmed.values():
         writer.define(record, keep)
     return writer.text()
-
-
-def write_tree(folder: Path, header_text: str) -> None:
-    """Write the kernel tree that bcc compiles against.
-
-    Args:
-        folder: Where; made if missing. It becomes BCC_KERNEL_SOURCE.
-        header_text: What `generate` returned. Programs get it without any #include.
-
-    Raises:
-        OSError: The folder cannot be written.
-    """
-    for name, text in _tree_files(header_text).items():
-        path = folder / "include" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
-
-def cached_tree(
-    btf_path: Path | str = VMLINUX,
-    wanted: Iterable[str] = (),
-    cache_root: Path | None = None,
-    read: Callable[[], Btf] | None = None,
-) -> Tree:
-    """Return a kernel tree with these types, from the cache when it was made before.
-
-    The cache is /var/cache/tcplat for root, else $XDG_CACHE_HOME/tcplat or ~/.cache/tcplat. It is
-    used only if nobody else can write to it, since its content gets compiled and run by the kernel;
-    otherwise the tree is made in a temporary folder.
-
-    Args:
-        btf_path: The BTF file.
-        wanted: As for `generate`.
-        cache_root: Another folder for the cache.
-        read: What gives the file's content, where somebody may have read it before.
-
-    Raises:
-        BtfError: As `generate`.
-        OSError: Not even a temporary folder can be written.
-    """
-    entries = sorted(set(wanted))
-    place: Path | None = None
-    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home
-        root = cache_root or default_root()
-        own_folder(root)
-        place = root / _key(btf_path, entries)
-        if _is_complete(place):
-            os.utime(place)  # the newest stay
-            return Tree(place, temporary=False)
-    header = generate(read() if read else Btf.from_file(btf_path), entries)
-    if place:
-        with contextlib.suppress(OSError):
-            _store(place, header)
-            return Tree(place, temporary=False)
-    # In the loader this is below its work folder.
-    folder = Path(tempfile.mkdtemp(prefix="tcplat-"))
-    try:
-        write_tree(folder, header)
-    except OSError:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return Tree(folder, temporary=True)
 
 
 @attrs.frozen
@@ -293,7 +133,7 @@ class _Writer:
     _done: dict[int, _Spelling | None] = attrs.Factory(dict)
     # Tag -> (struct, union or enum; id of its type, 0 if only pointed to). C has one namespace for
     # the three, BTF may know several types of one name. "" is what bcc will define.
-    _tags: dict[str, tuple[str, int]] = attrs.Factory(lambda: dict.fromkeys(BCC_TAGS, ("", -1)))
+    _tags: dict[str, tuple[str, int]] = attrs.Factory(lambda: dict.fromkeys(DEFINED_TAGS, ("", -1)))
     _typedefs: dict[str, int] = attrs.Factory(dict)
     _ids: dict[str, int] = attrs.Factory(dict)
     _pads: int = 0
@@ -573,178 +413,3 @@ _HEADER = """\
 /* For _Generic(): a pointer's type -> the BTF id of what it points to. */
 #define TCPLAT_TYPE_IDS{ids}
 """
-
-_TYPES_H = """\
-#ifndef TCPLAT_LINUX_TYPES_H
-#define TCPLAT_LINUX_TYPES_H
-typedef signed char __s8;
-typedef unsigned char __u8;
-typedef short __s16;
-typedef unsigned short __u16;
-typedef int __s32;
-typedef unsigned int __u32;
-typedef long long __s64;
-typedef unsigned long long __u64;
-typedef __s8 s8;
-typedef __u8 u8;
-typedef __s16 s16;
-typedef __u16 u16;
-typedef __s32 s32;
-typedef __u32 u32;
-typedef __s64 s64;
-typedef __u64 u64;
-typedef __s8 int8_t;
-typedef __u8 uint8_t;
-typedef __s16 int16_t;
-typedef __u16 uint16_t;
-typedef __s32 int32_t;
-typedef __u32 uint32_t;
-typedef __s64 int64_t;
-typedef __u64 uint64_t;
-typedef __u16 __le16, __be16, __sum16;
-typedef __u32 __le32, __be32, __wsum;
-typedef __u64 __le64, __be64;
-typedef __u64 __aligned_u64 __attribute__((aligned(8)));
-typedef __SIZE_TYPE__ size_t;
-typedef long ssize_t;
-typedef __UINTPTR_TYPE__ uintptr_t;
-typedef int pid_t;
-#if !defined(__STDC_VERSION__) || __STDC_VERSION__ < 202311L
-typedef _Bool bool;
-enum { false, true };
-#endif
-#ifndef NULL
-#define NULL ((void *)0)
-#endif
-#endif
-"""
-
-_KCONFIG_H = """\
-#ifndef TCPLAT_LINUX_KCONFIG_H
-#define TCPLAT_LINUX_KCONFIG_H
-#define CONFIG_BPF_SYSCALL 1
-#include <linux/types.h>
-#include <generated/tcplat_kernel.h>
-#endif
-"""
-
-_VERSION_H = """\
-#ifndef TCPLAT_LINUX_VERSION_H
-#define TCPLAT_LINUX_VERSION_H
-#define KERNEL_VERSION(a, b, c) (((a) << 16) + ((b) << 8) + ((c) > 255 ? 255 : (c)))
-#define LINUX_VERSION_CODE KERNEL_VERSION({major}, {minor}, {patch})
-#endif
-"""
-
-_PAGE_H = f"""\
-#ifndef TCPLAT_ASM_PAGE_H
-#define TCPLAT_ASM_PAGE_H
-#define PAGE_SIZE {os.sysconf("SC_PAGE_SIZE")}
-#endif
-"""
-
-# Included by bcc or, out of habit, by programs; all they would bring is there already.
-_EMPTY = (
-    "linux/bpf.h",
-    "linux/bpf_common.h",
-    "linux/compiler.h",
-    "linux/log2.h",
-    "linux/ptrace.h",
-    "linux/stddef.h",
-    "uapi/linux/bpf.h",
-    "uapi/linux/if_ether.h",
-    "uapi/linux/if_packet.h",
-    "uapi/linux/ptrace.h",
-    "uapi/linux/types.h",
-)
-_GENERATED = "generated/tcplat_kernel.h"
-# A cache entry, and the temporary folders that become one or once were one.
-_OURS = re.compile(r"[0-9a-f]{32}|\.(new|old)-\w+")
-
-
-def _fixed_files() -> dict[str, str]:
-    """Return the tree's files below include/ that do not depend on the wanted types."""
-    release = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", os.uname().release)
-    major, minor, patch = release.groups(default="0") if release else ("0", "0", "0")
-    return {
-        "linux/kconfig.h": _KCONFIG_H,
-        "linux/types.h": _TYPES_H,
-        "linux/version.h": _VERSION_H.format(major=major, minor=minor, patch=patch),
-        "asm/page.h": _PAGE_H,
-        **dict.fromkeys(_EMPTY, "/* Empty on purpose. */\n"),
-    }
-
-
-def _sealed(text: str) -> str:
-    """Return a text with its hash as last line."""
-    return f"{text}/* {digest(text.encode())} */\n"
-
-
-def _is_sealed(text: str) -> bool:
-    at = text.rstrip("\n").rfind("\n") + 1
-    return _sealed(text[:at]) == text
-
-
-def _tree_files(header_text: str) -> dict[str, str]:
-    return {**_fixed_files(), _GENERATED: _sealed(header_text)}
-
-
-def _key(btf_path: Path | str, entries: list[str]) -> str:
-    """Return the cache entry's name: it changes with kernel, wanted types and our own source."""
-    here = Path(__file__)
-    sources = [here.read_bytes(), (here.parents[1] / "kernel" / "btf.py").read_bytes()]
-    return digest(kernel_identity(btf_path), "\n".join(entries).encode(), *sources)
-
-
-def _is_complete(entry: Path) -> bool:
-    """Say whether an entry is there and all its files are as they were written.
-
-    A machine that loses power can leave a renamed folder with empty files in it.
-
-    Raises:
-        PermissionError: Somebody else could have written it.
-    """
-    try:
-        check_own(entry)
-        include = entry / "include"
-        fixed = _fixed_files().items()
-        return _is_sealed((include / _GENERATED).read_text()) and all(
-            (include / name).read_text() == text for name, text in fixed
-        )
-    except (FileNotFoundError, UnicodeDecodeError):
-        return False
-
-
-def _store(entry: Path, header_text: str) -> None:
-    """Write an entry beside its place and rename it into it, so that two can do so at once.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=scratch(entry.parent)))
-    try:
-        write_tree(fresh, header_text)
-        try:
-            fresh.rename(entry)
-        except OSError:
-            # Another start was faster, or an incomplete one is in the way.
-            if not _is_complete(entry):
-                old = tempfile.mkdtemp(prefix=".old-", dir=scratch(entry.parent))
-                entry.rename(old)
-                shutil.rmtree(old, ignore_errors=True)
-                fresh.rename(entry)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    _prune(entry.parent)
-
-
-def _prune(root: Path) -> None:
-    """Remove all but the newest entries, and what was replaced or left by a killed start.
-
-    Only names of our own making: the folder may have been chosen by the user.
-    """
-    with contextlib.suppress(OSError):  # another start may prune at the same time
-        ours = [path for path in root.iterdir() if _OURS.fullmatch(path.name)]
-        newest_first = sorted(ours, key=lambda path: path.lstat().st_mtime, reverse=True)
-        for old in newest_first[CACHE_ENTRIES:]:
-            shutil.rmtree(old, ignore_errors=True)
