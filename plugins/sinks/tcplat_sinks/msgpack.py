@@ -145,7 +145,9 @@ class Reader:
 
 
 def _both(one: Loss, other: Loss) -> Loss:
-    """The two as one, of the same point; when it was is not known unless it is of both."""
+    """Return the two as one, of the same point; without a time unless both have one."""
+    if not (one.until_ns and other.until_ns):
+        return Loss(one.probe, one.point, one.count + other.count)
     return attrs.evolve(
         one,
         count=one.count + other.count,

@@ -267,6 +267,24 @@ def test_losses_of_the_run_are_told_to_who_missed_them_as_well(bench: Bench) -> 
     assert lost[-1]["until_ns"] == 19_950
 
 
+@pytest.mark.parametrize("without_time", [0, 1])
+def test_losses_told_together_have_a_time_only_if_each_has_one(without_time: int) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        reader, unpacker = Reader(ours, 100), msgpack.Unpacker()
+        reader.offer(b"\x00" * 100, 1)
+        losses = [attrs.evolve(LOSS, since_ns=5, until_ns=7)] * 2
+        losses[without_time] = LOSS
+        for loss in losses:
+            reader.lose(loss, msgspec.msgpack.encode({"lost": attrs.asdict(loss)}))
+        drain(reader, theirs, unpacker)
+        (told,) = [one["lost"] for one in unpacker if one]
+    assert told == {**attrs.asdict(LOSS), "count": 2 * LOSS.count}
+    assert told["since_ns"] == told["until_ns"] == 0
+
+
 def test_who_never_reads_delays_the_end_by_a_second_at_most(bench: Bench) -> None:
     took: list[float] = []
     while len(took) < 3 and (not took or took[-1] >= 4):  # a busy machine delays it, too
