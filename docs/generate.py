@@ -43,8 +43,8 @@ def events() -> str:
             _MADE,
             "# The event",
             "",
-            f"Schema version {version}. One JSON object a line (or one msgpack",
-            "map), keys always present and in this order, `null` where the hook cannot know:",
+            f"Schema version {version}. One JSON object per line (or one msgpack map). All keys",
+            "are always present, in this order; an unknown value is `null`:",
             "",
             "```json",
             row,
@@ -55,38 +55,38 @@ def events() -> str:
             *textwrap.wrap(f"States: {', '.join(map(str, TCP_STATES[1:]))}.", 100),
             "",
             *textwrap.wrap(
-                "Captures of an older version are read: what it did not have is null. Version 2 "
-                "added `thread`; in version 1 `comm` was the name of the thread `tid`. A reader of "
-                "yours should pass over keys that it does not know.",
+                "Captures of older versions can be read: fields that they lack are null. Version 2 "
+                "added `thread`; in version 1 `comm` was the name of the thread `tid`. Your reader "
+                "should ignore keys that it does not know.",
                 100,
             ),
             "",
-            "Texts are escaped: what does not print is `\\x1b` or the like, a backslash is two.",
-            "`sock` and the `_ns` fields need 64 bits.",
+            "Texts are escaped: unprintable characters become `\\x1b` or similar, a backslash",
+            "becomes two. `sock` and the `_ns` fields need 64 bits.",
             "",
             "## Fields of single probes",
             "",
-            "They follow the common ones. `tcplat plugins show NAME` lists those of any probe.",
+            "They follow the common fields. `tcplat plugins show NAME` lists them for any probe.",
             "",
             *_own(),
-            "## Lines that are no rows",
+            "## Lines that are not rows",
             "",
-            "Where events were lost, before the first row that is younger than `since_ns`: between",
-            "this and `until_ns` rows are missing. Both are 0 where it is not known.",
+            "A loss of events. Rows are missing between `since_ns` and `until_ns`; both are 0 if",
+            "unknown. The line comes before the first row that is younger than `since_ns`:",
             "",
             "```json",
             lost,
             "```",
             "",
-            "A host of several, where `tcplat merge` has joined their captures: one line for each,",
-            "before the rows (`Merge` in [hooks.md](hooks.md)):",
+            "A host of a capture made by `tcplat merge`: one line per host, before the rows",
+            "(`Merge` in [hooks.md](hooks.md)):",
             "",
             "```json",
             merge,
             "```",
             "",
-            "The end of a capture, with the books of the run (of no probe, here). For each hook,",
-            "produced = delivered + dropped + unread:",
+            "The report, at the end of a capture. It has the event counts of the run (here without",
+            "probes). For each hook, produced = delivered + dropped + unread:",
             "",
             "```json",
             end,
@@ -94,9 +94,9 @@ def events() -> str:
             "",
             "## The record",
             "",
-            "What the kernel side fills. `has` tells which of `seq`, `bytes`, `flags` and of a",
-            "probe's own fields with `has=True` are known (`TCPLAT_HAS_SEQ` ...); of the others",
-            "that may be `null`, 0 means so. Addresses are in network order, IPv4 as",
+            "The C struct that handlers fill. `has` shows which of `seq`, `bytes`, `flags` and of",
+            "the probe's own fields with `has=True` are known (`TCPLAT_HAS_SEQ` ...). For other",
+            "fields that may be `null`, 0 means `null`. Addresses are in network order, IPv4 as",
             "`::ffff:a.b.c.d`; ports are in host order. A probe's own fields come at the end.",
             "",
             "```c",
@@ -190,7 +190,7 @@ def hooks() -> str:
     ]
     for name in [name for name in vars(hookspecs) if name.startswith("tcplat_")]:
         parts += ["", f"## {name}", "", *_prose(inspect.getdoc(getattr(hookspecs, name)) or "")]
-    parts += ["", "Everything below is imported from `tcplat_core`, and nothing else may be."]
+    parts += ["", "Import everything below from `tcplat_core`; nothing else is public."]
     values = _docs_of_values()
     for section, names in SECTIONS.items():
         parts += ["", f"## {section}"]

@@ -19,19 +19,19 @@ TOO_MANY_FILES = {
 
 
 class TcplatError(Exception):
-    """Something went wrong while it ran."""
+    """An error at run time."""
 
     exit_code: ClassVar[int] = 1
 
 
 class UsageError(TcplatError):
-    """The command line does not make sense."""
+    """The command line is invalid."""
 
     exit_code = 2
 
 
 class CannotRunError(TcplatError):
-    """This host cannot do it: the sentence names what is missing and what mends it."""
+    """This host cannot do it; the text names what is missing, and the remedy."""
 
     exit_code = 3
 
@@ -49,7 +49,7 @@ class EventsLostError(TcplatError):
 
 
 class ReaderGoneError(Exception):
-    """Nobody reads our output any more (EPIPE): the end of the run, not an error."""
+    """The reader of the output has closed it (EPIPE): the end of the run, not an error."""
 
 
 class TerminatedError(BaseException):

@@ -27,9 +27,9 @@ class Reader:
     """Reads one capture from beginning to end, in bounded memory.
 
     Attributes:
-        rows: So many were read.
-        lost: Events that the capture says were lost.
-        merges: Its hosts, where it was made of several.
+        rows: Number of rows read so far.
+        lost: Number of lost events, as the capture has them.
+        merges: Hosts of a merged capture.
     """
 
     _source: Source
@@ -44,12 +44,12 @@ class Reader:
 
     @classmethod
     def open(cls, where: str, *, quiet: bool = False, again: bool = False) -> Reader:
-        """A path, ``-`` for standard input, ``unix:PATH`` or ``tcp:HOST:PORT``.
+        """Open a capture.
 
         Args:
-            where: One of these.
-            quiet: Without a bar, and without a word on what is left out.
-            again: It was read before: what is left out was said.
+            where: A path, ``-`` for standard input, ``unix:PATH`` or ``tcp:HOST:PORT``.
+            quiet: Show no progress bar, and do not report what is left out.
+            again: The capture was read before; do not report again what is left out.
 
         Raises:
             UsageError: It cannot be read.
@@ -67,14 +67,14 @@ class Reader:
 
     @property
     def name(self) -> str:
-        """As the user calls it."""
+        """The name that the user gave."""
         return self._source.name
 
     def items(self) -> Iterator[list[Event] | Loss | Merge]:
-        """Batches of rows, and what is said between them.
+        """Give batches of rows, and the losses and hosts between them.
 
         Raises:
-            TcplatError: There is nothing in it that could be read.
+            TcplatError: It has nothing that can be read.
         """
         try:
             for item in self._capture.items(self._source.chunks()):
@@ -95,12 +95,12 @@ class Reader:
             raise TcplatError(f"{self.name} is no capture: nothing of tcplat's is in it")
 
     def batches(self) -> Iterator[list[Event]]:
-        """Its rows alone."""
+        """Give batches of rows only."""
         return (item for item in self.items() if isinstance(item, list))
 
     @property
     def report(self) -> RunReport:
-        """Its books; such as say why not, where it has none."""
+        """The report of the capture; if it has none, an empty one with the reason."""
         report = RunReport(probes={}, duration_s=0)
         for one in self._capture.reports:
             report = add_reports(report, one) if report.probes else one
@@ -109,7 +109,7 @@ class Reader:
         return report
 
     def remarks(self) -> Iterator[str]:
-        """Once it is read: what a reader of the figures has to know about the capture."""
+        """Give sentences about losses and missing rows; call it when everything is read."""
         lost = max(self.lost, self.report.dropped)
         if lost:
             yield f"{self.name}: {lost} events were lost in the run: figures of what was seen"

@@ -51,7 +51,7 @@ def kernel_ns() -> int:
 
 
 def clock_offset_ns() -> int:
-    """Unix time minus the rows' clock, from the tightest of five readings."""
+    """Return Unix time minus the rows' clock, from the most exact of five readings."""
     best = None
     for _ in range(5):
         before = kernel_ns()

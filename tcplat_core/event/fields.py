@@ -25,8 +25,8 @@ from tcplat_core.errors import PluginError
 from .text import address, flags, micros, name, process, state_name, text
 
 SCHEMA_VERSION = 2
-"""Of the event: the `v` of every row and every capture. Captures of older versions are read, too:
-what their rows lack is null (:data:`READABLE`)."""
+"""Version of the event: the `v` of every row and capture. Captures of older versions
+(:data:`READABLE`) can be read; fields that they lack are null."""
 
 READABLE = (1, 2)
 """Versions that are read. 2 added `thread`; in 1, `comm` was the name of the thread `tid`."""
@@ -69,27 +69,25 @@ class Wire:
     """A member of the kernel's record.
 
     Args:
-        c_type: u8 to u64, s8 to s64 (signed), bool, char[N] (a text that ends at its first
-            NUL, escaped so that it is safe to print), or u8[N] (bytes, which want `to`).
-        doc: What the value is.
-        member: Its name in C; the field's name unless given.
-        to: Turns the raw value into the field's; must be pure, answers are remembered.
-            :func:`micros` for ns, :func:`address` for 16 bytes in network order.
-        nullable: A raw 0, or nothing but zeros, means that nobody can know: the field is None.
-        has: The field is None unless the handler set TCPLAT_HAS_<NAME>; five at most.
-        block: The members of a block stand side by side, and change together or seldom:
-            what they mean is worked out once for each value of the whole block. Either
-            ``socket`` or ``kind``; for fields of your own leave it empty.
-        latency: It is a duration in µs, and ``--min-latency`` leaves out rows where it is
-            shorter: in the kernel the handler has to ask ``tcplat_too_fast()``.
-        unlike: A field of the same block: where both are the same, this one is None.
-        since: The version of the schema that brought it. A row of an older capture lacks
-            it, and it is None.
-        column: Its head in the sink `table`; the name in capitals, with its unit in brackets,
-            unless given: ``rto_us`` is ``RTO(us)``. Empty: it has no column.
+        c_type: u8 to u64, s8 to s64 (signed), bool, char[N] (text up to its first NUL, escaped
+            so that it is safe to print), or u8[N] (bytes; needs `to`).
+        doc: Meaning of the value.
+        member: Name in C; default: the name of the field.
+        to: Converts the raw value. Must be pure: results are cached. :func:`micros` for ns,
+            :func:`address` for 16 bytes in network order.
+        nullable: A raw value of zero bytes only means "unknown": the field is None.
+        has: The field is None unless the handler set TCPLAT_HAS_<NAME>; at most five fields.
+        block: ``socket`` or ``kind``; leave it empty for your own fields. Members of a block are
+            adjacent and change together or seldom; the whole block is decoded once per value.
+        latency: The field is a duration in µs to which ``--min-latency`` applies. The handler
+            must call ``tcplat_too_fast()``.
+        unlike: A field of the same block. If both values are equal, this field is None.
+        since: Schema version that introduced the field. It is None in rows of older captures.
+        column: Heading in the sink `table`. Default: the name in capitals, with the unit in
+            brackets (``rto_us`` is ``RTO(us)``). Empty: no column.
 
     Raises:
-        PluginError: There is no such type or block.
+        PluginError: No such type or block.
     """
 
     c_type: str = attrs.field(validator=_checked_type)
@@ -144,15 +142,15 @@ class FiredBy:
 
 @attrs.frozen
 class Moment:
-    """What a row's description may depend on.
+    """What the description of a row may depend on.
 
     Args:
         point: The hook point.
         state: TCP state after the event.
         old_state: TCP state before a state change.
         err: An errno, or 0.
-        empty: Whether `bytes` is 0; None where the row has no `bytes`.
-        flags: TCP flags of a packet, ``SYN|ACK``; None where the row has none.
+        empty: Whether `bytes` is 0; None if the row has no `bytes`.
+        flags: TCP flags of a packet, ``SYN|ACK``; None if the row has none.
     """
 
     point: str
@@ -164,7 +162,7 @@ class Moment:
 
     @property
     def error(self) -> str:
-        """In the kernel's words: ``ECONNREFUSED``."""
+        """The symbolic name of `err`: ``ECONNREFUSED``."""
         return errno.errorcode.get(self.err, f"errno {self.err}")
 
 
@@ -179,20 +177,20 @@ Real = Annotated[float, msgspec.Meta(ge=-float(1 << 63), le=float(1 << 63))]
 
 
 class Event(msgspec.Struct, gc=False):
-    """One row, as sinks get it and as JSONL carries it. Never changed after it is made."""
+    """One row, as sinks get it and as JSONL has it. Immutable by convention."""
 
     v: Annotated[int, Made("SCHEMA_VERSION", "schema version")]
     ts_ns: Annotated[Count, Wire("u64", "when, CLOCK_MONOTONIC, ns since boot")]
     time_ns: Annotated[Count, Made("ts_ns + OFFSET_NS", "Unix time of the same instant, ns")]
-    probe: Annotated[str, Made("PROBE", "which probe saw it")]
+    probe: Annotated[str, Made("PROBE", "probe that made the row")]
     point: Annotated[str, FromHook("point", "what happened: connect, state, send, recv, close ...")]
-    func: Annotated[str, FromHook("func", "the very hook: tcp_sendmsg, tcp:tcp_sendmsg_locked")]
+    func: Annotated[str, FromHook("func", "hook: tcp_sendmsg, tcp:tcp_sendmsg_locked")]
     attach: Annotated[str, FromHook("attach", "fentry, kprobe, tracepoint or xdp")]
     pid: Annotated[
         Count | None,
         Wire(
             "u32",
-            "process that owns the socket, as /proc numbers it where tcplat runs",
+            "process that owns the socket, as in the /proc where tcplat runs",
             to=process,
             nullable=True,
             block="socket",
@@ -200,13 +198,15 @@ class Event(msgspec.Struct, gc=False):
     ]
     tid: Annotated[
         Count | None,
-        Wire("u32", "its thread that used it last", to=process, nullable=True, block="socket"),
+        Wire(
+            "u32", "its thread that used the socket last", to=process, nullable=True, block="socket"
+        ),
     ]
     comm: Annotated[
         str | None,
         Wire(
             "char[16]",
-            "the process's name, escaped: of its first thread, at that moment",
+            "name of the process (of its first thread) at that time, escaped",
             to=name,
             block="socket",
         ),
@@ -215,14 +215,14 @@ class Event(msgspec.Struct, gc=False):
         str | None,
         Wire(
             "char[16]",
-            "the name of the thread `tid`, escaped; null where it is the process's",
+            "name of the thread `tid`, escaped; null if equal to `comm`",
             nullable=True,
             unlike="comm",
             since=2,
             block="socket",
         ),
     ]
-    cpu: Annotated[Count, Wire("u16", "where it happened", block="kind")]
+    cpu: Annotated[Count, Wire("u16", "CPU of the event", block="kind")]
     netns: Annotated[
         Count | None, Wire("u32", "network namespace, inode number", nullable=True, block="socket")
     ]
@@ -248,17 +248,17 @@ class Event(msgspec.Struct, gc=False):
     old_state: Annotated[
         str | None, Wire("u8", "TCP state before a state change", to=state_name, block="kind")
     ]
-    desc: Annotated[str, Made("desc", "the same in plain words")]
+    desc: Annotated[str, Made("desc", "description of the event")]
     seq: Annotated[
         Count | None,
         Wire(
             "u32",
-            "first TCP sequence number of the bytes concerned; of `state`, where the handshake "
-            "ends: of the client's first byte",
+            "TCP sequence number of the first byte; in the `state` row that completes the "
+            "handshake: of the client's first byte",
             has=True,
         ),
     ]
-    bytes: Annotated[Count | None, Wire("u32", "how many bytes", has=True)]
+    bytes: Annotated[Count | None, Wire("u32", "number of bytes", has=True)]
     flags: Annotated[
         str | None, Wire("u8", "TCP flags of a packet", to=flags, has=True, block="kind")
     ]
@@ -275,7 +275,10 @@ class Event(msgspec.Struct, gc=False):
     ]
     ifname: Annotated[str | None, Made("ifname", "interface of a packet")]
     sock: Annotated[
-        int, Wire("u64", "the same for all events of one socket, 0 for packets", block="socket")
+        int,
+        Wire(
+            "u64", "number of the socket, the same in all its rows; 0 for packets", block="socket"
+        ),
     ]
 
 
@@ -325,15 +328,15 @@ def declared(event: type[Event]) -> tuple[tuple[str, Wire | FromHook | Made], ..
 
 @attrs.frozen
 class Field:
-    """What a sink or a reader may want to know of a field.
+    """What a field of a row is.
 
     Args:
-        name: In Python and in JSON.
-        type: In JSON: ``int``, ``float or null`` ...
-        unit: ns, us, ms, s or bytes, as its name ends; empty where it has none.
-        doc: What it means.
-        own: It is not in every event, but this probe's.
-        column: Its head in a table; empty where it is to have none.
+        name: Name in Python and in JSON.
+        type: Type in JSON: ``int``, ``float or null`` ...
+        unit: ns, us, ms, s or bytes, from the end of the name; empty if it has none.
+        doc: Meaning of the value.
+        own: The field belongs to this probe; other events do not have it.
+        column: Heading in a table; empty for no column.
     """
 
     name: str
@@ -349,10 +352,9 @@ JSON_TYPES = {int: "int", float: "float", str: "str", bool: "bool", type(None): 
 
 @functools.lru_cache(maxsize=1024)
 def fields(event: type[Event] = Event) -> tuple[Field, ...]:
-    """The fields of an event's class, in the order of its JSON keys.
+    """Return the fields of an event's class, in the order of its JSON keys.
 
-    Of the rows of a probe that is not installed, as a capture has them, nothing is
-    known but the names of the fields.
+    For rows of a probe that is not installed (from a capture), only the names are known.
     """
     hints = _hints(event)
     return tuple(

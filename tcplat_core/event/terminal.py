@@ -11,11 +11,11 @@ import sys
 
 
 def printable(plain: str) -> str:
-    r"""Text with every character that does not print as an escape: ``\x1b``, ``\u202e``.
+    r"""Replace every unprintable character by an escape: ``\x1b``, ``\u202e``.
 
-    These are controls of 7 and 8 bits, what changes the direction of writing, ends of lines,
-    bytes that are no UTF-8: see `str.isprintable`. A backslash stays: it may be an escape
-    already. So it is idempotent, and leaves alone what :func:`tcplat_core.event.text.text` gave.
+    These are control characters, changes of the writing direction, line ends, and bytes that are
+    not UTF-8: see `str.isprintable`. A backslash is kept, because it may begin an escape. So this
+    is idempotent, and does not change the result of :func:`tcplat_core.event.text.text`.
     """
     if plain.isprintable():
         return plain

@@ -93,7 +93,7 @@ def process(raw: int) -> int | None:
 
 
 def address(raw: bytes) -> str:
-    """16 bytes in network order as text; ``::ffff:a.b.c.d`` becomes ``a.b.c.d``."""
+    """Return 16 bytes in network order as text; ``::ffff:a.b.c.d`` becomes ``a.b.c.d``."""
     if raw.startswith(b"\0" * 10 + b"\xff\xff"):
         return socket.inet_ntop(socket.AF_INET, raw[12:])
     return socket.inet_ntop(socket.AF_INET6, raw)
@@ -105,7 +105,7 @@ def flags(raw: int) -> str:
 
 
 def micros(ns: int) -> float:
-    """Nanoseconds as microseconds."""
+    """Convert nanoseconds to microseconds."""
     return ns / 1000
 
 

@@ -24,17 +24,17 @@ _LOOK_MS = 100
 def connect(
     where: str | tuple[str, int], stopping: Callable[[], bool], limit_s: float = LIMIT_S
 ) -> socket.socket:
-    """Return a connected socket, which blocks.
+    """Return a connected, blocking socket.
 
     Args:
         where: The path of a unix socket, or host and port.
-        stopping: Whether the user wants to end.
-        limit_s: For each address of the host.
+        stopping: Returns whether the user has ended the run.
+        limit_s: Timeout for each address of the host, s.
 
     Raises:
-        InterruptedError: The user wanted to end first.
-        OSError: It cannot be reached; TimeoutError: not in that time.
-        UnicodeError: The name of the host is none.
+        InterruptedError: The user ended the run first.
+        OSError: The connection failed; TimeoutError after `limit_s`.
+        UnicodeError: The host name is invalid.
     """
     addresses: list[tuple[int, object]] = [(socket.AF_UNIX, where)]
     if not isinstance(where, str):

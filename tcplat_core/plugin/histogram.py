@@ -63,10 +63,11 @@ class Histogram:
 
     Args:
         name: HIST_<name> is its number in C.
-        help: From which instant to which.
-        points: Hook points that it needs; those that no histogram needs are not attached
-            where no sink wants rows.
-        mechanisms: By which its points tell it; otherwise the report says that it is missing.
+        help: The first and the last instant of the duration.
+        points: Hook points that it needs. If no sink needs rows, hook points that no histogram
+            needs are not attached.
+        mechanisms: Mechanisms by which it can be measured. By others, the report says that it
+            is missing.
     """
 
     name: str = attrs.field(validator=checked_name)
@@ -91,12 +92,12 @@ class Histogram:
 
 @attrs.frozen
 class Aggregation:
-    """What a sink asks of all probes.
+    """What a sink asks all probes to count.
 
     Args:
-        by: Whose durations are counted together: process, remote, port, or all.
-        groups: How many may be told apart, at most MOST_GROUPS.
-        every_s: How often the sink wants to see them; it gets them at the end, too.
+        by: Grouping of the durations: process, remote, port, or all.
+        groups: Maximum number of groups, at most MOST_GROUPS.
+        every_s: Interval in which the sink gets the counts; it gets them at the end, too.
     """
 
     by: str = attrs.field(validator=attrs.validators.in_(GROUPINGS))
@@ -130,10 +131,10 @@ class Aggregation:
 
 @attrs.frozen
 class Group:
-    """Whose durations they are: what the grouping does not name is None.
+    """A group of durations. Fields that the grouping does not use are None.
 
-    A process that nobody can know has neither `pid` nor `comm`. `rest` is the group
-    of those that came when all groups were taken.
+    For an unknown process, `pid` and `comm` are None. `rest` is true for the group of the
+    durations that came when all groups were in use.
     """
 
     pid: int | None = None
@@ -145,15 +146,15 @@ class Group:
 
 @attrs.frozen(kw_only=True)
 class Distribution:
-    """One histogram of one group, since the run began.
+    """One histogram of one group, since the start of the run.
 
     Args:
-        probe: Its name.
+        probe: Name of the probe.
         histogram: What was measured.
-        group: Whose.
-        counts: Samples by bucket: BUCKETS numbers.
-        over: Samples that were longer than the buckets reach.
-        unmeasured: Durations whose length could not be known: not samples.
+        group: The group.
+        counts: Samples per bucket: BUCKETS numbers.
+        over: Samples above the last bucket.
+        unmeasured: Durations that could not be measured; they are not samples.
     """
 
     probe: str
@@ -165,11 +166,11 @@ class Distribution:
 
     @property
     def count(self) -> int:
-        """Samples."""
+        """Number of samples."""
         return sum(self.counts) + self.over
 
     def filled(self) -> list[tuple[int, int, int]]:
-        """Of each bucket that is not empty: from (ns), below (ns), and how many."""
+        """Return from (ns), below (ns) and count of each bucket that is not empty."""
         found = []
         for number, count in enumerate(self.counts):
             if count:
@@ -178,7 +179,7 @@ class Distribution:
         return found
 
     def since(self, before: Distribution | None) -> Distribution:
-        """What came after another one of the same histogram and group."""
+        """Return the difference to an earlier one of the same histogram and group."""
         if before is None:
             return self
         return attrs.evolve(
@@ -189,10 +190,10 @@ class Distribution:
         )
 
     def percentile_us(self, percent: float) -> float:
-        """The duration that so many percent of the samples do not exceed (nearest rank), µs.
+        """Return a percentile (nearest rank), µs.
 
-        It is the middle of a bucket: less than 3.2 % off. Infinite where it is longer
-        than 68.7 s. 100 is the longest sample. There must be a sample.
+        It is the middle of a bucket: less than 3.2 % off. Infinite above 68.7 s. 100 is the
+        longest sample. There must be a sample.
         """
         rank = max(1, math.ceil(self.count * percent / 100))
         for number, so_far in enumerate(itertools.accumulate(self.counts)):
@@ -206,10 +207,10 @@ class Aggregates:
     """What the kernel has counted so far.
 
     Args:
-        ts_ns: When it was read, CLOCK_MONOTONIC.
+        ts_ns: When the counters were read, CLOCK_MONOTONIC.
         time_ns: The same instant as Unix time.
-        elapsed_s: Since everything was attached.
-        distributions: Those in which there is something.
+        elapsed_s: Time since everything was attached.
+        distributions: Those that are not empty.
         final: The run is over.
     """
 

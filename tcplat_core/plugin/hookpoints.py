@@ -33,16 +33,16 @@ def checked_name(_: object, attribute: attrs.Attribute[str], value: str) -> None
 
 @attrs.frozen
 class Hook:
-    """One function of the kernel, and the program that listens there.
+    """One kernel function or tracepoint, and the program attached to it.
 
     Args:
         func: ``tcp_sendmsg``, or ``tcp:tcp_destroy_sock`` for a tracepoint.
         program: The C function. HOOK_<program> is its number in the record.
         mechanism: fentry, fexit, kprobe, kretprobe, tracepoint or xdp.
         args: The kernel's own argument names (functions) or types (tracepoints).
-            Where the running kernel differs, the hook counts as missing: better
-            no row than one read from the wrong argument. Empty: not checked.
-        quiet: It helps another hook, and its rows are that one's.
+            If the running kernel has others, the hook counts as missing: no row is better
+            than one read from the wrong argument. Empty: not checked.
+        quiet: Helps another hook and makes no rows of its own.
     """
 
     func: str
@@ -61,32 +61,32 @@ class Way:
 
 
 def tracepoint(func: str, program: str, *args: str) -> Way:
-    """A way through one tracepoint: ``tracepoint("tcp:tcp_destroy_sock", "tp_close")``."""
+    """Return a way through one tracepoint: ``tracepoint("tcp:tcp_destroy_sock", "tp_close")``."""
     return Way("tracepoint", (Hook(func, program, "tracepoint", args),))
 
 
 def tracepoints(*hooks: tuple[str, str]) -> Way:
-    """A way through several tracepoints, as pairs of name and program."""
+    """Return a way through several tracepoints, given as pairs of name and program."""
     return Way("tracepoint", tuple(Hook(func, program, "tracepoint") for func, program in hooks))
 
 
 def kprobe(*hooks: Hook) -> Way:
-    """A way through kprobes and, where only the return tells, kretprobes."""
+    """Return a way through kprobes and, for values known only at the return, kretprobes."""
     return Way("kprobe", hooks)
 
 
 def xdp(program: str) -> Way:
-    """A way through XDP, on the interfaces that the probe's spec names."""
+    """Return a way through XDP, on the interfaces that the probe's spec names."""
     return Way("xdp", (Hook("xdp", program, "xdp"),))
 
 
 def kentry(func: str, program: str, *args: str, quiet: bool = False) -> Hook:
-    """A kprobe at the entry of a function."""
+    """Return a kprobe at the entry of a function."""
     return Hook(func, program, "kprobe", args, quiet)
 
 
 def kreturn(func: str, program: str, *, quiet: bool = False) -> Hook:
-    """A kretprobe. It costs several times a kprobe: only where nothing else gives the value."""
+    """Return a kretprobe. It costs several times as much as a kprobe; avoid it if possible."""
     return Hook(func, program, "kretprobe", quiet=quiet)
 
 
@@ -95,10 +95,10 @@ XDP_MODES = ("auto", "native", "generic")
 
 @attrs.frozen(kw_only=True)
 class Interfaces:
-    """Where the XDP programs of a probe are attached. Only Ethernet will do.
+    """Where the XDP programs of a probe are attached. Only Ethernet is supported.
 
     Args:
-        names: The interfaces; none for every one that is up.
+        names: The interfaces; empty for all that are up.
         mode: native, generic, or auto: generic where the driver knows no XDP.
         netns: Their network namespace: a name of ``ip netns``, a path or a
             process id; empty for the one of ``--netns``, or tcplat's own.
@@ -114,9 +114,9 @@ class HookPoint:
     """One place where a probe listens, and the ways to listen there, best first.
 
     Args:
-        point: The event's `point`, the same whatever the mechanism.
+        point: The `point` of the rows, by every mechanism.
         ways: Alternatives. `--attach auto` takes the first that this host allows.
-        optional: The probe is of use without it; the report says that it is missing.
+        optional: The probe works without it; the report says that it is missing.
     """
 
     point: str = attrs.field(validator=checked_name)
@@ -125,17 +125,17 @@ class HookPoint:
 
 
 def fentry(*hooks: Hook) -> Way:
-    """A way through fentry and fexit: as cheap as tracepoints, at any function."""
+    """Return a way through fentry and fexit: as cheap as tracepoints, at any function."""
     return Way("fentry", hooks)
 
 
 def fenter(func: str, program: str, *args: str, quiet: bool = False) -> Hook:
-    """A fentry program: ``ctx->args[0]`` is the function's first argument."""
+    """Return a fentry program: ``ctx->args[0]`` is the first argument of the function."""
     return Hook(func, program, "fentry", args, quiet)
 
 
 def fexit(func: str, program: str, *args: str, quiet: bool = False) -> Hook:
-    """A fexit program: the result stands in ``ctx->args`` behind the arguments."""
+    """Return a fexit program: in ``ctx->args`` the result follows the arguments."""
     return Hook(func, program, "fexit", args, quiet)
 
 

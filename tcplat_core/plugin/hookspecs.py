@@ -1,23 +1,22 @@
 """Everything that a plugin may implement.
 
-A plugin is a module named by an entry point in the group ``tcplat``, with at least
-one of these hooks, marked ``@hookimpl``. There is no hook per event: a pluggy call
-costs more than all the rest of an event's way.
+A plugin is a module named by an entry point in the group ``tcplat``. It implements at least
+one of these hooks, marked with ``@hookimpl``. There is no hook per event: a pluggy call
+costs more than all other processing of an event.
 
-A plugin may say which version of this specification it was made for::
+A plugin may declare the version of this specification that it was made for::
 
     tcplat_hookspec = "1.0"
 
-Additions raise the second number, and what breaks plugins raises the first. One
-that was made for a newer first number is refused; one that says nothing counts
-as made for 1.0.
+Additions increment the second number; changes that break plugins increment the first. A plugin
+for a newer first number is refused. Without a declaration, 1.0 is assumed.
 
-Commands of a plugin have no hook: an entry point in the group ``tcplat.commands``, such as
-``count = "tcplat_count:count"``, names each, and is a ``click.Command``. It is imported when
-it is called or listed, as an unprivileged user; ``run`` and ``replay`` never import it. It tells
-the user what is wrong by ``click.ClickException`` or ``TcplatError``; whatever else it raises is
-its fault, told in one sentence, with exit status 4. An exit status of its own (``SystemExit``)
-stays.
+Commands of a plugin need no hook. Each is a ``click.Command``, named by an entry point in the
+group ``tcplat.commands``, such as ``count = "tcplat_count:count"``. It is imported when it is
+called or listed, as an unprivileged user; ``run`` and ``replay`` never import it. It reports
+errors to the user by ``click.ClickException`` or ``TcplatError``. Any other exception counts as
+a bug of the plugin: it is reported in one sentence, with exit status 4. ``SystemExit`` keeps
+its exit status.
 
 Example::
 
@@ -41,22 +40,22 @@ import pluggy
 from .specs import ProbeSpec, SinkSpec
 
 HOOKSPEC_VERSION = "1.0"
-"""Of the hooks below, and of all that ``tcplat_core`` exports."""
+"""Version of the hooks below, and of everything that ``tcplat_core`` exports."""
 
 hookspec = pluggy.HookspecMarker("tcplat")
 hookimpl = pluggy.HookimplMarker("tcplat")
-"""Stands above a function that implements a hook; without it, tcplat does not take it for one."""
+"""Decorator of a function that implements a hook. A function without it is not a hook."""
 
 
 @hookspec
 def tcplat_register_probes() -> Iterable[ProbeSpec]:
     """Offer probes to ``tcplat run --probe NAME``.
 
-    Called once, as an unprivileged user. Nothing may be loaded or attached here.
+    Called once, as an unprivileged user. Do not load or attach anything here.
 
-    A probe that counts in the kernel, and tells once a second what it has counted, names
-    the arrays that its ``poll`` reads. See :mod:`tcplat_core.plugin.maps` for what can be read,
-    and include/tcplat/keyed.bpf.h for counting by key::
+    A probe that counts in the kernel names the arrays that its ``poll`` reads once a second. See
+    :mod:`tcplat_core.plugin.maps` for what can be read, and include/tcplat/keyed.bpf.h for
+    counting by key::
 
         from typing import Annotated
 
@@ -98,7 +97,7 @@ def tcplat_register_probes() -> Iterable[ProbeSpec]:
 def tcplat_register_sinks() -> Iterable[SinkSpec]:
     """Offer sinks to ``tcplat run --sink NAME``.
 
-    Called once, as an unprivileged user. Nothing may be opened here.
+    Called once, as an unprivileged user. Do not open anything here.
 
     Example::
 

@@ -27,13 +27,13 @@ def mapped(fd: int, size: int) -> mmap.mmap:
 class ReadableMap:
     """A map of the probe's C that its poll() reads.
 
-    In C it is an array that may be mapped:
+    In C it is an array that can be mapped:
     ``BPF_F_TABLE("array", u32, struct count, counts, 64, BPF_F_MMAPABLE)``.
 
     Args:
-        name: Its name in C.
-        layout: One entry, as :mod:`struct` writes it: ``"=QQ"``. Without ``=`` it has C's own
-            padding. The loader compares the size with the compiled one.
+        name: Name in C.
+        layout: Format of one entry for :mod:`struct`: ``"=QQ"``. Without ``=``, it has C's
+            padding. The loader compares its size with the compiled one.
     """
 
     name: str
@@ -47,10 +47,10 @@ class ReadableMap:
 
 @attrs.define(eq=False)
 class MapView(Sequence[tuple[Any, ...]]):
-    """One array, as tuples: index -> the members of that entry, as they are just now.
+    """One array: index -> the current members of that entry, as a tuple.
 
-    Handlers go on counting meanwhile. A number of up to eight bytes is whole; an entry
-    may be read half before, half after a change.
+    Handlers may change the array at the same time. A number of up to eight bytes is read
+    atomically; an entry of several numbers is not.
     """
 
     fd: int
@@ -80,10 +80,10 @@ class MapView(Sequence[tuple[Any, ...]]):
 
 @attrs.define(eq=False)
 class Maps:
-    """What poll() gets: ``maps["counts"][3]``, and rows to tell of it.
+    """What poll() gets: arrays, as in ``maps["counts"][3]``, and a way to make rows.
 
     Args:
-        views: By name.
+        views: The arrays, by name.
         make_row: See row().
     """
 
@@ -97,15 +97,15 @@ class Maps:
         return iter(self.views)
 
     def row(self, point: str, **fields: Any) -> Event:
-        """A row of this instant. Fields of the event's class; what is not given is null.
+        """Return a row of this instant.
 
         Args:
-            point: What it tells of; a name of the probe's own, no hook point.
-            fields: Of the probe's event class.
+            point: Any name that is not a hook point.
+            fields: Values of fields of the probe's event class; all others are null.
         """
         return self.make_row(point, **fields)
 
     def close(self) -> None:
-        """Unmap all."""
+        """Unmap all arrays."""
         for view in self.views.values():
             view.close()

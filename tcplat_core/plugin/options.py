@@ -15,12 +15,12 @@ from .hookpoints import checked_name
 
 @attrs.frozen
 class Kind:
-    """A readable type of option: call it with a text, and it gives the value.
+    """A type of option. Call it with a text to get the value.
 
     Args:
-        metavar: What to write for a value, as ``tcplat plugins show`` has it.
-        convert: Raises ValueError with what it wants.
-        choices: All there are, where there are but a few.
+        metavar: Placeholder for the value in ``tcplat plugins show``.
+        convert: Returns the value, or raises ValueError with what it expects.
+        choices: All values, if there are only a few.
     """
 
     metavar: str
@@ -28,12 +28,12 @@ class Kind:
     choices: tuple[str, ...] = ()
 
     def __call__(self, text: str) -> Any:
-        """The value of a text."""
+        """Return the value of a text."""
         return self.convert(text)
 
 
 def integer(least: int | None = None, most: int | None = None) -> Kind:
-    """A whole number within these bounds."""
+    """Accept a whole number within these bounds."""
     words = "a whole number" + (f" from {least}" if least is not None else "")
     words += f" to {most}" if most is not None else ""
 
@@ -49,7 +49,7 @@ def integer(least: int | None = None, most: int | None = None) -> Kind:
 
 
 def choice(*words: str) -> Kind:
-    """One of these words."""
+    """Accept one of these words."""
 
     def convert(text: str) -> str:
         if text not in words:
@@ -63,7 +63,7 @@ _HIGHEST_PORT = 65535
 
 
 def ports(most: int) -> Kind:
-    """TCP ports, joined by +, so many at most, as a tuple; ``all`` is the empty one."""
+    """Accept at most `most` TCP ports, joined by +, as a tuple; ``all`` is the empty tuple."""
 
     def convert(text: str) -> tuple[int, ...]:
         if text == "all":
@@ -109,7 +109,7 @@ def _path(text: str) -> str:
 
 
 path = Kind("FILE", _path)
-"""The path of a file, as it was written. By this the conformance kit knows where output may go."""
+"""The path of a file, unchanged. The conformance kit recognizes output files by this kind."""
 boolean = Kind("yes|no", _boolean, ("yes", "no"))
 """yes or no (true, false, on, off, 1, 0), as a bool."""
 duration = Kind("TIME", _duration)
@@ -126,13 +126,13 @@ class Option:
         name: The key.
         help: One line for ``tcplat plugins show``.
         convert: Turns the text into the value: :func:`integer`, :func:`choice`, :func:`ports`,
-            `boolean`, `duration`, `size`, or a function of your own that raises ValueError with
-            what it wants. A text stays as it is unless given.
-        default: The value when it is not given.
-        required: It has to be given.
-        metavar: What to write for a value; follows from `convert` unless given.
-        example: A value for the example in ``tcplat plugins show``; a required option needs
-            it, and so does one of several of which one has to be given.
+            `boolean`, `duration`, `size`, or your own function, which raises ValueError with
+            what it expects. Default: the text itself.
+        default: The value if the option is not given.
+        required: The option must be given.
+        metavar: Placeholder for the value; default: that of `convert`.
+        example: A value for the example in ``tcplat plugins show``. Needed for a required
+            option, and for one of several options of which one is required.
     """
 
     name: str = attrs.field(validator=checked_name)
@@ -159,7 +159,7 @@ class Option:
 
 
 Options = Mapping[str, Any]
-"""What a probe or sink is given: each of its options, converted, or its default."""
+"""The converted value, or the default, of each option of a probe or sink."""
 
 
 def example(name: str, options: Sequence[Option]) -> str:

@@ -37,16 +37,16 @@ MODE = 0o644
 
 @attrs.define(eq=False)
 class Place:
-    """A name in a folder that is held: what a path leads to cannot be exchanged any more.
+    """A name in an open folder: other users can no longer change where the path leads.
 
-    For sinks that do not write by :class:`Output`. Has to be closed.
+    For sinks that do not use :class:`Output`. Must be closed.
 
     Args:
-        path: As the user wrote it.
+        path: The path, as the user wrote it.
         folder: File descriptor (O_PATH) of the folder.
         name: The last component.
-        magic: It is a link of procfs, as /dev/stdout leads to: the kernel knows where to.
-        plain: Nobody else can exchange a folder on the way, so that the path may be used as well.
+        magic: It is a link of procfs, which the kernel resolves, such as the one of /dev/stdout.
+        plain: No other user can replace a folder of the path, so the path itself is safe too.
     """
 
     path: str
@@ -57,36 +57,36 @@ class Place:
 
     @classmethod
     def find(cls, path: str, *, follow: bool = True) -> Place:
-        """Follow a path to the folder that it ends in.
+        """Resolve a path to its folder and last component.
 
         Args:
-            path: As the user wrote it.
-            follow: Also where the last component is a link.
+            path: The path, as the user wrote it.
+            follow: Resolve the last component too if it is a link.
 
         Raises:
-            UsageError: There is no such folder, or a link of another user is on the way.
+            UsageError: No such folder, or the path has a link of another user.
         """
         with in_words(path):
             return find(path, follow=follow)
 
     @property
     def address(self) -> str:
-        """A path that leads here: that of the user, or one that nobody else can turn aside."""
+        """A safe path to this place: the user's own, or one through /proc/self/fd."""
         return self.path if self.plain else f"/proc/self/fd/{self.folder}/{self.name}"
 
     def look(self) -> os.stat_result | None:
-        """What is there, whosever it is; None where nothing is."""
+        """Return the status of what is there, with any owner; None if nothing is."""
         try:
             return os.stat(self.name, dir_fd=self.folder, follow_symlinks=self.magic)
         except FileNotFoundError:
             return None
 
     def status(self) -> os.stat_result | None:
-        """What is there, if it may be written; None where nothing is.
+        """Return the status of what is there, if it may be written; None if nothing is.
 
         Raises:
             UsageError: It must not be written.
-            OSError: It cannot be looked at, or is a folder.
+            OSError: It cannot be read, or is a folder.
         """
         found = self.look()
         if found is None:
@@ -99,16 +99,16 @@ class Place:
         return found
 
     def check(self, *, replacing: bool = False) -> os.stat_result | None:
-        """Find out, without making or changing anything, whether it can be written.
+        """Check that it can be written, without creating or changing anything.
 
         Args:
-            replacing: A file is to be replaced by another, not to be written itself.
+            replacing: A file will be replaced by another, not written itself.
 
         Returns:
-            What is there; None where nothing is.
+            The status of what is there; None if nothing is.
 
         Raises:
-            UsageError: It cannot.
+            UsageError: It cannot be written.
         """
         with in_words(self.path):
             found = self.status()
@@ -122,11 +122,11 @@ class Place:
             return found
 
     def open(self) -> int:
-        """What is there, or a new file, open for writing; a file that is there is not emptied.
+        """Open what is there, or a new file, for writing. An existing file is not truncated.
 
         Raises:
             UsageError: It must not be written.
-            OSError: It cannot.
+            OSError: It cannot be opened.
         """
         for _ in range(_ATTEMPTS):
             with suppress(FileExistsError, FileNotFoundError):
@@ -145,15 +145,15 @@ class Place:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
     def create(self, name: str, mode: int = MODE) -> int:
-        """A new file of this name beside it, open for writing.
+        """Create a file of this name in the same folder, and open it for writing.
 
         Raises:
-            OSError: There is one, or it cannot be made.
+            OSError: It exists, or cannot be created.
         """
         return os.open(name, _WRITE | os.O_CREAT | os.O_EXCL, mode, dir_fd=self.folder)
 
     def judge(self, found: os.stat_result) -> None:
-        """Refuse what another user could have put there.
+        """Refuse a file that another user may have put there.
 
         Raises:
             UsageError: It is refused.
@@ -178,11 +178,11 @@ class Place:
 
     @contextmanager
     def there(self) -> Iterator[str]:
-        """Give a path to what is there now, if it may be written: a socket to connect to, say.
+        """Give a safe path to what is there now, such as a socket to connect to.
 
         Raises:
             UsageError: Another user may have put it there.
-            OSError: There is nothing.
+            OSError: Nothing is there.
         """
         fd = os.open(self.name, _LOOK, dir_fd=self.folder)
         try:
@@ -193,7 +193,7 @@ class Place:
 
     @property
     def shared(self) -> bool:
-        """Whether others than root and this user can put things into the folder."""
+        """Whether users other than root and this one can create files in the folder."""
         return is_shared(os.fstat(self.folder))
 
     def unlink(self) -> None:
@@ -205,7 +205,7 @@ class Place:
         os.unlink(self.name, dir_fd=self.folder)
 
     def close(self) -> None:
-        """Let go of the folder. Again it does nothing."""
+        """Close the folder. Idempotent."""
         if self.folder >= 0:
             os.close(self.folder)
         self.folder = -1
@@ -365,11 +365,11 @@ def in_words(path: str, what: str = "") -> Iterator[None]:
 
 @contextmanager
 def whole_file(path: str) -> Iterator[BinaryIO]:
-    """Give a file to write that takes the place of the one at `path` once it is whole.
+    """Give a file to write that replaces the one at `path` when the block ends.
 
-    Until the block ends, and where it raises, what was there stays as it is. The new file has
-    the mode of the old one, and its owner where this process may give files away. ``-`` is
-    standard output. What is no file, such as a pipe, is written as it stands.
+    If the block raises, the old file is kept. The new file has the mode of the old one, and its
+    owner if this process may change owners. ``-`` is standard output. Anything that is not a
+    regular file, such as a pipe, is written directly.
 
     Raises:
         UsageError: It cannot be written.

@@ -48,10 +48,10 @@ class Output:
     """Where a sink writes its bytes.
 
     Args:
-        fd: Open for writing; -1 for a file that is not made or emptied yet.
-        stopping: Asked while a reader keeps us waiting: whether the user wants to end.
-        lines: What is written is lines: where the disk is full, no half one stays. Else no
-            half write() stays.
+        fd: Open for writing; -1 for a file that is not created or truncated yet.
+        stopping: Returns whether the user has ended the run; called while a write blocks.
+        lines: The output is lines: if the disk is full, no partial line is left. Otherwise no
+            partial write() is left.
     """
 
     fd: int
@@ -73,10 +73,10 @@ class Output:
 
     @classmethod
     def open(cls, path: str | None, stopping: Callable[[], bool], *, lines: bool = True) -> Output:
-        """The file at `path`, truncated or made; standard output when there is none.
+        """Open the file at `path`, or standard output if `path` is None.
 
-        Whether it can be written is found out now; while a run makes its sinks, the file is left
-        as it is until everything is attached.
+        Checks now whether the file can be written. It is created or truncated now too, except
+        while a run creates its sinks: then, when everything is attached.
 
         Raises:
             UsageError: It cannot be written.
@@ -109,7 +109,7 @@ class Output:
         return output
 
     def begin(self) -> None:
-        """Make or empty the file, where that was held back. Again it does nothing.
+        """Create or truncate the file, if that was postponed. Idempotent.
 
         Raises:
             UsageError: It cannot be written any more.
@@ -128,18 +128,18 @@ class Output:
             self._early.clear()
 
     def is_at(self, found: os.stat_result) -> bool:
-        """Whether that is the file it writes, or is going to."""
+        """Return whether this is the file that is, or will be, written."""
         with contextlib.suppress(OSError):
             ours = self._place.status() if self._place else os.fstat(self.fd)
             return ours is not None and os.path.samestat(ours, found)
         return False
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Write all of it, now.
+        """Write all of the data, now.
 
         Raises:
-            ReaderGoneError: Nobody reads any more.
-            TcplatError: The device failed, or the user stopped a write that did not end.
+            ReaderGoneError: The reader has closed the pipe or socket.
+            TcplatError: The device failed, or the user ended the run while the write blocked.
         """
         if self._place is not None:
             self._early += data
@@ -181,10 +181,10 @@ class Output:
                 os.lseek(self.fd, at - surplus, os.SEEK_SET)
 
     def look(self) -> None:
-        """Notice a reader that has gone, without writing.
+        """Check for a closed pipe or socket, without writing.
 
         Raises:
-            ReaderGoneError: Nobody reads any more.
+            ReaderGoneError: The reader has closed it.
         """
         if self._place is not None:
             return
@@ -195,7 +195,7 @@ class Output:
             raise ReaderGoneError
 
     def columns(self) -> int:
-        """COLUMNS, or the terminal's width; 0 into a pipe or a file."""
+        """Return COLUMNS, or the width of the terminal; 0 for a pipe or a file."""
         if os.environ.get("COLUMNS", "").isdecimal():
             return int(os.environ["COLUMNS"])
         try:
@@ -211,9 +211,9 @@ class Output:
                 raise TcplatError("its reader did not read, and the run was stopped")
 
     def close(self) -> None:
-        """Close the file; standard output stays open. Again it does nothing.
+        """Close the file; standard output stays open. Idempotent.
 
-        A file that was held back until now is left as it is.
+        A file that was not created or truncated yet is not changed.
         """
         if self._place is not None:
             self._place.close()

@@ -84,7 +84,7 @@ class ProbeReport:
 
 @attrs.frozen(kw_only=True)
 class RunReport:
-    """How a run went."""
+    """The event counts of a run, and what went wrong."""
 
     probes: Mapping[str, ProbeReport]
     duration_s: Positive
@@ -202,7 +202,7 @@ def _extras(probe: ProbeReport) -> dict[str, Any]:
 
 
 def add_reports(one: RunReport, other: RunReport) -> RunReport:
-    """The books of both: captures that stand behind each other, or are of two hosts."""
+    """Return the sum of two reports: of consecutive captures, or of two hosts."""
     probes = dict(one.probes)
     for name, probe in other.probes.items():
         if name not in probes:

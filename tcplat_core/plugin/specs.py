@@ -26,20 +26,21 @@ class ProbeSpec:
         name: As in ``--probe NAME``.
         summary: One line.
         source: The C text.
-        points: Where it listens.
+        points: Hook points.
         types: Kernel types that the C needs: ``"tcp_sock"``, ``"net:ns"`` for single members.
-        event: The event's class, :class:`tcplat_core.Event` or a subclass.
-        describe: Plain words for a row, from a :class:`tcplat_core.Moment`.
-        options: What ``name:key=value`` may set.
-        defines: C constants from the options.
-        interfaces: Where its XDP programs go, from the options; needed if it has any.
-        track: Have the core learn who owns each socket. For a probe whose handlers run
-            in softirq alone, where no process calls: see include/tcplat/owner.bpf.h.
-        maps: Arrays of its C that poll() reads.
-        poll: Makes rows of them, with ``maps.row()``: called once a second while the probe
-            is attached, and once after that. It runs without any privilege. When it raises,
-            that is said, and it is not called again.
-        histograms: What it can count in the kernel when a sink asks for it
+        event: Class of the rows, :class:`tcplat_core.Event` or a subclass.
+        describe: Returns the description of a row, from a :class:`tcplat_core.Moment`.
+        options: Options that ``name:key=value`` sets.
+        defines: Returns C constants, from the options.
+        interfaces: Returns the interfaces for XDP programs, from the options. Required if the
+            probe has XDP programs.
+        track: Have the core track the owner of each socket. For probes whose handlers all run
+            in softirq, see include/tcplat/owner.bpf.h.
+        maps: Arrays of the C that poll() reads.
+        poll: Makes rows from these arrays, with ``maps.row()``. Called once a second while the
+            probe is attached, and once after that, without any privilege. If it raises, the
+            error is reported and it is not called again.
+        histograms: Durations that the probe can count in the kernel for a sink
             (include/tcplat/histogram.bpf.h).
     """
 
@@ -60,51 +61,50 @@ class ProbeSpec:
 
 
 class Sink(Protocol):
-    """Consumes batches. A method that raises gets the sink switched off; the run goes on.
+    """Consumes batches of rows. If a method raises, the sink is switched off; the run goes on.
 
-    A sink may also have ``idle()``: called once a second, so that it can raise
-    ReaderGoneError while there is nothing to write. And ``poll()``: called whenever the
-    rings have been looked at, every 3 to 20 ms, also when nothing came (in a replay at
-    least every 100 ms); it must not block. And ``merged()``: it gets a :class:`Merge` for each
-    host of a capture that was made of several, before the rows. And ``passed(ts_ns)``: no row
-    that is older will come; called several times a second while nothing comes, and never in a
-    replay, also of a live socket: its rows may still be on their way. What follows from it
-    must be what the next row, or close(), would have it write anyhow: `RunReport.until_ns` is
-    where it ended. One whose spec has `aggregate` has ``aggregates()``, see
-    :class:`AggregateSink`.
+    Optional methods:
 
-    And ``begin()``: called once, before the first row, when everything is attached (in a
-    replay, when something was read; ``poll()`` may have come before). What replaces a file is
-    opened there and not in the factory, so that a start that is refused leaves the old one;
-    :class:`Output` does so by itself. And ``cancel()`` instead of close(): there was no run, or
-    it broke off with an error. What the factory has made for others to see, such as a socket,
-    is to be taken away there.
+    - ``begin()`` is called once, before the first row, when everything is attached (in a replay,
+      when something was read; ``poll()`` may be called earlier). Replace files here and not in
+      the factory: then a start that is refused keeps the old file. :class:`Output` does this
+      itself.
+    - ``cancel()`` is called instead of close() if there was no run or it ended with an error.
+      Remove here what the factory created outside the process, such as a socket.
+    - ``idle()`` is called once a second. It can raise ReaderGoneError while there are no rows.
+    - ``poll()`` is called after each poll of the rings, every 3 to 20 ms, also without rows (in
+      a replay at least every 100 ms). It must not block.
+    - ``merged()`` gets a :class:`Merge` for each host of a merged capture, before the rows.
+    - ``passed(ts_ns)`` says that no older row will come. It is called several times a second
+      while no rows come, and never in a replay, not even of a live socket: rows may be in
+      flight there. What it writes must be what the next row or close() would have written;
+      `RunReport.until_ns` is the last such instant.
+    - ``aggregates()`` gets the kernel's counters, if the spec has `aggregate`; see
+      :class:`AggregateSink`.
 
-    One that tells of many rows in one says so by ``joins = True``: the conformance kit
-    does not expect each row in its output then.
+    Set ``joins = True`` if the sink combines many rows: then the conformance kit does not expect
+    every row in the output.
     """
 
     def write(self, batch: Sequence[Event]) -> None:
-        """Take a batch of rows, sorted by time. Output must be flushed when this returns.
+        """Take a batch of rows, sorted by time. Flush the output before returning.
 
-        The batch cannot be changed, and the rows are to be left as they are: other sinks
-        get them, too.
-
-        Where a batch ends is chance: what is written follows from the rows alone.
+        The batch is immutable. Do not change its rows: other sinks get them too. Batch
+        boundaries depend on timing; the output must not depend on them.
         """
 
     def lost(self, loss: Loss) -> None:
-        """Events were lost from this place in the stream on, until `loss.until_ns`."""
+        """Take a loss: events are missing from here on, until `loss.until_ns`."""
 
     def close(self, report: RunReport) -> None:
-        """The run is over. Not called where a method has failed before; twice does no harm."""
+        """End the output. Idempotent. Not called if a method has failed before."""
 
 
 class AggregateSink(Sink, Protocol):
-    """A sink that shows what the kernel has counted."""
+    """A sink that shows the kernel's counters."""
 
     def aggregates(self, them: Aggregates) -> None:
-        """All that was counted since the run began; a last time, final, before close()."""
+        """Take the counts since the start of the run; the last ones, `final`, before close()."""
 
 
 @attrs.frozen(kw_only=True)
@@ -114,11 +114,11 @@ class SinkSpec:
     Args:
         name: As in ``--sink NAME``.
         summary: One line.
-        factory: Makes the sink from its options, before anything is attached: says what cannot
-            be, and leaves alone what is there already.
-        options: What ``name:key=value`` may set.
-        aggregate: What the kernel is to count for it, from the options. Such a sink wants
-            no rows: where no other does, none are made. It gets aggregates().
+        factory: Creates the sink from its options, before anything is attached. Raises if that
+            is impossible, and keeps existing files.
+        options: Options that ``name:key=value`` sets.
+        aggregate: Returns what the kernel shall count, from the options. Such a sink needs no
+            rows: if no other sink does, none are made. aggregates() is called with the counts.
     """
 
     name: str = attrs.field(validator=checked_name)
@@ -130,14 +130,14 @@ class SinkSpec:
 
 @attrs.frozen
 class RunInfo:
-    """What a sink may know of the run before it begins.
+    """What a sink can know about the run before it begins.
 
     Args:
         probes: Names of the probes.
-        stopping: Says whether the user asked to stop: a blocked write then gives up.
-        events: Probe -> the class of its rows; :func:`tcplat_core.fields` says what is in them.
-        live: False in a replay: whose rows there will be is not known, nor are host and clocks.
-        say: Tells the user a sentence, on standard error; with ``--quiet`` it says nothing.
+        stopping: Returns whether the user has ended the run; blocked writes then give up.
+        events: Probe -> class of its rows; see :func:`tcplat_core.fields`.
+        live: False in a replay: then the probes, the host and its clocks are unknown.
+        say: Prints a sentence on standard error, unless ``--quiet`` is given.
     """
 
     probes: tuple[str, ...]
@@ -149,14 +149,14 @@ class RunInfo:
 
 @attrs.frozen
 class Loss:
-    """So many events of a hook were lost since the last time this was said.
+    """Events of a hook that were lost since the previous loss.
 
     Args:
-        probe: Whose ring was full.
-        point: The hook's.
-        count: So many.
-        since_ns: Where in the stream it stands: none of them was before this instant.
-        until_ns: None of them was after this one. Both are 0 where it is not known.
+        probe: The probe whose ring was full.
+        point: Hook point of the events.
+        count: Number of events.
+        since_ns: No lost event is older. The loss has this place in the stream.
+        until_ns: No lost event is younger. Both are 0 if unknown.
     """
 
     probe: str
@@ -167,22 +167,22 @@ class Loss:
 
 
 HOST_BITS = 32
-"""In a capture of several hosts, `netns` is the host's own number plus `host << HOST_BITS`."""
+"""In a merged capture, `netns` is the host's own number plus `host << HOST_BITS`."""
 
 
 @attrs.frozen
 class Merge:
-    """A host of a capture that was made of several; stands before the rows.
+    """A host of a merged capture; comes before the rows.
 
     Args:
-        host: Its number: 0 is the host by whose clock all rows are stamped.
-        name: As the user called its capture.
-        offset_ns: Its CLOCK_MONOTONIC minus that of host 0, at its first packet that both saw.
+        host: Number of the host. All rows have the clock of host 0.
+        name: Name of its capture, as the user gave it.
+        offset_ns: Its CLOCK_MONOTONIC minus that of host 0, at the first packet that both saw.
         drift_ppm: How much faster its clock runs, over the whole capture.
-        drift_bound_ppm: So far that may be wrong.
-        bound_ns: The offset that was taken off its rows is right within so much, wherever
-            a packet between the two hosts was seen.
-        packets: So many of those bound it.
+        drift_bound_ppm: Largest possible error of `drift_ppm`.
+        bound_ns: Largest possible error of the offset that was subtracted from its rows, at any
+            time at which a packet between the two hosts was seen.
+        packets: Number of packets that gave this bound.
     """
 
     host: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]

@@ -231,10 +231,10 @@ _encoder = msgspec.json.Encoder()
 
 
 def json_lines(batch: Sequence[Event], write: Callable[[memoryview | bytes], None]) -> None:
-    """Hand the rows of a batch to `write`, as JSON lines.
+    """Pass the rows of a batch to `write`, as JSON lines.
 
-    Several times, each time some whole lines; a memoryview is good until `write` returns.
-    Rows that nobody has looked at yet become text without being made.
+    `write` is called several times, with whole lines; a memoryview is valid until it returns.
+    Rows that no sink has read become text without being created.
     """
     if isinstance(batch, Records):
         batch.json_lines(write)
