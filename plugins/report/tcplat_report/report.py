@@ -10,8 +10,8 @@ import attrs
 import msgspec
 from tcplat_stages.histogram import Histogram
 from tcplat_stages.hosts import Hosts, crosses
-from tcplat_stages.join import Joiner, Told
-from tcplat_stages.model import CLIENT, FAILED, OUTCOMES, SERVICE, Connection, Exchange
+from tcplat_stages.join import Joiner
+from tcplat_stages.model import CLIENT, FAILED, OUTCOMES, SERVICE, Connection, Exchange, Told
 from tcplat_stages.percentiles import order, samples
 from tcplat_stages.stages import CONNECT_STAGES, CONNECTED, STAGES
 from tcplat_stages.text import duration, micros

@@ -12,7 +12,8 @@ import msgspec
 from tcplat_core import Event, Loss, Merge, Output, RunReport, TcplatError
 
 from .hosts import Hosts
-from .join import Joiner, Told
+from .join import Joiner
+from .model import Told
 
 T = TypeVar("T")
 _PIECE = 256

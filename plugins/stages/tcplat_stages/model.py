@@ -829,3 +829,6 @@ class Exchange:
         client, service = self.who(CLIENT), self.who(SERVICE)
         known = client.pid is not None or service.pid is None
         return self.conn.ends[CLIENT if known else SERVICE]
+
+
+Told = Exchange | Connection

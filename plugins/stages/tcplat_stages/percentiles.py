@@ -11,9 +11,8 @@ from tcplat_core import Event, Loss, printable
 
 from .histogram import Histogram
 from .hosts import crosses
-from .join import Told
 from .joined import Joined
-from .model import ANSWERED, CLIENT, OUTCOMES, Exchange
+from .model import ANSWERED, CLIENT, OUTCOMES, Exchange, Told
 from .stages import STAGES, UNEXPLAINED
 from .text import duration, micros, moment
 

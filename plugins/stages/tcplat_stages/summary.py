@@ -9,9 +9,8 @@ import attrs
 from tcplat_core import printable
 
 from .hosts import Hosts
-from .join import Told
 from .joined import Joined
-from .model import ANSWERED, CLIENT, OUTCOMES, SERVICE, STATS, Connection
+from .model import ANSWERED, CLIENT, OUTCOMES, SERVICE, STATS, Connection, Told
 from .stages import CONNECT_CALLED, CONNECTED, HANDSHAKE_DONE, SYN_RX
 from .text import duration, micros, moment, path, stages_json
 

@@ -10,9 +10,8 @@ import attrs
 from tcplat_core import printable
 
 from .hosts import Hosts, crosses
-from .join import Told
 from .joined import Joined
-from .model import CUT, FAILED, OPEN, SERVICE, UNANSWERED, UNKNOWN, Exchange
+from .model import CUT, FAILED, OPEN, SERVICE, UNANSWERED, UNKNOWN, Exchange, Told
 from .stages import MILESTONES, STAGES, UNEXPLAINED, Split
 from .text import bar, duration, micros, moment, nanos, path, stage, stages_json
 

@@ -429,5 +429,5 @@ def test_processes_that_take_turns_cost_a_bounded_memory() -> None:
         history.socket(now + number, CLIENT, "send", seq=seq, bytes=1, pid=300 + number % 2)
     joiner = Joiner()
     joiner.feed(history.rows())
-    (conn,) = joiner._conns.values()
+    (conn,) = joiner.directory.conns.values()
     assert len(conn.flows[CLIENT].senders) < 1_000

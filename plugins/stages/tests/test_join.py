@@ -668,7 +668,7 @@ def test_a_long_transfer_is_remembered_no_longer_than_it_is_needed() -> None:
     joiner, longest = Joiner(), 0
     for row in history.rows():
         joiner.feed([row])
-        for conn in joiner._conns.values():
+        for conn in joiner.directory.conns.values():
             longest = max(longest, *(len(log) for log in conn.flows[SERVICE].logs()))
     assert longest < 300
     (exchange,) = [one for one in joiner.finish() if isinstance(one, Exchange)]
@@ -686,7 +686,7 @@ def test_a_service_that_sends_for_ever_needs_no_more_memory() -> None:
         seq = history.seq(SERVICE, number * 10)
         history.socket(now + number, SERVICE, "send", seq=seq, bytes=10)
         joiner.feed(history.rows())
-    (conn,) = joiner._conns.values()
+    (conn,) = joiner.directory.conns.values()
     assert all(len(log) < 300 for log in conn.flows[SERVICE].logs())
 
 
@@ -721,7 +721,7 @@ def test_replies_that_nobody_is_seen_to_read_do_not_wait_for_ever() -> None:
             at += 100
             history.socket(at, end, point, seq=history.seq(sender, number), bytes=1)
     told = joiner.feed(history.rows())
-    (conn,) = joiner._conns.values()
+    (conn,) = joiner.directory.conns.values()
     assert len(told) + len(conn.waiting) == 16_999
     assert 500 < len(told) < 700
     assert {one.total_ns for one in told if isinstance(one, Exchange)} == {200}
@@ -749,7 +749,7 @@ def test_a_port_scan_displaces_no_connection() -> None:
     before = [row for row in rows if row.ts_ns < SECOND]
     joiner = Joiner(most=64)
     told = joiner.feed([*before, *scan(1_000), *rows[len(before) :]])
-    assert len(joiner._conns) <= 1 + 64 // 4
+    assert len(joiner.directory.conns) <= 1 + 64 // 4
     assert joiner.given_up == 1_000 - 64 // 4
     told += joiner.finish()
     (exchange,) = [one for one in told if isinstance(one, Exchange)]
@@ -770,7 +770,7 @@ def test_a_syn_that_has_become_a_connection_is_displaced_by_none() -> None:
     history.message(CLIENT, 10, [now + step for step in range(6)])
     joiner = Joiner(most=64)
     joiner.feed([*history.rows(without=SOCKETS), *scan(1_000)])
-    assert 1 in joiner._conns
+    assert 1 in joiner.directory.conns
 
 
 def test_a_connection_of_a_port_scan_takes_little_memory() -> None:
@@ -781,7 +781,7 @@ def test_a_connection_of_a_port_scan_takes_little_memory() -> None:
         used, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(joiner._conns) == len(rows)
+    assert len(joiner.directory.conns) == len(rows)
     assert used / len(rows) < 2_600
 
 
@@ -802,7 +802,7 @@ def test_a_hole_that_nothing_fills_does_not_grow_for_ever() -> None:
             history.packet(number, "nic_rx", CLIENT, number * 10, 10)
     joiner = Joiner()
     joiner.feed(history.rows())
-    (conn,) = joiner._conns.values()
+    (conn,) = joiner.directory.conns.values()
     assert len(conn.flows[CLIENT].nic.late or ()) < 5_000
     assert conn.bytes_of(CLIENT) == 100_000
 
@@ -816,9 +816,9 @@ def test_nothing_is_kept_of_connections_that_are_over() -> None:
         )
         history.close(simple(history, history.shake_hands(number * SECOND) + 100) + 100)
         joiner.feed(history.rows())
-        assert len(joiner._tuples) + len(joiner._ways) < 20
-    assert not joiner._conns
-    assert not joiner._socks
+        assert len(joiner.directory.tuples) + len(joiner.directory.ways) < 20
+    assert not joiner.directory.conns
+    assert not joiner.directory.socks
 
 
 def test_what_is_over_goes_at_once_and_waits_for_no_collector() -> None:

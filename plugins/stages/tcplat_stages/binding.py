@@ -1,0 +1,210 @@
+"""Which connection a socket is an end of: by its packets, its other end, or none yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .directory import Directory, likeliest
+from .model import CLIENT, NOBODY, NOWHERE, SERVICE, Connection, End, Who, shared
+from .rows import calls, listens, syn_of
+from .stages import CONNECT_CALLED, HANDSHAKE_DONE
+
+_ROLES = {"tcp_client": CLIENT, "tcp_service": SERVICE, "client": CLIENT, "service": SERVICE}
+"""Whose socket it is, by the probe, or by what tcp_stats says."""
+_STREAM_PROBES = frozenset({"tcp_client", "tcp_service"})
+
+
+class Binder:
+    """Finds the connection of a socket by its rows, and joins what turns out to be one."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+
+    def bind(self, row: Any) -> End | None:
+        """A socket that has not been seen before, or that begins another connection."""
+        if row.sock in self._directory.done and not calls(row):
+            if row.point == "close":
+                del self._directory.done[row.sock]
+            return None
+        index = _ROLES.get(row.probe)
+        if index is None:
+            role = getattr(row, "role", None)  # what an unknown probe calls so may be anything
+            index = _ROLES.get(role) if isinstance(role, str) else None
+        if index is None or row.dport is None or listens(row):
+            return None
+        if row.sport is None:
+            conn = self._directory.new(row, turned=index == SERVICE)
+        else:
+            conn = self._connection_of(row, index)
+        end = conn.ends[index]
+        end.named = row.sport is not None
+        _attach(end, row)
+        self._directory.socks[row.sock] = end
+        return end
+
+    def begin_anew(self, end: End, row: Any) -> End | None:
+        """The socket calls connect() or listen() once more: what it was before is over for it."""
+        self._directory.retire(end, end.conn.last_ns)
+        return self.bind(row)
+
+    def _connection_of(self, row: Any, index: int) -> Connection:
+        """The connection of a socket: known by its packets or its other end, or new."""
+        near, far = (row.saddr, row.sport), (row.daddr, row.dport)
+        client, service = (near, far) if index == CLIENT else (far, near)
+        syn = syn_of(row)
+        conn = None
+        # Nothing of a connection is older than the call that begins it.
+        if not calls(row):
+            conn = _free(self._directory.find(row.netns, client, service), index, row.netns, syn)
+            if conn is None:
+                turned = [
+                    one for one in self._directory.find(row.netns, service, client) if one.guessed
+                ]
+                conn = _free(turned, 1 - index, row.netns, -1)
+                if conn is not None:
+                    self._directory.turn(conn)
+        if conn is None:
+            conn = self._directory.new(row, turned=index == SERVICE)
+            self._directory.register(conn, row.netns)
+        self._directory.displace(conn, row.netns, index)
+        set_syn(conn, syn)
+        return conn
+
+    def learn_port(self, end: End, row: Any) -> None:
+        """The source port is chosen. Its packets may have been there before this row."""
+        own = end.conn
+        end.named = True
+        own.client = (shared(row.saddr), row.sport)
+        own.service = (shared(row.daddr), row.dport)
+        syn = syn_of(row)
+        known = self._directory.find(row.netns, own.client, own.service)
+        conn = _free(known, CLIENT, row.netns, syn)
+        if conn is None:
+            self._directory.register(own, row.netns)
+        else:
+            self._merge(end, conn, row)
+        self._directory.displace(end.conn, row.netns, CLIENT)
+        set_syn(end.conn, syn)
+
+    def _merge(self, end: End, conn: Connection, row: Any) -> None:
+        """Of an end's connection only the call is known; all else of it is known as `conn`."""
+        own = end.conn
+        conn.ends = (end, conn.ends[SERVICE]) if end.index == CLIENT else (conn.ends[CLIENT], end)
+        end.conn = conn
+        for number, at in enumerate(own.stamps):
+            if at is not None:
+                conn.stamps[number] = at
+        conn.first_ns = min(own.first_ns, conn.first_ns)
+        conn.began = conn.began or own.began
+        conn.cut = conn.cut and own.cut
+        conn.heir = conn.heir or own.heir
+        self._directory.release(own)
+        self._directory.remove(own)
+        del own.ends[1 - end.index].conn  # as in Directory.finish()
+        _attach(end, row)
+
+    def identify(self, end: End, row: Any, syn: int) -> None:
+        """A row tells the number of the client's SYN: which connection it is, for sure."""
+        conn = end.conn
+        begin = conn.flows[CLIENT].syn
+        if begin == syn:
+            if end.index == CLIENT:
+                conn.unsure = False
+            return
+        same = [
+            one
+            for one in self._directory.find(row.netns, conn.client, conn.service)
+            if one.flows[CLIENT].syn == syn and not one.over and not one.ends[end.index].sock
+        ]
+        # The other end's socket stays with what it was joined to.
+        if begin >= 0 or (same and conn.ends[1 - end.index].sock):
+            self._part(end, row)
+        if same:
+            self._merge(end, same[0], row)
+        set_syn(end.conn, syn)
+
+    def _part(self, end: End, row: Any) -> None:
+        """What was joined to an end's call is another connection's, by the same addresses."""
+        conn = end.conn
+        own = self._directory.new(row, turned=end.index == SERVICE)
+        other = End(conn, end.index)
+        number = CONNECT_CALLED if end.index == CLIENT else HANDSHAKE_DONE
+        own.stamps[number], conn.stamps[number] = conn.stamps[number], None
+        own.first_ns, own.began, own.cut = conn.first_ns, conn.began, conn.cut
+        if end.index == CLIENT:
+            conn.ends, own.ends = (other, conn.ends[SERVICE]), (end, own.ends[SERVICE])
+        else:
+            conn.ends, own.ends = (conn.ends[CLIENT], other), (own.ends[CLIENT], end)
+        conn.unsure = False
+        end.conn = own
+        self._directory.register(own, row.netns)
+        _attach(end, row)
+
+
+def _attach(end: End, row: Any) -> None:
+    """Note the socket of a row as an end's."""
+    end.conn.guessed = False
+    end.sock = row.sock
+    end.streams = end.streams or row.probe in _STREAM_PROBES
+    end.netns = row.netns
+    update_user(end, row)
+    # What was taken for this end's from packets, was not: of a router between, say.
+    sends, receives = end.conn.flows[end.index], end.conn.flows[1 - end.index]
+    if sends.tx_netns not in (None, row.netns):
+        sends.tx, sends.tx_dev = NOWHERE, None
+    sends.tx_netns = row.netns
+    if receives.rx_netns not in (None, row.netns):
+        receives.nic, receives.ip, receives.rx_if = NOWHERE, NOWHERE, None
+    receives.rx_netns = row.netns
+
+
+def update_user(end: End, row: Any) -> Who:
+    """The process of a call, which may have its socket from another, or take another name."""
+    if row.pid is not None or end.who is NOBODY:
+        who = Who(row.pid, shared(row.comm))
+        if who != end.who:
+            end.who = who
+    return end.who
+
+
+def _free(known: Sequence[Connection], index: int, netns: Any, syn: int) -> Connection | None:
+    """Return which of some connections by the same addresses a socket is an end of.
+
+    Args:
+        known: As _find() has them.
+        index: Which end.
+        netns: Where the socket is.
+        syn: Number of the client's SYN; -1 where the row does not tell.
+    """
+    likely = []
+    for conn in reversed(known):
+        if conn.over or conn.ends[index].sock:
+            continue
+        begin = conn.flows[CLIENT].syn
+        if syn >= 0 and begin >= 0:
+            if begin == syn:
+                return conn
+        elif not conn.replaced:
+            likely.append(conn)
+    return likeliest(likely, known, index, netns)
+
+
+def set_syn(conn: Connection, syn: int) -> None:
+    """The number of the client's SYN; -1 where nobody tells."""
+    flow = conn.flows[CLIENT]
+    if syn >= 0 and flow.syn < 0:
+        flow.syn = syn
+        if flow.begin < 0:
+            flow.begin = flow.at(syn) + 1
+        conn.doubtful = False
+
+
+def goes_again(end: End, row: Any) -> bool:
+    """Whether a socket that is known does something with which a connection cannot go on."""
+    if row.point == "connect":
+        # Its change of state may be told first, where both have the same instant.
+        return end.called or end.state != "TCP_SYN_SENT"
+    if listens(row):
+        return True
+    return calls(row) and not (end.called and end.state is None)

@@ -1,0 +1,265 @@
+"""The connections that are remembered, and by what a row finds its own (D73)."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
+from typing import Any
+
+from .losses import Losses
+from .model import CLIENT, Connection, End
+from .turns import Turns
+
+Addresses = tuple[Any, ...]
+"""Network namespace, and address and port of both ends."""
+Way = tuple[Connection, int]
+"""The connection of a packet, and the end that sent it."""
+
+_STRAGGLERS_NS = 2_000_000_000
+"""So long a connection that is over still takes what belongs to it."""
+_MOST_OVER = 8_192
+"""Connections that are over and still take what belongs to them."""
+_MOST_DONE = 65_536
+"""Sockets that are remembered longer than their connections."""
+_LAST_NS = attrgetter("last_ns")
+
+
+class Directory:
+    """Connections that are remembered, by number, socket, addresses, and where packets are seen.
+
+    Args:
+        turns: Told of connections that end.
+        losses: When rows were lost.
+        most: Connections that are remembered; the one that was silent for longest goes. Of those
+            that have neither a socket nor data a quarter as many; the oldest goes.
+
+    Attributes:
+        conns: By number.
+        socks: By the number of a socket: the end that has it.
+        done: Sockets that are not closed, of connections that are told: what they still do is lost.
+        tuples: By addresses, the youngest last; of loopback by network namespace, too.
+        ways: By the network namespace and addresses of a packet: the connection and its direction.
+        given_up: How many connections went for want of room.
+        closed_windows: Streams whose sender has closed its own window.
+    """
+
+    def __init__(self, turns: Turns, losses: Losses, most: int) -> None:
+        self.conns: dict[int, Connection] = {}
+        self.socks: dict[int, End] = {}
+        self.done: dict[int, None] = {}
+        self.tuples: dict[Addresses, list[Connection]] = {}
+        self.ways: dict[Addresses, Way] = {}
+        self.given_up = 0
+        self.closed_windows = 0
+        self._turns = turns
+        self._losses = losses
+        self._most = most
+        self._most_bare = max(1, most // 4)
+        self._bare: dict[int, Connection] = {}
+        """Those that a packet without data began, while they are remembered: the oldest first."""
+        self._over: deque[Connection] = deque()
+        """Connections that are over and still take what belongs to them."""
+        self._number = 0
+
+    def new(self, row: Any, *, turned: bool = False) -> Connection:
+        """Return a new connection of a row; `turned` if the row is of the service's end."""
+        if len(self.conns) >= self._most:
+            self._make_room()
+        self._number += 1
+        conn = self.conns[self._number] = Connection(self._number, row, turned=turned)
+        conn.breaks = self._losses.count
+        return conn
+
+    def _make_room(self) -> None:
+        """Of the connections that were silent for longest, have a sixteenth go."""
+        count = max(1, self._most // 16)
+        for conn in heapq.nsmallest(count, self.conns.values(), key=_LAST_NS):
+            self.given_up += 1
+            self.finish(conn, "given up")
+
+    def keep_bare(self, conn: Connection) -> None:
+        """A packet has begun it: while it stays without a socket and data, it is one of few.
+
+        A port scan has nothing else, and so many that they would displace all connections.
+        """
+        bare = self._bare
+        bare[conn.number] = conn
+        while len(bare) > self._most_bare:
+            oldest = bare.pop(next(iter(bare)))
+            if not oldest.bare:
+                continue
+            # Its packets have ended it: time would have told, a moment later.
+            over = bool(oldest.closing_ns)
+            self.given_up += not over
+            self.finish(oldest, "closed" if over else "given up")
+
+    def retire(self, end: End, ts_ns: int) -> None:
+        """The socket has done with its connection; the other end's may not have."""
+        end.closed_ns = ts_ns
+        if self.socks.get(end.sock) is end:
+            del self.socks[end.sock]
+        other = end.conn.ends[1 - end.index]
+        if not other.sock or other.closed_ns:
+            self.finish(end.conn, "closed")
+
+    def finish(self, conn: Connection, why: str) -> None:
+        """The connection is over, or is not followed any longer."""
+        self._turns.end(conn, why)
+        self.remove(conn)
+        for one in conn.ends:
+            self._let_go(one)
+            del one.conn  # a cycle, and the collector comes seldom: see spare_the_collector()
+        self._over.append(conn)
+        if len(self._over) > _MOST_OVER:
+            self.release(self._over.popleft())
+        # Its addresses stay for a while; what its streams held goes now.
+        for flow in conn.flows:
+            self.closed_windows -= flow.zero
+            flow.zero = False
+            flow.drop_logs()
+
+    def remove(self, conn: Connection) -> None:
+        """The connection is none any more: it is over, or is part of another."""
+        del self.conns[conn.number]
+        self._bare.pop(conn.number, None)
+
+    def release_over(self, now_ns: int) -> int | None:
+        """Free the addresses of what has been over for long.
+
+        Returns:
+            When the next ones will be free; None for never.
+        """
+        over = self._over
+        while over and over[0].last_ns + _STRAGGLERS_NS < now_ns:
+            self.release(over.popleft())
+        return over[0].last_ns + _STRAGGLERS_NS + 1 if over else None
+
+    def find(self, netns: Any, client: Any, service: Any) -> Sequence[Connection]:
+        """Return the connections by these addresses, the youngest last."""
+        return self.tuples.get(_key(netns, client, service), ())
+
+    def register(self, conn: Connection, netns: Any) -> None:
+        """A connection has its addresses, beside those that have them as well."""
+        key = _key(netns, conn.client, conn.service)
+        self.tuples.setdefault(key, []).append(conn)
+        conn.keys.append(key)
+
+    def displace(self, conn: Connection, netns: Any, index: int | None = None) -> None:
+        """In one namespace one connection has these addresses: this one, from now on.
+
+        Args:
+            conn: The connection.
+            netns: The namespace.
+            index: The end whose socket is there; None where a packet is.
+        """
+        known = self.tuples.get(_key(netns, conn.client, conn.service), ())
+        if len(known) < 2:  # noqa: PLR2004 - itself
+            return
+        for one in list(known):
+            if one is conn or one.replaced:
+                continue
+            conn.heir = conn.heir or one.over
+            if one.is_in(netns, index):
+                conn.heir = True
+                self.replace(one)
+            elif not one.over:
+                self._doubt(one)
+                if conn.flows[CLIENT].syn < 0:
+                    conn.doubtful = True
+
+    def _doubt(self, conn: Connection) -> None:
+        """Another connection has its addresses at the same time, elsewhere."""
+        if conn.flows[CLIENT].syn < 0 or conn.unsure:
+            conn.doubtful = True
+        if conn.unsure:
+            # What was joined may be of two. Each row finds its own connection from now on.
+            self.finish(conn, "given up")
+            self.release(conn)
+
+    def replace(self, conn: Connection) -> None:
+        """Another connection has its addresses. Its sockets may live on, and read what came."""
+        conn.replaced = True
+        if not conn.over and any(end.sock and not end.closed_ns for end in conn.ends):
+            self._leave_ways(conn)
+            return
+        if not conn.over:
+            self.finish(conn, "port reused")
+        self.release(conn)
+
+    def release(self, conn: Connection) -> None:
+        """Its addresses are free for another connection."""
+        for key in conn.keys:
+            known = self.tuples.get(key, [])
+            if conn in known:
+                known.remove(conn)
+                if not known:
+                    del self.tuples[key]
+        conn.keys = []
+        self._leave_ways(conn)
+
+    def _leave_ways(self, conn: Connection) -> None:
+        """No packet finds it any more by where it is seen."""
+        for key in conn.ways:
+            way = self.ways.get(key)
+            if way is not None and way[0] is conn:
+                del self.ways[key]
+        conn.ways = []
+
+    def turn(self, conn: Connection) -> None:
+        """Which end is the client was guessed, and wrong."""
+        namespaces = {key[0] for key in conn.keys}
+        self.release(conn)
+        conn.client, conn.service = conn.service, conn.client
+        conn.flows = (conn.flows[1], conn.flows[0])
+        conn.guessed = False
+        conn.answered, conn.replying = -1, None
+        conn.ask_ns = conn.ask_by = None
+        conn.came, conn.doubt = -1, None
+        conn.waiting.clear()
+        for netns in namespaces:
+            self.register(conn, netns)
+
+    def _let_go(self, end: End) -> None:
+        """Its connection is told. A socket that is not closed begins no other by what is left."""
+        sock = end.sock
+        if not sock or self.socks.get(sock) is not end:
+            return
+        del self.socks[sock]
+        if end.conn.replaced:
+            self.done[sock] = None
+            if len(self.done) > _MOST_DONE:
+                del self.done[next(iter(self.done))]
+
+
+def likeliest(
+    likely: list[Connection], known: Iterable[Connection], index: int | None, netns: Any
+) -> Connection | None:
+    """Return the one of these that a row of a namespace is of; None where nobody can know.
+
+    Args:
+        likely: Those that it may be of.
+        known: All by these addresses.
+        index: The end whose socket the row is of; None for a packet.
+        netns: The namespace.
+    """
+    if not likely:
+        return None
+    here = [conn for conn in likely if conn.is_in(netns, index)]
+    if len(here) == 1:
+        return here[0]
+    # By the same addresses there may be another connection, in two other namespaces.
+    if len(likely) > 1 or sum(conn.lives for conn in known) > 1:
+        return None
+    likely[0].unsure = True
+    return likely[0]
+
+
+def _key(netns: Any, client: Any, service: Any) -> Addresses:
+    return (netns if _is_loopback(client[0], service[0]) else None, *client, *service)
+
+
+def _is_loopback(address: str, other: str) -> bool:
+    """Both ends are in one namespace, and every namespace has the same addresses."""
+    return address == other or address.startswith("127.") or address == "::1"

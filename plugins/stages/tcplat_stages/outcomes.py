@@ -1,0 +1,198 @@
+"""What ended without a reply, or before the end of one: was it answered (D69, D70)?"""
+
+from __future__ import annotations
+
+from .model import (
+    CLIENT,
+    CUT,
+    ONE_WAY,
+    OPEN,
+    SERVICE,
+    UNANSWERED,
+    UNKNOWN,
+    Connection,
+    Exchange,
+    reached,
+)
+from .stages import ACCEPTED, HANDSHAKE_DONE, REPLY_SENT, REQUEST_READ
+
+_NAMES = ("client", "service")
+_PARTING_NS = 5_000_000
+"""On a busy host a program may take so long from its farewell to its close()."""
+_LONGEST_PARTING_NS = 50_000_000
+"""Within so long of a farewell both ends have closed: a request that hangs takes longer."""
+
+
+def judge_cut_short(exchange: Exchange, stopped: tuple[int, str]) -> None:
+    """Its connection ends while its reply is sent, or on its way: was it answered?"""
+    conn = exchange.conn
+    if exchange.kind == "push":
+        return
+    left = _client_left(conn)
+    sent_ns = exchange.stamps[REPLY_SENT]
+    came = _has_come_whole(conn, exchange)
+    if left and sent_ns is not None and left[0] < sent_ns and not _was_read(exchange):
+        exchange.outcome = UNANSWERED
+        exchange.over_ns, exchange.over_by = left
+    elif not came:
+        over = _over_at(conn)
+        if over is None:
+            exchange.outcome = OPEN
+            exchange.over_ns, exchange.over_by = stopped
+        elif conn.reset_by is not None or conn.error:
+            exchange.outcome = CUT
+            exchange.over_ns, exchange.over_by = over
+
+
+def _was_read(exchange: Exchange) -> bool:
+    """The client got a byte of the reply, as far as its calls tell."""
+    return exchange.conn.flows[SERVICE].read > exchange.reply_begin
+
+
+def _has_come_whole(conn: Connection, exchange: Exchange) -> bool:
+    """Nothing says that some of the reply did not come to the client."""
+    flow, end = conn.flows[SERVICE], exchange.reply_end
+    if not conn.ends[CLIENT].streams:
+        return not 0 <= flow.arrived() < end
+    if flow.read >= end:
+        return True
+    # By calls that have no rows it may have read what has come.
+    return (flow.read < 0 or flow.unseen) and flow.arrived() >= end
+
+
+def judge_unanswered(exchange: Exchange, stopped: tuple[int, str]) -> None:
+    """A request that no byte of a reply followed: what is it?"""
+    conn, stamps = exchange.conn, exchange.stamps
+    began_ns = next((at for at in stamps if at is not None), None)
+    if began_ns is None:
+        return
+    request = conn.flows[CLIENT]
+    sent = reached(request.sends, exchange.request_end)
+    come = [at for at in stamps[:REQUEST_READ] if at is not None]
+    last_ns = sent or max(come, default=began_ns)
+    over, left = _over_at(conn), _client_left(conn)
+    patience_ns = conn.patience_ns
+    gone_ns = conn.left_ns or (conn.fin_ns[SERVICE] and conn.fin_ns[SERVICE] + patience_ns)
+    if _replied_unseen(conn, began_ns):
+        exchange.outcome = UNKNOWN
+    elif over is None:
+        exchange.outcome = OPEN
+        exchange.over_ns, exchange.over_by = stopped
+    elif (
+        (left and left == over and left[0] - last_ns < patience_ns)
+        or _parted(exchange, last_ns)
+        or (gone_ns and gone_ns < began_ns)
+    ):
+        # It left at once; or the service had closed its side before, and could not answer.
+        exchange.outcome = ONE_WAY
+    else:
+        exchange.outcome = UNANSWERED
+        exchange.over_ns, exchange.over_by = over
+
+
+def _replied_unseen(conn: Connection, since_ns: int) -> bool:
+    """Whether the service sent, since an instant, what no row of its calls tells.
+
+    Of MPTCP there are no such rows: the calls are another socket's. Rows may be lost, too.
+    """
+    end, flow = conn.ends[SERVICE], conn.flows[SERVICE]
+    if not end.streams:
+        return False
+    told = max(flow.sent, flow.begin)
+    for reach in (flow.tx, flow.nic, flow.ip):
+        at_ns = reach.log[-1][1] if reach.log else None
+        if reach.position > told >= 0 and at_ns is not None and at_ns > since_ns:
+            return True
+    if not conn.began:
+        return False
+    # The kernel counts a SYN and a FIN as well.
+    count = max(flow.sent - flow.begin, 0) if flow.sent >= 0 else 0
+    acked = (end.stats or {}).get("bytes_acked") or 0
+    received = (conn.ends[CLIENT].stats or {}).get("bytes_received") or 0
+    if max(acked - 2, received - 1) > count:
+        return True
+    # What was never accepted is reset, not closed: so its calls have no rows.
+    return bool(
+        flow.sent < 0
+        and conn.flows[CLIENT].read < 0
+        and conn.stamps[HANDSHAKE_DONE] is not None
+        and conn.stamps[ACCEPTED] is None
+        and conn.fin_ns[SERVICE]
+        and conn.reset_by is None
+    )
+
+
+def _parted(exchange: Exchange, last_ns: int) -> bool:
+    """Whether a last message was a farewell: the client closed for itself, right behind it.
+
+    A service that reads a farewell closes as well, and its FIN may be there first: on a busy
+    host the client has not come to its close() yet. Who waits for a reply reads the end of
+    the service's stream before it closes.
+
+    Args:
+        exchange: A request without a reply.
+        last_ns: When its last byte was sent.
+    """
+    conn = exchange.conn
+    left_ns, gone_ns = conn.fin_ns
+    if conn.reset_by is not None or conn.error or not left_ns or not _by_itself(conn):
+        return False
+    if left_ns - last_ns < conn.patience_ns:
+        return True
+    # Later: only where both ends close in order, the service has read it, and has answered
+    # before.
+    unread = conn.ends[SERVICE].streams and exchange.stamps[REQUEST_READ] is None
+    if not gone_ns or not conn.longest_ns or unread:
+        return False
+    if gone_ns < left_ns and _sees_reads(conn):
+        parting_ns = _LONGEST_PARTING_NS  # it was not waiting: it would have read the end
+    else:
+        # No client gives up sooner than it has waited for another answer.
+        parting_ns = max(_PARTING_NS, min(conn.longest_ns, _LONGEST_PARTING_NS))
+    return left_ns - last_ns < parting_ns and gone_ns - last_ns < _LONGEST_PARTING_NS
+
+
+def _by_itself(conn: Connection) -> bool:
+    """The client closed its socket without having seen that the service had closed its side."""
+    left_ns, gone_ns = conn.fin_ns
+    if conn.eof_ns:
+        return False  # before it closed; or it closed its side alone, and went on waiting
+    if not gone_ns or left_ns <= gone_ns or _sees_reads(conn):
+        return True
+    # Nothing tells what it read: its FIN left before the service's could have come to it.
+    trip_ns = conn.trip_ns
+    return trip_ns is not None and left_ns - gone_ns < trip_ns
+
+
+def _sees_reads(conn: Connection) -> bool:
+    """Whatever the client reads, its rows tell: also the end of the service's stream."""
+    return conn.ends[CLIENT].streams and not conn.flows[SERVICE].unseen
+
+
+def _client_left(conn: Connection) -> tuple[int, str] | None:
+    """When the client closed its socket, or aborted; None where it only closed its side."""
+    found = []
+    if conn.reset_by == CLIENT:
+        found.append((conn.reset_ns, "reset by the client"))
+    half = conn.eof_ns > conn.fin_ns[CLIENT]  # it went on reading to the end
+    if conn.fin_ns[CLIENT] and not half:
+        found.append((conn.fin_ns[CLIENT], "closed by the client"))
+    return min(found, default=None)
+
+
+def _over_at(conn: Connection) -> tuple[int, str] | None:
+    """What ended the waiting on a connection first, and when; None where nothing did."""
+    found = []
+    left = _client_left(conn)
+    if left is not None:
+        found.append(left)
+    if conn.reset_by == SERVICE:
+        found.append((conn.reset_ns, "reset by the service"))
+    elif conn.error and conn.reset_by is None:
+        found.append((conn.error_ns, conn.error))
+    if conn.fin_ns[SERVICE]:
+        found.append((conn.fin_ns[SERVICE], "closed by the service"))
+    if not found:
+        closed = [(end.closed_ns, end.index) for end in conn.ends if end.closed_ns]
+        found = [(at, f"closed by the {_NAMES[index]}") for at, index in closed]
+    return min(found, default=None)

@@ -1,0 +1,225 @@
+"""What rows of sockets tell: calls, wake-ups, changes of state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .binding import Binder, update_user
+from .closing import note_failure, note_fin
+from .directory import Directory
+from .losses import READS, resumes
+from .model import (
+    CLIENT,
+    NOWHERE,
+    SERVICE,
+    STATS,
+    Connection,
+    End,
+    Reach,
+    caller,
+    reached,
+    real,
+    shared,
+    whole,
+)
+from .rows import syn_of
+from .stages import ACCEPTED, CONNECT_CALLED, CONNECTED, HANDSHAKE_DONE
+from .turns import LONG, Turns, prune
+
+
+class SocketRows:
+    """What follows from the rows of sockets.
+
+    Attributes:
+        handlers: By point; each takes the socket's end, the row, and when it was.
+    """
+
+    def __init__(self, directory: Directory, binder: Binder, turns: Turns) -> None:
+        self._directory = directory
+        self._binder = binder
+        self._turns = turns
+        self.handlers: dict[str, Callable[[End, Any, int], None]] = {
+            "send": self._send,
+            "recv": self._recv,
+            "ready": _ready,
+            "send_short": _send_short,
+            "connect": _connect,
+            "state": self._state,
+            "accept": _accept,
+            "close": self._close,
+            "stats": _stats,
+        }
+
+    def _state(self, end: End, row: Any, ts_ns: int) -> None:
+        old, new = row.old_state, row.state
+        if old is None:
+            return
+        end.state = shared(new)
+        syn = syn_of(row)
+        if syn >= 0:
+            self._binder.identify(end, row, syn)
+        conn = end.conn
+        if row.connect_us is not None:
+            conn.connect_us = row.connect_us
+        if new == "TCP_ESTABLISHED":
+            conn.began, conn.cut = True, False
+            conn.stamps[CONNECTED if end.index == CLIENT else HANDSHAKE_DONE] = ts_ns
+        elif new in ("TCP_FIN_WAIT1", "TCP_LAST_ACK"):
+            note_fin(conn, end.index)
+        elif new == "TCP_CLOSE_WAIT":
+            # The other end closed first, whether or not it is watched.
+            note_fin(conn, 1 - end.index)
+            if end.index == CLIENT:
+                conn.left_ns = ts_ns
+        elif new == "TCP_CLOSE" and row.desc != "closed":
+            note_failure(conn, end.index, row.desc, ts_ns)
+
+    def _send(self, end: End, row: Any, ts_ns: int) -> None:  # noqa: C901 - called for each send
+        conn = end.conn
+        index = end.index
+        flow = conn.flows[index]
+        count = row.bytes or 0
+        at = flow.at(row.seq)
+        if flow.begin < 0:
+            flow.begin = at
+        missed = conn.missed
+        if missed:
+            known = flow.sent if flow.sent >= 0 else flow.begin
+            resumes(conn, 1 << index, gap=at != known >= 0)
+        finish = at + count
+        flow.send(at, finish, ts_ns)
+        who = end.who
+        if who.pid != row.pid or who.comm != row.comm:
+            who = update_user(end, row)
+        senders = flow.senders
+        if not senders or senders[-1][1] != who:
+            if senders:
+                senders.append((at, who))
+            else:
+                flow.senders = [(at, who)]
+        if index == SERVICE:
+            self._turns.reply(conn, at, ts_ns)
+        else:
+            if conn.answered < 0:
+                conn.answered = at
+            if conn.ask_ns is None and finish > conn.answered:
+                conn.ask_ns, conn.ask_by = ts_ns, who
+                if not missed & (1 << CLIENT | 1 << READS + CLIENT):
+                    conn.think_ns += _thought(conn, ts_ns)
+        if len(flow.sends) > LONG:
+            prune(conn, index)
+
+    def _recv(self, end: End, row: Any, ts_ns: int) -> None:  # noqa: C901 - one row in four is one
+        count = row.bytes
+        conn = end.conn
+        index = end.index
+        if not count:
+            if count == 0 and index == CLIENT:
+                conn.eof_ns = ts_ns
+            return
+        flow = conn.flows[1 - index]
+        at = flow.at(row.seq)
+        if flow.begin < 0:
+            flow.begin = at
+        if conn.missed:
+            gap = at > (flow.read if flow.read >= 0 else flow.begin)
+            resumes(conn, 1 << READS + index, gap=gap)
+        finish = at + count
+        if finish <= flow.read:
+            return
+        if at != flow.read or conn.doubt is not None:
+            self._skipped(conn, index, at)
+        flow.take(finish, ts_ns)
+        who = end.who
+        if who.pid != row.pid or who.comm != row.comm:
+            update_user(end, row)
+        if index == CLIENT:
+            if finish > flow.sent >= 0 and conn.replying and conn.ends[SERVICE].streams:
+                conn.replying.beyond = True
+            self._turns.replied(conn, at, finish)
+        elif conn.answered < 0:
+            conn.answered = flow.begin
+        if len(flow.reads) > LONG:
+            prune(conn, 1 - index)
+
+    def _skipped(self, conn: Connection, index: int, at: int) -> None:
+        """An end reads from `at` on: of what it had not read before, a row was missing."""
+        flow = conn.flows[1 - index]
+        if not conn.ends[1 - index].streams:
+            flow.skip_urgent(flow.read, at)
+        if at > flow.read >= 0:
+            # At an instant that is not this one.
+            flow.note_read(at, None)
+            flow.unseen = True
+        if index == CLIENT:
+            return
+        known = flow.read if flow.read >= 0 else conn.answered
+        if at > known >= 0:
+            flow.copied = max(flow.copied, at)
+            self._turns.settle(conn)
+        elif conn.doubt is not None and at < conn.doubt[2]:
+            conn.doubt = None  # it had not read that when it sent
+
+    def _close(self, end: End, row: Any, ts_ns: int) -> None:  # noqa: ARG002 - as all of them
+        self._directory.retire(end, ts_ns)
+
+
+def _connect(end: End, row: Any, ts_ns: int) -> None:
+    conn = end.conn
+    end.called = True
+    if conn.stamps[CONNECT_CALLED] is None:
+        conn.stamps[CONNECT_CALLED] = ts_ns
+    conn.began, conn.cut = True, False
+    if row.connect_us is not None:
+        conn.connect_us, conn.error, conn.error_ns = row.connect_us, row.desc, ts_ns
+
+
+def _accept(end: End, row: Any, ts_ns: int) -> None:
+    update_user(end, row)
+    end.conn.stamps[ACCEPTED] = ts_ns
+    end.conn.accept_us = real(row, "accept_us")
+
+
+def _send_short(end: End, row: Any, ts_ns: int) -> None:  # noqa: ARG001 - as all of them
+    """The last call's bytes end where this row's begin."""
+    conn = end.conn
+    flow = conn.flows[end.index]
+    at = flow.at(row.seq)
+    flow.sent = at
+    if not flow.sends:
+        return
+    _, when = flow.sends.pop()
+    if at > flow.last_send:
+        flow.sends.append((at, when))
+    elif end.index == CLIENT and conn.ask_ns == when:
+        conn.ask_ns = reached(flow.sends, conn.answered + 1)
+        conn.ask_by = caller(flow.senders, conn.answered)
+        conn.think_ns -= _thought(conn, when)
+
+
+def _thought(conn: Connection, ts_ns: int | None) -> int:
+    """So long (ns) the client took to ask again, at an instant, after it had read a reply."""
+    read_ns = conn.flows[SERVICE].read_ns
+    return ts_ns - read_ns if ts_ns and read_ns else 0
+
+
+def _ready(end: End, row: Any, ts_ns: int) -> None:
+    conn = end.conn
+    flow = conn.flows[1 - end.index]
+    ready = flow.ready
+    if ready is NOWHERE:
+        ready = flow.ready = Reach()
+    copied = flow.at(row.seq)
+    flow.copied = max(flow.copied, copied)
+    if flow.begin < 0:
+        flow.begin = copied
+    if end.index == SERVICE and conn.answered < 0:
+        conn.answered = flow.begin
+    # It begins with what is unread, not with what is new.
+    if ready.pass_by(0, copied + (row.bytes or 0), ts_ns) and len(ready.log) > LONG:
+        prune(conn, 1 - end.index)
+
+
+def _stats(end: End, row: Any, ts_ns: int) -> None:  # noqa: ARG001 - as all of them
+    end.stats = {name: whole(row, name) for name in STATS}

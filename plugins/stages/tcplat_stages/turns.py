@@ -1,0 +1,372 @@
+"""Where exchanges begin and end: a reply answers all that its service had read (D33)."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from .losses import ASKING_ROWS, READS, Losses, tear
+from .model import (
+    ANSWERED,
+    CLIENT,
+    NOBODY,
+    NONE_WAIT,
+    OPEN,
+    SERVICE,
+    UNANSWERED,
+    Connection,
+    Exchange,
+    Told,
+    caller,
+    reached,
+)
+from .outcomes import judge_cut_short, judge_unanswered
+from .stages import (
+    CLIENT_SENT,
+    REPLY_IP,
+    REPLY_READ,
+    REPLY_READY,
+    REPLY_RX,
+    REPLY_SENT,
+    REPLY_TX,
+    REQUEST_IP,
+    REQUEST_READ,
+    REQUEST_READY,
+    REQUEST_RX,
+    REQUEST_TX,
+)
+
+END_OF_RUN = "end of run"
+LONG = 256
+"""Entries of a log that are kept without looking whether they are needed."""
+_LONGEST = 16_384
+"""Entries that are kept at all: 16,384 packets that are not read yet."""
+_PATIENT_NS = 1_000_000_000
+"""A request that has waited for less when the run ends may yet be answered."""
+_MOST_SERVICES = 4_096
+"""Of which it is known how long they take for an answer."""
+
+
+class Turns:
+    """Divides the streams of connections into exchanges.
+
+    Args:
+        losses: When rows were lost.
+
+    Attributes:
+        told: What became complete.
+        last_ns: The latest instant of connections that are over; when all are, of all rows.
+        cut: Exchanges that were under way when the capture began: they are not told.
+        untimed: Messages of which only one instant is known.
+        missed: Messages that were under way where rows were lost: they are not told.
+    """
+
+    def __init__(self, losses: Losses) -> None:
+        self.told: list[Told] = []
+        self.last_ns = 0
+        self.cut = 0
+        self.untimed = 0
+        self.missed = 0
+        self._losses = losses
+        self._longest: dict[tuple[str, int | None], int] = {}
+        """Address and port of a service -> its longest total, ns, of what was answered."""
+        self._undecided: list[Exchange] = []
+        """Requests that the end of the run cuts short."""
+
+    def replied(self, conn: Connection, at: int, finish: int) -> None:
+        """Bytes of the service's stream are seen, behind the service."""
+        flow = conn.flows[SERVICE]
+        # Where nobody watches its socket, this is how we learn that it replies.
+        if finish > flow.sent and not conn.ends[SERVICE].sock:
+            # A packet may carry what was sent before along with what was not.
+            at = max(at, flow.sent)
+            flow.sent = finish
+            self.reply(conn, at, None)
+        if conn.waiting:
+            self.come(conn)
+
+    def reply(self, conn: Connection, at: int, ts_ns: int | None) -> None:
+        """The service sends from `at` on. It answers what it has read and not answered before."""
+        watched = conn.ends[SERVICE].sock
+        if watched and conn.flows[CLIENT].copied > conn.answered:
+            self.settle(conn)
+        asked = read_up_to(conn)
+        if asked > conn.answered >= 0:
+            conn.doubt = None
+            self._answer(conn, at, ts_ns, asked)
+            conn.came = queued_up_to(conn) if watched else asked
+            return
+        if conn.replying is None:
+            conn.replying = exchange = Exchange(conn, "push")
+            exchange.reply_begin = at
+            exchange.stamps[REPLY_SENT] = ts_ns
+            exchange.by[SERVICE] = caller(conn.flows[SERVICE].senders, at)
+        if conn.missed:
+            # It may answer what it read, or what was asked, where rows were lost.
+            asking = 1 << READS + SERVICE if watched else ASKING_ROWS
+            if conn.missed & asking == asking:
+                tear(conn)
+        if watched and conn.doubt is None:
+            came = queued_up_to(conn)
+            if came > max(conn.answered, conn.came) and conn.answered >= 0:
+                conn.doubt = (at, ts_ns, came)
+
+    def _answer(self, conn: Connection, at: int, ts_ns: int | None, asked: int) -> None:
+        """A reply to all up to `asked` begins at `at`."""
+        request, old = conn.flows[CLIENT], conn.replying
+        if old is not None and old.reply_begin < at:
+            self.end_reply(old, at, "turn")
+        exchange = self._begin(conn, "exchange", asked)
+        exchange.reply_begin = at
+        exchange.stamps[REPLY_SENT] = ts_ns
+        exchange.by[SERVICE] = caller(conn.flows[SERVICE].senders, at)
+        _ask_from(conn, asked)
+        request.forget(asked + 1)
+        conn.replying = exchange
+
+    def settle(self, conn: Connection, why: str = "") -> None:
+        """Decide what the service had read, where calls that have no rows may have read it.
+
+        A wake-up tells how far it had come by then; the next wake-up comes with the next request.
+
+        Args:
+            conn: Whose service is watched.
+            why: What ended it; empty while it goes on.
+        """
+        flow, doubt = conn.flows[CLIENT], conn.doubt
+        copied = flow.copied if flow.fin < 0 else min(flow.copied, flow.fin)
+        if why == "closed" and conn.reset_by is None:
+            copied = max(copied, conn.came, doubt[2] if doubt else -1)  # else it were reset
+        elif why and doubt and (flow.read < 0 or flow.unseen):
+            copied = doubt[2]
+        if copied <= max(flow.read, conn.answered):
+            return
+        replying = conn.replying
+        if doubt is not None:
+            conn.doubt = None
+            flow.unseen = True
+            self._answer(conn, doubt[0], doubt[1], min(doubt[2], copied))
+            conn.came = doubt[2]
+        elif replying is not None and replying.kind == "exchange" and copied <= conn.came:
+            # Of its request, the first part was read by other calls than the rest.
+            flow.unseen = True
+            replying.request_end = copied
+            _arrived(replying, copied)
+            _ask_from(conn, copied)
+            flow.forget(copied + 1)
+
+    def _begin(self, conn: Connection, kind: str, end: int) -> Exchange:
+        """An exchange, and what is known of its request's way."""
+        exchange = Exchange(conn, kind)
+        if conn.breaks != self._losses.count:
+            self._losses.mark(conn)
+        exchange.request_begin, exchange.request_end = conn.answered, end
+        exchange.stamps[CLIENT_SENT] = conn.ask_ns
+        exchange.by[CLIENT] = conn.ask_by
+        unsent = conn.ask_ns is None and conn.missed & 1 << CLIENT and conn.ends[CLIENT].streams
+        exchange.missed = conn.torn or bool(unsent)
+        conn.torn = False
+        _arrived(exchange, end)
+        exchange.retransmits, conn.ask_retransmits = conn.ask_retransmits, 0
+        exchange.zero_windows, conn.ask_zeros = conn.ask_zeros, 0
+        return exchange
+
+    def end_reply(self, exchange: Exchange, end: int, why: str) -> None:
+        """The reply that is being sent ends at `end`."""
+        conn = exchange.conn
+        conn.replying = None
+        exchange.reply_end = max(end, exchange.reply_begin)
+        exchange.ended = why
+        if conn.waiting or not has_come(conn, end):
+            if conn.waiting is NONE_WAIT:
+                conn.waiting = deque()
+            conn.waiting.append(exchange)
+            self.come(conn)
+        else:
+            self._complete(exchange)
+
+    def come(self, conn: Connection) -> None:
+        """Complete the exchanges whose replies are there."""
+        while conn.waiting and has_come(conn, conn.waiting[0].reply_end):
+            self._complete(conn.waiting.popleft())
+
+    def _complete(self, exchange: Exchange, why: str = "") -> None:
+        """The way of the reply is known as far as it ever will be; `why` the connection ends."""
+        conn = exchange.conn
+        flow = conn.flows[SERVICE]
+        end = exchange.reply_end
+        stamps = exchange.stamps
+        stamps[REPLY_TX] = reached(flow.tx.log, end)
+        stamps[REPLY_RX] = reached(flow.nic.log, end)
+        stamps[REPLY_IP] = reached(flow.ip.log, end)
+        stamps[REPLY_READY] = reached(flow.ready.log, end)
+        stamps[REPLY_READ] = reached(flow.reads, end)
+        flow.forget(end + 1)
+        if why:
+            judge_cut_short(exchange, self._stopped(conn, why))
+        self._tell(exchange)
+
+    def _tell(self, exchange: Exchange) -> None:
+        conn = exchange.conn
+        request, reply = conn.flows
+        exchange.urgent = (
+            request.take_urgent(exchange.request_begin, exchange.request_end),
+            reply.take_urgent(exchange.reply_begin, exchange.reply_end),
+        )
+        cut, conn.cut = conn.cut, False
+        if cut and (
+            exchange.kind == "push"
+            or (conn.ends[CLIENT].sock and exchange.stamps[CLIENT_SENT] is None)
+        ):
+            self.cut += 1
+            conn.untold += 1
+            return
+        known = sum(at is not None for at in exchange.stamps)
+        # What was not answered has waited until something ended it: one instant will do.
+        if known < (1 if exchange.kind == "request" or exchange.over_ns is not None else 2):
+            self.untimed += 1
+            conn.untold += 1
+            return
+        if self._losses.count and self._losses.spans(exchange):
+            self.missed += 1
+            conn.untold += 1
+            conn.spans_loss += 1
+            return
+        # Whoever uses the connection afterwards, this exchange was not theirs.
+        exchange.by = [exchange.who(CLIENT), exchange.who(SERVICE)]
+        conn.told += 1
+        exchange.number = conn.told
+        outcome, outcomes = exchange.outcome, conn.outcomes
+        outcomes[outcome] = outcomes.get(outcome, 0) + 1
+        if outcome == ANSWERED:
+            total_ns = exchange.split.total_ns
+            conn.longest_ns = max(conn.longest_ns, total_ns)
+            if total_ns > self._longest.get(conn.service, 0) and (
+                len(self._longest) < _MOST_SERVICES or conn.service in self._longest
+            ):
+                self._longest[conn.service] = total_ns
+        self.told.append(exchange)
+
+    def end(self, conn: Connection, why: str) -> None:
+        """The connection is over: what was under way is complete by that, as far as it came."""
+        if conn.ends[SERVICE].sock:
+            self.settle(conn, why)
+        replying, reply = conn.replying, conn.flows[SERVICE]
+        under_way = list(conn.waiting)
+        conn.waiting.clear()
+        if replying is not None:
+            conn.replying = None
+            replying.reply_end = max(reply.sent, replying.reply_begin)
+            replying.ended = why
+            under_way.append(replying)
+        for exchange in under_way:
+            self._complete(exchange, why)
+        request = conn.flows[CLIENT]
+        end = request.sent
+        if end < 0:  # what came counts, whether or not the service has read it
+            end = max(request.read, read_up_to(conn), queued_up_to(conn))
+        if end > conn.answered >= 0:
+            exchange = self._begin(conn, "request", end)
+            exchange.ended = why
+            judge_unanswered(exchange, self._stopped(conn, why))
+            if exchange.outcome == OPEN and why == END_OF_RUN:
+                self._undecided.append(exchange)
+            self._tell(exchange)
+        conn.ended = why
+        conn.over = True
+        self.last_ns = max(self.last_ns, conn.last_ns)
+        self.told.append(conn)
+
+    def _stopped(self, conn: Connection, why: str) -> tuple[int, str]:
+        """Until when a connection was followed, of which no end was seen."""
+        return (self.last_ns if why == END_OF_RUN else conn.last_ns), why
+
+    def decide(self) -> None:
+        """At the end of the run, judge what is open by how long the service took before."""
+        for exchange in self._undecided:
+            self._decide(exchange)
+        self._undecided.clear()
+
+    def _decide(self, exchange: Exchange) -> None:
+        """At the end of the run: it may yet be answered, or has waited longer than any that was."""
+        conn, waited_ns = exchange.conn, exchange.waited_ns or 0
+        if not exchange.number:  # it is not told
+            return
+        if waited_ns < _PATIENT_NS or waited_ns <= self._longest.get(conn.service, 0):
+            return
+        exchange.outcome = UNANSWERED
+        conn.outcomes[OPEN] -= 1
+        conn.outcomes[UNANSWERED] = conn.outcomes.get(UNANSWERED, 0) + 1
+
+
+def _ask_from(conn: Connection, asked: int) -> None:
+    """What comes behind `asked` is another request."""
+    conn.answered = asked
+    request = conn.flows[CLIENT]
+    conn.ask_ns = reached(request.sends, asked + 1)
+    conn.ask_by = caller(request.senders, asked)
+
+
+def queued_up_to(conn: Connection) -> int:
+    """How far the client's stream has come to the service's socket; -1 if it is not known."""
+    flow = conn.flows[CLIENT]
+    arrived = flow.arrived()
+    if arrived >= 0:
+        return arrived
+    ready = flow.ready.position  # a FIN counts there
+    for end in (flow.fin, flow.sent):
+        if end >= 0:
+            ready = min(ready, end)
+    return ready
+
+
+def read_up_to(conn: Connection) -> int:
+    """How far the service has read; where its socket is not watched, how far it can have."""
+    flow = conn.flows[CLIENT]
+    if conn.ends[SERVICE].sock:
+        return flow.read
+    arrived = flow.arrived()
+    if arrived >= 0:
+        return arrived
+    return flow.tx.position if flow.tx.position >= 0 else flow.sent
+
+
+def _arrived(exchange: Exchange, end: int) -> None:
+    """When the last byte of a request, which ends at `end`, came how far."""
+    flow, stamps = exchange.conn.flows[CLIENT], exchange.stamps
+    stamps[REQUEST_TX] = reached(flow.tx.log, end)
+    stamps[REQUEST_RX] = reached(flow.nic.log, end)
+    stamps[REQUEST_IP] = reached(flow.ip.log, end)
+    stamps[REQUEST_READY] = reached(flow.ready.log, end)
+    stamps[REQUEST_READ] = reached(flow.reads, end)
+
+
+def has_come(conn: Connection, end: int) -> bool:
+    """As far as anybody watches, the reply is there up to `end`."""
+    flow = conn.flows[SERVICE]
+    if conn.ends[CLIENT].sock:
+        # Of splice() there may be no rows: then nobody will ever know when it was read.
+        return flow.read >= end or len(conn.waiting) > _LONGEST
+    arrived = flow.arrived()
+    if arrived >= 0:
+        return arrived >= end
+    return flow.tx.position < 0 or flow.tx.position >= end
+
+
+def prune(conn: Connection, index: int) -> None:
+    """A message of many packets: forget the instants that no longer can be its last byte's."""
+    flow = conn.flows[index]
+    if index == CLIENT:
+        needed = max(read_up_to(conn), conn.answered)
+    elif conn.ends[CLIENT].sock:
+        needed = flow.read
+    else:
+        needed = conn.waiting[0].reply_end if conn.waiting else flow.sent
+    if index == SERVICE and conn.doubt is not None:
+        needed = min(needed, conn.doubt[0])
+    flow.forget(needed)
+    if len(flow.senders) > LONG:
+        flow.senders[: LONG // 2] = [(flow.senders[0][0], NOBODY)]
+    for log in flow.logs():
+        if len(log) > _LONGEST:
+            # Every other one stays: an instant is then off by one of them, not by all.
+            del log[:-1:2]
