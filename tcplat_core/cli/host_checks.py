@@ -132,7 +132,7 @@ def _tracefs() -> Check:
     folder = tracefs()
     if folder:
         # Their system calls have a table of their own, for which no tracepoint of one call fires.
-        silent = "; accept by tracepoint: not of 32-bit programs, nor by io_uring"
+        silent = "; accept by tracepoint, of 32-bit programs and by io_uring: at the first use"
         return Check("tracefs", True, str(folder) + silent)
     what, mend = tracefs_missing()
     return Check("tracefs", None, what, f"accept rows by tracepoint need it: {mend}")

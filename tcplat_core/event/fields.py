@@ -151,6 +151,7 @@ class Moment:
         err: An errno, or 0.
         empty: Whether `bytes` is 0; None if the row has no `bytes`.
         flags: TCP flags of a packet, ``SYN|ACK``; None if the row has none.
+        func: The very hook, as in the row.
     """
 
     point: str
@@ -159,6 +160,7 @@ class Moment:
     err: int
     empty: bool | None
     flags: str | None = None
+    func: str = ""
 
     @property
     def error(self) -> str:

@@ -253,6 +253,7 @@ def _described(
                 err,
                 none if has & _HAS["bytes"] else None,
                 flags(raw_flags) if has & _HAS["flags"] else None,
+                hook.func,
             )
         )
         for none in (False, True)

@@ -132,7 +132,7 @@ class Loader:
                 hook.program: self._attach(module, way, hook)
                 for way in choice.taken.values()
                 for hook in way.hooks
-                if hook.mechanism != "xdp"
+                if hook.mechanism != "xdp" and not hook.by
             }
             for module, choice in zip(modules, choices, strict=True)
         ]

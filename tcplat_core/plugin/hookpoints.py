@@ -43,6 +43,8 @@ class Hook:
             If the running kernel has others, the hook counts as missing: no row is better
             than one read from the wrong argument. Empty: not checked.
         quiet: Helps another hook and makes no rows of its own.
+        by: The program of another hook at the same function, which makes the rows. Nothing more
+            is attached, and `program` is not a function.
     """
 
     func: str
@@ -50,6 +52,7 @@ class Hook:
     mechanism: str
     args: tuple[str, ...] = ()
     quiet: bool = False
+    by: str = ""
 
 
 @attrs.frozen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import signal
 import subprocess
@@ -53,6 +54,10 @@ def exchange(client: Puppet, service: Puppet, port: int, ip: int = 4) -> None:
     service(f"data = peer.recv({MESSAGE}, socket.MSG_WAITALL); peer.sendall(data)")
     client(f"len(s.recv({MESSAGE}, socket.MSG_WAITALL)), s.close()")
     service("len(peer.recv(1)), peer.close()")
+
+
+def comm_of(puppet: Puppet) -> str:
+    return Path(f"/proc/{puppet.pid}/comm").read_text().strip()
 
 
 def of_service(rows: list[Row], port: int) -> list[Row]:
@@ -165,6 +170,155 @@ waiting, accepting, time.monotonic_ns()
     (row,) = at(of_service(run.stop().rows, port), "accept")
     # At least since it was seen to wait, at most from before it was connected to after accept.
     assert accepting - waiting <= row["accept_us"] * 1000 <= accepted - before
+
+
+# accept4(2) as a 32-bit program calls it: ebx, ecx, edx and esi are its arguments.
+COMPAT_ACCEPT = """
+import ctypes
+code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+code.write(bytes.fromhex("5389fb31c931d231f6b86c010000cd805bc3"))
+_accept = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(
+    ctypes.addressof(ctypes.c_char.from_buffer(code))
+)
+def compat_accept():
+    fd = _accept(listening.fileno())
+    assert fd >= 0, os.strerror(-fd)
+    return socket.socket(fileno=fd)
+"""
+needs_compat = pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="calls the kernel as a 32-bit program of x86 does"
+)
+
+
+def seen(row: Row) -> tuple[str, bool]:
+    """How a row says that a connection was accepted, and whether it says after which time."""
+    return row["desc"], row["accept_us"] is not None
+
+
+def of_accept(row: Row) -> None:
+    """By function the call itself is seen; a tracepoint is not there for such a one."""
+    by_call = row["attach"] != "tracepoint"
+    assert seen(row) == (("accepted", True) if by_call else ("accept not seen", False))
+
+
+@needs_compat
+@pytest.mark.parametrize("use", ["recv", "send", "close"])
+def test_an_accept_that_was_not_seen_is_told_at_the_first_use(
+    use: str, running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
+) -> None:
+    port = listen(service)
+    service(COMPAT_ACCEPT)
+    run = running_tcplat(*SERVICE)
+    client(f"s = socket.create_connection({address(port)!r}); s.sendall(b'x')")
+    service("peer = compat_accept()")
+    run.wait_for("the reader was woken", lambda rows: bool(at(of_service(rows, port), "ready")))
+    calls = ["peer.recv(1)", "peer.sendall(b'y')", "peer.shutdown(socket.SHUT_WR)"]
+    first = {"recv": 0, "send": 1, "close": 2}[use]
+    service("; ".join([calls.pop(first), "peer.recv(1)" if use == "close" else calls[0]]))
+    client("s.close()")
+    service("peer.close()")
+    run.wait_for("the connection was gone", gone(port))
+    outcome = run.stop()
+    rows = of_service(outcome.rows, port)
+    (accept,) = at(rows, "accept")
+    of_accept(accept)
+    assert (accept["pid"], accept["comm"]) == (service.pid, comm_of(service))
+    own = [row for row in rows if row["sock"] == accept["sock"]]
+    used = own[own.index(accept) + 1]
+    if accept["attach"] == "tracepoint":
+        assert (used["point"], used["func"]) == ("state" if use == "close" else use, accept["func"])
+    hooks = [hook for probe in outcome.report["probes"].values() for hook in probe["hooks"]]
+    assert sum(hook["delivered"] for hook in hooks if hook["point"] == "accept") == 1
+
+
+@needs_compat
+def test_an_accept_that_was_not_seen_is_told_once_whichever_thread_uses_it_first(
+    running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
+) -> None:
+    port, connections = listen(service), 50
+    service(COMPAT_ACCEPT)
+    run = running_tcplat(*SERVICE)
+    client(f"""
+all = [socket.create_connection({address(port)!r}) for _ in range({connections})]
+for s in all: s.sendall(b"xy")
+""")
+    service(f"""
+peers = [compat_accept() for _ in range({connections})]
+barrier = threading.Barrier(2)
+def read():
+    for peer in peers:
+        barrier.wait()
+        peer.recv(1)
+threads = [threading.Thread(target=read) for _ in range(2)]
+for one in threads: one.start()
+for one in threads: one.join()
+for peer in peers: peer.close()
+""")
+    client("for s in all: s.close()")
+    run.wait_for("all were gone", gone(port, connections))
+    rows = of_service(run.stop().rows, port)
+    accepts = at(rows, "accept")
+    for accept in accepts:
+        of_accept(accept)
+    assert Counter(row["sock"] for row in accepts) == dict.fromkeys(
+        {row["sock"] for row in at(rows, "recv")}, 1
+    )
+    assert len(accepts) == connections
+
+
+@needs_compat
+def test_a_connection_that_was_accepted_or_made_before_the_run_has_no_late_accept(
+    running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
+) -> None:
+    port = listen(service)
+    service(COMPAT_ACCEPT)
+    client(f"one, two = (socket.create_connection({address(port)!r}) for _ in range(2))")
+    service("first = compat_accept()")
+    run = running_tcplat(*SERVICE)
+    service("second = compat_accept()")
+    client("one.sendall(b'x'), two.sendall(b'x')")
+    service("first.recv(1), second.recv(1), first.close(), second.close()")
+    client("one.close(), two.close()")
+    run.wait_for("both were gone", gone(port, 2))
+    accepts = at(of_service(run.stop().rows, port), "accept")
+    # By function that of the second is seen.
+    assert [row["attach"] == "tracepoint" for row in accepts] == [False] * len(accepts)
+    assert len(accepts) <= 1
+
+
+def test_a_connection_that_no_process_accepts_has_no_accept(
+    running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
+) -> None:
+    port = listen(service)
+    run = running_tcplat(*SERVICE)
+    client(f"s = socket.create_connection({address(port)!r}); s.sendall(b'x')")
+    service("listening.close()")
+    run.wait_for("the connection was gone", gone(port))
+    assert not at(of_service(run.stop().rows, port), "accept")
+
+
+def test_a_connection_that_is_handed_on_was_accepted_once(
+    running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
+) -> None:
+    port = listen(service)
+    run = running_tcplat(*SERVICE)
+    client(f"s = socket.create_connection({address(port)!r}); s.sendall(b'x')")
+    child = service("""
+peer, _ = listening.accept()
+child = os.fork()
+if not child:
+    peer.sendall(peer.recv(1))
+    os._exit(0)
+os.waitpid(child, 0)
+peer.close()
+child
+""")
+    client("s.recv(1); s.close()")
+    run.wait_for("the connection was gone", gone(port))
+    rows = of_service(run.stop().rows, port)
+    (accept,) = at(rows, "accept")
+    assert (accept["pid"], *seen(accept)) == (service.pid, "accepted", True)
+    assert {row["pid"] for row in at(rows, "recv")} == {child}
 
 
 def test_the_time_inside_recv_is_the_time_the_message_took(

@@ -177,8 +177,10 @@ def _connect(end: End, row: Any, ts_ns: int) -> None:
 
 def _accept(end: End, row: Any, ts_ns: int) -> None:
     update_user(end, row)
-    end.conn.stamps[ACCEPTED] = ts_ns
-    end.conn.accept_us = real(row, "accept_us")
+    accept_us = end.conn.accept_us = real(row, "accept_us")
+    # Else the row may be that of the first use.
+    if accept_us is not None:
+        end.conn.stamps[ACCEPTED] = ts_ns
 
 
 def _send_short(end: End, row: Any, ts_ns: int) -> None:  # noqa: ARG001 - as all of them

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tcplat_stages.join import Joiner
 from tcplat_stages.model import NO_LOG, NO_SENDERS, NONE_WAIT, NOWHERE, Connection, Exchange
-from tcplat_stages.stages import MILESTONES, STAGES
+from tcplat_stages.stages import ACCEPTED, HANDSHAKE_DONE, MILESTONES, STAGES
 
 from .history import CLIENT, NETNS, SERVICE, SOCKETS, History, Row
 
@@ -188,6 +188,18 @@ def test_the_handshake_is_told_in_stages() -> None:
     )
     assert (conn.connect_us, conn.accept_us, conn.began) == (5.0, 1.0, True)
     assert [end.pid for end in conn.ends] == [100, 101]
+
+
+def test_an_accept_without_a_wait_is_no_instant_of_the_handshake() -> None:
+    """It may be the row of the first use."""
+    history = History()
+    now = history.shake_hands()
+    assert history.made.pop().point == "accept"
+    history.socket(now + 5_000, SERVICE, "accept")
+    history.close(simple(history, now + 6_000) + 500)
+    _, (conn,), _ = joined(history.rows())
+    assert conn.stamps[ACCEPTED] is conn.accept_us is None
+    assert conn.stamps[HANDSHAKE_DONE] is not None
 
 
 def test_requests_in_flight_are_told_apart_by_what_the_service_had_read() -> None:

@@ -9,9 +9,11 @@ from typing import Annotated
 from tcplat_core import (
     Event,
     Histogram,
+    Hook,
     HookPoint,
     Moment,
     ProbeSpec,
+    Way,
     Wire,
     fenter,
     fentry,
@@ -46,6 +48,19 @@ _SPLICED_KPROBE = (
 _STATES = (_SOCK, "const int", "const int")
 _SET_STATE = "sock:inet_sock_set_state"
 _DESTROY = "tcp:tcp_destroy_sock"
+_RECEIVED = "sock:sock_recv_length"
+_SENDS = "tcp:tcp_sendmsg_locked"
+_LENGTH = ("struct sock *", "int", "int")
+_SENT = (_SOCK, "const struct msghdr *")
+_ACCEPT = tracepoints(
+    ("syscalls:sys_exit_accept", "tp_accept"),
+    ("syscalls:sys_exit_accept4", "tp_accept4"),
+).hooks
+# Where a socket is used first whose accept no tracepoint told of.
+_ACCEPTED_STATE = Hook(_SET_STATE, "accepted_state", "tracepoint", _STATES, by="tp_state")
+_ACCEPTED_RECV = Hook(_RECEIVED, "accepted_recv", "tracepoint", _LENGTH, by="tp_recv")
+_ACCEPTED_SEND = Hook(_SENDS, "accepted_send", "tracepoint", _SENT, by="tp_send")
+_UNSEEN = {_SET_STATE, _RECEIVED, _SENDS}
 
 
 class ServiceEvent(Event):
@@ -67,7 +82,7 @@ class ServiceEvent(Event):
         float | None,
         Wire(
             "u64",
-            "wait in the accept queue, µs",
+            "wait in the accept queue, µs; null where it is not known how long",
             "accept_ns",
             to=micros,
             nullable=True,
@@ -134,10 +149,9 @@ POINTS = (
                 kentry("inet_csk_accept", "kp_accept", quiet=True),
                 kreturn("inet_csk_accept", "kr_accept"),
             ),
-            tracepoints(
-                ("syscalls:sys_exit_accept", "tp_accept"),
-                ("syscalls:sys_exit_accept4", "tp_accept4"),
-            ),
+            Way("tracepoint", (*_ACCEPT, _ACCEPTED_STATE, _ACCEPTED_RECV, _ACCEPTED_SEND)),
+            Way("tracepoint", (*_ACCEPT, _ACCEPTED_STATE, _ACCEPTED_RECV)),
+            Way("tracepoint", (*_ACCEPT, _ACCEPTED_STATE)),
         ),
         optional=True,
     ),
@@ -179,7 +193,7 @@ POINTS = (
                 *_SPLICED_KPROBE,
             ),
             # Came with 6.3 (6e6eda44b939).
-            tracepoint("sock:sock_recv_length", "tp_recv", "struct sock *", "int", "int"),
+            tracepoint(_RECEIVED, "tp_recv", *_LENGTH),
         ),
     ),
     HookPoint(
@@ -196,7 +210,7 @@ POINTS = (
             ),
             kprobe(kentry("tcp_sendmsg", "kp_tcp_sendmsg", *_SEND)),
             # Came with 6.16 (0f08335ade71).
-            tracepoint("tcp:tcp_sendmsg_locked", "tp_send", _SOCK, "const struct msghdr *"),
+            tracepoint(_SENDS, "tp_send", *_SENT),
         ),
     ),
     HookPoint(
@@ -217,7 +231,7 @@ POINTS = (
                 kentry("tcp_sendmsg", "kp_send_short", *_SEND, quiet=True),
                 kreturn("tcp_sendmsg", "kr_tcp_sendmsg"),
             ),
-            tracepoint("sock:sock_send_length", "tp_send_short", "struct sock *", "int", "int"),
+            tracepoint("sock:sock_send_length", "tp_send_short", *_LENGTH),
         ),
     ),
     HookPoint(
@@ -284,6 +298,8 @@ def describe(moment: Moment) -> str:
         return _REACHED.get(moment.state or "", "new state")
     if moment.point == "recv":
         return "end of stream" if moment.empty else "message read"
+    if moment.point == "accept" and moment.func in _UNSEEN:
+        return "accept not seen"
     return _WORDS[moment.point]
 
 

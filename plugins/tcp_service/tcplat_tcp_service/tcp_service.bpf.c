@@ -428,6 +428,175 @@ int kp_tcp_v6_do_rcv(struct pt_regs *ctx, struct sock *sk, struct sk_buff *skb)
 }
 #endif
 
+/* --- accept: a process takes the connection */
+
+static __always_inline int report_accept(struct sock *sk, u8 hook)
+{
+	u64 now = bpf_ktime_get_ns(), waited;
+	struct tcplat_sock *s;
+	struct tcplat_event *e;
+
+	if (!sk)
+		return 0;
+	s = tcplat_accept(sk);
+	if (!tcplat_is(s, SERVER) || s->unaccepted & TCPLAT_ACCEPT_TOLD)
+		return 0;
+	waited = s->since_ns ? now - s->since_ns : 0;
+	s->since_ns = 0;
+	if (waited)
+		tcplat_sample(sk, s, HIST_accept, waited);
+	else
+		tcplat_unmeasured(sk, s, HIST_accept);
+	if (waited && tcplat_too_fast(waited))
+		return 0;
+	e = tcplat_reserve_for(sk, s, hook, now);
+	if (e)
+		e->accept_ns = waited;
+	return tcplat_report(e);
+}
+
+#ifdef TCPLAT_TRACEPOINT_accept
+/* Layout of syscalls:sys_exit_*: common fields, number, result (tracefs events/.../format). */
+struct syscall_exit {
+	u64 common;
+	s64 number;
+	s64 result;
+};
+
+/* No tracepoint names the new socket; the caller's table of open files does. */
+static __always_inline int report_accepted_fd(struct syscall_exit *ctx, u8 hook)
+{
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+	struct files_struct *files = tcplat_get(task, files);
+	struct fdtable *table = tcplat_get(files, fdt);
+	struct file **open = (struct file **)tcplat_get(table, fd), *file = NULL;
+	struct socket *socket;
+
+	if (ctx->result < 0)
+		return 0;
+	bpf_probe_read_kernel(&file, sizeof(file), open + ctx->result);
+	socket = (struct socket *)tcplat_get(file, private_data);
+	return report_accept(tcplat_sk(socket), hook);
+}
+
+int tp_accept(struct syscall_exit *ctx)
+{
+	return report_accepted_fd(ctx, HOOK_tp_accept);
+}
+
+int tp_accept4(struct syscall_exit *ctx)
+{
+	return report_accepted_fd(ctx, HOOK_tp_accept4);
+}
+
+/*
+ * Its `id`, of a connection whose accept() was not seen -> 1. Inserted once, by the first thread
+ * that uses it; what was used least recently makes room.
+ */
+BPF_TABLE("lru_hash", u64, u8, used_unseen, 4096);
+
+/*
+ * The process that owns `s`, the current one, uses it, and no accept() was seen: system calls of
+ * 32-bit programs and io_uring's make no sys_exit_accept. That it was accepted is told now. When,
+ * and whether by this process or by one that handed it over, is not known.
+ */
+static __always_inline void
+report_unseen(struct sock *sk, struct tcplat_sock *s, u64 now, u8 hook)
+{
+	u64 id = s->id;
+	u8 one = 1;
+
+	if (used_unseen.insert(&id, &one))
+		return;
+	s->unaccepted |= TCPLAT_ACCEPT_TOLD;
+	s->since_ns = 0;
+	tcplat_set_accepted(sk, s);
+	tcplat_unmeasured(sk, s, HIST_accept);
+	tcplat_report(tcplat_reserve_for(sk, s, hook, now));
+}
+#endif
+
+/* As tcplat_use(); an accept() that was not seen is told. */
+static __always_inline struct tcplat_sock *use(struct sock *sk, u64 *me, u8 hook)
+{
+#ifdef TCPLAT_TRACEPOINT_accept
+	struct tcplat_sock *s = tcplat_find(sk);
+	bool wanted;
+
+	if (!tcplat_is(s, SERVER))
+		return NULL;
+	*me = tcplat_current();
+	wanted = tcplat_own_by(s, *me);
+	if (s->unaccepted & TCPLAT_ACCEPT_UNSEEN)
+		report_unseen(sk, s, bpf_ktime_get_ns(), hook);
+	return wanted ? s : NULL;
+#else
+	return tcplat_use(sk, me, SERVER);
+#endif
+}
+
+/*
+ * The same where its end is closed: by the process, as long as it has the socket. One that has been
+ * accepted has a struct socket, which a part of one of MPTCP shares.
+ */
+static __always_inline void use_by_closing(struct sock *sk, struct tcplat_sock *s, int new, u64 now)
+{
+#ifdef TCPLAT_TRACEPOINT_accept
+	struct socket *socket;
+
+	if (!(s->unaccepted & TCPLAT_ACCEPT_UNSEEN))
+		return;
+	if (new != TCP_FIN_WAIT1 && new != TCP_LAST_ACK)
+		return;
+	socket = tcplat_get(sk, sk_socket);
+	if (!socket || (u64)tcplat_get(socket, sk) != tcplat_key(sk))
+		return;
+	tcplat_own(s);
+	report_unseen(sk, s, now, HOOK_accepted_state);
+#endif
+}
+
+#ifdef TCPLAT_FENTRY_accept
+/* inet_csk_accept() has two arguments since 6.10 (92ef0fd55ac8), four before. */
+int fx_accept2(struct bpf_raw_tracepoint_args *ctx)
+{
+	return report_accept((struct sock *)ctx->args[2], HOOK_fx_accept2);
+}
+
+int fx_accept4(struct bpf_raw_tracepoint_args *ctx)
+{
+	return report_accept((struct sock *)ctx->args[4], HOOK_fx_accept4);
+}
+#endif
+
+#ifdef TCPLAT_KPROBE_accept
+/*
+ * pid_tgid -> 1 while it is in inet_csk_accept().
+ *
+ * Inserted at entry, deleted at return; only to find out that a return was missed.
+ */
+BPF_HASH(accepting, u64, u8, 16384);
+
+int kp_accept(struct pt_regs *ctx)
+{
+	u64 me = bpf_get_current_pid_tgid();
+	u8 one = 1;
+
+	if (accepting.lookup(&me))
+		tcplat_missed(HOOK_kr_accept);
+	accepting.update(&me, &one);
+	return 0;
+}
+
+int kr_accept(struct pt_regs *ctx)
+{
+	u64 me = bpf_get_current_pid_tgid();
+
+	accepting.delete(&me);
+	return report_accept((struct sock *)PT_REGS_RC(ctx), HOOK_kr_accept);
+}
+#endif
+
 /* --- state: a service begins to listen, a connection is complete, and so on to its end */
 
 static __always_inline int report_state(struct sock *sk, int old, int new, u8 hook)
@@ -445,6 +614,7 @@ static __always_inline int report_state(struct sock *sk, int old, int new, u8 ho
 		s = tcplat_find(sk);
 	if (!s || (s->role != SERVER && s->role != LISTENER))
 		return 0;
+	use_by_closing(sk, s, new, now);
 	s->state = new;
 	e = tcplat_make_state(sk, s, old, new, hook, now);
 	if (!e)
@@ -535,109 +705,6 @@ int kp_tcp_rcv_state_process(struct pt_regs *ctx, struct sock *sk, struct sk_buf
 }
 #endif
 
-/* --- accept: a process takes the connection */
-
-static __always_inline int report_accept(struct sock *sk, u8 hook)
-{
-	u64 now = bpf_ktime_get_ns(), waited;
-	struct tcplat_sock *s;
-	struct tcplat_event *e;
-
-	if (!sk)
-		return 0;
-	s = tcplat_accept(sk);
-	if (!tcplat_is(s, SERVER))
-		return 0;
-	waited = s->since_ns ? now - s->since_ns : 0;
-	s->since_ns = 0;
-	if (waited)
-		tcplat_sample(sk, s, HIST_accept, waited);
-	else
-		tcplat_unmeasured(sk, s, HIST_accept);
-	if (waited && tcplat_too_fast(waited))
-		return 0;
-	e = tcplat_reserve_for(sk, s, hook, now);
-	if (e)
-		e->accept_ns = waited;
-	return tcplat_report(e);
-}
-
-#ifdef TCPLAT_TRACEPOINT_accept
-/* Layout of syscalls:sys_exit_*: common fields, number, result (tracefs events/.../format). */
-struct syscall_exit {
-	u64 common;
-	s64 number;
-	s64 result;
-};
-
-/* No tracepoint names the new socket; the caller's table of open files does. */
-static __always_inline int report_accepted_fd(struct syscall_exit *ctx, u8 hook)
-{
-	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
-	struct files_struct *files = tcplat_get(task, files);
-	struct fdtable *table = tcplat_get(files, fdt);
-	struct file **open = (struct file **)tcplat_get(table, fd), *file = NULL;
-	struct socket *socket;
-
-	if (ctx->result < 0)
-		return 0;
-	bpf_probe_read_kernel(&file, sizeof(file), open + ctx->result);
-	socket = (struct socket *)tcplat_get(file, private_data);
-	return report_accept(tcplat_sk(socket), hook);
-}
-
-int tp_accept(struct syscall_exit *ctx)
-{
-	return report_accepted_fd(ctx, HOOK_tp_accept);
-}
-
-int tp_accept4(struct syscall_exit *ctx)
-{
-	return report_accepted_fd(ctx, HOOK_tp_accept4);
-}
-#endif
-
-#ifdef TCPLAT_FENTRY_accept
-/* inet_csk_accept() has two arguments since 6.10 (92ef0fd55ac8), four before. */
-int fx_accept2(struct bpf_raw_tracepoint_args *ctx)
-{
-	return report_accept((struct sock *)ctx->args[2], HOOK_fx_accept2);
-}
-
-int fx_accept4(struct bpf_raw_tracepoint_args *ctx)
-{
-	return report_accept((struct sock *)ctx->args[4], HOOK_fx_accept4);
-}
-#endif
-
-#ifdef TCPLAT_KPROBE_accept
-/*
- * pid_tgid -> 1 while it is in inet_csk_accept().
- *
- * Inserted at entry, deleted at return; only to find out that a return was missed.
- */
-BPF_HASH(accepting, u64, u8, 16384);
-
-int kp_accept(struct pt_regs *ctx)
-{
-	u64 me = bpf_get_current_pid_tgid();
-	u8 one = 1;
-
-	if (accepting.lookup(&me))
-		tcplat_missed(HOOK_kr_accept);
-	accepting.update(&me, &one);
-	return 0;
-}
-
-int kr_accept(struct pt_regs *ctx)
-{
-	u64 me = bpf_get_current_pid_tgid();
-
-	accepting.delete(&me);
-	return report_accept((struct sock *)PT_REGS_RC(ctx), HOOK_kr_accept);
-}
-#endif
-
 /* --- ready: there is something to read, and the reader is woken */
 
 static __always_inline int report_ready(struct sock *sk, u8 hook)
@@ -690,7 +757,7 @@ int tp_recv(struct bpf_raw_tracepoint_args *ctx)
 
 	if (ret < 0 || ctx->args[2] & TCPLAT_NO_STREAM)
 		return 0;
-	s = tcplat_use(sk, &me, SERVER);
+	s = use(sk, &me, HOOK_accepted_recv);
 	if (!s)
 		return 0;
 	now = bpf_ktime_get_ns();
@@ -843,7 +910,7 @@ int kr_tcp_splice_read(struct pt_regs *ctx)
 static __always_inline int report_send(struct sock *sk, u32 bytes, u32 flags, u8 hook)
 {
 	u64 me;
-	struct tcplat_sock *s = tcplat_use(sk, &me, SERVER);
+	struct tcplat_sock *s = use(sk, &me, HOOK_accepted_send);
 
 	return s ? tcplat_report(tcplat_make_send(sk, s, me, bytes, flags, hook)) : 0;
 }

@@ -21,8 +21,9 @@ def words(
     err: int = 0,
     *,
     empty: bool | None = None,
+    func: str = "",
 ) -> str:
-    return describe(Moment(point, state, old_state, err, empty))
+    return describe(Moment(point, state, old_state, err, empty, func=func))
 
 
 def test_it_is_registered_under_its_name() -> None:
@@ -44,6 +45,9 @@ def test_it_is_registered_under_its_name() -> None:
         (words("state", "TCP_SYN_RECV", None), "segment handled"),
         (words("state", None, "TCP_ESTABLISHED"), "new state"),
         (words("accept"), "accepted"),
+        (words("accept", func="syscalls:sys_exit_accept4"), "accepted"),
+        (words("accept", func="sock:sock_recv_length"), "accept not seen"),
+        (words("recv", func="sock:sock_recv_length", empty=False), "message read"),
         (words("ready", empty=False), "reader woken"),
         (words("recv", empty=False), "message read"),
         (words("recv", empty=True), "end of stream"),

@@ -25,6 +25,13 @@ struct tcplat_owner {
 	char thread[16] __attribute__((aligned(8))); /* empty where the thread is the group leader */
 };
 
+/* Bits of `unaccepted`. The owner is the listener's, unless a thread of it is known, too. */
+#define TCPLAT_INHERITED 1
+/* Complete since events are wanted, and its accept() was not seen. */
+#define TCPLAT_ACCEPT_UNSEEN 2
+/* Its use has made the row, and accept() makes no other one. */
+#define TCPLAT_ACCEPT_TOLD 4
+
 struct tcplat_sock {
 	u64 near;       /* its address, where the entry is in tcplat_places; 0 in tcplat_socks */
 	u64 id;         /* the event's `sock`: when it was first seen, and on which CPU */
@@ -42,7 +49,7 @@ struct tcplat_sock {
 	u8 in_flows;    /* 1 + the lane of tcplat_flows that has its addresses; 1: tcplat_listeners has its port */
 	u8 state;       /* what it is in, or 0: nobody has seen it change yet */
 	u8 told;        /* by kprobe: the last state that has its row, or TCPLAT_TOLD_CLOSE */
-	u8 heir;        /* its owner is its listener's, unless a thread of it is known, too */
+	u8 unaccepted;  /* TCPLAT_INHERITED and so on */
 	u32 renames;    /* tcplat_renamed() when the owner's name was looked at last */
 	u32 thread_renames; /* the same of its thread's: that is done where it calls alone */
 	u64 born_ns;    /* when the owner began, for its pid is given away again; 0: not known */
@@ -66,7 +73,7 @@ struct tcplat_seed {
 	u8 role;
 	u8 wanted;
 	u8 asked;
-	u8 heir; /* as in tcplat_sock */
+	u8 unaccepted; /* as in tcplat_sock */
 	char comm[16] __attribute__((aligned(8)));
 };
 
@@ -371,7 +378,7 @@ static __always_inline u64 tcplat_owner_now(const struct tcplat_sock *s, char *c
 {
 	u64 task = tcplat_get_owner(&s->owner, comm);
 
-	if (s->role != TCPLAT_ROLE_LISTENER && (!s->heir || (u32)task))
+	if (s->role != TCPLAT_ROLE_LISTENER && (!(s->unaccepted & TCPLAT_INHERITED) || (u32)task))
 		return task;
 	if (!task || tcplat_listens(task >> 32, s->born_ns))
 		return task;
@@ -547,7 +554,7 @@ static __always_inline struct tcplat_sock *tcplat_find(const struct sock *sk)
 	fresh.role = seed->role;
 	fresh.wanted = seed->wanted;
 	fresh.asked = seed->asked;
-	fresh.heir = seed->heir;
+	fresh.unaccepted = seed->unaccepted;
 	fresh.in_flows = 1;
 	fresh.cookie = cookie;
 	s = tcplat_insert(key, &fresh);
@@ -1076,13 +1083,15 @@ static __always_inline struct tcplat_sock *tcplat_inherit(const struct sock *sk,
 		tcplat_forget(sk, s);
 	}
 	fresh.role = TCPLAT_ROLE_SERVER;
+	if (tcplat_is_open())
+		fresh.unaccepted = TCPLAT_ACCEPT_UNSEEN;
 	fresh.wanted = tcplat_wanted_nobody();
 	tcplat_serve(fresh.addrs.sport, TCPLAT_SERVED);
 	from = tcplat_listener_at(&fresh.addrs);
 	if (from) {
 		fresh.wanted = from->wanted;
 		fresh.asked = from->asked;
-		fresh.heir = 1;
+		fresh.unaccepted |= TCPLAT_INHERITED;
 		fresh.born_ns = from->born_ns;
 		pid = tcplat_listener_pid(from, fresh.addrs.sport, comm);
 		tcplat_set_owner(&fresh.owner, pid << 32, comm);
@@ -1093,23 +1102,30 @@ static __always_inline struct tcplat_sock *tcplat_inherit(const struct sock *sk,
 	return s;
 }
 
-/* A process takes a connection over. */
-static __always_inline struct tcplat_sock *tcplat_accept(const struct sock *sk)
+/* `s` is a connection that its owner, the current process, has taken over. */
+static __always_inline void tcplat_set_accepted(const struct sock *sk, struct tcplat_sock *s)
 {
-	struct tcplat_sock *s = tcplat_touch(sk);
 	struct tcplat_listener *from;
 
-	if (!s)
-		return NULL;
+	s->unaccepted &= ~TCPLAT_ACCEPT_UNSEEN;
 	if (!s->addrs.sport)
 		tcplat_read_addrs(&s->addrs, sk);
 	from = tcplat_listener_at(&s->addrs);
 	if (!from)
-		return s;
+		return;
 	/* First: who sees that it is shared sees why. */
 	if (!from->inherited && from->pid != s->owner.task >> 32 && !tcplat_is_serving(s))
 		from->inherited = 1;
 	tcplat_share(from, s);
+}
+
+/* A process takes a connection over. */
+static __always_inline struct tcplat_sock *tcplat_accept(const struct sock *sk)
+{
+	struct tcplat_sock *s = tcplat_touch(sk);
+
+	if (s)
+		tcplat_set_accepted(sk, s);
 	return s;
 }
 
@@ -1150,7 +1166,7 @@ static __always_inline bool tcplat_follow(const struct tcplat_flow *flow, struct
 	if (!key) {
 		*who = *seed;
 		tcplat_refresh_seed(who);
-		if (who->heir && who->pid && !tcplat_listens(who->pid, 0)) {
+		if (who->unaccepted & TCPLAT_INHERITED && who->pid && !tcplat_listens(who->pid, 0)) {
 			who->pid = 0;
 			__builtin_memset(who->comm, 0, sizeof(who->comm));
 		}
