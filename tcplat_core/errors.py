@@ -168,6 +168,6 @@ def of_system_call(error: OSError) -> TcplatError:
         return refused(_call(error), error.errno)
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
     if name.startswith("/proc/") and not os.path.exists("/proc/self"):  # noqa: PTH110 - quick
-        return CannotRunError("there is no /proc: mount it (mount -t proc proc /proc)")
+        return CannotRunError("/proc is not mounted: mount -t proc proc /proc")
     what = os.strerror(error.errno).lower() if error.errno else str(error)
     return TcplatError(f"{name}: {what}" if name else what)

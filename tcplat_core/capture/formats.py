@@ -25,7 +25,7 @@ LONGEST = 1 << 20
 class Damage:
     """What is no frame, and why not."""
 
-    reason: str = "it is damaged, or not of a capture"
+    reason: str = "it is damaged, or not part of a capture"
 
 
 class Format(Protocol):

@@ -92,7 +92,7 @@ class Reader:
         finally:
             self._bar.close()
         if not self._capture.read:
-            raise TcplatError(f"{self.name} is no capture: nothing of tcplat's is in it")
+            raise TcplatError(f"{self.name} is not a tcplat capture")
 
     def batches(self) -> Iterator[list[Event]]:
         """Give batches of rows only."""
@@ -105,14 +105,14 @@ class Reader:
         for one in self._capture.reports:
             report = add_reports(report, one) if report.probes else one
         if not self._capture.ended:
-            report = attrs.evolve(report, incomplete="the capture has no end")
+            report = attrs.evolve(report, incomplete="the capture is truncated")
         return report
 
     def remarks(self) -> Iterator[str]:
         """Give sentences about losses and missing rows; call it when everything is read."""
         lost = max(self.lost, self.report.dropped)
         if lost:
-            yield f"{self.name}: {lost} events were lost in the run: figures of what was seen"
+            yield f"{self.name}: {lost} events were lost in the run: the figures lack them"
         if self._whole:
             unread, beyond = compare(self.report, self._read)
             for probe, count in unread.items():
@@ -124,6 +124,6 @@ class Reader:
                 )
         if self._capture.left_out:
             noun = self._capture.noun
-            yield f"{self.name}: {self._capture.left_out} {noun}(s) are damaged and left out"
+            yield f"{self.name}: {self._capture.left_out} {noun}(s) are damaged and were skipped"
         if not self._capture.ended:
-            yield f"{self.name} has no end: its run was killed, or it is cut off"
+            yield f"{self.name} is truncated: its run was killed, or the file was cut off"

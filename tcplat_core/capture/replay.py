@@ -30,7 +30,7 @@ _LOOK_S = 1.0
 
 Hooks = Counter[tuple[str, str, str, str]]
 """Rows by probe, point, func and attach."""
-UNREAD = "more were in the run, and are not in what was read"
+UNREAD = "more rows were in the run and were not read here"
 """Behind a number of rows of a probe."""
 
 
@@ -137,7 +137,7 @@ class Replay:
 
     def _end(self) -> RunReport:
         if self.whole and not self.capture.read:
-            raise TcplatError(f"{self.source.name} is no capture: nothing of tcplat's is in it")
+            raise TcplatError(f"{self.source.name} is not a tcplat capture")
         report = self.report()
         if self._begun:
             self.router.close(report)
@@ -148,7 +148,7 @@ class Replay:
     def _check_outputs(self) -> None:
         there = os.fstat(self.source.fd)
         if any(output.is_at(there) for output in self.outputs):
-            raise UsageError(f"{self.source.name} is read: a sink has to write another file")
+            raise UsageError(f"{self.source.name} is the input: a sink must write to another file")
 
     def _begin(self) -> None:
         """Have the sinks begin, once it is certain that this is a capture."""
@@ -208,18 +208,18 @@ class Replay:
         """What a user has to know about a capture that was not as it should be."""
         left_out, noun = self.capture.left_out, self.capture.noun
         if left_out == 1:
-            yield f"1 {noun} of {self.source.name} was left out"
+            yield f"1 {noun} of {self.source.name} was skipped"
         elif left_out:
-            yield f"{left_out} {noun}s of {self.source.name} were left out"
+            yield f"{left_out} {noun}s of {self.source.name} were skipped"
         if self.gaps:
-            yield f"{self.gaps} rows were kept from us, because we did not read fast enough"
+            yield f"{self.gaps} rows were skipped, because this reader was too slow"
         seen = [*self.delivered, *self.filtered, *self.lost]
         for place, what, names in ((0, "probe", self.probes), (1, "point", self.points)):
             for name in names:
                 if self.whole and all(hook[place] != name for hook in seen):
                     yield f"there is no row of {what} {name} in {self.source.name}"
         if self.whole and not self.capture.ended:
-            yield f"{self.source.name} has no end: its run was killed, or it is cut off"
+            yield f"{self.source.name} is truncated: its run was killed, or the file was cut off"
         elif self.whole and report.incomplete:
             yield f"{self.source.name}: the books are {report.incomplete}"
 

@@ -234,9 +234,9 @@ class Capture:
             value = form.value(frame)
         # TypeError: a key that no dict can have.
         except (ValueError, TypeError, RecursionError, OverflowError) as error:
-            raise _ForeignError("it is damaged, or not of a capture") from error
+            raise _ForeignError("it is damaged, or not part of a capture") from error
         if not isinstance(value, dict) or "v" not in value or set(map(type, value)) != {str}:
-            raise _ForeignError("it is not of a capture")
+            raise _ForeignError("it is not part of a capture")
         if value["v"] not in READABLE or value["v"] is True:
             version = printable(str(value["v"])[:20])
             readable = " and ".join(map(str, READABLE))
@@ -245,7 +245,7 @@ class Capture:
             item = self._item(form, cleaned(value), len(frame))
         except (ValueError, TypeError) as error:
             words = str(error).split(" - at")[0]
-            raise _ForeignError(f"it is not of a capture: {printable(words)}") from error
+            raise _ForeignError(f"it is not part of a capture: {printable(words)}") from error
         self.read += 1
         self.ended = "report" in value
         return item
@@ -281,11 +281,11 @@ class Capture:
 
     def _require_hook(self, hook: tuple[str, ...]) -> None:
         if hook not in self._hooks and not self._learn({hook}):
-            raise ValueError("with it there are too many hooks")
+            raise ValueError("the capture then has too many hooks")
 
     def _make_room(self, what: str, more: int, most: int) -> None:
         if self._kept[what] + more > most:
-            raise ValueError(f"with it there are too many {what}")
+            raise ValueError(f"the capture then has too many {what}")
         self._kept[what] += more
 
     def _row(self, form: Format, value: dict[str, Any]) -> Event:
@@ -317,7 +317,7 @@ class Capture:
     def _leave_out(self, number: int, reason: str) -> None:
         self.left_out += 1
         if self.left_out <= _SAID:
-            self.say(f"{self.noun} {number} is left out: {reason}")
+            self.say(f"{self.noun} {number} was skipped: {reason}")
 
 
 def _events(report: RunReport) -> int:

@@ -52,7 +52,7 @@ class Source:
                 return cls(connect(_host_and_port(where), stopping).detach(), where)
             if where == "-":
                 if sys.stdin is None:
-                    raise UsageError("there is no standard input")
+                    raise UsageError("standard input is closed")
                 fd = sys.stdin.fileno()
                 return cls(fd, "standard input", os.fstat(fd).st_size)
             # Without O_NONBLOCK, opening a FIFO without a writer blocks, and Ctrl-C has no effect.

@@ -68,7 +68,7 @@ def _sink(plugins: Plugins, text: str, run: RunInfo, others: Mapping[str, Sink])
         for method in ("write", "lost", "close"):
             if not callable(getattr(sink, method, None)):
                 raise PluginError(
-                    f"sink {name}: what its factory made is no sink: "
+                    f"sink {name}: its factory returned no sink: "
                     f"{type(sink).__name__} has no {method}()"
                 )
         return sink

@@ -104,7 +104,7 @@ def _kernel() -> Check:
         return Check("kernel", False, found, str(error))
     version = tuple(int(part) for part in re.findall(r"\d+", release)[:2])
     if version < _OLDEST:
-        return Check("kernel", False, found, "BPF ring buffers came with 5.8: boot a newer kernel")
+        return Check("kernel", False, found, "BPF ring buffers need Linux 5.8: boot a newer kernel")
     return Check("kernel", True, found)
 
 
@@ -135,7 +135,7 @@ def _tracefs() -> Check:
         silent = "; accept by tracepoint, of 32-bit programs and by io_uring: at the first use"
         return Check("tracefs", True, str(folder) + silent)
     what, mend = tracefs_missing()
-    return Check("tracefs", None, what, f"accept rows by tracepoint need it: {mend}")
+    return Check("tracefs", None, what, f"needed for accept rows by tracepoint: {mend}")
 
 
 def _bcc() -> Check:
@@ -166,7 +166,7 @@ def _bcc() -> Check:
         check=False,
     )
     if ran.returncode:
-        words = ran.stderr.strip() or f"importing it ends with status {ran.returncode}"
+        words = ran.stderr.strip() or f"importing it exits with status {ran.returncode}"
         return Check("bcc", False, found, words.splitlines()[-1])
     return Check("bcc", True, found)
 
@@ -174,7 +174,7 @@ def _bcc() -> Check:
 def _fast() -> Check:
     if library():
         return Check("C", True, "JSON lines are written in C")
-    mend = "install a C compiler, and tcplat again"
+    mend = "install a C compiler, then reinstall tcplat"
     return Check("C", None, "JSON lines are written in Python, four times as slow", mend)
 
 
@@ -182,7 +182,7 @@ def _privileges() -> Check:
     try:
         refuse_without_capabilities()
     except CannotRunError as error:
-        mend = f"{error}; without it, what the mechanisms can do here was not tried"
+        mend = f"{error}; without it, the mechanisms were not tested"
         return Check("privileges", False, f"uid {os.geteuid()}", mend)
     return Check("privileges", True, f"uid {os.geteuid()}")
 
@@ -211,7 +211,7 @@ def _owners(sight: Sight) -> Check:
         return Check("owners", True, f"by {seen}, also for probes that see packets only")
     reason = "; ".join(dict.fromkeys(filter(None, reasons)))
     found = f"for probes that see packets only, a connection stays its listener's: {reason}"
-    return Check("owners", None, found, "run by root on a kernel with kprobes, or 6.3 and newer")
+    return Check("owners", None, found, "run as root on a kernel with kprobes, or on 6.3 or newer")
 
 
 def _older() -> Check:
@@ -220,9 +220,13 @@ def _older() -> Check:
     try:
         found = owners.find(hidden)
     except OSError as error:
-        return Check("sockets", None, f"those older than a run are not known: {error.strerror}")
+        return Check(
+            "sockets", None, f"owners of sockets older than a run are not known: {error.strerror}"
+        )
     if said := hidden.sentences():
-        return Check("sockets", None, "not all that are older than a run", "; ".join(said))
+        return Check(
+            "sockets", None, "not of all sockets that are older than a run", "; ".join(said)
+        )
     return Check("sockets", True, f"{len(found)} are there, and their processes can be known")
 
 

@@ -151,14 +151,14 @@ def _ports(texts: Sequence[str]) -> tuple[int, ...]:
 
 def _comm(text: str | None) -> str:
     if text == "":
-        raise UsageError("--comm '': a process has a name")
+        raise UsageError("--comm must not be empty")
     text = text or ""
     if len(os.fsencode(text.rstrip("*"))) > 15:  # noqa: PLR2004 - TASK_COMM_LEN without its NUL
         raise UsageError(
-            f"--comm {text!r}: the kernel keeps 15 bytes of a name; write their beginning and *"
+            f"--comm {text!r}: the kernel keeps 15 bytes of a name; write a prefix and *"
         )
     if "*" in text[:-1]:
-        raise UsageError(f"--comm {text!r}: a * may stand at the end only")
+        raise UsageError(f"--comm {text!r}: * is allowed at the end only")
     return text
 
 
@@ -167,5 +167,7 @@ def _networks(texts: Sequence[str]) -> tuple[str, ...]:
         try:
             ipaddress.ip_network(text, strict=False)
         except ValueError as error:
-            raise UsageError(f"--addr {text!r} is no address and no network: {error}") from error
+            raise UsageError(
+                f"--addr {text!r} is neither an address nor a network: {error}"
+            ) from error
     return tuple(texts)

@@ -156,7 +156,7 @@ def _run(
         chosen = chosen_probes(plugins, probes)
         aggregation, events = chosen_aggregation(plugins, sinks, chosen)
         if count and not events:
-            raise UsageError("--count counts rows, and none are made without a sink for them")
+            raise UsageError("--count needs a sink that takes rows")
         info = RunInfo(
             probes=tuple(spec.name for spec, _ in chosen),
             stopping=signals.stopping,

@@ -32,7 +32,9 @@ def _attached(report: RunReport) -> None:
             terminal.write(f"{name}: no {point}: {reason}")
 
 
-def summary(report: RunReport, unread: str = "more were seen when the run ended") -> None:
+def summary(
+    report: RunReport, unread: str = "more events were in the ring when the run ended"
+) -> None:
     """What was seen, what was lost, and what is missing."""
     for name, probe in report.probes.items():
         for words in _probe_summary(probe, unread):
@@ -54,7 +56,9 @@ def _probe_summary(probe: ProbeReport, unread_words: str) -> Iterator[str]:
         if interface not in probe.interfaces:  # else it was said when it went
             yield f"no rows from {interface}: {reason}"
     if probe.untracked:
-        yield f"{probe.untracked} sockets could not be remembered; their rows are missing"
+        yield (
+            f"socket table full: {probe.untracked} sockets were not tracked, their rows are missing"
+        )
     funcs = {hook.func for hook in probe.hooks if hook.attach == "kprobe"} & SKIPPED_FUNCS
     if funcs:
         names = ", ".join(sorted(funcs))
@@ -83,9 +87,9 @@ def _counted_summary(counted: Mapping[str, Counted]) -> Iterator[str]:
     yield f"{sum(one.samples for one in counted.values())} counted ({histograms or 'none'})"
     for name, one in counted.items():
         if one.unmeasured:
-            yield f"{name}: {one.unmeasured} more could not be measured"
+            yield f"{name}: {one.unmeasured} more durations could not be measured"
         if one.rest:
-            yield f"{name}: {one.rest} came when all groups were taken; groups= makes room"
+            yield f"{name}: {one.rest} came when all groups were in use: raise groups="
 
 
 def nothing(_: str) -> None:

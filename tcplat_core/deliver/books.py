@@ -46,7 +46,7 @@ class Books:
         return sum(self._slots[1::2])
 
     def untracked(self) -> int:
-        """How often a socket could not be remembered, because there were too many."""
+        """How often a socket was not tracked, because the socket table was full."""
         return int(self._all[len(self._slots)])
 
     def close(self) -> None:

@@ -39,7 +39,7 @@ def checked_event(_: object, __: object, event: type[Event]) -> None:
         PluginError: The sentence names the field, and what is wrong with it.
     """
     if not (isinstance(event, type) and issubclass(event, Event)):
-        raise PluginError(f"event={event!r} is no subclass of tcplat_core.Event")
+        raise PluginError(f"event={event!r} is not a subclass of tcplat_core.Event")
     again = [
         field
         for cls in event.__mro__[: event.__mro__.index(Event)]
@@ -47,7 +47,7 @@ def checked_event(_: object, __: object, event: type[Event]) -> None:
         if field in Event.__struct_fields__
     ]
     if again:
-        raise PluginError(f"{event.__name__}.{again[0]} is a field of every event already")
+        raise PluginError(f"{event.__name__}.{again[0]} is already a field of every event")
     hints = typing.get_type_hints(event)
     taken = {member for member, _ in Record(Event).members}
     for field, source in sources(event):
@@ -68,7 +68,7 @@ def checked_event(_: object, __: object, event: type[Event]) -> None:
     size = Record(event).size
     if size > LARGEST_RECORD:
         raise PluginError(
-            f"a record of {event.__name__} has {size} bytes; {LARGEST_RECORD} are the most"
+            f"a record of {event.__name__} has {size} bytes; {LARGEST_RECORD} is the maximum"
         )
 
 
@@ -82,10 +82,10 @@ def _check_wire(
     if member in _RESERVED:
         raise PluginError(f"{what}: {member!r} is a reserved word; give it another member=")
     if member in taken or member == "event_pad":
-        raise PluginError(f"{what}: the record has a member {member!r} already")
+        raise PluginError(f"{what}: the record already has a member {member!r}")
     taken.add(member)
     if (source.nullable or source.has) and type(None) not in kinds:
-        raise PluginError(f"{what} may be unknown, and is not declared as ... | None")
+        raise PluginError(f"{what} can be unknown: declare it as ... | None")
     if source.latency and not field.endswith("_us"):
         raise PluginError(f"{what}: a latency is in µs, and its name ends in _us")
     if source.c_type.startswith("u8[") and source.to is None:

@@ -330,7 +330,7 @@ def _refused_by(number: int) -> str:
     if number == errno.ENOSYS:
         return "this kernel has no CONFIG_BPF_SYSCALL, or a seccomp filter hides the call"
     if number == errno.ENOMEM:
-        return "no memory is left for it; raise the memory limit of this cgroup"
+        return "out of memory: raise the memory limit of this cgroup"
     status = Path("/proc/self/status").read_text(encoding="ascii")
     if "Seccomp:\t0" not in status:
         return (

@@ -21,7 +21,7 @@ BTF_PATH = Path("/sys/kernel/btf/vmlinux")
 SYSCALLS = "syscalls:"
 """Tracepoints of this group have no raw form: they are found in tracefs, not in the BTF."""
 _A_TYPE = "struct sock"
-ONLY_ROOT = "whether fentry works only root can find out"
+ONLY_ROOT = "only root can test whether fentry works"
 
 
 def _no_syscalls() -> str:
@@ -64,7 +64,7 @@ class Host:
                 self._btf = Btf.from_file(str(BTF_PATH))
             except (OSError, BtfError) as error:
                 raise CannotRunError(
-                    f"this kernel does not describe its types in {BTF_PATH} ({error}); "
+                    f"this kernel has no BTF in {BTF_PATH} ({error}); "
                     "boot one with CONFIG_DEBUG_INFO_BTF=y, as every distribution's is since 2021"
                 ) from error
         return self._btf
@@ -249,9 +249,9 @@ def choose(
                 break
             reasons.append(reason)
         else:
-            reason = "; ".join(dict.fromkeys(reasons)) or f"it has no way by {attach}"
+            reason = "; ".join(dict.fromkeys(reasons)) or f"it does not support {attach}"
             if not point.optional:
-                other = "" if attach == "auto" else "; --attach auto takes what there is"
+                other = "" if attach == "auto" else "; --attach auto uses what is available"
                 raise CannotRunError(
                     f"probe {probe} cannot listen at {point.point!r}: {reason}{other}"
                 )

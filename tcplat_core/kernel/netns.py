@@ -130,8 +130,8 @@ def inside(netns: str) -> Iterator[None]:
 def _known() -> str:
     names = sorted(os.listdir(NAMED)) if NAMED.is_dir() else []
     if not names:
-        return "ip netns has none, but a process id or a path will do as well"
-    return f"ip netns has {', '.join(names)}"
+        return "ip netns lists none; a process id or a path works as well"
+    return f"ip netns lists {', '.join(names)}"
 
 
 def setns(fd: int) -> None:

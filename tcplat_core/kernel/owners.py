@@ -156,7 +156,11 @@ class Hidden:
             said.append((entered, lacking("CAP_SYS_ADMIN")))
         return [
             f"{what}; "
-            + (f"it takes {' and '.join(missing)}" if missing else "the host refuses root, too")
+            + (
+                f"it needs {' and '.join(missing)}"
+                if missing
+                else "the host refuses it to root as well"
+            )
             for what, missing in said
             if missing or not mendable
         ]

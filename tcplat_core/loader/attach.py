@@ -332,7 +332,9 @@ class Loader:
                 return
             reasons.append(reason)
         if not point.optional:
-            raise CannotRunError(f"this kernel cannot serve the core: {'; '.join(reasons)}")
+            raise CannotRunError(
+                f"this kernel lacks what tcplat itself needs: {'; '.join(reasons)}"
+            )
 
     def _undo(self) -> None:
         for fd in self._fds:

@@ -157,7 +157,7 @@ def _made(paths: Sequence[Path]) -> Path:
             return path
     places = ", ".join(str(path.parent) for path in paths)
     raise CannotRunError(
-        f"there is no folder for temporary files: make one of {places} writable, "
+        f"no folder for temporary files: make one of {places} writable, "
         f"with {_ROOM_BYTES >> 20} MiB free"
     )
 

@@ -65,7 +65,7 @@ def choose(wanted: Interfaces, probe: str) -> tuple[list[Interface], dict[str, s
     if not chosen:
         raise UsageError(f"no interface{where} is up; there is {', '.join(have)}")
     if len(chosen) > _MOST:
-        raise UsageError(f"{len(chosen)} interfaces are too many for one run; {_MOST} are not")
+        raise UsageError(f"{len(chosen)} interfaces selected; at most {_MOST} per run")
     return chosen, skipped
 
 
@@ -105,7 +105,7 @@ def attach(program: int, interface: Interface, mode: str, probe: str) -> Attache
     reason = "; ".join(refusals)
     release = platform.release()
     if tuple(int(part) for part in re.findall(r"\d+", release)[:2]) < _OLDEST:
-        reason = f"kernel {release} has no XDP links, which came with 5.9"
+        reason = f"kernel {release} has no XDP links, which need 5.9"
     elif mode == "native":
         reason += "; mode=generic works with every driver"
     raise CannotRunError(f"probe {probe} cannot listen on {interface.name}: {reason}")
@@ -134,7 +134,7 @@ def _taken(interface: Interface) -> str:
         _mend(name, mode, links.get(program)) for mode, program in sorted(interface.xdp.items())
     ]
     return (
-        f"{name}: it has an XDP program already ({programs}), which tcplat leaves alone; "
+        f"{name}: it has an XDP program already ({programs}), which tcplat does not replace; "
         f"{'; '.join(mends)}"
     )
 

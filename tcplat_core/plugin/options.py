@@ -53,7 +53,7 @@ def choice(*words: str) -> Kind:
 
     def convert(text: str) -> str:
         if text not in words:
-            raise ValueError(f"it is one of {', '.join(words)}")
+            raise ValueError(f"it must be one of {', '.join(words)}")
         return text
 
     return Kind("|".join(words), convert, words)
@@ -73,7 +73,7 @@ def ports(most: int) -> Kind:
             if not re.fullmatch(r"[0-9]{1,5}", word) or not 0 < int(word) <= _HIGHEST_PORT:
                 raise ValueError(f"{word!r} is not a port; write 9999, 80+443 or all")
         if len(words) > most:
-            raise ValueError(f"{len(words)} ports are too many; take {most}, or all")
+            raise ValueError(f"{len(words)} ports given; at most {most}, or all")
         return tuple(dict.fromkeys(map(int, words)))
 
     return Kind("PORT+PORT|all", convert)

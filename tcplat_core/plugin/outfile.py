@@ -174,7 +174,7 @@ class Place:
         if found.st_uid not in owners:
             raise _refused(self.path, f"{kind} of another user (uid {found.st_uid})")
         if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
-            raise _refused(self.path, "a file with a second name (hard link)")
+            raise _refused(self.path, "a file with more than one hard link")
 
     @contextmanager
     def there(self) -> Iterator[str]:
@@ -335,8 +335,8 @@ def _is_procfs(folder: int) -> bool:
 
 def _refused(path: str, what: str) -> UsageError:
     return UsageError(
-        f"cannot write {path}: there is {what}, in a folder that others can write to; "
-        "name another path"
+        f"cannot write {path}: it is {what}, in a folder that other users can write to; "
+        "use another path"
     )
 
 
@@ -355,12 +355,12 @@ def in_words(path: str, what: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno == errno.ENXIO:
-            raise UsageError(f"nobody reads the pipe {path}: start its reader first") from error
+            raise UsageError(f"no process reads the pipe {path}: start the reader first") from error
         raise UsageError(
-            f"cannot write {what}{path}: {error.strerror}; name another path"
+            f"cannot write {what}{path}: {error.strerror}; use another path"
         ) from error
     except ValueError as error:
-        raise UsageError(f"cannot write {what}{path!r}: {error}; name another path") from error
+        raise UsageError(f"cannot write {what}{path!r}: {error}; use another path") from error
 
 
 @contextmanager
@@ -376,7 +376,7 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
     """
     if path == "-":
         if sys.stdout is None:
-            raise UsageError("there is no standard output: name a file")
+            raise UsageError("standard output is closed: give a file")
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return

@@ -83,7 +83,7 @@ class Output:
         """
         if path is None:
             if sys.stdout is None:
-                raise UsageError("there is no standard output: give the sink a path=")
+                raise UsageError("standard output is closed: give the sink a path=")
             return cls(sys.stdout.fileno(), stopping, lines)
         place: outfile.Place | None
         with outfile.in_words(path):
@@ -208,7 +208,7 @@ class Output:
         poll.register(self.fd, select.POLLOUT)
         while not poll.poll(100):
             if self.stopping():
-                raise TcplatError("its reader did not read, and the run was stopped")
+                raise TcplatError("the run was stopped while its reader did not read")
 
     def close(self) -> None:
         """Close the file; standard output stays open. Idempotent.

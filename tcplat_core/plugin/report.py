@@ -53,7 +53,7 @@ class ProbeReport:
     missing: Mapping[str, str] = attrs.field(factory=dict)
     """Point -> why this host does not have it."""
     untracked: Count = 0
-    """Sockets that could not be remembered, because there were too many."""
+    """Sockets that were not tracked, because the socket table was full."""
     interfaces: Mapping[str, str] = attrs.field(factory=dict)
     """Interface with an XDP program of ours -> native or generic."""
     skipped: Mapping[str, Count] = attrs.field(factory=dict)

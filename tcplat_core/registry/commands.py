@@ -217,7 +217,7 @@ def found(own: Iterable[str]) -> Iterator[tuple[importlib.metadata.EntryPoint, s
     taken = set(own)
     for entry in _sorted():
         if entry.name in taken:
-            yield entry, "broken", "there is a command of this name already"
+            yield entry, "broken", "a command of this name exists already"
             continue
         taken.add(entry.name)
         try:

@@ -188,7 +188,9 @@ def _reason(error: BaseException) -> str:
 def _specs(entry: importlib.metadata.EntryPoint) -> Iterator[tuple[str, Any]]:
     """What one entry point offers, asked of it alone, so that no other is to blame."""
     if not entry.pattern.match(entry.value):
-        raise PluginError(f"its entry point {entry.name} = {entry.value!r} is no module:object")
+        raise PluginError(
+            f"its entry point {entry.name} = {entry.value!r} is not of the form module:object"
+        )
     plugin = entry.load()
     _check_version(getattr(plugin, "tcplat_hookspec", "1.0"))
     _check_hooks(plugin)
@@ -205,11 +207,11 @@ def _specs(entry: importlib.metadata.EntryPoint) -> Iterator[tuple[str, Any]]:
                 if not isinstance(spec, cls):
                     raise PluginError(f"it offers a {type(spec).__name__} as a {kind}")
                 if (kind, spec.name) in names:
-                    raise PluginError(f"it offers two {kind}s named {spec.name!r}")
+                    raise PluginError(f"it registers two {kind}s named {spec.name!r}")
                 names.add((kind, spec.name))
                 yield kind, spec
     if not names:
-        raise PluginError("it offers no probe and no sink")
+        raise PluginError("it registers no probe and no sink")
 
 
 def _check_version(made_for: object) -> None:

@@ -47,7 +47,7 @@ def create(kind: str, name: str, parent: Path) -> list[Path]:
             folder = _made(str(project))
         except FileExistsError as error:
             raise UsageError(
-                f"{project} is there already; remove it, or name another --dir"
+                f"{project} exists already: remove it, or give another --dir"
             ) from error
         try:
             for path, source in _walk(files(__package__) / "templates" / kind):
@@ -119,11 +119,11 @@ def _walk(folder: Traversable, at: str = "") -> Iterator[tuple[str, Traversable]
 def _check_name(name: str) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or len(name) > _LONGEST:
         raise UsageError(
-            f"{name!r} is no name for a plugin: take lower-case letters, digits and single "
+            f"{name!r} is not a valid name for a plugin: use lower-case letters, digits and single "
             f"underscores between them, {_LONGEST} at most, and a letter first"
         )
     if keyword.iskeyword(name):
-        raise UsageError(f"{name!r} is a word of Python's and no name for a plugin")
+        raise UsageError(f"{name!r} is a Python keyword: use another name")
     ours = {one.name for one in Plugins.load().found if one.distribution == "tcplat"}
     if name in (_CORE, _SKELETON, "sinks") or name in ours:
-        raise UsageError(f"{name!r} is a name of tcplat's own; take another")
+        raise UsageError(f"{name!r} is a name of tcplat itself: use another")

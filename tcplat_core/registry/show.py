@@ -67,7 +67,7 @@ class Sight:
         if way.mechanism == "fentry":
             return ONLY_ROOT
         if tracefs() is None and any(hook.func.startswith(SYSCALLS) for hook in way.hooks):
-            return "which tracepoints of system calls there are only root can see"
+            return "only root can list the tracepoints of system calls"
         return None
 
     def why_not(self, way: Way) -> str | None:
@@ -140,7 +140,7 @@ def as_text(told: Mapping[str, Any]) -> str:
         lines += ["", "points, and how --attach auto listens there on this host"]
         lines += _columns([_point_cells(point) for point in told["points"]])
         if any(point["perhaps"] for point in told["points"]):
-            lines.append(f"  root can tell for sure: sudo tcplat plugins show {told['name']}")
+            lines.append(f"  to be sure, run as root: sudo tcplat plugins show {told['name']}")
         lines += ["", "fields of a row (* its own)"]
         lines += _columns(
             [
@@ -163,7 +163,7 @@ def _point_cells(point: Mapping[str, Any]) -> tuple[str, str]:
     takes, perhaps, why_not = point["takes"], point["perhaps"], point["why_not"]
     if perhaps:
         return point["point"], f"{perhaps} if that works here, else {takes or 'not at all'}"
-    without = "" if point["optional"] else "; the probe cannot do without"
+    without = "" if point["optional"] else "; required"
     return point["point"], takes or f"no: {why_not}{without}"
 
 

@@ -262,7 +262,7 @@ class Session:
             working = not run.poll_error
             router.feed(run.poll())
             if working and run.poll_error:
-                self.say(f"{run.spec.name}: its maps are not read any more: {run.poll_error}")
+                self.say(f"{run.spec.name}: its maps are no longer read: {run.poll_error}")
 
     def _look_at_interfaces(self, runs: Sequence[ProbeRun]) -> bool:
         """Say which interfaces have gone; whether there is nothing left to listen to."""
@@ -270,7 +270,9 @@ class Session:
             for one in run.loaded.interfaces:
                 if one.name not in run.silent and is_cut(one.link_fd):
                     run.silent[one.name] = "it is gone"
-                    self.say(f"{run.spec.name}: no more rows from {one.name}: it is gone")
+                    self.say(
+                        f"{run.spec.name}: no more rows from {one.name}: the interface is gone"
+                    )
         return all(run.deaf for run in runs)
 
     def _others(self) -> list[int]:

@@ -74,7 +74,7 @@ def test_a_socket_older_than_the_run(
     else:
         assert row["pid"] is row["comm"] is None
         assert "TCP sockets older than the run whose process is not known: " in outcome.stderr
-        assert "it takes CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH" in outcome.stderr
+        assert "it needs CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH" in outcome.stderr
 
 
 @pytest.mark.parametrize("rights", [FEW, MORE])
@@ -105,5 +105,5 @@ def test_doctor_says_it(program: Callable[[str], Sequence[str]], server: Listene
         ).stdout
         for rights in (FEW, MORE)
     ]
-    assert "it takes CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH" in found[0]
+    assert "it needs CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH" in found[0]
     assert "it takes" not in found[1]

@@ -63,7 +63,7 @@ def test_without_capabilities_nothing_is_said_of_the_kernel() -> None:
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)
     assert outcome.returncode == 3
     assert "Operation not permitted" not in outcome.stdout
-    assert "whether fentry works only root can find out" in outcome.stdout
+    assert "only root can test whether fentry works" in outcome.stdout
     assert "needs root" in outcome.stdout
 
 

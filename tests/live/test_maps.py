@@ -145,7 +145,7 @@ def test_what_was_counted_by_key_is_told_while_it_runs_and_at_the_end(
 
 def test_a_poll_that_raises_is_said_once_and_the_run_goes_on(start: Callable[..., Tcplat]) -> None:
     run = start("broken").wait_ready()
-    what = "broken: its maps are not read any more: ZeroDivisionError"
+    what = "broken: its maps are no longer read: ZeroDivisionError"
     eventually(lambda: what in run.errors.read_text(), "it was said")
     outcome = run.stop()
     assert outcome.returncode == 0

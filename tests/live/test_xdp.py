@@ -230,8 +230,8 @@ def test_other_namespaces_by_pid_name_and_path(
     refused = start_tcplat(probes=[probe(island, netns="nowhere")]).wait()
     assert refused.returncode == 2
     assert (
-        f"there is no network namespace 'nowhere' (No such file or directory); ip netns has {named}"
-        in (refused.stderr)
+        "there is no network namespace 'nowhere' (No such file or directory); "
+        f"ip netns lists {named}" in (refused.stderr)
     )
     no_namespace = start_tcplat(probes=[probe(island, netns="/etc/passwd")]).wait()
     assert no_namespace.returncode == 2
@@ -446,7 +446,7 @@ def test_a_command(island: Puppet, start_tcplat: Callable[..., Tcplat]) -> None:
 
 def gone(outcome: Outcome, interface: str) -> None:
     """It was said at once, stands in the report, and is said only once."""
-    sentence = f"tcplat: xdp_port: no more rows from {interface}: it is gone\n"
+    sentence = f"tcplat: xdp_port: no more rows from {interface}: the interface is gone\n"
     assert outcome.stderr.count(sentence) == 1
     assert outcome.stderr.count("gone") == 1
     assert outcome.report["probes"]["xdp_port"]["silent"] == {interface: "it is gone"}

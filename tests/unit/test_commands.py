@@ -184,7 +184,7 @@ def test_no_plugin_takes_the_place_of_a_command_of_ours(install: Install) -> Non
     install("thief", GOOD, "replay = thief:greet")
     assert "Send the rows of a capture to sinks" in ran("replay", "--help").output
     (line,) = [line for line in ran("plugins", "list").output.splitlines() if "thief" in line]
-    assert "there is a command of this name already" in line
+    assert "a command of this name exists already" in line
 
 
 def test_there_is_no_such_command() -> None:

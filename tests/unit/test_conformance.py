@@ -942,8 +942,8 @@ UNLOADABLE = {
         {"extra": "tcplat_hookspec = '99.0'"},
         "it was made for version 99.0 of the plugin hooks, and this tcplat has",
     ),
-    "a field of the core's": ({"field": "pid"}, "Own.pid is a field of every event already"),
-    "a member of the core's": ({"field": "err"}, "the record has a member 'err' already"),
+    "a field of the core's": ({"field": "pid"}, "Own.pid is already a field of every event"),
+    "a member of the core's": ({"field": "err"}, "the record already has a member 'err'"),
     "a type that no record has": ({"c_type": "u32[4]"}, "a field cannot be of the C type 'u32[4]'"),
 }
 

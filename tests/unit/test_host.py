@@ -85,12 +85,14 @@ def test_a_mechanism_that_is_asked_for_is_mandatory() -> None:
         choose([SEND], "kprobe", closed(kprobe="this kernel has no kprobes"), "tcp_client")
     assert str(error.value) == (
         "probe tcp_client cannot listen at 'send': this kernel has no kprobes; "
-        "--attach auto takes what there is"
+        "--attach auto uses what is available"
     )
 
 
 def test_a_point_without_such_a_way_says_so() -> None:
-    with pytest.raises(CannotRunError, match="at 'close': it has no way by kprobe; --attach auto"):
+    with pytest.raises(
+        CannotRunError, match="at 'close': it does not support kprobe; --attach auto"
+    ):
         choose([HookPoint("close", (TRACEPOINT,))], "kprobe", closed(), "p")
 
 
@@ -119,12 +121,12 @@ def test_an_optional_point_may_be_missing_and_the_reason_is_kept() -> None:
 def test_an_optional_point_may_lack_the_mechanism_that_is_asked_for() -> None:
     optional = HookPoint("extra", (TRACEPOINT,), optional=True)
     choice = choose([SEND, optional], "kprobe", closed(), "p")
-    assert choice.missing == {"extra": "it has no way by kprobe"}
+    assert choice.missing == {"extra": "it does not support kprobe"}
 
 
 def test_a_point_without_any_way_is_missing() -> None:
     choice = choose([HookPoint("never", (), optional=True)], "auto", closed(), "p")
-    assert choice.missing == {"never": "it has no way by auto"}
+    assert choice.missing == {"never": "it does not support auto"}
 
 
 # --- what the kernel has: facts from before, so that no BTF is read

@@ -159,7 +159,7 @@ def test_a_count_that_is_none_is_damage(value: dict[str, Any], count: Any) -> No
     data = json.dumps({"v": SCHEMA_VERSION, **value}).encode() + b"\n"
     assert list(capture.items(iter([data]))) == []
     assert capture.left_out == 1
-    assert said[0].startswith("line 1 is left out: it is")
+    assert said[0].startswith("line 1 was skipped: it is")
 
 
 @pytest.mark.parametrize("most", [(1 << 63) - 1, 1 << 62])
@@ -442,4 +442,4 @@ def test_without_proc_it_works_or_says_so(tmp_path: Path, status: int, arguments
     assert b"Traceback" not in done.stderr
     assert done.returncode == status, done.stderr
     if status:
-        assert b"there is no /proc: mount it" in done.stderr
+        assert b"/proc is not mounted: mount -t proc" in done.stderr

@@ -212,9 +212,9 @@ def test_a_text_becomes_a_value(kind: Kind, text: str, value: Any) -> None:
     [
         *((integer(1, 9), text, "a whole number from 1 to 9") for text in ("0", "10", "", "٣")),
         (integer(), "1.5", "it must be a whole number$"),
-        (choice("in", "out"), "both", "it is one of in, out"),
+        (choice("in", "out"), "both", "it must be one of in, out"),
         *((ports(3), text, "is not a port; write 9999") for text in ("", "0", "65536", "80+", "٣")),
-        (ports(3), "1+2+3+4", "4 ports are too many; take 3, or all"),
+        (ports(3), "1+2+3+4", "4 ports given; at most 3, or all"),
         (boolean, "maybe", "it must be yes or no"),
         *((duration, text, "it is not a time; write") for text in ("", "5d", "-1s", "1e3", "s")),
         *((size, text, "it is not a size; write") for text in ("", "1T", "-1", "1.5K", "K")),

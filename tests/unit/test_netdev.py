@@ -23,12 +23,12 @@ def test_interfaces_are_those_of_the_kernel() -> None:
 
 def test_nowhere_is_said_to_be_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(netns, "NAMED", tmp_path / "none")
-    with pytest.raises(UsageError, match=r"no network namespace 'blue' .*ip netns has none"):
+    with pytest.raises(UsageError, match=r"no network namespace 'blue' .*ip netns lists none"):
         netns.inside("blue").__enter__()
     monkeypatch.setattr(netns, "NAMED", tmp_path)
     (tmp_path / "red").touch()
     (tmp_path / "green").touch()
-    with pytest.raises(UsageError, match=r"'blue' \(No such file.*ip netns has green, red$"):
+    with pytest.raises(UsageError, match=r"'blue' \(No such file.*ip netns lists green, red$"):
         netns.inside("blue").__enter__()
     for what in ("4194305", "/nowhere"):
         with pytest.raises(UsageError, match=f"'{what}' .No such file"):

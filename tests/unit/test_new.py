@@ -97,7 +97,9 @@ def test_it_says_under_which_licence_it_is(kind: str, tmp_path: Path) -> None:
     ["", "Demo", "1st", "_x", "x_", "a__b", "my-probe", "ö", "a b", "../x", "x.y", f"{LONGEST}3"],
 )
 def test_that_is_no_name(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is no name for a plugin: take lower-case letters"):
+    with pytest.raises(
+        UsageError, match="is not a valid name for a plugin: use lower-case letters"
+    ):
         create("probe", name, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -105,11 +107,11 @@ def test_that_is_no_name(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("class", "is a word of Python's"),
-        ("core", "is a name of tcplat's own"),
-        ("sinks", "is a name of tcplat's own"),
-        ("tcp_client", "is a name of tcplat's own"),
-        ("jsonl", "is a name of tcplat's own"),
+        ("class", "is a Python keyword"),
+        ("core", "is a name of tcplat itself"),
+        ("sinks", "is a name of tcplat itself"),
+        ("tcp_client", "is a name of tcplat itself"),
+        ("jsonl", "is a name of tcplat itself"),
     ],
 )
 def test_that_name_is_taken(name: str, reason: str, tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_that_name_is_taken(name: str, reason: str, tmp_path: Path) -> None:
 def test_nothing_is_written_over(tmp_path: Path) -> None:
     there = tmp_path / "tcplat-slow-link"
     there.mkdir()
-    with pytest.raises(UsageError, match="is there already; remove it, or name another --dir"):
+    with pytest.raises(UsageError, match="exists already: remove it, or give another --dir"):
         create("probe", "slow_link", tmp_path)
     assert not list(there.iterdir())
 
@@ -154,7 +156,7 @@ def test_no_link_of_another_user_leads_it_elsewhere(
     link = theirs / "dir"
     link.symlink_to(victim)
     os.chown(link, OTHER, OTHER, follow_symlinks=False)
-    with pytest.raises(UsageError, match="there is a symbolic link of another user"):
+    with pytest.raises(UsageError, match="it is a symbolic link of another user"):
         create("probe", "x", theirs / name)
     assert [path.name for path in victim.rglob("*")] == ["below"]
 

@@ -92,7 +92,7 @@ def test_a_path_that_cannot_be_written_is_the_users_mistake(
     tmp_path: Path, path: str, why: str
 ) -> None:
     (tmp_path / "a_file").touch()
-    with pytest.raises(UsageError, match=f"cannot write .*{why}; name another path"):
+    with pytest.raises(UsageError, match=f"cannot write .*{why}; use another path"):
         Output.open(str(tmp_path / path), never)
 
 
@@ -168,7 +168,7 @@ def test_a_reader_that_does_not_read_cannot_stop_the_user_from_stopping(
         return len(asked) == 3
 
     began = time.monotonic()
-    with pytest.raises(TcplatError, match="its reader did not read, and the run was stopped"):
+    with pytest.raises(TcplatError, match="the run was stopped while its reader did not read"):
         Output(pipe[1], stopping).write(BIG)
     assert len(asked) == 3
     assert time.monotonic() - began < 30

@@ -249,8 +249,8 @@ def test_what_could_not_be_seen_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     assert owners.Hidden().sentences() == owners.Hidden(processes=3).sentences() == []
     fds, entered = owners.Hidden(processes=3, sockets=2, namespaces=1).sentences(mendable=True)
     assert "whose process is not known: 2;" in fds
-    assert fds.endswith("it takes CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH")
-    assert entered.endswith("it takes CAP_SYS_ADMIN")
+    assert fds.endswith("it needs CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH")
+    assert entered.endswith("it needs CAP_SYS_ADMIN")
 
 
 def test_what_root_may_not_see_either_is_no_matter_of_capabilities(
@@ -259,7 +259,7 @@ def test_what_root_may_not_see_either_is_no_matter_of_capabilities(
     monkeypatch.setattr(owners, "lacking", lambda *_: [])
     hidden = owners.Hidden(processes=1, sockets=1)
     assert hidden.sentences(mendable=True) == []
-    assert hidden.sentences()[0].endswith("the host refuses root, too")
+    assert hidden.sentences()[0].endswith("the host refuses it to root as well")
 
 
 def test_fds_that_may_not_be_read_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,10 +57,10 @@ BROKEN = {
         "def tcplat_register_sinks(): return [sink('x')]",
         "tcplat_register_sinks is not marked @hookimpl",
     ),
-    "no_hook": ("", "it offers no probe and no sink"),
+    "no_hook": ("", "it registers no probe and no sink"),
     "offers_nothing": (
         "@hookimpl\ndef tcplat_register_probes(): return []",
-        "it offers no probe and no sink",
+        "it registers no probe and no sink",
     ),
     "exits": ("raise SystemExit('I need a newer Python')", "SystemExit: I need a newer Python"),
     "interrupts": ("raise KeyboardInterrupt", "KeyboardInterrupt"),
@@ -76,7 +76,7 @@ BROKEN = {
     "odd_version": ("tcplat_hookspec = 1.0", "tcplat_hookspec is 1.0; write '1.0'"),
     "twice_itself": (
         "@hookimpl\ndef tcplat_register_sinks(): return [sink('x'), sink('x')]",
-        "it offers two sinks named 'x'",
+        "it registers two sinks named 'x'",
     ),
     "bad_field": (
         "from tcplat_core import Wire\nWire('int', 'the timer')",
@@ -182,7 +182,7 @@ def test_a_broken_plugin_offers_nothing(install: Install) -> None:
     [
         ("good:there_is_none", "AttributeError: module 'good' has no attribute 'there_is_none'"),
         ("no_such_package.plugin", "ModuleNotFoundError: No module named 'no_such_package'"),
-        ("good or bad", "its entry point lost = 'good or bad' is no module:object"),
+        ("good or bad", "its entry point lost = 'good or bad' is not of the form module:object"),
     ],
 )
 def test_an_entry_point_that_leads_nowhere_is_broken(

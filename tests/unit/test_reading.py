@@ -48,7 +48,7 @@ def test_everything_comes_in_its_place(tmp_path: Path) -> None:
     assert items == [*HOSTS, rows[:5], LOSS, rows[5:]]
     assert (reader.rows, reader.lost, reader.merges) == (10, 3, HOSTS)
     assert list(reader.remarks()) == [
-        f"{tmp_path}/capture: 3 events were lost in the run: figures of what was seen"
+        f"{tmp_path}/capture: 3 events were lost in the run: the figures lack them"
     ]
     assert not reader.report.incomplete
 
@@ -63,15 +63,15 @@ def test_a_capture_without_an_end_says_so(tmp_path: Path) -> None:
     reader = Reader.open(str(tmp_path / "capture"))
     list(reader.items())
     assert reader.report.incomplete
-    assert any("has no end" in sentence for sentence in reader.remarks())
+    assert any("is truncated" in sentence for sentence in reader.remarks())
 
 
 @pytest.mark.parametrize(
     ("delivered", "produced", "said"),
     [
         (10, 10, None),
-        (17, 17, "{}: 7 more were in the run, and are not in what was read"),
-        (10, 12, "{}: 2 more were in the run, and are not in what was read"),
+        (17, 17, "{}: 7 more rows were in the run and were not read here"),
+        (10, 12, "{}: 2 more rows were in the run and were not read here"),
         (4, 4, "6 rows are not in its books: a run did not end, or the capture lacks its"),
     ],
 )
@@ -100,7 +100,7 @@ def test_books_whose_sums_are_wrong_are_damaged(tmp_path: Path) -> None:
 
 def test_what_is_no_capture_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("hello\n")
-    with pytest.raises(TcplatError, match="is no capture"):
+    with pytest.raises(TcplatError, match="is not a tcplat capture"):
         list(Reader.open(str(tmp_path / "x"), quiet=True).items())
 
 

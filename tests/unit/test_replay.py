@@ -188,7 +188,7 @@ def test_books_of_more_hooks_than_any_tcplat_has_are_not_kept(replay: Replayed, 
     assert len(books) == 1024
     assert len(found.sink.rows) == 2 * 1024  # what is known already is read
     assert f"{9000 - 2 * 1024} {'lines' if form == 'jsonl' else 'maps'}" in " ".join(found.said)
-    assert any("with it there are too many hooks" in words for words in found.said)
+    assert any("the capture then has too many hooks" in words for words in found.said)
 
 
 def test_the_books_of_histograms_are_those_of_the_capture(replay: Replayed) -> None:
@@ -276,13 +276,13 @@ def test_what_a_row_of_another_version_lacks_is_null_and_what_it_has_besides_sta
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        (b"hello", "it is damaged, or not of a capture"),
+        (b"hello", "it is damaged, or not part of a capture"),
         (b'{"v":2', "it is damaged"),
         (b"\x00\x00\x00", "it is damaged"),
         (bytes(set(range(256)) - {10}), "it is damaged"),
-        (b'{"a":1}', "it is not of a capture"),
-        (b"[1,2]", "it is not of a capture"),
-        (b'"v"', "it is not of a capture"),
+        (b'{"a":1}', "it is not part of a capture"),
+        (b"[1,2]", "it is not part of a capture"),
+        (b'"v"', "it is not part of a capture"),
         (b"1e999", "it is damaged"),
         (b"[" * 100_000, "it is damaged"),
         (encoded(ROWS[0])[:-1].replace(b'"v":2', b'"v":3'), "its schema is '3'"),
@@ -306,17 +306,17 @@ def test_a_line_that_is_damaged_is_left_out_and_said(
     assert found.times == [row.ts_ns for row in ROWS]
     assert encoded(found.report) == encoded(report_of(ROWS))
     assert len(found.said) == 2
-    assert found.said[0].startswith(f"line {at + 1} is left out: ")
+    assert found.said[0].startswith(f"line {at + 1} was skipped: ")
     assert reason in found.said[0]
     assert found.said[1].startswith("1 line of ")
-    assert found.said[1].endswith(" was left out")
+    assert found.said[1].endswith(" was skipped")
 
 
 def test_of_many_damaged_lines_the_first_are_said_and_all_are_counted(replay: Replayed) -> None:
     found = replay(b"x\n" * 1000 + GOOD)
     assert len(found.sink.rows) == 8
     assert [words.split(":")[0] for words in found.said[:-1]] == [
-        f"line {number} is left out" for number in (1, 2, 3)
+        f"line {number} was skipped" for number in (1, 2, 3)
     ]
     assert found.said[-1].startswith("1000 lines of ")
 
@@ -338,14 +338,14 @@ def test_carriage_returns_and_empty_lines_do_no_harm(replay: Replayed) -> None:
 def test_a_torn_last_line_is_said_and_the_rest_replayed(replay: Replayed) -> None:
     found = replay(GOOD[:-30])
     assert len(found.sink.rows) == 8
-    assert found.said[0] == "line 9 is left out: it is cut off"
-    assert found.said[-1].endswith("has no end: its run was killed, or it is cut off")
+    assert found.said[0] == "line 9 was skipped: it is cut off"
+    assert found.said[-1].endswith("is truncated: its run was killed, or the file was cut off")
     assert found.report.incomplete.startswith("counted from the rows: ")
 
 
 @pytest.mark.parametrize("bad", [b"", b"x", b"hello\nworld\n", bytes(1000), b"\xff" * 2_000_000])
 def test_what_is_no_capture_is_one_sentence(replay: Replayed, bad: bytes) -> None:
-    with pytest.raises(TcplatError, match="is no capture: nothing of tcplat's is in it"):
+    with pytest.raises(TcplatError, match="is not a tcplat capture"):
         replay(bad)
 
 
@@ -391,7 +391,7 @@ def test_rubbish_between_msgpack_maps_is_left_out(replay: Replayed) -> None:
     parts = [encoded(item, "msgpack") for item in [*ROWS, report_of(ROWS)]]
     found = replay(b"".join([*parts[:4], rubbish, *parts[4:]]))
     assert found.times == [row.ts_ns for row in ROWS]
-    assert found.said[0].startswith("map 5 is left out: ")
+    assert found.said[0].startswith("map 5 was skipped: ")
 
 
 # --- the books
@@ -401,7 +401,7 @@ def test_a_capture_without_end_has_books_that_say_so(replay: Replayed) -> None:
     rows = rows_of_all_probes(8)
     loss = Loss("tcp_client", "send", 5)
     found = replay(b"".join(map(encoded, [*rows[:4], loss, *rows[4:]])))
-    assert found.said[-1].endswith("has no end: its run was killed, or it is cut off")
+    assert found.said[-1].endswith("is truncated: its run was killed, or the file was cut off")
     assert found.report.incomplete
     assert found.report.as_json()["incomplete"] == found.report.incomplete
     assert (found.report.delivered, found.report.dropped) == (8, 5)
@@ -493,7 +493,7 @@ def test_so_many_rows_and_no_more(replay: Replayed) -> None:
         ("tcp:127.0.0.1:99999", 2, "is not of the form tcp:HOST:PORT"),
         ("/proc/self/mem", 1, "reading /proc/self/mem failed: Input/output error"),
         ("tcp:127.0.0.1:1", 2, "cannot read tcp:127.0.0.1:1: Connection refused"),
-        ("/dev/null", 1, "/dev/null is no capture: nothing of tcplat's is in it"),
+        ("/dev/null", 1, "/dev/null is not a tcplat capture"),
         ("/dev/null --sink tabel", 4, "there is no sink named 'tabel'"),
         ("/dev/null --sink histogram", 2, "--sink stages has percentiles of a capture"),
         ("/dev/null --port 0", 2, "port '0' is not a number from 1 to 65535"),
@@ -519,8 +519,8 @@ def test_a_process_that_is_long_gone_can_be_asked_for() -> None:
 def test_what_was_left_out_is_said_and_is_no_failure() -> None:
     done = tcplat("replay", "-", input=b"rubbish\n" + GOOD)
     assert done.returncode == 0
-    assert b"tcplat: line 1 is left out: " in done.stderr
-    assert b"tcplat: 1 line of standard input was left out\n" in done.stderr
+    assert b"tcplat: line 1 was skipped: " in done.stderr
+    assert b"tcplat: 1 line of standard input was skipped\n" in done.stderr
     assert tcplat("replay", "-", "-q", input=b"rubbish\n" + GOOD).stderr == b""
 
 
@@ -623,7 +623,7 @@ def test_what_takes_long_shows_how_far_it_is(tmp_path: Path) -> None:
                 break
     os.close(main)
     assert b"%" in shown
-    assert shown.rstrip().endswith(b"its run was killed, or it is cut off")
+    assert shown.rstrip().endswith(b"its run was killed, or the file was cut off")
 
 
 def test_memory_does_not_grow_with_the_capture() -> None:

@@ -328,20 +328,23 @@ def test_there_is_no_such_block() -> None:
 
 
 NO_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
-    "core": ({"pid": Annotated[int, Wire("u32", "x")]}, "Odd.pid is a field of every event"),
+    "core": (
+        {"pid": Annotated[int, Wire("u32", "x")]},
+        "Odd.pid is already a field of every event",
+    ),
     "bare": ({"rto": int}, 'Odd.rto is not declared as rto: Annotated.int, Wire."u32"'),
     "other": ({"rto": Annotated[int, "the timer"]}, "Odd.rto is not declared as"),
     "bytes": ({"raw": Annotated[bytes, Wire("u8[4]", "x", to=bytes)]}, "int, float, str or bool"),
     "no_to": ({"raw": Annotated[str, Wire("u8[4]", "x")]}, "want to=, as in to=address"),
     "c_word": ({"register": Annotated[int, Wire("u8", "x")]}, "'register' is a reserved word"),
     "member": ({"a": Annotated[int, Wire("u8", "x", member="in")]}, "'in' is a reserved word"),
-    "hidden": ({"err": Annotated[int, Wire("u8", "x")]}, "the record has a member 'err' already"),
+    "hidden": ({"err": Annotated[int, Wire("u8", "x")]}, "the record already has a member 'err'"),
     "twice": (
         {
             "a": Annotated[int, Wire("u8", "x", member="c")],
             "b": Annotated[int, Wire("u8", "x", member="c")],
         },
-        "Odd.b: the record has a member 'c' already",
+        "Odd.b: the record already has a member 'c'",
     ),
     "capitals": ({"RTO": Annotated[int, Wire("u8", "x")]}, "'RTO' must be lower-case"),
     "nullable": ({"a": Annotated[int, Wire("u8", "x", nullable=True)]}, "is not declared as ... |"),
@@ -355,7 +358,7 @@ NO_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "large": (
         {"a": Annotated[str, Wire("char[1000]", "x")]},
-        r"a record of Odd has 11\d\d bytes; 1024 are the most",
+        r"a record of Odd has 11\d\d bytes; 1024 is the maximum",
     ),
 }
 """Fields, and what is wrong with them."""
@@ -374,7 +377,7 @@ def test_a_probe_cannot_be_declared_with(case: str) -> None:
 
 
 def test_the_event_of_a_probe_is_one_of_ours() -> None:
-    with pytest.raises(PluginError, match=r"is no subclass of tcplat_core\.Event"):
+    with pytest.raises(PluginError, match=r"is not a subclass of tcplat_core\.Event"):
         ProbeSpec(name="odd", summary="odd", source="", points=(), event=dict)  # type: ignore[arg-type] # that is the fault
 
 

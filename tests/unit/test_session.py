@@ -677,7 +677,7 @@ def test_a_poll_that_raises_is_not_called_again(polled: Callable[..., FakeProbe]
     sink, report = run_into_a_sink(probe, say=said.append)
     assert sink.rows == []
     assert len(said) == 1
-    assert "its maps are not read any more: TypeError" in said[0]
+    assert "its maps are no longer read: TypeError" in said[0]
     assert report.as_json()["probes"]["counted"]["poll_error"].startswith("TypeError")
 
 

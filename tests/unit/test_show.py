@@ -74,7 +74,7 @@ def test_without_root_fentry_is_a_perhaps() -> None:
     assert point(BY_FENTRY, sight=sight) == (
         None,
         "fentry:tcp_sendmsg",
-        "whether fentry works only root can find out",
+        "only root can test whether fentry works",
     )
 
 
@@ -88,7 +88,7 @@ def test_without_root_nobody_sees_the_tracepoints_of_system_calls() -> None:
     assert point(BY_SYSCALL, sight=show.Sight(host())) == (
         None,
         "tracepoint:syscalls:sys_exit_accept4",
-        "which tracepoints of system calls there are only root can see",
+        "only root can list the tracepoints of system calls",
     )
 
 
@@ -175,7 +175,7 @@ def test_the_same_for_a_reader() -> None:
     ]
     assert "  send    fentry:tcp_sendmsg if that works here, else tracepoint:tcp:tcp_probe" in lines
     assert "  accept  no: this kernel has no kprobes (CONFIG_KPROBE_EVENTS)" in lines
-    assert "  root can tell for sure: sudo tcplat plugins show again" in lines
+    assert "  to be sure, run as root: sudo tcplat plugins show again" in lines
     assert "  iface=IFACE   where  [required]" in lines
     assert "  most=N        how many  [default: 3]" in lines
     assert "  quick=yes|no  not long  [default: no]" in lines
@@ -188,7 +188,7 @@ def test_the_same_for_a_reader() -> None:
 def test_a_probe_that_cannot_run_here_says_so() -> None:
     spec = attrs.evolve(PROBE, points=(HookPoint("send", (BY_KPROBE,)),))
     text = show.as_text(show.as_json(FOUND, spec, show.Sight(host(), as_root=True)))
-    assert "no kprobes (CONFIG_KPROBE_EVENTS); the probe cannot do without" in text
+    assert "no kprobes (CONFIG_KPROBE_EVENTS); required" in text
 
 
 def test_a_sink_has_neither_points_nor_fields() -> None:

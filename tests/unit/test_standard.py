@@ -71,9 +71,9 @@ def test_where_there_is_no_standard_error_standard_output_is_the_same(capture: P
 
 def test_a_standard_output_or_input_that_is_needed_and_closed_is_said(capture: Path) -> None:
     for arguments, closed, words in (
-        (["replay", str(capture), "--sink", "jsonl"], 1, b"there is no standard output"),
+        (["replay", str(capture), "--sink", "jsonl"], 1, b"standard output is closed"),
         (["merge", str(capture), str(capture)], 1, b""),
-        (["replay", "-", "--sink", "table"], 0, b"there is no standard input"),
+        (["replay", "-", "--sink", "table"], 0, b"standard input is closed"),
     ):
         ran = tcplat(arguments, (closed,))
         assert ran.returncode != 0
@@ -91,7 +91,7 @@ def test_with_stand_ins_it_is_the_same_once_more(capture: Path) -> None:
             check=False,
         )
     assert ran.returncode == 2
-    assert b"there is no standard output" in ran.stderr
+    assert b"standard output is closed" in ran.stderr
 
 
 BLOCKED = """

@@ -275,10 +275,10 @@ class Condition:
             if name not in names:
                 raise UsageError(
                     f"--fail-on {text!r}: there is no stage {name!r}; "
-                    f"it is one of {', '.join(names)}"
+                    f"it must be one of {', '.join(names)}"
                 )
         if percentile not in PERCENTILES:
-            raise UsageError(f"--fail-on {text!r}: it is one of {', '.join(PERCENTILES)}")
+            raise UsageError(f"--fail-on {text!r}: it must be one of {', '.join(PERCENTILES)}")
         factor = 1 if sign == "+" else -1
         return cls(
             text,

@@ -204,8 +204,8 @@ def test_rows_that_its_books_miss_are_said_on_the_page(tmp_path: Path) -> None:
     head = [json.loads(report)]
     result, page = made(tmp_path, iter(rows[:-7]), head=head, end=False)
     words = " ".join(data(page)["remarks"])
-    assert words.count("more were in the run, and are not in what was read") > 0
-    assert "more were in the run" in result.stderr
+    assert words.count("more rows were in the run and were not read here") > 0
+    assert "more rows were in the run" in result.stderr
 
 
 def test_what_is_wrong_with_the_capture_stands_on_the_page(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_what_is_wrong_with_the_capture_stands_on_the_page(tmp_path: Path) -> No
     result, page = made(tmp_path, joint(Traffic(connections=2)), end=False, head=head)
     remarks = data(page)["remarks"]
     assert any("5 events were lost" in words for words in remarks)
-    assert any("has no end" in words for words in remarks)
+    assert any("is truncated" in words for words in remarks)
     assert "5 events were lost" in result.stderr
 
 
@@ -233,7 +233,7 @@ def test_a_capture_without_connections_is_a_page_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("out", "status", "said"),
     [
-        ("/", 2, "cannot write /: Is a directory; name another path"),
+        ("/", 2, "cannot write /: Is a directory; use another path"),
         ("/dev/full", 1, "No space left on device"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Rows as msgpack maps to whoever reads a socket; who is too slow misses rows, and is told."""
+"""Rows as msgpack maps to the readers of a socket; who is too slow misses rows, and is told."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ class Msgpack:
                 sink = cls(run, options["buffer"], *_listen_at(unix))
             else:
                 sink = cls(run, options["buffer"], _listen_on(*tcp, public=options["public"]))
-                who = "everybody who reaches it" if options["public"] else "every local user"
+                who = "every host that reaches it" if options["public"] else "every local user"
                 run.say(f"sink msgpack: {who} can read the rows at {where}; unix=PATH is private")
         except InterruptedError as error:
             raise ReaderGoneError from error
@@ -418,8 +418,8 @@ def _listen_on(host: str, port: int, *, public: bool) -> socket.socket:
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     if not (public or ipaddress.ip_address(address[0]).is_loopback):
         raise UsageError(
-            f"sink msgpack: everybody who reaches {host} could read the rows; "
-            "say public=1 if that is meant"
+            f"sink msgpack: every host that reaches {host} could read the rows; "
+            "add public=1 to allow it"
         )
     made = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     made.setblocking(False)
@@ -444,7 +444,7 @@ def _listen_at(path: str) -> tuple[socket.socket, tuple[Place, int, int]]:
         made.setblocking(False)
         found = place.look()
         if found is None:
-            raise UsageError(f"sink msgpack: {path} was removed at once; name another path")
+            raise UsageError(f"sink msgpack: {path} was removed at once; use another path")
         stack.pop_all()
         return made, (place, found.st_dev, found.st_ino)
 
@@ -459,5 +459,5 @@ def _clear_away(place: Place) -> None:
     with socket.socket(socket.AF_UNIX) as other:
         other.setblocking(False)
         if other.connect_ex(place.address) != errno.ECONNREFUSED:
-            raise UsageError(f"sink msgpack: somebody listens at {place.path} already")
+            raise UsageError(f"sink msgpack: another process listens at {place.path}")
     place.unlink()

@@ -88,27 +88,27 @@ def tcplat_register_sinks() -> Iterator[SinkSpec]:
     """Offer the sinks."""
     yield SinkSpec(
         name="histogram",
-        summary="percentiles and bars of durations that the kernel counts: for what is too fast",
+        summary="histograms of durations, counted in the kernel",
         factory=_histogram,
         aggregate=_aggregation,
         options=(
             _PATH,
             Option(
                 name="every",
-                help="interval between two looks, 0 for the end of the run alone",
+                help="print at this interval; 0: only at the end",
                 convert=_every,
                 metavar=duration.metavar,
                 default=1.0,
             ),
             Option(
                 name="by",
-                help="whose durations are counted together: process, remote, port, all",
+                help="group durations by process, remote, port, or all together",
                 convert=choice("process", "remote", "port", "all"),
                 default="process",
             ),
             Option(
                 name="groups",
-                help="how many of them are told apart; the others are counted as others",
+                help="groups to count separately; the rest is counted as others",
                 convert=integer(least=1, most=4096),
                 default=256,
             ),
@@ -128,7 +128,7 @@ def tcplat_register_sinks() -> Iterator[SinkSpec]:
     )
     yield SinkSpec(
         name="table",
-        summary="aligned columns to read",
+        summary="aligned columns",
         factory=_table,
         options=(
             _PATH,
@@ -141,41 +141,44 @@ def tcplat_register_sinks() -> Iterator[SinkSpec]:
     )
     yield SinkSpec(
         name="msgpack",
-        summary="msgpack maps to whoever reads a socket",
+        summary="msgpack maps to the readers of a socket",
         factory=_msgpack,
         options=(
             Option(
                 name="unix",
-                help="path of the socket, which its owner alone may use",
+                help="path of the socket, readable by its owner only",
                 convert=path,
                 metavar="PATH",
                 example="/run/user/1000/tcplat.sock",
             ),
             Option(
-                name="tcp", help="HOST:PORT instead of it", convert=_address, metavar="HOST:PORT"
+                name="tcp",
+                help="HOST:PORT, instead of unix=",
+                convert=_address,
+                metavar="HOST:PORT",
             ),
             Option(
                 name="connect",
-                help="go to a reader that listens there, instead of letting readers come",
+                help="connect to a reader that listens there, instead of listening",
                 convert=boolean,
                 default=False,
             ),
             Option(
                 name="buffer",
-                help="bytes that may wait for one reader; what is more, he misses",
+                help="bytes to buffer for each reader; it skips rows beyond that",
                 convert=_size,
                 metavar=size.metavar,
                 default=8 << 20,
             ),
             Option(
                 name="wait",
-                help="so many readers must have come before the run begins",
+                help="number of readers to wait for before the run begins",
                 convert=integer(least=0),
                 default=0,
             ),
             Option(
                 name="public",
-                help="tcp= may be an address that other hosts reach",
+                help="allow a tcp= address that other hosts can reach",
                 convert=boolean,
                 default=False,
             ),

@@ -88,19 +88,19 @@ def tcplat_register_sinks() -> Iterator[SinkSpec]:
     """Offer the sinks."""
     yield SinkSpec(
         name="waterfall",
-        summary="each request and its reply: where the time went, stage after stage",
+        summary="each request and its reply, with the time of each stage",
         factory=_waterfall,
         options=(
             *_COMMON,
             Option(
                 name="slow",
-                help="only so many of the slowest, at the end; 0 for all",
+                help="only this many of the slowest, at the end; 0: all",
                 convert=integer(least=0),
                 default=0,
             ),
             Option(
                 name="min_stage",
-                help="only where a stage, or total, took so long: queue:1ms; several joined by +",
+                help="only where a stage, or total, took this long or longer: queue:1ms; join by +",
                 convert=_at_least,
                 metavar="STAGE:TIME",
             ),

@@ -257,7 +257,7 @@ def parse_at_least(text: str) -> AtLeast:
         name, _, least = word.replace("=", ":").partition(":")
         if name not in (*STAGES, TOTAL, UNEXPLAINED, UNANSWERED, CUT, OPEN):
             raise ValueError(
-                f"there is no stage {name!r}; it is one of {', '.join(STAGES)}, "
+                f"there is no stage {name!r}; it must be one of {', '.join(STAGES)}, "
                 f"{TOTAL}, {UNANSWERED}, {CUT}, {OPEN}"
             )
         limits.append((name, nanos(least)))

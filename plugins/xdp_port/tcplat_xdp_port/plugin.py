@@ -50,7 +50,7 @@ def _names(text: str) -> tuple[str, ...]:
 OPTIONS = (
     Option(
         name="iface",
-        help="interfaces, joined by +; all-up for every one that is up",
+        help="interfaces, joined by +; all-up for all that are up",
         convert=_names,
         required=True,
         metavar="IFACE+IFACE|all-up",
@@ -65,13 +65,13 @@ OPTIONS = (
     ),
     Option(
         name="dir",
-        help="which port of a packet has to be one of these: src, dst or either",
+        help="which port of a packet must match: src, dst or either",
         convert=choice("src", "dst", "either"),
         default="either",
     ),
     Option(
         name="mode",
-        help="native, generic, or auto: generic where the driver knows no XDP",
+        help="native, generic, or auto: generic if the driver does not support XDP",
         convert=choice("auto", "native", "generic"),
         default="auto",
     ),
