@@ -75,7 +75,7 @@ class Wire:
         member: Name in C; default: the name of the field.
         to: Converts the raw value. Must be pure: results are cached. :func:`micros` for ns,
             :func:`address` for 16 bytes in network order.
-        nullable: A raw value of zero bytes only means "unknown": the field is None.
+        nullable: A raw 0, or all bytes 0, means "unknown": the field is None.
         has: The field is None unless the handler set TCPLAT_HAS_<NAME>; at most five fields.
         block: ``socket`` or ``kind``; leave it empty for your own fields. Members of a block are
             adjacent and change together or seldom; the whole block is decoded once per value.
@@ -151,7 +151,7 @@ class Moment:
         err: An errno, or 0.
         empty: Whether `bytes` is 0; None if the row has no `bytes`.
         flags: TCP flags of a packet, ``SYN|ACK``; None if the row has none.
-        func: The very hook, as in the row.
+        func: The hook, as in the row.
     """
 
     point: str

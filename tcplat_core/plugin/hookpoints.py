@@ -102,7 +102,7 @@ class Interfaces:
 
     Args:
         names: The interfaces; empty for all that are up.
-        mode: native, generic, or auto: generic where the driver knows no XDP.
+        mode: native, generic, or auto: generic if the driver does not support XDP.
         netns: Their network namespace: a name of ``ip netns``, a path or a
             process id; empty for the one of ``--netns``, or tcplat's own.
     """
