@@ -29,7 +29,7 @@ _MADE = "<!-- docs/generate.py makes this file from the code: make docs -->\n"
 
 
 def events() -> str:
-    """The event's schema."""
+    """Return the page about the event's schema."""
     row = msgspec.json.encode(make_event()).decode()
     version = tcplat_core.SCHEMA_VERSION
     loss = attrs.asdict(Loss("tcp_client", "send", 3, 7_100, 7_900))
@@ -179,7 +179,7 @@ _WITH_METHODS = (
 
 
 def hooks() -> str:
-    """The hook specification, and all that a plugin may import."""
+    """Return the page about the hooks, and all that a plugin may import."""
     parts = [
         _MADE,
         "# The hooks, and what a plugin may import",
@@ -200,7 +200,7 @@ def hooks() -> str:
 
 
 def _docs_of_values() -> dict[str, str]:
-    """What stands below the public values: Python keeps no docstring of theirs."""
+    """Return the texts below public values: Python keeps no docstring for these."""
     found = {}
     for home in ("plugin/hookspecs", "event/fields", "plugin/specs", "plugin/options"):
         tree = ast.parse((Path(tcplat_core.__file__).parent / f"{home}.py").read_text())
@@ -246,7 +246,7 @@ def _described(name: str, values: dict[str, str]) -> Iterator[str]:
 
 
 def _prose(doc: str) -> Iterator[str]:
-    """A docstring as Markdown: literals, examples, and lists of what is taken and raised."""
+    """Return a docstring as Markdown: literals, examples, lists of arguments and exceptions."""
     for block in re.split(r"\n\n(?=\S)", doc):
         head, colons, code = block.partition("::\n\n")
         if colons:

@@ -172,7 +172,7 @@ def program(name: str, *arguments: object) -> Iterator[tuple[int, Callable[[], d
 
 
 def built(name: str) -> Path:
-    """A program of this folder, compiled."""
+    """Compile a program of this folder; return its path."""
     target = Path(tempfile.gettempdir()) / f"tcplat-bench-{os.getuid()}" / name
     target.parent.mkdir(mode=0o700, exist_ok=True)
     source = HERE / f"{name}.c"
@@ -186,7 +186,7 @@ def built(name: str) -> Path:
 
 @contextmanager
 def on(cpus: set[int]) -> Iterator[None]:
-    """What is started meanwhile may use these CPUs."""
+    """Let what is started in the block use these CPUs only."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cpus)
     try:
@@ -236,7 +236,7 @@ def ratio(name: str, ours: list[dict[str, float]], base: list[dict[str, float]])
 
 
 def both(first: list[dict[str, float]], second: list[dict[str, float]]) -> list[dict[str, float]]:
-    """The mean of what stands before and behind."""
+    """Return the mean of the neighbours."""
     return [
         {name: (one[name] + other[name]) / 2 for name in one}
         for one, other in zip(first, second, strict=True)
@@ -253,7 +253,7 @@ def requests(
     ours: list[dict[str, float]],
     target: float | None = None,
 ) -> Figure:
-    """Requests per second with tcplat, or whatever stands in its place, and without."""
+    """Return requests per second with tcplat, or what replaces it, and without."""
     before, after = (
         f"{statistics.median(one['requests'] for one in blocks) / BLOCK_S:,.0f}/s"
         for blocks in (base, ours)
@@ -447,7 +447,7 @@ def starting() -> Iterator[Figure]:
 
 @contextmanager
 def kernel_statistics() -> Iterator[Callable[[int], dict[str, tuple[int, int]]]]:
-    """The kernel keeps statistics of BPF programs; of a run's: name -> runs, and ns in all."""
+    """Enable the kernel's BPF statistics; yield name -> (runs, ns in all) of a run's programs."""
     knob = Path("/proc/sys/kernel/bpf_stats_enabled")
     before = knob.read_text()
     knob.write_text("1")
@@ -468,7 +468,7 @@ def kernel_statistics() -> Iterator[Callable[[int], dict[str, tuple[int, int]]]]
 
 
 def program_name(number: int) -> str:
-    """What bpftool calls a program."""
+    """Return the name that bpftool shows of a program."""
     shown = subprocess.run(
         ["bpftool", "--json", "prog", "show", "id", str(number)], check=True, capture_output=True
     )

@@ -102,22 +102,22 @@ class Contest:
     """Where bcc's callbacks print."""
 
     def rows(self, _context: Any, data: Any, _size: int) -> None:
-        """A row of ours, made as bcc's tools make theirs."""
+        """Make a row as bcc's tools make theirs."""
         peers.row(self.module[b"events"].event(data), 0)
         self.count += 1
 
     def tuned_rows(self, context: Any, data: Any, size: int) -> int:
-        """The same, and no exception behind it."""
+        """Do the same and return an int, which spares ctypes an exception."""
         self.rows(context, data, size)
         return 0
 
     def json(self, _context: Any, data: Any, _size: int) -> None:
-        """The same as a line of JSON."""
+        """Write the same as a line of JSON."""
         self.out.write(json.dumps(peers.row(self.module[b"events"].event(data), 0)) + "\n")
         self.count += 1
 
     def printf(self, _context: Any, data: Any, _size: int) -> None:
-        """The same columns as the table's, as bcc's tools print."""
+        """Print the columns of the table, as bcc's tools do."""
         row = peers.row(self.module[b"events"].event(data), 0)
         self.out.write(
             "%-7d %-15s %-2d %-15s %-5d %-15s %-5d %-16d %-24s %-15s %-15s %s\n"  # noqa: UP031
@@ -137,7 +137,7 @@ class Contest:
         self.count += 1
 
     def tuned(self, _context: Any, data: Any, size: int) -> int:
-        """The least that a callback can do, and no exception behind it."""
+        """Do the least that a callback can, and return an int."""
         ctypes.string_at(data, size)
         self.count += 1
         return 0

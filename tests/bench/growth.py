@@ -70,7 +70,7 @@ class Delays:
                     self.found.append(now - json.loads(lines[-2])["ts_ns"])
 
     def p99_ms(self) -> float:
-        """The 99th percentile."""
+        """Return the 99th percentile."""
         return statistics.quantiles(self.found, n=100)[-1] / 1e6
 
 

@@ -81,7 +81,7 @@ POINTS = (("send", "tcp:tcp_sendmsg_locked"), ("send_short", "sock:sock_send_len
 
 
 def row(event: Any, offset_ns: int) -> dict[str, Any]:
-    """A row of tcplat's, made in a callback as bcc's own tools make theirs."""
+    """Make a row of tcplat in a callback, as bcc's tools make theirs."""
     point, func = POINTS[event.hook & 1]
     return {
         "v": 2,
@@ -115,7 +115,7 @@ def row(event: Any, offset_ns: int) -> dict[str, Any]:
 
 
 def idiom(pid: int, out: Path) -> None:
-    """A tool as bcc's documentation has it: callback, row, json.dumps, a line in a file."""
+    """Do as bcc's documentation does: callback, row, json.dumps, a line in a file."""
     bcc = import_bcc()
     text = f"#define PID {pid}\n" + Record(Event).c_struct() + IDIOM
     with kernel_tree(["sock"], Cache.open()) as tree, kernel_source(tree):
@@ -148,7 +148,7 @@ def idiom(pid: int, out: Path) -> None:
 
 
 def lossless(flood: Callable[[int, float], Any], seconds: float) -> float:
-    """The highest rate at which the idiom loses nothing, events per second."""
+    """Return the highest rate without loss, events per second."""
     best = 0.0
     for rate in (20_000, 40_000, 60_000, 80_000, 100_000, 130_000, 160_000, 200_000, 300_000):
         out = Path("/dev/shm") / f"tcplat-bench-{os.getpid()}"  # noqa: S108 - memory, not a disk
@@ -216,7 +216,7 @@ def bpftrace() -> Iterator[None]:
 
 @contextmanager
 def empty_programs(tracepoints: Sequence[str]) -> Iterator[None]:
-    """A program that returns, attached to each: less than that costs nobody."""
+    """Attach to each a program that returns at once: the lower limit of any tracer's cost."""
     fds = []
     try:
         for tracepoint in tracepoints:
@@ -286,7 +286,7 @@ def boring_packets() -> dict[str, tuple[int, int]]:
 
 @contextmanager
 def reader(process: subprocess.Popen[str]) -> Iterator[Callable[[], list[int]]]:
-    """Reads rows from a pipe as they come: ns from each row's event to its line."""
+    """Read rows from a pipe as they come; return ns from each event to its line."""
     assert process.stdout
     delays: list[int] = []
 

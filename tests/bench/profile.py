@@ -36,7 +36,7 @@ def python_side(pid: int, out: Path) -> subprocess.Popen[bytes]:
 
 
 def by_line(raw: str) -> Counter[str]:
-    """Samples by the innermost frame."""
+    """Return the number of samples of each innermost frame."""
     found: Counter[str] = Counter()
     for line in raw.splitlines():
         stack, _, count = line.rpartition(" ")

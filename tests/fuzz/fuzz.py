@@ -71,7 +71,7 @@ _FILTERS: tuple[tuple[str, ...], ...] = (
 
 
 def ways(number: int, path: str, base: str, page: str, reader: str) -> Iterator[list[str]]:
-    """What is done with the capture of that number; over a few of them, everything."""
+    """Yield the commands for the capture of this number; a few captures in a row cover all."""
 
     def turn(*choices: Any) -> Any:
         return choices[number % len(choices)]
@@ -151,7 +151,7 @@ class Worker:
         threading.Thread(target=_read_all, args=(listening,), daemon=True).start()
 
     def failures(self, data: bytes, number: int) -> Iterator[Failure]:
-        """What goes wrong with this capture."""
+        """Yield what goes wrong with this capture."""
         path, page = self.folder / "capture", self.folder / "page"
         path.write_bytes(data)
         base = str(self.folder / "base")
@@ -195,7 +195,7 @@ class Worker:
         return what
 
     def _close_captures(self) -> None:
-        """A command leaves its capture open: it ends with its process."""
+        """Close the captures that commands left open, because they end with their process."""
         for name in os.listdir("/proc/self/fd"):
             with contextlib.suppress(OSError):
                 if os.readlink(f"/proc/self/fd/{name}").startswith(f"{self.folder}/"):
@@ -225,7 +225,7 @@ def _in_page(data: bytes) -> str:
 
 
 def in_a_process(data: bytes, number: int, folder: Path) -> Iterator[Failure]:
-    """The same with the whole program, as a user starts it."""
+    """Yield the same with the whole program, as a user starts it."""
     path, page = folder / "real", folder / "page"
     path.write_bytes(data)
     base = str(FOLDER / "corpus" / "ipv4.jsonl")
@@ -247,7 +247,7 @@ def in_a_process(data: bytes, number: int, folder: Path) -> Iterator[Failure]:
 
 
 def smaller(data: bytes, fails: Callable[[bytes], bool]) -> bytes:
-    """The least of it that still fails, as far as that is found in time."""
+    """Return the smallest part found in time that still fails."""
     end = time.monotonic() + _SMALLER_S
     for cut in (_lines, _bytes):
         parts = cut(data)
@@ -288,7 +288,7 @@ def _keep(data: bytes, failure: Failure, seed: str) -> str:
 
 
 def _work(job: int, jobs: int, seed: int, count: int, end: float, to: int) -> None:
-    """What one worker does: each capture of its own numbers, and tell."""
+    """Try each capture of this worker's numbers, and report to the parent."""
 
     def tell(kind: str, words: str = "") -> None:
         os.write(to, f"{kind} {words}".encode("utf-8", "replace").replace(b"\n", b"\x1e") + b"\n")
@@ -338,7 +338,7 @@ class Tally:
     words: list[str] = attrs.field(factory=list)
 
     def take(self, line: str) -> None:
-        """A line of a worker's."""
+        """Count a line of a worker."""
         kind, _, words = line.partition(" ")
         self.done += kind == "done"
         self.failed += kind in ("failed", "again")
@@ -385,7 +385,7 @@ def fuzz(seed: int, count: int, seconds: float, jobs: int) -> Tally:
 
 
 def _child(to: int, work: Callable[[], None]) -> NoReturn:
-    """A child must not go on as its parent, whatever happens."""
+    """Run the work in a child, which must never return into the parent's code."""
     status = 1
     try:
         work()
@@ -398,7 +398,7 @@ def _child(to: int, work: Callable[[], None]) -> NoReturn:
 
 
 def again(paths: Iterable[Path]) -> list[Failure]:
-    """What goes wrong with captures that are kept, in each of the ways."""
+    """Return what goes wrong with stored captures, with each command."""
     found: list[Failure] = []
     sys.stdout.flush()
     before = [os.dup(1), os.dup(2)]

@@ -50,7 +50,7 @@ Value = dict[str, Any]
 
 
 def seeds() -> list[list[Value]]:
-    """Captures of real runs, each with what they lack: losses, hosts, somebody else's rows."""
+    """Return captures of real runs, with losses, hosts and rows of a third-party probe added."""
     found = []
     for path in sorted((FOLDER / "corpus").glob("*.jsonl")):
         values: list[Value] = [json.loads(line) for line in path.read_bytes().splitlines()]
@@ -93,7 +93,7 @@ def mutant(seeds: Sequence[list[Value]], random: Random) -> bytes:
 
 
 def _value(random: Random, old: Any = None) -> Any:
-    """What might be in the place of another."""
+    """Return a value that may replace another."""
     kind = random.random()
     if kind < 0.35:
         return random.choice(NUMBERS)
@@ -183,7 +183,7 @@ def _drop(values: list[Value], random: Random) -> None:
 
 
 def _line(values: list[Value], random: Random) -> None:
-    """A line more, or one less, or one elsewhere."""
+    """Add, remove or move a line."""
     if values:
         at = random.randrange(len(values))
         kind = random.randrange(4)
@@ -198,7 +198,7 @@ def _line(values: list[Value], random: Random) -> None:
 
 
 def _other(values: list[Value], random: Random) -> None:
-    """A line that is no row."""
+    """Return a line that is not a row."""
     some: list[Value] = [
         {"lost": {"probe": _value(random), "point": _value(random), "count": _value(random)}},
         {"gap": _value(random)},

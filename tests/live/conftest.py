@@ -72,7 +72,7 @@ def stack() -> Iterator[ExitStack]:
 
 @pytest.fixture
 def start_tcplat(tmp_path: Path, stack: ExitStack) -> Callable[..., Tcplat]:
-    """Starts `tcplat run` with these arguments; see Tcplat.start()."""
+    """Start `tcplat run` with these arguments; see Tcplat.start()."""
 
     def start(*arguments: str, **how: Any) -> Tcplat:
         run = Tcplat.start(how.pop("folder", tmp_path), *arguments, **how)
@@ -84,13 +84,13 @@ def start_tcplat(tmp_path: Path, stack: ExitStack) -> Callable[..., Tcplat]:
 
 @pytest.fixture
 def running_tcplat(start_tcplat: Callable[..., Tcplat]) -> Callable[..., Tcplat]:
-    """The same, and waits until everything is attached."""
+    """Start the same, and wait until everything is attached."""
     return lambda *arguments, **how: start_tcplat(*arguments, **how).wait_ready()
 
 
 @pytest.fixture
 def puppet(stack: ExitStack) -> Callable[..., Puppet]:
-    """Starts a process that does as it is told; see Puppet.start()."""
+    """Start a process that runs what a test sends it; see Puppet.start()."""
 
     def start(**how: Any) -> Puppet:
         one = Puppet.start(**how)
@@ -102,7 +102,7 @@ def puppet(stack: ExitStack) -> Callable[..., Puppet]:
 
 @pytest.fixture
 def listener(stack: ExitStack) -> Callable[..., Listener]:
-    """Opens a listening socket; see Listener.open()."""
+    """Open a listening socket; see Listener.open()."""
 
     def start(*what: Any) -> Listener:
         one = Listener.open(*what)
@@ -114,13 +114,13 @@ def listener(stack: ExitStack) -> Callable[..., Listener]:
 
 @pytest.fixture
 def server(listener: Callable[..., Listener]) -> Listener:
-    """A listening socket on 127.0.0.1."""
+    """Yield a listening socket on 127.0.0.1."""
     return listener()
 
 
 @pytest.fixture
 def client(puppet: Callable[..., Puppet]) -> Puppet:
-    """A process that does as it is told."""
+    """Yield a process that runs what a test sends it."""
     return puppet()
 
 
@@ -146,13 +146,13 @@ def watched(_root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[W
 
 @pytest.fixture
 def traffic(watched: Watched, server: Listener) -> Traffic:
-    """What the watched processes do with `server`."""
+    """Return what the watched processes do with `server`."""
     return watched.to(server.port)
 
 
 @pytest.fixture
 def stranded(puppet: Callable[..., Puppet]) -> Puppet:
-    """A puppet in a network where 10.77.0.2 and fd77::2 never answer."""
+    """Yield a puppet in a network where 10.77.0.2 and fd77::2 never answer."""
     one = puppet(alone=True)
     network(one, script=BLACKHOLE)
     return one

@@ -119,7 +119,7 @@ class Puppet:
         self.process.stdin.flush()
 
     def answer(self, seconds: float = 60) -> Any:
-        """What it says to what it was told."""
+        """Return the answer to a command."""
         assert self.process.stdout
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
@@ -162,7 +162,7 @@ listening.getsockname()[1]
 
 
 def listen(puppet: Puppet, ip: int = 4) -> int:
-    """The port where a puppet listens from now on; it calls the socket `listening`."""
+    """Let a puppet listen (socket `listening`); return the port."""
     return int(puppet(_LISTEN.format(ip=ip)))
 
 
@@ -193,7 +193,7 @@ _PORTS: set[int] = set()
 
 
 def _bound(ip: int, host: str) -> socket.socket:
-    """A socket at a port that no test has had."""
+    """Return a socket at a port that no other test has used."""
     while True:
         one = socket.socket(FAMILY[ip])
         one.bind((host, 0))
@@ -240,7 +240,7 @@ class Listener:
 
 
 def free_port(ip: int = 4) -> int:
-    """A port where nobody listens."""
+    """Return a port without a listener."""
     with _bound(ip, LOCAL[ip]) as probe:
         return int(probe.getsockname()[1])
 
@@ -289,7 +289,7 @@ class Outcome:
     report: dict[str, Any]
 
     def check(self) -> None:
-        """What holds for every run: rows in order, books that balance, no traceback."""
+        """Check what holds for every run: rows in order, balanced books, no traceback."""
         assert "Traceback" not in self.stderr
         times = [row["ts_ns"] for row in self.rows]
         late = sum(a > b for a, b in itertools.pairwise(times))
@@ -429,7 +429,7 @@ class Tcplat:
         return self
 
     def rows(self) -> list[Row]:
-        """What it has written so far."""
+        """Return what it has written so far."""
         with self.path.open("rb") as file:
             file.seek(self._offset)
             data = file.read()
@@ -441,7 +441,7 @@ class Tcplat:
         return self._seen
 
     def rows_to(self, port: int) -> list[Row]:
-        """The same, of connections to this port."""
+        """Return the same for connections to this port."""
         self.rows()
         return self._by_port.get(port, [])
 
@@ -489,7 +489,7 @@ SESSION = "import sys; sys.executable = sys.argv.pop(1); import tcplat_core.__ma
 
 
 def changed_loader(folder: Path, change: str) -> tuple[str, ...]:
-    """What starts tcplat with a loader in which `change` was made to the class Loader."""
+    """Return the command for tcplat with `change` applied to the class Loader."""
     loader = folder / "loader"
     loader.write_text(CHANGED.format(python=sys.executable, change=change))
     loader.chmod(0o755)
@@ -548,7 +548,7 @@ class PidFile:
     path: Path
 
     def command(self, *words: str) -> list[str]:
-        """The command, with that before it."""
+        """Return the command with this prefix."""
         return ["sh", "-c", f'echo $$ > {self.path}; exec "$@"', "sh", *words]
 
     def pid(self) -> int:
@@ -592,7 +592,7 @@ def total(rows: Iterable[Row], point: str) -> int:
 
 
 def story(rows: Iterable[Row]) -> list[str]:
-    """What happened, in short: the new state for a change of state, else the point."""
+    """Return what happened, in short: the new state for a change of state, else the point."""
     return [
         row["state"].removeprefix("TCP_") if row["point"] == "state" else row["point"]
         for row in rows
@@ -616,7 +616,7 @@ def completes(row: Row) -> bool:
 
 
 def assert_tiles(rows: Iterable[Row]) -> None:
-    """The send rows of one connection follow each other in the stream without a gap."""
+    """Check that the send rows of a connection cover its stream without a gap."""
     expected = None
     for row in rows:
         if row["point"] == "send":

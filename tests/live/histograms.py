@@ -17,7 +17,7 @@ OFF = 0.032
 
 
 def found(folder: Path, window: str = "run") -> list[Found]:
-    """What the sink has written to `folder`/histograms, but for the report."""
+    """Return what the sink has written to `folder`/histograms, but for the report."""
     lines = (folder / "histograms").read_bytes().splitlines()
     values = [json.loads(line) for line in lines]
     assert "report" in values[-1]
@@ -25,13 +25,13 @@ def found(folder: Path, window: str = "run") -> list[Found]:
 
 
 def one(histograms: list[Found], name: str) -> Found:
-    """The only one of that name."""
+    """Return the only one of this name."""
     (histogram,) = (value for value in histograms if value["histogram"] == name)
     return histogram
 
 
 def nearest_rank(samples: Sequence[float], percent: float) -> float:
-    """A percentile, as the sink defines it."""
+    """Return a percentile, as the sink defines it."""
     return sorted(samples)[max(1, math.ceil(len(samples) * percent / 100)) - 1]
 
 

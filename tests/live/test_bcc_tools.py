@@ -26,7 +26,7 @@ SENT, ANSWERED = 5 * 1024, 70 * 1024
 
 @pytest.fixture
 def tool(tmp_path: Path) -> Iterator[Callable[..., Tool]]:
-    """Starts one of bcc's tools, and does not wait: compiling takes each half a minute."""
+    """Start one of bcc's tools without waiting: it compiles for half a minute."""
     if "BCC_KERNEL_SOURCE" not in os.environ:
         pytest.skip("BCC_KERNEL_SOURCE names no kernel headers")
     running = []
@@ -57,13 +57,13 @@ class Tool:
     path: Path
 
     def listens(self) -> bool:
-        """It prints the names of its columns when it is attached."""
+        """Wait until it is attached: it prints its column names then."""
         text = self.path.read_text()
         assert self.process.poll() is None, text[-2000:]
         return bool(re.search("^(PID|SKADDR)", text, re.MULTILINE))
 
     def table(self) -> list[dict[str, str]]:
-        """What it has printed, by its columns; the compiler's warnings stand before them."""
+        """Return what it has printed, by column; the compiler's warnings come first."""
         lines = self.path.read_text().splitlines()
         first = next(at for at, line in enumerate(lines) if line.startswith(("PID", "SKADDR")))
         if "," in lines[first]:

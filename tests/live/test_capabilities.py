@@ -22,7 +22,7 @@ UID = "65533"
 
 @pytest.fixture(scope="module")
 def program() -> Iterator[Callable[[str], Sequence[str]]]:
-    """Gives a tcplat that another user may read, with these capabilities."""
+    """Return a tcplat that another user can read, with these capabilities."""
     needs("setpriv", "/usr/bin/python3")
     root = Path(tempfile.mkdtemp(prefix="tcplat-capable-", dir="/tmp"))
     try:

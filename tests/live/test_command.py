@@ -29,7 +29,7 @@ CONNECT = "import socket; socket.create_connection({!r}).close()"
 
 
 def connecting(server: Listener) -> list[str]:
-    """A command that connects once."""
+    """Return a command that connects once."""
     return [sys.executable, "-I", "-c", CONNECT.format(server.address)]
 
 

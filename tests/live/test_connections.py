@@ -60,7 +60,7 @@ s.close()
 
 
 def told(path: Path, sink: str) -> list[dict[str, Any]]:
-    """What a replay makes of a capture."""
+    """Return what a replay makes of a capture."""
     ended = subprocess.run(
         [*TCPLAT, "replay", str(path), "--sink", f"{sink}:format=json"],
         check=True,

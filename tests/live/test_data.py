@@ -61,7 +61,7 @@ def connected(client: Puppet, server: Listener, traffic: Traffic) -> Connected:
 
 @pytest.fixture
 def background() -> Iterator[Callable[[Callable[[], int]], Callable[[], int]]]:
-    """Runs a function in a thread; the result joins it and gives its value."""
+    """Run a function in a thread; the returned function joins it and returns its value."""
     threads = []
 
     def start(function: Callable[[], int]) -> Callable[[], int]:

@@ -193,7 +193,7 @@ def test_nothing_stays_attached(number: int, running_tcplat: Start) -> None:
 
 
 def helpers(pid: int) -> list[int]:
-    """The descendants of a process: what loads, tries out and tidies up for it."""
+    """Return the descendants of a process, loader and helpers included."""
     found = []
     with contextlib.suppress(OSError):  # it has ended
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():

@@ -46,7 +46,7 @@ def whole(rows: list[Row], connections: int) -> bool:
 
 @pytest.fixture
 def cgroup() -> Iterator[Path]:
-    """A cgroup of our own."""
+    """Yield a cgroup of this test."""
     mounts = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
     found = [line.split()[1] for line in mounts if line.split()[2] == "cgroup2"]
     if not found:

@@ -33,7 +33,7 @@ def sink(tmp_path: Path) -> str:
 
 
 def report(tmp_path: Path, probe: str) -> dict[str, Any]:
-    """The books of a probe, as the sink's last line has them."""
+    """Return the books of a probe, as the sink's last line has them."""
     last = json.loads((tmp_path / "histograms").read_bytes().splitlines()[-1])
     books: dict[str, Any] = last["report"]["probes"][probe]
     return books
@@ -45,7 +45,7 @@ def assert_adds_up(histogram: Found) -> None:
 
 
 def echo(client: Puppet, service: Puppet, times: int) -> int:
-    """Requests and answers between two puppets; the service's port."""
+    """Exchange requests and answers between two puppets; return the service's port."""
     port = listen(service)
     client(f"s = socket.create_connection(('127.0.0.1', {port}))")
     service.tell(ECHO.format(times=times))

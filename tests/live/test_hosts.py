@@ -37,7 +37,7 @@ def refused(errno_: int, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def checks(outcome: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """What ``doctor --json`` says, by the check's name."""
+    """Return what ``doctor --json`` says, by the check's name."""
     return {one["name"]: one for one in json.loads(outcome.stdout)["checks"]}
 
 

@@ -116,7 +116,7 @@ def play(folder: Path, arguments: Arguments, complete: Complete) -> dict[int, Se
 
 @pytest.fixture(scope="module")
 def sockets(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Seen]:
-    """What the probes with histograms see."""
+    """Return what the probes with histograms see."""
     folder = tmp_path_factory.mktemp("sockets")
     histograms = f"histogram:by=port,every=0,format=json,path={folder / HISTOGRAMS}"
 
@@ -133,7 +133,7 @@ def sockets(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Seen]:
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Seen]:
-    """What the probes without histograms see."""
+    """Return what the probes without histograms see."""
 
     def all_ended(rows: list[Row], port: int, _closed: int) -> bool:
         ours = [row for row in rows if port in (row["sport"], row["dport"])]

@@ -52,7 +52,7 @@ def shifted(ts_ns: int) -> int:
 
 
 def rewrite(path: Path, out: Path, clock: Callable[[int], int]) -> Path:
-    """The capture, as another clock would have stamped it."""
+    """Return the capture as another clock would have stamped it."""
     with path.open(encoding="utf-8") as source, out.open("w", encoding="utf-8") as target:
         for line in source:
             row = json.loads(line)
@@ -66,7 +66,7 @@ def rewrite(path: Path, out: Path, clock: Callable[[int], int]) -> Path:
 
 
 def tcplat(*arguments: str) -> str:
-    """What it says on stderr."""
+    """Return what it says on stderr."""
     done = subprocess.run([*TCPLAT, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stderr

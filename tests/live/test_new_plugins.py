@@ -57,7 +57,7 @@ def stranger(_root: None, tmp_path_factory: pytest.TempPathFactory) -> Stranger:
 
 @pytest.fixture
 def start(stranger: Stranger, start_tcplat: Callable[..., Tcplat]) -> Callable[..., Tcplat]:
-    """Starts the stranger's tcplat, and waits until it is attached."""
+    """Start the tcplat of the other user, and wait until it is attached."""
 
     def start(*arguments: str, **how: Any) -> Tcplat:
         how = {"probes": ("demo1",), "attach": "auto", **how}
@@ -69,7 +69,7 @@ def start(stranger: Stranger, start_tcplat: Callable[..., Tcplat]) -> Callable[.
 
 
 def talk(client: Puppet, server: Listener, times: int) -> None:
-    """Connections, one after the other, that carry a byte each and are closed by the client."""
+    """Make connections one after the other; each carries a byte and the client closes it."""
     for _ in range(times):
         client.connect(server)
         peer = server.accept()

@@ -31,7 +31,7 @@ threading.Thread(target=run, daemon=True).start()
 
 
 def peak_mib(pid: int) -> float:
-    """The most memory that a process ever had resident."""
+    """Return the peak resident memory of a process."""
     text = Path(f"/proc/{pid}/status").read_text()
     return int(text.partition("VmHWM:")[2].split()[0]) / 1024
 

@@ -101,12 +101,12 @@ class Planted:
         return self.root / "cwd"
 
     def as_user(self, environment: Mapping[str, str], *rights: str) -> list[str]:
-        """What runs the rest as the user; not before that is the environment the user's."""
+        """Return the prefix that runs the rest as the user, with the user's environment."""
         ids = (f"--reuid={self.user.pw_uid}", f"--regid={self.user.pw_gid}", "--clear-groups")
         return ["/usr/bin/setpriv", *ids, *rights, "/usr/bin/env", *assigned(environment)]
 
     def environment(self, *, apart: bool) -> dict[str, str]:
-        """The user's."""
+        """Return the user's environment."""
         root, home = self.root, self.user.pw_dir
         python = f"{root}/python"
         plain = {"HOME": home, "USER": USER, "LANG": "C.UTF-8", "PATH": os.environ["PATH"]}
@@ -199,7 +199,7 @@ def python_trap(root: Path, place: str) -> str:
 
 
 def shell_trap(root: Path, place: str) -> str:
-    """The same for a shell, in which nothing is to be looked up on PATH."""
+    """Return the same for a shell, in which no command is looked up on PATH."""
     target = f"{root}/notes/{PLACES.index(place)}.$$.sh"
     return (
         f"{{ while IFS= read -r line; do printf '%s\\n' \"$line\"; done </proc/$$/status; "
@@ -321,7 +321,7 @@ def plant_standard_library(root: Path, library: Path) -> None:
 
 
 def install(folder: Path, python: Path) -> None:
-    """A venv that sees what every Python would: also a user's packages, unless told otherwise."""
+    """Make a venv that sees what a plain Python sees, the user's packages included."""
     options = ("--without-pip", "--system-site-packages")
     subprocess.run([_PYTHON, "-I", "-m", "venv", *options, str(folder)], check=True)
     (packages,) = folder.glob("lib/python*/site-packages")
@@ -338,7 +338,7 @@ def install(folder: Path, python: Path) -> None:
 
 @pytest.fixture(scope="module")
 def planted(_root: None) -> Iterator[Planted]:
-    """The user, the traps and the program; all of it goes afterwards."""
+    """Yield the user, the traps and the program; remove them afterwards."""
     needs("sudo", "useradd", "userdel", "setpriv", "setcap", "cc", _PYTHON)
     code = f"import sys; sys.exit(sys.version_info[:2] != {sys.version_info[:2]})"
     if subprocess.run([_PYTHON, "-I", "-c", code], check=False).returncode:
@@ -465,7 +465,7 @@ Start = Callable[[str, str, bool], Started]
 
 @pytest.fixture(scope="module")
 def started(planted: Planted) -> Start:
-    """Starts each command in each way once."""
+    """Start each command in each way once."""
 
     @cache
     def start(mode: str, command: str, apart: bool) -> Started:  # noqa: FBT001 - the cache's key

@@ -45,7 +45,7 @@ def status(pid: int) -> dict[str, str]:
 
 
 def mebibytes(pid: int, what: str) -> float:
-    """A figure of /proc/PID/status that is in kB there."""
+    """Return a figure of /proc/PID/status that is in kB there."""
     return int(status(pid)[what].split()[0]) / 1024
 
 
@@ -84,7 +84,7 @@ def test_neither_bcc_nor_llvm_stays(
 
 @pytest.fixture
 def public(stack: ExitStack) -> Path:
-    """A folder below /tmp that everybody may enter and nobody owns."""
+    """Yield a folder below /tmp that every user may enter."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp")))
     folder.chmod(0o755)
     os.chown(folder, NOBODY, NOBODY)
@@ -93,7 +93,7 @@ def public(stack: ExitStack) -> Path:
 
 @pytest.fixture
 def readable() -> Iterator[tuple[str, ...]]:
-    """A tcplat that any user can read: ours, or one on the system's Python of the same version."""
+    """Return a tcplat that any user can read: this one, or one on the system's Python."""
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     try:
         folder.chmod(0o755)

@@ -39,7 +39,7 @@ BOTH = ("tcp_client", "tcp_service")
 
 
 def replayed(path: Path | str, *arguments: str) -> bytes:
-    """What `tcplat replay` writes."""
+    """Return what `tcplat replay` writes."""
     return subprocess.run(
         [*TCPLAT, "replay", str(path), *arguments],
         stdout=subprocess.PIPE,

@@ -38,7 +38,7 @@ MESSAGE = 3000
 
 @pytest.fixture
 def service(puppet: Callable[..., Puppet]) -> Puppet:
-    """The process behind the service."""
+    """Return the process behind the service."""
     return puppet()
 
 
@@ -61,7 +61,7 @@ def comm_of(puppet: Puppet) -> str:
 
 
 def of_service(rows: list[Row], port: int) -> list[Row]:
-    """What tcp_service saw of a port, on either side of the addresses."""
+    """Return what tcp_service saw of a port, on either side of the addresses."""
     ours = [row for row in rows if row["probe"] == "tcp_service"]
     return [row for row in ours if port in (row["sport"], row["dport"])]
 
@@ -476,7 +476,7 @@ def nginx(folder: Path, http: str = "") -> Iterator[tuple[int, list[int]]]:
 
 
 def curls(folder: Path, port: int, requests: int) -> dict[str, int]:
-    """Requests by four curls side by side, half of them with a connection each; by worker."""
+    """Send requests by four curls at once, half of them on new connections; return by worker."""
     clients = []
     for number in range(4):
         config, headers = folder / f"curl{number}", folder / f"headers{number}"

@@ -112,7 +112,7 @@ def road(puppet: Callable[..., Puppet]) -> Road:
 
 
 def inside(there: Puppet, *command: str) -> str:
-    """What a program in a puppet's network namespace prints."""
+    """Return what a program in a puppet's network namespace prints."""
     enter = ("nsenter", f"--net=/proc/{there.pid}/ns/net")
     return subprocess.run([*enter, *command], check=True, capture_output=True, text=True).stdout
 
@@ -295,7 +295,7 @@ def _left(rows: list[Row], flag: str) -> list[Row]:
 
 
 def _has_said_its_last(rows: list[Row]) -> bool:
-    """The client has sent its FIN, and then acknowledged the server's."""
+    """Wait until the client has sent its FIN and acknowledged the server's."""
     ours = _left(rows, "")
     return bool(_left(ours, "FIN")) and ours[-1]["flags"] == "ACK"
 
@@ -327,7 +327,7 @@ _WRITE_OUT = "%{local_port} %{time_connect} %{time_pretransfer} %{time_starttran
 
 
 def curls(folder: Path, port: int, requests: int, *, keep_alive: bool) -> list[dict[str, float]]:
-    """Requests of one curl, and what it says of each, in µs."""
+    """Send requests by one curl; return what it reports of each, in µs."""
     config = folder / "curl"
     one = f'url = "http://127.0.0.1:{port}/"\noutput = "/dev/null"\n'
     close = "" if keep_alive else 'header = "Connection: close"\n'

@@ -51,7 +51,7 @@ every_ip = pytest.mark.parametrize("ip", [4, 6])
 
 @pytest.fixture(scope="session")
 def venv(_root: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Python with tcplat and the probe in it, each installed as a stranger would."""
+    """Yield a Python with tcplat and the probe, each installed as a user would."""
     folder = tmp_path_factory.mktemp("stranger") / "venv"
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     pip = (folder / "bin/pip", "install", "-q", "--disable-pip-version-check")
@@ -61,7 +61,7 @@ def venv(_root: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def retransmits(venv: Path, start_tcplat: Callable[..., Tcplat]) -> Callable[..., Tcplat]:
-    """Starts the venv's tcplat with the probe alone, and waits until it is attached."""
+    """Start the venv's tcplat with the probe alone, and wait until it is attached."""
 
     def start(*arguments: str, options: str = "") -> Tcplat:
         return start_tcplat(
@@ -113,12 +113,12 @@ listening.getsockname()[1]
         subprocess.run([*within, "nft", "-f", "-"], input=script.encode(), check=True)
 
     def nstat(self, name: str) -> int:
-        """A counter of the near namespace."""
+        """Return a counter of the near namespace."""
         told = _within(self.near, "nstat", "-asz", "--json", name)
         return int(json.loads(told)["kernel"][name])
 
     def ss(self, sport: int) -> str:
-        """What `ss -ti` says of the near socket of this port."""
+        """Return what `ss -ti` says of the near socket of this port."""
         return _within(self.near, "ss", "-tinH", f"sport = :{sport}")
 
 
@@ -178,7 +178,7 @@ def sent_before(seen: Iterable[list[int]]) -> list[list[int]]:
 
 @pytest.fixture
 def tcpdump(wire: Wire, tmp_path: Path, stack: ExitStack) -> Callable[..., list[Segment]]:
-    """Looks at the near interface from now on; its end says what went out once more."""
+    """Watch the near interface from now on; the end returns what was sent again."""
     needs("tcpdump", "tshark")
     pcap, log = tmp_path / "near.pcap", tmp_path / "tcpdump.log"
     with log.open("wb") as errors:

@@ -60,7 +60,7 @@ BODY = "it works"
 
 @contextmanager
 def web_server(folder: Path, ip: int) -> Iterator[tuple[int, str]]:
-    """A port, and which server listens there: nginx, or Python's where there is none."""
+    """Return a port, and which server listens there: nginx, or Python's where there is none."""
     port = free_port(ip)
     address = f"127.0.0.1:{port}" if ip == 4 else f"[::1]:{port}"
     root = folder / "root"

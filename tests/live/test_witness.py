@@ -62,7 +62,7 @@ for _ in range({count}):
 
 
 def inside(there: Puppet, *command: str) -> subprocess.CompletedProcess[str]:
-    """Runs a program in a puppet's network namespace."""
+    """Run a program in a puppet's network namespace."""
     enter = ("nsenter", f"--net=/proc/{there.pid}/ns/net")
     return subprocess.run([*enter, *command], check=True, capture_output=True, text=True)
 

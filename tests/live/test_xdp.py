@@ -63,7 +63,7 @@ for number in range({count}):
 
 @pytest.fixture
 def island(puppet: Callable[..., Puppet]) -> Puppet:
-    """A process alone in a network namespace, with a service on port 9999."""
+    """Yield a process alone in a network namespace, with a service on port 9999."""
     one = puppet(alone=True)
     one(_SERVE)
     return one
@@ -71,7 +71,7 @@ def island(puppet: Callable[..., Puppet]) -> Puppet:
 
 @pytest.fixture
 def pair(puppet: Callable[..., Puppet], island: Puppet) -> tuple[Puppet, Puppet]:
-    """A client, and the island, joined by va and vb."""
+    """Yield a client and the island, joined by va and vb."""
     client = puppet(alone=True)
     network(client, script=VETH.format(pid=island.pid))
     network(island, script=VETH_THERE)
@@ -84,14 +84,14 @@ def talk(client: Puppet, host: str, count: int = 1) -> None:
 
 
 def add_tun(there: Puppet) -> None:
-    """An interface without Ethernet, tun0."""
+    """Yield an interface without Ethernet, tun0."""
     if not Path("/dev/net/tun").exists():
         pytest.skip("there is no /dev/net/tun")
     network(there, script="tuntap add mode tun tun0")
 
 
 def probe(there: Puppet, iface: str = "lo", **options: str) -> str:
-    """The probe on an interface in a puppet's namespace."""
+    """Start the probe on an interface in a puppet's namespace."""
     given = {"iface": iface, "port": str(PORT), "netns": str(there.pid), **options}
     return "xdp_port:" + ",".join(f"{key}={value}" for key, value in given.items())
 
@@ -210,7 +210,7 @@ raw.send(ends + b"\\x08\\0" + ip4.replace(b"hello", b"last."))
 
 @pytest.fixture
 def named(island: Puppet) -> Iterator[str]:
-    """The island's namespace under a name of `ip netns`."""
+    """Yield the name of `ip netns` for the island's namespace."""
     name = f"tcplat-test-{os.getpid()}"
     subprocess.run(["ip", "netns", "attach", name, str(island.pid)], check=True)
     yield name
@@ -445,7 +445,7 @@ def test_a_command(island: Puppet, start_tcplat: Callable[..., Tcplat]) -> None:
 
 
 def gone(outcome: Outcome, interface: str) -> None:
-    """It was said at once, stands in the report, and is said only once."""
+    """Check that it was reported at once, only once, and stands in the report."""
     sentence = f"tcplat: xdp_port: no more rows from {interface}: the interface is gone\n"
     assert outcome.stderr.count(sentence) == 1
     assert outcome.stderr.count("gone") == 1

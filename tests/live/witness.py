@@ -43,7 +43,7 @@ class Tcpdump:
         return sum(1 for _ in self.frames())
 
     def packets(self) -> list[Packet]:
-        """What it has seen."""
+        """Return what it has seen."""
         names = ["ip.src", "ipv6.src", "ip.dst", "ipv6.dst", "tcp.srcport", "tcp.dstport"]
         names += ["tcp.seq_raw", "tcp.ack_raw", "tcp.flags", "tcp.len"]
         read = subprocess.run(
@@ -111,7 +111,7 @@ _FLAGS = ("FIN", "SYN", "RST", "PSH", "ACK", "URG", "ECE", "CWR")
 
 
 def packet(row: Row) -> Packet:
-    """A row of xdp_port as tcpdump has it."""
+    """Return a row of xdp_port as tcpdump prints it."""
     flags = sum(1 << _FLAGS.index(flag) for flag in row["flags"].split("|"))
     return (
         *(row["saddr"], row["daddr"], row["sport"], row["dport"]),
@@ -120,7 +120,7 @@ def packet(row: Row) -> Packet:
 
 
 def by_direction(packets: list[Packet]) -> dict[object, list[Packet]]:
-    """The packets of each direction of each connection, in order."""
+    """Return the packets of each direction of each connection, in order."""
     flows: dict[object, list[Packet]] = {}
     for one in packets:
         flows.setdefault(one[:4], []).append(one[4:])

@@ -39,7 +39,7 @@ Tcplat = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def tcplat(tmp_path: Path) -> Tcplat:
-    """The whole program, in a process of its own that may do nothing special."""
+    """Run the whole program in a process without capabilities."""
     if ROOT and not shutil.which("setpriv"):
         pytest.skip("util-linux's setpriv is not installed")
 
@@ -61,7 +61,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 def one_sentence(out: str, err: str) -> str:
-    """What a user gets who made a mistake: nothing on stdout, one line on stderr."""
+    """Return the message after a user's mistake: nothing on stdout, one line on stderr."""
     assert out == ""
     assert re.fullmatch(r"tcplat: [^\n]+\n", err), err
     return err.removeprefix("tcplat: ").rstrip()
@@ -69,7 +69,7 @@ def one_sentence(out: str, err: str) -> str:
 
 @pytest.fixture
 def probe() -> Iterator[FakeProbe]:
-    """The probe tcp_client, whose handlers the test plays."""
+    """Return the probe tcp_client, with handlers played by the test."""
     played = FakeProbe(Plugins.load().probe("tcp_client"))
     yield played
     played.close()
@@ -82,7 +82,7 @@ def loader(probe: FakeProbe) -> FakeLoader:
 
 @pytest.fixture
 def here(loader: FakeLoader, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """The program in this process, on a kernel side that is played; its exit code."""
+    """Run the program in this process, on a fake kernel side; return its exit status."""
     monkeypatch.setattr(LoaderProcess, "start", lambda: loader)
     monkeypatch.setattr(Signals, "install", lambda _: None)
 
@@ -294,7 +294,7 @@ def test_plugins_are_listed_as_json(tcplat: Tcplat) -> None:
 
 @pytest.fixture
 def planted(tmp_path: Path) -> Path:
-    """A plugin that leaves a mark when it is imported, in a folder for PYTHONPATH."""
+    """Make a plugin that leaves a mark when imported, in a folder for PYTHONPATH."""
     folder = tmp_path / "planted"
     info = folder / "planted-1.0.dist-info"
     info.mkdir(parents=True)

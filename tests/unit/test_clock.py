@@ -24,7 +24,7 @@ def fresh() -> Iterator[None]:
 
 @pytest.fixture
 def proc(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What is in /proc/self."""
+    """Return what is in /proc/self."""
     files: dict[str, str] = {}
 
     def read(path: object, *_: object, **__: object) -> str:

@@ -67,7 +67,7 @@ def test_a_call_of_a_kfunc_becomes_one() -> None:
 
 
 def defined(text: str = TEXT) -> dict[str, str]:
-    """The constants in front of everything else."""
+    """Return the constants that come before everything else."""
     return dict(
         re.findall(r"^#define (\w+) (.+)$", text.partition("struct tcplat_event")[0], re.MULTILINE)
     )
@@ -197,7 +197,7 @@ def test_a_shared_header_that_there_is_not_is_the_plugins_mistake() -> None:
 
 
 def load_64(number: int, source: int) -> bytes:
-    """A 64-bit load in two instructions: BPF_LD_IMM64 into r1."""
+    """Return a 64-bit load in two instructions: BPF_LD_IMM64 into r1."""
     return struct.pack("=BBhi", 0x18, source << 4 | 1, 0, number) + bytes(8)
 
 
@@ -232,7 +232,7 @@ def test_what_was_compiled_comes_back_from_the_cache_as_it_was() -> None:
 
 @pytest.fixture
 def no_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A system without bcc."""
+    """Hide bcc from Python."""
     monkeypatch.setattr(bcc, "SYSTEM_FOLDERS", ())
     folders = [folder for folder in sys.path if not (Path(folder) / "bcc").is_dir()]
     monkeypatch.setattr(sys, "path", folders)
@@ -240,7 +240,7 @@ def no_system(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def package(folder: Path, *modules: str) -> Path:
-    """A package named bcc."""
+    """Make a package named bcc."""
     (folder / "bcc").mkdir(parents=True)
     for module in ("__init__", *modules):
         (folder / "bcc" / f"{module}.py").write_text("raise AssertionError('it was run')")

@@ -375,7 +375,7 @@ def test_a_probe_that_counts_needs_no_record(*, quiet: bool) -> None:
 
 
 def in_a_file(**given: Any) -> SinkSpec:
-    """A sink that takes the place of what is at its path, whatever that is."""
+    """Make a sink that replaces what is at its path, whatever that is."""
 
     class Replacing(Lines):
         pass

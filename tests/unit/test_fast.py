@@ -96,7 +96,7 @@ def by_python(rows: Sequence[Event]) -> bytes:
 
 
 def any_record(event: type[Event], source: random.Random) -> bytes:
-    """A record of any bytes, many of them 0, of a hook that there is."""
+    """Draw a record of any bytes, many of them 0, of an existing hook."""
     record = Record(event)
     raw = bytearray(
         source.choice((0, 1, 9, 10, 99, 100, 127, 128, 255, source.randrange(256)))
@@ -234,7 +234,7 @@ Made_ = tuple[Room, list[FakeRing], list[Ring]]
 
 @pytest.fixture
 def rooms() -> Iterator[Callable[..., Made_]]:
-    """Makes a room of rings that the test fills, one for each event."""
+    """Make a reorder buffer of rings that the test fills, one for each event."""
     with ExitStack() as stack:
 
         def make(*events: type[Event], size: int = 1 << 16, start: int = 0) -> Made_:

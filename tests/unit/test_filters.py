@@ -40,7 +40,7 @@ def packed(address: str) -> bytes:
 
 
 def evaluate(expression: str | int, **names: Any) -> bool:
-    """A C condition of the few kinds that filters are made of, as this machine would have it."""
+    """Evaluate a C condition of the kinds that filters are made of."""
     python = re.sub(r"\(\(const u64 \*\)\(a\)->(\w+)\)\[(\d)\]", r"half(a.\1, \2)", str(expression))
     python = python.replace("(a)->", "a.").replace("(u8)(comm)", "comm")
     python = re.sub(r"\b(0x[0-9a-f]+|\d+)(ULL|U)\b", r"\1", python)

@@ -19,7 +19,7 @@ SEND = HookPoint("send", (FENTRY, KPROBE, TRACEPOINT))
 
 
 def closed(**reasons: str) -> Callable[[Way], str | None]:
-    """A host where these mechanisms do not work."""
+    """Return a host where these mechanisms do not work."""
     return lambda way: reasons.get(way.mechanism)
 
 

@@ -40,7 +40,7 @@ def pieces(data: bytes, size: int) -> Iterator[bytes]:
 
 
 def read(data: bytes, size: int = 1 << 17) -> tuple[Capture, list[Any]]:
-    """A capture, once it is read, and what was in it: rows, losses, hosts."""
+    """Read a capture; return it, and its rows, losses and hosts."""
     capture = Capture(EVENTS)
     items: list[Any] = []
     for item in capture.items(pieces(data, size)):

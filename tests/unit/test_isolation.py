@@ -29,7 +29,7 @@ isolation.begin(int(sys.argv[1]))
 
 
 def python(code: str, *arguments: str, **how: Any) -> subprocess.Popen[str]:
-    """A child that has begun, and then runs the code."""
+    """Start a child, and let it run the code."""
     return subprocess.Popen(
         [sys.executable, "-I", "-c", BEGIN + code, str(os.getpid()), *arguments],
         stdout=subprocess.PIPE,

@@ -100,7 +100,7 @@ def layout(btf: Btf, record_id: int, base: int = 0) -> dict[str, tuple[int, int]
 
 
 def assert_same_layout(ours: Btf, kernels: Btf, name: str) -> None:
-    """The compiler, given our header, puts all members of a struct where the kernel has them."""
+    """Check that the compiler places all members of a struct as the kernel does."""
     made = layout(ours, ours.record(name))
     wanted = layout(kernels, kernels.record(name))
     assert wanted == {key: at for key, at in made.items() if not key.startswith("__tcplat_pad")}

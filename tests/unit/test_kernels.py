@@ -158,7 +158,7 @@ def test_doctor_says_that_they_are_not(
 
 @pytest.fixture
 def newer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
-    """A kernel whose function has got one more argument, at the end."""
+    """Make a kernel whose function has one more argument, at the end."""
     monkeypatch.setattr(host_module, "KPROBE_PMU", tmp_path)
     return Host(facts={"tcp_f": (1, ["sk", "flags", "more"])}, fentry="")
 

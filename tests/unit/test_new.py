@@ -138,7 +138,7 @@ OTHER = 4711
 
 @pytest.fixture
 def theirs(tmp_path: Path) -> Path:
-    """A folder that others can write to, too."""
+    """Return a folder that other users can write to."""
     if os.geteuid():
         pytest.skip("only root can give files away")
     folder = tmp_path / "theirs"

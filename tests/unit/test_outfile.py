@@ -65,7 +65,7 @@ def give() -> Give:
 
 @pytest.fixture(params=[0o1777, 0o777, 0o775, 0o700], ids=oct)
 def shared(tmp_path: Path, give: Give, request: pytest.FixtureRequest) -> Path:
-    """A folder that others can write to: by its mode, or because it is another user's."""
+    """Return a folder that other users can write to: by its mode, or by its owner."""
     folder = tmp_path / "shared"
     folder.mkdir()
     folder.chmod(request.param)

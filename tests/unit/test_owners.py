@@ -44,7 +44,7 @@ def stack() -> Iterator[ExitStack]:
 def connection(
     stack: ExitStack, family: socket.AddressFamily, host: str, to: str | None = None
 ) -> tuple[socket.socket, socket.socket, socket.socket]:
-    """A listener, an accepted and a connected socket."""
+    """Yield a listener, an accepted and a connected socket."""
     listener = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
     if family == socket.AF_INET6:
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -57,7 +57,7 @@ def connection(
 
 @contextmanager
 def child(code: str, *fds: int, command: tuple[str, ...] = ()) -> Iterator[tuple[int, str]]:
-    """A Python in another process: its pid, and the line that it says. It ends with its stdin."""
+    """Start a Python in another process; yield its pid and first line. It ends with its stdin."""
     with subprocess.Popen(
         [*command, sys.executable, "-c", f"import sys\n{code}\nsys.stdin.read()"],
         stdin=subprocess.PIPE,

@@ -70,7 +70,7 @@ def test_pypis_bcc_is_nobodys_dependency() -> None:
 
 
 def imported_by(code: str) -> set[str]:
-    """The top-level modules that a fresh interpreter holds after `code`."""
+    """Return the top-level modules that a fresh interpreter holds after `code`."""
     done = subprocess.run(
         [sys.executable, "-c", f"import sys\n{code}\nprint(*sys.modules, file=sys.stderr)"],
         stdout=subprocess.DEVNULL,

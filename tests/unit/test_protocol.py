@@ -174,7 +174,7 @@ def test_no_fd_is_handed_on_to_a_program_that_a_sink_starts(ends: Ends) -> None:
 
 
 def _holding(fds: int) -> Answer:
-    """An answer with so many fds in all."""
+    """Return an answer with so many fds in all."""
     probe = LoadedProbe(ring_fd=0, books_fd=0, taken={}, programs=(), missing={})
     return Answer(probes={"one": probe}, gate_fd=0, holding=(0,) * (fds - 3))
 

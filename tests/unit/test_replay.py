@@ -69,7 +69,7 @@ def rows_of_all_probes(count: int) -> list[Event]:
 
 
 def report_of(rows: Sequence[Event], losses: Sequence[Loss] = ()) -> RunReport:
-    """The books of a run that delivered these rows."""
+    """Return the books of a run that delivered these rows."""
     probes = {}
     for row in {row.probe: row for row in rows}.values():
         count = sum(other.probe == row.probe for other in rows)
@@ -80,7 +80,7 @@ def report_of(rows: Sequence[Event], losses: Sequence[Loss] = ()) -> RunReport:
 
 
 def encoded(item: object, form: str = "jsonl") -> bytes:
-    """A row, a loss or a report, as sinks write them."""
+    """Return a row, a loss or a report, as sinks write them."""
     if isinstance(item, Loss):
         item = {"v": SCHEMA_VERSION, "lost": attrs.asdict(item)}
     elif isinstance(item, RunReport):
@@ -156,7 +156,7 @@ def test_a_report_is_the_same_after_its_way_through_json() -> None:
 
 
 def made_of(kind: Any, number: int) -> Any:
-    """A value of a type, such that no field of a class has what it has by default."""
+    """Draw a value of a type; no field of a class has its default."""
     if attrs.has(kind):
         kinds = enumerate(get_type_hints(kind, include_extras=True).items(), number)
         values = {name: made_of(one, place) for place, (name, one) in kinds}
@@ -214,7 +214,7 @@ def test_every_sink_writes_the_same_live_and_replayed(tmp_path: Path, form: str,
 
 
 def tcplat(*arguments: str, **how: Any) -> subprocess.CompletedProcess[bytes]:
-    """The whole program."""
+    """Run the whole program."""
     return subprocess.run(
         [sys.executable, "-I", "-m", "tcplat_core", *arguments],
         capture_output=True,
@@ -656,7 +656,7 @@ def test_a_line_without_end_is_not_kept_in_memory() -> None:
 
 
 def full(path: str, stack: ExitStack) -> None:
-    """A unix socket that takes no more connections."""
+    """Return a unix socket that accepts no more connections."""
     listening = stack.enter_context(socket.socket(socket.AF_UNIX))
     listening.bind(path)
     listening.listen(0)
@@ -728,7 +728,7 @@ def test_a_signal_while_it_connects_is_a_clean_end(
 
 
 def _links(pid: int) -> list[str]:
-    """What the file descriptors of a process are."""
+    """Return the targets of a process's file descriptors."""
     links = []
     with contextlib.suppress(OSError):
         for fd in Path(f"/proc/{pid}/fd").iterdir():

@@ -25,7 +25,7 @@ Pair = tuple[FakeRing, Ring]
 
 @pytest.fixture
 def rings() -> Iterator[Callable[..., Pair]]:
-    """Makes a ring that the test fills, and the reader of it."""
+    """Make a ring that the test fills, and its reader."""
     with ExitStack() as stack:
 
         def make(size: int = 1 << 16, start: int = 0, layout: struct.Struct = LAYOUT) -> Pair:

@@ -53,7 +53,7 @@ def parsed(path: Path) -> ast.Module:
 
 
 def imports(name: str, path: Path) -> Iterator[str]:
-    """What a module imports, at any depth and for types, too; ours without `tcplat_core.`."""
+    """Yield the imports of a module, at any depth and for types; ours without `tcplat_core.`."""
     ours = modules()
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(parsed(path)):

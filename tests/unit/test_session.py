@@ -58,7 +58,7 @@ Play = Callable[..., FakeProbe]
 
 @pytest.fixture(params=["C", "Python"])
 def play(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Play]:
-    """Makes probes whose handlers the test plays; what reads them is C, or Python."""
+    """Make probes whose handlers the test plays; C or Python reads them."""
     if request.param == "Python":
         monkeypatch.setenv("TCPLAT_PURE", "1")
     elif not FILE.exists():
@@ -625,7 +625,7 @@ def test_with_rows_everything_is_attached_and_without_aggregation_no_counters_ar
 
 @pytest.fixture
 def polled() -> Iterator[Callable[..., FakeProbe]]:
-    """Makes a probe with an array `counts` and this poll()."""
+    """Make a probe with an array `counts` and this poll()."""
     with ExitStack() as stack:
 
         def make(poll: Callable[[Maps], Any]) -> FakeProbe:

@@ -43,7 +43,7 @@ def _kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def host(*, fentry: str = "") -> Host:
-    """A kernel that has these functions and that tracepoint; why it has no fentry."""
+    """Make a kernel with these functions and this tracepoint; fentry is missing for a reason."""
     facts: dict[str, tuple[int, list[str]] | None] = {**FUNCTION, **TRACEPOINT, "tcp_nowhere": None}
     return Host(facts=facts, fentry=fentry)
 

@@ -42,13 +42,13 @@ class Gate:
         self._map[8:12] = value.to_bytes(4, "little")
 
     def submit(self) -> None:
-        """What the first handler does that finds somebody asleep."""
+        """Do as the first handler does that finds the session asleep."""
         assert self.asleep
         self.asleep = False
         os.write(self._writer, b"!")
 
     def stir(self) -> None:
-        """The other fd becomes readable."""
+        """Make the other fd readable."""
         os.write(self._other_writer, b"!")
 
     def close(self) -> None:
@@ -68,7 +68,7 @@ def gate() -> Iterator[Gate]:
 
 
 def asleep(gate: Gate, *also: int) -> threading.Thread:
-    """A thread that is."""
+    """Start a thread that sleeps at the gate."""
     thread = threading.Thread(target=gate.sleeper.sleep, args=(LONG_S, also))
     thread.start()
     while not gate.asleep:

@@ -124,7 +124,7 @@ def test_signals_blocked_at_the_start_end_it(number: signal.Signals, tmp_path: P
 
 
 def opened_once_read(pipe: Path, reader: subprocess.Popen[bytes]) -> int:
-    """A named pipe, to write to. Without O_NONBLOCK a reader that dies would keep us for good."""
+    """Open a named pipe for writing. Without O_NONBLOCK a dead reader would block us for ever."""
     deadline = time.monotonic() + 60
     while True:
         assert reader.poll() is None

@@ -65,7 +65,7 @@ def names() -> Iterator[str]:
 
 
 def section(elf: bytes, name: str) -> bytes:
-    """The content of a section of a 64-bit ELF file.
+    """Return the content of a section of a 64-bit ELF file.
 
     Raises:
         VmError: There is none of this name.

@@ -62,7 +62,7 @@ exit $status
 
 
 def hot() -> list[Path]:
-    """What each guest reads most of: this Python, its packages, the project, and the compiler."""
+    """Return what each guest reads most: this Python, its packages, the project, the compiler."""
     stdlib = Path(sysconfig.get_path("stdlib"))
     parts = [path for path in stdlib.iterdir() if path.name not in ("site-packages", "test")]
     library = next(Path("/usr/lib").glob("*/libbcc.so.0"), None)
@@ -73,7 +73,7 @@ def hot() -> list[Path]:
 
 
 def needed(library: Path) -> list[Path]:
-    """A library, and those that it needs."""
+    """Return a library and those that it needs."""
     said = subprocess.run(["ldd", library], capture_output=True, text=True, check=True).stdout
     found = [Path(word) for word in said.split() if word.startswith("/")]
     return [path.resolve() for path in (library, *found)]

@@ -97,7 +97,7 @@ class Kernel:
 
 
 def read_kernels(text: str) -> dict[str, Kernel]:
-    """Parses kernels.txt.
+    """Parse kernels.txt.
 
     Args:
         text: The file's content.
@@ -120,7 +120,7 @@ def read_kernels(text: str) -> dict[str, Kernel]:
 
 
 def natural(text: str) -> list[int]:
-    """Gives a sort key for versions and package names: 6.1.0-9 comes before 6.1.0-10."""
+    """Return a sort key for versions and package names: 6.1.0-9 comes before 6.1.0-10."""
     return [int(number) for number in re.findall(r"\d+", text)]
 
 
@@ -128,7 +128,7 @@ def natural(text: str) -> list[int]:
 
 
 def apt_config(folder: Path) -> str:
-    """Writes the private apt configuration.
+    """Write the private apt configuration.
 
     The machine's own configuration is read as well (proxies stand there), so everything that
     points to its sources, lists and hooks is replaced.
@@ -159,7 +159,7 @@ def apt_config(folder: Path) -> str:
 
 
 def sources_list(kernels: Iterable[Kernel], repositories: Sequence[str]) -> str:
-    """Writes the private sources.list.
+    """Write the private sources.list.
 
     Args:
         kernels: Whose suites are wanted.
@@ -183,7 +183,7 @@ def sources_list(kernels: Iterable[Kernel], repositories: Sequence[str]) -> str:
 
 
 def newest(madison: str, kernel: Kernel) -> str | None:
-    """Picks a package from what `apt-cache madison` printed.
+    """Pick a package from what `apt-cache madison` printed.
 
     Args:
         madison: Lines of `package | version | address suite/component ...`.
@@ -201,7 +201,7 @@ def newest(madison: str, kernel: Kernel) -> str | None:
 
 
 def output_of(*command: str | Path, env: dict[str, str] | None = None) -> str:
-    """Runs a program and gives its output.
+    """Run a program and return its output.
 
     Raises:
         VmError: When it is missing or fails.
@@ -230,7 +230,7 @@ class Cache:
     mirrors: tuple[str, ...] = ()
 
     def find(self, kernel: Kernel) -> Path | None:
-        """Gives the newest unpacked package of a kernel, if there is one."""
+        """Return the newest unpacked package of a kernel, if there is one."""
         folder = self.root / "kernels"
         names = [path.name for path in folder.glob("*") if kernel.matches(path.name)]
         return folder / max(names, key=natural) if names else None
@@ -296,7 +296,7 @@ class Cache:
         return target
 
     def _apt(self, kernels: Sequence[Kernel]) -> dict[str, str]:
-        """Sets apt up and updates its lists; gives the environment to call it with."""
+        """Set apt up and update its lists; return the environment to call it with."""
         apt = self.root / "apt"
         for folder in ("state/lists/partial", "cache/archives/partial"):
             (apt / folder).mkdir(parents=True, exist_ok=True)
@@ -387,13 +387,13 @@ def unpack_image(image: Path, target: Path) -> None:
 
 
 def release_of(tree: Path) -> str:
-    """Gives the kernel's release, as in `uname -r`, of an unpacked package."""
+    """Return the kernel's release, as in `uname -r`, of an unpacked package."""
     (image,) = (tree / "boot").glob("vmlinuz-*")
     return image.name.partition("-")[2]
 
 
 def tool(name: str) -> str:
-    """Finds a system program, also for a user whose PATH lacks the sbin folders."""
+    """Find a system program, also for a user whose PATH lacks the sbin folders."""
     path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}")
     if path is None:
         raise VmError(f"{name} is missing: run {sys.argv[0]} --install")
@@ -476,7 +476,7 @@ while :; do sleep 60; done
 
 
 def command_script(command: Sequence[str], kernel: str, cwd: Path) -> str:
-    """Writes the script that becomes the command.
+    """Write the script that becomes the command.
 
     It travels in the initramfs: a kernel's command line ends after 2,048 bytes.
 
@@ -519,7 +519,7 @@ def cpio(files: dict[str, bytes]) -> bytes:
 
 
 def modules(tree: Path) -> dict[str, bytes]:
-    """Gives the modules that the guest needs before it has a root, and the order to load them."""
+    """Return the modules that the guest needs before it has a root, and the order to load them."""
     # -C: what this machine refuses to load is no business of the guest.
     query = (tool("modprobe"), "-C", "/dev/null", "-d", tree, "-S", release_of(tree))
     found: dict[str, bytes] = {}
@@ -539,7 +539,7 @@ def modules(tree: Path) -> dict[str, bytes]:
 
 
 def initramfs(tree: Path, command: str, *, out: bool) -> bytes:
-    """Makes the guest's first file system.
+    """Make the guest's first file system.
 
     Args:
         tree: The kernel's unpacked package.
@@ -570,7 +570,7 @@ def initramfs(tree: Path, command: str, *, out: bool) -> bytes:
 
 
 def copy_in(paths: Sequence[Path], run: Path) -> None:
-    """Makes the image that the guest finds these files in, at their own paths.
+    """Make the image that the guest finds these files in, at their own paths.
 
     Before 5.13 9p reads a file page by page, each a request: libLLVM alone takes a minute.
 
@@ -595,7 +595,7 @@ def copy_in(paths: Sequence[Path], run: Path) -> None:
 
 
 def qemu_command(qemu: str, tree: Path, run: Path, out: Path | None, *, memory: str) -> list[str]:
-    """Gives the command that starts the virtual machine.
+    """Return the command that starts the virtual machine.
 
     Args:
         qemu: The program.
@@ -668,14 +668,14 @@ class Guest:
                 os.killpg(self.process.pid, signal.SIGKILL)
 
     def expire(self) -> None:
-        """Ends the machine because its time is up."""
+        """End the machine because its time is up."""
         self.timed_out = self.process.returncode is None
         self.kill()
 
 
 @contextlib.contextmanager
 def started(command: Sequence[str], timeout: float) -> Iterator[Guest]:
-    """Starts a virtual machine, and leaves none behind.
+    """Start a virtual machine, and leave none behind.
 
     Args:
         command: What `qemu_command` gave.
@@ -703,14 +703,14 @@ def started(command: Sequence[str], timeout: float) -> Iterator[Guest]:
 
 
 def show(guest: Guest, prefix: bytes) -> None:
-    """Copies what the guest prints to the standard output, line by line, until it ends."""
+    """Copy what the guest prints to the standard output, line by line, until it ends."""
     for line in guest.process.stdout or ():
         sys.stdout.buffer.write(prefix + line.removesuffix(b"\n") + b"\n")
         sys.stdout.buffer.flush()
 
 
 def exit_status(guest: Guest, run: Path) -> int | None:
-    """Gives the command's exit status, or None when the guest ended without one."""
+    """Return the command's exit status, or None if the guest ended without one."""
     if guest.timed_out:
         return EXIT_TIMEOUT
     try:
@@ -720,7 +720,7 @@ def exit_status(guest: Guest, run: Path) -> int | None:
 
 
 def boot(kernel: Kernel, tree: Path, command: Sequence[str], options: argparse.Namespace) -> int:
-    """Runs the command under one kernel.
+    """Run the command under one kernel.
 
     Args:
         kernel: The kernel.
@@ -761,7 +761,7 @@ def boot(kernel: Kernel, tree: Path, command: Sequence[str], options: argparse.N
 
 
 def console_tail(run: Path) -> list[str]:
-    """Gives the last lines of the guest's console, without what a terminal would act upon."""
+    """Return the last lines of the guest's console, without what a terminal would act upon."""
     try:
         text = (run / "console").read_text(errors="replace")
     except FileNotFoundError:
@@ -793,14 +793,14 @@ def install() -> None:
 
 
 def default_cache() -> Path:
-    """Gives the folder for fetched kernels."""
+    """Return the folder for fetched kernels."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tcplat-vm"
 
 
 def parse(
     arguments: Sequence[str], names: Iterable[str], more: Iterable[str] = ()
 ) -> argparse.Namespace:
-    """Reads the command line.
+    """Read the command line.
 
     Args:
         arguments: Without the program's name.
@@ -855,12 +855,12 @@ def parse(
 
 
 def interrupted(number: int, _frame: FrameType | None) -> NoReturn:
-    """Turns a signal into an exception, so that everything is tidied up on the way out."""
+    """Turn a signal into an exception, so that cleanup runs on the way out."""
     raise SystemExit(128 + number)
 
 
 def run(options: argparse.Namespace, known: dict[str, Kernel]) -> int:
-    """Does what the command line says.
+    """Do what the command line says.
 
     Args:
         options: What `parse` gave.
@@ -885,7 +885,7 @@ def run(options: argparse.Namespace, known: dict[str, Kernel]) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the program.
+    """Run the program.
 
     Args:
         arguments: Without the program's name.

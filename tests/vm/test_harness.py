@@ -47,7 +47,7 @@ wait
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """An unpacked package, as far as the harness looks at it."""
+    """Make an unpacked package, as far as the harness looks at it."""
     folder = tmp_path / "cache/kernels" / f"linux-image-{RELEASE}"
     (folder / "boot").mkdir(parents=True)
     (folder / "boot" / f"vmlinuz-{RELEASE}").touch()
@@ -71,7 +71,7 @@ def boot(
     fake_qemu: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., int]:
-    """Runs `main` for one kernel with a fake qemu."""
+    """Run `main` for one kernel with a fake qemu."""
     monkeypatch.setattr(run, "initramfs", lambda *_, **__: b"")
     monkeypatch.setattr(signal, "signal", lambda *_: None)
 
@@ -92,7 +92,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
 
 
 def has_ended(pid: int) -> bool:
-    """A zombie has ended: whoever inherited it has to bury it."""
+    """Return whether a process has ended; a zombie counts as ended."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -191,7 +191,7 @@ def test_the_newest_version_in_the_suite_is_taken() -> None:
 
 
 def kernel_image(payload: bytes) -> bytes:
-    """A kernel in x86's boot format, as far as its header tells where the payload is."""
+    """Make a kernel in x86's boot format: a header that tells where the payload is."""
     head = bytearray(3 * 512)
     head[0x1F1] = 2
     struct.pack_into("<II", head, 0x248, 100, len(payload))
@@ -226,7 +226,7 @@ def test_a_missing_program_names_the_remedy() -> None:
 
 
 def packed(folder: Path, package: str, files: dict[str, bytes]) -> None:
-    """A Debian package of that name in a folder."""
+    """Make a Debian package of this name in a folder."""
     root = folder / "made"
     for name, content in {
         "DEBIAN/control": f"Package: {package}\nVersion: 1\nArchitecture: all\n"

@@ -77,7 +77,7 @@ OPTIONS = (
 
 
 def defines(options: Options) -> dict[str, int | str]:
-    """What the C is compiled for.
+    """Return the constants that the C is compiled with.
 
     Raises:
         CannotRunError: min_rto_us= is given, and the kernel's HZ is not known.
@@ -95,7 +95,7 @@ def defines(options: Options) -> dict[str, int | str]:
 
 
 def describe(moment: Moment) -> str:
-    """A row in plain words, 15 letters at most: the table's column is no wider."""
+    """Return a row in words, 15 letters at most: the table's column is no wider."""
     if moment.point == "not_sent":
         return moment.error if moment.err else "dropped by host"
     flags = (moment.flags or "").split("|")

@@ -232,7 +232,7 @@ def write(
     end: bool = True,
     head: Iterable[dict[str, Any]] = (),
 ) -> Path:
-    """A capture of JSON lines, with the books of its rows."""
+    """Return a capture of JSON lines, with the books of its rows."""
     books: dict[str, Counter[tuple[str, str, str]]] = {}
     encoder = msgspec.json.Encoder()
     batch: list[Event] = []
@@ -269,7 +269,7 @@ def joint(traffic: Traffic) -> Iterator[Event]:
 def of_host(
     traffic: Traffic, host: int, clock: Callable[[int], int] = lambda ts_ns: ts_ns
 ) -> Iterator[Event]:
-    """What one host captured, by its own clock."""
+    """Return what one host captured, by its own clock."""
     for where, row in traffic.rows():
         if where == host:
             row.ts_ns = clock(row.ts_ns)

@@ -24,7 +24,7 @@ _PLAIN_S = 8.5
 
 
 def million() -> Iterator[Event]:
-    """The same connections over and over, each time by other sockets, and later."""
+    """Yield the same connections again and again, each time later and with other sockets."""
     rows = list(joint(Traffic(connections=320)))
     span_ns = rows[-1].ts_ns - rows[0].ts_ns + 1_000_000
     for _ in range(_TIMES):

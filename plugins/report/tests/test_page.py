@@ -64,7 +64,7 @@ def page(browser: Chrome, tmp_path_factory: pytest.TempPathFactory) -> Chrome:
 
 
 def console(page: Chrome) -> list[Any]:
-    """What was said since the last look."""
+    """Return the messages since the last call."""
     said: list[Any] = page.get_log("browser")  # type: ignore[no-untyped-call] # selenium's
     return said
 

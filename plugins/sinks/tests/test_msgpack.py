@@ -72,12 +72,12 @@ class Client:
         return maps
 
     def take(self) -> None:
-        """What is there, without waiting."""
+        """Return what is there, without waiting."""
         with contextlib.suppress(BlockingIOError):
             self.unpacker.feed(self.socket.recv(1 << 20, socket.MSG_DONTWAIT))
 
     def rest(self) -> list[Map]:
-        """What is left until the end, all of it whole."""
+        """Return the rest until the end, whole maps only."""
         while data := self.socket.recv(1 << 20):
             self.unpacker.feed(data)
         maps = list(self.unpacker)
@@ -98,7 +98,7 @@ class Bench:
         return str(self.folder / "s")
 
     def sink(self, run: RunInfo = RUN, **given: Any) -> Msgpack:
-        """A sink at `path`, unless told otherwise."""
+        """Make a sink at `path`."""
         spec = PLUGINS.sink("msgpack")
         if "tcp" not in given:
             given = {"unix": self.path, **given}
@@ -217,7 +217,7 @@ def test_a_probe_that_turns_up_has_its_header_before_its_first_row(bench: Bench)
 
 
 def ended(sink: Msgpack, client: Client) -> list[Map]:
-    """What a client gets who begins to read at the end."""
+    """Return what a client gets that begins to read at the end."""
     while any(reader.waiting for reader in sink.readers.values()):
         client.take()
         sink.poll()
@@ -635,7 +635,7 @@ def test_a_port_that_is_taken_is_said(bench: Bench) -> None:
 
 @pytest.fixture
 def tcplat(bench: Bench) -> Callable[..., subprocess.Popen[bytes]]:
-    """Starts the whole program."""
+    """Start the whole program."""
 
     def start(*arguments: str) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(

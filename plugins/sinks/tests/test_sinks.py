@@ -74,14 +74,14 @@ class Stdout:
     file: TextIO
 
     def make(self, spec: SinkSpec, **given: Any) -> Sink:
-        """A sink that writes to it, or wherever `given` says."""
+        """Make a sink that writes to it, or where `given` says."""
         options = {**{option.name: option.default for option in spec.options}, **given}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "stdout", self.file)
             return spec.factory(options, RUN)
 
     def written(self) -> bytes:
-        """What has come since this was asked last."""
+        """Return what has come since the last call."""
         try:
             return os.read(self.reader, 1 << 16)
         except BlockingIOError:
@@ -149,7 +149,7 @@ def _write_and_close(sink: Sink) -> None:
 
 
 def _write(sink: Sink) -> None:
-    """What the sink is there for: rows or, where it asked for them, aggregates."""
+    """Give the sink its input: rows or, if it asked for them, aggregates."""
     sink.write(CONNECTION)
     if hasattr(sink, "aggregates"):
         sink.aggregates(AGGREGATES)

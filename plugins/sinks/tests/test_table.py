@@ -52,7 +52,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def cells(head: str, line: str) -> dict[str, str]:
-    """A line cut at where the heads begin; the last of them may not have had any room."""
+    """Return a line cut where the heads begin; the last column may be missing."""
     at = [found.start() for found in re.finditer(r"\S+", head)]
     at += [len(line) + 1] * (len(HEADS) + 1 - len(at))
     return {name: line[at[i] : at[i + 1]].strip() for i, name in enumerate(HEADS)}
@@ -158,7 +158,7 @@ def test_where_batches_end_changes_nothing(seeds: list[int], cuts: list[int], wi
 
 
 def table_of(batches: Sequence[Sequence[Event]], width: int) -> bytes:
-    """The table of these batches, as bytes."""
+    """Return the table of these batches, as bytes."""
     with tempfile.TemporaryFile() as file:
         table = Table(Output(file.fileno(), lambda: True), width)
         for batch in batches:

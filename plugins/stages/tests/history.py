@@ -91,11 +91,11 @@ class History:
         )
 
     def seq(self, end: int, byte: int) -> int:
-        """Number of a byte of an end's stream; -1 is its SYN."""
+        """Return number of a byte of an end's stream; -1 is its SYN."""
         return (self.first[end] + 1 + byte) % 2**32
 
     def socket(self, ts_ns: int, end: int, point: str, **more: Any) -> Row:
-        """A row of an end's socket."""
+        """Add a row of an end's socket."""
         near, far = self.ends[end], self.ends[1 - end]
         row = Row(
             ts_ns,
@@ -116,7 +116,7 @@ class History:
     def packet(
         self, ts_ns: int, point: str, end: int, byte: int, count: int = 0, **more: Any
     ) -> Row:
-        """A packet that an end sends, at a point."""
+        """Add a packet that an end sends, at a hook point."""
         near, far = self.ends[end], self.ends[1 - end]
         there = end if point == "nic_tx" else 1 - end
         row = Row(
@@ -140,7 +140,7 @@ class History:
         return self.made[-1]
 
     def shake_hands(self, ts_ns: int = 1_000) -> int:
-        """The handshake, a step each microsecond; when it is over."""
+        """Add the handshake, one step per microsecond; return when it is over."""
         t = ts_ns
         unnamed = {"sport": None, "state": "TCP_SYN_SENT"}
         self.socket(t, CLIENT, "connect", **unnamed)
@@ -220,7 +220,7 @@ class History:
         self.socket(read, peer, "recv", seq=self.seq(end, begin + part), bytes=count - part)
 
     def close(self, ts_ns: int) -> None:
-        """The client closes, then the service."""
+        """Close the client's end, then the service's."""
         self.socket(ts_ns, CLIENT, "state", old_state="TCP_ESTABLISHED", state="TCP_FIN_WAIT1")
         self.packet(ts_ns + 10, "nic_tx", CLIENT, self.sent[CLIENT], flags="FIN|ACK")
         self.packet(ts_ns + 20, "nic_rx", CLIENT, self.sent[CLIENT], flags="FIN|ACK")

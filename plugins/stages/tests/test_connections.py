@@ -30,7 +30,7 @@ def in_order(*histories: History) -> list[Row]:
 
 
 def talk(history: History, now: int, *, asked: int = 100, answered: int = 200) -> int:
-    """A request and a reply, a microsecond for each stage; when it is over."""
+    """Add a request and a reply, 1 µs for each stage; return when it is over."""
     at = [now + 1_000 * step for step in range(12)]
     history.message(CLIENT, asked, at[:6])
     history.message(SERVICE, answered, at[6:])
@@ -41,7 +41,7 @@ def talk(history: History, now: int, *, asked: int = 100, answered: int = 200) -
 
 
 def refuse(history: History, t: int) -> int:
-    """An attempt that the other host refuses; when it is over."""
+    """Add a connect that the other host refuses; return when it is over."""
     history.socket(t, CLIENT, "connect", **UNNAMED)
     history.socket(t + 1, CLIENT, "state", old_state="TCP_CLOSE", **UNNAMED)
     history.packet(t + 10, "nic_tx", CLIENT, -1, flags="SYN")

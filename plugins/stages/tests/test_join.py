@@ -44,7 +44,7 @@ def joined(rows: Sequence[Row], **how: Any) -> tuple[list[Exchange], list[Connec
 def of_turns(
     turns: Any, first: tuple[int, int], seed: int, pause_ns: int = 1
 ) -> tuple[History, list[list[int]]]:
-    """A history of requests and replies, one after the other, and the instants of each."""
+    """Draw a history of requests and replies in sequence, and the instants of each."""
     history, truth = History(first), []
     random = Random(seed)  # noqa: S311 - a history, no secret
     now = history.shake_hands() + 10_000
@@ -171,7 +171,7 @@ def test_batches_make_no_difference(
 
 
 def simple(history: History, now: int, *, asked: int = 100, answered: int = 200) -> int:
-    """A request and a reply, a microsecond for each stage; when it is over."""
+    """Add a request and a reply, 1 µs for each stage; return when it is over."""
     at = [now + 1_000 * step for step in range(12)]
     history.message(CLIENT, asked, at[:6])
     history.message(SERVICE, answered, at[6:])

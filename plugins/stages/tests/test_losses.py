@@ -49,7 +49,7 @@ def lossy(
 
 
 def requests(count: int, pause_ns: int = 1_000) -> tuple[History, list[int]]:
-    """A connection with so many exchanges of 11 us; when each begins."""
+    """Add a connection with this many exchanges of 11 µs; return when each begins."""
     history = History()
     now, begins = history.shake_hands() + 1_000, []
     for _ in range(count):

@@ -20,14 +20,14 @@ WAIT = 2 * SECOND
 
 
 def ask(history: History, now: int, count: int = 50) -> int:
-    """A request that the service reads, and does not answer; when it was read."""
+    """Add a request that the service reads and does not answer; return when it was read."""
     at = [now + 1_000 * step for step in range(6)]
     history.message(CLIENT, count, at)
     return at[-1]
 
 
 def one_answered(history: History) -> int:
-    """A connection with an exchange of 11 µs; when that is over."""
+    """Add a connection with one exchange of 11 µs; return when it is over."""
     return simple(history, history.shake_hands() + 1_000)
 
 
@@ -175,7 +175,7 @@ def _far(leaves_ns: int) -> list[Exchange]:
 def _parting(
     client_ns: int, service_ns: int, *, eof_ns: int = 0, answered: int = 1, read: bool = True
 ) -> History:
-    """A last message, and so long behind it each end's FIN; the client reads the end before."""
+    """Add a last message and, after these times, each end's FIN; the client reads the end first."""
     history = History()
     now = history.shake_hands() + 1_000
     for _ in range(answered):

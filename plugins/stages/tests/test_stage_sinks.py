@@ -25,7 +25,7 @@ REPORT = RunReport(probes={}, duration_s=1.0)
 
 @pytest.fixture
 def written(tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """What a sink writes of rows."""
+    """Return what a sink writes of rows."""
 
     def write(name: str, rows: Sequence[Row], *, size: int = 10**6, **options: str) -> str:
         path = tmp_path / "out"

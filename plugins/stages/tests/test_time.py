@@ -41,7 +41,7 @@ def report(until_ns: int) -> RunReport:
 
 
 def conversations(starts: list[int], seed: int) -> list[Row]:
-    """Connections that begin at these instants, and some of which end."""
+    """Make connections that begin at these instants; some of them end."""
     random = Random(seed)  # noqa: S311 - a history, no secret
     rows = []
     for number, start in enumerate(starts):

@@ -39,7 +39,7 @@ def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
 @pytest.fixture(scope="session")
 def load() -> Iterator[Callable[..., Rig]]:
-    """Loads the program for these options; see Rig.load()."""
+    """Load the program for these options; see Rig.load()."""
     if os.geteuid() != 0:
         if os.environ.get("TCPLAT_REQUIRE_ROOT") == "1":
             pytest.fail("packet tests need root, and TCPLAT_REQUIRE_ROOT=1 is set")
@@ -56,11 +56,11 @@ def load() -> Iterator[Callable[..., Rig]]:
 
 @pytest.fixture(scope="session")
 def rig(load: Callable[..., Rig]) -> Rig:
-    """The program for packets from and to port 9999."""
+    """Return the program for packets from and to port 9999."""
     return load()
 
 
 @pytest.fixture(scope="session")
 def everything(load: Callable[..., Rig]) -> Rig:
-    """The program for all TCP packets."""
+    """Return the program for all TCP packets."""
     return load(port="all")

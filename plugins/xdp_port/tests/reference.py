@@ -15,7 +15,7 @@ _MAPPED = bytes(10) + b"\xff\xff"
 
 
 def parse(frame: bytes) -> Fields | None:
-    """The packet in a frame; None where there is no TCP header that can be believed."""
+    """Return the packet in a frame; None if it has no valid TCP header."""
     at = 12
     for _ in range(4):
         if frame[at : at + 2] not in _VLAN:

@@ -69,7 +69,7 @@ class Runner:
         self._call = lambda: int(syscall(*arguments))
 
     def run(self, frame: bytes, repeat: int = 1) -> int:
-        """The verdict. Fails unless the frame comes out as it went in.
+        """Return the verdict. Fails unless the frame comes out as it went in.
 
         Raises:
             OSError: The kernel does not take the frame at all.
@@ -119,18 +119,18 @@ class Rig:
         )
 
     def see(self, frame: bytes) -> Fields | None:
-        """What it reports of a frame, which has to pass."""
+        """Return what it reports of a frame; the frame must pass."""
         assert self.runner.run(frame) == XDP_PASS
         found = self.seen()
         assert len(found) <= 1
         return found[0] if found else None
 
     def seen(self) -> list[Fields]:
-        """What it has reported since the last call."""
+        """Return what it has reported since the last call."""
         return [_fields(record) for record in self.records()]
 
     def records(self) -> list[tuple[Any, ...]]:
-        """The same, as whole records."""
+        """Return the same as whole records."""
         return [record for batch in self.ring.drain() for record in batch]
 
     def close(self) -> None:

@@ -39,7 +39,7 @@ BATCH = 4096
 
 
 def by_scapy(frame: bytes) -> Fields | None:
-    """What scapy finds in a whole frame; None where it does not know the way to TCP."""
+    """Return what scapy finds in a whole frame; None if it finds no TCP."""
     packet: Packet = Ether(frame)
     layer = packet.payload
     while isinstance(layer, Dot1Q | Dot1AD):
@@ -92,7 +92,7 @@ def _segments(draw: Any) -> Packet:
 
 @st.composite
 def _frames(draw: Any) -> tuple[bytes, Packet]:
-    """A frame, and the segment in it."""
+    """Return a frame, and the segment in it."""
     segment = draw(_segments())
     vlans = tags(*draw(st.lists(st.sampled_from([0x8100, 0x88A8, 0x9100]), max_size=4)))
     if draw(st.booleans()):

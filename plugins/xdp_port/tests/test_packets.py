@@ -50,7 +50,7 @@ def ip6(**fields: Any) -> Packet:
 
 
 def fields(ip: int = 4, payload: int = 5, flags: int = PSH | ACK) -> Fields:
-    """What is to be reported of a packet made of tcp()."""
+    """Return what must be reported of a packet made by tcp()."""
     if ip == 4:
         ends = [b"\0" * 10 + b"\xff\xff" + socket.inet_aton(one) for one in (SOURCE4, TARGET4)]
     else:
@@ -72,7 +72,7 @@ def tags(*kinds: int) -> Packet:
 
 
 def extension(kind: int, units: int = 0) -> tuple[int, Callable[[int], bytes]]:
-    """An extension header of such a kind, 8 * (units + 1) bytes long, as bytes."""
+    """Return an extension header of this kind, 8 * (units + 1) bytes."""
     return kind, lambda following: bytes([following, units]) + bytes(6 + 8 * units)
 
 
@@ -80,7 +80,7 @@ AUTHENTICATION = (51, lambda following: struct.pack("!BBHII12s", following, 4, 0
 
 
 def chain(*extensions: tuple[int, Callable[[int], bytes]], final: Packet | None = None) -> bytes:
-    """An IPv6 packet with these extension headers."""
+    """Return an IPv6 packet with these extension headers."""
     kinds = [kind for kind, _ in extensions] + [6]
     data = b"".join(
         make(following) for (_, make), following in zip(extensions, kinds[1:], strict=True)
