@@ -1,4 +1,4 @@
-"""Where it listens, what its rows say, and what a user may set."""
+"""Hooks, fields and options of the probe."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from tcplat_core import (
 )
 
 tcplat_hookspec = "1.0"
-"""The version of tcplat's plugin hooks that this is made for."""
+"""Version of tcplat's plugin hooks that this plugin is made for."""
 
 
 class Row(Event):
-    """What every row has, and two fields more: here, in the C, in JSON and in the table."""
+    """The common fields, and two more: in the C, in JSON and in the table."""
 
     srtt_us: Annotated[
         int | None, Wire("u32", "smoothed round-trip time, µs; null before a sample", nullable=True)
     ]
-    resent: Annotated[int, Wire("u32", "segments that were sent again")]
+    resent: Annotated[int, Wire("u32", "retransmitted segments")]
 
 
 SOURCE = files(__package__).joinpath("skeleton.bpf.c")
@@ -45,12 +45,12 @@ OPTIONS = (
 
 
 def defines(options: Options) -> Mapping[str, int | str]:
-    """The options as constants for the C."""
+    """Return the options as constants for the C."""
     return {"MIN_SRTT_US": round(options["min_srtt"] * 1e6)}
 
 
 def describe(moment: Moment) -> str:
-    """A row in plain words, 15 letters at most."""
+    """Return the description of a row, at most 15 letters."""
     return moment.error if moment.err else "connection over"
 
 
@@ -59,7 +59,7 @@ def tcplat_register_probes() -> Iterator[ProbeSpec]:
     """Offer the probe."""
     yield ProbeSpec(
         name="skeleton",
-        summary="each TCP connection as it ends: round-trip time, segments sent again",
+        summary="each TCP connection when it ends: round-trip time, retransmits",
         source=SOURCE.read_text(encoding="utf-8"),
         points=POINTS,
         types=("tcp_sock",),
@@ -67,6 +67,6 @@ def tcplat_register_probes() -> Iterator[ProbeSpec]:
         describe=describe,
         options=OPTIONS,
         defines=defines,
-        # A connection may end in softirq, where the current task is none of its own.
+        # A connection may end in softirq, where the current task is unrelated.
         track=True,
     )

@@ -1,4 +1,4 @@
-"""What the sink is called, and what a user may set."""
+"""Name and options of the sink."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from tcplat_core import Option, Options, Output, RunInfo, Sink, SinkSpec, choice
 from .sink import Totals
 
 tcplat_hookspec = "1.0"
-"""The version of tcplat's plugin hooks that this is made for."""
+"""Version of tcplat's plugin hooks that this plugin is made for."""
 
 OPTIONS = (
-    Option(name="by", help="what to count by", convert=choice("comm", "pid"), default="comm"),
+    Option(name="by", help="field to group by", convert=choice("comm", "pid"), default="comm"),
     Option(name="path", help="file to write; standard output if not given", convert=path),
 )
 
 
 def make(options: Options, run: RunInfo) -> Sink:
-    """Open the sink; called before anything is attached."""
+    """Create the sink, before anything is attached."""
     return Totals(Output.open(options["path"], run.stopping), options["by"])
 
 
@@ -27,7 +27,7 @@ def tcplat_register_sinks() -> Iterator[SinkSpec]:
     """Offer the sink."""
     yield SinkSpec(
         name="skeleton",
-        summary="rows and bytes by process, counted until the end",
+        summary="rows and bytes per process, at the end of the run",
         factory=make,
         options=OPTIONS,
     )

@@ -1,4 +1,4 @@
-"""The sink itself: takes batches of rows, and writes one table when the run ends."""
+"""The sink: counts rows, and writes one table at the end of the run."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from tcplat_core import Event, Loss, Output, RunReport, printable
 
 MOST = 10_000
-"""Groups that are told apart: memory stays bounded, whatever comes."""
+"""Maximum number of groups: keeps memory bounded."""
 OTHERS = "(others)"
 
 
 class Totals:
-    """Rows, bytes sent and bytes received of each group."""
+    """Number of rows, bytes sent and bytes received per group."""
 
     def __init__(self, output: Output, by: str) -> None:
-        """Count by this field of a row."""
+        """Group by this field of a row."""
         self.output = output
         self.by = by
         self.lost_events = 0
@@ -28,7 +28,7 @@ class Totals:
             total[0] += 1
             if row.point == "send":
                 total[1] += row.bytes or 0
-            elif row.point == "send_short":  # what the kernel did not take of it
+            elif row.point == "send_short":  # bytes that the kernel did not take
                 total[1] -= row.bytes or 0
             elif row.point == "recv":
                 total[2] += row.bytes or 0
@@ -43,11 +43,11 @@ class Totals:
         self.lost_events += loss.count
 
     def idle(self) -> None:
-        """Once a second: notice a reader that has gone."""
+        """Check once a second whether the reader has closed the output."""
         self.output.look()
 
     def close(self, report: RunReport) -> None:
-        """Write the table; the run is over. A second call does nothing."""
+        """Write the table. Idempotent."""
         if self.output.closed:
             return
         lines = [f"{'ROWS':>10} {'SENT':>14} {'RECEIVED':>14} {self.by.upper()}"]
