@@ -32,18 +32,16 @@ class RetransmitEvent(Event, gc=False):
         int | None,
         Wire(
             "u32",
-            "retransmission timeout (RFC 6298) in force at this moment",
+            "retransmission timeout (RFC 6298) in effect",
             nullable=True,
         ),
     ]
     srtt_us: Annotated[
         int | None, Wire("u32", "smoothed round-trip time; null before a sample", nullable=True)
     ]
-    segments: Annotated[
-        int, Wire("u16", "how many segments the bytes make on the wire (GSO sends them as one)")
-    ]
+    segments: Annotated[int, Wire("u16", "number of segments on the wire (GSO sends them as one)")]
     retransmits: Annotated[
-        int, Wire("u32", "segments that this socket has sent again so far, these included")
+        int, Wire("u32", "segments retransmitted by this socket so far, including these")
     ]
 
 

@@ -82,7 +82,7 @@ class ServiceEvent(Event):
         float | None,
         Wire(
             "u64",
-            "wait in the accept queue, µs; null where it is not known how long",
+            "time in the accept queue, µs; null if unknown",
             "accept_ns",
             to=micros,
             nullable=True,

@@ -28,17 +28,17 @@ class StatsEvent(Event, gc=False):
 
     role: Annotated[
         str | None,
-        Wire("u8", "client: it called connect(); service: it was accepted", to=_ROLES.get),
+        Wire("u8", "client: the socket called connect(); service: it was accepted", to=_ROLES.get),
     ]
     srtt_us: Annotated[
         int | None, Wire("u32", "smoothed round-trip time, µs (RFC 6298)", nullable=True)
     ]
     min_rtt_us: Annotated[
         int | None,
-        Wire("u32", "least round-trip time of the last five minutes, µs", nullable=True),
+        Wire("u32", "minimum round-trip time of the last five minutes, µs", nullable=True),
     ]
     rto_us: Annotated[int | None, Wire("u32", "retransmission timeout, µs", nullable=True)]
-    retransmits: Annotated[int, Wire("u32", "segments that it sent again, SYNs included")]
+    retransmits: Annotated[int, Wire("u32", "retransmitted segments, including SYNs")]
     bytes_acked: Annotated[int, Wire("u64", "bytes that the peer acknowledged; SYN and FIN count")]
     bytes_received: Annotated[int, Wire("u64", "bytes received in order; a FIN counts")]
 

@@ -30,11 +30,9 @@ class PacketEvent(Event, gc=False):
 
     ack: Annotated[
         int | None,
-        Wire("u32", "next sequence number the sender of a packet expects", has=True, column=""),
+        Wire("u32", "acknowledgement number", has=True, column=""),
     ]
-    window: Annotated[
-        int, Wire("u16", "how much its sender has room for; not scaled, so 0 is 0", column="")
-    ]
+    window: Annotated[int, Wire("u16", "receive window of the sender, not scaled", column="")]
 
 
 def _names(text: str) -> tuple[str, ...]:
