@@ -71,7 +71,7 @@ def is_the_users(error: BaseException) -> bool:
 
 
 def words(error: BaseException) -> str:
-    """What an exception says, or its class where it says nothing.
+    """Return the message of an exception, or its class if it has none.
 
     Of one that is no error, such as SystemExit, the class comes first: what it says is no
     sentence. A plugin may have made the class: its __str__() may raise whatever it likes.
@@ -89,13 +89,13 @@ def words(error: BaseException) -> str:
 
 
 def named(error: BaseException) -> str:
-    """The class of an exception, and the first line of what it says."""
+    """Return the class of an exception and the first line of its message."""
     (line,) = words(error).splitlines()[:1] or [""]
     return _with_class(error, line)
 
 
 def in_a_line(error: BaseException) -> str:
-    """The class of an exception, and all that it says."""
+    """Return the class of an exception and its whole message."""
     return _with_class(error, " ".join(words(error).split()))
 
 
@@ -141,7 +141,7 @@ def refused(call: str, number: int) -> CannotRunError:
 
 
 def _call(error: OSError) -> str:
-    """The name of the function in C that an error came from, as far as the source tells it.
+    """Return the C function that an error came from, as far as the source tells it.
 
     No traceback has it: it ends with the frame in Python, and the place in it.
     """
@@ -161,7 +161,7 @@ def _call(error: OSError) -> str:
 
 
 def of_system_call(error: OSError) -> TcplatError:
-    """The same in a sentence: what is wrong and, where that is known, what mends it."""
+    """Return an error that says in a sentence what is wrong and, if known, what mends it."""
     if error.errno in TOO_MANY_FILES:
         return TcplatError(TOO_MANY_FILES[error.errno])
     if error.errno in REFUSED and error.filename is None:

@@ -53,13 +53,13 @@ class Format(Protocol):
         """All frames that are whole, and the bytes that they are; None if not all is frames."""
 
     def give_back(self) -> None:
-        """What take_all() gave is to be taken one by one."""
+        """Undo take_all(): its frames will be taken one by one."""
 
     def take(self) -> bytes | Damage | None:
-        """The next frame, or what is none; None until more bytes come."""
+        """Return the next frame, or bytes that are none; None until more bytes come."""
 
     def reject(self) -> None:
-        """The frame that take() gave is none of ours."""
+        """Note that the frame from take() is not part of a capture."""
 
     def decoder(self, event: type[Event]) -> Callable[[bytes], Event]:
         """From bytes to a row."""
@@ -112,7 +112,7 @@ class Jsonl:
             self._lines.append(Damage("it is too long"))
 
     def end(self) -> None:
-        """What is left is a line."""
+        """Take the rest as a line."""
         self._ended = True
         if self._rest:
             self._lines.append(bytes(self._rest))
@@ -127,15 +127,15 @@ class Jsonl:
         return self._taken, self._data
 
     def give_back(self) -> None:
-        """The lines once more."""
+        """Put the lines back, so that they are taken again."""
         self._lines.extend(self._taken)
 
     def take(self) -> bytes | Damage | None:
-        """The next line."""
+        """Return the next line."""
         return self._lines.popleft() if self._lines else None
 
     def reject(self) -> None:
-        """A newline ends each line: nothing begins within."""
+        """Do nothing: no line begins within another."""
 
     def decoder(self, event: type[Event]) -> Callable[[bytes], Event]:
         """From a line to a row."""
@@ -200,7 +200,7 @@ class Msgpack:
         self._credit = min(_CREDIT * 4, self._credit + _PER_BYTE * len(chunk))
 
     def end(self) -> None:
-        """What is left has to do."""
+        """Take the rest as it is."""
         self._ended = True
 
     def take_all(self) -> tuple[list[bytes], bytes] | None:
@@ -216,12 +216,12 @@ class Msgpack:
         return frames, bytes(memoryview(self._data)[begin : self._at])
 
     def give_back(self) -> None:
-        """The maps once more."""
+        """Put the maps back, so that they are taken again."""
         self._at, self._rubbish = self._begin, self._said
         self._restart()
 
     def take(self) -> bytes | Damage | None:
-        """The next map, or the rubbish before it."""
+        """Return the next map, or the damaged bytes before it."""
         while self._at < len(self._data):
             self._begin, said = self._at, self._rubbish
             if not START.match(self._data, self._at):
@@ -241,7 +241,7 @@ class Msgpack:
         return None
 
     def reject(self) -> None:
-        """What begins within the map that take() gave is taken next."""
+        """Continue within the map that take() returned."""
         end = self._at
         self._look_within(end)
         self._rubbish = self._at < end
@@ -281,7 +281,7 @@ class Msgpack:
             return False
 
     def _look_within(self, stop: int) -> None:
-        """What stands before `stop` is none of ours, or not whole. Go on within, or behind it."""
+        """Skip what is before `stop`, damaged or cut off; continue within it or behind it."""
         found = START.search(self._data, self._begin + 1, stop + _SPLIT)
         at = stop
         if found and found.start() < stop:

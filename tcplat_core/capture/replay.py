@@ -205,7 +205,7 @@ class Replay:
         self._last_ns = max(self._last_ns, times[-1])
 
     def summary(self, report: RunReport) -> Iterator[str]:
-        """What a user has to know about a capture that was not as it should be."""
+        """Yield warnings about a capture: damage, losses, a missing end."""
         left_out, noun = self.capture.left_out, self.capture.noun
         if left_out == 1:
             yield f"1 {noun} of {self.source.name} was skipped"
@@ -224,7 +224,7 @@ class Replay:
             yield f"{self.source.name}: the books are {report.incomplete}"
 
     def report(self) -> RunReport:
-        """The run's own books, of the rows that were replayed; counted where it has none.
+        """Return the run's books for the rows that were replayed; counted if the capture has none.
 
         `delivered` is what the sinks of this replay were given. Rows that a filter
         left out are taken from `produced`, as if the kernel had not made them; what
@@ -290,7 +290,7 @@ def compare(report: RunReport, read: Hooks) -> tuple[dict[str, int], int]:
 def _adjusted(
     probe: str, hook: HookReport, delivered: Hooks, filtered: Hooks, lost: Counter[tuple[str, str]]
 ) -> HookReport:
-    """The books of a hook as far as its rows were replayed; takes them from what was counted."""
+    """Return a hook's books for its replayed rows; removes these from what was counted."""
     key = (probe, hook.point, hook.func, hook.attach)
     got = min(delivered[key], hook.delivered)
     left = min(filtered[key], hook.delivered - got)

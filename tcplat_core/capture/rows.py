@@ -169,7 +169,7 @@ class Capture:
             yield rows
 
     def _each(self, form: Format) -> Iterator[Event | Loss | Merge | list[Event]]:
-        """What frames hold, looked at one by one; an empty list now and then where nothing does."""
+        """Yield the items of frames one by one; now and then an empty list if there are none."""
         while (frame := form.take()) is not None:
             self._number += 1
             try:
@@ -303,7 +303,7 @@ class Capture:
         return row
 
     def _class(self, probe: str, extra: Sequence[str]) -> type[Event]:
-        """A class for rows with these fields besides the common ones."""
+        """Return a class for rows with these fields besides the common ones."""
         made = self._classes.get((probe, *extra))
         if made is None:
             if len(self._classes) >= _MOST_CLASSES or not all(map(_is_field, extra)):
@@ -336,7 +336,7 @@ def _is_field(key: str) -> bool:
 
 
 def _tidy(row: Event) -> Event:
-    """The row, with every text such that a terminal may have it: who wrote it, nobody knows."""
+    """Return the row with every text escaped for a terminal: its origin is not known."""
     for field in row.__struct_fields__:
         value = getattr(row, field)
         if isinstance(value, str) and not value.isprintable():

@@ -38,7 +38,7 @@ class Source:
 
     @classmethod
     def open(cls, where: str, stopping: Callable[[], bool] = lambda: False) -> Source:
-        """A path, ``-`` for standard input, ``unix:PATH`` or ``tcp:HOST:PORT``.
+        """Open a path, ``-`` for standard input, ``unix:PATH`` or ``tcp:HOST:PORT``.
 
         Raises:
             UsageError: It cannot be read.
@@ -70,7 +70,7 @@ class Source:
             raise UsageError(f"cannot read {where}: {why}") from error
 
     def chunks(self) -> Iterator[bytes]:
-        """What comes, and b"" where nothing has come for a while."""
+        """Yield bytes as they come, and b"" if none came for a while."""
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
         while True:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def chosen_probes(plugins: Plugins, texts: Sequence[str]) -> list[tuple[Any, Any]]:
-    """The probes, each with its options."""
+    """Return the probes, each with its options."""
     chosen: list[tuple[Any, Any]] = []
     for text in texts:
         name, given = parse_choice(text)
@@ -32,7 +32,7 @@ def chosen_probes(plugins: Plugins, texts: Sequence[str]) -> list[tuple[Any, Any
 def chosen_sinks(
     plugins: Plugins, texts: Sequence[str], run: RunInfo
 ) -> tuple[dict[str, Sink], list[Output]]:
-    """The sinks, by what the user wrote, and the files that are held back until they begin."""
+    """Return the sinks by the user's text, and the files that open when they begin."""
     from tcplat_core.deliver.router import cancel  # noqa: PLC0415
     from tcplat_core.plugin.output import held_back  # noqa: PLC0415 - see __init__.py
 
@@ -77,7 +77,7 @@ def _sink(plugins: Plugins, text: str, run: RunInfo, others: Mapping[str, Sink])
 def chosen_aggregation(
     plugins: Plugins, texts: Sequence[str], probes: Sequence[tuple[Any, Any]]
 ) -> tuple[Aggregation | None, bool]:
-    """What the sinks want counted in the kernel, and whether any of them wants rows."""
+    """Return what the sinks want counted in the kernel, and whether any of them takes rows."""
     asked: list[tuple[str, Aggregation]] = []
     events = False
     for text in texts:

@@ -26,7 +26,7 @@ class Duration(click.ParamType[float]):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
-        """The seconds."""
+        """Return seconds."""
         if isinstance(value, float):
             return value
         try:
@@ -44,7 +44,7 @@ class Size(click.ParamType[int]):
     name = "bytes"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number."""
+        """Return the number."""
         if isinstance(value, int):
             return value
         try:
@@ -119,7 +119,7 @@ def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def filter_of(arguments: dict[str, Any]) -> Filter:
-    """What the options that `run` and `replay` share want; takes them from the arguments."""
+    """Return the filter of the options that `run` and `replay` share; remove them from these."""
     from tcplat_core.loader.filter import Filter  # noqa: PLC0415 - see __init__.py
 
     ip4, ip6 = arguments.pop("ip4"), arguments.pop("ip6")

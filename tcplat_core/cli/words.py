@@ -35,7 +35,7 @@ def _attached(report: RunReport) -> None:
 def summary(
     report: RunReport, unread: str = "more events were in the ring when the run ended"
 ) -> None:
-    """What was seen, what was lost, and what is missing."""
+    """Yield what was delivered, lost and missing."""
     for name, probe in report.probes.items():
         for words in _probe_summary(probe, unread):
             terminal.say(f"{name}: {words}")
@@ -97,7 +97,7 @@ def nothing(_: str) -> None:
 
 
 def json_text(value: object) -> str:
-    """A value as JSON, such that a terminal may have it."""
+    """Return a value as JSON, escaped for a terminal."""
     from tcplat_core.event.text import cleaned  # noqa: PLC0415 - see __init__.py
 
     return json.dumps(cleaned(value), indent=2)

@@ -34,7 +34,7 @@ class Books:
         self._slots = self._all[: slots - 1]
 
     def read(self) -> list[tuple[int, int]]:
-        """(produced, dropped) of each hook, over all CPUs."""
+        """Return (produced, dropped) of each hook, over all CPUs."""
         row = books_hooks(self.hooks) * 2
         return [
             (sum(self._slots[2 * hook :: row]), sum(self._slots[2 * hook + 1 :: row]))

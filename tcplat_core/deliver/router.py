@@ -130,7 +130,7 @@ class Router:
             self.deliver(ready)
 
     def _ready(self, before_ns: int | None) -> Sequence[Event]:
-        """What need not wait any more, in order."""
+        """Return the rows that need not wait any more, in order."""
         rows = self._waiting
         if rows:
             rows.sort(key=_BY_TIME)
@@ -235,15 +235,15 @@ class Unread:
     """A sink whose reader had gone before the run began: ends it as one that leaves later."""
 
     def begin(self) -> None:
-        """The end."""
+        """End the run: the reader has gone."""
         raise ReaderGoneError
 
     def write(self, _batch: Sequence[Event]) -> None:
-        """The end."""
+        """End the run: the reader has gone."""
         raise ReaderGoneError
 
     def lost(self, _loss: Loss) -> None:
-        """The end."""
+        """End the run: the reader has gone."""
         raise ReaderGoneError
 
     def close(self, report: RunReport) -> None:

@@ -285,7 +285,7 @@ class Event(msgspec.Struct, gc=False):
 
 
 def row(event: type[Event], **values: Any) -> Event:
-    """A row that no hook made.
+    """Return a row that no hook made.
 
     Args:
         event: Its class.
@@ -305,7 +305,7 @@ def row(event: type[Event], **values: Any) -> Event:
 
 @functools.lru_cache(maxsize=1024)
 def _hints(event: type[Event], *, include_extras: bool = False) -> Mapping[str, Any]:
-    """The types of a class's fields; to evaluate the text of them all takes a millisecond."""
+    """Return the types of a class's fields; cached, since to evaluate them takes a millisecond."""
     own = inspect.get_annotations(event)
     # Classes that are made of a capture's rows may be many, and have no texts.
     if event.__bases__ == (Event,) and not any(isinstance(hint, str) for hint in own.values()):
@@ -324,7 +324,7 @@ def sources(event: type[Event]) -> Iterator[tuple[str, Wire | FromHook | Made | 
 
 @functools.cache  # it evaluates the text of every annotation, and is asked for each new socket
 def declared(event: type[Event]) -> tuple[tuple[str, Wire | FromHook | Made], ...]:
-    """The same of a class that a probe may have: all of it is said."""
+    """Return the same of a class of a plugin, with errors in words for its author."""
     return tuple((field, source) for field, source in sources(event) if source)
 
 
@@ -405,13 +405,13 @@ def parts_of(hint: Any) -> tuple[Any, ...]:
 
 
 def latencies(event: type[Event]) -> list[str]:
-    """The fields that ``--min-latency`` looks at."""
+    """Return the fields that ``--min-latency`` looks at."""
     return [
         field for field, source in sources(event) if isinstance(source, Wire) and source.latency
     ]
 
 
 def split_array(c_type: str) -> tuple[str, int]:
-    """A C type and how many: ``u8[16]`` is ``u8`` and 16."""
+    """Return a C type and how many: ``u8[16]`` is ``u8`` and 16."""
     base, _, count = c_type.rstrip("]").partition("[")
     return base, int(count or 1)

@@ -115,7 +115,7 @@ class Record:
         return self.layout.size
 
     def c_struct(self, name: str = "tcplat_event") -> str:
-        """The C definition, and assertions that the compiler lays it out as Python reads it."""
+        """Return the C definition, with assertions that the layout is as Python reads it."""
         bits = has_bits(self.event).items() - _HAS.items()
         lines = [f"#define TCPLAT_HAS_{field.upper()} {bit}" for field, bit in sorted(bits)]
         lines.append(f"struct {name} {{")
@@ -176,7 +176,7 @@ class Record:
     def decoder(
         self, probe: str, hooks: Sequence[FiredBy], ifname: Callable[[int], str | None]
     ) -> Callable[[Iterable[tuple[Any, ...]], int], list[Event]]:
-        """A function from unpacked records and clock offset (ns) to rows.
+        """Return a function from unpacked records and clock offset (ns) to rows.
 
         A comprehension written for this very schema: at half a million events a
         second a loop over field descriptions is what would cost most. The values
@@ -203,7 +203,7 @@ class Record:
     def _reader(
         self, block: str, expressions: Iterable[str], names: Mapping[str, Any]
     ) -> Callable[[bytes], tuple[Any, ...]]:
-        """The values of these expressions, from the bytes of a block."""
+        """Return a function from the bytes of a block to the values of these expressions."""
         members = ", ".join(member for member, _ in self._block(block))
         unpack = self._packing(block).unpack
         scope = {**names, "UNPACK": unpack}
@@ -243,7 +243,7 @@ _WORDS = "DESCRIBED(HOOKS[hook], has, err, state, old_state, flags)"
 def _described(
     hook: FiredBy, has: int, err: int, state: int, old_state: int, raw_flags: int
 ) -> tuple[str, str]:
-    """A row in plain words: with bytes, and without."""
+    """Return the descriptions of a row: with bytes, and without."""
     full, empty = (
         hook.describe(
             Moment(

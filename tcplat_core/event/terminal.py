@@ -39,7 +39,7 @@ def lines(plain: str) -> str:
 
 
 def say(sentence: str) -> None:
-    """A line on stderr, in one piece; nothing where there is none."""
+    """Write a line to stderr at once; do nothing if it is closed."""
     write(f"tcplat: {printable(sentence)}")
 
 

@@ -47,7 +47,7 @@ _DEEPEST = 16
 
 
 def cleaned(value: Any, depth: int = _DEEPEST) -> Any:
-    """A line's value, or a report's, with every text such that a terminal may have it.
+    """Return a value of a line or report with every text escaped for a terminal.
 
     Raises:
         ValueError: It holds what no line of ours does: values nested deeply, numbers beyond 64
@@ -79,7 +79,7 @@ LEAST, MOST = -(1 << 63), (1 << 64) - 1
 
 
 def name(raw: bytes) -> str | None:
-    """A process's name; None for none."""
+    """Return a process's name; None for none."""
     return text(raw) or None
 
 
@@ -88,7 +88,7 @@ _OUTSIDE = 1 << 31
 
 
 def process(raw: int) -> int | None:
-    """The number of a process or thread; None for one outside our PID namespace."""
+    """Return the number of a process or thread; None for one outside our PID namespace."""
     return None if raw & _OUTSIDE else raw
 
 
@@ -110,5 +110,5 @@ def micros(ns: int) -> float:
 
 
 def state_name(number: int) -> str | None:
-    """The name of a TCP state; one that this kernel has and we do not know by its number."""
+    """Return the name of a TCP state; its number if the name is unknown."""
     return TCP_STATES[number] if number < len(TCP_STATES) else f"state {number}"

@@ -18,7 +18,7 @@ INSTALL = "apt install python3-bpfcc (Fedora: dnf install python3-bcc)"
 
 
 def find_bcc() -> Path:
-    """The folder of the system's bcc package, whatever Python this is.
+    """Return the folder of the system's bcc package, for any Python.
 
     Only folders that root alone can write count: what is found runs as root.
 

@@ -120,7 +120,7 @@ def _bpf(command: int, attr: bytes) -> int:
 
 
 def _pointer(data: bytes | ctypes.Array[ctypes.c_char]) -> int:
-    """The address of an object that the caller keeps alive across the call."""
+    """Return the address of an object that the caller keeps alive across the call."""
     return ctypes.cast(data, ctypes.c_void_p).value or 0  # type: ignore[arg-type]  # bytes do
 
 
@@ -133,7 +133,7 @@ def lift_memory_limit() -> None:
 
 
 def map_create(name: str, kind: int, key: int, value: int, entries: int, flags: int) -> int:
-    """A map's fd: sizes in bytes, for a ring buffer `entries` is its size."""
+    """Create a map and return its fd: sizes in bytes; of a ring buffer `entries` is its size."""
     attr = struct.pack("=7I16s", kind, key, value, entries, flags, 0, 0, name.encode()[:15])
     return _bpf(_MAP_CREATE, attr)
 
@@ -179,7 +179,7 @@ def program_load(
     attach_btf_id: int = 0,
     flags: int = 0,
 ) -> int:
-    """A program's fd.
+    """Load a program and return its fd.
 
     Args:
         name: At most 15 letters are kept.
@@ -228,19 +228,19 @@ def program_load(
 
 
 def attach_raw_tracepoint(program: int, tracepoint: str | None) -> int:
-    """A link's fd. `tracepoint` is None for TRACING programs, which know their function."""
+    """Attach and return a link's fd. `tracepoint` is None for TRACING programs."""
     name = None if tracepoint is None else ctypes.create_string_buffer(tracepoint.encode())
     attr = struct.pack("=QIxxxx", _pointer(name) if name else 0, program)
     return _bpf(_RAW_TRACEPOINT_OPEN, attr)
 
 
 def attach_xdp(program: int, ifindex: int, flags: int) -> int:
-    """A link's fd. `ifindex` counts in the current network namespace; came with 5.9."""
+    """Attach and return a link's fd. `ifindex` is of the current network namespace; since 5.9."""
     return _bpf(_LINK_CREATE, struct.pack("=4I", program, ifindex, _XDP, flags))
 
 
 def program_name(number: int) -> str:
-    """The name of the program with this id; empty if it has none."""
+    """Return the name of the program with this id; empty if it has none."""
     fd = _bpf(_PROG_GET_FD_BY_ID, struct.pack("=4I", number, 0, 0, 0))
     try:
         info = _info(fd)  # struct bpf_prog_info up to its name
@@ -391,12 +391,12 @@ def tracefs_missing() -> tuple[str, str]:
 
 
 def attach_tracepoint(program: int, number: int) -> int:
-    """A perf event's fd; `number` is the tracepoint's id in tracefs."""
+    """Open a perf event and return its fd; `number` is the tracepoint's id in tracefs."""
     return _perf_event(program, struct.pack("=IIQ96x", _PERF_TYPE_TRACEPOINT, 112, number))
 
 
 def attach_kprobe(program: int, function: str, *, at_return: bool) -> int:
-    """A perf event's fd: closing it detaches, and nothing is left in tracefs.
+    """Open a perf event and return its fd: closing it detaches and leaves nothing in tracefs.
 
     Through the kprobe PMU, which came with 4.17 (e12f03d7031a).
     """

@@ -190,12 +190,12 @@ class Host:
 
 
 def _unqualified(argument: str) -> str:
-    """An argument lies where it does, const or not; tcp:tcp_probe got one by 6.16."""
+    """Return an argument's type without const: tcp:tcp_probe got one by 6.16."""
     return argument.replace("const ", "")
 
 
 def syscall_id(func: str) -> int | None:
-    """The number of a tracepoint like ``syscalls:sys_exit_accept4``."""
+    """Return the number of a tracepoint like ``syscalls:sys_exit_accept4``."""
     folder = bpf.tracefs()
     if folder is None:
         return None

@@ -174,7 +174,7 @@ class Loader:
         return Answer(probes=probes, gate_fd=gate, holding=holding, hidden=said)
 
     def _attach_core(self, core: _Module) -> None:
-        """The core's own programs, but for the last one: they know first who is wanted."""
+        """Attach the core's own programs, but for the last one: they know the filters first."""
         # Before the names of what runs already are read.
         self._core(core, RENAME)
         pids = self.request.filter.pids
@@ -227,7 +227,7 @@ class Loader:
         return _Module(compiled, fds)
 
     def _defines(self, probe: ProbeRequest) -> dict[str, int | str]:
-        """What the C of a probe is told of this run and this host."""
+        """Return the constants of this run and this host for the C of a probe."""
         defines = core_defines(probe.points, self.request.filter)
         if self.request.debug:
             defines["TCPLAT_DEBUG"] = 1
@@ -255,7 +255,7 @@ class Loader:
             raise PluginError(f"the C of probe {probe.name}: {error}") from error
 
     def _attach(self, module: _Module, way: Way, hook: Hook) -> int:
-        """The program's fd."""
+        """Load the program and return its fd."""
         try:
             kind = _PROGRAM_TYPES[hook.mechanism]
             syscall = syscall_id(hook.func) if hook.func.startswith(SYSCALLS) else None
@@ -358,7 +358,7 @@ class _Module:
 
 
 def _readable(probe: ProbeRequest, module: _Module) -> dict[str, LoadedMap]:
-    """The maps that the session wants to map: it can do so with nothing but arrays.
+    """Return the maps that the session will map: only arrays can be mapped.
 
     Raises:
         PluginError: There is no such map, it is none of that kind, or of another size.
@@ -385,7 +385,7 @@ def _readable(probe: ProbeRequest, module: _Module) -> dict[str, LoadedMap]:
 
 
 def _listened(probe: ProbeRequest) -> tuple[HookPoint, ...]:
-    """The points that somebody wants."""
+    """Return the hook points that are wanted."""
     if probe.listen is None:
         return probe.points
     return tuple(point for point in probe.points if point.point in probe.listen)

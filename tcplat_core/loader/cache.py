@@ -40,7 +40,7 @@ class Cache:
 
     @classmethod
     def open(cls, root: Path | None = None) -> Cache:
-        """The cache of this user, or one that forgets where no safe folder is to be had."""
+        """Return this user's cache, or one that keeps nothing if no folder is safe."""
         try:
             folder = root or default_root()
             own_folder(folder)
@@ -49,7 +49,7 @@ class Cache:
         return cls(folder)
 
     def read(self, name: str) -> Any:
-        """What write() was given, or None."""
+        """Return what write() was given, or None."""
         if self.root is None:
             return None
         try:
@@ -113,7 +113,7 @@ def digest(*parts: bytes) -> str:
 
 
 def _read_own(path: Path) -> bytes:
-    """The content of a file that is ours alone.
+    """Return the content of a file that only this user can write to.
 
     Raises:
         OSError: It cannot be read, or is another user's.

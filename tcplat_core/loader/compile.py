@@ -59,11 +59,11 @@ class Compiled:
 
     @classmethod
     def unpack(cls, raw: dict[str, Any]) -> Compiled:
-        """The inverse of pack()."""
+        """Return the inverse of pack()."""
         return cls(raw["functions"], tuple(Map(**one) for one in raw["maps"]))
 
     def code(self, function: str, fds: Sequence[int]) -> bytes:
-        """The instructions of a function, with the maps' fds in place of their indices."""
+        """Return the instructions of a function, with the maps' fds in place of their indices."""
         return _renumbered(self.functions[function], dict(enumerate(fds)))
 
 
@@ -155,7 +155,7 @@ def _said_since(before: int) -> str:
 
 
 def _refused(said: str) -> OSError | None:
-    """What bcc ran out of, by its words: of a failure it tells nothing else.
+    """Return what bcc ran out of, from its messages: it gives no other cause of a failure.
 
     It creates maps while it compiles, and clang opens files.
     """
@@ -171,7 +171,7 @@ def _refused(said: str) -> OSError | None:
 
 @functools.cache
 def compiler_identity() -> bytes:
-    """What changes when the compiler does: bcc, its library, and the clang and LLVM below it."""
+    """Return what changes with the compiler: bcc, its library, and their clang and LLVM."""
     named = re.compile(r"lib(bcc|bpf|clang-cpp|LLVM)\b.*\.so")
     parts = []
     for folder in ("/usr/lib", "/usr/lib64", f"/usr/lib/{platform.machine()}-linux-gnu"):
@@ -191,7 +191,7 @@ def _file_identity(path: str) -> str:
 
 
 def import_bcc() -> Any:
-    """The bcc module, loaded by its path: a venv does not see the system's folders."""
+    """Import bcc by its path: a venv does not see the system's folders."""
     package = find_bcc()
     spec = importlib.util.spec_from_file_location(
         "bcc", package / "__init__.py", submodule_search_locations=[str(package)]

@@ -54,7 +54,7 @@ class Filter:
         return self.pids is not None or bool(self.comm) or bool(self.cgroup)
 
     def and_pid(self, pid: int) -> Filter:
-        """The same with one more process."""
+        """Return the same filter with one more process."""
         return attrs.evolve(self, pids=(*(self.pids or ()), pid))
 
     def defines(self) -> dict[str, int | str]:
@@ -147,7 +147,7 @@ def _in_cgroup(pid: int, path: str) -> bool:
 
 
 def cgroup_path(text: str) -> str:
-    """A folder below the cgroup2 mount, as the path that the kernel calls it by.
+    """Return the kernel's path of a folder below the cgroup2 mount.
 
     Raises:
         UsageError: It is no folder there.

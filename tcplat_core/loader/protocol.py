@@ -84,7 +84,7 @@ class Request:
 
     @classmethod
     def unpack(cls, data: bytes) -> Request:
-        """The inverse of pack()."""
+        """Return the inverse of pack()."""
         raw = _unpacked(data)
         raw["probes"] = tuple(_probe(probe) for probe in raw["probes"])
         lists = {key: tuple(value) for key, value in raw["filter"].items() if type(value) is list}

@@ -58,7 +58,7 @@ bcc rewrites no map call in a macro, so that a macro cannot give a map its name.
 
 
 def core_defines(points: Sequence[HookPoint], wanted: Filter) -> dict[str, int | str]:
-    """The constants that the shared headers are compiled for."""
+    """Return the constants that the shared headers are compiled for."""
     hooks, cpus = len(reporting(points)), possible_cpus()
     return {
         "TCPLAT_HOOKS": books_hooks(hooks),
@@ -71,7 +71,7 @@ def core_defines(points: Sequence[HookPoint], wanted: Filter) -> dict[str, int |
 def program_text(
     probe: ProbeRequest, *, taken: Mapping[str, str], defines: Mapping[str, int | str]
 ) -> str:
-    """The whole C text of one probe, headers and the core's own programs pasted in.
+    """Return the whole C text of a probe, with headers and the core's own programs pasted in.
 
     bcc rewrites map calls in the main file only, so a header cannot stay one.
 
@@ -104,7 +104,7 @@ def program_text(
 
 
 def _header(name: str, own: str | None = None) -> str:
-    """The text of a header, with those that it includes; `own`: under names of its own."""
+    """Return the text of a header and those that it includes; `own`: under names of its own."""
     try:
         text = files("tcplat_core").joinpath("include", "tcplat", name).read_text(encoding="utf-8")
     except FileNotFoundError as error:

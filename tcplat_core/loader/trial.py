@@ -88,7 +88,7 @@ def compile_(raw: Mapping[str, Any], cache: Cache) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _captured() -> Iterator[Callable[[], str]]:
-    """What libbcc and clang print meanwhile, on both outputs."""
+    """Collect what libbcc and clang print meanwhile, on both outputs."""
     with tempfile.TemporaryFile() as file:
         kept = os.dup(1), os.dup(2)
         text = ""
@@ -180,7 +180,7 @@ def _still_there(objects: Sequence[tuple[int, str, int]], patience_s: float = _G
 
 
 def _judge(program: int, ring: int, ports: set[int]) -> str:
-    """What the program does to a packet that it must let pass; empty if nothing."""
+    """Return what the program does to a packet that it must pass; empty if nothing."""
     from tcplat_core.kernel import bpf  # noqa: PLC0415 - see attach()
 
     # Two pages, see ring.py: where the reader is, and where the kernel is.

@@ -25,7 +25,7 @@ _MOST = MAX_FDS - 100
 
 
 def load(name: str, code: bytes) -> int:
-    """The program's fd. It takes packets in several buffers where the kernel can.
+    """Load the program and return its fd. It takes packets in several buffers where the kernel can.
 
     Raises:
         bpf.RefusedError: The verifier refused it; or OSError.

@@ -38,7 +38,7 @@ COUNTERS = {"group_keys": _GROUP.size, "durations": 8}
 
 
 def bucket(ns: int) -> int:
-    """The number of the bucket that a duration falls into; BUCKETS where it has none."""
+    """Return the bucket of a duration; BUCKETS if it has none."""
     if ns >> TOP_BITS:
         return BUCKETS
     shift = max(0, ns.bit_length() - SUB_BITS - 1)
@@ -46,14 +46,14 @@ def bucket(ns: int) -> int:
 
 
 def bounds_ns(number: int) -> tuple[int, int]:
-    """The shortest and the longest duration of a bucket."""
+    """Return the shortest and the longest duration of a bucket."""
     shift = max(0, (number >> SUB_BITS) - 1)
     low = number - (shift << SUB_BITS) << shift
     return low, low + (1 << shift) - 1
 
 
 def middle_us(number: int) -> float:
-    """What stands for every duration of a bucket, µs; infinite for the last one, BUCKETS."""
+    """Return the value that stands for a bucket, µs; infinite for the last one, BUCKETS."""
     return math.inf if number == BUCKETS else sum(bounds_ns(number)) / 2000
 
 
@@ -110,7 +110,7 @@ class Aggregation:
         return 0 if self.by == "all" else self.groups
 
     def stripes(self, cpus: int, histograms: int) -> int:
-        """Copies of the counters, a power of two: one per CPU as far as memory goes."""
+        """Return how many copies of the counters, a power of two: one per CPU if memory allows."""
         most = _BUDGET // ((self.numbers + 1) * histograms * CELLS * 8)
         wanted = 1 << (cpus - 1).bit_length()
         return min(wanted, 1 << max(0, most.bit_length() - 1))

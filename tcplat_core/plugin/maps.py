@@ -19,7 +19,7 @@ from tcplat_core.event.fields import Event
 
 
 def mapped(fd: int, size: int) -> mmap.mmap:
-    """An array of so many bytes, to read."""
+    """Map an array of this many bytes, to read."""
     return mmap.mmap(fd, size + -size % mmap.PAGESIZE, prot=mmap.PROT_READ)
 
 

@@ -163,7 +163,7 @@ Options = Mapping[str, Any]
 
 
 def example(name: str, options: Sequence[Option]) -> str:
-    """A probe or sink as the command line names it, with each option that has an example."""
+    """Return a probe or sink as on the command line, with each option that has an example."""
     given = ",".join(f"{option.name}={option.example}" for option in options if option.example)
     return f"{name}:{given}" if given else name
 

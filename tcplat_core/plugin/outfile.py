@@ -398,7 +398,7 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _beside(place: Place, old: os.stat_result | None) -> Iterator[BinaryIO]:
-    """A file beside the place, that is moved there in the end."""
+    """Make a file beside the place, which is moved there at the end."""
     # As long as a name may be, also where the other is: 255 bytes.
     name = f".{os.fsdecode(os.fsencode(place.name)[:200])}.{os.urandom(6).hex()}"
     with in_words(place.path):

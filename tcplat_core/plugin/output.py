@@ -160,7 +160,7 @@ class Output:
             raise TcplatError(f"writing failed: {os.strerror(error.errno or errno.EIO)}") from error
 
     def _piece(self, rest: memoryview) -> memoryview:
-        """What a pipe takes at once: whole lines, where one is not longer than that."""
+        """Return what a pipe takes at once: whole lines, if one is not longer than that."""
         piece = rest[:_PIPE_BUF]
         if self.lines and len(rest) > _PIPE_BUF:
             end = bytes(piece).rfind(b"\n") + 1

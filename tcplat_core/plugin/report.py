@@ -99,7 +99,7 @@ class RunReport:
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
-        """The inverse of as_json().
+        """Return the inverse of as_json().
 
         Raises:
             ValueError: It is no report.
@@ -112,7 +112,7 @@ class RunReport:
         return report
 
     def as_json(self) -> dict[str, Any]:
-        """What ends a capture: ``{"v":2,"report":...}``."""
+        """Return the last line of a capture: ``{"v":2,"report":...}``."""
         told: dict[str, Any] = cleaned(
             {
                 "delivered": self.delivered,
@@ -161,7 +161,7 @@ class RunReport:
 def _of_probes(
     value: Mapping[str, Any], report: RunReport
 ) -> Iterator[tuple[Mapping[str, Any], ProbeReport]]:
-    """What a report's JSON tells of each probe, and what was made of it."""
+    """Yield each probe of a report's JSON, and its values."""
     for name, probe in report.probes.items():
         yield value["probes"][name], probe
 
@@ -171,7 +171,7 @@ _FIELDS = {"histograms": "counted", "no_histograms": "uncounted"}
 
 
 def _with_field_names(value: Any) -> Any:
-    """A report's JSON with our names for what the probes have."""
+    """Return a report's JSON with the field names of the class."""
     probes = value.get("probes") if isinstance(value, dict) else None
     if not isinstance(probes, dict):
         return value
@@ -188,7 +188,7 @@ _OURS = frozenset(_FIELDS.values())
 
 
 def _extras(probe: ProbeReport) -> dict[str, Any]:
-    """What only few reports have."""
+    """Return the entries that only few reports have."""
     extras: dict[str, Any] = {}
     if probe.counted is not None:
         extras["histograms"] = {name: attrs.asdict(one) for name, one in probe.counted.items()}

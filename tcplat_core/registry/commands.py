@@ -53,7 +53,7 @@ class Commands(click.Group):
             return super().make_context(*args, **more)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """A command is carried out."""
+        """Run a command."""
         with _in_a_sentence(), terminated_in_order():
             try:
                 with self._blaming(ctx):
@@ -63,7 +63,7 @@ class Commands(click.Group):
 
     @contextlib.contextmanager
     def _blaming(self, ctx: click.Context) -> Iterator[None]:
-        """What a plugin's command raises is its own fault; but an exit status is what it wants."""
+        """Report what a plugin's command raises as a fault of the plugin; an exit status passes."""
         try:
             yield
         except (click.ClickException, click.Abort, click.exceptions.Exit, SystemExit):
@@ -84,7 +84,7 @@ class Commands(click.Group):
         return sorted({*super().list_commands(ctx), *self.own, *_entries()})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """A command of that name; one that says why it is broken; None if there is none.
+        """Return the command of this name; one that says why it is broken; None if there is none.
 
         Ours come first: no plugin can take the place of one.
         """
@@ -169,7 +169,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 @contextlib.contextmanager
 def _in_a_sentence() -> Iterator[None]:
-    """A reader that goes ends a command; a full disk and the like are told of in a sentence."""
+    """End a command if its reader has gone; report a full disk and the like in a sentence."""
     status: SystemExit | click.exceptions.Exit | None = None
     try:
         try:
@@ -203,7 +203,7 @@ def _is_told(error: BaseException) -> bool:
 
 
 def _let_go_of_stdout() -> None:
-    """What it still holds would be tried again when Python ends."""
+    """Drop what it still holds: Python would try again at its end."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
 
@@ -227,7 +227,7 @@ def found(own: Iterable[str]) -> Iterator[tuple[importlib.metadata.EntryPoint, s
 
 
 def load(entry: importlib.metadata.EntryPoint) -> click.Command:
-    """The command itself.
+    """Import the command.
 
     Raises:
         PluginError: It cannot be imported, or is none.

@@ -65,15 +65,15 @@ class Plugins:
         return plugins
 
     def probe(self, name: str) -> ProbeSpec:
-        """The probe of that name, or PluginError."""
+        """Return the probe of this name, or raise PluginError."""
         return self.probes.get(name) or self._missing("probe", name, self.probes)
 
     def sink(self, name: str) -> SinkSpec:
-        """The sink of that name, or PluginError."""
+        """Return the sink of this name, or raise PluginError."""
         return self.sinks.get(name) or self._missing("sink", name, self.sinks)
 
     def named(self, name: str, kind: str | None = None) -> list[tuple[Found, ProbeSpec | SinkSpec]]:
-        """The probe and the sink of that name, or PluginError where there is neither."""
+        """Return the probe and the sink of this name; raise PluginError if there is neither."""
         whole = [
             (found, self._of(found.kind)[name])
             for found in self.found
@@ -162,7 +162,7 @@ def _rivals(what: str, several: Sequence[Found]) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def _stdout_is_stderr() -> Iterator[None]:
-    """What a plugin prints as it is loaded is no data; nor is what a library of its prints in C."""
+    """Send to stderr what a plugin prints while it is loaded, in Python or C: stdout is data."""
     if sys.stdout is not None:
         sys.stdout.flush()
     try:
@@ -186,7 +186,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _specs(entry: importlib.metadata.EntryPoint) -> Iterator[tuple[str, Any]]:
-    """What one entry point offers, asked of it alone, so that no other is to blame."""
+    """Return what one entry point registers, so that a fault is assigned to it alone."""
     if not entry.pattern.match(entry.value):
         raise PluginError(
             f"its entry point {entry.name} = {entry.value!r} is not of the form module:object"
@@ -226,7 +226,7 @@ def _check_version(made_for: object) -> None:
 
 
 def _check_hooks(plugin: object) -> None:
-    """A hook that is misspelt or not marked would never be called, and nobody told."""
+    """Refuse a hook that is misspelt or not marked: pluggy would ignore it silently."""
     for name, function in inspect.getmembers(plugin, inspect.isroutine):
         marked = hasattr(function, "tcplat_impl")
         if name in _HOOKS and not marked:

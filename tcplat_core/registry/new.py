@@ -67,7 +67,7 @@ _MODE = 0o755
 
 
 def _made(path: str) -> int:
-    """A new folder, held: whatever another user puts in its place, ours is written to.
+    """Make a folder and hold it open, so that no other user can replace it.
 
     Raises:
         UsageError: A link of another user is on the way, or the folder is another user's.
@@ -86,7 +86,7 @@ def _made(path: str) -> int:
 
 
 def _write(folder: int, path: str, data: bytes) -> None:
-    """A new file, and the folders to it, in one that nobody else can write to."""
+    """Write a new file, and the folders to it, in a folder that no other user can write to."""
     parent = ""
     for part in path.split("/")[:-1]:
         parent += f"{part}/"
@@ -98,7 +98,7 @@ def _write(folder: int, path: str, data: bytes) -> None:
 
 
 def rendered(text: str, name: str) -> str:
-    """A template's text, or path, for a plugin of that name."""
+    """Return a template's text, or path, for a plugin of this name."""
     return text.replace(f"tcplat-{_SKELETON}", f"tcplat-{_dashed(name)}").replace(_SKELETON, name)
 
 

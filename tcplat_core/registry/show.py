@@ -92,7 +92,7 @@ def _choice(
 
 
 def described(way: Way) -> str:
-    """A way in a word: ``fentry:tcp_v4_rcv+tcp_v6_rcv``."""
+    """Return a way as one word: ``fentry:tcp_v4_rcv+tcp_v6_rcv``."""
     names = dict.fromkeys(hook.func for hook in way.hooks)
     return f"{way.mechanism}:{'+'.join(names)}"
 
@@ -131,7 +131,7 @@ def _option(option: Option) -> dict[str, Any]:
 
 
 def as_text(told: Mapping[str, Any]) -> str:
-    """The same for a reader."""
+    """Return the same as text."""
     lines = [
         f"{told['name']}: {told['summary']}",
         f"{told['kind']}, from {told['distribution']} {told['version']}",

@@ -13,7 +13,7 @@ from .probe_run import POLLED, ProbeRun
 
 
 def _counted(found: Sequence[Distribution]) -> dict[str, Counted]:
-    """The books of each histogram."""
+    """Return the books of each histogram."""
     books = {}
     for name in dict.fromkeys(one.histogram.name for one in found):
         ours = [one for one in found if one.histogram.name == name]
@@ -26,7 +26,7 @@ def _counted(found: Sequence[Distribution]) -> dict[str, Counted]:
 
 
 def report_of(runs: Sequence[ProbeRun], router: Router, duration_s: float) -> RunReport:
-    """The report of a run, from its probes' books."""
+    """Return the report of a run, from its probes' books."""
     probes = {}
     undelivered = router.undelivered()
     for run in runs:

@@ -96,7 +96,7 @@ class Command:
 
 
 def _fork_ender(pid: int, gate: int) -> int:
-    """A process that keeps our rights, to end the command with: we shall have given them up.
+    """Start a process that keeps the rights to end the command: this one gives them up.
 
     Returns:
         A pipe. A byte in it sends SIGTERM; closing it lets the command be. Plugins can write

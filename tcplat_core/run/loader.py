@@ -67,7 +67,7 @@ class LoaderProcess:
         return cls(process, ours, log)
 
     def ask(self, request: Request, stopping: Callable[[], bool]) -> Answer | None:
-        """The loader's answer; None if the user wants to stop first.
+        """Return the loader's answer; None if the user stops first.
 
         Raises:
             TcplatError: It refuses; the class tells the exit code.
@@ -92,7 +92,7 @@ class LoaderProcess:
         return answer
 
     def output(self) -> str:
-        """What libbcc, clang and the verifier printed."""
+        """Return what libbcc, clang and the verifier printed."""
         self.log.seek(0)
         return self.log.read().decode(errors="backslashreplace")
 

@@ -46,7 +46,7 @@ def hide_environment() -> None:
 
 
 def environment() -> Mapping[str, str]:
-    """The environment that tcplat was started with: what runs after ``--`` gets it."""
+    """Return the environment that tcplat was started with, for the command after ``--``."""
     return os.environ if _given is None else _given
 
 

@@ -101,7 +101,7 @@ class ProbeRun:
         return set(self.loaded.taken.values()) == {"xdp"} and names <= self.silent.keys()
 
     def skipped(self) -> dict[str, int]:
-        """Function -> how often the kernel did not run our program there."""
+        """Return how often the kernel did not run our program, by function."""
         funcs = {
             hook.program: hook.func
             for point in self.spec.points
@@ -114,7 +114,7 @@ class ProbeRun:
         return {func: count for func, count in counts.items() if count}
 
     def losses(self) -> list[Loss]:
-        """What was lost since the last time, and between which instants."""
+        """Return what was lost since the last call, and between which instants."""
         now_ns = kernel_ns()
         full_ns = self.ring.full_since_ns() if self._undrained else 0
         since_ns, self._counted_ns, self._undrained = self._counted_ns, now_ns, True
@@ -137,7 +137,7 @@ class ProbeRun:
         return self._undrained
 
     def drained(self) -> None:
-        """It may have been full since it was counted what was lost, and be so no more."""
+        """Note that the ring may have been full since losses were counted, and is so no more."""
         self._undrained = False
 
     def settled(self) -> bool:
@@ -171,7 +171,7 @@ _ATTACH = {"kretprobe": "kprobe", "fexit": "fentry"}
 
 
 def fired_by(spec: ProbeSpec) -> list[FiredBy]:
-    """What each hook number in a record stands for: hooks that report, over all ways."""
+    """Return what each hook number in a record stands for: hooks that report, over all ways."""
     return [
         FiredBy(
             point,
@@ -185,7 +185,7 @@ def fired_by(spec: ProbeSpec) -> list[FiredBy]:
 
 
 def _guarded(describe: Callable[[Moment], str]) -> Callable[[Moment], str]:
-    """The same, and the reason where it raises: a row whose words fail is a row still."""
+    """Describe the same, with the reason if describe() raises: the row is delivered anyway."""
 
     def described(moment: Moment) -> str:
         try:
@@ -242,7 +242,7 @@ def probe_request(
     events: bool = True,
     aggregation: Aggregation | None = None,
 ) -> ProbeRequest:
-    """What the loader needs of a probe.
+    """Return what the loader needs of a probe.
 
     Args:
         spec: The probe.
@@ -272,7 +272,7 @@ def probe_request(
 
 
 def _ifname(loaded: LoadedProbe) -> Callable[[int], str]:
-    """The names of interfaces: those in another network namespace only the loader can know."""
+    """Return the names of interfaces: only the loader knows those of other network namespaces."""
     names = {one.index: one.name for one in loaded.interfaces}
 
     def ifname(index: int) -> str:

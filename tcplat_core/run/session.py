@@ -241,14 +241,14 @@ class Session:
             router.passed(now_ns - int(LATE_S * 1e9))
 
     def _look(self, runs: Sequence[ProbeRun], router: Router, now: float) -> None:
-        """What is to be done once a second."""
+        """Do what is due once a second."""
         if self._look_at_interfaces(runs) and not self.command:
             self._end = now
         self._poll(runs, router)
         router.idle()
 
     def _glance(self, now: float) -> None:
-        """What is to be done several times a second."""
+        """Do what is due several times a second."""
         if self._end == math.inf and self._traced_ended():
             self._end = now + LINGER_S
         if self._ready and not self._ready.told:  # a pipe: does somebody read it by now?
@@ -276,7 +276,7 @@ class Session:
         return all(run.deaf for run in runs)
 
     def _others(self) -> list[int]:
-        """What wakes us beside the rings: a signal, the end of what is traced."""
+        """Return the fds that wake the loop beside the rings: a signal, the end of the tracee."""
         fds = (self.signals.fd, self._watched.fd() if self._watched else None)
         return [fd for fd in fds if fd is not None]
 

@@ -21,7 +21,7 @@ class Watched:
         return self.fd() is None
 
     def fd(self) -> int | None:
-        """What becomes readable when the one ends that is watched now; None: all have."""
+        """Return an fd, readable when the watched process ends; None if all have ended."""
         while True:
             if self._fd is None:
                 if not self.pids:

@@ -68,7 +68,7 @@ class Subject:
         return "probe" if isinstance(self.spec, ProbeSpec) else "sink"
 
     def options(self) -> Options:
-        """What was given, the examples of what it cannot do without, and the defaults.
+        """Return the given options, the examples of required ones, and the defaults.
 
         Raises:
             UsageError: Something that was given does not convert.

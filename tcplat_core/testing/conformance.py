@@ -54,7 +54,7 @@ def run(name: str, check: Check, subject: Subject) -> Outcome:
 
 @contextlib.contextmanager
 def _own_folder() -> Iterator[None]:
-    """The current folder is an empty one meanwhile, that goes with all that is in it."""
+    """Work in an empty folder, which is removed with its content."""
     back = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with tempfile.TemporaryDirectory(prefix="tcplat-", ignore_cleanup_errors=True) as folder:
@@ -72,7 +72,7 @@ def subjects(
     plugins: Plugins | None = None,
     trial: Callable[[], Trial | None] = lambda: None,
 ) -> list[Subject]:
-    """The probe, the sink, or both, of a name.
+    """Return the probe, the sink, or both, of a name.
 
     Args:
         choice: ``NAME`` or ``NAME:key=value,...``.

@@ -165,7 +165,7 @@ class FakeArray:
         self.fd, self._map = _memory(size + -size % _PAGE)
 
     def set(self, index: int, *values: int | bytes) -> None:
-        """What a handler does: change an entry."""
+        """Change an entry, as a handler does."""
         struct.pack_into(self.layout, self._map, index * self._stride, *values)
 
     def close(self) -> None:
@@ -202,7 +202,7 @@ class FakeProbe:
         self.books = FakeBooks(len(self.programs))
 
     def emit(self, program: str, **members: int | bytes | str) -> bool:
-        """What a handler does: count, reserve, fill, submit. False where the ring was full."""
+        """Count, reserve, fill and submit, as a handler does; return False if the ring was full."""
         hook = self.programs.index(program)
         fitted = self.ring.feed([make_record(self.spec.event, hook=hook, **members)])
         self.books.count(hook, produced=1, dropped=1 - fitted)

@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test for each check of the plugin that the mark names."""
+    """Make a test for each check of the plugin that the mark names."""
     if "tcplat_check" not in metafunc.fixturenames:
         return
     mark = metafunc.definition.get_closest_marker("tcplat_plugin")
@@ -71,7 +71,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def tcplat_check(request: pytest.FixtureRequest) -> Callable[[], None]:
-    """Makes one check: fails with its sentence, skips where it cannot be made here."""
+    """Make one check: fail with its sentence, skip if it cannot be made here."""
     from . import conformance  # noqa: PLC0415 - see above
 
     subject, name, check = request.param

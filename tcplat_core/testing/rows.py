@@ -53,7 +53,7 @@ def make_event(**fields: Any) -> Event: ...
 @overload
 def make_event(event: type[_AnyEvent], /, **fields: Any) -> _AnyEvent: ...
 def make_event(event: type[Event] = Event, /, **fields: Any) -> Event:
-    """A row: a send of curl's to 127.0.0.1:9999, but for what `fields` say.
+    """Return a row: curl sends to 127.0.0.1:9999, changed by `fields`.
 
     Args:
         event: The row's class; the fields that it adds must all be given.
@@ -63,7 +63,7 @@ def make_event(event: type[Event] = Event, /, **fields: Any) -> Event:
 
 
 def make_record(event: type[Event] = Event, /, **members: int | bytes | str) -> bytes:
-    """A record as the kernel side fills it: zeros, but for `members`.
+    """Return a record as the kernel side fills it: zeros, but for `members`.
 
     Args:
         event: The class that describes the record.
@@ -80,7 +80,7 @@ def make_record(event: type[Event] = Event, /, **members: int | bytes | str) -> 
 
 
 def make_row(spec: ProbeSpec, program: str, /, **members: int | bytes | str) -> Any:
-    """The row that a run makes of a record of one of the probe's programs.
+    """Return the row that a run makes of a record of one of the probe's programs.
 
     Args:
         spec: The probe.

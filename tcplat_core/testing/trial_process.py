@@ -49,7 +49,7 @@ class Trial:
         return cls(process, log)
 
     def ask(self, request: Mapping[str, Any] | bytes) -> dict[str, Any]:
-        """What came of it.
+        """Return the outcome.
 
         Raises:
             TcplatError: The process failed, which is not the plugin's fault.

@@ -24,7 +24,7 @@ _PRINTS = range(0x21, 0x7F)
 
 
 def device(raw: bytes) -> str:
-    """A device's name, safe to print: the kernel forbids but slashes, colons and white space."""
+    """Return a device's name, safe to print: the kernel forbids only slash, colon, white space."""
     name = raw.split(b"\0", 1)[0]
     return "".join(
         chr(byte) if byte in _PRINTS and byte != ord("\\") else f"\\x{byte:02x}" for byte in name
@@ -51,7 +51,7 @@ class LeavingEvent(Event, gc=False):
 
 
 def defines(options: Options) -> dict[str, int | str]:
-    """What the C is compiled for."""
+    """Return the constants that the C is compiled with."""
     if not options["port"]:
         return {}
     return {"XMIT_PORTS": " ".join(f"case {port}:" for port in options["port"])}
@@ -67,7 +67,7 @@ _WORDS = {
 
 
 def describe(moment: Moment) -> str:
-    """A packet in plain words, 15 letters at most: the table's column is no wider."""
+    """Describe a packet in 15 letters at most: the table's column is no wider."""
     flags = frozenset((moment.flags or "").split("|")) & {"SYN", "FIN", "RST", "ACK"}
     if "RST" in flags:
         return "RST leaves"

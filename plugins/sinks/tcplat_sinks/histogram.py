@@ -64,7 +64,7 @@ class Histograms:
             self._show(them.distributions, them, them.elapsed_s, "run")
 
     def close(self, report: RunReport) -> None:
-        """What this host could not measure; in JSON all the books. Again it does nothing."""
+        """Write what this host could not measure; in JSON all the books. Idempotent."""
         if self.output.closed:
             return
         if self.as_json:
@@ -134,7 +134,7 @@ def _or_none(one: Distribution, percent: float) -> float | None:
 
 
 def as_text(one: Distribution) -> Iterator[str]:
-    """A line of what it is, a line of percentiles, and bars, one per power of two."""
+    """Yield a title, a line of percentiles, and bars, one per power of two."""
     yield f"{one.probe} {one.histogram.name} ({one.histogram.help}){_of(one.group)}"
     figures = [f"count {one.count:,}"]
     if one.count:
@@ -166,7 +166,7 @@ def _or_more(one: Distribution, percent: float) -> str:
 
 
 def human(us: float) -> str:
-    """A duration with three digits and its unit."""
+    """Return a duration with three digits and its unit."""
     scaled = ((us * 1000, "ns"), (us, "µs"), (us / 1e3, "ms"), (us / 1e6, "s"))
     # 999.5 would be shown as 1000.
     value, unit = next((one for one in scaled if one[0] < 999.5), scaled[-1])  # noqa: PLR2004

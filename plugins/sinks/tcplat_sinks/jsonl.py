@@ -22,11 +22,11 @@ class Jsonl:
         json_lines(batch, self.output.write)
 
     def lost(self, loss: Loss) -> None:
-        """A line at the place of the gap."""
+        """Write a line at the place of the gap."""
         self._line({"v": SCHEMA_VERSION, "lost": attrs.asdict(loss)})
 
     def merged(self, merge: Merge) -> None:
-        """A line for each host, before the rows."""
+        """Write a line for each host, before the rows."""
         self._line({"v": SCHEMA_VERSION, "merge": attrs.asdict(merge)})
 
     def idle(self) -> None:
@@ -34,7 +34,7 @@ class Jsonl:
         self.output.look()
 
     def close(self, report: RunReport) -> None:
-        """The books, as the last line."""
+        """Write the books as the last line."""
         if self.output.closed:
             return
         self._line({"v": SCHEMA_VERSION, "report": report.as_json()})

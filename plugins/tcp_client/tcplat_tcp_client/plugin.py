@@ -171,7 +171,7 @@ _REACHED = {
 
 
 def describe(moment: Moment) -> str:
-    """A row in plain words, 15 letters at most: the table's column is no wider."""
+    """Describe a row in 15 letters at most: the table's column is no wider."""
     if moment.point == "connect":
         return _failure(moment) if moment.err else "SYN goes out"
     if moment.point == "state":

@@ -289,7 +289,7 @@ _WORDS = {
 
 
 def describe(moment: Moment) -> str:
-    """A row in plain words, 15 letters at most: the table's column is no wider."""
+    """Describe a row in 15 letters at most: the table's column is no wider."""
     if moment.point == "state":
         if moment.old_state is None:
             return "segment handled"

@@ -44,7 +44,7 @@ class StatsEvent(Event, gc=False):
 
 
 def describe(moment: Moment) -> str:
-    """A row in plain words."""
+    """Describe a row."""
     return moment.error if moment.err else "closed"
 
 

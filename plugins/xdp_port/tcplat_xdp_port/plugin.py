@@ -89,7 +89,7 @@ def interfaces(options: Options) -> Interfaces:
 
 
 def defines(options: Options) -> dict[str, int | str]:
-    """What the C is compiled for."""
+    """Return the constants that the C is compiled with."""
     constants: dict[str, int | str] = {
         "XDP_SRC": int(options["dir"] != "dst"),
         "XDP_DST": int(options["dir"] != "src"),
@@ -109,7 +109,7 @@ _WORDS = {
 
 
 def describe(moment: Moment) -> str:
-    """A packet in plain words, 15 letters at most: the table's column is no wider."""
+    """Describe a packet in 15 letters at most: the table's column is no wider."""
     flags = frozenset((moment.flags or "").split("|")) & {"SYN", "FIN", "RST", "ACK"}
     if "RST" in flags:
         return "RST"

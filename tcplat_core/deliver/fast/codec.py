@@ -56,7 +56,7 @@ class _Plan:
         self.ops.append(Op(kind=TEXT, block=block, text=len(texts) - 1))
 
     def number(self, kind: int, member: str, width: int, **how: int) -> None:
-        """A number of the record."""
+        """Return a number of the record."""
         self.ops.append(Op(kind=kind, width=width, at=self.record.offset(member), **how))
 
 
@@ -170,7 +170,7 @@ def _plan(
 
 
 def _number(plan: _Plan, field: str, source: Wire, has: int) -> None:
-    """A member that belongs to no block."""
+    """Return a member that belongs to no block."""
     member = source.member or field
     width = _INTEGERS.get(source.c_type)
     if (
@@ -199,7 +199,7 @@ def _number(plan: _Plan, field: str, source: Wire, has: int) -> None:
 
 
 def _made(plan: _Plan, source: Made, probe: str, kind: dict[str, int]) -> bool:
-    """What is worked out; whether it could be planned."""
+    """Work it out; return whether it could be planned."""
     match source.by:
         case "SCHEMA_VERSION":
             plan.text(_KIND, b"%d" % SCHEMA_VERSION)

@@ -91,7 +91,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The functions of records.c; None where they were not built, or TCPLAT_PURE is set."""
+    """Return the functions of records.c; None where they were not built, or TCPLAT_PURE is set."""
     if os.environ.get("TCPLAT_PURE") or not FILE.exists():
         return None
     loaded = ctypes.CDLL(str(FILE))

@@ -13,7 +13,7 @@ REPORT = RunReport(probes={}, duration_s=1)
 
 
 def open_sink(path: Path, by: str = "comm") -> Totals:
-    """The sink as a run makes it."""
+    """Make the sink as a run does."""
     sink = SPEC.factory({"by": by, "path": str(path)}, RunInfo(("tcp_client",)))
     assert isinstance(sink, Totals)
     return sink
