@@ -167,7 +167,6 @@ SECTIONS = {
 
 _WITH_METHODS = (
     "Sink",
-    "AggregateSink",
     "Output",
     "Place",
     "Moment",

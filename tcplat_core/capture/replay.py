@@ -6,7 +6,7 @@ import operator
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import attrs
 
@@ -17,7 +17,7 @@ from tcplat_core.loader.filter import Filter
 from tcplat_core.plugin.output import Output
 from tcplat_core.plugin.progress import Bar
 from tcplat_core.plugin.report import HookReport, ProbeReport, RunReport, add_reports
-from tcplat_core.plugin.specs import Loss, Merge, Sink
+from tcplat_core.plugin.specs import Loss, Merge, SinkLike
 
 from .row_filter import RowFilter
 from .rows import GAP, Capture
@@ -53,7 +53,7 @@ class Replay:
 
     source: Source
     capture: Capture
-    sinks: dict[str, Sink]
+    sinks: Mapping[str, SinkLike]
     wanted: Filter = attrs.field(factory=Filter)
     probes: Sequence[str] = ()
     points: Sequence[str] = ()

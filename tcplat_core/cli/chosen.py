@@ -33,7 +33,7 @@ def chosen_sinks(
     plugins: Plugins, texts: Sequence[str], run: RunInfo
 ) -> tuple[dict[str, Sink], list[Output]]:
     """Return the sinks by the user's text, and the files that open when they begin."""
-    from tcplat_core.deliver.router import cancel  # noqa: PLC0415
+    from tcplat_core.deliver.sinks import cancel  # noqa: PLC0415
     from tcplat_core.plugin.output import held_back  # noqa: PLC0415 - see __init__.py
 
     made: dict[str, Sink] = {}
@@ -48,7 +48,7 @@ def chosen_sinks(
 
 
 def _sink(plugins: Plugins, text: str, run: RunInfo, others: Mapping[str, Sink]) -> Sink:
-    from tcplat_core.deliver.router import Unread  # noqa: PLC0415 - see __init__.py
+    from tcplat_core.deliver.sinks import ReaderGone, as_sink  # noqa: PLC0415 - see __init__.py
 
     name, given = parse_choice(text)
     spec = plugins.sink(name)
@@ -64,14 +64,14 @@ def _sink(plugins: Plugins, text: str, run: RunInfo, others: Mapping[str, Sink])
         try:
             sink = spec.factory(options, run)
         except ReaderGoneError:
-            return Unread()
+            return ReaderGone()
         for method in ("write", "lost", "close"):
             if not callable(getattr(sink, method, None)):
                 raise PluginError(
                     f"sink {name}: its factory returned no sink: "
                     f"{type(sink).__name__} has no {method}()"
                 )
-        return sink
+        return as_sink(sink)
 
 
 def chosen_aggregation(

@@ -6,7 +6,7 @@ import bisect
 import gc
 import operator
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 import attrs
 
@@ -19,6 +19,7 @@ from tcplat_core.plugin.report import RunReport
 from tcplat_core.plugin.specs import Loss, Merge, Sink
 
 from .fast.records import FOREVER, Records, Room
+from .sinks import OPTIONAL, as_sinks, cancel, has_its_own
 
 
 def spare_the_collector() -> None:
@@ -45,7 +46,7 @@ class Router:
         outputs: Files of the sinks that are to be made or emptied when it begins.
     """
 
-    sinks: dict[str, Sink]
+    sinks: dict[str, Sink] = attrs.field(converter=as_sinks)
     limit: int = 0
     outputs: Sequence[Output] = ()
     room: Room | None = None
@@ -61,6 +62,15 @@ class Router:
     _losses: list[Loss] = attrs.field(factory=list, init=False)
     """Those that wait for their place, in order."""
     _last_ns: int = attrs.field(default=0, init=False)
+    _those_with: Mapping[str, Sequence[str]] = attrs.field(init=False)
+    """Method -> the sinks that have one of their own."""
+
+    @_those_with.default
+    def _sorted(self) -> Mapping[str, Sequence[str]]:
+        return {
+            method: [name for name, sink in self.sinks.items() if has_its_own(sink, method)]
+            for method in OPTIONAL
+        }
 
     @property
     def done(self) -> bool:
@@ -75,7 +85,7 @@ class Router:
     @property
     def serves(self) -> bool:
         """Some sink has readers that it serves in poll()."""
-        return any(_has(sink, "poll") for sink in self.sinks.values())
+        return any(name in self.sinks for name in self._those_with["poll"])
 
     def begin(self) -> None:
         """Have the sinks make what others see of them: the first rows are about to come.
@@ -83,10 +93,10 @@ class Router:
         Raises:
             TcplatError: One of them cannot.
         """
-        for one in (*self.outputs, *self.sinks.values()):
+        both: tuple[Output | Sink, ...] = (*self.outputs, *self.sinks.values())
+        for one in both:
             try:
-                if hasattr(one, "begin"):
-                    one.begin()
+                one.begin()
             except ReaderGoneError:
                 self.reader_gone = True
             except TcplatError:
@@ -167,37 +177,37 @@ class Router:
 
     def merged(self, merge: Merge) -> None:
         """Tell the sinks that want to know that the rows are of several hosts."""
-        self._those_with("merged", merge)
+        self._have("merged", merge)
 
     def idle(self) -> None:
         """Let sinks notice that their reader has gone, also while nothing happens."""
-        self._those_with("idle")
+        self._have("idle")
 
     @property
     def tells_time(self) -> bool:
         """Some sink wants to know that time passes while nothing comes."""
-        return any(_has(sink, "passed") for sink in self.sinks.values())
+        return any(name in self.sinks for name in self._those_with["passed"])
 
     def passed(self, ts_ns: int) -> None:
         """No row that is older comes any more. Only where nothing waits."""
-        self._those_with("passed", ts_ns)
+        self._have("passed", ts_ns)
 
     def poll(self) -> None:
         """Let sinks serve their readers, also while nothing happens."""
-        self._those_with("poll")
-
-    def _those_with(self, method: str, *arguments: object) -> None:
-        for name, sink in list(self.sinks.items()):
-            if _has(sink, method):
-                self._call(name, method, *arguments)
+        self._have("poll")
 
     def aggregates(self, them: Aggregates) -> None:
         """Show the sinks that asked for it what the kernel has counted."""
-        self._those_with("aggregates", them)
+        self._have("aggregates", them)
 
     def close(self, report: RunReport) -> None:
         """End every sink, those that were switched off before excepted."""
         self._each("close", report)
+
+    def _have(self, method: str, *arguments: object) -> None:
+        for name in self._those_with[method]:
+            if name in self.sinks:
+                self._call(name, method, *arguments)
 
     def _each(self, method: str, argument: object) -> None:
         for name in list(self.sinks):
@@ -215,49 +225,6 @@ class Router:
                 raise
             self.switched_off[printable(name)] = printable(words(error))
             del self.sinks[name]
-
-
-def cancel(sinks: Iterable[Sink], outputs: Iterable[Output]) -> None:
-    """Do without these sinks: no row will come, and no report."""
-    for sink in sinks:
-        # What made us stop is what the user has to hear of.
-        try:
-            if hasattr(sink, "cancel"):
-                sink.cancel()
-        except BaseException as error:
-            if is_the_users(error):
-                raise
-    for output in outputs:
-        output.close()
-
-
-class Unread:
-    """A sink whose reader had gone before the run began: ends it as one that leaves later."""
-
-    def begin(self) -> None:
-        """End the run: the reader has gone."""
-        raise ReaderGoneError
-
-    def write(self, _batch: Sequence[Event]) -> None:
-        """End the run: the reader has gone."""
-        raise ReaderGoneError
-
-    def lost(self, _loss: Loss) -> None:
-        """End the run: the reader has gone."""
-        raise ReaderGoneError
-
-    def close(self, report: RunReport) -> None:
-        """Nobody reads the books."""
-
-
-def _has(sink: Sink, method: str) -> bool:
-    """Whether a sink has a method that not each one has; where asking fails, calling it will."""
-    try:
-        return hasattr(sink, method)
-    except BaseException as error:
-        if is_the_users(error):
-            raise
-        return True
 
 
 def _first_from(rows: list[Event], ns: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Protocol
 
@@ -60,32 +61,48 @@ class ProbeSpec:
     histograms: tuple[Histogram, ...] = ()
 
 
-class Sink(Protocol):
-    """Consumes batches of rows. If a method raises, the sink is switched off; the run goes on.
+class SinkLike(Protocol):
+    """A sink whose class is not derived from :class:`Sink`.
 
-    Optional methods:
-
-    - ``begin()`` is called once, before the first row, when everything is attached (in a replay,
-      when something was read; ``poll()`` may be called earlier). Replace files here and not in
-      the factory: then a start that is refused keeps the old file. :class:`Output` does this
-      itself.
-    - ``cancel()`` is called instead of close() if there was no run or it ended with an error.
-      Remove here what the factory created outside the process, such as a socket.
-    - ``idle()`` is called once a second. It can raise ReaderGoneError while there are no rows.
-    - ``poll()`` is called after each poll of the rings, every 3 to 20 ms, also without rows (in
-      a replay at least every 100 ms). It must not block.
-    - ``merged()`` gets a :class:`Merge` for each host of a merged capture, before the rows.
-    - ``passed(ts_ns)`` says that no older row will come. It is called several times a second
-      while no rows come, and never in a replay, not even of a live socket: rows may be in
-      flight there. What it writes must be what the next row or close() would have written;
-      `RunReport.until_ns` is the last such instant.
-    - ``aggregates()`` gets the kernel's counters, if the spec has `aggregate`; see
-      :class:`AggregateSink`.
-
-    Set ``joins = True`` if the sink combines many rows: then the conformance kit does not expect
-    every row in the output.
+    It needs these three methods. The other methods of Sink are optional; which of them it has is
+    looked up once, when the run begins.
     """
 
+    def write(self, batch: Sequence[Event]) -> None:
+        """See :meth:`Sink.write`."""
+
+    def lost(self, loss: Loss) -> None:
+        """See :meth:`Sink.lost`."""
+
+    def close(self, report: RunReport) -> None:
+        """See :meth:`Sink.close`."""
+
+
+class Sink(ABC):
+    """Consumes batches of rows: the base class of sinks.
+
+    If a method raises, the sink is switched off; the run goes on. Every sink has `write`, `lost`
+    and `close` of its own; the other methods do nothing here. A class that has these three methods
+    and is not derived from this one is a sink too.
+
+    Attributes:
+        joins: Set it to True if the sink combines many rows: then the conformance kit does not
+            expect every row in the output.
+    """
+
+    __slots__ = ()
+
+    joins: bool = False
+
+    def begin(self) -> None:
+        """Open what others see. Called once, before the first row.
+
+        In a run, that is when everything is attached; in a replay, when something was read.
+        poll() may be called earlier. Replace files here and not in the factory: then a start that
+        is refused keeps the old file. :class:`Output` does this itself.
+        """
+
+    @abstractmethod
     def write(self, batch: Sequence[Event]) -> None:
         """Take a batch of rows, sorted by time. Flush the output before returning.
 
@@ -93,18 +110,54 @@ class Sink(Protocol):
         boundaries depend on timing; the output must not depend on them.
         """
 
+    @abstractmethod
     def lost(self, loss: Loss) -> None:
         """Take a loss: events are missing from here on, until `loss.until_ns`."""
 
+    def merged(self, merge: Merge) -> None:
+        """Take a host of a merged capture. Called for each host, before the rows."""
+
+    def aggregates(self, them: Aggregates) -> None:
+        """Take the counts since the start of the run; the last ones, `final`, before close().
+
+        Called if the spec has `aggregate`, as often as its Aggregation says.
+        """
+
+    def idle(self) -> None:
+        """Check the reader. Called once a second, also without rows.
+
+        Raises:
+            ReaderGoneError: The reader has closed the output: the run ends.
+        """
+
+    def poll(self) -> None:
+        """Serve readers without blocking.
+
+        Called after each poll of the rings, every 3 to 20 ms, also without rows; in a replay at
+        least every 100 ms. While a sink has this method, the session does not sleep.
+        """
+
+    def passed(self, ts_ns: int) -> None:
+        """Learn that no older row will come.
+
+        Called several times a second while no rows come, and never in a replay, not even of a live
+        socket: rows may be in flight there. What it writes must be what the next row or close()
+        would have written; `RunReport.until_ns` is the last such instant.
+        """
+
+    @abstractmethod
     def close(self, report: RunReport) -> None:
         """End the output. Idempotent. Not called if a method has failed before."""
 
+    def cancel(self) -> None:
+        """Remove what the factory created outside the process, such as a socket.
 
-class AggregateSink(Sink, Protocol):
-    """A sink that shows the kernel's counters."""
+        Called instead of close() if there was no run or it ended with an error.
+        """
 
-    def aggregates(self, them: Aggregates) -> None:
-        """Take the counts since the start of the run; the last ones, `final`, before close()."""
+
+AggregateSink = Sink
+"""The same as :class:`Sink`, which has all methods; the name is kept for older plugins."""
 
 
 @attrs.frozen(kw_only=True)
@@ -123,7 +176,7 @@ class SinkSpec:
 
     name: str = attrs.field(validator=checked_name)
     summary: str
-    factory: Callable[[Options, RunInfo], Sink]
+    factory: Callable[[Options, RunInfo], SinkLike]
     options: tuple[Option, ...] = ()
     aggregate: Callable[[Options], Aggregation] | None = None
 

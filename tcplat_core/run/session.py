@@ -19,7 +19,7 @@ from tcplat_core.kernel.layout import possible_cpus
 from tcplat_core.loader.protocol import Answer, Request
 from tcplat_core.plugin.output import Output
 from tcplat_core.plugin.report import RunReport
-from tcplat_core.plugin.specs import ProbeSpec, Sink
+from tcplat_core.plugin.specs import ProbeSpec, SinkLike
 
 from .bookkeeping import report_of
 from .command import Command
@@ -68,7 +68,7 @@ class Session:
 
     loader: LoaderProcess
     probes: Sequence[tuple[ProbeSpec, Mapping[str, Any]]]
-    sinks: dict[str, Sink]
+    sinks: Mapping[str, SinkLike]
     request: Request
     duration_s: float = 0
     count: int = 0

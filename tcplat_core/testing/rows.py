@@ -12,7 +12,7 @@ import attrs
 from tcplat_core.event.fields import SCHEMA_VERSION, Event
 from tcplat_core.event.record import Record
 from tcplat_core.plugin.report import RunReport
-from tcplat_core.plugin.specs import Loss, ProbeSpec
+from tcplat_core.plugin.specs import Loss, ProbeSpec, Sink
 from tcplat_core.run.probe_run import fired_by
 
 _AnyEvent = TypeVar("_AnyEvent", bound=Event)
@@ -109,7 +109,7 @@ def _raw(value: str, c_type: str) -> bytes:
 
 
 @attrs.define(eq=False)
-class RecordingSink:
+class RecordingSink(Sink):
     """Remembers everything.
 
     Args:

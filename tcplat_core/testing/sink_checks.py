@@ -32,6 +32,7 @@ import attrs
 import msgpack
 
 from tcplat_core.deliver.router import Router, spare_the_collector
+from tcplat_core.deliver.sinks import Adapted, as_sink
 from tcplat_core.errors import ReaderGoneError, TcplatError, in_a_line, is_the_users
 from tcplat_core.event.fields import Event, Wire, fields
 from tcplat_core.event.text import text
@@ -40,7 +41,7 @@ from tcplat_core.plugin.histogram import BUCKETS, Aggregates, Distribution, Grou
 from tcplat_core.plugin.options import Options
 from tcplat_core.plugin.output import held_back
 from tcplat_core.plugin.report import HookReport, ProbeReport, RunReport
-from tcplat_core.plugin.specs import Loss, Merge, RunInfo, Sink, SinkSpec
+from tcplat_core.plugin.specs import Loss, Merge, RunInfo, Sink, SinkLike, SinkSpec
 
 from .check import Check, Fault, NotChecked, Subject
 from .rows import make_event
@@ -153,8 +154,7 @@ def _counted(samples: int, comms: Sequence[str] = ("curl",), *, final: bool = Tr
 
 def _end(sink: Sink) -> None:
     """As a run ends it: what the kernel has counted, then the books."""
-    if hasattr(sink, "aggregates"):
-        sink.aggregates(_counted(3))
+    sink.aggregates(_counted(3))
     sink.close(_REPORT)
 
 
@@ -211,10 +211,8 @@ def _written() -> int:
 def _until_more(sink: Sink, least: int, seconds: float) -> int:
     """Bytes that its reader has, once they are more than so many or time is over."""
     end = time.monotonic() + seconds
-    poll = getattr(sink, "poll", None)
     while _written() <= least and time.monotonic() < end:
-        if poll:
-            poll()
+        sink.poll()
         time.sleep(0.002)
     return _written()
 
@@ -321,7 +319,7 @@ def _made(spec: SinkSpec, options: Options, info: RunInfo, folder: str) -> Sink:
     """The sink, made and begun as a run does it, where a relative path lands in the folder."""
     os.chdir(folder)
     with held_back() as outputs, _the_sinks():
-        sink = cast("Sink", _Marked(spec.factory(options, info)))
+        sink = as_sink(cast("SinkLike", _Marked(spec.factory(options, info))))
     Router({"it": sink}, outputs=outputs).begin()
     return sink
 
@@ -393,18 +391,19 @@ def _methods(subject: Subject) -> None:
 
     def play(sink: Sink) -> list[str]:
         faults = []
+        assert isinstance(sink, Adapted)  # noqa: S101 - as each one here
         for name in needed:
-            method = getattr(sink, name, None)
-            if not callable(method):
+            method = getattr(sink.sink, name, None)
+            inherited = getattr(inspect.unwrap(method), "__func__", None) if method else None
+            if not callable(method) or inherited is getattr(Sink, name):
                 faults.append(f"it has no method {name}(): a run calls it")
                 continue
             try:
                 inspect.signature(method).bind(None)
             except TypeError:
                 faults.append(f"{name}() does not take one argument, as a run gives it")
-        for name in ("idle", "poll"):
-            if hasattr(sink, name):
-                getattr(sink, name)()
+        sink.idle()
+        sink.poll()
         return faults
 
     faults = _run(subject, play).fine().told
@@ -524,8 +523,7 @@ def _output_with(subject: Subject, odd: Callable[[int], str]) -> bytes:
 
     def play(sink: Sink) -> None:
         sink.write(rows)
-        if hasattr(sink, "aggregates"):
-            sink.aggregates(_counted(1, [row.comm or "" for row in rows]))
+        sink.aggregates(_counted(1, [row.comm or "" for row in rows]))
         sink.close(_REPORT)
 
     return _run(subject, play).fine().output
@@ -565,10 +563,9 @@ def _flushes(subject: Subject) -> None:
         sink.write([])
         sizes = [_until_more(sink, 0, soon / 10)]
         # A sink whose `joins` is true tells of many rows in one: a row alone may wait for others.
-        joins = bool(getattr(sink, "joins", False))
+        joins = sink.joins
         for batch in (_stream(999 if joins else 1), _stream(1000, 999)):
-            if hasattr(sink, "aggregates"):
-                sink.aggregates(_counted(len(batch), final=False))
+            sink.aggregates(_counted(len(batch), final=False))
             sink.write(batch)
             sizes.append(_until_more(sink, sizes[-1], soon))
         _end(sink)
@@ -595,9 +592,8 @@ def _losses_and_report(subject: Subject) -> None:
     """It is told of losses at any place, of hosts before the rows, and of how the run went."""
 
     def play(sink: Sink) -> None:
-        if hasattr(sink, "merged"):
-            for host in range(2):
-                sink.merged(Merge(host, f"{host}.jsonl", bound_ns=host * 1000))
+        for host in range(2):
+            sink.merged(Merge(host, f"{host}.jsonl", bound_ns=host * 1000))
         sink.lost(_LOSS)
         sink.write(_stream(3))
         sink.lost(_LOSS)

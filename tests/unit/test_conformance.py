@@ -380,7 +380,7 @@ def in_a_file(**given: Any) -> SinkSpec:
     class Replacing(Lines):
         pass
 
-    def make(options: Options, run: RunInfo) -> Sink:
+    def make(options: Options, run: RunInfo) -> Lines:
         Path(options["db"]).unlink(missing_ok=True)
         return Replacing(Output.open(str(options["db"]), run.stopping))
 
@@ -417,7 +417,7 @@ def test_a_path_that_is_given_is_tried_on_a_copy(tmp_path: Path) -> None:
     users = tmp_path / "x.db"
     users.write_text("precious")
 
-    def make(options: Options, run: RunInfo) -> Sink:
+    def make(options: Options, run: RunInfo) -> Lines:
         if Path(options["db"]).read_text(encoding="utf-8") != "precious":
             raise UsageError("that is not my database")
         Path(options["db"]).write_text("", encoding="utf-8")
@@ -875,12 +875,19 @@ class TrustsNames(Counts):
 class HasNoAggregates(Lines): ...
 
 
+class HasSinksAggregates(Lines, Sink): ...
+
+
+class Derived(Counts, Sink): ...
+
+
 def counting(cls: type[Lines]) -> SinkSpec:
     return attrs.evolve(sink(cls), aggregate=lambda _: Aggregation("process", 16, 1))
 
 
-def test_the_sink_that_counts_and_that_faults_are_planted_in_has_none() -> None:
-    subject = without_root(counting(Counts))
+@pytest.mark.parametrize("cls", [Counts, Derived])
+def test_the_sink_that_counts_and_that_faults_are_planted_in_has_none(cls: type[Lines]) -> None:
+    subject = without_root(counting(cls))
     found = [run(name, check, subject) for name, check in checks(subject).items()]
     assert [one for one in found if one.verdict != "passed"] == []
 
@@ -890,6 +897,7 @@ def test_the_sink_that_counts_and_that_faults_are_planted_in_has_none() -> None:
     [
         (TrustsNames, "every byte", "gets through to the terminal: escape what is not printable"),
         (HasNoAggregates, "methods", "it has no method aggregates(): a run calls it"),
+        (HasSinksAggregates, "methods", "it has no method aggregates(): a run calls it"),
     ],
 )
 def test_a_fault_of_a_sink_that_counts_is_named(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 
 import attrs
@@ -15,7 +15,7 @@ from tcplat_core.errors import ReaderGoneError, TcplatError
 from tcplat_core.event.fields import Event
 from tcplat_core.plugin.histogram import Aggregates
 from tcplat_core.plugin.report import RunReport
-from tcplat_core.plugin.specs import Loss, Merge, Sink
+from tcplat_core.plugin.specs import Loss, Merge, Sink, SinkLike
 from tcplat_core.testing import RecordingSink, make_event
 
 REPORT = RunReport(probes={}, duration_s=1)
@@ -302,16 +302,13 @@ def test_a_loss_is_said_before_the_first_row_that_is_younger(
 
 
 def test_every_sink_that_is_left_is_closed_once() -> None:
-    sinks: dict[str, Sink] = {name: RecordingSink() for name in ("a", "b")}
+    sinks = {name: RecordingSink() for name in ("a", "b")}
     off = RecordingSink(OSError("gone"))
     router = Router({**sinks, "off": off})
     router.feed(rows(1))
     router.flush()
     router.close(REPORT)
-    assert [sink.reports for sink in sinks.values() if isinstance(sink, RecordingSink)] == [
-        [REPORT],
-        [REPORT],
-    ]
+    assert [sink.reports for sink in sinks.values()] == [[REPORT], [REPORT]]
     assert off.reports == []
 
 
@@ -319,9 +316,7 @@ def test_every_sink_that_is_left_is_closed_once() -> None:
 
 
 @pytest.mark.parametrize("method", ["idle", "poll"])
-def test_sinks_that_want_it_are_called_between_batches(
-    router: Router, sink: RecordingSink, method: str
-) -> None:
+def test_sinks_that_want_it_are_called_between_batches(sink: RecordingSink, method: str) -> None:
     calls = []
 
     class Serving(RecordingSink):
@@ -331,19 +326,19 @@ def test_sinks_that_want_it_are_called_between_batches(
         def poll(self) -> None:
             calls.append("poll")
 
-    router.sinks["serving"] = Serving()
+    router = Router({"it": sink, "serving": Serving()})
     getattr(router, method)()
     assert calls == [method]
     assert router.sinks.keys() == {"it", "serving"}
     assert sink.batches == []
 
 
-def test_a_sink_that_fails_between_batches_is_switched_off_alone(router: Router) -> None:
+def test_a_sink_that_fails_between_batches_is_switched_off_alone(sink: RecordingSink) -> None:
     class Failing(RecordingSink):
         def poll(self) -> None:
             raise TcplatError("no more")
 
-    router.sinks["failing"] = Failing()
+    router = Router({"failing": Failing(), "it": sink})
     router.poll()
     assert router.switched_off == {"failing": "no more"}
     assert router.sinks.keys() == {"it"}
@@ -419,9 +414,8 @@ def test_whatever_a_sink_raises_switches_it_off_alone(
 @pytest.mark.usefixtures("taken_over")
 @pytest.mark.parametrize(("error", "said"), RAISED)
 def test_whatever_a_sink_raises_as_it_begins_is_a_sentence(error: BaseException, said: str) -> None:
-    sinks: dict[str, Sink] = {"bad": Raises("begin", error)}
     with pytest.raises(TcplatError) as raised:
-        Router(sinks).begin()
+        Router({"bad": Raises("begin", error)}).begin()
     assert str(raised.value) == f"a sink cannot begin: {said}"
 
 
@@ -437,14 +431,82 @@ def test_every_sink_is_cancelled_whatever_another_raises() -> None:
     assert calls == ["cancel"]
 
 
-@pytest.mark.usefixtures("taken_over")
-def test_a_method_that_cannot_be_looked_up_has_failed(router: Router) -> None:
-    class Odd(RecordingSink):
-        @property
-        def poll(self) -> object:
-            raise SystemExit(3)
+class Bare:
+    """A sink that has no more than it needs, and is not derived from Sink."""
 
-    router.sinks["odd"] = Odd()
+    def __init__(self, **methods: Callable[..., None]) -> None:
+        self.calls: list[str] = []
+        vars(self).update(methods)
+
+    def write(self, batch: Sequence[Event]) -> None:
+        self.calls.append(f"write {len(batch)}")
+
+    def lost(self, loss: Loss) -> None:
+        self.calls.append(f"lost {loss.count}")
+
+    def close(self, report: RunReport) -> None:
+        self.calls.append(f"close {report.duration_s:g}")
+
+
+def everything(router: Router) -> None:
+    """Call whatever a run calls."""
+    router.begin()
+    router.feed(rows(1))
+    router.flush()
+    router.lost(Loss("tcp_client", "send", 1))
+    router.merged(Merge(0, "a"))
+    router.passed(1)
+    router.poll()
+    router.idle()
+    router.aggregates(Aggregates(ts_ns=1, time_ns=1, elapsed_s=1.0, distributions=[], final=True))
+    router.close(REPORT)
+    router.cancel()
+
+
+def test_a_sink_that_is_not_derived_from_sink_needs_three_methods_alone() -> None:
+    sink = Bare()
+    router = Router({"it": sink})
+    everything(router)
+    assert sink.calls == ["write 1", "lost 1", "close 1"]
+    assert router.switched_off == {}
+    assert not router.serves
+    assert not router.tells_time
+
+
+@pytest.mark.parametrize(
+    "method", ["begin", "merged", "passed", "poll", "idle", "aggregates", "cancel"]
+)
+def test_a_sink_that_is_not_derived_from_sink_is_called_where_it_has_a_method(method: str) -> None:
+    calls: list[object] = []
+    router = Router({"it": Bare(**{method: lambda *_: calls.append(method)})})
+    assert router.serves == (method == "poll")
+    assert router.tells_time == (method == "passed")
+    everything(router)
+    assert calls == [method]
+
+
+def test_a_sink_without_readers_lets_the_session_sleep() -> None:
+    assert not Router({"it": RecordingSink()}).serves
+    assert not Router({"it": RecordingSink()}).tells_time
+
+
+@pytest.mark.parametrize("method", ["write", "lost", "close"])
+def test_a_sink_says_itself_what_it_does_with_rows_losses_and_the_end(method: str) -> None:
+    own = {name: lambda *_: None for name in ("write", "lost", "close") if name != method}
+    with pytest.raises(TypeError, match=method):
+        type("Lacks", (Sink,), own)()
+
+
+@pytest.mark.usefixtures("taken_over")
+@pytest.mark.parametrize("base", [Bare, RecordingSink])
+def test_a_method_that_cannot_be_looked_up_has_failed(
+    base: type[SinkLike], sink: RecordingSink
+) -> None:
+    def fail(_: object) -> None:
+        raise SystemExit(3)
+
+    odd = type("Odd", (base,), {"poll": property(fail)})
+    router = Router({"odd": odd(), "it": sink})
     assert router.serves
     router.poll()
     assert router.switched_off == {"odd": "SystemExit: 3"}

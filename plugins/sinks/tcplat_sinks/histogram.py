@@ -19,6 +19,7 @@ from tcplat_core import (
     Loss,
     Output,
     RunReport,
+    Sink,
     printable,
 )
 
@@ -27,7 +28,7 @@ _BAR = 40
 
 
 @attrs.define(eq=False)
-class Histograms:
+class Histograms(Sink):
     """Histograms as text or JSON lines.
 
     Args:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import attrs
 import msgspec
 
-from tcplat_core import SCHEMA_VERSION, Event, Loss, Merge, Output, RunReport, json_lines
+from tcplat_core import SCHEMA_VERSION, Event, Loss, Merge, Output, RunReport, Sink, json_lines
 
 
 @attrs.define(eq=False)
-class Jsonl:
+class Jsonl(Sink):
     """Rows as JSON lines; losses and the report as lines of their own."""
 
     output: Output

@@ -29,6 +29,7 @@ from tcplat_core import (
     ReaderGoneError,
     RunInfo,
     RunReport,
+    Sink,
     UsageError,
     clock_offset_ns,
     connect,
@@ -161,7 +162,7 @@ def _loss(loss: Loss) -> bytes:
 
 
 @attrs.define(eq=False)
-class Msgpack:
+class Msgpack(Sink):
     """A socket for many readers, or a connection to one.
 
     Args:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import attrs
 
-from tcplat_core import Event, Loss, Output, RunReport, fields, printable
+from tcplat_core import Event, Loss, Output, RunReport, Sink, fields, printable
 
 
 @attrs.frozen
@@ -67,7 +67,7 @@ def _own(name: str, row: Event) -> str:
 
 
 @attrs.define(eq=False)
-class Table:
+class Table(Sink):
     """Rows as a table.
 
     Args:

@@ -78,7 +78,9 @@ class Stdout:
         options = {**{option.name: option.default for option in spec.options}, **given}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "stdout", self.file)
-            return spec.factory(options, RUN)
+            sink = spec.factory(options, RUN)
+        assert isinstance(sink, Sink)
+        return sink
 
     def written(self) -> bytes:
         """Return what has come since the last call."""

@@ -9,7 +9,7 @@ from typing import TypeVar
 import attrs
 import msgspec
 
-from tcplat_core import Event, Loss, Merge, Output, RunReport, TcplatError
+from tcplat_core import Event, Loss, Merge, Output, RunReport, Sink, TcplatError
 
 from .hosts import Hosts
 from .join import Joiner
@@ -23,7 +23,7 @@ _PATIENCE_S = 1.5
 
 
 @attrs.define(eq=False)
-class Joined:
+class Joined(Sink):
     """A sink of what many rows have told together.
 
     Args:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tcplat_core import Event, Loss, Output, RunReport, printable
+from tcplat_core import Event, Loss, Output, RunReport, Sink, printable
 
 MOST = 10_000
 """Maximum number of groups: keeps memory bounded."""
 OTHERS = "(others)"
 
 
-class Totals:
+class Totals(Sink):
     """Number of rows, bytes sent and bytes received per group."""
 
     def __init__(self, output: Output, by: str) -> None:
