@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import click
+from tcplat_stages.connection import Told
 from tcplat_stages.join import Joiner
-from tcplat_stages.model import Told
 
 from tcplat_core import Loss, Reader, printable
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from typing import Any
 
-from tcplat_stages.model import Connection
+from tcplat_stages.connection import Connection
 
 KINDS = ("send", "nic_tx", "nic_rx", "rx_ip", "ready", "recv", "again")
 """Points of the graph; `again` is a `nic_tx` of bytes that had left before."""

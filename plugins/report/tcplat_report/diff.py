@@ -27,23 +27,14 @@ from typing import Any
 import attrs
 import click
 import msgspec
+from tcplat_stages.chain import CONNECTED, STAGES, UNEXPLAINED
+from tcplat_stages.connection import Connection
+from tcplat_stages.exchange import ANSWERED, CUT, ONE_WAY, OPEN, PUSH, UNANSWERED, UNKNOWN, Exchange
 from tcplat_stages.histogram import Histogram
 from tcplat_stages.join import Joiner
-from tcplat_stages.model import (
-    ANSWERED,
-    CUT,
-    ONE_WAY,
-    OPEN,
-    PUSH,
-    SERVICE,
-    UNANSWERED,
-    UNKNOWN,
-    Connection,
-    Exchange,
-)
-from tcplat_stages.percentiles import GROUPINGS, OTHERS, TOTAL, samples
 from tcplat_stages.plugin import parse_groups
-from tcplat_stages.stages import CONNECTED, STAGES, UNEXPLAINED
+from tcplat_stages.stages import GROUPINGS, OTHERS, TOTAL, samples
+from tcplat_stages.stream import SERVICE
 from tcplat_stages.text import duration, micros, nanos
 
 from tcplat_core import Reader, UsageError

@@ -13,9 +13,12 @@ from typing import Any, BinaryIO
 
 import attrs
 import msgspec
+from tcplat_stages.chain import CONNECT_STAGES, CONNECTED, REPLY_TX, REQUEST_RX, STAGES
+from tcplat_stages.connection import Connection, Told
+from tcplat_stages.exchange import Exchange
 from tcplat_stages.hosts import Hosts
-from tcplat_stages.model import CLIENT, SERVICE, Connection, Exchange, Told, Who
-from tcplat_stages.stages import CONNECT_STAGES, CONNECTED, REPLY_TX, REQUEST_RX, STAGES
+from tcplat_stages.rows import Who
+from tcplat_stages.stream import CLIENT, SERVICE
 from tcplat_stages.text import address, micros
 from tcplat_stages.waterfall import WAITING
 

@@ -8,12 +8,14 @@ from typing import Any
 
 import attrs
 import msgspec
+from tcplat_stages.chain import CONNECT_STAGES, CONNECTED, STAGES
+from tcplat_stages.connection import Connection, Told
+from tcplat_stages.exchange import FAILED, OUTCOMES, Exchange
 from tcplat_stages.histogram import Histogram
 from tcplat_stages.hosts import Hosts, crosses
 from tcplat_stages.join import Joiner
-from tcplat_stages.model import CLIENT, FAILED, OUTCOMES, SERVICE, Connection, Exchange, Told
-from tcplat_stages.percentiles import order, samples
-from tcplat_stages.stages import CONNECT_STAGES, CONNECTED, STAGES
+from tcplat_stages.stages import order, samples
+from tcplat_stages.stream import CLIENT, SERVICE
 from tcplat_stages.text import duration, micros
 from tcplat_stages.waterfall import Rank, as_json, rank
 

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tcplat_report.clocks import DRIFT_PPM, Corridor, Sightings, UnboundedError
 from tcplat_report.commands import merge
+from tcplat_stages.exchange import Exchange
 from tcplat_stages.join import Joiner
-from tcplat_stages.model import Exchange
 
 from tcplat_core import Event, Loss, Reader, UsageError
 

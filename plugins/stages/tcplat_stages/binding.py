@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .chain import CONNECT_CALLED, HANDSHAKE_DONE
+from .connection import Connection, End
 from .directory import Directory, likeliest
-from .model import CLIENT, NOBODY, NOWHERE, SERVICE, Connection, End, Who, shared
-from .rows import calls, listens, syn_of
-from .stages import CONNECT_CALLED, HANDSHAKE_DONE
+from .rows import NOBODY, Who, calls, listens, shared, syn_of
+from .stream import CLIENT, NOWHERE, SERVICE
 
 _ROLES = {"tcp_client": CLIENT, "tcp_service": SERVICE, "client": CLIENT, "service": SERVICE}
 """Whose socket it is, by the probe, or by what tcp_stats says."""

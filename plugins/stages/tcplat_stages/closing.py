@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from .model import SERVICE, Connection
-from .stages import CONNECTED
+from .chain import CONNECTED
+from .connection import Connection
+from .stream import SERVICE
 
 
 def note_failure(conn: Connection, index: int, error: str, ts_ns: int) -> None:

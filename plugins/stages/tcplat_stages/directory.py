@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
+from .connection import Connection, End
 from .losses import Losses
-from .model import CLIENT, Connection, End
+from .stream import CLIENT
 from .turns import Turns
 
 Addresses = tuple[Any, ...]

@@ -6,7 +6,7 @@ import attrs
 
 from tcplat_core import HOST_BITS, Merge
 
-from .model import Connection
+from .connection import Connection
 
 _WIRES = frozenset({"wire", "wire_back", "syn", "synack"})
 

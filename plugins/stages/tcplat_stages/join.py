@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .binding import Binder, goes_again
+from .connection import Connection, Told
 from .directory import Directory
 from .losses import MOVES, PACKETS, STREAM, Losses
-from .model import CLIENT, SERVICE, Connection, Told
 from .packet_rows import PLAIN, PacketRows
 from .routing import PacketRouter, is_new
 from .rows import opens
 from .socket_rows import SocketRows
+from .stream import CLIENT, SERVICE
 from .turns import END_OF_RUN, Turns, has_come
 
 _SECOND_NS = 1_000_000_000

@@ -11,9 +11,9 @@ import msgspec
 
 from tcplat_core import Event, Loss, Merge, Output, RunReport, Sink, TcplatError
 
+from .connection import Told
 from .hosts import Hosts
 from .join import Joiner
-from .model import Told
 
 T = TypeVar("T")
 _PIECE = 256

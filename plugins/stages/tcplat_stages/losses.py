@@ -5,8 +5,10 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from operator import itemgetter
 
-from .model import CLIENT, OPEN, SERVICE, Connection, Exchange
-from .stages import REPLY_READ, REQUEST_READ
+from .chain import REPLY_READ, REQUEST_READ
+from .connection import Connection
+from .exchange import OPEN, Exchange
+from .stream import CLIENT, SERVICE
 
 STREAM = frozenset({"send", "send_short", "recv", "ready"})
 """Rows of a socket that tell of bytes of its streams."""

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from .model import (
-    CLIENT,
-    CUT,
-    ONE_WAY,
-    OPEN,
-    SERVICE,
-    UNANSWERED,
-    UNKNOWN,
-    Connection,
-    Exchange,
-    reached,
-)
-from .stages import ACCEPTED, HANDSHAKE_DONE, REPLY_SENT, REQUEST_READ
+from .chain import ACCEPTED, HANDSHAKE_DONE, REPLY_SENT, REQUEST_READ
+from .connection import Connection
+from .exchange import CUT, ONE_WAY, OPEN, UNANSWERED, UNKNOWN, Exchange
+from .stream import CLIENT, SERVICE, reached
 
 _NAMES = ("client", "service")
 _PARTING_NS = 5_000_000

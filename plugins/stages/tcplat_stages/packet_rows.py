@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from .binding import set_syn
+from .chain import SYN_RX, SYN_TX, SYNACK_RX, SYNACK_TX
 from .closing import note_fin, note_reset
+from .connection import Connection
 from .directory import Directory
 from .losses import KINDS, PACKET_ROWS, resumes
-from .model import CLIENT, NOWHERE, SERVICE, Connection, Flow, Reach, shared, whole
-from .rows import device, opens
-from .stages import SYN_RX, SYN_TX, SYNACK_RX, SYNACK_TX
+from .rows import device, opens, shared, whole
+from .stream import CLIENT, NOWHERE, SERVICE, Flow, Reach
 from .turns import LONG, Turns, prune
 
 PLAIN = frozenset({"ACK", "PSH|ACK"})

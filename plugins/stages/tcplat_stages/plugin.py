@@ -62,7 +62,7 @@ def _summary(options: Options, run: RunInfo) -> Sink:
 
 
 def _stages(options: Options, run: RunInfo) -> Sink:
-    from .percentiles import Stages  # noqa: PLC0415 - only the sinks in use are imported
+    from .stages import Stages  # noqa: PLC0415 - only the sinks in use are imported
 
     return Stages(
         Output.open(options["path"], run.stopping),

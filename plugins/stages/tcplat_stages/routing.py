@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from .binding import set_syn
+from .connection import Connection
 from .directory import Addresses, Directory, Way, likeliest
-from .model import CLIENT, SERVICE, Connection, whole
-from .rows import opens
+from .rows import opens, whole
+from .stream import CLIENT, SERVICE
 
 
 class PacketRouter:

@@ -1,8 +1,42 @@
-"""What a row says of the connection that it belongs to."""
+"""What a row says: fields that not every probe has, its process, how it begins a connection."""
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import Any, NamedTuple, TypeVar
+
+
+def real(row: Any, name: str) -> float | None:
+    """A field that not every probe has; None where there is none, or where it is no number.
+
+    What the probe of somebody else calls so may be anything.
+    """
+    value = getattr(row, name, None)
+    return value if type(value) in (int, float) else None
+
+
+def whole(row: Any, name: str) -> int | None:
+    """The same of a field that is a whole number."""
+    value = getattr(row, name, None)
+    return value if type(value) is int else None
+
+
+_Text = TypeVar("_Text", str, str | None)
+
+
+def shared(text: _Text) -> _Text:
+    """The same text, once for all who keep it: each row of a capture has one of its own."""
+    return sys.intern(text) if type(text) is str else text
+
+
+class Who(NamedTuple):
+    """A process, as a row names it; null where nothing does."""
+
+    pid: int | None
+    comm: str | None
+
+
+NOBODY = Who(None, None)
 
 
 def opens(flags: str) -> bool:

@@ -6,25 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from .binding import Binder, update_user
+from .chain import ACCEPTED, CONNECT_CALLED, CONNECTED, HANDSHAKE_DONE
 from .closing import note_failure, note_fin
+from .connection import STATS, Connection, End
 from .directory import Directory
 from .losses import READS, resumes
-from .model import (
-    CLIENT,
-    NOWHERE,
-    SERVICE,
-    STATS,
-    Connection,
-    End,
-    Reach,
-    caller,
-    reached,
-    real,
-    shared,
-    whole,
-)
-from .rows import syn_of
-from .stages import ACCEPTED, CONNECT_CALLED, CONNECTED, HANDSHAKE_DONE
+from .rows import real, shared, syn_of, whole
+from .stream import CLIENT, NOWHERE, SERVICE, Reach, caller, reached
 from .turns import LONG, Turns, prune
 
 

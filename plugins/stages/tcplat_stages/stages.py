@@ -1,163 +1,258 @@
-"""The stages of an exchange: their names, their order, and the arithmetic that makes them add up.
-
-A chain is a row of instants, in the order in which they come to pass, and the stages
-between them. Stages are differences of neighbours in the chain, so that their sum is
-the whole by construction. All times are integer nanoseconds.
-"""
+"""Percentiles of each stage, by groups of exchanges."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
-CLIENT_SENT, REQUEST_TX, REQUEST_RX, REQUEST_IP, REQUEST_READY, REQUEST_READ = range(6)
-REPLY_SENT, REPLY_TX, REPLY_RX, REPLY_IP, REPLY_READY, REPLY_READ = range(6, 12)
+import attrs
 
-MILESTONES = (
-    "client_sent",  # the client's first send() of the request
-    "request_tx",  # the request's last byte leaves by the client's interface, for the first time
-    "request_rx",  # the service's interface has all of the request
-    "request_ip",  # IP has
-    "request_ready",  # TCP has put its last byte into the socket's queue
-    "request_read",  # the service's recv() of its last byte returns
-    "reply_sent",  # the service's first send() of the reply
-    "reply_tx",  # and the same on the way back
-    "reply_rx",
-    "reply_ip",
-    "reply_ready",
-    "reply_read",
-)
-STAGES = (
-    "client_send",
-    "wire",
-    "softirq",
-    "tcp",
-    "queue",
-    "server",
-    "server_send",
-    "wire_back",
-    "softirq_back",
-    "tcp_back",
-    "queue_back",
-)
-"""Stage i lies between milestones i and i + 1."""
+from tcplat_core import Event, Loss, printable
 
-CONNECT_CALLED, SYN_TX, SYN_RX, SYNACK_TX, SYNACK_RX, CONNECTED, HANDSHAKE_DONE, ACCEPTED = range(8)
+from .chain import STAGES, UNEXPLAINED
+from .connection import Told
+from .exchange import ANSWERED, OUTCOMES, Exchange
+from .histogram import Histogram
+from .hosts import crosses
+from .joined import Joined
+from .stream import CLIENT
+from .text import duration, micros, moment
 
-CONNECT_MILESTONES = (
-    "connect_called",
-    "syn_tx",
-    "syn_rx",
-    "synack_tx",
-    "synack_rx",
-    "connected",  # the client's socket is ESTABLISHED
-    "handshake_done",  # the service's socket is
-    "accepted",
-)
-CONNECT_STAGES = (
-    "connect_send",
-    "syn",
-    "answer",
-    "synack",
-    "connect_done",
-    "ack",
-    "accept",
-)
+TOTAL = "total"
+PERCENTILES = ((50.0, "p50"), (90.0, "p90"), (99.0, "p99"), (99.9, "p99_9"))
+_MOST_GROUPS = 4096
+OTHERS = "(others)"
 
-UNEXPLAINED = "unexplained"
+Group = tuple[Any, ...]
 
 
-class Split(NamedTuple):
-    """A chain's total, and what it is made of. A tuple: one is made for each exchange.
+def _process(exchange: Exchange) -> Any:
+    return exchange.who(exchange.end.index).comm
+
+
+def _remote(exchange: Exchange) -> Any:
+    conn = exchange.conn
+    return conn.service[0] if exchange.end.index == CLIENT else conn.client[0]
+
+
+def _port(exchange: Exchange) -> Any:
+    return exchange.conn.service[1]
+
+
+GROUPINGS: dict[str, Callable[[Exchange], Any]] = {
+    "process": _process,  # name of the client's process; the service's, where that is unknown
+    "remote": _remote,  # address of the other end, as that process sees it
+    "port": _port,  # of the service
+}
+
+
+_BEHIND = (UNEXPLAINED, TOTAL, *OUTCOMES)
+
+
+def samples(exchange: Exchange) -> list[tuple[str, int]]:
+    """Of what an exchange is a sample: name and ns.
+
+    Each stage that was gone through to its end; ``total``, if it was answered; else its
+    outcome, and how long it waited or was on its way.
+    """
+    split = exchange.split
+    parts = list(split.stages)
+    if split.unexplained_ns:
+        parts.append((UNEXPLAINED, split.unexplained_ns))
+    name = TOTAL if exchange.outcome == ANSWERED else exchange.outcome
+    parts.append((name, exchange.lasted_ns))
+    return parts
+
+
+def order(name: str) -> tuple[int, int]:
+    """Stages in the order of their chain, then what is no stage."""
+    first = name.partition("+")[0]
+    if first in STAGES:
+        return STAGES.index(first), name.count("+")
+    return len(STAGES) + (_BEHIND.index(name) if name in _BEHIND else -1), 0
+
+
+@attrs.define(eq=False)
+class Stages(Joined):
+    """Percentiles per group and stage.
 
     Args:
-        stages: Name and ns, in order. Where instants between them are unknown, stages
-            are one: ``wire+softirq``.
-        total_ns: From the first known instant to the last.
-        unexplained_ns: What no stage can have: ``total_ns`` minus the sum of the stages.
-        left_out: Numbers of the instants that contradict the order of the others.
+        output: Where to.
+        group_by: Names of GROUPINGS.
+        every_ns: Also every so often, by the rows' time; 0 for at the end alone.
+        as_json: One JSON object per group and stage.
     """
 
-    stages: tuple[tuple[str, int], ...]
-    total_ns: int
-    unexplained_ns: int
-    left_out: tuple[int, ...] = ()
+    group_by: tuple[str, ...] = ("process", "port")
+    every_ns: int = 0
+    _now: dict[Group, dict[str, Histogram]] = attrs.field(factory=dict, init=False)
+    _all: dict[Group, dict[str, Histogram]] = attrs.field(factory=dict, init=False)
+    _next_ns: int = attrs.field(default=0, init=False)
+    _until_ns: int = attrs.field(default=0, init=False)
+    _offset_ns: int = attrs.field(default=0, init=False)
+    """Unix time minus the rows' clock, as the last row has it."""
+    _lost: int = attrs.field(default=0, init=False)
+
+    def take(self, batch: Sequence[Event]) -> None:
+        """Take rows; at the end of an interval, tell of it."""
+        if not self.every_ns:
+            super().take(batch)
+            return
+        rows = batch
+        while (cut := self._end_in(rows)) is not None:
+            self._take(rows[:cut])
+            ts_ns = rows[cut].ts_ns
+            if not self._next_ns:
+                self._next_ns = (ts_ns // self.every_ns + 1) * self.every_ns
+            self._end_intervals(ts_ns)
+            rows = rows[cut:]
+        self._take(rows)
+
+    def _take(self, rows: Sequence[Event]) -> None:
+        """Take rows of one interval."""
+        super().take(rows)
+        if rows:
+            self._offset_ns = rows[-1].time_ns - rows[-1].ts_ns
+
+    def passed(self, ts_ns: int) -> None:
+        """No older row comes any more: intervals end, and what has been silent for long is over."""
+        if self.every_ns and self._next_ns:
+            self._end_intervals(ts_ns)
+        super().passed(ts_ns)
+
+    def gap(self, loss: Loss) -> None:
+        """Said with the figures; as JSON at the place of the gap."""
+        self._lost += loss.count
+        if self.as_json:
+            super().gap(loss)
+
+    def finish(self, told: list[Told]) -> None:
+        """The figures of the whole run."""
+        self.tell(told)
+        self._add_up()
+        self._write(self._all, "")
+        if self.as_json:
+            self.output.write(self.spans_loss())
+
+    def tell(self, told: list[Told]) -> None:
+        """Count what is over."""
+        groupings = [GROUPINGS[name] for name in self.group_by]
+        groups = self._now
+        for one in told:
+            if not isinstance(one, Exchange):
+                continue
+            group = tuple([grouping(one) for grouping in groupings])
+            found = groups.get(group)
+            if found is None:
+                if len(groups) >= _MOST_GROUPS:
+                    group = tuple(OTHERS for _ in groupings)
+                found = groups.setdefault(group, {})
+            for name, ns in samples(one):
+                histogram = found.get(name)
+                if histogram is None:
+                    histogram = found[name] = Histogram()
+                histogram.add(ns)
+
+    def _end_intervals(self, ts_ns: int) -> None:
+        """Tell of those that are over by now, but for those in which nothing was complete."""
+        while self._next_ns <= ts_ns:
+            super().passed(self._next_ns)
+            if self._now:
+                self._until_ns = self._next_ns + self._offset_ns
+                self._write(self._now, f"until {moment(self._until_ns)}")
+                self._add_up()
+            # Until then nothing can be over.
+            due_ns = self.joiner.due_ns(self._next_ns)
+            quiet_ns = ts_ns + 1 if due_ns is None else min(due_ns, ts_ns + 1)
+            self._next_ns = max(self._next_ns + 1, quiet_ns) + self.every_ns - 1
+            self._next_ns -= self._next_ns % self.every_ns
+
+    def _end_in(self, rows: Sequence[Event]) -> int | None:
+        """The first row of the next interval: a late one may follow it, and be its batch's last."""
+        return next((i for i, row in enumerate(rows) if row.ts_ns >= self._next_ns), None)
+
+    def _add_up(self) -> None:
+        for group, found in self._now.items():
+            there = self._all.get(group)
+            if there is None and len(self._all) >= _MOST_GROUPS:
+                there = self._all.setdefault(tuple(OTHERS for _ in group), {})
+            elif there is None:
+                there = self._all.setdefault(group, {})
+            for name, histogram in found.items():
+                there.setdefault(name, Histogram()).merge(histogram)
+        self._now = {}
+
+    def _write(self, groups: dict[Group, dict[str, Histogram]], when: str) -> None:
+        rows = [
+            (group, name, groups[group][name])
+            for group in sorted(groups, key=_as_text)
+            for name in sorted(groups[group], key=order)
+        ]
+        if self.as_json:
+            times = {"until_ns": self._next_ns, "until_time_ns": self._until_ns}
+            until = times if when else {}
+            self.output.write(
+                self.encoder.encode_lines(
+                    [
+                        {**as_json(self.group_by, *row), **self._bound(row[1]), **until}
+                        for row in rows
+                    ]
+                )
+            )
+            return
+        self.output.write(self._table(rows, when).encode())
+
+    def _bound(self, stage: str) -> dict[str, float]:
+        bound_ns = self.hosts.worst_ns()
+        return {} if bound_ns is None or not crosses(stage) else {"wire_bound_us": micros(bound_ns)}
+
+    def _table(self, rows: list[tuple[Group, str, Histogram]], when: str) -> str:
+        lines = [f"-- {when}"] if when else []
+        bound_ns = self.hosts.worst_ns()
+        if bound_ns is not None:
+            lines.append(f"-- between hosts, wire and wire_back are right ± {duration(bound_ns)}")
+        if self._lost:
+            lines.append(f"-- {self._lost} events were lost: figures of what was seen")
+        if not when:
+            lines += [f"-- {words}" for words in self.joiner.untold()]
+        heads = [*(name.upper() for name in self.group_by), "STAGE", "COUNT"]
+        heads += ["P50", "P90", "P99", "P99.9", "MAX"]
+        cells = [
+            [
+                *("-" if value is None else str(value) for value in group),
+                name,
+                str(histogram.count),
+                *(duration(histogram.percentile(percent)) for percent, _ in PERCENTILES),
+                duration(histogram.max_ns),
+            ]
+            for group, name, histogram in rows
+        ]
+        widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+        left = len(self.group_by) + 1
+        for row in [heads, *cells]:
+            line = [
+                cell.ljust(width) if number < left else cell.rjust(width)
+                for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ]
+            lines.append("  ".join(line))
+        return "\n".join([*map(printable, lines), ""])
 
 
-NOTHING = Split((), 0, 0)
+def _as_text(group: Group) -> tuple[str, ...]:
+    return tuple("" if value is None else str(value) for value in group)
 
 
-def split(stamps: Sequence[int | None], stages: tuple[str, ...] = STAGES) -> Split:
-    """Divide the time between the first and the last known instant into stages.
-
-    An instant that comes before one which it should follow is left out, and the stages
-    around it are one; of several such, as few as possible. Where nothing is known
-    between the two ends of the whole chain, all of the time is unexplained.
-    """
-    known = [(number, at) for number, at in enumerate(stamps) if at is not None]
-    if len(known) < 2:  # noqa: PLR2004 - one instant is no time
-        return NOTHING
-    kept = known
-    wrong = [place for place in range(1, len(known)) if known[place][1] < known[place - 1][1]]
-    if wrong:
-        kept = _consistent(known, wrong)
-    first, last = kept[0], kept[-1]
-    total_ns = last[1] - first[1]
-    left_out = (
-        ()
-        if kept is known
-        else tuple(sorted({number for number, _ in known} - {number for number, _ in kept}))
-    )
-    if len(kept) == 2 and last[0] - first[0] == len(stages) and len(stages) > 1:  # noqa: PLR2004
-        return Split((), total_ns, total_ns, left_out)
-    name = _names(stages)
-    parts = []
-    number, at = first
-    for next_number, next_at in kept[1:]:
-        parts.append((name[number, next_number], next_at - at))
-        number, at = next_number, next_at
-    return Split(tuple(parts), total_ns, 0, left_out)
-
-
-@functools.cache
-def _names(stages: tuple[str, ...]) -> dict[tuple[int, int], str]:
-    """From one instant to another -> the stages between, joined."""
-    count = len(stages) + 1
+def as_json(
+    group_by: tuple[str, ...], group: Group, name: str, histogram: Histogram
+) -> dict[str, Any]:
+    """One group's stage as one object; null for what the groups are not told apart by."""
+    values = dict(zip(group_by, group, strict=True))
     return {
-        (first, last): "+".join(stages[first:last])
-        for first in range(count)
-        for last in range(first + 1, count)
+        "v": 1,
+        **{grouping: values.get(grouping) for grouping in GROUPINGS},
+        "stage": name,
+        "count": histogram.count,
+        **{f"{key}_us": micros(histogram.percentile(percent)) for percent, key in PERCENTILES},
+        "max_us": micros(histogram.max_ns),
+        "mean_us": round(histogram.sum_ns / histogram.count / 1000, 3),
     }
-
-
-def _consistent(known: list[tuple[int, int]], wrong: list[int]) -> list[tuple[int, int]]:
-    """The longest part that is in order, with both ends if those are. Of equals, the earlier one.
-
-    How long it lasted in all is what matters most, and what the ends say.
-
-    Args:
-        known: Number and instant.
-        wrong: Places in it of which the instant is before the one ahead.
-    """
-    if len(wrong) == 1:
-        # As on loopback, where XDP comes behind IP: one of two neighbours goes.
-        place = wrong[0]
-        if place < len(known) - 1 and known[place - 1][1] <= known[place + 1][1]:
-            return [*known[:place], *known[place + 1 :]]
-    first, last = known[0], known[-1]
-    if first[1] > last[1]:
-        return _longest(known)
-    inner = [item for item in known[1:-1] if first[1] <= item[1] <= last[1]]
-    return [first, *_longest(inner), last]
-
-
-def _longest(items: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    best: list[list[tuple[int, int]]] = []
-    for item in items:
-        before: list[tuple[int, int]] = []
-        for run in best:
-            if run[-1][1] <= item[1] and len(run) > len(before):
-                before = run
-        best.append([*before, item])
-    return max(best, key=len, default=[])

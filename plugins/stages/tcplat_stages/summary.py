@@ -8,10 +8,12 @@ import attrs
 
 from tcplat_core import printable
 
+from .chain import CONNECT_CALLED, CONNECTED, HANDSHAKE_DONE, SYN_RX
+from .connection import STATS, Connection, Told
+from .exchange import ANSWERED, OUTCOMES
 from .hosts import Hosts
 from .joined import Joined
-from .model import ANSWERED, CLIENT, OUTCOMES, SERVICE, STATS, Connection, Told
-from .stages import CONNECT_CALLED, CONNECTED, HANDSHAKE_DONE, SYN_RX
+from .stream import CLIENT, SERVICE
 from .text import duration, micros, moment, path, stages_json
 
 _ENDS = ("client", "service")
@@ -68,7 +70,7 @@ def _figures(conn: Connection, index: int) -> dict[str, Any]:
     return {name: stats.get(name) for name in STATS}
 
 
-def as_json(conn: Connection, hosts: Hosts) -> dict[str, Any]:
+def as_json(conn: Connection, hosts: Hosts) -> dict[str, Any]:  # its fields, one by one
     """A connection as one object; times in µs.
 
     ``wire_bound_us`` is there where two hosts' clocks stamped SYN, SYN-ACK and ACK.

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 
 from tcplat_core import duration as seconds
 
-from .model import CLIENT, SERVICE, Connection, Exchange, Who
-from .stages import Split
+from .chain import Split
+from .connection import Connection
+from .exchange import Exchange
+from .rows import Who
+from .stream import CLIENT, SERVICE
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _FEW = 4

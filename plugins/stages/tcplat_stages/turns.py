@@ -4,23 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from .losses import ASKING_ROWS, READS, Losses, tear
-from .model import (
-    ANSWERED,
-    CLIENT,
-    NOBODY,
-    NONE_WAIT,
-    OPEN,
-    SERVICE,
-    UNANSWERED,
-    Connection,
-    Exchange,
-    Told,
-    caller,
-    reached,
-)
-from .outcomes import judge_cut_short, judge_unanswered
-from .stages import (
+from .chain import (
     CLIENT_SENT,
     REPLY_IP,
     REPLY_READ,
@@ -34,6 +18,12 @@ from .stages import (
     REQUEST_RX,
     REQUEST_TX,
 )
+from .connection import NONE_WAIT, Connection, Told
+from .exchange import ANSWERED, OPEN, UNANSWERED, Exchange
+from .losses import ASKING_ROWS, READS, Losses, tear
+from .outcomes import judge_cut_short, judge_unanswered
+from .rows import NOBODY
+from .stream import CLIENT, SERVICE, caller, reached
 
 END_OF_RUN = "end of run"
 LONG = 256

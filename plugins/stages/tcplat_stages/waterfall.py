@@ -9,10 +9,12 @@ import attrs
 
 from tcplat_core import printable
 
+from .chain import MILESTONES, STAGES, UNEXPLAINED, Split
+from .connection import Told
+from .exchange import CUT, FAILED, OPEN, UNANSWERED, UNKNOWN, Exchange
 from .hosts import Hosts, crosses
 from .joined import Joined
-from .model import CUT, FAILED, OPEN, SERVICE, UNANSWERED, UNKNOWN, Exchange, Told
-from .stages import MILESTONES, STAGES, UNEXPLAINED, Split
+from .stream import SERVICE
 from .text import bar, duration, micros, moment, nanos, path, stage, stages_json
 
 TOTAL = "total"

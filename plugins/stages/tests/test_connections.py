@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tcplat_stages.connection import Connection
+from tcplat_stages.exchange import Exchange
 from tcplat_stages.join import Joiner
-from tcplat_stages.model import Connection, Exchange
 
 from .history import ADDRESSES, CLIENT, NETNS, SERVICE, History, Row
 

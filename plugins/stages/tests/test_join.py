@@ -13,9 +13,11 @@ import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tcplat_stages.chain import ACCEPTED, HANDSHAKE_DONE, MILESTONES, STAGES
+from tcplat_stages.connection import NONE_WAIT, Connection
+from tcplat_stages.exchange import Exchange
 from tcplat_stages.join import Joiner
-from tcplat_stages.model import NO_LOG, NO_SENDERS, NONE_WAIT, NOWHERE, Connection, Exchange
-from tcplat_stages.stages import ACCEPTED, HANDSHAKE_DONE, MILESTONES, STAGES
+from tcplat_stages.stream import NO_LOG, NO_SENDERS, NOWHERE
 
 from .history import CLIENT, NETNS, SERVICE, SOCKETS, History, Row
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tcplat_stages.connection import Connection
+from tcplat_stages.exchange import Exchange
 from tcplat_stages.join import Joiner
-from tcplat_stages.model import Connection, Exchange
 from tcplat_stages.plugin import tcplat_register_sinks
 
 from tcplat_core import Loss, RunInfo, RunReport

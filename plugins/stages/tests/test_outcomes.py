@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tcplat_stages.model import Connection, Exchange
+from tcplat_stages.connection import Connection
+from tcplat_stages.exchange import Exchange
 
 from .history import CLIENT, SERVICE, History, Row
 from .test_join import NUMBERS, PROBES, SECOND, TURNS, joined, of_turns, simple

@@ -10,8 +10,8 @@ from typing import Any
 
 import attrs
 import pytest
-from tcplat_stages.percentiles import Stages
 from tcplat_stages.plugin import tcplat_register_sinks
+from tcplat_stages.stages import Stages
 from tcplat_stages.waterfall import parse_at_least
 
 from tcplat_core import Loss, RunInfo, RunReport, TcplatError, UsageError
@@ -298,7 +298,7 @@ def test_options_that_mean_nothing_are_refused(name: str, given: dict[str, str])
 
 
 def test_groups_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tcplat_stages.percentiles._MOST_GROUPS", 3)
+    monkeypatch.setattr("tcplat_stages.stages._MOST_GROUPS", 3)
     sink = Stages(None, ("remote",))  # type: ignore[arg-type] # nothing is written
     for number in range(10):
         history = History(

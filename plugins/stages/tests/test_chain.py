@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tcplat_stages.stages import (
+from tcplat_stages.chain import (
     CONNECT_MILESTONES,
     CONNECT_STAGES,
     MILESTONES,

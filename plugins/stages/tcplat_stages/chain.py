@@ -1,0 +1,163 @@
+"""The stages of an exchange: their names, their order, and the arithmetic that makes them add up.
+
+A chain is a row of instants, in the order in which they come to pass, and the stages
+between them. Stages are differences of neighbours in the chain, so that their sum is
+the whole by construction. All times are integer nanoseconds.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+CLIENT_SENT, REQUEST_TX, REQUEST_RX, REQUEST_IP, REQUEST_READY, REQUEST_READ = range(6)
+REPLY_SENT, REPLY_TX, REPLY_RX, REPLY_IP, REPLY_READY, REPLY_READ = range(6, 12)
+
+MILESTONES = (
+    "client_sent",  # the client's first send() of the request
+    "request_tx",  # the request's last byte leaves by the client's interface, for the first time
+    "request_rx",  # the service's interface has all of the request
+    "request_ip",  # IP has
+    "request_ready",  # TCP has put its last byte into the socket's queue
+    "request_read",  # the service's recv() of its last byte returns
+    "reply_sent",  # the service's first send() of the reply
+    "reply_tx",  # and the same on the way back
+    "reply_rx",
+    "reply_ip",
+    "reply_ready",
+    "reply_read",
+)
+STAGES = (
+    "client_send",
+    "wire",
+    "softirq",
+    "tcp",
+    "queue",
+    "server",
+    "server_send",
+    "wire_back",
+    "softirq_back",
+    "tcp_back",
+    "queue_back",
+)
+"""Stage i lies between milestones i and i + 1."""
+
+CONNECT_CALLED, SYN_TX, SYN_RX, SYNACK_TX, SYNACK_RX, CONNECTED, HANDSHAKE_DONE, ACCEPTED = range(8)
+
+CONNECT_MILESTONES = (
+    "connect_called",
+    "syn_tx",
+    "syn_rx",
+    "synack_tx",
+    "synack_rx",
+    "connected",  # the client's socket is ESTABLISHED
+    "handshake_done",  # the service's socket is
+    "accepted",
+)
+CONNECT_STAGES = (
+    "connect_send",
+    "syn",
+    "answer",
+    "synack",
+    "connect_done",
+    "ack",
+    "accept",
+)
+
+UNEXPLAINED = "unexplained"
+
+
+class Split(NamedTuple):
+    """A chain's total, and what it is made of. A tuple: one is made for each exchange.
+
+    Args:
+        stages: Name and ns, in order. Where instants between them are unknown, stages
+            are one: ``wire+softirq``.
+        total_ns: From the first known instant to the last.
+        unexplained_ns: What no stage can have: ``total_ns`` minus the sum of the stages.
+        left_out: Numbers of the instants that contradict the order of the others.
+    """
+
+    stages: tuple[tuple[str, int], ...]
+    total_ns: int
+    unexplained_ns: int
+    left_out: tuple[int, ...] = ()
+
+
+NOTHING = Split((), 0, 0)
+
+
+def split(stamps: Sequence[int | None], stages: tuple[str, ...] = STAGES) -> Split:
+    """Divide the time between the first and the last known instant into stages.
+
+    An instant that comes before one which it should follow is left out, and the stages
+    around it are one; of several such, as few as possible. Where nothing is known
+    between the two ends of the whole chain, all of the time is unexplained.
+    """
+    known = [(number, at) for number, at in enumerate(stamps) if at is not None]
+    if len(known) < 2:  # noqa: PLR2004 - one instant is no time
+        return NOTHING
+    kept = known
+    wrong = [place for place in range(1, len(known)) if known[place][1] < known[place - 1][1]]
+    if wrong:
+        kept = _consistent(known, wrong)
+    first, last = kept[0], kept[-1]
+    total_ns = last[1] - first[1]
+    left_out = (
+        ()
+        if kept is known
+        else tuple(sorted({number for number, _ in known} - {number for number, _ in kept}))
+    )
+    if len(kept) == 2 and last[0] - first[0] == len(stages) and len(stages) > 1:  # noqa: PLR2004
+        return Split((), total_ns, total_ns, left_out)
+    name = _names(stages)
+    parts = []
+    number, at = first
+    for next_number, next_at in kept[1:]:
+        parts.append((name[number, next_number], next_at - at))
+        number, at = next_number, next_at
+    return Split(tuple(parts), total_ns, 0, left_out)
+
+
+@functools.cache
+def _names(stages: tuple[str, ...]) -> dict[tuple[int, int], str]:
+    """From one instant to another -> the stages between, joined."""
+    count = len(stages) + 1
+    return {
+        (first, last): "+".join(stages[first:last])
+        for first in range(count)
+        for last in range(first + 1, count)
+    }
+
+
+def _consistent(known: list[tuple[int, int]], wrong: list[int]) -> list[tuple[int, int]]:
+    """The longest part that is in order, with both ends if those are. Of equals, the earlier one.
+
+    How long it lasted in all is what matters most, and what the ends say.
+
+    Args:
+        known: Number and instant.
+        wrong: Places in it of which the instant is before the one ahead.
+    """
+    if len(wrong) == 1:
+        # As on loopback, where XDP comes behind IP: one of two neighbours goes.
+        place = wrong[0]
+        if place < len(known) - 1 and known[place - 1][1] <= known[place + 1][1]:
+            return [*known[:place], *known[place + 1 :]]
+    first, last = known[0], known[-1]
+    if first[1] > last[1]:
+        return _longest(known)
+    inner = [item for item in known[1:-1] if first[1] <= item[1] <= last[1]]
+    return [first, *_longest(inner), last]
+
+
+def _longest(items: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    best: list[list[tuple[int, int]]] = []
+    for item in items:
+        before: list[tuple[int, int]] = []
+        for run in best:
+            if run[-1][1] <= item[1] and len(run) > len(before):
+                before = run
+        best.append([*before, item])
+    return max(best, key=len, default=[])

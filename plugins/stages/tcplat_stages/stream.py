@@ -1,0 +1,309 @@
+"""The two byte streams of a connection: how far each had come where, and when.
+
+Plain classes with slots: some of these are touched for each of a million rows.
+Sequence numbers are unwrapped: they go on growing where TCP's begin anew at 2^32.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+from .rows import Who
+
+CLIENT, SERVICE = 0, 1
+"""Numbers of the ends. Stream 0 flows from the client, stream 1 from the service."""
+
+Callers = list[tuple[int, Who]]
+"""From which position on, and by which process: an entry wherever that is another one."""
+
+
+def caller(callers: Callers, position: int) -> Who | None:
+    """Return the process that sent the byte at `position`; None where no row tells."""
+    found = None
+    for begin, who in reversed(callers):
+        if begin <= position:
+            found = who
+            break
+    return found
+
+
+Log = list[tuple[int, int | None]]
+"""Position reached, and when: None where the rows that would tell were missed."""
+
+
+NO_LOG: Log = []
+
+
+def added(log: Log, finish: int, ts_ns: int | None) -> Log:
+    """Return the log with one thing more; one of its own, where there was nothing.
+
+    Most have one: a list that grows would take room for four.
+    """
+    if log:
+        log.append((finish, ts_ns))
+        return log
+    return [(finish, ts_ns)]
+
+
+MOST_URGENT = 8
+"""Urgent bytes one after the other."""
+MOST_URGENT_KEPT = 256
+"""Places of them in one request."""
+_MOST_LATE = 4_096
+"""Packets behind a hole."""
+
+
+def reached(log: Log, position: int) -> int | None:
+    """When a log has the stream up to `position`; None where nobody can know."""
+    index = bisect_left(log, (position,))
+    return log[index][1] if index < len(log) else None
+
+
+class Reach:
+    """How far a stream has come at one point where it is seen, and when it had come how far.
+
+    A position is the number of the first byte that has not come so far; -1 for unknown.
+    """
+
+    __slots__ = ("late", "log", "position")
+
+    def __init__(self) -> None:
+        self.position = -1
+        self.log = NO_LOG
+        self.late: list[tuple[int, int]] | None = None
+        """What came behind a hole: from where to where. Seldom there."""
+
+    def pass_by(self, at: int, finish: int, ts_ns: int) -> bool:
+        """Bytes from `at` to `finish` come in order. False if they had come already.
+
+        Where rows are missing before `at`, the instants of those bytes stay unknown: they are
+        not those of what came next.
+        """
+        if finish <= self.position:
+            return False
+        if 0 <= self.position < at:
+            self.log = added(self.log, at, None)
+        self.position = finish
+        self.log = added(self.log, finish, ts_ns)
+        return True
+
+    def arrive(self, at: int, finish: int, ts_ns: int, begin: int) -> bool:
+        """Bytes from `at` to `finish` come; they count when nothing is missing before them.
+
+        Args:
+            at: Their first.
+            finish: The one after their last.
+            ts_ns: Now.
+            begin: First byte of the stream, as far as it is known.
+
+        Returns:
+            False if they had come already.
+        """
+        position = self.position
+        if position < 0:
+            position = self.position = begin
+        if finish <= position:
+            return False
+        if at > position:
+            self._keep(at, finish)
+            return True
+        if self.late:
+            finish = self._whole(finish)
+        self.position = finish
+        self.log = added(self.log, finish, ts_ns)
+        return True
+
+    def _keep(self, at: int, finish: int) -> None:
+        """Bytes that came too early."""
+        if self.late is None:
+            self.late = []
+        self.late.append((at, finish))
+        if len(self.late) > _MOST_LATE:
+            # No hole is so wide: the rows that would fill it are missing.
+            self.skip(min(self.late)[0])
+
+    def skip(self, finish: int) -> None:
+        """Bytes up to `finish` have come, and no row tells when."""
+        if self.late:
+            finish = self._whole(finish)
+        self.position = finish
+        self.log = added(self.log, finish, None)
+
+    def _whole(self, finish: int) -> int:
+        """Where the stream is whole up to, once it is whole up to `finish`."""
+        late = sorted(self.late or ())
+        while late and late[0][0] <= finish:
+            finish = max(finish, late.pop(0)[1])
+        self.late = late
+        return finish
+
+    def forget(self, position: int) -> None:
+        """Drop what only tells of bytes before `position`."""
+        log = self.log
+        if log and log[0][0] < position:
+            del log[: bisect_left(log, (position,))]
+            if not log:
+                self.log = NO_LOG
+
+
+NOWHERE = Reach()
+"""Of every point where no byte of a stream was seen: the connections of a port scan have no
+other. It is read alone, and never moved."""
+NO_SENDERS: Callers = []
+"""Of every stream of which no call was seen: nothing is ever put into it, nor into NO_LOG."""
+
+
+class Flow:
+    """One direction of a connection.
+
+    Attributes:
+        ref: The highest sequence number seen: others are unwrapped by it.
+        begin: First byte.
+        syn: The SYN's own number, as on the wire.
+        sent: How far the sender's calls have come.
+        sends: End and instant of each of those calls.
+        senders: Which processes made them.
+        last_send: Where the last one's bytes begin.
+        fin: Where it ends: the FIN's number; -1 until a packet has it.
+        copied: How far its receiver had read when it was last told of more: by whatever call.
+        urgent: From where to where the rows of its calls left out urgent bytes, in exchanges
+            that are not told yet.
+        beside: How many such bytes there were.
+        unseen: Some of it was read by calls that have no rows (splice() by tracepoint).
+        tx: At the sender's device, in namespace tx_netns; device tx_dev is the first.
+        nic: At the receiver's interface, in namespace rx_netns; rx_if is the first.
+        ip: At the receiver's IP.
+        ready: In the receiver's socket.
+        read: How far the receiver's calls have come, the last of them at read_ns.
+        reads: End and instant of each of those calls; no instant of what no row told.
+        retransmits: Packets seen that carry what was sent before.
+        zero_windows: How often the sender of this stream closed its own window.
+        zero: It is closed.
+    """
+
+    __slots__ = (
+        "begin",
+        "beside",
+        "copied",
+        "fin",
+        "ip",
+        "last_send",
+        "nic",
+        "read",
+        "read_ns",
+        "reads",
+        "ready",
+        "ref",
+        "retransmits",
+        "rx_if",
+        "rx_netns",
+        "senders",
+        "sends",
+        "sent",
+        "syn",
+        "tx",
+        "tx_dev",
+        "tx_netns",
+        "unseen",
+        "urgent",
+        "zero",
+        "zero_windows",
+    )
+
+    def __init__(self) -> None:
+        self.ref = self.begin = self.syn = self.fin = -1
+        self.sent = self.last_send = self.read = self.copied = -1
+        self.unseen = False
+        self.urgent: tuple[tuple[int, int], ...] = ()
+        self.beside = 0
+        self.sends = self.reads = NO_LOG
+        self.senders = NO_SENDERS
+        self.read_ns = 0
+        self.tx = self.nic = self.ip = self.ready = NOWHERE
+        self.tx_netns: int | None = None
+        self.tx_dev: str | None = None
+        self.rx_netns: int | None = None
+        self.rx_if: str | None = None
+        self.retransmits = self.zero_windows = 0
+        self.zero = False
+
+    def at(self, seq: int) -> int:
+        """A sequence number, unwrapped."""
+        ref = self.ref
+        if ref < 0:
+            self.ref = seq + (1 << 32)
+            return self.ref
+        at = ref + ((seq - ref + 0x80000000) & 0xFFFFFFFF) - 0x80000000
+        if at > ref:
+            self.ref = at
+        return at
+
+    def send(self, at: int, finish: int, ts_ns: int) -> None:
+        """The sender calls, for bytes from `at` to `finish`."""
+        self.sends = added(self.sends, finish, ts_ns)
+        self.last_send = at
+        if at > self.sent:
+            self.skip_urgent(self.sent, at)
+        self.sent = max(self.sent, finish)
+
+    def take(self, finish: int, ts_ns: int) -> None:
+        """The receiver has read up to `finish`: it has come, whether or not its rows have."""
+        self.note_read(finish, ts_ns)
+        self.read, self.read_ns = finish, ts_ns
+        if 0 <= self.nic.position < finish:
+            self.nic.skip(finish)
+        if 0 <= self.ip.position < finish:
+            self.ip.skip(finish)
+
+    def note_read(self, finish: int, ts_ns: int | None) -> None:
+        """Put into `reads` that the receiver has read up to `finish`."""
+        self.reads = added(self.reads, finish, ts_ns)
+
+    def drop_logs(self) -> None:
+        """Forget when: how far the stream has come stays."""
+        self.sends = self.reads = NO_LOG
+        self.senders = NO_SENDERS
+        for reach in (self.tx, self.nic, self.ip, self.ready):
+            if reach.log:
+                reach.log = NO_LOG
+        self.urgent = ()
+
+    def skip_urgent(self, before: int, at: int) -> None:
+        """Rows of calls go on at `at`, and the last one ended at `before`.
+
+        A byte that was sent with MSG_OOB has a number, and is beside the stream. Where more
+        are missing than a few, it is rows that are.
+        """
+        if 0 <= before < at <= before + MOST_URGENT:
+            self.urgent = (*self.urgent[-MOST_URGENT_KEPT:], (before, at))
+            self.beside += at - before
+
+    def take_urgent(self, begin: int, end: int) -> int:
+        """Return how many urgent bytes lie between two positions; forget what lies before `end`."""
+        if not self.urgent:
+            return 0
+        found = sum(max(min(last, end) - max(at, begin), 0) for at, last in self.urgent)
+        self.urgent = tuple(one for one in self.urgent if one[1] > end)
+        return found
+
+    def arrived(self) -> int:
+        """How far it has come at the receiver's host."""
+        return max(self.ip.position, self.nic.position)
+
+    def forget(self, position: int) -> None:
+        """Drop what only tells of bytes before `position`."""
+        sends, reads = self.sends, self.reads
+        if sends and sends[0][0] < position:
+            del sends[: bisect_left(sends, (position,))]
+        if reads and reads[0][0] < position:
+            del reads[: bisect_left(reads, (position,))]
+        while len(self.senders) > 1 and self.senders[1][0] < position:
+            del self.senders[0]
+        self.tx.forget(position)
+        self.nic.forget(position)
+        self.ip.forget(position)
+        self.ready.forget(position)
+
+    def logs(self) -> tuple[Log, ...]:
+        """All that grows with the stream."""
+        return (self.sends, self.reads, self.tx.log, self.nic.log, self.ip.log, self.ready.log)
