@@ -15,10 +15,10 @@ def told(reader: Reader, joiner: Joiner) -> Iterator[Told]:
     """Exchanges and connections of a capture, as they are complete."""
     for item in reader.items():
         if isinstance(item, Loss):
-            joiner.lost(item.point, item.since_ns, item.until_ns)
+            joiner.lost(item)
         elif isinstance(item, list):
             yield from joiner.feed(item)
-    yield from joiner.finish()
+    yield from joiner.finish(reader.report.until_ns)
 
 
 def remarks(reader: Reader, joiner: Joiner) -> Iterator[str]:

@@ -119,11 +119,12 @@ class _Shift:
 
     def loss(self, loss: Loss) -> Loss:
         """The loss, by A's clock, as far as it says when it was."""
-        since_ns, until_ns = (
-            min(max(0, at_ns - self.offset.at(at_ns)), sys.maxsize) if at_ns else 0
-            for at_ns in (loss.since_ns, loss.until_ns)
-        )
+        since_ns, until_ns = self.instant(loss.since_ns), self.instant(loss.until_ns)
         return attrs.evolve(loss, since_ns=since_ns, until_ns=until_ns)
+
+    def instant(self, ts_ns: int) -> int:
+        """Return an instant of B's clock by A's; 0, which is unknown, stays so."""
+        return min(max(0, ts_ns - self.offset.at(ts_ns)), sys.maxsize) if ts_ns > 0 else 0
 
 
 def _write(file: BinaryIO, hosts: list[Merge], readers: list[Reader], shift: _Shift) -> None:
@@ -145,7 +146,10 @@ def _write(file: BinaryIO, hosts: list[Merge], readers: list[Reader], shift: _Sh
         if isinstance(item, Loss):
             line(lost=attrs.asdict(item))
     file.write(encoder.encode_lines(batch))
-    line(report=add_reports(first.report, second.report).as_json())
+    reports = first.report, second.report
+    ends = reports[0].until_ns, shift.instant(reports[1].until_ns)
+    report = attrs.evolve(add_reports(*reports), until_ns=min(ends))
+    line(report=report.as_json())
 
 
 def _timed(reader: Reader, shift: _Shift | None = None) -> Iterator[tuple[int, Event | Loss]]:

@@ -154,9 +154,9 @@ class Story:
         self.hosts.learn(merge)
         self.merges.append(merge)
 
-    def close(self) -> None:
-        """The capture has ended."""
-        self._take(self.joiner.finish())
+    def close(self, until_ns: int = 0) -> None:
+        """The capture has ended; it is complete up to `until_ns`, 0 if unknown."""
+        self._take(self.joiner.finish(until_ns))
 
     def _take(self, told: list[Told]) -> None:
         for one in told:
@@ -345,10 +345,10 @@ def write_report(
             if isinstance(item, Merge):
                 story.merged(item)
             elif isinstance(item, Loss):
-                story.joiner.lost(item.point, item.since_ns, item.until_ns)
+                story.joiner.lost(item)
             else:
                 story.write(item)
-        story.close()
+        story.close(reader.report.until_ns)
         words = list(remarks(reader, story.joiner))
         data = story.as_json(reader.name, words)
         with whole_file(output) as file:
@@ -367,9 +367,9 @@ def _write_trace(reader: Reader, output: str) -> list[str]:
             if isinstance(item, Merge):
                 trace.merged(item)
             elif isinstance(item, Loss):
-                joiner.lost(item.point, item.since_ns, item.until_ns)
+                joiner.lost(item)
             else:
                 trace.add(joiner.feed(item))
-        trace.add(joiner.finish())
+        trace.add(joiner.finish(reader.report.until_ns))
         trace.close()
     return list(remarks(reader, joiner))

@@ -230,6 +230,7 @@ def write(
     rows: Iterable[Event],
     *,
     end: bool = True,
+    until_ns: int = 0,
     head: Iterable[dict[str, Any]] = (),
 ) -> Path:
     """Return a capture of JSON lines, with the books of its rows."""
@@ -252,7 +253,7 @@ def write(
                 name: ProbeReport(hooks=tuple(HookReport(*key, n, 0, n) for key, n in each.items()))
                 for name, each in books.items()
             }
-            report = RunReport(probes=probes, duration_s=1.0).as_json()
+            report = RunReport(probes=probes, duration_s=1.0, until_ns=until_ns).as_json()
             file.write(encoder.encode({"v": SCHEMA_VERSION, "report": report}) + b"\n")
     return path
 

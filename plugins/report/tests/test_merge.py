@@ -45,7 +45,9 @@ def heads(path: Path) -> list[dict[str, Any]]:
 
 def exchanges(rows: Iterator[Event]) -> list[Exchange]:
     joiner = Joiner()
-    return [one for one in [*joiner.feed(rows), *joiner.finish()] if isinstance(one, Exchange)]
+    return [
+        one for one in [*joiner.feed(list(rows)), *joiner.finish()] if isinstance(one, Exchange)
+    ]
 
 
 def read(path: Path) -> Iterator[Event]:
@@ -142,6 +144,20 @@ def test_when_rows_were_lost_is_told_by_the_same_clock(tmp_path: Path) -> None:
     theirs = [row.ts_ns for row in read(out) if (row.netns or 0) >> 32 == 1]
     assert known.since_ns in theirs
     assert theirs[theirs.index(known.since_ns) + 1] == known.until_ns
+
+
+def test_a_merged_capture_is_complete_until_the_earlier_of_two_ends(tmp_path: Path) -> None:
+    traffic = Traffic(connections=20)
+    ends = (traffic.began_ns + 30_000_000_000, traffic.began_ns + 20_000_000_000)
+    first = write(tmp_path / "a", of_host(traffic, 0), until_ns=ends[0])
+    second = write(tmp_path / "b", of_host(traffic, 1, drifting), until_ns=drifting(ends[1]))
+    out = tmp_path / "out"
+    arguments = [str(first), str(second), "-o", str(out)]
+    CliRunner().invoke(merge, arguments, catch_exceptions=False)
+    reader = Reader.open(str(out), quiet=True)
+    list(reader.items())
+    # Behind the last packet the clocks may drift apart, by 200 ppm of 20 s.
+    assert abs(reader.report.until_ns - ends[1]) < 4_000_000
 
 
 def test_a_merged_capture_can_be_merged_again(tmp_path: Path) -> None:

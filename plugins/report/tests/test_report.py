@@ -81,6 +81,21 @@ def test_what_was_not_answered_stands_first_and_is_counted_apart(tmp_path: Path)
     ]
 
 
+def test_a_request_without_a_reply_waits_until_the_run_ends(tmp_path: Path) -> None:
+    rows = [row for row in joint(Traffic(connections=2, hung={1: 0})) if row.point != "close"]
+    until_ns = rows[-1].ts_ns + 60_000_000_000
+    told = data(made(tmp_path, iter(rows), until_ns=until_ns)[1])
+    first = told["slowest"][0]
+    assert (first["sport"], first["outcome"], first["over_by"]) == (
+        10_001,
+        "unanswered",
+        "end of run",
+    )
+    assert first["waited_us"] == (until_ns - first["ts_ns"]) / 1000
+    # The reply of the other connection was read long before.
+    assert {one["ended"] for one in told["slowest"][1:]} == {"turn", "idle"}
+
+
 def test_time_goes_on_in_windows_that_hold_every_request(tmp_path: Path) -> None:
     traffic = Traffic(connections=300, exchanges=3, gap_us=20_000)
     timeline = data(made(tmp_path, joint(traffic))[1])["timeline"]

@@ -12,8 +12,10 @@ exchanges of that, `outcomes` says what became of them, `losses` which ones were
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from tcplat_core import Loss
 
 from .binding import Binder, goes_again
 from .connection import Connection, Told
@@ -48,6 +50,7 @@ class Joiner:
         self.watch: Callable[[Connection, Any], None] | None = None
         self._idle_ns = idle_ns
         self._next_sweep_ns = 0
+        self._pending: list[Loss] = []
         self._losses = Losses()
         self._turns = Turns(self._losses)
         self.directory = Directory(self._turns, self._losses, most)
@@ -76,7 +79,7 @@ class Joiner:
         """Messages that were under way where rows were lost: they are not told."""
         return self._turns.missed
 
-    def feed(self, rows: Iterable[Any]) -> list[Told]:  # noqa: C901, PLR0912, PLR0915 - one pass over a million rows
+    def feed(self, rows: Sequence[Any]) -> list[Told]:  # noqa: C901, PLR0912, PLR0915 - one pass over a million rows
         """Take rows in order of time; what became complete by them.
 
         An exchange is complete when the next one's reply begins, when its connection
@@ -86,6 +89,8 @@ class Joiner:
         told = self._turns.told = []
         directory, binder, router = self.directory, self._binder, self._router
         losses, packets, watch = self._losses, self._packets, self.watch
+        if self._pending and rows:
+            self._add_losses(rows[0].ts_ns)
         socks, ways, points = directory.socks, directory.ways, self._sockets.handlers
         for row in rows:
             ts_ns = row.ts_ns
@@ -149,9 +154,16 @@ class Joiner:
             losses.row_ns = ts_ns
         return told
 
-    def lost(self, point: str, since_ns: int = 0, until_ns: int = 0) -> None:
-        """Rows of a point are missing; see Losses.add()."""
-        self._losses.add(point, since_ns, until_ns)
+    def lost(self, loss: Loss) -> None:
+        """Take a loss: its place is before the next row, and after what time has ended by then."""
+        self._pending.append(loss)
+
+    def _add_losses(self, ts_ns: int) -> None:
+        """Take the losses that were told since the last row; the next one is of `ts_ns`."""
+        self._pass(ts_ns)
+        for loss in self._pending:
+            self._losses.add(loss)
+        self._pending.clear()
 
     def pass_time(self, ts_ns: int) -> list[Told]:
         """No row that is older than `ts_ns` comes any more; what is over by then.
@@ -168,12 +180,17 @@ class Joiner:
         due_ns = self._sweep(ts_ns - ts_ns % _STEP_NS)
         return None if due_ns is None else _step(due_ns)
 
-    def finish(self) -> list[Told]:
-        """The rows have ended: tell of what is still open."""
+    def finish(self, until_ns: int = 0) -> list[Told]:
+        """Return what is still open when the rows have ended.
+
+        Args:
+            until_ns: No row is missing up to this instant, see RunReport.until_ns; 0 if unknown.
+        """
         turns = self._turns
         told = turns.told = []
+        self._add_losses(until_ns)
         conns = list(self.directory.conns.values())
-        turns.last_ns = max((turns.last_ns, *(conn.last_ns for conn in conns)))
+        turns.last_ns = max((turns.last_ns, until_ns, *(conn.last_ns for conn in conns)))
         for conn in conns:
             self.directory.finish(conn, "port reused" if conn.replaced else END_OF_RUN)
         turns.decide()

@@ -61,7 +61,7 @@ class Joined(Sink):
     def _tell_gaps(self, ts_ns: int) -> None:
         self.passed(ts_ns)
         for loss in self._gaps:
-            self.joiner.lost(loss.point, loss.since_ns, loss.until_ns)
+            self.joiner.lost(loss)
             self.gap(loss)
         self._gaps.clear()
 
@@ -89,7 +89,7 @@ class Joined(Sink):
         self._patient_until_s = time.monotonic() + _PATIENCE_S
         self._tell_gaps(report.until_ns)
         try:
-            self.finish(self.joiner.finish())
+            self.finish(self.joiner.finish(report.until_ns))
         finally:
             self.output.close()
 

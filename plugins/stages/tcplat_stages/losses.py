@@ -5,6 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from operator import itemgetter
 
+from tcplat_core import Loss
+
 from .chain import REPLY_READ, REQUEST_READ
 from .connection import Connection
 from .exchange import OPEN, Exchange
@@ -47,22 +49,17 @@ class Losses:
         self._blurred_ns = -1
         """Up to here these gaps are forgotten: rows may have been lost anywhere."""
 
-    def add(self, point: str, since_ns: int = 0, until_ns: int = 0) -> None:
-        """Rows of a point are missing: that is told between the last row and the next.
+    def add(self, loss: Loss) -> None:
+        """Take a loss: rows are missing between the last row and the next, if it has no times.
 
         What is under way meanwhile is not seen whole. What was complete stays so, unless the next
         row of its connection shows that more had passed in between; or rows of the other end
         have shown so before, whose ring had room when this one was full already.
-
-        Args:
-            point: Of the rows.
-            since_ns: The first that is missing was not before this instant; 0: nor before here.
-            until_ns: The last was not after this one.
         """
-        if point not in _TELLING:
+        if loss.point not in _TELLING:
             return
-        since_ns = since_ns or self.row_ns
-        until_ns = max(since_ns, until_ns)
+        since_ns = loss.since_ns or self.row_ns
+        until_ns = max(since_ns, loss.until_ns)
         gaps, ends = self._gaps, self.ends
         if not until_ns or (gaps and gaps[-1] == (since_ns, until_ns)):
             return  # of another point, at the same time

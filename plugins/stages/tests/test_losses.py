@@ -39,7 +39,7 @@ def lossy(
     joiner = Joiner()
     told = joiner.feed([row for row in kept if row.ts_ns < told_ns])
     for probe in gone:
-        joiner.lost("nic_tx" if probe == "dev_xmit" else "send")
+        joiner.lost(Loss(probe, "nic_tx" if probe == "dev_xmit" else "send", 1))
     told += joiner.feed([row for row in kept if row.ts_ns >= told_ns])
     told += joiner.finish()
     return (
@@ -108,8 +108,8 @@ def test_rows_that_come_while_others_are_lost_end_nothing(
     for row in history.rows():
         while gaps and row.ts_ns > gaps[0][0]:
             since_ns, until_ns = gaps.pop(0)
-            joiner.lost("send", since_ns, until_ns)
-            joiner.lost("recv", since_ns, until_ns)
+            joiner.lost(Loss("tcp_client", "send", 1, since_ns, until_ns))
+            joiner.lost(Loss("tcp_client", "recv", 1, since_ns, until_ns))
             middle_ns = (since_ns + until_ns) // 2
             told_until_ns = until_ns
         lost = row.ts_ns > begins[3] + offset_ns and row.probe in rings
@@ -130,7 +130,7 @@ def test_a_gap_is_where_it_says_and_not_where_it_is_told() -> None:
     first, last = begins[3] + 5_500, begins[3] + 8_500
     joiner = Joiner()
     told = joiner.feed([row for row in history.rows() if row.ts_ns <= last])
-    joiner.lost("send", first, last)
+    joiner.lost(Loss("tcp_client", "send", 1, first, last))
     told += joiner.feed([row for row in history.rows() if row.ts_ns > last])
     told += joiner.finish()
     assert sum(isinstance(one, Exchange) for one in told) == 9
@@ -160,7 +160,7 @@ def test_points_that_tell_of_no_turn_do_no_harm() -> None:
     rows = history.rows()
     told = joiner.feed([row for row in rows if row.ts_ns < begins[1] + 5_500])
     for point in ("stats", "retransmit", "accept", "rx_tcp"):
-        joiner.lost(point)
+        joiner.lost(Loss("tcp_client", point, 1))
     told += joiner.feed([row for row in rows if row.ts_ns >= begins[1] + 5_500])
     told += joiner.finish()
     assert sum(isinstance(one, Exchange) for one in told) == 3

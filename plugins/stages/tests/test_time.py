@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -99,6 +100,20 @@ def test_what_time_ends_is_told_live_as_in_a_replay(
     live.close(report(until_ns))
     replay.close(report(until_ns))
     assert (folder / "live").read_bytes() == (folder / "replay").read_bytes()
+
+
+@pytest.mark.parametrize(("waited_s", "outcome"), [(60, "unanswered"), (0.5, "open")])
+def test_a_request_without_a_reply_waits_until_the_run_ends(
+    tmp_path: Path, waited_s: float, outcome: str
+) -> None:
+    history = History()
+    now = simple(history, history.shake_hands(SECOND) + 500) + 500
+    history.socket(now, CLIENT, "send", seq=history.seq(CLIENT, history.sent[CLIENT]), bytes=10)
+    sink = opened(tmp_path / "out", "waterfall", {"format": "json"})
+    sink.write(history.rows())
+    sink.close(report(now + round(waited_s * SECOND)))
+    *_, last = map(json.loads, (tmp_path / "out").read_text(encoding="utf-8").splitlines())
+    assert (last["outcome"], last["waited_us"]) == (outcome, waited_s * 1_000_000)
 
 
 def test_a_quiet_connection_is_told_while_nothing_comes(tmp_path: Path) -> None:
