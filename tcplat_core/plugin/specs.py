@@ -81,9 +81,9 @@ class SinkLike(Protocol):
 class Sink(ABC):
     """Consumes batches of rows: the base class of sinks.
 
-    If a method raises, the sink is switched off; the run goes on. Every sink has `write`, `lost`
-    and `close` of its own; the other methods do nothing here. A class that has these three methods
-    and is not derived from this one is a sink too.
+    If a method raises, the sink is switched off; the run goes on. A sink must have `write`, `lost`
+    and `close`; the other methods do nothing here. A class with these three methods that is not
+    derived from this one is a sink too.
 
     Attributes:
         joins: Set it to True if the sink combines many rows: then the conformance kit does not
@@ -134,7 +134,7 @@ class Sink(ABC):
         """Serve readers without blocking.
 
         Called after each poll of the rings, every 3 to 20 ms, also without rows; in a replay at
-        least every 100 ms. While a sink has this method, the session does not sleep.
+        least every 100 ms. If a sink overrides this method, the session does not sleep.
         """
 
     def passed(self, ts_ns: int) -> None:
@@ -157,7 +157,7 @@ class Sink(ABC):
 
 
 AggregateSink = Sink
-"""The same as :class:`Sink`, which has all methods; the name is kept for older plugins."""
+"""Alias of :class:`Sink`, for older plugins."""
 
 
 @attrs.frozen(kw_only=True)
