@@ -24,9 +24,9 @@ from .netns import setns
 from .rights import lacking
 
 CLIENT, SERVER, LISTENER = 1, 2, 3
-"""As TCPLAT_ROLE_* in include/tcplat/owner.bpf.h."""
+"""As TCPLAT_ROLE_* in include/tcplat/store.bpf.h."""
 IPV4, IPV6, BOTH = 4, 6, 0
-"""As `ip` of struct tcplat_port there."""
+"""As `ip` of struct tcplat_port in include/tcplat/listener.bpf.h."""
 
 _LISTEN = 10
 _OPEN = (1, 8)

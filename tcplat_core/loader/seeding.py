@@ -13,7 +13,7 @@ from tcplat_core.kernel.owners import CLIENT, LISTENER, Place, Seed, is_ending
 
 from .filter import Filter
 
-# Layouts of include/tcplat/owner.bpf.h.
+# Layouts of include/tcplat/store.bpf.h, listener.bpf.h, filter.bpf.h and flow.bpf.h.
 _SEED = struct.Struct("=QIBBBB16s")
 _PORT = struct.Struct("=16sIHBx")
 _LISTENER = struct.Struct("=IIBBB5xQQ8x16s")
