@@ -95,7 +95,7 @@ class Sink(ABC):
     joins: bool = False
 
     def begin(self) -> None:
-        """Open what others see. Called once, before the first row.
+        """Start the output. Called once, before the first row.
 
         In a run, that is when everything is attached; in a replay, when something was read.
         poll() may be called earlier. Replace files here and not in the factory: then a start that
