@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import struct
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -76,12 +77,15 @@ class Ring:
         # The header is skipped here: drain() has looked at it before.
         self._record = struct.Struct(f"={_HEADER}x{self.layout.format.removeprefix('=')}{pad}x")
 
-    def drain(self) -> Iterator[list[tuple[Any, ...]]]:
-        """Batches of committed records, oldest first, up to what was there at the call.
+    def drain(self, most: int = sys.maxsize) -> Iterator[list[tuple[Any, ...]]]:
+        """Yield batches of committed records, oldest first, up to what was there at the call.
 
-        Each batch is a copy: its room in the ring is free when the caller gets it.
+        Each batch is a copy: its space in the ring is free when the caller gets it.
         Stops early at a record that a handler has reserved and not yet submitted:
         it will be there next time.
+
+        Args:
+            most: Number of records to stop at.
 
         Raises:
             ForeignRecordError: A record of another size.
@@ -90,9 +94,9 @@ class Ring:
         # elsewhere the interpreter's own work between them has to do.
         end = self._produced[0]
         here = self._position[0]
-        while here < end:
+        while here < end and most:
             start = here & (self.size - 1)
-            count = min((end - here) // self._stride, BATCH)
+            count = min((end - here) // self._stride, BATCH, most)
             words = self._words[
                 start // 4 : (start + count * self._stride) // 4 : self._stride // 4
             ]
@@ -117,6 +121,7 @@ class Ring:
                 self._taken[tag] += tags.count(tag)
             here += count * self._stride
             self._position[0] = here
+            most -= len(records)
             yield records
 
     @property

@@ -1,11 +1,9 @@
-"""Puts rows of all probes in order of time, and hands them to the sinks in batches."""
+"""Hands rows to the sinks in batches, and goes on without a sink that fails."""
 
 from __future__ import annotations
 
 import bisect
 import gc
-import operator
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import attrs
@@ -18,7 +16,8 @@ from tcplat_core.plugin.output import Output
 from tcplat_core.plugin.report import RunReport
 from tcplat_core.plugin.specs import Loss, Merge, Sink
 
-from .fast.records import FOREVER, Records, Room
+from .fast.records import Records
+from .reorder import BY_TIME
 from .sinks import OPTIONAL, as_sinks, cancel, has_its_own
 
 
@@ -29,11 +28,6 @@ def spare_the_collector() -> None:
     keeps in cycles may stay for long, so it should not.
     """
     gc.set_threshold(100_000, 50, 50)
-
-
-_BY_TIME = operator.attrgetter("ts_ns")
-_SINCE = operator.attrgetter("since_ns")
-_HOOK = operator.attrgetter("probe", "point", "func")
 
 
 @attrs.define(eq=False)
@@ -49,18 +43,12 @@ class Router:
     sinks: dict[str, Sink] = attrs.field(converter=as_sinks)
     limit: int = 0
     outputs: Sequence[Output] = ()
-    room: Room | None = None
-    """Where records wait that come from C; what was fed as rows waits here."""
     late: int = 0
     """Rows that were older than one delivered before them."""
     total: int = 0
     """Rows that were delivered."""
     switched_off: dict[str, str] = attrs.field(factory=dict)
     reader_gone: bool = False
-    _waiting: list[Event] = attrs.field(factory=list, init=False)
-    _cut: Counter[tuple[str, str, str]] = attrs.field(factory=Counter, init=False)
-    _losses: list[Loss] = attrs.field(factory=list, init=False)
-    """Those that wait for their place, in order."""
     _last_ns: int = attrs.field(default=0, init=False)
     _those_with: Mapping[str, Sequence[str]] = attrs.field(init=False)
     """Method -> the sinks that have one of their own."""
@@ -76,11 +64,6 @@ class Router:
     def done(self) -> bool:
         """The limit is reached, or nobody is left to write to."""
         return self.reader_gone or not self.sinks or (0 < self.limit <= self.total)
-
-    @property
-    def waiting(self) -> bool:
-        """Something is here that has not been delivered."""
-        return bool(self._waiting or self._losses or (self.room and self.room.oldest_ns()))
 
     @property
     def serves(self) -> bool:
@@ -110,47 +93,6 @@ class Router:
         """Have the sinks take back what others see of them: there was no run, or it broke off."""
         cancel(self.sinks.values(), self.outputs)
 
-    def feed(self, rows: Sequence[Event]) -> None:
-        """Take rows of one probe, as they came out of its ring."""
-        self._waiting += rows
-
-    def feed_loss(self, loss: Loss) -> None:
-        """Take a loss: it is told behind the last row that was no later than it began."""
-        bisect.insort(self._losses, loss, key=_SINCE)
-
-    def flush(self, before_ns: int | None = None) -> None:
-        """Deliver what is older than `before_ns`, or everything.
-
-        A handler stamps its record before it submits it, and may be interrupted
-        in between: what is younger waits, an older one may still turn up.
-        """
-        while self._losses and (before_ns is None or self._losses[0].since_ns < before_ns):
-            loss = self._losses.pop(0)
-            self._flush_rows(loss.since_ns + 1)
-            self.lost(loss)
-        self._flush_rows(before_ns)
-
-    def _flush_rows(self, before_ns: int | None) -> None:
-        ready = self._ready(before_ns)
-        if self.done or self.limit:
-            room = 0 if self.done else self.limit - self.total
-            self._cut.update(map(_HOOK, ready[room:]))
-            ready = ready[:room]
-        if ready:
-            self.deliver(ready)
-
-    def _ready(self, before_ns: int | None) -> Sequence[Event]:
-        """Return the rows that need not wait any more, in order."""
-        rows = self._waiting
-        if rows:
-            rows.sort(key=_BY_TIME)
-            cut = len(rows) if before_ns is None else _first_from(rows, before_ns)
-            rows, self._waiting = rows[:cut], rows[cut:]
-        records = self.room and self.room.leave(FOREVER if before_ns is None else before_ns)
-        if not records:
-            return rows
-        return sorted([*records, *rows], key=_BY_TIME) if rows else records
-
     def deliver(self, ready: Sequence[Event]) -> None:
         """Hand over rows that are in order already."""
         first_ns, last_ns = (
@@ -159,17 +101,11 @@ class Router:
             else (ready[0].ts_ns, ready[-1].ts_ns)
         )
         if first_ns < self._last_ns:
-            self.late += bisect.bisect_left(ready, self._last_ns, key=_BY_TIME)
+            self.late += bisect.bisect_left(ready, self._last_ns, key=BY_TIME)
         self._last_ns = max(self._last_ns, last_ns)
         self.total += len(ready)
         # A list that one sink changes would be another batch to the next.
         self._each("write", ready if isinstance(ready, Records) else tuple(ready))
-
-    def undelivered(self) -> Counter[tuple[str, str, str]]:
-        """Rows that were fed and reached no sink, by probe, point and func."""
-        records = self.room and self.room.leave(FOREVER)
-        self._waiting += records or ()
-        return self._cut + Counter(map(_HOOK, self._waiting))
 
     def lost(self, loss: Loss) -> None:
         """Say that events were lost, behind what was delivered so far."""
@@ -225,11 +161,3 @@ class Router:
                 raise
             self.switched_off[printable(name)] = printable(words(error))
             del self.sinks[name]
-
-
-def _first_from(rows: list[Event], ns: int) -> int:
-    """Index of the first row that is not older than `ns`."""
-    index = len(rows)
-    while index and rows[index - 1].ts_ns >= ns:
-        index -= 1
-    return index

@@ -13,6 +13,7 @@ import attrs
 
 from tcplat_core.deliver.books import Books
 from tcplat_core.deliver.fast.codec import Codec
+from tcplat_core.deliver.reorder import RingSource
 from tcplat_core.deliver.ring import Ring
 from tcplat_core.errors import blaming, is_the_users, named
 from tcplat_core.event.clock import clock_offset_ns, kernel_ns
@@ -77,6 +78,11 @@ class ProbeRun:
             _maps(spec, loaded),
             _counters(spec, loaded, request.aggregation, cpus),
         )
+
+    @property
+    def source(self) -> RingSource:
+        """Its ring, for the reorder buffer."""
+        return RingSource(self.spec.name, self.ring, self.decode, self.codec)
 
     def poll(self) -> list[Event]:
         """Rows that the probe's Python side makes of its maps."""

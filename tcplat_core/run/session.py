@@ -11,8 +11,9 @@ from typing import Any
 
 import attrs
 
-from tcplat_core.deliver.fast.records import Room
+from tcplat_core.deliver.fast.records import reorder_buffer
 from tcplat_core.deliver.router import Router
+from tcplat_core.deliver.stream import Stream
 from tcplat_core.event.clock import kernel_ns
 from tcplat_core.kernel.fdinfo import is_cut
 from tcplat_core.kernel.layout import possible_cpus
@@ -23,7 +24,7 @@ from tcplat_core.plugin.specs import ProbeSpec, SinkLike
 
 from .bookkeeping import report_of
 from .command import Command
-from .drain import Clock, drain, drain_rest, show_counted
+from .drain import Drain, show_counted
 from .gate import Sleeper
 from .loader import LoaderProcess
 from .pace import (
@@ -138,9 +139,10 @@ class Session:
                 runs.append(run)
             sleeper = Sleeper(answer.gate_fd, [run.ring.fd for run in runs])
             stack.callback(sleeper.close)
-            router.room = Room.of([(run.ring, run.codec) for run in runs])
-            if router.room:
-                stack.callback(router.room.close)
+            buffer = reorder_buffer([run.source for run in runs])
+            stack.callback(buffer.close)
+            stream = Stream(router, buffer)
+            drain = Drain(runs, stream)
             if self.command:
                 self._watched = Watched([self.command.pid])
             elif self.request.filter.pids is not None:
@@ -152,17 +154,17 @@ class Session:
             if not self.dry:
                 router.begin()
                 self._begin()
-                self._loop(runs, router, sleeper, began)
+                self._loop(drain, sleeper, began)
             sleeper.shut()
             self._look_at_interfaces(runs)
             held.close()
             if self.trace:
                 self.trace.relay(self.say)
-            drain_rest(runs, router)
-            self._poll(runs, router)
-            router.flush()
+            drain.rest()
+            self._poll(drain)
+            stream.flush()
             show_counted(runs, router, began, final=True)
-            report = report_of(runs, router, time.monotonic() - began)
+            report = report_of(runs, stream, time.monotonic() - began)
         if self.dry:
             router.cancel()
             return report
@@ -183,10 +185,8 @@ class Session:
         if self.command:
             self.command.go()
 
-    def _loop(
-        self, runs: Sequence[ProbeRun], router: Router, sleeper: Sleeper, began: float
-    ) -> None:
-        clock = Clock()
+    def _loop(self, drain: Drain, sleeper: Sleeper, began: float) -> None:
+        stream, router = drain.stream, drain.stream.router
         previous_ns = 0
         look = glance = 0.0
         self._tick = 0.0 if router.tells_time else math.inf
@@ -201,22 +201,22 @@ class Session:
             looking = now >= look
             if looking:
                 look = now + LOOK_S
-                self._look(runs, router, now)
+                self._look(drain, now)
             if now >= show:
                 show += every_s * ((now - show) // every_s + 1)
-                show_counted(runs, router, began)
+                show_counted(drain.runs, router, began)
             if now >= glance:
                 glance = now + GLANCE_S
                 self._glance(now)
             if now >= self._end:
                 return
             pause = POLL_S + PATIENCE * (now - came_at)
-            coming = any(run.ring.pending() for run in runs)
-            if coming or looking or router.waiting:
+            coming = drain.pending()
+            if coming or looking or stream.waiting:
                 had = router.total
                 settled_ns = min(previous_ns, now_ns - int(self.hold_s * 1e9))
-                horizon_ns = drain(runs, router, clock, settled_ns)
-                router.flush(horizon_ns)
+                horizon_ns = drain.take(settled_ns)
+                stream.flush(horizon_ns)
                 if horizon_ns < settled_ns:  # there is more than one helping
                     router.poll()
                     continue
@@ -224,28 +224,28 @@ class Session:
                     came_at = now
                     pause = POLL_S if router.total - had < MANY else BUSY_POLL_S
             router.poll()
-            self._tell_time(router, now, now_ns, quiet=not coming)
+            self._tell_time(stream, now, now_ns, quiet=not coming)
             previous_ns = now_ns
             # While a pipe's reader is awaited that is to be told that we are ready.
             pending = now + GLANCE_S if self._ready and not self._ready.told else math.inf
-            if pause < IDLE_POLL_S or router.waiting or router.serves or self.trace:
+            if pause < IDLE_POLL_S or stream.waiting or router.serves or self.trace:
                 time.sleep(max(0.0, min(pause, IDLE_POLL_S, self._end - now)))
             else:
                 sleeper.sleep(min(look, show, self._tick, self._end, pending) - now, self._others())
                 glance = 0.0
 
-    def _tell_time(self, router: Router, now: float, now_ns: int, *, quiet: bool) -> None:
+    def _tell_time(self, stream: Stream, now: float, now_ns: int, *, quiet: bool) -> None:
         """Where the rings are empty, tell the sinks up to when nothing is missing."""
-        if quiet and now >= self._tick and not router.waiting:
+        if quiet and now >= self._tick and not stream.waiting:
             self._tick = now + TICK_S
-            router.passed(now_ns - int(LATE_S * 1e9))
+            stream.router.passed(now_ns - int(LATE_S * 1e9))
 
-    def _look(self, runs: Sequence[ProbeRun], router: Router, now: float) -> None:
+    def _look(self, drain: Drain, now: float) -> None:
         """Do what is due once a second."""
-        if self._look_at_interfaces(runs) and not self.command:
+        if self._look_at_interfaces(drain.runs) and not self.command:
             self._end = now
-        self._poll(runs, router)
-        router.idle()
+        self._poll(drain)
+        drain.stream.router.idle()
 
     def _glance(self, now: float) -> None:
         """Do what is due several times a second."""
@@ -256,11 +256,11 @@ class Session:
         if self.trace:
             self.trace.relay(self.say)
 
-    def _poll(self, runs: Sequence[ProbeRun], router: Router) -> None:
+    def _poll(self, drain: Drain) -> None:
         """Have the probes' Python sides look at their maps, if anybody wants their rows."""
-        for run in runs if self.request.events else ():
+        for run in drain.runs if self.request.events else ():
             working = not run.poll_error
-            router.feed(run.poll())
+            drain.stream.buffer.feed(run.poll())
             if working and run.poll_error:
                 self.say(f"{run.spec.name}: its maps are no longer read: {run.poll_error}")
 

@@ -30,9 +30,11 @@ import attrs
 
 from tcplat_core import RunInfo
 from tcplat_core.deliver.fast.codec import Codec
-from tcplat_core.deliver.fast.records import Room
+from tcplat_core.deliver.fast.records import reorder_buffer
+from tcplat_core.deliver.reorder import RingSource
 from tcplat_core.deliver.ring import BATCH, Ring
 from tcplat_core.deliver.router import Router
+from tcplat_core.deliver.stream import Stream
 from tcplat_core.event.fields import Event
 from tcplat_core.event.record import Record
 from tcplat_core.loader.cache import Cache
@@ -167,19 +169,15 @@ class Contest:
         spec = Plugins.load().sink(name)
         options = {one.name: one.default for one in spec.options} | {"path": os.devnull}
         sink = spec.factory(options, RunInfo(("tcp_client",), lambda: False))
-        router = Router({name: sink}, room=Room.of([(self.ring, self.codec)]))
+        source = RingSource(name, self.ring, self.decode, self.codec)
+        stream = Stream(Router({name: sink}), reorder_buffer([source]))
 
         def drain() -> None:
-            if router.room:
-                while self.ring.pending():
-                    router.room.take(0, HELPING * BATCH)
-                    router.flush()
-                router.room.close()
-            else:
-                for records in self.ring.drain():
-                    router.feed(self.decode(records, 0))
-                    router.flush()
-            self.count += router.total
+            while self.ring.pending():
+                stream.buffer.take(0, HELPING * BATCH, 0)
+                stream.flush()
+            stream.buffer.close()
+            self.count += stream.router.total
 
         return drain
 

@@ -19,12 +19,13 @@ from tcplat_core import json_lines
 from tcplat_core.deliver.fast import records as fast
 from tcplat_core.deliver.fast.codec import Codec
 from tcplat_core.deliver.fast.library import FILE, library
-from tcplat_core.deliver.fast.records import FOREVER, Records, Room
+from tcplat_core.deliver.fast.records import RecordBuffer, Records, reorder_buffer
+from tcplat_core.deliver.reorder import FOREVER, ReorderBuffer, RingSource, RowBuffer
 from tcplat_core.deliver.ring import ForeignRecordError, Ring
 from tcplat_core.event.fields import Event, FiredBy, Made, Moment, Wire
 from tcplat_core.event.record import Record
 from tcplat_core.event.text import micros
-from tcplat_core.testing import FakeRing, make_record
+from tcplat_core.testing import FakeRing, make_event, make_record
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="there is no C compiler"
@@ -67,8 +68,15 @@ def ifname(index: int) -> str | None:
     return f"if{index}"
 
 
+READING = ("pröbe", HOOKS, ifname)
+
+
+def decoder_of(event: type[Event]) -> Callable[[Any, int], list[Event]]:
+    return Record(event).decoder(*READING)
+
+
 def codec_of(event: type[Event]) -> Codec:
-    codec = Codec.of(Record(event), "pröbe", HOOKS, ifname)
+    codec = Codec.of(Record(event), *READING)
     assert codec
     return codec
 
@@ -226,15 +234,16 @@ def test_the_compiler_has_nothing_to_say() -> None:
         assert done.stderr == ""
 
 
-# --- the room
+# --- the reorder buffer, in C and in Python
 
 
-Made_ = tuple[Room, list[FakeRing], list[Ring]]
+Made_ = tuple[ReorderBuffer, list[FakeRing], list[Ring]]
 
 
-@pytest.fixture
-def rooms() -> Iterator[Callable[..., Made_]]:
+@pytest.fixture(params=[RecordBuffer, RowBuffer])
+def buffers(request: pytest.FixtureRequest) -> Iterator[Callable[..., Made_]]:
     """Make a reorder buffer of rings that the test fills, one for each event."""
+    in_c = request.param is RecordBuffer
     with ExitStack() as stack:
 
         def make(*events: type[Event], size: int = 1 << 16, start: int = 0) -> Made_:
@@ -247,10 +256,15 @@ def rooms() -> Iterator[Callable[..., Made_]]:
                 stack.callback(ring.close)
                 fakes.append(fake)
                 rings.append(ring)
-            room = Room.of(list(zip(rings, map(codec_of, events), strict=True)))
-            assert room
-            stack.callback(room.close)
-            return room, fakes, rings
+            buffer = reorder_buffer(
+                [
+                    RingSource("a", ring, decoder_of(event), codec_of(event) if in_c else None)
+                    for ring, event in zip(rings, events, strict=True)
+                ]
+            )
+            assert isinstance(buffer, request.param)
+            stack.callback(buffer.close)
+            return buffer, fakes, rings
 
         yield make
 
@@ -259,29 +273,29 @@ def at(ns: int, event: type[Event] = Event, **members: Any) -> bytes:
     return make_record(event, ts_ns=ns, **members)
 
 
-def left(room: Room, before_ns: int = FOREVER) -> list[Event]:
-    return list(room.leave(before_ns) or ())
+def left(buffer: ReorderBuffer, before_ns: int = FOREVER) -> list[Event]:
+    return list(buffer.leave(before_ns))
 
 
 def test_records_leave_in_order_of_time_and_those_of_one_instant_as_they_came(
-    rooms: Callable[..., Made_],
+    buffers: Callable[..., Made_],
 ) -> None:
-    room, fakes, _ = rooms(Event, Everything)
+    buffer, fakes, _ = buffers(Event, Everything)
     source = chance(5)
     expected = []
     for number, (fake, event) in enumerate(zip(fakes, EVENTS, strict=True)):
         times = [source.randrange(40) for _ in range(100)]
         fake.feed(at(ns, event, sock=index) for index, ns in enumerate(times))
         expected += [(ns, number, index) for index, ns in enumerate(times)]
-        assert room.take(number, 1000) == 0
-    rows = left(room)
+        assert buffer.take(number, 1000, 0) == 0
+    rows = left(buffer)
     got = [(row.ts_ns, int(isinstance(row, Everything)), row.sock) for row in rows]
     assert got == sorted(expected)
-    assert left(room) == []
+    assert left(buffer) == []
 
 
-def test_what_is_younger_stays_and_keeps_its_bytes(rooms: Callable[..., Made_]) -> None:
-    room, fakes, _ = rooms(Event, Everything)
+def test_what_is_younger_stays_and_keeps_its_bytes(buffers: Callable[..., Made_]) -> None:
+    buffer, fakes, _ = buffers(Event, Everything)
     told: list[tuple[int, int]] = []
     source = chance(6)
     now = 0
@@ -291,87 +305,98 @@ def test_what_is_younger_stays_and_keeps_its_bytes(rooms: Callable[..., Made_]) 
             times = sorted(now + source.randrange(100) for _ in range(source.randrange(30)))
             fed += [(ns, number) for ns in times]
             fake.feed(at(ns, event, sock=ns, seq=ns, has=1) for ns in times)
-            room.take(number, 1000)
+            buffer.take(number, 1000, 0)
         now += 100
         horizon_ns = now - source.randrange(100)
         if told or fed:
-            rows = left(room, horizon_ns)
+            rows = left(buffer, horizon_ns)
             assert all(row.ts_ns < horizon_ns for row in rows)
             assert all(row.sock == row.seq == row.ts_ns for row in rows)
             told += [(row.ts_ns, int(isinstance(row, Everything))) for row in rows]
-        waiting = sorted(fed)[len(told) :]
-        assert room.oldest_ns() == (waiting[0][0] if waiting else 0)
-    told += [(row.ts_ns, int(isinstance(row, Everything))) for row in left(room)]
+        assert buffer.waiting == (len(fed) > len(told))
+    told += [(row.ts_ns, int(isinstance(row, Everything))) for row in left(buffer)]
     assert len(told) == len(fed) > 1000
     assert sorted(told) == sorted(fed)
     assert [ns for ns, _ in told] == sorted(ns for ns, _ in fed)
 
 
-def test_so_many_are_taken_at_a_time(rooms: Callable[..., Made_]) -> None:
-    room, (fake,), (ring,) = rooms(Event)
+def test_so_many_are_taken_at_a_time(buffers: Callable[..., Made_]) -> None:
+    buffer, (fake,), (ring,) = buffers(Event)
     fake.feed(map(at, range(1, 101)))
-    assert room.take(0, 30) == 30
+    assert buffer.take(0, 30, 0) == 30
     assert ring.pending()
-    assert room.take(0, 70) == 100
+    assert buffer.take(0, 70, 0) == 100
     assert not ring.pending()
-    assert room.take(0, 70) == 0
-    assert [row.ts_ns for row in left(room)] == list(range(1, 101))
+    assert buffer.take(0, 70, 0) == 0
+    assert [row.ts_ns for row in left(buffer)] == list(range(1, 101))
 
 
-def test_records_wrap_around_the_end(rooms: Callable[..., Made_]) -> None:
-    room, (fake,), _ = rooms(Event, size=4096, start=(1 << 40) - 8)
+def test_records_wrap_around_the_end(buffers: Callable[..., Made_]) -> None:
+    buffer, (fake,), _ = buffers(Event, size=4096, start=(1 << 40) - 8)
     for begin in range(0, 1000, 10):
         assert fake.feed(map(at, range(begin, begin + 10))) == 10
-        room.take(0, 1000)
+        buffer.take(0, 1000, 0)
         assert fake.consumed == fake.produced
-        assert [row.ts_ns for row in left(room)] == list(range(begin, begin + 10))
+        assert [row.ts_ns for row in left(buffer)] == list(range(begin, begin + 10))
 
 
-def test_a_record_that_is_not_complete_stops_what_follows(rooms: Callable[..., Made_]) -> None:
-    room, (fake,), (ring,) = rooms(Event)
+def test_a_record_that_is_not_complete_stops_what_follows(buffers: Callable[..., Made_]) -> None:
+    buffer, (fake,), (ring,) = buffers(Event)
     fake.feed([at(1)])
     position = fake.reserve(at(2))
     assert position is not None
     fake.feed([at(3)])
-    room.take(0, 10)
-    assert [row.ts_ns for row in left(room)] == [1]
+    buffer.take(0, 10, 0)
+    assert [row.ts_ns for row in left(buffer)] == [1]
     assert ring.pending()
     fake.submit(position)
-    room.take(0, 10)
-    assert [row.ts_ns for row in left(room)] == [2, 3]
+    buffer.take(0, 10, 0)
+    assert [row.ts_ns for row in left(buffer)] == [2, 3]
 
 
 def test_a_record_that_was_taken_back_is_skipped_and_not_counted(
-    rooms: Callable[..., Made_],
+    buffers: Callable[..., Made_],
 ) -> None:
-    room, (fake,), (ring,) = rooms(Event)
+    buffer, (fake,), (ring,) = buffers(Event)
     position = fake.reserve(at(1))
     assert position is not None
     fake.feed([at(2)])
     fake.discard(position)
-    room.take(0, 10)
-    assert [row.ts_ns for row in left(room)] == [2]
+    buffer.take(0, 10, 0)
+    assert [row.ts_ns for row in left(buffer)] == [2]
     assert ring.taken.total() == 1
 
 
-def test_records_are_counted_by_their_hook(rooms: Callable[..., Made_]) -> None:
-    room, (fake,), (ring,) = rooms(Event)
+def test_records_are_counted_by_their_hook(buffers: Callable[..., Made_]) -> None:
+    buffer, (fake,), (ring,) = buffers(Event)
     fake.feed(at(1, hook=hook) for hook in itertools.chain([0] * 3, [1] * 5, [2] * 7))
-    room.take(0, 100)
+    buffer.take(0, 100, 0)
     assert ring.taken == {0: 3, 1: 5, 2: 7}
 
 
-def test_a_record_of_another_size_is_foreign(rooms: Callable[..., Made_]) -> None:
-    room, (fake,), _ = rooms(Event)
+def test_a_record_of_another_size_is_foreign(buffers: Callable[..., Made_]) -> None:
+    buffer, (fake,), _ = buffers(Event)
     fake.feed([at(1), b"x" * 16])
     with pytest.raises(ForeignRecordError):
-        room.take(0, 10)
+        buffer.take(0, 10, 0)
 
 
-def test_counts_outlive_the_room(rooms: Callable[..., Made_]) -> None:
-    room, (fake,), (ring,) = rooms(Event)
+def test_counts_outlive_the_room(buffers: Callable[..., Made_]) -> None:
+    buffer, (fake,), (ring,) = buffers(Event)
     fake.feed([at(1)])
-    room.take(0, 10)
-    room.close()
-    room.close()
+    buffer.take(0, 10, 0)
+    buffer.close()
+    buffer.close()
     assert ring.taken == {0: 1}
+
+
+def test_rows_that_come_from_no_ring_take_their_place(buffers: Callable[..., Made_]) -> None:
+    buffer, (fake,), _ = buffers(Event)
+    assert not buffer.waiting
+    fake.feed([at(1), at(3)])
+    buffer.take(0, 10, 0)
+    buffer.feed([make_event(ts_ns=4), make_event(ts_ns=2)])
+    assert [row.ts_ns for row in left(buffer, 4)] == [1, 2, 3]
+    assert buffer.waiting
+    assert [row.ts_ns for row in left(buffer)] == [4]
+    assert not buffer.waiting

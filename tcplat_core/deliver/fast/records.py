@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Self, overload
+from typing import Any, overload
 
 import attrs
 import msgspec
 
+from tcplat_core.deliver.reorder import BY_TIME, ReorderBuffer, RingSource, RowBuffer
 from tcplat_core.deliver.ring import ForeignRecordError, Ring
 from tcplat_core.errors import TcplatError
 from tcplat_core.event.fields import Event
@@ -17,8 +18,6 @@ from tcplat_core.event.fields import Event
 from .codec import Codec
 from .library import CANNOT, DONE, FOREIGN, FULL, UNKNOWN, Left, Progress, library
 
-FOREVER = 1 << 63
-"""No instant is as late, ns."""
 NO_MEMORY = "there is no memory for more records"
 PIECE = 1 << 17
 """Bytes of text that are made at a time: what stays in the cache until it is written."""
@@ -137,8 +136,8 @@ def _text() -> tuple[Any, int]:
 
 
 @attrs.define(eq=False)
-class Room:
-    """Where records wait for older ones that may still turn up.
+class RecordBuffer:
+    """The reorder buffer in C: a record becomes a row only when a sink looks at it.
 
     Args:
         rings: By source. They stay the caller's, and have to be there until close().
@@ -147,8 +146,10 @@ class Room:
 
     rings: Sequence[Ring]
     codecs: Sequence[Codec]
-    offset_ns: int = 0
+    _offset_ns: int = attrs.field(default=0, init=False)
     """Unix time minus CLOCK_MONOTONIC, when it was measured last."""
+    _rows: RowBuffer = attrs.field(factory=RowBuffer, init=False)
+    """Rows that come from no ring."""
     _library: ctypes.CDLL = attrs.field(init=False)
     _handle: int = attrs.field(init=False)
     _rings: list[int] = attrs.field(init=False)
@@ -172,14 +173,6 @@ class Room:
             self._rings.append(handle)
             ring.by_c = (ctypes.c_uint64 * 256).from_address(records_c.ring_taken(handle))
 
-    @classmethod
-    def of(cls, sources: Sequence[tuple[Ring, Codec | None]]) -> Self | None:
-        """For these rings; None where one of them is not for C."""
-        codecs = [codec for _, codec in sources if codec]
-        if len(codecs) < len(sources):
-            return None
-        return cls([ring for ring, _ in sources], codecs)
-
     def close(self) -> None:
         """Unmap the rings, and let go of what waits. Again it does nothing."""
         for ring, handle in zip(self.rings, self._rings, strict=False):
@@ -190,15 +183,9 @@ class Room:
             self._library.room_free(self._handle)
         self._handle = 0
 
-    def take(self, source: int, most: int) -> int:
-        """Have at most so many records of a ring come in.
-
-        Returns:
-            When the last of so many was; 0 where there were not so many.
-
-        Raises:
-            ForeignRecordError: A record of another size.
-        """
+    def take(self, source: int, most: int, offset_ns: int) -> int:
+        """See :meth:`ReorderBuffer.take`."""
+        self._offset_ns = offset_ns
         last_ns = self._library.room_take(self._handle, self._rings[source], most)
         if last_ns == FOREIGN:
             raise ForeignRecordError(f"a record that has not {self.codecs[source].size} bytes")
@@ -206,12 +193,23 @@ class Room:
             raise TcplatError(NO_MEMORY)
         return int(last_ns)
 
-    def oldest_ns(self) -> int:
-        """When the first of those here was; 0 where there is none."""
-        return int(self._library.room_oldest_ns(self._handle))
+    def feed(self, rows: Sequence[Event]) -> None:
+        """See :meth:`ReorderBuffer.feed`."""
+        self._rows.feed(rows)
 
-    def leave(self, before_ns: int) -> Records | None:
-        """Those that are older leave; None where there are none."""
+    @property
+    def waiting(self) -> bool:
+        """See :attr:`ReorderBuffer.waiting`."""
+        return bool(self._library.room_oldest_ns(self._handle)) or self._rows.waiting
+
+    def leave(self, before_ns: int) -> Sequence[Event]:
+        """See :meth:`ReorderBuffer.leave`."""
+        rows, records = self._rows.leave(before_ns), self._records(before_ns)
+        if records is None:
+            return rows
+        return sorted([*records, *rows], key=BY_TIME) if rows else records
+
+    def _records(self, before_ns: int) -> Records | None:
         left = Left()
         if self._library.room_leave(self._handle, before_ns, self._sizes, left):
             raise TcplatError(NO_MEMORY)
@@ -221,10 +219,18 @@ class Room:
             self.codecs,
             ctypes.string_at(left.records, left.bytes),
             ctypes.string_at(left.sources, left.count),
-            self.offset_ns,
+            self._offset_ns,
             left.first_ns,
             left.last_ns,
         )
+
+
+def reorder_buffer(sources: Sequence[RingSource]) -> ReorderBuffer:
+    """Return the buffer in C; the one in Python where a source has no codec for C."""
+    codecs = [one.codec for one in sources if one.codec]
+    if len(codecs) < len(sources):
+        return RowBuffer(sources)
+    return RecordBuffer([one.ring for one in sources], codecs)
 
 
 _encoder = msgspec.json.Encoder()
