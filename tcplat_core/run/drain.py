@@ -68,6 +68,16 @@ class Drain:
             self.stream.flush(min(horizon_ns, kernel_ns() - _GUARD_NS))
             time.sleep(0 if horizon_ns < FOREVER else POLL_S)
 
+    def deliver(self, settled_ns: int) -> bool:
+        """Take one helping of each ring, and deliver what is older than `settled_ns`.
+
+        Returns:
+            Whether that was all; False where a ring held more than one helping.
+        """
+        horizon_ns = self.take(settled_ns)
+        self.stream.flush(horizon_ns)
+        return horizon_ns >= settled_ns
+
     def take(self, horizon_ns: int) -> int:
         """Take one helping of each ring.
 

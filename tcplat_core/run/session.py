@@ -27,19 +27,7 @@ from .command import Command
 from .drain import Drain, show_counted
 from .gate import Sleeper
 from .loader import LoaderProcess
-from .pace import (
-    BUSY_POLL_S,
-    GLANCE_S,
-    HOLD_S,
-    IDLE_POLL_S,
-    LATE_S,
-    LINGER_S,
-    LOOK_S,
-    MANY,
-    PATIENCE,
-    POLL_S,
-    TICK_S,
-)
+from .pace import HOLD_S, IDLE_POLL_S, LATE_S, Pace
 from .probe_run import ProbeRun, probe_request
 from .ready import ReadyFile
 from .signals import Signals
@@ -81,10 +69,6 @@ class Session:
     signals: Signals = attrs.field(factory=Signals)
     say: Callable[[str], None] = lambda _: None
     outputs: Sequence[Output] = ()
-    _end: float = attrs.field(default=math.inf, init=False)
-    """When the loop is to end, on the clock of time.monotonic()."""
-    _tick: float = attrs.field(default=math.inf, init=False)
-    """When sinks are to be told next that time passes."""
     _watched: Watched | None = attrs.field(default=None, init=False)
     _ready: ReadyFile | None = attrs.field(init=False)
 
@@ -149,12 +133,12 @@ class Session:
                 self._watched = Watched(list(self.request.filter.pids))
             if self._watched:
                 stack.callback(self._watched.close)
-            began = time.monotonic()
+            pace = self._pace(router)
             self._say_silent(runs)
             if not self.dry:
                 router.begin()
                 self._begin()
-                self._loop(drain, sleeper, began)
+                self._loop(drain, sleeper, pace)
             sleeper.shut()
             self._look_at_interfaces(runs)
             held.close()
@@ -163,14 +147,23 @@ class Session:
             drain.rest()
             self._poll(drain)
             stream.flush()
-            show_counted(runs, router, began, final=True)
-            report = report_of(runs, stream, time.monotonic() - began)
+            show_counted(runs, router, pace.began, final=True)
+            report = report_of(runs, stream, time.monotonic() - pace.began)
         if self.dry:
             router.cancel()
             return report
         router.close(report)
         # A sink may have failed in close(), too.
         return attrs.evolve(report, switched_off=dict(router.switched_off))
+
+    def _pace(self, router: Router) -> Pace:
+        wanted = self.request.aggregation
+        return Pace(
+            time.monotonic(),
+            self.duration_s,
+            wanted.every_s if wanted else math.inf,
+            telling=router.tells_time,
+        )
 
     def _say_silent(self, runs: Sequence[ProbeRun]) -> None:
         """Say through which interfaces no packet can come for now."""
@@ -185,73 +178,55 @@ class Session:
         if self.command:
             self.command.go()
 
-    def _loop(self, drain: Drain, sleeper: Sleeper, began: float) -> None:
+    def _loop(self, drain: Drain, sleeper: Sleeper, pace: Pace) -> None:
         stream, router = drain.stream, drain.stream.router
         previous_ns = 0
-        look = glance = 0.0
-        self._tick = 0.0 if router.tells_time else math.inf
-        came_at = began
-        wanted = self.request.aggregation
-        every_s = wanted.every_s if wanted else math.inf
-        show = began + every_s
-        self._end = began + self.duration_s if self.duration_s else math.inf
         while not (self.signals.stopping() or router.done):
-            now_ns = kernel_ns()
-            now = time.monotonic()
-            looking = now >= look
+            now_ns, now = kernel_ns(), time.monotonic()
+            looking = pace.looks(now)
             if looking:
-                look = now + LOOK_S
-                self._look(drain, now)
-            if now >= show:
-                show += every_s * ((now - show) // every_s + 1)
-                show_counted(drain.runs, router, began)
-            if now >= glance:
-                glance = now + GLANCE_S
-                self._glance(now)
-            if now >= self._end:
+                self._look(drain, pace, now)
+            if pace.shows(now):
+                show_counted(drain.runs, router, pace.began)
+            if pace.glances(now):
+                self._glance(pace, now)
+            if now >= pace.end:
                 return
-            pause = POLL_S + PATIENCE * (now - came_at)
-            coming = drain.pending()
+            coming, had = drain.pending(), router.total
             if coming or looking or stream.waiting:
-                had = router.total
                 settled_ns = min(previous_ns, now_ns - int(self.hold_s * 1e9))
-                horizon_ns = drain.take(settled_ns)
-                stream.flush(horizon_ns)
-                if horizon_ns < settled_ns:  # there is more than one helping
+                if not drain.deliver(settled_ns):
                     router.poll()
                     continue
-                if coming or router.total > had:
-                    came_at = now
-                    pause = POLL_S if router.total - had < MANY else BUSY_POLL_S
             router.poll()
-            self._tell_time(stream, now, now_ns, quiet=not coming)
+            quiet = not (coming or stream.waiting)
+            if quiet and pace.tells(now):
+                router.passed(now_ns - int(LATE_S * 1e9))
             previous_ns = now_ns
-            # While a pipe's reader is awaited that is to be told that we are ready.
-            pending = now + GLANCE_S if self._ready and not self._ready.told else math.inf
-            if pause < IDLE_POLL_S or stream.waiting or router.serves or self.trace:
-                time.sleep(max(0.0, min(pause, IDLE_POLL_S, self._end - now)))
+            rows = router.total - had
+            pause_s = pace.pause_s(now, rows if coming or rows else None)
+            if pause_s < IDLE_POLL_S or stream.waiting or router.serves or self.trace:
+                time.sleep(pace.nap_s(now, pause_s))
             else:
-                sleeper.sleep(min(look, show, self._tick, self._end, pending) - now, self._others())
-                glance = 0.0
+                sleeper.sleep(pace.sleep_s(now, pending=self._untold), self._others())
 
-    def _tell_time(self, stream: Stream, now: float, now_ns: int, *, quiet: bool) -> None:
-        """Where the rings are empty, tell the sinks up to when nothing is missing."""
-        if quiet and now >= self._tick and not stream.waiting:
-            self._tick = now + TICK_S
-            stream.router.passed(now_ns - int(LATE_S * 1e9))
+    @property
+    def _untold(self) -> bool:
+        """Whether the ready file is a pipe that has no reader yet."""
+        return self._ready is not None and not self._ready.told
 
-    def _look(self, drain: Drain, now: float) -> None:
+    def _look(self, drain: Drain, pace: Pace, now: float) -> None:
         """Do what is due once a second."""
         if self._look_at_interfaces(drain.runs) and not self.command:
-            self._end = now
+            pace.end = now
         self._poll(drain)
         drain.stream.router.idle()
 
-    def _glance(self, now: float) -> None:
+    def _glance(self, pace: Pace, now: float) -> None:
         """Do what is due several times a second."""
-        if self._end == math.inf and self._traced_ended():
-            self._end = now + LINGER_S
-        if self._ready and not self._ready.told:  # a pipe: does somebody read it by now?
+        if pace.end == math.inf and self._traced_ended():
+            pace.traced_ended(now)
+        if self._ready and self._untold:
             self._ready.tell()
         if self.trace:
             self.trace.relay(self.say)

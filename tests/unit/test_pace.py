@@ -1,0 +1,127 @@
+"""When a session does what, and how long it waits, without a clock."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tcplat_core.run.pace import (
+    BUSY_POLL_S,
+    GLANCE_S,
+    IDLE_POLL_S,
+    LINGER_S,
+    LOOK_S,
+    MANY,
+    POLL_S,
+    TICK_S,
+    Pace,
+)
+
+BEGAN = 1000.0
+
+
+def test_interfaces_are_looked_at_at_once_and_then_once_a_second() -> None:
+    pace = Pace(BEGAN)
+    assert [s for s in (0, 0.5, 0.99, LOOK_S, 1.5) if pace.looks(BEGAN + s)] == [0, LOOK_S]
+
+
+def test_what_is_traced_is_looked_at_ten_times_a_second() -> None:
+    pace = Pace(BEGAN)
+    assert [pace.glances(BEGAN + s) for s in (0, 0.05, GLANCE_S, 0.15)] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+
+
+def test_what_is_traced_is_looked_at_after_each_sleep() -> None:
+    pace = Pace(BEGAN)
+    assert pace.glances(BEGAN)
+    pace.sleep_s(BEGAN, pending=False)
+    assert pace.glances(BEGAN)
+
+
+def test_counts_are_shown_in_equal_intervals_and_missed_ones_are_skipped() -> None:
+    pace = Pace(BEGAN, show_s=2)
+    shown = [s for s in (0, 1.9, 2.1, 3.9, 4, 9, 9.9, 10) if pace.shows(BEGAN + s)]
+    assert shown == [2.1, 4, 9, 10]
+
+
+def test_counts_that_no_sink_wants_are_never_shown() -> None:
+    assert not Pace(BEGAN).shows(BEGAN + 1e9)
+
+
+@pytest.mark.parametrize(("telling", "told"), [(True, [0, TICK_S, 0.6]), (False, [])])
+def test_sinks_that_want_it_are_told_four_times_a_second_that_time_passes(
+    told: list[float], *, telling: bool
+) -> None:
+    pace = Pace(BEGAN, telling=telling)
+    assert [s for s in (0, 0.2, TICK_S, 0.4, 0.6) if pace.tells(BEGAN + s)] == told
+
+
+def test_a_run_without_a_duration_does_not_end() -> None:
+    assert Pace(BEGAN).end == math.inf
+    assert Pace(BEGAN, 5).end == BEGAN + 5
+
+
+def test_a_run_outlives_what_it_traces_by_a_moment() -> None:
+    pace = Pace(BEGAN)
+    pace.traced_ended(BEGAN + 3)
+    assert pace.end == BEGAN + 3 + LINGER_S
+
+
+def test_a_run_never_outlives_its_duration() -> None:
+    pace = Pace(BEGAN, 3)
+    pace.traced_ended(BEGAN + 3)
+    assert pace.end == BEGAN + 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "pause_s"), [(0, POLL_S), (MANY - 1, POLL_S), (MANY, BUSY_POLL_S), (9999, BUSY_POLL_S)]
+)
+def test_rows_by_the_hundred_are_awaited_longer(rows: int, pause_s: float) -> None:
+    assert Pace(BEGAN).pause_s(BEGAN + 60, rows) == pause_s
+
+
+def test_the_pause_grows_with_the_silence_and_begins_anew_with_a_row() -> None:
+    pace = Pace(BEGAN)
+    assert pace.pause_s(BEGAN, None) == POLL_S
+    assert pace.pause_s(BEGAN + 0.1, None) == pytest.approx(0.006)
+    assert pace.pause_s(BEGAN + 10, None) > IDLE_POLL_S
+    pace.pause_s(BEGAN + 10, 1)
+    assert pace.pause_s(BEGAN + 10, None) == POLL_S
+
+
+def test_a_nap_is_short_and_no_longer_than_the_run() -> None:
+    pace = Pace(BEGAN, 1)
+    assert pace.nap_s(BEGAN, 0.005) == 0.005
+    assert pace.nap_s(BEGAN, 5) == IDLE_POLL_S
+    assert pace.nap_s(BEGAN + 0.99, 5) == pytest.approx(0.01)
+    assert pace.nap_s(BEGAN + 2, 5) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "pending", "most_s"),
+    [
+        ({}, False, LOOK_S),
+        ({}, True, GLANCE_S),
+        ({"duration_s": 0.5}, False, 0.5),
+        ({"show_s": 0.3}, False, 0.3),
+        ({"telling": True}, False, TICK_S),
+    ],
+)
+def test_a_sleep_ends_when_the_next_thing_is_due(
+    given: dict[str, float], most_s: float, *, pending: bool
+) -> None:
+    pace = Pace(BEGAN, **given)  # type: ignore[arg-type] # one of them is a bool
+    pace.looks(BEGAN)
+    pace.tells(BEGAN)
+    assert pace.sleep_s(BEGAN, pending=pending) == pytest.approx(most_s)
+
+
+def test_a_sleep_is_never_negative() -> None:
+    pace = Pace(BEGAN, 1)
+    pace.looks(BEGAN)
+    assert pace.sleep_s(BEGAN + 5, pending=False) == 0
