@@ -156,6 +156,7 @@ SECTIONS = {
         "connect",
         "json_lines",
         "printable",
+        "say",
         "Loss",
         "RunReport",
     ),

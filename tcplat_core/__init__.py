@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .errors import CannotRunError, PluginError, ReaderGoneError, TcplatError, UsageError
     from .event.clock import clock_offset_ns
     from .event.fields import SCHEMA_VERSION, Event, Field, Moment, Wire, fields
-    from .event.terminal import printable
+    from .event.terminal import printable, say
     from .event.text import address, micros
     from .plugin.connecting import connect
     from .plugin.histogram import Aggregates, Aggregation, Distribution, Group, Histogram
@@ -119,6 +119,7 @@ __all__ = [
     "path",
     "ports",
     "printable",
+    "say",
     "size",
     "tracepoint",
     "tracepoints",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tcplat_core.errors import UsageError
+from tcplat_core.plugin.numbers import decimal
 from tcplat_core.plugin.options import duration, size
 
 if TYPE_CHECKING:
@@ -139,9 +140,10 @@ def _numbers(texts: Sequence[str], option: str, top: int) -> tuple[int, ...]:
     """``("80,443", "8080+8081")`` as numbers from 1 to `top`; plugin options are written with +."""
     numbers = []
     for text in ",".join(texts).replace("+", ",").split(",") if texts else ():
-        if not text.isdecimal() or not 1 <= int(text) <= top:
+        number = decimal(text, top)
+        if not number:
             raise UsageError(f"{option} {text!r} is not a number from 1 to {top}")
-        numbers.append(int(text))
+        numbers.append(number)
     return tuple(numbers)
 
 

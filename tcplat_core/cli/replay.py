@@ -16,7 +16,7 @@ from tcplat_core.run.signals import NOTHING_REPLAYED, Signals
 from .chosen import chosen_sinks
 from .options import COUNT, QUIET, SINKS, filter_of, filter_options
 from .root import give_up_root
-from .words import nothing, summary
+from .words import failures, nothing, summary
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,12 +100,10 @@ def _replay(
     )
     report = one.run()
     if not quiet:
-        summary(
-            attrs.evolve(report, switched_off=one.router.switched_off),
-            UNREAD,
-        )
+        summary(report, UNREAD)
         for sentence in one.summary(report):
             terminal.say(sentence)
         if signals.caught and not one.capture.read:
             terminal.say(NOTHING_REPLAYED)
+    failures(attrs.evolve(report, switched_off=one.router.switched_off))
     return TcplatError.exit_code if one.router.switched_off else 0

@@ -15,13 +15,20 @@ if TYPE_CHECKING:
 
 
 def tell(report: RunReport, *, dry_run: bool, quiet: bool) -> None:
-    """How the run went."""
+    """Report how the run went; if quiet, errors only."""
     if dry_run:
         _attached(report)
     elif not quiet:
         summary(report)
+    failures(report)
     if not (report.probes or quiet):
         terminal.say(NOTHING_RECORDED)
+
+
+def failures(report: RunReport) -> None:
+    """Report the sinks that failed: they are why the exit status is 1."""
+    for sink, reason in report.switched_off.items():
+        terminal.say(f"sink {sink} was switched off: {reason}")
 
 
 def _attached(report: RunReport) -> None:
@@ -35,14 +42,12 @@ def _attached(report: RunReport) -> None:
 def summary(
     report: RunReport, unread: str = "more events were in the ring when the run ended"
 ) -> None:
-    """Yield what was delivered, lost and missing."""
+    """Report what was delivered, lost and missing."""
     for name, probe in report.probes.items():
         for words in _probe_summary(probe, unread):
             terminal.say(f"{name}: {words}")
     if report.late:
         terminal.say(f"{report.late} rows came out of order")
-    for sink, reason in report.switched_off.items():
-        terminal.say(f"sink {sink} was switched off: {reason}")
 
 
 def _probe_summary(probe: ProbeReport, unread_words: str) -> Iterator[str]:

@@ -7,6 +7,7 @@ them goes through here. Needs nothing, so that a refusal is quick.
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -39,13 +40,23 @@ def lines(plain: str) -> str:
 
 
 def say(sentence: str) -> None:
-    """Write a line to stderr at once; do nothing if it is closed."""
+    """Write a message to stderr, on a line of its own."""
     write(f"tcplat: {printable(sentence)}")
 
 
 def write(text: str) -> None:
-    """Lines on stderr, each such that a terminal may have it."""
+    """Write lines to stderr, escaped for a terminal.
+
+    Where that fails (its reader has gone, a full disk), stderr is /dev/null from then on: a
+    message that cannot be shown must not end the work that it is about.
+    """
     import click  # noqa: PLC0415 - the loader has nothing to say by itself
 
-    if sys.stderr is not None:
+    if sys.stderr is None:
+        return
+    try:
         click.echo(lines(text), err=True)
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(null, 2)
+        os.close(null)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tcplat_core.errors import TOO_MANY_FILES, TcplatError, UsageError
+from tcplat_core.plugin.numbers import decimal
 
 NAMED = Path("/run/netns")
 """Where `ip netns add` puts them."""
@@ -86,6 +87,7 @@ def _is_netns(fd: int) -> bool:
 
 _MOST_PIDS = 1 << 22
 """No process has a higher number; inodes of namespaces begin at 0xF0000000."""
+_MOST_INODE = (1 << 32) - 1
 
 
 def netns_recorded(text: str) -> int:
@@ -94,9 +96,8 @@ def netns_recorded(text: str) -> int:
     Raises:
         UsageError: It is no number, and there is no such namespace.
     """
-    if text.isdecimal() and int(text) > _MOST_PIDS:
-        return int(text)
-    return inode(text)
+    number = decimal(text, _MOST_INODE)
+    return number if number and number > _MOST_PIDS else inode(text)
 
 
 @contextlib.contextmanager

@@ -38,7 +38,8 @@ def integer(least: int | None = None, most: int | None = None) -> Kind:
     words += f" to {most}" if most is not None else ""
 
     def convert(text: str) -> int:
-        if not re.fullmatch(r"-?[0-9]+", text):
+        # More digits have no bound that they could keep, and int() raises at 4,300.
+        if not re.fullmatch(r"-?[0-9]{1,40}", text):
             raise ValueError(f"it must be {words}")
         value = int(text)
         if (least is not None and value < least) or (most is not None and value > most):
@@ -85,18 +86,21 @@ def _boolean(text: str) -> bool:
     return text in ("yes", "true", "on", "1")
 
 
+_MOST_SECONDS = 1e9
+"""Some 30 years: as nanoseconds it fits into 64 bits."""
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
 
 
 def _duration(text: str) -> float:
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(ns|us|ms|s|m|h)?", text)
-    if not found:
+    time = float(found[1]) * _SECONDS[found[2] or "s"] if found else _MOST_SECONDS
+    if time >= _MOST_SECONDS:
         raise ValueError("it is not a time; write 5, 500ms, 30s, 2m or 1h")
-    return float(found[1]) * _SECONDS[found[2] or "s"]
+    return time
 
 
 def _size(text: str) -> int:
-    found = re.fullmatch(r"([0-9]+)([KMG]?)", text)
+    found = re.fullmatch(r"([0-9]{1,20})([KMG]?)", text)
     if not found:
         raise ValueError("it is not a size; write 4096, 64K, 16M or 1G")
     return int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]]

@@ -401,8 +401,9 @@ def _beside(place: Place, old: os.stat_result | None) -> Iterator[BinaryIO]:
     """Make a file beside the place, which is moved there at the end."""
     # As long as a name may be, also where the other is: 255 bytes.
     name = f".{os.fsdecode(os.fsencode(place.name)[:200])}.{os.urandom(6).hex()}"
+    # Who opened it with more rights than the old file gives could read what is written later.
     with in_words(place.path):
-        fd = place.create(name, 0o666)
+        fd = place.create(name, 0o600 if old else 0o666)
     try:
         with os.fdopen(fd, "wb") as file:
             if old:

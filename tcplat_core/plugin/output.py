@@ -20,8 +20,10 @@ import attrs
 from tcplat_core.errors import ReaderGoneError, TcplatError, UsageError
 
 from . import outfile
+from .numbers import decimal
 
 _PIPE_BUF = select.PIPE_BUF
+_MOST_COLUMNS = 1 << 16
 """poll(2) calls a pipe writable when this much fits, so that such a write does not block."""
 
 
@@ -196,8 +198,9 @@ class Output:
 
     def columns(self) -> int:
         """Return COLUMNS, or the width of the terminal; 0 for a pipe or a file."""
-        if os.environ.get("COLUMNS", "").isdecimal():
-            return int(os.environ["COLUMNS"])
+        columns = decimal(os.environ.get("COLUMNS", ""), _MOST_COLUMNS)
+        if columns is not None:
+            return columns
         try:
             return os.get_terminal_size(self.fd).columns
         except OSError:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from tcplat_core.errors import CannotRunError, refused
 from tcplat_core.kernel.rights import CAP_VERSION_3, CAPABILITIES, capabilities, held
+from tcplat_core.plugin.numbers import decimal
 
 _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_GET_NO_NEW_PRIVS = 24, 38, 39
 _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
@@ -23,6 +24,9 @@ SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 """Where programs are looked for with rights: only root can write there."""
 _HARMLESS = ("SUDO_UID", "SUDO_GID", "SUDO_USER", "COLUMNS", "TCPLAT_PURE")
 """Variables that are read before the rights are given up, and name no file."""
+
+_ABOUT_OUTPUT = ("TERM", "LINES", "NO_COLOR", "LANG", "LC_ALL", "LC_CTYPE", "LC_MESSAGES")
+"""Variables that name no code (LOCPATH does, where a locale is looked up)."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _given: dict[str, str] | None = None
@@ -54,8 +58,9 @@ def drop() -> None:
     """Become the user behind sudo; without one, keep the uid and give up every capability.
 
     An identity that cannot read the Python installation (a pyenv below /root)
-    would fail at the next import: then the uid is kept as well. Does nothing for
-    a process that has no more rights than its user. Irrevocable; a second call does nothing.
+    would fail at the next import: then the uid is kept as well, and of an environment that
+    another user may have written only what names no code is given back. Does nothing for
+    a process that has no more rights than its user. Irrevocable and idempotent.
 
     Raises:
         CannotRunError: Some right would be left.
@@ -72,7 +77,10 @@ def drop() -> None:
         _give_up_capabilities()
         _check()
     _dropped = True
-    _restore_environment()
+    if os.geteuid() or not _another_users_environment():
+        _restore_environment()
+    elif _given is not None:
+        os.environ.update({name: _given[name] for name in _ABOUT_OUTPUT if name in _given})
 
 
 def _restore_environment() -> None:
@@ -81,6 +89,21 @@ def _restore_environment() -> None:
         os.environ.clear()
         os.environ.update(_given)
         _given = None
+
+
+def _another_users_environment() -> bool:
+    """Return whether another user may have written the environment of this root process.
+
+    As `sudo -E` leaves it, or `su -m`: libraries would run what it names (OPENSSL_CONF) with
+    uid 0, which can write root's files without any capability.
+    """
+    given = _given if _given is not None else os.environ
+    if _number("SUDO_UID"):
+        return True
+    try:
+        return os.stat(given.get("HOME", "/")).st_uid != 0
+    except OSError:
+        return True
 
 
 def _give_up_capabilities() -> None:
@@ -128,9 +151,10 @@ def _user_behind_sudo() -> tuple[int, int, list[int]] | None:
 
 def _number(variable: str) -> int:
     text = os.environ.get(variable) or "0"
-    if not (text.isascii() and text.isdecimal() and int(text) < _NO_UID):
+    number = decimal(text, _NO_UID - 1)
+    if number is None:
         raise CannotRunError(f"{variable}={text} is not a number as sudo sets it: unset {variable}")
-    return int(text)
+    return number
 
 
 def _can_read_python(uid: int, gid: int) -> bool:

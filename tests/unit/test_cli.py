@@ -139,6 +139,13 @@ def here(loader: FakeLoader, monkeypatch: pytest.MonkeyPatch) -> Callable[..., i
         ("run --probe tcp_client --comm=", "--comm must not be empty"),
         ("run --probe tcp_client --comm a*b", "* is allowed at the end only"),
         ("run --probe tcp_client --port 0", "port '0' is not a number from 1 to 65535"),
+        (f"run --probe tcp_client --port {'9' * 5000}", "is not a number from 1 to 65535"),
+        (f"run --probe tcp_client -p {'9' * 5000}", "is not a number from 1 to"),
+        (f"run --probe tcp_client --netns {'9' * 5000}", "there is no network namespace"),
+        (f"run --probe tcp_client --hold {'9' * 400}", "is not a time; write 5, 500ms"),
+        (f"run --probe tcp_client --ring-size {'9' * 5000}", "is not a power of two"),
+        (f"run --probe tcp_client --sink table:width={'9' * 5000}", "it must be a whole number"),
+        (f"run --probe tcp_client --sink stages:every={'9' * 400}", "it is not a time"),
         ("run --probe tcp_client --lport 80,65536", "port '65536' is not a number"),
         ("run --probe tcp_client --rport http", "port 'http' is not a number"),
         (

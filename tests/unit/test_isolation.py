@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ import pytest
 
 from tcplat_core.loader import isolation
 from tcplat_core.run import privileges
+
+REAL_DROP = privileges.drop
+"""Before conftest.py replaces it."""
 
 BEGIN = """
 import os, sys
@@ -253,3 +256,32 @@ def test_a_forged_user_is_refused(name: str, value: str) -> None:
     assert done.stderr.strip() == (
         f"tcplat: {name}={value} is not a number as sudo sets it: unset {name}"
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        pytest.param({"SUDO_UID": "1000", "HOME": "/root"}, None, id="sudo -E"),
+        pytest.param({"HOME": "{folder}"}, None, id="su -m"),
+        pytest.param({"HOME": "/"}, "/x", id="root's own"),
+    ],
+)
+def test_uid_0_that_stays_heeds_no_environment_of_another_user(
+    given: Mapping[str, str], left: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenSSL runs what OPENSSL_CONF names, with uid 0; where Python lies below /root it stays."""
+    if os.geteuid():
+        pytest.skip("takes uid 0")
+    os.chown(tmp_path, 1000, 1000)
+    given = {name: value.format(folder=tmp_path) for name, value in given.items()}
+    monkeypatch.setattr(privileges, "_can_read_python", lambda *_: False)
+    for change in ("_give_up_capabilities", "_check"):
+        monkeypatch.setattr(privileges, change, lambda: None)
+    monkeypatch.setattr(privileges, "_dropped", False)
+    monkeypatch.setattr(privileges, "_given", None)
+    monkeypatch.setattr(os, "environ", {**given, "OPENSSL_CONF": "/x", "LANG": "C.UTF-8"})
+    privileges.hide_environment()
+    REAL_DROP()
+    assert os.environ.get("OPENSSL_CONF") == left
+    assert os.environ["LANG"] == "C.UTF-8"
+    assert privileges.environment()["OPENSSL_CONF"] == "/x"  # for the command after --

@@ -258,6 +258,26 @@ def test_a_path_leads_where_it_led_when_it_was_followed(tmp_path: Path) -> None:
 # --- a file that takes the place of another
 
 
+def test_a_private_file_is_private_while_it_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who opens the new one before it has the old mode reads all that is written later."""
+    target = tmp_path / "out"
+    target.write_bytes(b"secret")
+    target.chmod(0o600)
+    made: list[int] = []
+    chmod = os.fchmod
+
+    def first(fd: int, mode: int) -> None:
+        made.append(stat.S_IMODE(os.fstat(fd).st_mode))
+        chmod(fd, mode)
+
+    monkeypatch.setattr(os, "fchmod", first)
+    with whole_file(str(target)) as file:
+        file.write(b"more")
+    assert made == [0o600]
+
+
 def test_a_whole_file_takes_the_place_at_the_end_and_keeps_the_mode(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.write_text("old")

@@ -23,3 +23,25 @@ def test_python_does_not_get_what_the_c_library_would_load_code_by(tmp_path: Pat
         text=True,
     )
     assert done.stdout == "unset unset kept -I\n"
+
+
+def test_functions_of_the_environment_are_not_called(tmp_path: Path) -> None:
+    """As where /bin/sh is bash (Fedora, RHEL), which takes them from BASH_FUNC_*."""
+    python, shell, hit = tmp_path / "python", tmp_path / "sh", tmp_path / "hit"
+    python.write_text('#!/bin/sh\necho "started $1"\n')
+    python.chmod(0o755)
+    bash = shutil.which("bash")
+    assert bash
+    shell.symlink_to(bash)
+    shutil.copy(SCRIPT, tmp_path / "tcplat")
+    (tmp_path / "tcplat-start").write_text(f"#!{python}\n")
+    planted = f'() {{ echo called >> {hit}; builtin "$@"; }}'
+    done = subprocess.run(
+        [shell, tmp_path / "tcplat"],
+        env={f"BASH_FUNC_{name}%%": planted for name in ("readlink", "read")},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert not hit.exists()
+    assert done.stdout == "started -I\n"

@@ -69,6 +69,40 @@ def test_where_there_is_no_standard_error_standard_output_is_the_same(capture: P
         assert (without.returncode, without.stdout) == (with_it.returncode, with_it.stdout)
 
 
+@pytest.mark.parametrize("stderr", ["full disk", "reader gone"])
+def test_a_message_that_cannot_be_written_does_not_end_the_work(stderr: str, capture: Path) -> None:
+    capture.write_bytes(b"{broken\n" + CAPTURE)  # which is said before the first row
+    for arguments in (
+        ["replay", str(capture), "--sink", "jsonl"],
+        ["diff", *[str(capture)] * 2],
+        ["report", str(capture), "-o", "-"],
+        ["merge", str(capture), str(capture)],
+    ):
+        if stderr == "full disk":
+            to = os.open("/dev/full", os.O_WRONLY)
+        else:
+            reader, to = os.pipe()
+            os.close(reader)
+        try:
+            ran = subprocess.run(
+                [sys.executable, "-I", "-m", "tcplat_core", *arguments],
+                stdout=subprocess.PIPE,
+                stderr=to,
+                check=False,
+                timeout=120,
+            )
+        finally:
+            os.close(to)
+        closed = tcplat(arguments, (2,))
+        assert (ran.returncode, ran.stdout) == (closed.returncode, closed.stdout)
+
+
+def test_quiet_still_says_why_a_sink_was_switched_off(capture: Path) -> None:
+    ran = tcplat(["replay", "-q", str(capture), "--sink", "jsonl:path=/dev/full"])
+    assert ran.returncode == 1
+    assert b"sink jsonl:path=/dev/full was switched off: writing failed: No space" in ran.stderr
+
+
 def test_a_standard_output_or_input_that_is_needed_and_closed_is_said(capture: Path) -> None:
     for arguments, closed, words in (
         (["replay", str(capture), "--sink", "jsonl"], 1, b"standard output is closed"),

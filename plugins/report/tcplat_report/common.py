@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import click
 from tcplat_stages.connection import Told
 from tcplat_stages.join import Joiner
 
-from tcplat_core import Loss, Reader, printable
+from tcplat_core import Loss, Reader
 
 
 def told(reader: Reader, joiner: Joiner) -> Iterator[Told]:
@@ -32,8 +31,3 @@ def remarks(reader: Reader, joiner: Joiner) -> Iterator[str]:
     ):
         if count:
             yield f"{reader.name}: {count} {what}"
-
-
-def say(sentence: str) -> None:
-    """A line on stderr."""
-    click.echo(f"tcplat: {printable(sentence)}", err=True)

@@ -37,9 +37,9 @@ from tcplat_stages.stages import GROUPINGS, OTHERS, TOTAL, samples
 from tcplat_stages.stream import SERVICE
 from tcplat_stages.text import duration, micros, nanos
 
-from tcplat_core import Reader, UsageError
+from tcplat_core import Reader, UsageError, say
 
-from .common import remarks, say, told
+from .common import remarks, told
 
 CONNECT = "connect"
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}

@@ -20,11 +20,11 @@ from tcplat_core import (
     Reader,
     UsageError,
     add_reports,
+    say,
     whole_file,
 )
 
 from .clocks import Offset, Sightings, together
-from .common import say
 
 _SOCK_BITS = 59
 """A socket's number is a time since boot: below this bit for eighteen years."""

@@ -19,9 +19,9 @@ from tcplat_stages.stream import CLIENT, SERVICE
 from tcplat_stages.text import duration, micros
 from tcplat_stages.waterfall import Rank, as_json, rank
 
-from tcplat_core import Event, Loss, Merge, Reader, whole_file
+from tcplat_core import Event, Loss, Merge, Reader, say, whole_file
 
-from .common import remarks, say
+from .common import remarks
 from .courses import FIELDS, KINDS, MOST_POINTS, Course, Courses
 from .page import page
 from .perfetto import Trace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 
 from tcplat_core import (
@@ -35,7 +36,8 @@ def _size(text: str) -> int:
 def _address(text: str) -> tuple[str, int]:
     """``HOST:PORT``; without a host this one."""
     host, colon, port = text.rpartition(":")
-    if not (colon and port.isdecimal() and int(port) < 1 << 16):
+    # Five digits: int() raises at 4,300.
+    if not (colon and re.fullmatch("[0-9]{1,5}", port) and int(port) < 1 << 16):
         raise ValueError("write HOST:PORT, 127.0.0.1:4711 or [::1]:4711")
     return host.strip("[]") or "127.0.0.1", int(port)
 
