@@ -13,7 +13,7 @@ from tcplat_core.event import terminal
 from tcplat_core.plugin.progress import Bar
 from tcplat_core.run.signals import NOTHING_REPLAYED, Signals
 
-from .chosen import chosen_sinks
+from .chosen import chosen_sinks, made_sinks
 from .options import COUNT, QUIET, SINKS, filter_of, filter_options
 from .root import give_up_root
 from .words import failures, nothing, summary
@@ -85,7 +85,8 @@ def _replay(
     plugins = Plugins.load()
     events = {name: spec.event for name, spec in plugins.probes.items()}
     say = nothing if quiet else terminal.say
-    made, outputs = chosen_sinks(plugins, sinks, RunInfo((), signals.stopping, live=False, say=say))
+    chosen = chosen_sinks(plugins, sinks, live=False)
+    made, outputs = made_sinks(chosen, RunInfo((), signals.stopping, live=False, say=say))
     one = Replay(
         source=source,
         capture=Capture(events, say),

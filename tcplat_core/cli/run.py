@@ -13,7 +13,7 @@ from tcplat_core.errors import EventsLostError, TcplatError, UsageError
 from tcplat_core.event import terminal
 from tcplat_core.run.signals import Signals
 
-from .chosen import chosen_aggregation, chosen_probes, chosen_sinks
+from .chosen import aggregation_of, chosen_probes, chosen_sinks, made_sinks
 from .options import COUNT, QUIET, SINKS, Duration, Size, filter_of, filter_options
 from .root import give_up_root
 from .words import nothing, tell
@@ -22,8 +22,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tcplat_core.loader.filter import Filter
+    from tcplat_core.loader.protocol import Request
+    from tcplat_core.plugin.histogram import Aggregation
     from tcplat_core.plugin.report import RunReport
     from tcplat_core.run.command import Command
+    from tcplat_core.run.loader import LoaderProcess
+    from tcplat_core.run.session import Session
+
+    from .chosen import ChosenSinks
 
 
 @click.command()
@@ -110,38 +116,59 @@ def run(**arguments: Any) -> None:
         netns=inode(netns) if netns else 0,
         netns_at=netns,
     )
-    sys.exit(_run(wanted, **arguments))
+    sys.exit(_Run(wanted=wanted, **arguments).carry_out())
 
 
-def _run(
-    wanted: Filter,
-    *,
-    probes: Sequence[str],
-    sinks: Sequence[str],
-    attach: str,
-    duration: float,
-    count: int | None,
-    ready_file: str | None,
-    hold: float,
-    ring_size: int,
-    fail_on_loss: bool,
-    quiet: bool,
-    dry_run: bool,
-    debug: bool,
-    command: Sequence[str],
-) -> int:
-    from tcplat_core.run.command import Command  # noqa: PLC0415 - see __init__.py
-    from tcplat_core.run.loader import LoaderProcess  # noqa: PLC0415
+@attrs.define(eq=False, kw_only=True)
+class _Run:
+    """One run, from the words of the command line to its exit status."""
 
-    signals = Signals()
-    signals.install()
-    child = Command.fork(command) if command else None
-    loader = None
-    try:
-        loader = LoaderProcess.start()
-        # While it starts.
+    wanted: Filter
+    probes: Sequence[str]
+    sinks: Sequence[str]
+    attach: str
+    duration: float
+    count: int | None
+    ready_file: str | None
+    hold: float
+    ring_size: int
+    fail_on_loss: bool
+    quiet: bool
+    dry_run: bool
+    debug: bool
+    command: Sequence[str]
+    signals: Signals = attrs.field(factory=Signals, init=False)
+
+    def carry_out(self) -> int:
+        """Run, tell how it went, and return the exit status."""
+        from tcplat_core.run.command import Command  # noqa: PLC0415 - see __init__.py
+        from tcplat_core.run.loader import LoaderProcess  # noqa: PLC0415
+
+        self.signals.install()
+        child = Command.fork(self.command) if self.command else None
+        loader = None
+        try:
+            loader = LoaderProcess.start()
+            report = self._session(loader, child).run()
+        except TcplatError as error:
+            if self.debug:
+                terminal.write("\n".join(getattr(error, "__notes__", [])))
+            raise
+        finally:
+            if loader:
+                if self.debug:
+                    terminal.write(loader.output())
+                loader.close()
+            if child:
+                child.stop()
+        tell(report, dry_run=self.dry_run, quiet=self.quiet)
+        # Of a command that did not end by itself, the status says no more than that.
+        ended = child.status if child and not (child.stopped or self.signals.caught) else 0
+        return _status(report, child, ended or 0, fail_on_loss=self.fail_on_loss)
+
+    def _session(self, loader: LoaderProcess, child: Command | None) -> Session:
+        """Give up root and find the plugins, while the loader starts."""
         from tcplat_core.deliver.router import spare_the_collector  # noqa: PLC0415
-        from tcplat_core.loader.protocol import Request  # noqa: PLC0415
         from tcplat_core.plugin.specs import RunInfo  # noqa: PLC0415
         from tcplat_core.registry.find import Plugins  # noqa: PLC0415
         from tcplat_core.run.ready import ReadyFile  # noqa: PLC0415
@@ -149,64 +176,58 @@ def _run(
         from tcplat_core.run.trace import TracePipe  # noqa: PLC0415
 
         spare_the_collector()
-        trace = TracePipe.open() if debug else None
-        give_up_root(say=nothing if quiet else terminal.say)
+        trace = TracePipe.open() if self.debug else None
+        say = nothing if self.quiet else terminal.say
+        give_up_root(say=say)
         # Third-party Python runs from here on, and root is gone.
         plugins = Plugins.load()
-        chosen = chosen_probes(plugins, probes)
-        aggregation, events = chosen_aggregation(plugins, sinks, chosen)
-        if count and not events:
+        probes = chosen_probes(plugins, self.probes)
+        sinks = chosen_sinks(plugins, self.sinks, live=True)
+        request = self._request(sinks, aggregation_of(plugins, sinks, probes), child)
+        if self.count and not request.events:
             raise UsageError("--count needs a sink that takes rows")
+        if self.ready_file:
+            ReadyFile(self.ready_file).check()
         info = RunInfo(
-            probes=tuple(spec.name for spec, _ in chosen),
-            stopping=signals.stopping,
-            events={spec.name: spec.event for spec, _ in chosen},
-            say=nothing if quiet else terminal.say,
+            probes=tuple(one.spec.name for one in probes),
+            stopping=self.signals.stopping,
+            events={one.spec.name: one.spec.event for one in probes},
+            say=say,
         )
-        if ready_file:
-            ReadyFile(ready_file).check()
-        made, outputs = chosen_sinks(plugins, sinks, info)
-        session = Session(
+        made, outputs = made_sinks(sinks, info)
+        return Session(
             loader=loader,
-            probes=chosen,
+            probes=probes,
             sinks=made,
             outputs=outputs,
-            request=Request(
-                events=events,
-                aggregation=aggregation,
-                probes=(),
-                attach=attach,
-                filter=wanted if child is None else wanted.and_pid(child.pid),
-                follow=child is not None,
-                debug=debug,
-                ring_bytes=ring_size,
-            ),
-            duration_s=duration,
-            count=count or 0,
-            ready_file=ready_file,
-            hold_s=hold,
-            dry=dry_run,
+            request=request,
+            duration_s=self.duration,
+            count=self.count or 0,
+            ready_file=self.ready_file,
+            hold_s=self.hold,
+            dry=self.dry_run,
             trace=trace,
             command=child,
-            signals=signals,
+            signals=self.signals,
             say=terminal.say,
         )
-        report = session.run()
-    except TcplatError as error:
-        if debug:
-            terminal.write("\n".join(getattr(error, "__notes__", [])))
-        raise
-    finally:
-        if loader:
-            if debug:
-                terminal.write(loader.output())
-            loader.close()
-        if child:
-            child.stop()
-    tell(report, dry_run=dry_run, quiet=quiet)
-    # Of a command that did not end by itself, the status says no more than that.
-    ended = child.status if child and not (child.stopped or signals.caught) else 0
-    return _status(report, child, ended or 0, fail_on_loss=fail_on_loss)
+
+    def _request(
+        self, sinks: ChosenSinks, aggregation: Aggregation | None, child: Command | None
+    ) -> Request:
+        """Return what the loader is asked for, but for the probes."""
+        from tcplat_core.loader.protocol import Request  # noqa: PLC0415 - see __init__.py
+
+        return Request(
+            events=any(one.spec.aggregate is None for one in sinks.values()),
+            aggregation=aggregation,
+            probes=(),
+            attach=self.attach,
+            filter=self.wanted if child is None else self.wanted.and_pid(child.pid),
+            follow=child is not None,
+            debug=self.debug,
+            ring_bytes=self.ring_size,
+        )
 
 
 def _status(report: RunReport, child: Command | None, ended: int, *, fail_on_loss: bool) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Protocol
+from typing import Annotated, Generic, Protocol, TypeVar
 
 import attrs
 import msgspec
@@ -179,6 +179,17 @@ class SinkSpec:
     factory: Callable[[Options, RunInfo], SinkLike]
     options: tuple[Option, ...] = ()
     aggregate: Callable[[Options], Aggregation] | None = None
+
+
+S = TypeVar("S", ProbeSpec, SinkSpec)
+
+
+@attrs.frozen
+class Chosen(Generic[S]):
+    """A probe or sink that the user has chosen, with its options converted."""
+
+    spec: S
+    options: Options
 
 
 @attrs.frozen

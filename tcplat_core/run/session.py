@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import attrs
 
@@ -20,7 +19,7 @@ from tcplat_core.kernel.layout import possible_cpus
 from tcplat_core.loader.protocol import Answer, Request
 from tcplat_core.plugin.output import Output
 from tcplat_core.plugin.report import RunReport
-from tcplat_core.plugin.specs import ProbeSpec, SinkLike
+from tcplat_core.plugin.specs import Chosen, ProbeSpec, SinkLike
 
 from .bookkeeping import report_of
 from .command import Command
@@ -56,7 +55,7 @@ class Session:
     """
 
     loader: LoaderProcess
-    probes: Sequence[tuple[ProbeSpec, Mapping[str, Any]]]
+    probes: Sequence[Chosen[ProbeSpec]]
     sinks: Mapping[str, SinkLike]
     request: Request
     duration_s: float = 0
@@ -94,9 +93,11 @@ class Session:
             self.request,
             probes=tuple(
                 probe_request(
-                    *probe, events=self.request.events, aggregation=self.request.aggregation
+                    *(one.spec, one.options),
+                    events=self.request.events,
+                    aggregation=self.request.aggregation,
                 )
-                for probe in self.probes
+                for one in self.probes
             ),
         )
         answer = self.loader.ask(request, self.signals.stopping)
@@ -116,9 +117,9 @@ class Session:
             stack.callback(held.close)
             cpus = possible_cpus()
             runs = []
-            for spec, _ in self.probes:
-                loaded = answer.probes[spec.name]
-                run = ProbeRun.open(spec, loaded, request, cpus)
+            for one in self.probes:
+                loaded = answer.probes[one.spec.name]
+                run = ProbeRun.open(one.spec, loaded, request, cpus)
                 stack.callback(run.close)
                 runs.append(run)
             sleeper = Sleeper(answer.gate_fd, [run.ring.fd for run in runs])

@@ -30,7 +30,7 @@ from tcplat_core.plugin.maps import Maps, ReadableMap
 from tcplat_core.plugin.options import Option
 from tcplat_core.plugin.output import Output, held_back
 from tcplat_core.plugin.report import RunReport
-from tcplat_core.plugin.specs import Loss, ProbeSpec, Sink
+from tcplat_core.plugin.specs import Chosen, Loss, ProbeSpec, Sink
 from tcplat_core.registry.find import Plugins
 from tcplat_core.run import drain, probe_run
 from tcplat_core.run.command import Command
@@ -82,7 +82,7 @@ def run(*probes: FakeProbe, holding: tuple[int, ...] = (), **given: Any) -> RunR
     sinks: dict[str, Sink] = given.pop("sinks")
     session = Session(
         loader=cast("LoaderProcess", FakeLoader(probes, holding)),
-        probes=[(probe.spec, {}) for probe in probes],
+        probes=[Chosen(probe.spec, {}) for probe in probes],
         sinks=sinks,
         request=Request(probes=(), ring_bytes=probes[0].ring_bytes),
         **given,
@@ -320,7 +320,9 @@ def test_it_ends_with_the_processes_it_traces(play: Play) -> None:
     wanted = Filter(pids=(gone.pid,))
     request = Request(probes=(), filter=wanted, ring_bytes=probe.ring_bytes)
     loader = FakeLoader([probe])
-    report = Session(cast("LoaderProcess", loader), [(probe.spec, {})], {"it": sink}, request).run()
+    report = Session(
+        cast("LoaderProcess", loader), [Chosen(probe.spec, {})], {"it": sink}, request
+    ).run()
     assert report.duration_s < 2
     assert loader.requests[0].filter == wanted
 
