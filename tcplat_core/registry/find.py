@@ -47,6 +47,14 @@ class Plugins:
     probes: dict[str, ProbeSpec] = attrs.field(factory=dict)
     sinks: dict[str, SinkSpec] = attrs.field(factory=dict)
     found: list[Found] = attrs.field(factory=list)
+    manager: pluggy.PluginManager = attrs.field(init=False)
+    """Holds the plugins that are whole."""
+
+    @manager.default
+    def _new_manager(self) -> pluggy.PluginManager:
+        manager = pluggy.PluginManager("tcplat")
+        manager.add_hookspecs(hookspecs)
+        return manager
 
     @classmethod
     def load(cls, entry_points: Iterable[importlib.metadata.EntryPoint] | None = None) -> Plugins:
@@ -105,7 +113,7 @@ class Plugins:
         self.found += [attrs.evolve(one, summary=reason) for one in unread[keep:]]
         for entry in entries[:keep]:
             try:
-                specs = list(_specs(entry))
+                specs = list(self._specs(entry))
             except BaseException as error:
                 if isinstance(error, TerminatedError):
                     raise
@@ -114,6 +122,43 @@ class Plugins:
             for kind, spec in specs:
                 self._of(kind).setdefault(spec.name, spec)
                 self.found.append(_found(entry, spec.name, kind, "ok", spec.summary))
+
+    def _specs(self, entry: importlib.metadata.EntryPoint) -> Iterator[tuple[str, Any]]:
+        """Register the plugin of an entry point, and yield what it offers; not if it is broken."""
+        if not entry.pattern.match(entry.value):
+            raise PluginError(
+                f"its entry point {entry.name} = {entry.value!r} is not of the form module:object"
+            )
+        plugin = entry.load()
+        _check_version(getattr(plugin, "tcplat_hookspec", "1.0"))
+        _check_hooks(plugin)
+        # Several entry points may name one object.
+        is_new = all(known is not plugin for _, known in self.manager.list_name_plugin())
+        try:
+            if is_new:
+                self.manager.register(plugin, name=entry.name)
+            yield from self._offers(plugin)
+        except BaseException:
+            if is_new and self.manager.get_name(plugin) is not None:
+                self.manager.unregister(plugin)
+            raise
+
+    def _offers(self, plugin: object) -> Iterator[tuple[str, Any]]:
+        """Call the hooks of one plugin alone, so that no other is to blame."""
+        names = set()
+        for kind, hook, cls in (
+            ("probe", self.manager.hook.tcplat_register_probes, ProbeSpec),
+            ("sink", self.manager.hook.tcplat_register_sinks, SinkSpec),
+        ):
+            for spec in _called(hook, plugin):
+                if not isinstance(spec, cls):
+                    raise PluginError(f"it offers a {type(spec).__name__} as a {kind}")
+                if (kind, spec.name) in names:
+                    raise PluginError(f"it registers two {kind}s named {spec.name!r}")
+                names.add((kind, spec.name))
+                yield kind, spec
+        if not names:
+            raise PluginError("it registers no probe and no sink")
 
     def _of(self, kind: str) -> dict[str, Any]:
         return self.probes if kind == "probe" else self.sinks
@@ -185,33 +230,12 @@ def _reason(error: BaseException) -> str:
     return words(error) if isinstance(error, PluginError) else named(error)
 
 
-def _specs(entry: importlib.metadata.EntryPoint) -> Iterator[tuple[str, Any]]:
-    """Return what one entry point registers, so that a fault is assigned to it alone."""
-    if not entry.pattern.match(entry.value):
-        raise PluginError(
-            f"its entry point {entry.name} = {entry.value!r} is not of the form module:object"
-        )
-    plugin = entry.load()
-    _check_version(getattr(plugin, "tcplat_hookspec", "1.0"))
-    _check_hooks(plugin)
-    manager = pluggy.PluginManager("tcplat")
-    manager.add_hookspecs(hookspecs)
-    manager.register(plugin, name=entry.name)
-    names = set()
-    for kind, hook, cls in (
-        ("probe", manager.hook.tcplat_register_probes, ProbeSpec),
-        ("sink", manager.hook.tcplat_register_sinks, SinkSpec),
-    ):
-        for offered in hook():
-            for spec in offered:
-                if not isinstance(spec, cls):
-                    raise PluginError(f"it offers a {type(spec).__name__} as a {kind}")
-                if (kind, spec.name) in names:
-                    raise PluginError(f"it registers two {kind}s named {spec.name!r}")
-                names.add((kind, spec.name))
-                yield kind, spec
-    if not names:
-        raise PluginError("it registers no probe and no sink")
+def _called(hook: pluggy.HookCaller, plugin: object) -> Iterator[Any]:
+    """Yield what a plugin's own implementation of a hook returns."""
+    for impl in hook.get_hookimpls():
+        if impl.plugin is plugin and not (impl.wrapper or impl.hookwrapper):
+            offered: Any = impl.function()
+            yield from () if offered is None else offered
 
 
 def _check_version(made_for: object) -> None:

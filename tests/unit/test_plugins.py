@@ -169,6 +169,41 @@ def test_a_broken_plugin_is_listed_with_the_reason_and_the_others_load(
     assert broken.summary.startswith(reason)
     assert "\n" not in broken.summary
     assert [found.name for found in good] == ["retransmits", "count", "graph"]
+    assert [name for name, _ in plugins.manager.list_name_plugin()] == ["zz_good"]
+    for hook in (
+        plugins.manager.hook.tcplat_register_probes,
+        plugins.manager.hook.tcplat_register_sinks,
+    ):
+        assert [impl.plugin_name for impl in hook.get_hookimpls()] == ["zz_good"]
+
+
+def test_two_entry_points_of_one_object_are_two_plugins_of_one_name(install: Install) -> None:
+    install(GOOD, "good")
+    entries = [entry for entry in entry_points(group=GROUP) if entry.name == "good"]
+    entries.append(EntryPoint("again", "good", GROUP))
+    plugins = Plugins.load(entries)
+    assert plugins.probes == {}
+    assert {found.status for found in plugins.found} == {"broken"}
+
+
+def test_a_hook_wrapper_of_one_plugin_does_not_change_another(install: Install) -> None:
+    install(GOOD, "good")
+    install(
+        """
+        import pluggy
+
+        @pluggy.HookimplMarker("tcplat")(wrapper=True)
+        def tcplat_register_sinks():
+            yield
+            return [[sink("mine")]]
+        """,
+        "wraps",
+    )
+    plugins = load_new()
+    assert plugins.sinks.keys() == {"count", "graph"}
+    assert [found.summary for found in plugins.found if found.status == "broken"] == [
+        "it registers no probe and no sink"
+    ]
 
 
 def test_a_broken_plugin_offers_nothing(install: Install) -> None:
