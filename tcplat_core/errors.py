@@ -169,5 +169,7 @@ def of_system_call(error: OSError) -> TcplatError:
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
     if name.startswith("/proc/") and not os.path.exists("/proc/self"):  # noqa: PTH110 - quick
         return CannotRunError("/proc is not mounted: mount -t proc proc /proc")
+    if name.startswith("/sys/") and not os.path.exists("/sys/kernel"):  # noqa: PTH110 - as above
+        return CannotRunError("/sys is not mounted: mount -t sysfs sysfs /sys")
     what = os.strerror(error.errno).lower() if error.errno else str(error)
     return TcplatError(f"{name}: {what}" if name else what)

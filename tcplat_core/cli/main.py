@@ -45,6 +45,9 @@ def main() -> NoReturn:
     except click.ClickException as error:
         terminal.say(f"{error.format_message()} (tcplat --help)")
         sys.exit(UsageError.exit_code)
+    except MemoryError:
+        terminal.say("out of memory: raise the limit (ulimit -v, or memory.max of the cgroup)")
+        sys.exit(TcplatError.exit_code)
     except (click.Abort, KeyboardInterrupt):  # the latter: it had been blocked, and was pending
         sys.exit(stopped_early(sys.argv[1:]))
     sys.exit(0)

@@ -9,6 +9,7 @@ import contextlib
 import keyword
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -56,6 +57,12 @@ def create(kind: str, name: str, parent: Path) -> list[Path]:
                 text = rendered(source.read_text(encoding="utf-8"), name)
                 _write(folder, target, text.encode())
                 written.append(project / target)
+        except BaseException:
+            # On a full disk, say: half a project would be in the way of the next attempt.
+            _empty(folder)
+            with contextlib.suppress(OSError):
+                project.rmdir()
+            raise
         finally:
             os.close(folder)
     return written
@@ -95,6 +102,18 @@ def _write(folder: int, path: str, data: bytes) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     with os.fdopen(os.open(path, flags, MODE, dir_fd=folder), "wb") as file:
         file.write(data)
+
+
+def _empty(folder: int) -> None:
+    """Remove what is in a folder, by its fd: its path may lead elsewhere by now."""
+    with os.scandir(folder) as found:
+        inside = [(one.name, one.is_dir(follow_symlinks=False)) for one in found]
+    for name, is_dir in inside:
+        if is_dir:
+            shutil.rmtree(name, ignore_errors=True, dir_fd=folder)
+        else:
+            with contextlib.suppress(OSError):
+                os.unlink(name, dir_fd=folder)
 
 
 def rendered(text: str, name: str) -> str:

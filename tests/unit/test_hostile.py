@@ -443,3 +443,28 @@ def test_without_proc_it_works_or_says_so(tmp_path: Path, status: int, arguments
     assert done.returncode == status, done.stderr
     if status:
         assert b"/proc is not mounted: mount -t proc" in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a run takes root")
+def test_a_run_without_sys_says_what_is_missing() -> None:
+    run = "run --probe tcp_client --sink jsonl --duration 100ms"
+    script = f"mount -t tmpfs none /sys && exec {sys.executable} -I -m tcplat_core {run}"
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script], capture_output=True, check=False, timeout=120
+    )
+    assert done.returncode == 3
+    assert b"/sys is not mounted: mount -t sysfs" in done.stderr
+
+
+def test_too_little_memory_is_a_sentence() -> None:
+    code = (
+        "import tcplat_core.cli.main as main, sys\n"
+        "def cli(*_, **__): raise MemoryError\n"
+        "main.cli.main = cli\n"
+        "main.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, check=False, timeout=120
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"tcplat: out of memory: raise the limit")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
@@ -190,3 +191,25 @@ def test_nobody_else_can_write_to_it(tmp_path: Path) -> None:
     folders = {project, *(file.parent for file in files)}
     assert {path.stat().st_mode & 0o7777 for path in folders} == {0o755}
     assert {path.stat().st_mode & 0o7777 for path in files} == {0o644}
+
+
+def test_a_full_disk_leaves_no_half_a_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be in the way of the next attempt."""
+    written = 0
+
+    def full(text: str, name: str) -> str:
+        nonlocal written
+        written += 1
+        if written > 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rendered(text, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tcplat_core.registry.new.rendered", full)
+        with pytest.raises(UsageError, match="No space left on device"):
+            create("probe", "x", tmp_path)
+    assert written > 8
+    assert not list(tmp_path.iterdir())
+    create("probe", "x", tmp_path)
