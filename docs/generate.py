@@ -135,7 +135,17 @@ SECTIONS = {
     "Marks and versions": ("hookimpl", "HOOKSPEC_VERSION", "SCHEMA_VERSION"),
     "A probe": ("ProbeSpec", "HookPoint", "Way", "Hook", "Interfaces", "Moment"),
     "Ways to listen": (
-        *("tracepoint", "tracepoints", "fentry", "fenter", "fexit", "kprobe", "kentry", "kreturn"),
+        *(
+            "tracepoint",
+            "tracepoints",
+            "stream_points",
+            "fentry",
+            "fenter",
+            "fexit",
+            "kprobe",
+            "kentry",
+            "kreturn",
+        ),
         "xdp",
     ),
     "The row": ("Event", "Wire", "micros", "address", "clock_offset_ns", "Field", "fields"),

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         Sink,
         SinkSpec,
     )
+    from .plugin.stream_points import stream_points
 
 __all__ = [
     "HOOKSPEC_VERSION",
@@ -121,6 +122,7 @@ __all__ = [
     "printable",
     "say",
     "size",
+    "stream_points",
     "tracepoint",
     "tracepoints",
     "whole_file",
@@ -140,6 +142,7 @@ _HOMES = (
     "plugin.options",
     "plugin.maps",
     "plugin.specs",
+    "plugin.stream_points",
     "plugin.report",
     "plugin.outfile",
     "plugin.output",

@@ -103,6 +103,12 @@ def program_text(
     return "\n".join([*head, probe.struct, prelude, name, body, _header("core.bpf.h")])
 
 
+def with_headers(source: str) -> str:
+    """Return the C of a probe behind the headers that it includes, without those of all probes."""
+    names = [(found[1], found[2]) for found in _INCLUDE.finditer(source) if found[1] not in ALWAYS]
+    return "\n".join([*(_header(*one) for one in names), source])
+
+
 def _header(name: str, own: str | None = None) -> str:
     """Return the text of a header and those that it includes; `own`: under names of its own."""
     try:

@@ -20,7 +20,7 @@ from tcplat_core.event.text import TCP_STATES
 from tcplat_core.kernel.layout import possible_cpus
 from tcplat_core.loader.filter import Filter
 from tcplat_core.loader.protocol import ProbeRequest, Request
-from tcplat_core.loader.source import CORE_TYPES, core_defines, program_text
+from tcplat_core.loader.source import CORE_TYPES, core_defines, program_text, with_headers
 from tcplat_core.plugin.histogram import Aggregation
 from tcplat_core.plugin.hookpoints import Hook, Interfaces, Way, reporting
 from tcplat_core.plugin.specs import ProbeSpec
@@ -389,7 +389,7 @@ def _programs(subject: Subject) -> None:
                 f"the C has a program {program} that no hook point names: name it, or make "
                 "the function static __always_inline if it is a helper"
             )
-    used = set(re.findall(r"\bHOOK_(\w+)", spec.source))
+    used = set(re.findall(r"\bHOOK_(\w+)", with_headers(spec.source)))
     for point, hook in reporting(spec.points):
         if _counts(spec, point):
             continue

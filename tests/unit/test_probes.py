@@ -11,7 +11,7 @@ import pytest
 
 from tcplat_core.event.fields import Moment, fields
 from tcplat_core.event.text import TCP_STATES
-from tcplat_core.loader.source import program_text
+from tcplat_core.loader.source import program_text, with_headers
 from tcplat_core.plugin.hookpoints import MECHANISMS, Hook, reporting
 from tcplat_core.plugin.options import read_options
 from tcplat_core.plugin.specs import ProbeSpec
@@ -50,13 +50,14 @@ def test_the_columns_of_the_table_are_the_ancestors(spec: ProbeSpec) -> None:
 
 @every_probe
 def test_every_program_is_a_function_of_its_c(spec: ProbeSpec) -> None:
-    functions = set(re.findall(r"^(?:static )?int (\w+)\(", spec.source, re.MULTILINE))
+    text = with_headers(spec.source)
+    functions = set(re.findall(r"^(?:static )?int (\w+)\(", text, re.MULTILINE))
     assert {hook.by or hook.program for hook in hooks(spec)} <= functions
 
 
 @every_probe
 def test_every_number_that_the_c_uses_is_that_of_a_hook_that_reports(spec: ProbeSpec) -> None:
-    used = set(re.findall(r"\bHOOK_(\w+)", spec.source))
+    used = set(re.findall(r"\bHOOK_(\w+)", with_headers(spec.source)))
     known = {hook.program for _, hook in reporting(spec.points)}
     assert used <= known
     # A hook that reports says which one it was.

@@ -17,27 +17,15 @@ from tcplat_core import (
     kentry,
     kprobe,
     kreturn,
+    stream_points,
     tracepoint,
 )
 
 _SOCK = "const struct sock *"
 _CONNECT = ("sk", "uaddr", "addr_len")
-# tcp_recvmsg() lost its `nonblock` in 5.19 (ec095263a965) and its `addr_len` in 7.1 (8341c989ac77).
-_RECV4 = ("sk", "msg", "len", "flags")
-_RECV5 = (*_RECV4, "addr_len")
-_RECV6 = ("sk", "msg", "len", "nonblock", "flags", "addr_len")
-_SEND = ("sk", "msg", "size")
-# How splice(2) and sendfile(2) send before 6.5 (dc97391e6610).
-_PAGE = ("sk", "page", "offset", "size", "flags")
-_SPLICE = ("sock", "ppos", "pipe", "len", "flags")
-_SPLICED_FENTRY = (fexit("tcp_splice_read", "fx_tcp_splice_read", *_SPLICE),)
-_SPLICED_KPROBE = (
-    kentry("tcp_splice_read", "kp_tcp_splice_read", *_SPLICE, quiet=True),
-    kreturn("tcp_splice_read", "kr_tcp_splice_read"),
-)
 _STATES = (_SOCK, "const int", "const int")
 _SET_STATE = "sock:inet_sock_set_state"
-_DESTROY = "tcp:tcp_destroy_sock"
+_STREAM = stream_points()
 
 POINTS = (
     HookPoint(
@@ -71,84 +59,10 @@ POINTS = (
             ),
         ),
     ),
-    HookPoint(
-        "send",
-        (
-            fentry(
-                fenter("tcp_sendmsg", "fe_tcp_sendmsg", *_SEND),
-                fenter("tcp_sendpage", "fe_tcp_sendpage", *_PAGE),
-            ),
-            fentry(fenter("tcp_sendmsg", "fe_tcp_sendmsg", *_SEND)),
-            kprobe(
-                kentry("tcp_sendmsg", "kp_tcp_sendmsg", *_SEND),
-                kentry("tcp_sendpage", "kp_tcp_sendpage", *_PAGE),
-            ),
-            kprobe(kentry("tcp_sendmsg", "kp_tcp_sendmsg", *_SEND)),
-            # Came with 6.16 (0f08335ade71).
-            tracepoint("tcp:tcp_sendmsg_locked", "tp_send", _SOCK, "const struct msghdr *"),
-        ),
-    ),
-    HookPoint(
-        "send_short",
-        (
-            fentry(
-                fexit("tcp_sendmsg", "fx_tcp_sendmsg", *_SEND),
-                fexit("tcp_sendpage", "fx_tcp_sendpage", *_PAGE),
-            ),
-            fentry(fexit("tcp_sendmsg", "fx_tcp_sendmsg", *_SEND)),
-            kprobe(
-                kentry("tcp_sendmsg", "kp_send_short", *_SEND, quiet=True),
-                kreturn("tcp_sendmsg", "kr_tcp_sendmsg"),
-                kentry("tcp_sendpage", "kp_page_short", *_PAGE, quiet=True),
-                kreturn("tcp_sendpage", "kr_tcp_sendpage"),
-            ),
-            kprobe(
-                kentry("tcp_sendmsg", "kp_send_short", *_SEND, quiet=True),
-                kreturn("tcp_sendmsg", "kr_tcp_sendmsg"),
-            ),
-            tracepoint("sock:sock_send_length", "tp_send_short", "struct sock *", "int", "int"),
-        ),
-    ),
-    HookPoint(
-        "recv",
-        (
-            fentry(
-                fexit("tcp_recvmsg", "fx_tcp_recvmsg4", *_RECV4),
-                *_SPLICED_FENTRY,
-            ),
-            fentry(
-                fexit("tcp_recvmsg", "fx_tcp_recvmsg5", *_RECV5),
-                *_SPLICED_FENTRY,
-            ),
-            fentry(
-                fexit("tcp_recvmsg", "fx_tcp_recvmsg6", *_RECV6),
-                *_SPLICED_FENTRY,
-            ),
-            kprobe(
-                kentry("tcp_recvmsg", "kp_tcp_recvmsg", *_RECV4, quiet=True),
-                kreturn("tcp_recvmsg", "kr_tcp_recvmsg"),
-                *_SPLICED_KPROBE,
-            ),
-            kprobe(
-                kentry("tcp_recvmsg", "kp_tcp_recvmsg6", *_RECV6, quiet=True),
-                kreturn("tcp_recvmsg", "kr_tcp_recvmsg"),
-                *_SPLICED_KPROBE,
-            ),
-            # Came with 6.3 (6e6eda44b939).
-            tracepoint("sock:sock_recv_length", "tp_recv", "struct sock *", "int", "int"),
-        ),
-    ),
-    HookPoint(
-        "close",
-        (
-            fentry(fenter("tcp_v4_destroy_sock", "fe_tcp_v4_destroy_sock", "sk")),
-            tracepoint(_DESTROY, "tp_close", "struct sock *"),
-            kprobe(
-                kentry("tcp_v4_destroy_sock", "kp_tcp_v4_destroy_sock", "sk"),
-                *tracepoint(_DESTROY, "tp_close_skipped", "struct sock *").hooks,
-            ),
-        ),
-    ),
+    _STREAM["send"],
+    _STREAM["send_short"],
+    _STREAM["recv"],
+    _STREAM["close"],
 )
 
 HISTOGRAMS = (
