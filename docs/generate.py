@@ -166,6 +166,7 @@ SECTIONS = {
         "connect",
         "json_lines",
         "printable",
+        "columns",
         "say",
         "Loss",
         "RunReport",

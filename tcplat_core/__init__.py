@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .event.clock import clock_offset_ns
     from .event.fields import SCHEMA_VERSION, Event, Field, Moment, Wire, fields
     from .event.terminal import printable, say
-    from .event.text import address, micros
+    from .event.text import address, columns, micros
     from .plugin.connecting import connect
     from .plugin.histogram import Aggregates, Aggregation, Distribution, Group, Histogram
     from .plugin.hookpoints import (
@@ -104,6 +104,7 @@ __all__ = [
     "boolean",
     "choice",
     "clock_offset_ns",
+    "columns",
     "connect",
     "duration",
     "fenter",

@@ -26,7 +26,8 @@ def plugins() -> None:
 @click.pass_obj
 def plugins_list(give_up_root: Callable[[], None] | None, *, as_json: bool) -> None:
     """List all probes, sinks and plugins' commands, broken ones included."""
-    from tcplat_core.registry import commands  # noqa: PLC0415 - see __init__.py
+    from tcplat_core.event.text import columns  # noqa: PLC0415 - see __init__.py
+    from tcplat_core.registry import commands  # noqa: PLC0415
     from tcplat_core.registry.find import Found, Plugins  # noqa: PLC0415
 
     if give_up_root:
@@ -38,17 +39,12 @@ def plugins_list(give_up_root: Callable[[], None] | None, *, as_json: bool) -> N
         found.append(Found(entry.name, "command", version, distribution, status, summary))
     found.sort(key=lambda one: (one.kind, one.name))
     names = ("name", "kind", "version", "distribution", "status", "summary")
-    rows = [{name: getattr(one, name) for name in names} for one in found]
+    rows = [[getattr(one, name) for name in names] for one in found]
     if as_json:
-        click.echo(json_text(rows))
+        click.echo(json_text([dict(zip(names, row, strict=True)) for row in rows]))
         return
-    widths = [max([len(name), *(len(row[name]) for row in rows)]) for name in names]
-    for cells in (
-        [name.upper() for name in names],
-        *([row[name] for name in names] for row in rows),
-    ):
-        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        click.echo(terminal.printable(" ".join(padded).rstrip()))
+    for line in columns([[name.upper() for name in names], *rows], gap=1):
+        click.echo(terminal.printable(line))
 
 
 @plugins.command("check")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from .terminal import escaped, printable
@@ -107,6 +108,25 @@ def flags(raw: int) -> str:
 def micros(ns: int) -> float:
     """Convert nanoseconds to microseconds."""
     return ns / 1000
+
+
+def columns(
+    rows: Sequence[Sequence[str]], *, right: Collection[int] = (), gap: int = 2
+) -> Iterator[str]:
+    """Yield rows of cells as lines of aligned columns, without spaces at their ends.
+
+    Args:
+        rows: All of one length; a head is the first of them.
+        right: Indexes of the columns that are aligned to the right, such as numbers.
+        gap: Number of spaces between two columns.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (
+            cell.rjust(width) if number in right else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield (" " * gap).join(cells).rstrip()
 
 
 def state_name(number: int) -> str | None:

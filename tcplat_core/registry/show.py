@@ -9,6 +9,7 @@ import attrs
 
 from tcplat_core.errors import CannotRunError
 from tcplat_core.event.fields import fields
+from tcplat_core.event.text import columns
 from tcplat_core.kernel.bpf import tracefs
 from tcplat_core.kernel.host import ONLY_ROOT, SYSCALLS, Host, choose
 from tcplat_core.kernel.rights import refuse_without_capabilities
@@ -138,24 +139,13 @@ def as_text(told: Mapping[str, Any]) -> str:
     ]
     if "points" in told:
         lines += ["", "points, and how --attach auto listens there on this host"]
-        lines += _columns([_point_cells(point) for point in told["points"]])
+        lines += _indented([_point_cells(point) for point in told["points"]])
         if any(point["perhaps"] for point in told["points"]):
             lines.append(f"  to be sure, run as root: sudo tcplat plugins show {told['name']}")
         lines += ["", "fields of a row (* its own)"]
-        lines += _columns(
-            [
-                (
-                    "*" if field["own"] else "",
-                    field["name"],
-                    field["type"],
-                    field["unit"],
-                    field["doc"],
-                )
-                for field in told["fields"]
-            ]
-        )
+        lines += _indented([_field_cells(field) for field in told["fields"]])
     lines += ["", "options" if told["options"] else "no options"]
-    lines += _columns([_option_cells(option) for option in told["options"]])
+    lines += _indented([_option_cells(option) for option in told["options"]])
     return "\n".join([*lines, "", "example", f"  {told['example']}"])
 
 
@@ -168,7 +158,7 @@ def _point_cells(point: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _field_cells(field: Mapping[str, Any]) -> tuple[str, ...]:
-    return "*" if field["own"] else " ", *(field[key] for key in ("name", "type", "unit", "doc"))
+    return "*" if field["own"] else "", *(field[key] for key in ("name", "type", "unit", "doc"))
 
 
 def _option_cells(option: Mapping[str, Any]) -> tuple[str, str]:
@@ -184,8 +174,5 @@ def _shown(default: Any) -> str:
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = map(str.ljust, row, widths)
-        yield f"  {'  '.join(cells)}".rstrip()
+def _indented(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    return (f"  {line}" for line in columns(rows))

@@ -37,7 +37,7 @@ from tcplat_stages.stages import GROUPINGS, OTHERS, TOTAL, samples
 from tcplat_stages.stream import SERVICE
 from tcplat_stages.text import duration, micros, nanos
 
-from tcplat_core import Reader, UsageError, say
+from tcplat_core import Reader, UsageError, columns, say
 
 from .common import remarks, told
 
@@ -625,15 +625,7 @@ def _table(found: Sequence[Compared], group_by: Sequence[str]) -> str:
         ]
         for one in found
     ]
-    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
-    left = len(group_by) + 1
-    lines = []
-    for row in [heads, *cells]:
-        line = [
-            cell.ljust(width) if number <= left or number == len(row) - 1 else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(line).rstrip())
+    lines = columns([heads, *cells], right=range(len(group_by) + 2, len(heads) - 1))
     return "\n".join([*lines, ""])
 
 

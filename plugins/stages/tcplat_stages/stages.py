@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from tcplat_core import Event, Loss, printable
+from tcplat_core import Event, Loss, columns, printable
 
 from .chain import STAGES, UNEXPLAINED
 from .connection import Told
@@ -227,14 +227,7 @@ class Stages(Joined):
             ]
             for group, name, histogram in rows
         ]
-        widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
-        left = len(self.group_by) + 1
-        for row in [heads, *cells]:
-            line = [
-                cell.ljust(width) if number < left else cell.rjust(width)
-                for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(line))
+        lines += columns([heads, *cells], right=range(len(self.group_by) + 1, len(heads)))
         return "\n".join([*map(printable, lines), ""])
 
 
