@@ -332,7 +332,7 @@ int tp_count(struct bpf_raw_tracepoint_args *ctx)
 	struct sock *sk = (struct sock *)ctx->args[0];
 	struct who who = {.pid = bpf_get_current_pid_tgid() >> 32, .used = 1};
 	struct who cpu = {.pid = bpf_get_smp_processor_id(), .used = 1};
-	struct tcplat_sock *s = tcplat_find(sk);
+	struct tcplat_sock *s = tcplat_lookup(sk);
 	u32 number = tcplat_number(&who) + tcplat_cpu_number(&cpu);
 	u64 *count = counts.lookup(&number);
 

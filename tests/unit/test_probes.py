@@ -6,6 +6,7 @@ import errno
 import itertools
 import re
 from collections.abc import Iterator
+from importlib.resources import files
 
 import pytest
 
@@ -142,3 +143,14 @@ def test_every_row_has_a_description_that_prints(spec: ProbeSpec) -> None:
         words = spec.describe(moment)
         assert words
         assert words.isprintable()
+
+
+def test_each_old_name_stands_for_a_function_that_there_is() -> None:
+    folder = files("tcplat_core").joinpath("include", "tcplat")
+    old = folder.joinpath("old_names.bpf.h").read_text(encoding="utf-8")
+    names = re.findall(r"^#define (\w+) (\w+)$", old, re.MULTILINE)
+    assert len(names) == 4
+    text = "".join(header.read_text(encoding="utf-8") for header in folder.iterdir())
+    for before, now in names:
+        assert re.search(rf"\b{now}\(const struct sock \*sk", text)
+        assert not re.search(rf"\b{before}\(", text)

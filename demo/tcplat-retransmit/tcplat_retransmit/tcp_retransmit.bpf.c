@@ -2,7 +2,7 @@
 /*
  * TCP segments that are sent again, and those that were to be.
  *
- * RETRANSMIT_HZ: the kernel's HZ, in which it keeps the RTO; not defined where nobody knows it.
+ * RETRANSMIT_HZ: the kernel's HZ, in which it keeps the RTO; not defined where it is not known.
  * RETRANSMIT_MIN_RTO_US: rows of a shorter RTO are left out.
  */
 #include <tcplat/owner.bpf.h>
@@ -23,13 +23,13 @@ static __always_inline u32 rto_us(const struct sock *sk)
 
 /*
  * tcp:tcp_retransmit_skb: a timer or an acknowledgement led here, in softirq mostly,
- * so the current task is nobody's. A socket that nothing is known of has a row, too.
+ * so the current task is not its own. A socket that nothing is known of has a row, too.
  */
 static __always_inline int report(const struct sock *sk, const struct sk_buff *skb, int err, u8 hook)
 {
 	const struct tcp_skb_cb *segment = (const struct tcp_skb_cb *)&skb->cb;
 	const struct tcp_sock *tp = (const struct tcp_sock *)sk;
-	struct tcplat_sock *s = tcplat_meet(sk);
+	struct tcplat_sock *s = tcplat_lookup_or_create(sk);
 	u32 rto = rto_us(sk), bytes;
 	struct tcplat_event *e;
 

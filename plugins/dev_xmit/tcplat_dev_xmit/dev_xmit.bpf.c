@@ -23,21 +23,21 @@ static __always_inline bool is_wanted(u16 port)
 #define is_wanted(port) true
 #endif
 
-/* Whose packet it is; the source is the local end. False where nobody wants it. */
+/* Whose packet it is; the source is the local end. False if the filters do not want it. */
 static __always_inline bool find_owner(const struct sk_buff *skb, struct tcplat_addrs *ends,
 				       struct tcplat_seed *who)
 {
 	struct sock *sk = tcplat_sk(skb);
-	struct tcplat_sock *s = sk ? tcplat_find(sk) : NULL;
+	struct tcplat_sock *s = sk ? tcplat_lookup(sk) : NULL;
 
 	if (s) {
-		tcplat_owner_of(s, who);
+		tcplat_copy_owner(s, who);
 		return who->wanted;
 	}
 	/* What answers a SYN has no socket of its own yet, what is forwarded never has. */
-	if (tcplat_whose(ends, who))
+	if (tcplat_lookup_packet(ends, who))
 		return who->wanted;
-	return tcplat_wanted_nobody();
+	return tcplat_wanted_unowned();
 }
 
 static __always_inline int report(const struct sk_buff *skb, const struct net_device *dev, u8 hook)

@@ -17,7 +17,7 @@
 
 static __always_inline struct tcplat_sock *begin_connect(struct sock *sk, u64 now)
 {
-	struct tcplat_sock *s = tcplat_learn(sk, CLIENT);
+	struct tcplat_sock *s = tcplat_set_role(sk, CLIENT);
 
 	if (!s)
 		return NULL;
@@ -88,7 +88,7 @@ static __always_inline int enter_connect(struct sock *sk, const u8 *uaddr, u16 f
 
 static __always_inline int send_syn(struct sock *sk, int state, u8 hook_v4, u8 hook_v6)
 {
-	struct tcplat_sock *s = tcplat_find(sk);
+	struct tcplat_sock *s = tcplat_lookup(sk);
 	u8 hook = hook_v4;
 
 	if (state != TCP_SYN_SENT || !tcplat_is(s, CLIENT) || !s->since_ns)
@@ -101,7 +101,7 @@ static __always_inline int send_syn(struct sock *sk, int state, u8 hook_v4, u8 h
 
 static __always_inline int leave_connect(struct sock *sk, int ret, u16 family, u8 hook)
 {
-	struct tcplat_sock *s = tcplat_find(sk);
+	struct tcplat_sock *s = tcplat_lookup(sk);
 	struct tcplat_event *e;
 	u64 now = bpf_ktime_get_ns();
 
@@ -231,7 +231,7 @@ static __always_inline void add_begin(struct tcplat_event *e, const struct sock 
 static __always_inline int report_state(struct sock *sk, int old, int new, u8 hook)
 {
 	u64 now = bpf_ktime_get_ns(), took = 0;
-	struct tcplat_sock *s = tcplat_find(sk);
+	struct tcplat_sock *s = tcplat_lookup(sk);
 	struct tcplat_event *e;
 
 	if (!tcplat_is(s, CLIENT))
@@ -274,7 +274,7 @@ static __always_inline int report_recv(struct sock *sk, int ret, u8 hook)
 
 	if (ret < 0)
 		return 0;
-	s = tcplat_use(sk, &me, CLIENT);
+	s = tcplat_claim_role(sk, &me, CLIENT);
 	if (!s)
 		return 0;
 	now = bpf_ktime_get_ns();
@@ -314,7 +314,7 @@ static __always_inline int enter_recv(struct sock *sk, int flags, u8 hook)
 		tcplat_missed(hook);
 		recvs.delete(&me);
 	}
-	if (!(flags & TCPLAT_NO_STREAM) && tcplat_is(tcplat_touch(sk), CLIENT))
+	if (!(flags & TCPLAT_NO_STREAM) && tcplat_is(tcplat_claim(sk), CLIENT))
 		recvs.update(&me, &key);
 	return 0;
 }

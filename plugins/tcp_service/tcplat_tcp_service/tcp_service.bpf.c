@@ -69,7 +69,7 @@ static __always_inline struct unread *unread_of(const struct tcplat_sock *s, u64
 	u32 at = tcplat_at(key);
 	struct unread *u;
 
-	if (!s->near)
+	if (!s->place_key)
 		return far_unreads.lookup(&key);
 	u = unreads.lookup(&at);
 	/* Else it were one call, with either map: no load any more. */
@@ -83,7 +83,7 @@ begin_unread(const struct sock *sk, const struct tcplat_sock *s, u64 key)
 	struct unread fresh = {.sock = s->id}, *u;
 
 	fresh.seq = tcplat_get((const struct tcp_sock *)sk, copied_seq);
-	if (!s->near)
+	if (!s->place_key)
 		far_unreads.update(&key, &fresh);
 	u = unread_of(s, key);
 	if (u)
@@ -259,7 +259,7 @@ static __always_inline int report_packet(struct sk_buff *skb, const u8 *l3, u8 h
 	local.dport = segment.addrs.sport;
 	__builtin_memcpy(local.saddr, segment.addrs.daddr, 16);
 	__builtin_memcpy(local.daddr, segment.addrs.saddr, 16);
-	if (!tcplat_wanted_addrs(&local) || !tcplat_whose(&local, &who) || !who.wanted)
+	if (!tcplat_wanted_addrs(&local) || !tcplat_lookup_packet(&local, &who) || !who.wanted)
 		return 0;
 	if (who.role != SERVER && who.role != LISTENER)
 		return 0;
@@ -321,7 +321,7 @@ int kp_tcp_v6_rcv(struct pt_regs *ctx, struct sk_buff *skb)
 static __always_inline struct tcplat_event *
 make_segment(struct sock *sk, struct sk_buff *skb, u8 hook)
 {
-	struct tcplat_sock *s = tcplat_find(sk);
+	struct tcplat_sock *s = tcplat_lookup(sk);
 	struct tcplat_segment segment = {};
 	struct tcplat_event *e;
 	u64 now;
@@ -517,31 +517,31 @@ report_unseen(struct sock *sk, struct tcplat_sock *s, u64 now, u8 hook)
 }
 #endif
 
-/* As tcplat_use(); an accept() that was not seen is told. */
-static __always_inline struct tcplat_sock *use(struct sock *sk, u64 *me, u8 hook)
+/* As tcplat_claim_role(); an accept() that was not seen is told. */
+static __always_inline struct tcplat_sock *claim(struct sock *sk, u64 *me, u8 hook)
 {
 #ifdef TCPLAT_TRACEPOINT_accept
-	struct tcplat_sock *s = tcplat_find(sk);
+	struct tcplat_sock *s = tcplat_lookup(sk);
 	bool wanted;
 
 	if (!tcplat_is(s, SERVER))
 		return NULL;
 	*me = tcplat_current();
-	wanted = tcplat_own_by(s, *me);
+	wanted = tcplat_set_owner(s, *me);
 	if (s->unaccepted & TCPLAT_ACCEPT_UNSEEN)
 		report_unseen(sk, s, bpf_ktime_get_ns(), hook);
 	return wanted ? s : NULL;
 #else
-	return tcplat_use(sk, me, SERVER);
+	return tcplat_claim_role(sk, me, SERVER);
 #endif
 }
-#define TCPLAT_USE_SENDING(sk, me) use(sk, me, HOOK_accepted_send)
+#define TCPLAT_CLAIM_SENDING(sk, me) claim(sk, me, HOOK_accepted_send)
 
 /*
  * The same where its end is closed: by the process, as long as it has the socket. One that has been
  * accepted has a struct socket, which a part of one of MPTCP shares.
  */
-static __always_inline void use_by_closing(struct sock *sk, struct tcplat_sock *s, int new, u64 now)
+static __always_inline void claim_by_closing(struct sock *sk, struct tcplat_sock *s, int new, u64 now)
 {
 #ifdef TCPLAT_TRACEPOINT_accept
 	struct socket *socket;
@@ -553,7 +553,7 @@ static __always_inline void use_by_closing(struct sock *sk, struct tcplat_sock *
 	socket = tcplat_get(sk, sk_socket);
 	if (!socket || (u64)tcplat_get(socket, sk) != tcplat_key(sk))
 		return;
-	tcplat_own(s);
+	tcplat_set_owner(s, tcplat_current());
 	report_unseen(sk, s, now, HOOK_accepted_state);
 #endif
 }
@@ -613,10 +613,10 @@ static __always_inline int report_state(struct sock *sk, int old, int new, u8 ho
 	else if (old == TCP_SYN_RECV && new == TCP_ESTABLISHED)
 		s = tcplat_inherit(sk, now);
 	else
-		s = tcplat_find(sk);
+		s = tcplat_lookup(sk);
 	if (!s || (s->role != SERVER && s->role != LISTENER))
 		return 0;
-	use_by_closing(sk, s, new, now);
+	claim_by_closing(sk, s, new, now);
 	s->state = new;
 	e = tcplat_make_state(sk, s, old, new, hook, now);
 	if (!e)
@@ -679,7 +679,7 @@ int kp_tcp_rcv_state_process(struct pt_regs *ctx, struct sock *sk, struct sk_buf
 
 static __always_inline int report_ready(struct sock *sk, u8 hook)
 {
-	struct tcplat_sock *s = tcplat_find(sk);
+	struct tcplat_sock *s = tcplat_lookup(sk);
 	struct tcplat_event *e;
 	u32 copied;
 	u64 now;
@@ -727,7 +727,7 @@ int tp_recv(struct bpf_raw_tracepoint_args *ctx)
 
 	if (ret < 0 || ctx->args[2] & TCPLAT_NO_STREAM)
 		return 0;
-	s = use(sk, &me, HOOK_accepted_recv);
+	s = claim(sk, &me, HOOK_accepted_recv);
 	if (!s)
 		return 0;
 	now = bpf_ktime_get_ns();
@@ -758,7 +758,7 @@ static __always_inline int enter_recv(struct sock *sk, int flags, u8 hook)
 		tcplat_missed(hook);
 		recvs.delete(&me);
 	}
-	if (flags & TCPLAT_NO_STREAM || !tcplat_is(tcplat_touch(sk), SERVER))
+	if (flags & TCPLAT_NO_STREAM || !tcplat_is(tcplat_claim(sk), SERVER))
 		return 0;
 	call.began_ns = bpf_ktime_get_ns();
 	recvs.update(&me, &call);
@@ -782,7 +782,7 @@ static __always_inline int leave_recv(int ret, u8 hook)
 	recvs.delete(&task);
 	if (ret < 0)
 		return 0;
-	s = tcplat_use(sk, &me, SERVER);
+	s = tcplat_claim_role(sk, &me, SERVER);
 	if (!s)
 		return 0;
 	measure_recv(sk, s, ret, now);

@@ -16,7 +16,7 @@ static __always_inline int report(struct sock *sk, int old, int new, u8 hook)
 
 	if (new != TCP_CLOSE || old == TCP_CLOSE || old == TCP_LISTEN)
 		return 0;
-	s = tcplat_find(sk);
+	s = tcplat_lookup(sk);
 	if (!s || s->role == TCPLAT_ROLE_LISTENER)
 		return 0;
 	e = tcplat_make_state(sk, s, old, new, hook, now);

@@ -13,32 +13,32 @@ static __always_inline void tcplat_refresh(struct tcplat_sock *s)
 		return;
 	s->renames = renames;
 	pid = s->owner.task >> 32;
-	name = tcplat_new_name(pid, s->born_ns);
+	name = tcplat_new_name(pid, s->start_ns);
 	if (!name)
 		return;
-	tcplat_set_name(&s->owner, pid, name->comm);
+	tcplat_write_name(&s->owner, pid, name->comm);
 	s->wanted = s->asked && tcplat_wanted_name(name->comm);
 	s->group = 0;
 }
 
 /*
- * The same of a socket's entry. What nobody has used since its listener was made has the owner that
- * called listen(): as long as that one is there.
+ * The same of a socket's entry. Until a process uses it, the owner of an accepted one is the
+ * process that called listen(), as long as that lives.
  */
-static __always_inline u64 tcplat_owner_now(const struct tcplat_sock *s, char *comm)
+static __always_inline u64 tcplat_valid_owner(const struct tcplat_sock *s, char *comm)
 {
-	u64 task = tcplat_get_owner(&s->owner, comm);
+	u64 task = tcplat_read_owner(&s->owner, comm);
 
 	if (s->role != TCPLAT_ROLE_LISTENER && (!(s->unaccepted & TCPLAT_INHERITED) || (u32)task))
 		return task;
-	if (!task || tcplat_listens(task >> 32, s->born_ns))
+	if (!task || tcplat_listens(task >> 32, s->start_ns))
 		return task;
 	*(u64 *)comm = *(u64 *)(comm + 8) = 0;
 	return 0;
 }
 
 /* The task of `task` becomes the owner: the current one. Whether it is wanted. */
-static __always_inline bool tcplat_own_by(struct tcplat_sock *s, u64 task)
+static __always_inline bool tcplat_set_owner(struct tcplat_sock *s, u64 task)
 {
 	struct tcplat_owner *owner = &s->owner;
 	char comm[16] __attribute__((aligned(8)));
@@ -48,7 +48,7 @@ static __always_inline bool tcplat_own_by(struct tcplat_sock *s, u64 task)
 	if (s->thread_renames != renames || owner->task != task ||
 	    owner->thread_sum != tcplat_owner_sum(task, owner->thread)) {
 		tcplat_thread_name(task >> 32, task, comm);
-		tcplat_set_thread(owner, task, comm);
+		tcplat_write_thread(owner, task, comm);
 		s->thread_renames = renames;
 	}
 	/* Of one process already; of which thread, is one word of its own. */
@@ -62,9 +62,9 @@ static __always_inline bool tcplat_own_by(struct tcplat_sock *s, u64 task)
 		tcplat_refresh(s);
 		return s->wanted;
 	}
-	s->born_ns = tcplat_process_name(task >> 32, comm);
+	s->start_ns = tcplat_process_name(task >> 32, comm);
 	s->renames = renames;
-	tcplat_set_owner(owner, task, comm);
+	tcplat_write_owner(owner, task, comm);
 	s->asked = tcplat_wanted_caller();
 	wanted = s->asked && tcplat_wanted_name(comm);
 	s->group = 0;
@@ -73,52 +73,46 @@ static __always_inline bool tcplat_own_by(struct tcplat_sock *s, u64 task)
 	return wanted;
 }
 
-/* The current task becomes the owner. Only where the socket's own process calls. */
-static __always_inline bool tcplat_own(struct tcplat_sock *s)
-{
-	return tcplat_own_by(s, tcplat_current());
-}
-
 /*
  * The socket's own process calls, and is the owner from here on: the entry, if it has that role
- * and somebody asked for the process. `me` is then the current task.
+ * and that process passes the filters. `me` is then the current task.
  */
 static __always_inline struct tcplat_sock *
-tcplat_use(const struct sock *sk, u64 *me, u8 role)
+tcplat_claim_role(const struct sock *sk, u64 *me, u8 role)
 {
-	struct tcplat_sock *s = tcplat_find(sk);
+	struct tcplat_sock *s = tcplat_lookup(sk);
 
 	if (!s || s->role != role)
 		return NULL;
 	*me = tcplat_current();
-	return tcplat_own_by(s, *me) ? s : NULL;
+	return tcplat_set_owner(s, *me) ? s : NULL;
 }
 
 /*
  * The same for handlers that report every socket: one that nothing is known of
- * gets an entry without an owner, wanted unless somebody in particular is.
+ * gets an entry without an owner, wanted unless the filters name processes.
  * Full sockets only: the entry is deleted when the kernel destroys the socket.
  */
-static __always_inline struct tcplat_sock *tcplat_meet(const struct sock *sk)
+static __always_inline struct tcplat_sock *tcplat_lookup_or_create(const struct sock *sk)
 {
-	struct tcplat_sock *s = tcplat_find(sk);
+	struct tcplat_sock *s = tcplat_lookup(sk);
 
 	if (s)
 		return s;
-	struct tcplat_sock fresh = {.id = tcplat_new_id(), .wanted = tcplat_wanted_nobody()};
+	struct tcplat_sock fresh = {.id = tcplat_new_id(), .wanted = tcplat_wanted_unowned()};
 
 	return tcplat_insert(tcplat_key(sk), &fresh);
 }
 
 /*
- * What is known of a socket, as tcplat_find() has it, where the socket's own process calls: it is
- * the owner from here on. Of a new one nothing is known yet: tcplat_meet() makes its entry.
+ * What is known of a socket, as tcplat_lookup() has it, where the socket's own process calls: it is
+ * the owner from here on. Of a new one nothing is known yet: tcplat_lookup_or_create() makes its entry.
  */
-static __always_inline struct tcplat_sock *tcplat_touch(const struct sock *sk)
+static __always_inline struct tcplat_sock *tcplat_claim(const struct sock *sk)
 {
-	struct tcplat_sock *s = tcplat_find(sk);
+	struct tcplat_sock *s = tcplat_lookup(sk);
 
 	if (s)
-		tcplat_own(s);
+		tcplat_set_owner(s, tcplat_current());
 	return s;
 }

@@ -5,10 +5,10 @@
 int tcplat_on_destroy(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sock *sk = (struct sock *)ctx->args[0];
-	struct tcplat_sock *s = tcplat_find(sk);
+	struct tcplat_sock *s = tcplat_lookup(sk);
 
 	if (s)
-		tcplat_forget(sk, s);
+		tcplat_delete_sock(sk, s);
 	return 0;
 }
 
@@ -22,7 +22,7 @@ int tcplat_on_rename(struct bpf_raw_tracepoint_args *ctx)
 	struct tcplat_name name = {};
 
 	if (leader == task) {
-		name.born_ns = tcplat_get(task, start_time);
+		name.start_ns = tcplat_get(task, start_time);
 		bpf_probe_read_kernel_str(name.comm, sizeof(name.comm), (void *)ctx->args[1]);
 		tcplat_names.update(&pid, &name);
 	}
@@ -91,11 +91,11 @@ int tcplat_on_state(struct bpf_raw_tracepoint_args *ctx)
 	if (sk->sk_protocol != IPPROTO_TCP)
 		return 0;
 	if (new == TCP_SYN_SENT)
-		tcplat_learn(sk, TCPLAT_ROLE_CLIENT);
+		tcplat_set_role(sk, TCPLAT_ROLE_CLIENT);
 	else if (new == TCP_LISTEN)
 		tcplat_listen(sk);
 	else if (new == TCP_ESTABLISHED && old == TCP_SYN_SENT)
-		tcplat_track(sk, tcplat_find(sk));
+		tcplat_track(sk, tcplat_lookup(sk));
 	else if (new == TCP_ESTABLISHED && old == TCP_SYN_RECV)
 		tcplat_inherit(sk, bpf_ktime_get_ns());
 	return 0;
@@ -108,27 +108,27 @@ int tcplat_on_queue(struct bpf_raw_tracepoint_args *ctx)
 	struct sock *sk = tcplat_sk(skb);
 
 	if (sk && tcplat_get(sk, __sk_common.skc_state) == TCP_SYN_SENT)
-		tcplat_track(sk, tcplat_find(sk));
+		tcplat_track(sk, tcplat_lookup(sk));
 	return 0;
 }
 
 /* sock:sock_recv_length, sock:sock_send_length: who uses it, owns it. */
 int tcplat_on_use(struct bpf_raw_tracepoint_args *ctx)
 {
-	tcplat_touch((struct sock *)ctx->args[0]);
+	tcplat_claim((struct sock *)ctx->args[0]);
 	return 0;
 }
 
 /* tcp_recvmsg(), tcp_sendmsg(): the same before 6.3, which has no such tracepoints. */
 int tcplat_on_use_fentry(struct bpf_raw_tracepoint_args *ctx)
 {
-	tcplat_touch((struct sock *)tcplat_scalar((const void *)ctx->args[0]));
+	tcplat_claim((struct sock *)tcplat_scalar((const void *)ctx->args[0]));
 	return 0;
 }
 
 int tcplat_on_use_kprobe(struct pt_regs *ctx, struct sock *sk)
 {
-	tcplat_touch(sk);
+	tcplat_claim(sk);
 	return 0;
 }
 #endif

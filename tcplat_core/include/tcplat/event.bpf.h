@@ -117,7 +117,7 @@ BPF_F_TABLE("array", u32, u64, books, TCPLAT_BOOKS, BPF_F_MMAPABLE);
  */
 BPF_F_TABLE("array", u32, u32, tcplat_gate, 2, BPF_F_MMAPABLE);
 
-/* Whether anybody listens yet, and still. */
+/* Whether events are wanted: already, and still. */
 static __always_inline bool tcplat_is_open(void)
 {
 	u32 zero = 0, *gate = tcplat_gate.lookup(&zero);
@@ -126,7 +126,7 @@ static __always_inline bool tcplat_is_open(void)
 }
 
 /*
- * A record to fill, or NULL where nobody listens yet or the ring is full.
+ * A record to fill, or NULL while events are not wanted, or if the ring is full.
  *
  * The caller must hand it to tcplat_submit() on every path. ts_ns is the
  * instant that the row will carry: normally bpf_ktime_get_ns().
@@ -146,7 +146,7 @@ static __always_inline struct tcplat_event *tcplat_reserve(u8 hook, u64 ts_ns)
 	e = events.ringbuf_reserve(sizeof(*e));
 	/*
 	 * Atomic: softirq may interrupt a handler on the same CPU. Behind the reserve, and before
-	 * tcplat_submit() looks whether anybody sleeps: who goes to sleep looks the other way round.
+	 * tcplat_submit() looks whether the session sleeps: that looks the other way round.
 	 */
 	count = books.lookup(&slot);
 	if (count)

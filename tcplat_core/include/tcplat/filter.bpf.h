@@ -22,8 +22,8 @@ struct tcplat_addrs {
  */
 BPF_TABLE("hash", u32, u32, tcplat_pids, 16384);
 
-/* Nobody knows whose it is: wanted unless somebody in particular is. */
-static __always_inline bool tcplat_wanted_nobody(void)
+/* The owner is not known: wanted unless the filters name processes. */
+static __always_inline bool tcplat_wanted_unowned(void)
 {
 #ifdef TCPLAT_FILTER_TASK
 	return false;
@@ -133,7 +133,7 @@ static __always_inline bool tcplat_wanted_task(const char *comm)
 	return tcplat_wanted_name(comm) && tcplat_wanted_caller();
 }
 
-/* Local end first. A source port that is not chosen yet is 0, and no port that anybody names. */
+/* Local end first. A source port that is not chosen yet is 0, and no filter names port 0. */
 static __always_inline bool tcplat_wanted_addrs(const struct tcplat_addrs *a)
 {
 	return TCPLAT_FILTER_ADDRS(a);

@@ -26,7 +26,7 @@ struct tcplat_flow {
  * lane, and the younger of two counts.
  *
  * Inserted, and never replaced while its socket is there, by tcplat_add_flow(), and by the loader
- * for older sockets. Deleted by tcplat_withdraw() of the same socket: it ends, or connects anew.
+ * for older sockets. Deleted by tcplat_unindex() of the same socket: it ends, or connects anew.
  */
 BPF_TABLE("hash", struct tcplat_addrs, struct tcplat_flow, tcplat_flows, 1024);
 
@@ -80,15 +80,15 @@ static __always_inline bool tcplat_is_stale(const struct tcplat_flow *flow)
 
 	if (!key)
 		return !tcplat_seeds.lookup(&id);
-	s = tcplat_entry(key);
+	s = tcplat_lookup_entry(key);
 	return !s || s->id != id;
 }
 
 /* Take a flow from a socket that is open, but has no connection any more. */
-static __always_inline bool tcplat_take_flow(const struct tcplat_flow *flow)
+static __always_inline bool tcplat_steal_flow(const struct tcplat_flow *flow)
 {
 	u64 key = flow->key, id = flow->id;
-	struct tcplat_sock *s = key ? tcplat_entry(key) : NULL;
+	struct tcplat_sock *s = key ? tcplat_lookup_entry(key) : NULL;
 
 	if (!s || s->id != id)
 		return false;
@@ -119,7 +119,7 @@ static __always_inline void tcplat_add_flow(struct tcplat_sock *s, u64 key)
 		if (tcplat_flows.insert(&addrs, &flow)) {
 			other = tcplat_flows.lookup(&addrs);
 			if (other && !tcplat_is_stale(other) &&
-			    (round < TCPLAT_LANES || !tcplat_take_flow(other)))
+			    (round < TCPLAT_LANES || !tcplat_steal_flow(other)))
 				continue;
 			tcplat_flows.update(&addrs, &flow);
 		}

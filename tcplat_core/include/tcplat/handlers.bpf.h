@@ -4,15 +4,15 @@
  *
  * To be defined before the include:
  *   TCPLAT_ROLE         whose sockets: TCPLAT_ROLE_CLIENT or TCPLAT_ROLE_SERVER
- *   TCPLAT_USE_SENDING  (sk, me), if more is to be done than tcplat_use() does where a process sends
+ *   TCPLAT_CLAIM_SENDING  (sk, me), if more is to be done than tcplat_claim_role() does where a process sends
  *   report_state()      (sk, old, new, hook): a change of state
  *   enter_recv()        (sk, flags, hook): by kprobe, a call begins
  *   leave_recv()        (ret, hook): ... and returns
  *   exit_recv()         (sk, flags, ret, hook): by fexit, a call returns
  */
 
-#ifndef TCPLAT_USE_SENDING
-#define TCPLAT_USE_SENDING(sk, me) tcplat_use(sk, me, TCPLAT_ROLE)
+#ifndef TCPLAT_CLAIM_SENDING
+#define TCPLAT_CLAIM_SENDING(sk, me) tcplat_claim_role(sk, me, TCPLAT_ROLE)
 #endif
 
 /* --- state */
@@ -23,7 +23,7 @@ int kp_tcp_set_state(struct pt_regs *ctx, struct sock *sk, int state)
 	int old = sk->__sk_common.skc_state;
 
 	report_state(sk, old, state, HOOK_kp_tcp_set_state);
-	tcplat_tell(sk, TCPLAT_ROLE, state);
+	tcplat_set_reported(sk, TCPLAT_ROLE, state);
 	return 0;
 }
 
@@ -38,10 +38,10 @@ int tp_state_skipped(struct bpf_raw_tracepoint_args *ctx)
 
 	if (sk->sk_protocol != IPPROTO_TCP)
 		return 0;
-	if (new != TCP_LISTEN && tcplat_is_told(sk, new))
+	if (new != TCP_LISTEN && tcplat_is_reported(sk, new))
 		return 0;
 	report_state(sk, ctx->args[1], new, HOOK_tp_state_skipped);
-	tcplat_tell(sk, TCPLAT_ROLE, new);
+	tcplat_set_reported(sk, TCPLAT_ROLE, new);
 	return 0;
 }
 #endif
@@ -121,7 +121,7 @@ int kr_tcp_splice_read(struct pt_regs *ctx)
 static __always_inline int report_send(struct sock *sk, u32 bytes, u32 flags, u8 hook)
 {
 	u64 me;
-	struct tcplat_sock *s = TCPLAT_USE_SENDING(sk, &me);
+	struct tcplat_sock *s = TCPLAT_CLAIM_SENDING(sk, &me);
 
 	return s ? tcplat_report(tcplat_make_send(sk, s, me, bytes, flags, hook)) : 0;
 }
@@ -194,7 +194,7 @@ static __always_inline int enter_send(struct sock *sk)
 {
 	u64 me = bpf_get_current_pid_tgid(), key = (u64)sk;
 
-	if (tcplat_is(tcplat_find(sk), TCPLAT_ROLE))
+	if (tcplat_is(tcplat_lookup(sk), TCPLAT_ROLE))
 		sends.update(&me, &key);
 	return 0;
 }
@@ -245,7 +245,7 @@ int tp_close(struct bpf_raw_tracepoint_args *ctx)
 int kp_tcp_v4_destroy_sock(struct pt_regs *ctx, struct sock *sk)
 {
 	tcplat_report(tcplat_make_close(sk, TCPLAT_ROLE, HOOK_kp_tcp_v4_destroy_sock));
-	tcplat_tell(sk, TCPLAT_ROLE, TCPLAT_TOLD_CLOSE);
+	tcplat_set_reported(sk, TCPLAT_ROLE, TCPLAT_REPORTED_CLOSE);
 	return 0;
 }
 
@@ -253,7 +253,7 @@ int tp_close_skipped(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sock *sk = (struct sock *)ctx->args[0];
 
-	if (tcplat_is_told(sk, TCPLAT_TOLD_CLOSE))
+	if (tcplat_is_reported(sk, TCPLAT_REPORTED_CLOSE))
 		return 0;
 	return tcplat_report(tcplat_make_close(sk, TCPLAT_ROLE, HOOK_tp_close_skipped));
 }

@@ -16,7 +16,7 @@ struct tcplat_group {
 	u32 pid;
 	u16 port;
 	u8 ip;
-	u8 used; /* 1: nobody's group is all zeros, too */
+	u8 used; /* 1: the group without an owner is all zeros, too */
 } __attribute__((aligned(8)));
 
 #define TCPLAT_KEY_group struct tcplat_group
@@ -48,7 +48,7 @@ static __always_inline u32 tcplat_group_of(struct tcplat_sock *s)
 	if (s->group >> 16 == TCPLAT_PROBE)
 		return s->group & 0xffff;
 #ifdef TCPLAT_BY_PROCESS
-	group.pid = tcplat_get_owner(&s->owner, group.comm) >> 32;
+	group.pid = tcplat_read_owner(&s->owner, group.comm) >> 32;
 #endif
 #ifdef TCPLAT_BY_REMOTE
 	group.ip = s->addrs.ip;

@@ -72,7 +72,7 @@ static __always_inline u32 tcplat_number(TCPLAT_KEY *key)
 	*slot = *key;
 	if (!key_numbers.insert(key, &number))
 		return number;
-	/* Somebody else was faster with this key: our number stays unused. */
+	/* Another CPU was faster with this key: our number stays unused. */
 	__builtin_memset(slot, 0, sizeof(*slot));
 	known = key_numbers.lookup(key);
 	return known ? *known : 0;

@@ -14,7 +14,7 @@ static __always_inline u32 tcplat_inode(const struct sock *sk)
 }
 
 /* Neither packets nor children find the socket any more by the addresses that it had. */
-static __always_inline void tcplat_withdraw(const struct sock *sk, struct tcplat_sock *s)
+static __always_inline void tcplat_unindex(const struct sock *sk, struct tcplat_sock *s)
 {
 	struct tcplat_listener *listener;
 	struct tcplat_addrs addrs;
@@ -34,7 +34,7 @@ static __always_inline void tcplat_withdraw(const struct sock *sk, struct tcplat
 		struct tcplat_port port = tcplat_port_of(sk, &s->addrs);
 
 		listener = tcplat_listeners.lookup(&port);
-		if (listener && !tcplat_leave(listener, port.port, s->owner.task >> 32))
+		if (listener && !tcplat_remove_user(listener, port.port, s->owner.task >> 32))
 			tcplat_listeners.delete(&port);
 	} else {
 		addrs = s->addrs;
@@ -48,19 +48,19 @@ static __always_inline void tcplat_withdraw(const struct sock *sk, struct tcplat
 	}
 }
 
-static __always_inline void tcplat_forget(const struct sock *sk, struct tcplat_sock *s)
+static __always_inline void tcplat_delete_sock(const struct sock *sk, struct tcplat_sock *s)
 {
-	tcplat_withdraw(sk, s);
-	tcplat_remove(tcplat_key(sk));
+	tcplat_unindex(sk, s);
+	tcplat_delete_entry(tcplat_key(sk));
 }
 
 /*
  * A socket takes its role, in the process that gives it one. It was closed until now, and begins
  * with other addresses.
  */
-static __always_inline struct tcplat_sock *tcplat_learn(const struct sock *sk, u8 role)
+static __always_inline struct tcplat_sock *tcplat_set_role(const struct sock *sk, u8 role)
 {
-	struct tcplat_sock *s = tcplat_find(sk);
+	struct tcplat_sock *s = tcplat_lookup(sk);
 	u64 key = tcplat_key(sk);
 	u32 inode = tcplat_inode(sk);
 	/*
@@ -70,11 +70,11 @@ static __always_inline struct tcplat_sock *tcplat_learn(const struct sock *sk, u
 	bool other = s && s->inode != inode;
 
 	if (s && (other || s->role != role || role == TCPLAT_ROLE_CLIENT)) {
-		tcplat_withdraw(sk, s);
+		tcplat_unindex(sk, s);
 		s->addrs.sport = 0;
 	}
 	if (other)
-		tcplat_remove(key);
+		tcplat_delete_entry(key);
 	if (!s || other) {
 		struct tcplat_sock fresh = {.id = tcplat_new_id()};
 
@@ -88,14 +88,14 @@ static __always_inline struct tcplat_sock *tcplat_learn(const struct sock *sk, u
 	s->role = role;
 	s->group = 0;
 	s->inode = inode;
-	tcplat_own(s);
+	tcplat_set_owner(s, tcplat_current());
 	return s;
 }
 
 /* A socket begins to listen, in the process that asks for it. */
 static __always_inline struct tcplat_sock *tcplat_listen(const struct sock *sk)
 {
-	struct tcplat_sock *s = tcplat_learn(sk, TCPLAT_ROLE_LISTENER);
+	struct tcplat_sock *s = tcplat_set_role(sk, TCPLAT_ROLE_LISTENER);
 	struct tcplat_listener *old, fresh = {};
 	struct tcplat_port port;
 	struct socket *socket;
@@ -106,7 +106,7 @@ static __always_inline struct tcplat_sock *tcplat_listen(const struct sock *sk)
 	/* The kernel's own, or a part of one of MPTCP: no process will be seen to accept by this socket. */
 	socket = tcplat_get(sk, sk_socket);
 	if (!s->inode || (u64)tcplat_get(socket, sk) != tcplat_key(sk))
-		tcplat_set_owner(&s->owner, 0, fresh.comm);
+		tcplat_write_owner(&s->owner, 0, fresh.comm);
 	/* In the table already: more than one program may see this happen. */
 	if (s->in_flows)
 		return s;
@@ -115,10 +115,10 @@ static __always_inline struct tcplat_sock *tcplat_listen(const struct sock *sk)
 	port = tcplat_port_of(sk, &s->addrs);
 	pid = s->owner.task >> 32;
 	if (pid) {
-		tcplat_listening.update(&pid, &s->born_ns);
-		tcplat_serves(s, port.port);
+		tcplat_listening.update(&pid, &s->start_ns);
+		tcplat_add_service(s, port.port);
 	}
-	tcplat_serve(port.port, tcplat_get(sk, __sk_common.skc_bound_dev_if) ? TCPLAT_SERVED_BY_DEVICE :
+	tcplat_set_served(port.port, tcplat_get(sk, __sk_common.skc_bound_dev_if) ? TCPLAT_SERVED_BY_DEVICE :
 								TCPLAT_SERVED);
 	old = tcplat_listeners.lookup(&port);
 	if (old) {
@@ -127,8 +127,8 @@ static __always_inline struct tcplat_sock *tcplat_listen(const struct sock *sk)
 		return s;
 	}
 	tcplat_count_user(&fresh, pid, 1);
-	fresh.pid = tcplat_get_owner(&s->owner, fresh.comm) >> 32;
-	fresh.born_ns = s->born_ns;
+	fresh.pid = tcplat_read_owner(&s->owner, fresh.comm) >> 32;
+	fresh.start_ns = s->start_ns;
 	fresh.wanted = s->wanted;
 	fresh.asked = s->asked;
 	tcplat_listeners.update(&port, &fresh);
@@ -142,7 +142,7 @@ static __always_inline struct tcplat_sock *tcplat_listen(const struct sock *sk)
  */
 static __always_inline struct tcplat_sock *tcplat_inherit(const struct sock *sk, u64 now)
 {
-	struct tcplat_sock *s = tcplat_find(sk), fresh = {.since_ns = now};
+	struct tcplat_sock *s = tcplat_lookup(sk), fresh = {.since_ns = now};
 	char comm[16] __attribute__((aligned(8))) = {};
 	struct tcplat_listener *from;
 	u64 pid;
@@ -156,25 +156,25 @@ static __always_inline struct tcplat_sock *tcplat_inherit(const struct sock *sk,
 		/* More than one program sees this happen. */
 		if (s->role == TCPLAT_ROLE_SERVER)
 			return s;
-		/* All that tcplat_meet() knew. */
+		/* All that tcplat_lookup_or_create() knew. */
 		fresh.id = s->id;
 	} else if (s) {
-		/* Another socket's, as in tcplat_learn(). */
-		tcplat_forget(sk, s);
+		/* Another socket's, as in tcplat_set_role(). */
+		tcplat_delete_sock(sk, s);
 	}
 	fresh.role = TCPLAT_ROLE_SERVER;
 	if (tcplat_is_open())
 		fresh.unaccepted = TCPLAT_ACCEPT_UNSEEN;
-	fresh.wanted = tcplat_wanted_nobody();
-	tcplat_serve(fresh.addrs.sport, TCPLAT_SERVED);
+	fresh.wanted = tcplat_wanted_unowned();
+	tcplat_set_served(fresh.addrs.sport, TCPLAT_SERVED);
 	from = tcplat_listener_at(&fresh.addrs);
 	if (from) {
 		fresh.wanted = from->wanted;
 		fresh.asked = from->asked;
 		fresh.unaccepted |= TCPLAT_INHERITED;
-		fresh.born_ns = from->born_ns;
+		fresh.start_ns = from->start_ns;
 		pid = tcplat_listener_pid(from, fresh.addrs.sport, comm);
-		tcplat_set_owner(&fresh.owner, pid << 32, comm);
+		tcplat_write_owner(&fresh.owner, pid << 32, comm);
 	}
 	s = tcplat_insert(tcplat_key(sk), &fresh);
 	if (s)
@@ -202,7 +202,7 @@ static __always_inline void tcplat_set_accepted(const struct sock *sk, struct tc
 /* A process takes a connection over. */
 static __always_inline struct tcplat_sock *tcplat_accept(const struct sock *sk)
 {
-	struct tcplat_sock *s = tcplat_touch(sk);
+	struct tcplat_sock *s = tcplat_claim(sk);
 
 	if (s)
 		tcplat_set_accepted(sk, s);

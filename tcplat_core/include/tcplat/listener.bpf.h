@@ -15,15 +15,15 @@ struct tcplat_port {
 } __attribute__((aligned(8)));
 
 struct tcplat_listener {
-	u32 pid;      /* 0 where several processes accept: nobody can know which one will */
+	u32 pid;      /* 0 if several processes accept: which one will is not known */
 	u32 users;    /* sockets that listen there (SO_REUSEPORT) */
-	u8 wanted;    /* whoever accepts */
+	u8 wanted;    /* whichever process accepts */
 	u8 asked;     /* as in tcplat_sock */
 	u8 inherited; /* 1: a process accepts that did not call listen() there */
 	u8 pad[5];
 	u64 pids;    /* of the users: the sum of the pids that called listen() ... */
 	u64 squares; /* ... and of their squares: together they tell whether all are one process */
-	u64 born_ns; /* when that process began; 0: it listened before the run */
+	u64 start_ns; /* when that process began; 0: it listened before the run */
 	char comm[16] __attribute__((aligned(8)));
 };
 
@@ -31,7 +31,7 @@ struct tcplat_listener {
  * Namespace, local address and port -> struct tcplat_listener.
  *
  * Inserted by tcplat_listen(), and by the loader for what listened before.
- * Deleted by tcplat_withdraw() with the last user.
+ * Deleted by tcplat_unindex() with the last user.
  */
 BPF_TABLE("hash", struct tcplat_port, struct tcplat_listener, tcplat_listeners, 16384);
 
@@ -41,7 +41,7 @@ struct tcplat_served_by {
 };
 
 struct tcplat_service {
-	u64 born_ns; /* as in tcplat_listener */
+	u64 start_ns; /* as in tcplat_listener */
 	u8 wanted;
 	u8 asked;
 	u8 pad[6];
@@ -95,7 +95,7 @@ static __always_inline bool tcplat_is_served(u16 port)
 	return served && *served;
 }
 
-static __always_inline void tcplat_serve(u16 port, u8 how)
+static __always_inline void tcplat_set_served(u16 port, u8 how)
 {
 	u32 at = port;
 	u8 *served = tcplat_served.lookup(&at);
@@ -117,7 +117,7 @@ static __always_inline void tcplat_count_user(struct tcplat_listener *listener, 
  * A socket does not listen at `port` any more. Where all that are left are one process's, that one
  * will accept. How many are left.
  */
-static __always_inline u32 tcplat_leave(struct tcplat_listener *listener, u16 port, u32 pid)
+static __always_inline u32 tcplat_remove_user(struct tcplat_listener *listener, u16 port, u32 pid)
 {
 	struct tcplat_served_by key = {.port = port};
 	struct tcplat_service *left;
@@ -136,7 +136,7 @@ static __always_inline u32 tcplat_leave(struct tcplat_listener *listener, u16 po
 	if (!left)
 		return users;
 	__builtin_memcpy(listener->comm, left->comm, sizeof(listener->comm));
-	listener->born_ns = left->born_ns;
+	listener->start_ns = left->start_ns;
 	listener->wanted = left->wanted;
 	listener->asked = left->asked;
 	*(volatile u32 *)&listener->pid = key.pid;
@@ -147,24 +147,24 @@ static __always_inline u32 tcplat_leave(struct tcplat_listener *listener, u16 po
 }
 
 /*
- * Another process at the same port: nobody knows any more who will accept, or whether it is
- * somebody who is wanted; unless all of them are.
+ * Another process at the same port: which one will accept is not known any more, nor whether it is
+ * wanted, unless all of them are.
  */
 static __always_inline void
 tcplat_share(struct tcplat_listener *listener, const struct tcplat_sock *s)
 {
-	if (listener->pid == s->owner.task >> 32 && listener->born_ns == s->born_ns)
+	if (listener->pid == s->owner.task >> 32 && listener->start_ns == s->start_ns)
 		return;
 	listener->pid = 0;
 	if (!s->wanted)
-		listener->wanted = tcplat_wanted_nobody();
+		listener->wanted = tcplat_wanted_unowned();
 }
 
 /* The owner of this socket, the current process, has called listen() at `port`. */
-static __always_inline void tcplat_serves(const struct tcplat_sock *s, u16 port)
+static __always_inline void tcplat_add_service(const struct tcplat_sock *s, u16 port)
 {
 	struct tcplat_served_by key = {.pid = s->owner.task >> 32, .port = port};
-	struct tcplat_service service = {.born_ns = s->born_ns, .wanted = s->wanted, .asked = s->asked};
+	struct tcplat_service service = {.start_ns = s->start_ns, .wanted = s->wanted, .asked = s->asked};
 
 	__builtin_memcpy(service.comm, s->owner.comm, sizeof(service.comm));
 	tcplat_services.update(&key, &service);
@@ -179,7 +179,7 @@ static __always_inline bool tcplat_is_serving(const struct tcplat_sock *s)
 
 	if (!service)
 		return false;
-	return service->born_ns ? service->born_ns == s->born_ns : !!tcplat_listening.lookup(&older);
+	return service->start_ns ? service->start_ns == s->start_ns : !!tcplat_listening.lookup(&older);
 }
 
 /* Who listens for what comes to this local end, as the kernel looks for it: the address itself first. */
@@ -213,12 +213,12 @@ tcplat_listener_pid(const struct tcplat_listener *from, u16 port, char *comm)
 {
 	u32 at = port;
 	u8 *served = tcplat_served.lookup(&at);
-	/* Once: tcplat_share() clears it, on another CPU, and tcplat_leave() may set another one's. */
+	/* Once: tcplat_share() clears it, on another CPU, and tcplat_remove_user() may set another one's. */
 	u32 pid = *(volatile u32 *)&from->pid;
 
 	if (!pid || (served && *served == TCPLAT_SERVED_BY_DEVICE))
 		return 0;
-	if (!tcplat_listens(pid, from->born_ns))
+	if (!tcplat_listens(pid, from->start_ns))
 		return 0;
 	__builtin_memcpy(comm, from->comm, sizeof(from->comm));
 	if (*(volatile u32 *)&from->pid == pid)

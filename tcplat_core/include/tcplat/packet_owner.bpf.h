@@ -4,10 +4,10 @@
  */
 
 /* The owner of a socket, as its entry has it. */
-static __always_inline void tcplat_owner_of(struct tcplat_sock *s, struct tcplat_seed *who)
+static __always_inline void tcplat_copy_owner(struct tcplat_sock *s, struct tcplat_seed *who)
 {
 	tcplat_refresh(s);
-	who->pid = tcplat_owner_now(s, who->comm) >> 32;
+	who->pid = tcplat_valid_owner(s, who->comm) >> 32;
 	who->role = s->role;
 	who->wanted = s->wanted;
 	who->asked = s->asked;
@@ -25,7 +25,7 @@ static __always_inline void tcplat_refresh_seed(struct tcplat_seed *who)
 }
 
 /* The socket that a flow leads to; false where that is gone. */
-static __always_inline bool tcplat_follow(const struct tcplat_flow *flow, struct tcplat_seed *who)
+static __always_inline bool tcplat_lookup_flow(const struct tcplat_flow *flow, struct tcplat_seed *who)
 {
 	u64 key = flow->key, id = flow->id;
 	struct tcplat_seed *seed = NULL;
@@ -46,19 +46,19 @@ static __always_inline bool tcplat_follow(const struct tcplat_flow *flow, struct
 		}
 		return true;
 	}
-	s = tcplat_entry(key);
+	s = tcplat_lookup_entry(key);
 	/* Its entry may be another socket's by now. */
 	if (!s || (seed ? s->cookie : s->id) != id)
 		return false;
-	tcplat_owner_of(s, who);
+	tcplat_copy_owner(s, who);
 	return true;
 }
 
 /*
  * Whose packet it is, from its addresses, local end first: of a connection, or
- * of whoever listens at its port. False where nobody is known.
+ * of the listener at its port. False if no owner is known.
  */
-static __always_inline bool tcplat_whose(struct tcplat_addrs *local, struct tcplat_seed *who)
+static __always_inline bool tcplat_lookup_packet(struct tcplat_addrs *local, struct tcplat_seed *who)
 {
 	struct tcplat_flow *flow = tcplat_flows.lookup(local), *second = NULL, *older;
 	struct tcplat_listener *listener;
@@ -75,11 +75,11 @@ static __always_inline bool tcplat_whose(struct tcplat_addrs *local, struct tcpl
 		bool younger = !flow || (second->key && (!flow->key || second->id > flow->id));
 
 		older = younger ? flow : second;
-		if (tcplat_follow(younger ? second : flow, who))
+		if (tcplat_lookup_flow(younger ? second : flow, who))
 			return true;
 		flow = older;
 	}
-	if (flow && tcplat_follow(flow, who))
+	if (flow && tcplat_lookup_flow(flow, who))
 		return true;
 	listener = tcplat_listener_at(local);
 	if (!listener)

@@ -20,7 +20,7 @@ struct tcplat_owner {
 };
 
 struct tcplat_name {
-	u64 born_ns; /* when the process began: its pid is given away again */
+	u64 start_ns; /* when the process began: its pid is given away again */
 	char comm[16] __attribute__((aligned(8)));
 };
 
@@ -54,21 +54,21 @@ static __always_inline u64 tcplat_owner_sum(u32 pid, const char *comm)
 	return first ^ (last << 1 | last >> 63) ^ pid * 0x9e3779b97f4a7c15ULL;
 }
 
-static __always_inline void tcplat_set_name(struct tcplat_owner *to, u32 pid, const char *comm)
+static __always_inline void tcplat_write_name(struct tcplat_owner *to, u32 pid, const char *comm)
 {
 	*(volatile u64 *)to->comm = *(const u64 *)comm;
 	*(volatile u64 *)(to->comm + 8) = *(const u64 *)(comm + 8);
 	*(volatile u64 *)&to->sum = tcplat_owner_sum(pid, comm);
 }
 
-/* A process, and no thread, unless tcplat_set_thread() has said which. */
-static __always_inline void tcplat_set_owner(struct tcplat_owner *to, u64 task, const char *comm)
+/* A process, and no thread, unless tcplat_write_thread() has said which. */
+static __always_inline void tcplat_write_owner(struct tcplat_owner *to, u64 task, const char *comm)
 {
-	tcplat_set_name(to, task >> 32, comm);
+	tcplat_write_name(to, task >> 32, comm);
 	*(volatile u64 *)&to->task = task;
 }
 
-static __always_inline void tcplat_set_thread(struct tcplat_owner *to, u32 tid, const char *thread)
+static __always_inline void tcplat_write_thread(struct tcplat_owner *to, u32 tid, const char *thread)
 {
 	*(volatile u64 *)to->thread = *(const u64 *)thread;
 	*(volatile u64 *)(to->thread + 8) = *(const u64 *)(thread + 8);
@@ -91,12 +91,12 @@ static __always_inline u32 tcplat_renamed(void)
 	return count ? *(volatile u64 *)count : 0;
 }
 
-/* The name that a process took since the run began, or NULL. `born_ns` 0: of whoever has the pid. */
-static __always_inline struct tcplat_name *tcplat_new_name(u32 pid, u64 born_ns)
+/* The name that a process took since the run began, or NULL. `start_ns` 0: whichever has the pid. */
+static __always_inline struct tcplat_name *tcplat_new_name(u32 pid, u64 start_ns)
 {
 	struct tcplat_name *name = tcplat_names.lookup(&pid);
 
-	return name && (!born_ns || born_ns == name->born_ns) ? name : NULL;
+	return name && (!start_ns || start_ns == name->start_ns) ? name : NULL;
 }
 
 /* The name of the current task's process, `pid`; when it began. */
@@ -104,25 +104,25 @@ static __always_inline u64 tcplat_process_name(u32 pid, char *comm)
 {
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
 	struct task_struct *leader = tcplat_get(task, group_leader);
-	u64 born_ns = tcplat_get(leader, start_time);
+	u64 start_ns = tcplat_get(leader, start_time);
 	/* First: its tracepoint comes before the kernel writes the name. */
-	struct tcplat_name *name = tcplat_new_name(pid, born_ns);
+	struct tcplat_name *name = tcplat_new_name(pid, start_ns);
 
 	*(u64 *)comm = *(u64 *)(comm + 8) = 0;
 	if (name)
 		__builtin_memcpy(comm, name->comm, sizeof(name->comm));
 	else /* Nothing is written behind its end: what is there would part equal names. */
 		bpf_probe_read_kernel_str(comm, 16, (const void *)&leader->comm);
-	return born_ns;
+	return start_ns;
 }
 
 /* Whether a process that listens is still there. While it ends, which closes its sockets, it is. */
-static __always_inline bool tcplat_listens(u32 pid, u64 born_ns)
+static __always_inline bool tcplat_listens(u32 pid, u64 start_ns)
 {
-	u32 key = born_ns ? pid : pid | TCPLAT_OLDER;
+	u32 key = start_ns ? pid : pid | TCPLAT_OLDER;
 	u64 *known = tcplat_listening.lookup(&key);
 
-	return (known && *known == born_ns) || pid == tcplat_current() >> 32;
+	return (known && *known == start_ns) || pid == tcplat_current() >> 32;
 }
 
 #define TCPLAT_PF_KTHREAD 0x00200000 /* include/linux/sched.h */
@@ -139,7 +139,7 @@ static __always_inline bool tcplat_is_worker(void)
 }
 
 /* Process << 32 | thread, and the process's name; 0 where it is not known, or just changes. */
-static __always_inline u64 tcplat_get_owner(const struct tcplat_owner *from, char *comm)
+static __always_inline u64 tcplat_read_owner(const struct tcplat_owner *from, char *comm)
 {
 	u64 task = *(volatile u64 *)&from->task;
 

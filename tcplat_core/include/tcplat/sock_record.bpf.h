@@ -5,7 +5,7 @@
 
 static __always_inline void tcplat_fill_owner(struct tcplat_event *e, struct tcplat_sock *s)
 {
-	u64 task = tcplat_owner_now(s, (char *)e->comm);
+	u64 task = tcplat_valid_owner(s, (char *)e->comm);
 
 	e->sock = s->id;
 	e->pid = task >> 32;
@@ -51,7 +51,7 @@ static __always_inline void tcplat_fill_addrs(struct tcplat_event *e, const stru
 	__builtin_memcpy((void *)&e->netns, &a->netns, 16);
 }
 
-/* A segment that a listener gets: where several processes accept, nobody knows whose it will be. */
+/* A segment that a listener gets: if several processes accept, its owner is not known. */
 static __always_inline void
 tcplat_fill_listener(struct tcplat_event *e, const struct sock *sk, const struct tcplat_sock *s)
 {
@@ -66,9 +66,9 @@ tcplat_fill_listener(struct tcplat_event *e, const struct sock *sk, const struct
 }
 
 /*
- * A record of the socket's, owner and addresses filled in, whoever wants the owner.
+ * A record of the socket's, owner and addresses filled in, whether or not the owner is wanted.
  *
- * NULL where nobody listens yet or the ring is full.
+ * NULL while events are not wanted, or if the ring is full.
  */
 static __always_inline struct tcplat_event *
 tcplat_reserve_wanted(const struct sock *sk, struct tcplat_sock *s, u8 hook, u64 ts_ns)
@@ -91,7 +91,7 @@ tcplat_reserve_wanted(const struct sock *sk, struct tcplat_sock *s, u8 hook, u64
 	return e;
 }
 
-/* The same; NULL as well where nobody asked for this socket. */
+/* The same; NULL as well if the owner is not wanted. */
 static __always_inline struct tcplat_event *
 tcplat_reserve_for(const struct sock *sk, struct tcplat_sock *s, u8 hook, u64 ts_ns)
 {

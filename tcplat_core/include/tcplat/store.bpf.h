@@ -16,7 +16,7 @@
 #define TCPLAT_ACCEPT_TOLD 4
 
 struct tcplat_sock {
-	u64 near;       /* its address, where the entry is in tcplat_places; 0 in tcplat_socks */
+	u64 place_key;       /* its address, where the entry is in tcplat_places; 0 in tcplat_socks */
 	u64 id;         /* the event's `sock`: when it was first seen, and on which CPU */
 	u64 since_ns;   /* when the connect, or the wait to be accepted, began; else 0 */
 	u32 send_tid;   /* the thread inside send(), else 0 */
@@ -30,12 +30,12 @@ struct tcplat_sock {
 	u8 wanted;      /* its owner passes the filters */
 	u8 asked;       /* the same without --comm: a process may change its name */
 	u8 in_flows;    /* 1 + the lane of tcplat_flows that has its addresses; 1: tcplat_listeners has its port */
-	u8 state;       /* what it is in, or 0: nobody has seen it change yet */
-	u8 told;        /* by kprobe: the last state that has its row, or TCPLAT_TOLD_CLOSE */
+	u8 state;       /* what it is in, or 0: no change was seen yet */
+	u8 reported;        /* by kprobe: the last state that has its row, or TCPLAT_REPORTED_CLOSE */
 	u8 unaccepted;  /* TCPLAT_INHERITED and so on */
 	u32 renames;    /* tcplat_renamed() when the owner's name was looked at last */
 	u32 thread_renames; /* the same of its thread's: that is done where it calls alone */
-	u64 born_ns;    /* when the owner began, for its pid is given away again; 0: not known */
+	u64 start_ns;    /* when the owner began, for its pid is given away again; 0: not known */
 	union {
 		struct tcplat_owner owner; /* the process that used it last */
 		struct {                   /* owner.task, for a probe that wants no name */
@@ -64,25 +64,25 @@ struct tcplat_seed {
 #ifndef TCPLAT_PLACE_BITS
 #define TCPLAT_PLACE_BITS 14
 #endif
-#define TCPLAT_BIRTHS_BITS 34
+#define TCPLAT_GENERATION_BITS 34
 
 struct tcplat_place {
 	/*
-	 * Bits 20 to 49 of an address, and 34 of the count of births at which that socket had no entry
-	 * and no seed: most sockets of a busy host are nobody's business. 0: nothing is known.
+	 * The negative cache. Bits 20 to 49 of an address, and 34 of the generation at which that socket
+	 * had no entry and no seed, as most sockets of a busy host. 0: nothing is known.
 	 */
-	u64 stranger;
-	struct tcplat_sock sock; /* of the socket that came here first; sock.near is its address, or 0 */
+	u64 absent;
+	struct tcplat_sock sock; /* of the socket that came here first; sock.place_key is its address, or 0 */
 };
 
 /*
  * Place -> struct tcplat_place: what is known without a look into a hash.
  *
- * `sock` is inserted by tcplat_insert(): by tcplat_learn() when a socket begins to connect, by
- * tcplat_find() when a seeded one is seen for the first time, by tcplat_inherit() and by
- * tcplat_meet(). Deleted by tcplat_on_destroy, which runs after every probe's handlers; where no
- * program saw the end, when the next socket has the address.
- * `stranger` is made by tcplat_find() once the gate is open, and replaced by the next one's.
+ * `sock` is inserted by tcplat_insert(): by tcplat_set_role() when a socket begins to connect, by
+ * tcplat_lookup() when a seeded one is seen for the first time, by tcplat_inherit() and by
+ * tcplat_lookup_or_create(). Deleted by tcplat_on_destroy, which runs after every probe's handlers;
+ * where no program saw the end, when the next socket has the address.
+ * `absent` is made by tcplat_lookup() once the gate is open, and replaced by the next one's.
  */
 BPF_TABLE("array", u32, struct tcplat_place, tcplat_places, 1 << TCPLAT_PLACE_BITS);
 
@@ -99,14 +99,14 @@ BPF_TABLE("hash", u64, struct tcplat_sock, tcplat_socks, 1024);
 /*
  * Socket cookie -> struct tcplat_seed.
  *
- * Inserted by the loader, from sock_diag and /proc, before the gate opens. tcplat_find() makes
+ * Inserted by the loader, from sock_diag and /proc, before the gate opens. tcplat_lookup() makes
  * the socket's entry of it when the socket first stirs; from then on it leads packets there, and
- * tcplat_withdraw() deletes it.
+ * tcplat_unindex() deletes it.
  */
 BPF_TABLE("hash", u64, struct tcplat_seed, tcplat_seeds, 1024);
 
-/* Slot 0 -> how often a socket got an entry. Counted after the fact, by tcplat_insert(). */
-BPF_TABLE("array", u32, u64, tcplat_births, 1);
+/* Slot 0 -> the generation: how often a socket got an entry. Incremented behind it, by tcplat_insert(). */
+BPF_TABLE("array", u32, u64, tcplat_generation, 1);
 
 static __always_inline u64 tcplat_new_id(void)
 {
@@ -128,7 +128,7 @@ static __always_inline u64 tcplat_scalar(const void *pointer)
 	return sum;
 }
 
-/* The socket that an skb or a struct socket names, as tcplat_find() and its like take it. */
+/* The socket that an skb or a struct socket names, as tcplat_lookup() and its like take it. */
 #define tcplat_sk(ptr) ((struct sock *)tcplat_scalar(tcplat_get(ptr, sk)))
 
 /* The address of a socket: by fentry a pointer, by all else a number already. */
@@ -141,12 +141,12 @@ static __always_inline u64 tcplat_key(const struct sock *sk)
 #endif
 }
 
-static __always_inline struct tcplat_sock *tcplat_entry(u64 key)
+static __always_inline struct tcplat_sock *tcplat_lookup_entry(u64 key)
 {
 	u32 at = tcplat_at(key);
 	struct tcplat_place *place = tcplat_places.lookup(&at);
 
-	return place && place->sock.near == key ? &place->sock : tcplat_socks.lookup(&key);
+	return place && place->sock.place_key == key ? &place->sock : tcplat_socks.lookup(&key);
 }
 
 static __always_inline struct tcplat_sock *tcplat_insert(u64 key, struct tcplat_sock *fresh)
@@ -157,18 +157,18 @@ static __always_inline struct tcplat_sock *tcplat_insert(u64 key, struct tcplat_
 	u64 *count;
 	u8 one = 1;
 
-	if (place && (place->sock.near == key || !tcplat_taken.insert(&at, &one))) {
+	if (place && (place->sock.place_key == key || !tcplat_taken.insert(&at, &one))) {
 		s = &place->sock;
-		fresh->near = s->near;
+		fresh->place_key = s->place_key;
 		*s = *fresh;
 		/* Last: who finds it must find all of it. */
-		*(volatile u64 *)&s->near = key;
+		*(volatile u64 *)&s->place_key = key;
 	} else {
 		tcplat_socks.update(&key, fresh);
 		s = tcplat_socks.lookup(&key);
 	}
 	/* There is something to find now for who has looked in vain before. */
-	count = tcplat_births.lookup(&zero);
+	count = tcplat_generation.lookup(&zero);
 	if (count)
 		lock_xadd(count, 1);
 	count = s ? NULL : books.lookup(&untracked);
@@ -177,13 +177,13 @@ static __always_inline struct tcplat_sock *tcplat_insert(u64 key, struct tcplat_
 	return s;
 }
 
-static __always_inline void tcplat_remove(u64 key)
+static __always_inline void tcplat_delete_entry(u64 key)
 {
 	u32 at = tcplat_at(key);
 	struct tcplat_place *place = tcplat_places.lookup(&at);
 
-	if (place && place->sock.near == key) {
-		place->sock.near = 0;
+	if (place && place->sock.place_key == key) {
+		place->sock.place_key = 0;
 		tcplat_taken.delete(&at);
 	}
 	/* Two CPUs may have made an entry at once. */
@@ -191,9 +191,9 @@ static __always_inline void tcplat_remove(u64 key)
 }
 
 /* The entry of a socket, or NULL where nothing is known of it. Any context. */
-static __always_inline struct tcplat_sock *tcplat_find(const struct sock *sk)
+static __always_inline struct tcplat_sock *tcplat_lookup(const struct sock *sk)
 {
-	u64 key = tcplat_key(sk), cookie = 0, *births, stranger;
+	u64 key = tcplat_key(sk), cookie = 0, *generation, absent;
 	u32 at = tcplat_at(key), zero = 0;
 	struct tcplat_place *place = tcplat_places.lookup(&at);
 	struct tcplat_seed *seed;
@@ -202,35 +202,35 @@ static __always_inline struct tcplat_sock *tcplat_find(const struct sock *sk)
 
 	if (!place)
 		return NULL;
-	if (place->sock.near == key)
+	if (place->sock.place_key == key)
 		return &place->sock;
-	births = tcplat_births.lookup(&zero);
-	if (!births)
+	generation = tcplat_generation.lookup(&zero);
+	if (!generation)
 		return NULL;
 	/* Both are read before the look for an entry: one that is made meanwhile must not stay hidden. */
-	stranger = key >> (6 + TCPLAT_PLACE_BITS) << TCPLAT_BIRTHS_BITS;
-	stranger |= *(volatile u64 *)births & ((1ULL << TCPLAT_BIRTHS_BITS) - 1);
-	if (*(volatile u64 *)&place->stranger == stranger)
+	absent = key >> (6 + TCPLAT_PLACE_BITS) << TCPLAT_GENERATION_BITS;
+	absent |= *(volatile u64 *)generation & ((1ULL << TCPLAT_GENERATION_BITS) - 1);
+	if (*(volatile u64 *)&place->absent == absent)
 		return NULL;
 	open = tcplat_is_open();
-	s = tcplat_entry(key);
+	s = tcplat_lookup_entry(key);
 	if (s)
 		return s;
 	/*
 	 * sock_diag gave every older socket a cookie when the seeds were made. No seed is for ever: what
 	 * comes to that address is younger than the seeds.
 	 */
-	if ((place->stranger ^ stranger) >> TCPLAT_BIRTHS_BITS)
+	if ((place->absent ^ absent) >> TCPLAT_GENERATION_BITS)
 		cookie = tcplat_get(sk, __sk_common.skc_cookie.counter);
 	seed = cookie ? tcplat_seeds.lookup(&cookie) : NULL;
 	if (!seed) {
 		if (open)
-			place->stranger = stranger;
+			place->absent = absent;
 		return NULL;
 	}
 	struct tcplat_sock fresh = {.id = tcplat_new_id()};
 	/* Which thread it was, /proc does not tell. */
-	tcplat_set_owner(&fresh.owner, (u64)seed->pid << 32, seed->comm);
+	tcplat_write_owner(&fresh.owner, (u64)seed->pid << 32, seed->comm);
 	fresh.role = seed->role;
 	fresh.wanted = seed->wanted;
 	fresh.asked = seed->asked;

@@ -20,26 +20,26 @@ static __always_inline bool tcplat_is(const struct tcplat_sock *s, u8 role)
 	return s && s->role == role;
 }
 
-#define TCPLAT_TOLD_CLOSE 255
+#define TCPLAT_REPORTED_CLOSE 255
 
 /*
  * The kernel skips a kprobe that hits while another's handler runs on the CPU:
  * in softirq that happens, and nothing counts it. So a tracepoint that comes
  * right after the kprobe asks whether its row was made, and makes it if not.
  */
-static __always_inline bool tcplat_is_told(const struct sock *sk, u8 what)
+static __always_inline bool tcplat_is_reported(const struct sock *sk, u8 what)
 {
-	struct tcplat_sock *s = tcplat_find(sk);
+	struct tcplat_sock *s = tcplat_lookup(sk);
 
-	return s && s->told == what;
+	return s && s->reported == what;
 }
 
-static __always_inline void tcplat_tell(const struct sock *sk, u8 role, u8 what)
+static __always_inline void tcplat_set_reported(const struct sock *sk, u8 role, u8 what)
 {
-	struct tcplat_sock *s = tcplat_find(sk);
+	struct tcplat_sock *s = tcplat_lookup(sk);
 
 	if (tcplat_is(s, role))
-		s->told = what;
+		s->reported = what;
 }
 
 static __always_inline void tcplat_add_seq(struct tcplat_event *e, u32 seq, u32 bytes)
@@ -64,7 +64,7 @@ tcplat_make_state(const struct sock *sk, struct tcplat_sock *s, int old, int new
 	return e;
 }
 
-/* What the program asks to send, with send()'s flags; `s` and `me` are tcplat_use()'s. */
+/* What the program asks to send, with send()'s flags; `s` and `me` are tcplat_claim_role()'s. */
 static __always_inline struct tcplat_event *
 tcplat_make_send(const struct sock *sk, struct tcplat_sock *s, u64 me, u32 bytes, u32 flags, u8 hook)
 {
@@ -101,7 +101,7 @@ tcplat_make_send(const struct sock *sk, struct tcplat_sock *s, u64 me, u32 bytes
 static __always_inline struct tcplat_event *
 tcplat_make_short(const struct sock *sk, u8 role, int ret, u8 hook)
 {
-	struct tcplat_sock *s = tcplat_find(sk);
+	struct tcplat_sock *s = tcplat_lookup(sk);
 	u32 taken = ret > 0 ? ret : 0;
 	struct tcplat_event *e;
 	u32 bytes, urgent;
@@ -117,7 +117,7 @@ tcplat_make_short(const struct sock *sk, u8 role, int ret, u8 hook)
 		return NULL;
 	s->send_tid = 0;
 	me = tcplat_current();
-	if (!tcplat_own_by(s, me))
+	if (!tcplat_set_owner(s, me))
 		return NULL;
 	if (tcplat_get((const struct tcp_sock *)sk, write_seq) != s->send_seq + taken)
 		return NULL;
@@ -157,7 +157,7 @@ static __always_inline u32 tcplat_next_byte(const struct tcp_sock *tp, u32 copie
 
 /*
  * What the program was given; 0 bytes at the end of the stream. `s` and `me` are
- * tcplat_use()'s.
+ * tcplat_claim_role()'s.
  */
 static __always_inline struct tcplat_event *
 tcplat_make_recv(const struct sock *sk, struct tcplat_sock *s, u64 me, u32 bytes, u8 hook, u64 now)
@@ -185,7 +185,7 @@ tcplat_make_recv(const struct sock *sk, struct tcplat_sock *s, u64 me, u32 bytes
 static __always_inline struct tcplat_event *
 tcplat_make_close(const struct sock *sk, u8 role, u8 hook)
 {
-	struct tcplat_sock *s = tcplat_find(sk);
+	struct tcplat_sock *s = tcplat_lookup(sk);
 
 	return tcplat_is(s, role) ? tcplat_reserve_for(sk, s, hook, bpf_ktime_get_ns()) : NULL;
 }

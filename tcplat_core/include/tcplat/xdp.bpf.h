@@ -33,9 +33,9 @@ static __always_inline bool tcplat_wanted_packet(struct tcplat_addrs *ends)
 #ifdef TCPLAT_FILTER_TASK
 	struct tcplat_seed to = {}, from = {};
 
-	if (tcplat_whose(&turned, &to) && to.wanted)
+	if (tcplat_lookup_packet(&turned, &to) && to.wanted)
 		return true;
-	return tcplat_whose(ends, &from) && from.wanted;
+	return tcplat_lookup_packet(ends, &from) && from.wanted;
 #else
 	return true;
 #endif

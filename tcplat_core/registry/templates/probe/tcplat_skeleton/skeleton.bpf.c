@@ -11,7 +11,7 @@ int tp_end(struct bpf_raw_tracepoint_args *ctx)
 	struct sock *sk = (struct sock *)ctx->args[0];
 	struct tcp_sock *tp = (struct tcp_sock *)sk;
 	u32 srtt_us = tp->srtt_us >> 3; /* the kernel stores 8 * srtt */
-	struct tcplat_sock *s = tcplat_meet(sk);
+	struct tcplat_sock *s = tcplat_lookup_or_create(sk);
 	struct tcplat_event *e;
 
 	/* Without a remote port, the socket listened or was never connected. */
