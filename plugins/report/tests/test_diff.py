@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from tcplat_report.changes import Change, changes
 from tcplat_report.commands import diff
-from tcplat_report.diff import Change, Condition, Quantiles, Sample, _share, changes
+from tcplat_report.condition import Condition
+from tcplat_report.sample import Quantiles, Sample
+from tcplat_report.shares import _share
 
 from tcplat_core.errors import UsageError
 
