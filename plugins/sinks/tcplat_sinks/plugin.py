@@ -43,7 +43,7 @@ def _address(text: str) -> tuple[str, int]:
 
 
 def _msgpack(options: Options, run: RunInfo) -> Sink:
-    from .msgpack import Msgpack  # noqa: PLC0415 - only the sinks in use are imported
+    from .msgpack_socket import Msgpack  # noqa: PLC0415 - only the sinks in use are imported
 
     return Msgpack.open(options, run)
 
@@ -86,7 +86,7 @@ def _aggregation(options: Options) -> Aggregation:
 
 
 @hookimpl
-def tcplat_register_sinks() -> Iterator[SinkSpec]:
+def tcplat_register_sinks() -> Iterator[SinkSpec]:  # long: a list of declarations
     """Offer the sinks."""
     yield SinkSpec(
         name="histogram",

@@ -23,7 +23,8 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tcplat_sinks.msgpack import Msgpack, Reader
+from tcplat_sinks.msgpack_socket import Msgpack
+from tcplat_sinks.subscriber import Subscriber
 
 from tcplat_core import (
     SCHEMA_VERSION,
@@ -273,7 +274,7 @@ def test_losses_told_together_have_a_time_only_if_each_has_one(without_time: int
     with ours, theirs:
         ours.setblocking(False)
         theirs.setblocking(False)
-        reader, unpacker = Reader(ours, 100), msgpack.Unpacker()
+        reader, unpacker = Subscriber(ours, 100), msgpack.Unpacker()
         reader.offer(b"\x00" * 100, 1)
         losses = [attrs.evolve(LOSS, since_ns=5, until_ns=7)] * 2
         losses[without_time] = LOSS
@@ -306,7 +307,7 @@ def test_whatever_the_order_rows_and_gaps_add_up(steps: list[int | str]) -> None
         ours.setblocking(False)
         theirs.setblocking(False)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        reader, unpacker = Reader(ours, 20_000), msgpack.Unpacker(max_buffer_size=1 << 30)
+        reader, unpacker = Subscriber(ours, 20_000), msgpack.Unpacker(max_buffer_size=1 << 30)
         sent = lost = 0
         for step in [*steps, "read"]:
             if step == "lost":
@@ -331,7 +332,7 @@ def test_whatever_the_order_rows_and_gaps_add_up(steps: list[int | str]) -> None
     assert sum(one["lost"]["count"] for one in maps if "lost" in one) == lost
 
 
-def drain(reader: Reader, theirs: socket.socket, unpacker: Any) -> None:
+def drain(reader: Subscriber, theirs: socket.socket, unpacker: Any) -> None:
     """Read until nothing waits any more."""
     reader.send()
     while True:
@@ -453,7 +454,7 @@ def test_of_a_reader_that_goes_at_once_nothing_stays_open(
     before = sorted(os.listdir("/proc/self/fd"))
     ours, theirs = socket.socketpair()
     theirs.close()
-    monkeypatch.setattr("tcplat_sinks.msgpack.connect", lambda *_: ours)
+    monkeypatch.setattr("tcplat_sinks.listening.connect", lambda *_: ours)
     with pytest.raises(ReaderGoneError):
         bench.sink(tcp="127.0.0.1:1", connect="1")
     assert ours.fileno() == -1
