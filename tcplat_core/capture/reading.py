@@ -17,7 +17,7 @@ from tcplat_core.plugin.report import RunReport, add_reports
 from tcplat_core.plugin.specs import Loss, Merge
 from tcplat_core.registry.find import Plugins
 
-from .replay import UNREAD, Hooks, compare, count_hooks
+from .replay import UNREAD, RowsByHook, compare, count_hooks
 from .rows import Capture
 from .source import Source
 
@@ -38,7 +38,7 @@ class Reader:
     rows: int = attrs.field(default=0, init=False)
     lost: int = attrs.field(default=0, init=False)
     merges: list[Merge] = attrs.field(factory=list, init=False)
-    _read: Hooks = attrs.field(factory=Counter, init=False)
+    _read: RowsByHook = attrs.field(factory=Counter, init=False)
     _whole: bool = attrs.field(default=False, init=False)
     """It was read to its end."""
 

@@ -28,7 +28,7 @@ _TIME = operator.attrgetter("ts_ns")
 _LOOK_S = 1.0
 """Between two looks at whether the sinks' readers are still there."""
 
-Hooks = Counter[tuple[str, str, str, str]]
+RowsByHook = Counter[tuple[str, str, str, str]]
 """Rows by probe, point, func and attach."""
 UNREAD = "more rows were in the run and were not read here"
 """Behind a number of rows of a probe."""
@@ -67,8 +67,8 @@ class Replay:
 
     outputs: Sequence[Output] = ()
     router: Router = attrs.field(init=False)
-    delivered: Hooks = attrs.field(factory=Counter, init=False)
-    filtered: Hooks = attrs.field(factory=Counter, init=False)
+    delivered: RowsByHook = attrs.field(factory=Counter, init=False)
+    filtered: RowsByHook = attrs.field(factory=Counter, init=False)
     """Rows that were read, and did not pass."""
     lost: Counter[tuple[str, str]] = attrs.field(factory=Counter, init=False)
     """As the capture tells it, by probe and point."""
@@ -264,12 +264,12 @@ class Replay:
         )
 
 
-def count_hooks(rows: Sequence[Event]) -> Hooks:
+def count_hooks(rows: Sequence[Event]) -> RowsByHook:
     """Return how many of some rows are of which hook."""
     return Counter(map(_HOOK, rows))
 
 
-def compare(report: RunReport, read: Hooks) -> tuple[dict[str, int], int]:
+def compare(report: RunReport, read: RowsByHook) -> tuple[dict[str, int], int]:
     """Return by how much the rows of a capture that was read are not what its books say.
 
     Args:
@@ -288,7 +288,11 @@ def compare(report: RunReport, read: Hooks) -> tuple[dict[str, int], int]:
 
 
 def _adjusted(
-    probe: str, hook: HookReport, delivered: Hooks, filtered: Hooks, lost: Counter[tuple[str, str]]
+    probe: str,
+    hook: HookReport,
+    delivered: RowsByHook,
+    filtered: RowsByHook,
+    lost: Counter[tuple[str, str]],
 ) -> HookReport:
     """Return a hook's books for its replayed rows; removes these from what was counted."""
     key = (probe, hook.point, hook.func, hook.attach)
@@ -300,7 +304,7 @@ def _adjusted(
     return attrs.evolve(hook, produced=hook.produced - left, delivered=got)
 
 
-def _counted(delivered: Hooks, lost: Counter[tuple[str, str]]) -> RunReport:
+def _counted(delivered: RowsByHook, lost: Counter[tuple[str, str]]) -> RunReport:
     """Books of rows and losses that no report speaks of."""
     hooks: dict[str, list[HookReport]] = {}
     for (probe, point, func, attach), count in delivered.items():

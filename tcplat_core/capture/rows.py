@@ -15,10 +15,10 @@ from typing import Any, cast
 import attrs
 import msgspec
 
-from tcplat_core.event.check import LARGEST_RECORD
 from tcplat_core.event.fields import READABLE, SCHEMA_VERSION, Count, Event, Wire, declared, fields
 from tcplat_core.event.terminal import printable
 from tcplat_core.event.text import LEAST, MOST, cleaned
+from tcplat_core.event.validation import LARGEST_RECORD
 from tcplat_core.plugin.report import RunReport
 from tcplat_core.plugin.specs import Loss, Merge
 

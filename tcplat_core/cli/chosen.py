@@ -71,14 +71,14 @@ def made_sinks(chosen: ChosenSinks, run: RunInfo) -> tuple[dict[str, Sink], list
 
 
 def _made(chosen: Chosen[SinkSpec], run: RunInfo) -> Sink:
-    from tcplat_core.deliver.sinks import ReaderGone, as_sink  # noqa: PLC0415 - see __init__.py
+    from tcplat_core.deliver.sinks import ReaderGoneSink, as_sink  # noqa: PLC0415 - see __init__.py
 
     name = chosen.spec.name
     with blaming(f"sink {name}: its factory"):
         try:
             sink = chosen.spec.factory(chosen.options, run)
         except ReaderGoneError:
-            return ReaderGone()
+            return ReaderGoneSink()
         for method in ("write", "lost", "close"):
             if not callable(getattr(sink, method, None)):
                 raise PluginError(

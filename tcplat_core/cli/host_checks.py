@@ -29,7 +29,7 @@ from tcplat_core.kernel.host import Host, choose
 from tcplat_core.kernel.rights import may_load, refuse_without_capabilities
 from tcplat_core.plugin.hookpoints import MECHANISMS
 from tcplat_core.registry.find import Plugins
-from tcplat_core.registry.show import Sight, described
+from tcplat_core.registry.show import HostView, described
 from tcplat_core.run import privileges
 
 _OLDEST = (5, 8)
@@ -64,8 +64,8 @@ def examine() -> tuple[list[Check], dict[str, Any]]:
         point (`takes`) and why others are not served (`missing`, `cannot`; `unknown`
         where only root can tell).
     """
-    sight = Sight.now()
-    host = sight.host
+    view = HostView.now()
+    host = view.host
     checks = [
         _kernel(),
         _btf(host),
@@ -74,20 +74,20 @@ def examine() -> tuple[list[Check], dict[str, Any]]:
         _bcc(),
         _fast(),
         _privileges(),
-        *([_bpf()] if sight.as_root else []),
+        *([_bpf()] if view.as_root else []),
     ]
     if checks[1].ok:
         checks += [_mechanism(host, name) for name in MECHANISMS]
-        checks.append(_owners(sight))
+        checks.append(_owners(view))
     checks.append(_older())
     privileges.drop()
     probes: dict[str, Any] = {}
     if checks[1].ok:
         for name, spec in sorted(Plugins.load().probes.items()):
             try:
-                choice = choose(spec.points, "auto", sight.why_not, name)
+                choice = choose(spec.points, "auto", view.why_not, name)
             except CannotRunError as error:
-                key = "cannot" if sight.as_root else "unknown"
+                key = "cannot" if view.as_root else "unknown"
                 probes[name] = {key: str(error)}
                 continue
             takes = {point: described(way) for point, way in choice.taken.items()}
@@ -203,9 +203,9 @@ def _mechanism(host: Host, name: str) -> Check:
     return Check(name, True, "works") if may_load() else Check(name, None, "not tried")
 
 
-def _owners(sight: Sight) -> Check:
+def _owners(view: HostView) -> Check:
     """Whether reads and writes are seen, for probes that see nothing but packets."""
-    reasons = [sight.why_not(way) for way in USE.ways]
+    reasons = [view.why_not(way) for way in USE.ways]
     if None in reasons:
         seen = described(USE.ways[reasons.index(None)])
         return Check("owners", True, f"by {seen}, also for probes that see packets only")

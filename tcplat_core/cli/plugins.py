@@ -90,13 +90,13 @@ def plugins_show(
     from tcplat_core.registry import show  # noqa: PLC0415 - see __init__.py
     from tcplat_core.registry.find import Plugins  # noqa: PLC0415
 
-    sight = show.Sight.now()
+    view = show.HostView.now()
     if give_up_root:
         give_up_root()
     several = Plugins.load().named(name, kind)
     if len(several) > 1:
         raise UsageError(f"there are a probe and a sink named {name!r}: --kind says which")
-    told = show.as_json(*several[0], sight)
+    told = show.as_json(*several[0], view)
     click.echo(json_text(told) if as_json else terminal.lines(show.as_text(told)))
 
 

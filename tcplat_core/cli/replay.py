@@ -14,8 +14,8 @@ from tcplat_core.plugin.progress import Bar
 from tcplat_core.run.signals import NOTHING_REPLAYED, Signals
 
 from .chosen import chosen_sinks, made_sinks
-from .options import COUNT, QUIET, SINKS, filter_of, filter_options
 from .root import give_up_root
+from .shared_options import COUNT, QUIET, SINKS, filter_of, filter_options
 from .words import failures, nothing, summary
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from tcplat_core.event import terminal
 from tcplat_core.run.signals import Signals
 
 from .chosen import aggregation_of, chosen_probes, chosen_sinks, made_sinks
-from .options import COUNT, QUIET, SINKS, Duration, Size, filter_of, filter_options
 from .root import give_up_root
+from .shared_options import COUNT, QUIET, SINKS, Duration, Size, filter_of, filter_options
 from .words import nothing, tell
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from tcplat_core.loader.protocol import Request
     from tcplat_core.plugin.histogram import Aggregation
     from tcplat_core.plugin.report import RunReport
-    from tcplat_core.run.command import Command
-    from tcplat_core.run.loader import LoaderProcess
+    from tcplat_core.run.loader_process import LoaderProcess
     from tcplat_core.run.session import Session
+    from tcplat_core.run.traced_command import TracedCommand
 
     from .chosen import ChosenSinks
 
@@ -141,11 +141,11 @@ class _Run:
 
     def carry_out(self) -> int:
         """Run, tell how it went, and return the exit status."""
-        from tcplat_core.run.command import Command  # noqa: PLC0415 - see __init__.py
-        from tcplat_core.run.loader import LoaderProcess  # noqa: PLC0415
+        from tcplat_core.run.loader_process import LoaderProcess  # noqa: PLC0415
+        from tcplat_core.run.traced_command import TracedCommand  # noqa: PLC0415 - see __init__.py
 
         self.signals.install()
-        child = Command.fork(self.command) if self.command else None
+        child = TracedCommand.fork(self.command) if self.command else None
         loader = None
         try:
             loader = LoaderProcess.start()
@@ -166,7 +166,7 @@ class _Run:
         ended = child.status if child and not (child.stopped or self.signals.caught) else 0
         return _status(report, child, ended or 0, fail_on_loss=self.fail_on_loss)
 
-    def _session(self, loader: LoaderProcess, child: Command | None) -> Session:
+    def _session(self, loader: LoaderProcess, child: TracedCommand | None) -> Session:
         """Give up root and find the plugins, while the loader starts."""
         from tcplat_core.deliver.router import spare_the_collector  # noqa: PLC0415
         from tcplat_core.plugin.specs import RunInfo  # noqa: PLC0415
@@ -213,7 +213,7 @@ class _Run:
         )
 
     def _request(
-        self, sinks: ChosenSinks, aggregation: Aggregation | None, child: Command | None
+        self, sinks: ChosenSinks, aggregation: Aggregation | None, child: TracedCommand | None
     ) -> Request:
         """Return what the loader is asked for, but for the probes."""
         from tcplat_core.loader.protocol import Request  # noqa: PLC0415 - see __init__.py
@@ -230,7 +230,9 @@ class _Run:
         )
 
 
-def _status(report: RunReport, child: Command | None, ended: int, *, fail_on_loss: bool) -> int:
+def _status(
+    report: RunReport, child: TracedCommand | None, ended: int, *, fail_on_loss: bool
+) -> int:
     if report.switched_off or (report.deaf and not child):
         return TcplatError.exit_code
     if fail_on_loss and report.dropped:

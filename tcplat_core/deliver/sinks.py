@@ -83,7 +83,7 @@ def cancel(sinks: Iterable[Sink], outputs: Iterable[Output]) -> None:
         output.close()
 
 
-class ReaderGone(Sink):
+class ReaderGoneSink(Sink):
     """A sink whose reader had gone before the run began: ends it as one that leaves later."""
 
     def begin(self) -> None:

@@ -101,7 +101,7 @@ class Aggregation:
     """
 
     by: str = attrs.field(validator=attrs.validators.in_(GROUPINGS))
-    groups: int
+    groups: int = attrs.field(validator=attrs.validators.le(MOST_GROUPS))
     every_s: float
 
     @property

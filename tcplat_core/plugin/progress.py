@@ -64,9 +64,9 @@ class Bar:
             )
         self._bar.make_step(self.source.consumed - self._bar.pos)
         line = self._bar.format_progress_line()
-        surplus = len(line) - (_columns() - 1)
+        surplus = len(line) - (_terminal_width() - 1)
         if surplus > 0:  # a line that is wider than the terminal could not be wiped away
-            line = line[min(surplus, len(self.source.name)) :][: _columns() - 1]
+            line = line[min(surplus, len(self.source.name)) :][: _terminal_width() - 1]
         _drawn.add(self)  # before: Ctrl-C may come at any time
         click.echo(f"\r{line}\x1b[K", nl=False, err=True)
         self._in_the_way = sys.stdout is not None and sys.stdout.isatty()
@@ -90,7 +90,7 @@ def wipe() -> None:
         bar.close()
 
 
-def _columns() -> int:
+def _terminal_width() -> int:
     try:
         return os.get_terminal_size(2).columns or 80
     except OSError:

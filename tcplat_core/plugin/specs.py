@@ -9,8 +9,8 @@ from typing import Annotated, Generic, Protocol, TypeVar
 import attrs
 import msgspec
 
-from tcplat_core.event.check import checked_event
 from tcplat_core.event.fields import Count, Event, Moment, Number, Positive, Real
+from tcplat_core.event.validation import checked_event
 
 from .histogram import Aggregates, Aggregation, Histogram
 from .hookpoints import HookPoint, Interfaces, checked_name

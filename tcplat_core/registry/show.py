@@ -21,7 +21,7 @@ from .find import Found
 
 
 @attrs.define(eq=False)
-class Sight:
+class HostView:
     """What can be seen of this host.
 
     Args:
@@ -33,16 +33,16 @@ class Sight:
     as_root: bool = False
 
     @classmethod
-    def now(cls) -> Sight:
+    def now(cls) -> HostView:
         """Look; to be called before root is given up."""
-        sight = cls()
+        view = cls()
         try:
             refuse_without_capabilities()
         except CannotRunError:
-            return sight
-        sight.as_root = True
-        sight.host.look()
-        return sight
+            return view
+        view.as_root = True
+        view.host.look()
+        return view
 
     def point(self, point: HookPoint) -> dict[str, Any]:
         """How ``--attach auto`` listens at a point.
@@ -98,7 +98,7 @@ def described(way: Way) -> str:
     return f"{way.mechanism}:{'+'.join(names)}"
 
 
-def as_json(found: Found, spec: ProbeSpec | SinkSpec, sight: Sight) -> dict[str, Any]:
+def as_json(found: Found, spec: ProbeSpec | SinkSpec, view: HostView) -> dict[str, Any]:
     """For ``--json``; a sink has neither points nor fields."""
     told = {
         **{key: value for key, value in attrs.asdict(found).items() if key != "status"},
@@ -110,7 +110,7 @@ def as_json(found: Found, spec: ProbeSpec | SinkSpec, sight: Sight) -> dict[str,
         return {**told, "example": f"sudo tcplat run --probe tcp_client --sink {sink}"}
     return {
         **told,
-        "points": [sight.point(point) for point in spec.points],
+        "points": [view.point(point) for point in spec.points],
         "fields": [attrs.asdict(field) for field in fields(spec.event)],
     }
 

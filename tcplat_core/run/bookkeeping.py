@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tcplat_core.deliver.stream import Stream
+from tcplat_core.deliver.sequencer import Sequencer
 from tcplat_core.event.clock import kernel_ns
 from tcplat_core.plugin.histogram import Distribution
 from tcplat_core.plugin.report import Counted, HookReport, ProbeReport, RunReport
@@ -25,10 +25,10 @@ def _counted(found: Sequence[Distribution]) -> dict[str, Counted]:
     return books
 
 
-def report_of(runs: Sequence[ProbeRun], stream: Stream, duration_s: float) -> RunReport:
+def report_of(runs: Sequence[ProbeRun], sequencer: Sequencer, duration_s: float) -> RunReport:
     """Return the report of a run, from its probes' books."""
     probes = {}
-    router, undelivered = stream.router, stream.undelivered.copy()
+    router, undelivered = sequencer.router, sequencer.undelivered.copy()
     for run in runs:
         hooks = []
         consumed = run.ring.taken

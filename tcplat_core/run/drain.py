@@ -1,4 +1,4 @@
-"""From the rings to the stream, one helping after the other."""
+"""From the rings to the sequencer, one helping after the other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import attrs
 from tcplat_core.deliver.reorder import FOREVER
 from tcplat_core.deliver.ring import BATCH
 from tcplat_core.deliver.router import Router
-from tcplat_core.deliver.stream import Stream
+from tcplat_core.deliver.sequencer import Sequencer
 from tcplat_core.event.clock import clock_offset_ns, kernel_ns
 from tcplat_core.plugin.histogram import Aggregates
 
@@ -46,26 +46,26 @@ class Drain:
     """Takes records out of the rings.
 
     Args:
-        runs: The probes; the buffer of the stream takes from their rings, in this order.
-        stream: Where rows and losses go.
+        runs: The probes; the buffer of the sequencer takes from their rings, in this order.
+        sequencer: Where rows and losses go.
     """
 
     runs: Sequence[ProbeRun]
-    stream: Stream
+    sequencer: Sequencer
     _clock: Clock = attrs.field(factory=Clock, init=False)
 
     def rest(self) -> None:
         """After detaching: take what handlers have reserved, and wait for what is not submitted."""
         deadline = time.monotonic() + SETTLE_S
-        while not self.stream.router.done:
+        while not self.sequencer.router.done:
             horizon_ns = self.take(FOREVER)
             for run in self.runs:
                 self._lose(run)
             settled = all(run.settled() for run in self.runs)
             if settled or time.monotonic() > deadline:
-                self.stream.flush()
+                self.sequencer.flush()
                 return
-            self.stream.flush(min(horizon_ns, kernel_ns() - _GUARD_NS))
+            self.sequencer.flush(min(horizon_ns, kernel_ns() - _GUARD_NS))
             time.sleep(0 if horizon_ns < FOREVER else POLL_S)
 
     def deliver(self, settled_ns: int) -> bool:
@@ -75,7 +75,7 @@ class Drain:
             Whether that was all; False where a ring held more than one helping.
         """
         horizon_ns = self.take(settled_ns)
-        self.stream.flush(horizon_ns)
+        self.sequencer.flush(horizon_ns)
         return horizon_ns >= settled_ns
 
     def take(self, horizon_ns: int) -> int:
@@ -97,7 +97,7 @@ class Drain:
                 continue
             crowded = run.ring.crowded
             self._lose(run)
-            last_ns = self.stream.buffer.take(source, HELPING * BATCH, offset_ns)
+            last_ns = self.sequencer.buffer.take(source, HELPING * BATCH, offset_ns)
             run.drained()
             if crowded:
                 self._lose(run)
@@ -111,7 +111,7 @@ class Drain:
 
     def _lose(self, run: ProbeRun) -> None:
         for loss in run.losses():
-            self.stream.lose(loss)
+            self.sequencer.lose(loss)
 
 
 def show_counted(

@@ -12,7 +12,7 @@ import attrs
 
 from tcplat_core.deliver.fast.records import reorder_buffer
 from tcplat_core.deliver.router import Router
-from tcplat_core.deliver.stream import Stream
+from tcplat_core.deliver.sequencer import Sequencer
 from tcplat_core.event.clock import kernel_ns
 from tcplat_core.kernel.fdinfo import is_cut
 from tcplat_core.kernel.layout import possible_cpus
@@ -22,15 +22,15 @@ from tcplat_core.plugin.report import RunReport
 from tcplat_core.plugin.specs import Chosen, ProbeSpec, SinkLike
 
 from .bookkeeping import report_of
-from .command import Command
 from .drain import Drain, show_counted
 from .gate import Sleeper
-from .loader import LoaderProcess
+from .loader_process import LoaderProcess
 from .pace import HOLD_S, IDLE_POLL_S, LATE_S, Pace
 from .probe_run import ProbeRun, probe_request
 from .ready import ReadyFile
 from .signals import Signals
 from .trace import TracePipe
+from .traced_command import TracedCommand
 from .watched import Watched
 
 
@@ -64,7 +64,7 @@ class Session:
     hold_s: float = HOLD_S
     dry: bool = False
     trace: TracePipe | None = None
-    command: Command | None = None
+    command: TracedCommand | None = None
     signals: Signals = attrs.field(factory=Signals)
     say: Callable[[str], None] = lambda _: None
     outputs: Sequence[Output] = ()
@@ -126,8 +126,8 @@ class Session:
             stack.callback(sleeper.close)
             buffer = reorder_buffer([run.source for run in runs])
             stack.callback(buffer.close)
-            stream = Stream(router, buffer)
-            drain = Drain(runs, stream)
+            sequencer = Sequencer(router, buffer)
+            drain = Drain(runs, sequencer)
             if self.command:
                 self._watched = Watched([self.command.pid])
             elif self.request.filter.pids is not None:
@@ -147,9 +147,9 @@ class Session:
                 self.trace.relay(self.say)
             drain.rest()
             self._poll(drain)
-            stream.flush()
+            sequencer.flush()
             show_counted(runs, router, pace.began, final=True)
-            report = report_of(runs, stream, time.monotonic() - pace.began)
+            report = report_of(runs, sequencer, time.monotonic() - pace.began)
         if self.dry:
             router.cancel()
             return report
@@ -180,7 +180,7 @@ class Session:
             self.command.go()
 
     def _loop(self, drain: Drain, sleeper: Sleeper, pace: Pace) -> None:
-        stream, router = drain.stream, drain.stream.router
+        sequencer, router = drain.sequencer, drain.sequencer.router
         previous_ns = 0
         while not (self.signals.stopping() or router.done):
             now_ns, now = kernel_ns(), time.monotonic()
@@ -194,19 +194,19 @@ class Session:
             if now >= pace.end:
                 return
             coming, had = drain.pending(), router.total
-            if coming or looking or stream.waiting:
+            if coming or looking or sequencer.waiting:
                 settled_ns = min(previous_ns, now_ns - int(self.hold_s * 1e9))
                 if not drain.deliver(settled_ns):
                     router.poll()
                     continue
             router.poll()
-            quiet = not (coming or stream.waiting)
+            quiet = not (coming or sequencer.waiting)
             if quiet and pace.tells(now):
                 router.passed(now_ns - int(LATE_S * 1e9))
             previous_ns = now_ns
             rows = router.total - had
             pause_s = pace.pause_s(now, rows if coming or rows else None)
-            if pause_s < IDLE_POLL_S or stream.waiting or router.serves or self.trace:
+            if pause_s < IDLE_POLL_S or sequencer.waiting or router.serves or self.trace:
                 time.sleep(pace.nap_s(now, pause_s))
             else:
                 sleeper.sleep(pace.sleep_s(now, pending=self._untold), self._others())
@@ -221,7 +221,7 @@ class Session:
         if self._look_at_interfaces(drain.runs) and not self.command:
             pace.end = now
         self._poll(drain)
-        drain.stream.router.idle()
+        drain.sequencer.router.idle()
 
     def _glance(self, pace: Pace, now: float) -> None:
         """Do what is due several times a second."""
@@ -236,7 +236,7 @@ class Session:
         """Have the probes' Python sides look at their maps, if anybody wants their rows."""
         for run in drain.runs if self.request.events else ():
             working = not run.poll_error
-            drain.stream.buffer.feed(run.poll())
+            drain.sequencer.buffer.feed(run.poll())
             if working and run.poll_error:
                 self.say(f"{run.spec.name}: its maps are no longer read: {run.poll_error}")
 

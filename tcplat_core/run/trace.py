@@ -40,7 +40,3 @@ class TracePipe:
                     _, mark, words = line.partition(_MARK)
                     if mark:
                         say(words)
-
-    def close(self) -> None:
-        """Let go of it."""
-        os.close(self.fd)

@@ -239,7 +239,7 @@ class FakeProbe:
 
 @attrs.define(eq=False)
 class FakeLoader:
-    """Takes the place of :class:`tcplat_core.run.loader.LoaderProcess`.
+    """Takes the place of :class:`tcplat_core.run.loader_process.LoaderProcess`.
 
     Args:
         probes: What it has "loaded".

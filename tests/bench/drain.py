@@ -34,7 +34,7 @@ from tcplat_core.deliver.fast.records import reorder_buffer
 from tcplat_core.deliver.reorder import RingSource
 from tcplat_core.deliver.ring import BATCH, Ring
 from tcplat_core.deliver.router import Router
-from tcplat_core.deliver.stream import Stream
+from tcplat_core.deliver.sequencer import Sequencer
 from tcplat_core.event.fields import Event
 from tcplat_core.event.record import Record
 from tcplat_core.loader.cache import Cache
@@ -170,14 +170,14 @@ class Contest:
         options = {one.name: one.default for one in spec.options} | {"path": os.devnull}
         sink = spec.factory(options, RunInfo(("tcp_client",), lambda: False))
         source = RingSource(name, self.ring, self.decode, self.codec)
-        stream = Stream(Router({name: sink}), reorder_buffer([source]))
+        sequencer = Sequencer(Router({name: sink}), reorder_buffer([source]))
 
         def drain() -> None:
             while self.ring.pending():
-                stream.buffer.take(0, HELPING * BATCH, 0)
-                stream.flush()
-            stream.buffer.close()
-            self.count += stream.router.total
+                sequencer.buffer.take(0, HELPING * BATCH, 0)
+                sequencer.flush()
+            sequencer.buffer.close()
+            self.count += sequencer.router.total
 
         return drain
 

@@ -21,11 +21,11 @@ from click.testing import CliRunner
 
 from tcplat_core.cli.main import cli
 from tcplat_core.cli.main import main as cli_main
-from tcplat_core.cli.options import _ports
+from tcplat_core.cli.shared_options import _ports
 from tcplat_core.errors import UsageError
 from tcplat_core.loader.filter import Filter
 from tcplat_core.registry.find import Plugins
-from tcplat_core.run.loader import LoaderProcess
+from tcplat_core.run.loader_process import LoaderProcess
 from tcplat_core.run.signals import NOTHING_RECORDED, NOTHING_REPLAYED, Signals
 from tcplat_core.testing import FakeLoader, FakeProbe, make_event
 

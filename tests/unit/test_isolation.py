@@ -57,7 +57,7 @@ def eventually(condition: Callable[[], bool]) -> None:
 @pytest.mark.parametrize(
     "start",
     [
-        "from tcplat_core.run.loader import LoaderProcess; it = LoaderProcess.start().process",
+        "from tcplat_core.run.loader_process import LoaderProcess as L; it = L.start().process",
         "from tcplat_core.testing.trial_process import Trial; it = Trial.start('compile').process",
     ],
 )

@@ -15,7 +15,7 @@ from tcplat_core.errors import CannotRunError
 from tcplat_core.kernel import host as host_module
 from tcplat_core.kernel.host import SYSCALLS, Host, choose
 from tcplat_core.plugin.hookpoints import Hook, HookPoint
-from tcplat_core.registry.show import Sight
+from tcplat_core.registry.show import HostView
 from tests.vm import facts, run
 
 KERNELS: dict[str, dict[str, dict[str, list[str] | None]]] = json.loads(
@@ -131,7 +131,7 @@ def test_who_uses_a_socket_is_seen(host: Host, kernel: str) -> None:
 
 @every_kernel
 def test_doctor_says_how_users_are_seen(host: Host, kernel: str) -> None:
-    check = host_checks._owners(Sight(host, as_root=True))
+    check = host_checks._owners(HostView(host, as_root=True))
     assert check.ok is True
     by = "tracepoint:sock:sock_recv_length" if version(kernel) >= (6, 3) else "fentry:tcp_recvmsg+"
     assert f"by {by}" in check.found
@@ -143,7 +143,7 @@ def test_doctor_says_that_they_are_not(
 ) -> None:
     monkeypatch.setattr(host_module, "KPROBE_PMU", tmp_path / "none")
     policy = Host(facts=host.facts, fentry="this kernel refuses fentry programs (EPERM)")
-    check = host_checks._owners(Sight(policy, as_root=True))
+    check = host_checks._owners(HostView(policy, as_root=True))
     if version(kernel) >= (6, 3):
         assert check.ok is True
     else:

@@ -12,7 +12,7 @@ import pytest
 
 from tcplat_core.deliver.reorder import RowBuffer
 from tcplat_core.deliver.router import Router
-from tcplat_core.deliver.stream import Stream
+from tcplat_core.deliver.sequencer import Sequencer
 from tcplat_core.errors import ReaderGoneError, TcplatError
 from tcplat_core.event.fields import Event
 from tcplat_core.plugin.histogram import Aggregates
@@ -42,69 +42,71 @@ def router(sink: RecordingSink) -> Router:
 
 
 @pytest.fixture
-def stream(router: Router) -> Stream:
-    return Stream(router, RowBuffer())
+def sequencer(router: Router) -> Sequencer:
+    return Sequencer(router, RowBuffer())
 
 
 # --- order
 
 
-def test_rows_are_sorted_across_probes(stream: Stream, sink: RecordingSink) -> None:
-    stream.buffer.feed(rows(1, 4, 6))
-    stream.buffer.feed(rows(2, 3, 5, probe="xdp_port"))
-    stream.flush()
+def test_rows_are_sorted_across_probes(sequencer: Sequencer, sink: RecordingSink) -> None:
+    sequencer.buffer.feed(rows(1, 4, 6))
+    sequencer.buffer.feed(rows(2, 3, 5, probe="xdp_port"))
+    sequencer.flush()
     assert times(sink.rows) == [1, 2, 3, 4, 5, 6]
     assert [row.probe for row in sink.rows[:3]] == ["tcp_client", "xdp_port", "xdp_port"]
 
 
-def test_rows_of_one_instant_stay_as_they_came(stream: Stream, sink: RecordingSink) -> None:
-    stream.buffer.feed([make_event(ts_ns=1, seq=number) for number in range(100)])
-    stream.flush()
+def test_rows_of_one_instant_stay_as_they_came(sequencer: Sequencer, sink: RecordingSink) -> None:
+    sequencer.buffer.feed([make_event(ts_ns=1, seq=number) for number in range(100)])
+    sequencer.flush()
     assert [row.seq for row in sink.rows] == list(range(100))
 
 
 def test_rows_at_the_horizon_and_younger_are_held_back(
-    router: Router, stream: Stream, sink: RecordingSink
+    router: Router, sequencer: Sequencer, sink: RecordingSink
 ) -> None:
-    stream.buffer.feed(rows(10, 30, 20))
-    stream.flush(20)
+    sequencer.buffer.feed(rows(10, 30, 20))
+    sequencer.flush(20)
     assert times(sink.rows) == [10]
-    stream.flush(20)
+    sequencer.flush(20)
     assert times(sink.rows) == [10]
-    stream.buffer.feed(rows(15, 25))  # one that took its time
-    stream.flush(26)
+    sequencer.buffer.feed(rows(15, 25))  # one that took its time
+    sequencer.flush(26)
     assert times(sink.rows) == [10, 15, 20, 25]
-    stream.flush()
+    sequencer.flush()
     assert times(sink.rows) == [10, 15, 20, 25, 30]
     assert router.late == 0
 
 
-def test_nothing_to_deliver_is_no_batch(stream: Stream, sink: RecordingSink) -> None:
-    stream.flush()
-    stream.flush(100)
-    stream.buffer.feed(rows(200))
-    stream.flush(100)
+def test_nothing_to_deliver_is_no_batch(sequencer: Sequencer, sink: RecordingSink) -> None:
+    sequencer.flush()
+    sequencer.flush(100)
+    sequencer.buffer.feed(rows(200))
+    sequencer.flush(100)
     assert sink.batches == []
 
 
 def test_a_row_that_comes_too_late_is_delivered_and_counted(
-    router: Router, stream: Stream, sink: RecordingSink
+    router: Router, sequencer: Sequencer, sink: RecordingSink
 ) -> None:
-    stream.buffer.feed(rows(10, 20))
-    stream.flush()
-    stream.buffer.feed(rows(5, 15, 20, 21))
-    stream.flush()
+    sequencer.buffer.feed(rows(10, 20))
+    sequencer.flush()
+    sequencer.buffer.feed(rows(5, 15, 20, 21))
+    sequencer.flush()
     assert times(sink.rows) == [10, 20, 5, 15, 20, 21]
     assert router.late == 2
 
 
-def test_one_row_too_early_does_not_make_all_others_late(router: Router, stream: Stream) -> None:
-    stream.buffer.feed(rows(10, 20))
-    stream.flush()
-    stream.buffer.feed(rows(5))
-    stream.flush()
-    stream.buffer.feed(rows(20, 30))
-    stream.flush()
+def test_one_row_too_early_does_not_make_all_others_late(
+    router: Router, sequencer: Sequencer
+) -> None:
+    sequencer.buffer.feed(rows(10, 20))
+    sequencer.flush()
+    sequencer.buffer.feed(rows(5))
+    sequencer.flush()
+    sequencer.buffer.feed(rows(20, 30))
+    sequencer.flush()
     assert router.late == 1
 
 
@@ -131,19 +133,19 @@ def test_a_million_rows_with_bounded_disorder_come_out_sorted_and_complete() -> 
 
     sink = Checks()
     router = Router({"it": sink})
-    stream = Stream(router, RowBuffer())
+    sequencer = Sequencer(router, RowBuffer())
     at = 0
     while at < count:
         size = chance.choice((1, 10, 500, 4000))
-        stream.buffer.feed([_at(row, number) for number in numbers[at : at + size]])
+        sequencer.buffer.feed([_at(row, number) for number in numbers[at : at + size]])
         at += size
-        stream.flush(at - disorder - 1)
+        sequencer.flush(at - disorder - 1)
         assert at - sink.next_ns <= 4000 + 2 * disorder  # nothing waits for longer than it must
-    stream.flush()
+    sequencer.flush()
     assert router.switched_off == {}
     assert sink.next_ns == count
     assert router.late == 0
-    assert stream.undelivered == {}
+    assert sequencer.undelivered == {}
 
 
 def _at(row: Event, time: int) -> Event:
@@ -156,12 +158,12 @@ def _at(row: Event, time: int) -> Event:
 
 
 def test_rows_that_reached_no_sink_are_counted_by_probe_point_and_func() -> None:
-    stream = Stream(Router({}), RowBuffer())
-    stream.buffer.feed([make_event(point="send", func="a")] * 2)
-    stream.buffer.feed([make_event(point="send", func="b"), make_event(point="recv", func="b")])
-    stream.buffer.feed([make_event(probe="xdp_port", point="send", func="a")])
-    stream.flush()
-    assert stream.undelivered == {
+    sequencer = Sequencer(Router({}), RowBuffer())
+    sequencer.buffer.feed([make_event(point="send", func="a")] * 2)
+    sequencer.buffer.feed([make_event(point="send", func="b"), make_event(point="recv", func="b")])
+    sequencer.buffer.feed([make_event(probe="xdp_port", point="send", func="a")])
+    sequencer.flush()
+    assert sequencer.undelivered == {
         ("tcp_client", "send", "a"): 2,
         ("tcp_client", "send", "b"): 1,
         ("tcp_client", "recv", "b"): 1,
@@ -169,18 +171,18 @@ def test_rows_that_reached_no_sink_are_counted_by_probe_point_and_func() -> None
     }
 
 
-def test_rows_that_reached_a_sink_are_delivered(stream: Stream) -> None:
-    stream.buffer.feed(rows(1, 2))
-    stream.flush()
-    assert stream.undelivered == {}
+def test_rows_that_reached_a_sink_are_delivered(sequencer: Sequencer) -> None:
+    sequencer.buffer.feed(rows(1, 2))
+    sequencer.flush()
+    assert sequencer.undelivered == {}
 
 
 def test_rows_that_come_when_no_sink_is_left_are_undelivered() -> None:
     router = Router({})
-    stream = Stream(router, RowBuffer())
-    stream.buffer.feed([make_event()])
-    stream.flush()
-    assert stream.undelivered.total() == 1
+    sequencer = Sequencer(router, RowBuffer())
+    sequencer.buffer.feed([make_event()])
+    sequencer.flush()
+    assert sequencer.undelivered.total() == 1
 
 
 # --- the limit
@@ -189,26 +191,26 @@ def test_rows_that_come_when_no_sink_is_left_are_undelivered() -> None:
 @pytest.mark.parametrize("limit", [1, 2, 3, 5, 7])
 def test_the_limit_is_exact(sink: RecordingSink, limit: int) -> None:
     router = Router({"it": sink}, limit)
-    stream = Stream(router, RowBuffer())
+    sequencer = Sequencer(router, RowBuffer())
     for time in range(0, 9, 3):
-        stream.buffer.feed(rows(time + 2, time + 1, time))
-        stream.flush()
+        sequencer.buffer.feed(rows(time + 2, time + 1, time))
+        sequencer.flush()
     assert times(sink.rows) == list(range(limit))
     assert router.done
-    assert stream.undelivered.total() == 9 - limit
+    assert sequencer.undelivered.total() == 9 - limit
 
 
 def test_below_the_limit_the_run_goes_on(sink: RecordingSink) -> None:
     router = Router({"it": sink}, 3)
-    stream = Stream(router, RowBuffer())
-    stream.buffer.feed(rows(1, 2))
-    stream.flush()
+    sequencer = Sequencer(router, RowBuffer())
+    sequencer.buffer.feed(rows(1, 2))
+    sequencer.flush()
     assert not router.done
 
 
-def test_without_a_limit_the_run_goes_on(router: Router, stream: Stream) -> None:
-    stream.buffer.feed(rows(*range(100)))
-    stream.flush()
+def test_without_a_limit_the_run_goes_on(router: Router, sequencer: Sequencer) -> None:
+    sequencer.buffer.feed(rows(*range(100)))
+    sequencer.flush()
     assert not router.done
 
 
@@ -218,12 +220,12 @@ def test_without_a_limit_the_run_goes_on(router: Router, stream: Stream) -> None
 def test_a_sink_that_fails_is_switched_off_and_the_others_go_on() -> None:
     good, bad, last = RecordingSink(), RecordingSink(TcplatError("disk full")), RecordingSink()
     router = Router({"good": good, "bad": bad, "last": last})
-    stream = Stream(router, RowBuffer())
-    stream.buffer.feed(rows(1))
-    stream.flush()
+    sequencer = Sequencer(router, RowBuffer())
+    sequencer.buffer.feed(rows(1))
+    sequencer.flush()
     bad.error = None  # too late
-    stream.buffer.feed(rows(2))
-    stream.flush()
+    sequencer.buffer.feed(rows(2))
+    sequencer.flush()
     router.close(REPORT)
     assert times(good.rows) == times(last.rows) == [1, 2]
     assert bad.rows == []
@@ -233,18 +235,18 @@ def test_a_sink_that_fails_is_switched_off_and_the_others_go_on() -> None:
 
 def test_an_error_without_words_is_named_by_its_class() -> None:
     router = Router({"bad": RecordingSink(ZeroDivisionError())})
-    stream = Stream(router, RowBuffer())
-    stream.buffer.feed(rows(1))
-    stream.flush()
+    sequencer = Sequencer(router, RowBuffer())
+    sequencer.buffer.feed(rows(1))
+    sequencer.flush()
     assert router.switched_off == {"bad": "ZeroDivisionError"}
 
 
 def test_with_no_sink_left_the_run_is_done() -> None:
     router = Router({"bad": RecordingSink(OSError("gone"))})
-    stream = Stream(router, RowBuffer())
+    sequencer = Sequencer(router, RowBuffer())
     assert not router.done
-    stream.buffer.feed(rows(1))
-    stream.flush()
+    sequencer.buffer.feed(rows(1))
+    sequencer.flush()
     assert router.done
     assert not router.reader_gone
 
@@ -252,15 +254,15 @@ def test_with_no_sink_left_the_run_is_done() -> None:
 def test_a_reader_that_went_away_ends_the_run_and_is_no_failure() -> None:
     gone, good = RecordingSink(ReaderGoneError()), RecordingSink()
     router = Router({"gone": gone, "good": good})
-    stream = Stream(router, RowBuffer())
-    stream.buffer.feed(rows(1))
-    stream.flush()
+    sequencer = Sequencer(router, RowBuffer())
+    sequencer.buffer.feed(rows(1))
+    sequencer.flush()
     assert router.done
     assert router.reader_gone
     assert router.switched_off == {}
     assert times(good.rows) == [1]
-    stream.buffer.feed(rows(2))
-    stream.flush()
+    sequencer.buffer.feed(rows(2))
+    sequencer.flush()
     assert times(good.rows) == [1]
 
 
@@ -295,42 +297,44 @@ def test_failing_in_any_method_switches_a_sink_off(method: str, said: str) -> No
 # --- losses and the end
 
 
-def test_a_loss_is_said_at_its_place(router: Router, stream: Stream, sink: RecordingSink) -> None:
+def test_a_loss_is_said_at_its_place(
+    router: Router, sequencer: Sequencer, sink: RecordingSink
+) -> None:
     first, loss, second = rows(1), Loss("tcp_client", "send", 3), rows(2)
-    stream.buffer.feed(first)
-    stream.flush()
+    sequencer.buffer.feed(first)
+    sequencer.flush()
     router.lost(loss)
-    stream.buffer.feed(second)
-    stream.flush()
+    sequencer.buffer.feed(second)
+    sequencer.flush()
     assert sink.stream == [*first, loss, *second]
 
 
 def test_a_loss_is_said_before_the_first_row_that_is_younger(
-    stream: Stream, sink: RecordingSink
+    sequencer: Sequencer, sink: RecordingSink
 ) -> None:
     first, loss = Loss("tcp_client", "send", 3, 2, 4), Loss("tcp_client", "send", 1, 5, 6)
-    stream.buffer.feed(rows(1, 3, 4))
-    stream.lose(loss)
-    stream.lose(first)
-    stream.flush(2)
+    sequencer.buffer.feed(rows(1, 3, 4))
+    sequencer.lose(loss)
+    sequencer.lose(first)
+    sequencer.flush(2)
     assert sink.stream == rows(1)
     # One that is no later than the loss may still turn up.
-    stream.buffer.feed(rows(2))
-    stream.flush(3)
+    sequencer.buffer.feed(rows(2))
+    sequencer.flush(3)
     assert sink.stream == [*rows(1, 2), first]
-    stream.buffer.feed(rows(5, 6))
-    stream.flush()
+    sequencer.buffer.feed(rows(5, 6))
+    sequencer.flush()
     assert sink.stream == [*rows(1, 2), first, *rows(3, 4, 5), loss, *rows(6)]
-    assert not stream.waiting
+    assert not sequencer.waiting
 
 
 def test_every_sink_that_is_left_is_closed_once() -> None:
     sinks = {name: RecordingSink() for name in ("a", "b")}
     off = RecordingSink(OSError("gone"))
     router = Router({**sinks, "off": off})
-    stream = Stream(router, RowBuffer())
-    stream.buffer.feed(rows(1))
-    stream.flush()
+    sequencer = Sequencer(router, RowBuffer())
+    sequencer.buffer.feed(rows(1))
+    sequencer.flush()
     router.close(REPORT)
     assert [sink.reports for sink in sinks.values()] == [[REPORT], [REPORT]]
     assert off.reports == []
@@ -418,10 +422,10 @@ def test_whatever_a_sink_raises_switches_it_off_alone(
 ) -> None:
     good, last = RecordingSink(), RecordingSink()
     router = Router({"good": good, "bad": Raises(method, error), "last": last})
-    stream = Stream(router, RowBuffer())
+    sequencer = Sequencer(router, RowBuffer())
     loss = Loss("tcp_client", "send", 1)
-    stream.buffer.feed(rows(1))
-    stream.flush()
+    sequencer.buffer.feed(rows(1))
+    sequencer.flush()
     router.lost(loss)
     router.merged(Merge(0, "a"))
     router.passed(1)
@@ -475,10 +479,10 @@ class Bare:
 
 def everything(router: Router) -> None:
     """Call whatever a run calls."""
-    stream = Stream(router, RowBuffer())
+    sequencer = Sequencer(router, RowBuffer())
     router.begin()
-    stream.buffer.feed(rows(1))
-    stream.flush()
+    sequencer.buffer.feed(rows(1))
+    sequencer.flush()
     router.lost(Loss("tcp_client", "send", 1))
     router.merged(Merge(0, "a"))
     router.passed(1)
@@ -552,8 +556,8 @@ def test_no_sink_can_change_the_batch_of_the_next() -> None:
 
     good = RecordingSink()
     router = Router({"bad": Clears(), "good": good})
-    stream = Stream(router, RowBuffer())
-    stream.buffer.feed(rows(1, 2))
-    stream.flush()
+    sequencer = Sequencer(router, RowBuffer())
+    sequencer.buffer.feed(rows(1, 2))
+    sequencer.flush()
     assert times(good.rows) == [1, 2]
     assert router.switched_off.keys() == {"bad"}

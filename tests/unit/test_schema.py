@@ -19,11 +19,11 @@ import msgspec
 import pytest
 
 from tcplat_core.errors import PluginError
-from tcplat_core.event.check import LARGEST_RECORD
 from tcplat_core.event.clock import clock_offset_ns
 from tcplat_core.event.fields import Event, FiredBy, Made, Moment, Wire, fields
 from tcplat_core.event.record import _HAS, Record
 from tcplat_core.event.text import TCP_FLAGS, TCP_STATES, address, flags, name, text
+from tcplat_core.event.validation import LARGEST_RECORD
 from tcplat_core.plugin.specs import ProbeSpec
 from tcplat_core.testing import make_event, make_record
 

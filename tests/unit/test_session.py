@@ -33,11 +33,11 @@ from tcplat_core.plugin.report import RunReport
 from tcplat_core.plugin.specs import Chosen, Loss, ProbeSpec, Sink
 from tcplat_core.registry.find import Plugins
 from tcplat_core.run import drain, probe_run
-from tcplat_core.run.command import Command
-from tcplat_core.run.loader import LoaderProcess
+from tcplat_core.run.loader_process import LoaderProcess
 from tcplat_core.run.probe_run import probe_request
 from tcplat_core.run.session import Session
 from tcplat_core.run.signals import Signals
+from tcplat_core.run.traced_command import TracedCommand
 from tcplat_core.testing import FakeArray, FakeLoader, FakeProbe, RecordingSink, make_record
 
 SEND_AND_CLOSE = (
@@ -329,7 +329,7 @@ def test_it_ends_with_the_processes_it_traces(play: Play) -> None:
 
 def test_it_ends_with_its_command_and_has_its_status(play: Play, tmp_path: Path) -> None:
     ready = tmp_path / "ready"
-    command = Command.fork(["sh", "-c", f"test -s {ready} && exit 5"])
+    command = TracedCommand.fork(["sh", "-c", f"test -s {ready} && exit 5"])
     run_into_a_sink(play(), duration_s=0, ready_file=str(ready), command=command)
     assert command.status == 5  # and the ready file was there when it began
 

@@ -48,16 +48,16 @@ def host(*, fentry: str = "") -> Host:
     return Host(facts=facts, fentry=fentry)
 
 
-def point(*ways: Way, sight: show.Sight, optional: bool = False) -> tuple[Any, Any, Any]:
-    told = sight.point(HookPoint("send", ways, optional=optional))
+def point(*ways: Way, view: show.HostView, optional: bool = False) -> tuple[Any, Any, Any]:
+    told = view.point(HookPoint("send", ways, optional=optional))
     return told["takes"], told["perhaps"], told["why_not"]
 
 
 def test_root_knows_what_works() -> None:
-    works = show.Sight(host(), as_root=True)
-    assert point(BY_FENTRY, BY_TRACEPOINT, sight=works) == ("fentry:tcp_sendmsg", None, None)
-    refuses = show.Sight(host(fentry="this kernel refuses fentry programs"), as_root=True)
-    assert point(BY_FENTRY, BY_TRACEPOINT, sight=refuses) == (
+    works = show.HostView(host(), as_root=True)
+    assert point(BY_FENTRY, BY_TRACEPOINT, view=works) == ("fentry:tcp_sendmsg", None, None)
+    refuses = show.HostView(host(fentry="this kernel refuses fentry programs"), as_root=True)
+    assert point(BY_FENTRY, BY_TRACEPOINT, view=refuses) == (
         "tracepoint:tcp:tcp_probe",
         None,
         None,
@@ -65,13 +65,13 @@ def test_root_knows_what_works() -> None:
 
 
 def test_without_root_fentry_is_a_perhaps() -> None:
-    sight = show.Sight(host())
-    assert point(BY_FENTRY, BY_TRACEPOINT, sight=sight) == (
+    view = show.HostView(host())
+    assert point(BY_FENTRY, BY_TRACEPOINT, view=view) == (
         "tracepoint:tcp:tcp_probe",
         "fentry:tcp_sendmsg",
         None,
     )
-    assert point(BY_FENTRY, sight=sight) == (
+    assert point(BY_FENTRY, view=view) == (
         None,
         "fentry:tcp_sendmsg",
         "only root can test whether fentry works",
@@ -80,12 +80,12 @@ def test_without_root_fentry_is_a_perhaps() -> None:
 
 def test_without_root_a_function_that_there_is_not_is_no_perhaps() -> None:
     nowhere = fentry(fenter("tcp_nowhere", "fe_nowhere"))
-    takes, perhaps, _ = point(nowhere, BY_TRACEPOINT, sight=show.Sight(host()))
+    takes, perhaps, _ = point(nowhere, BY_TRACEPOINT, view=show.HostView(host()))
     assert (takes, perhaps) == ("tracepoint:tcp:tcp_probe", None)
 
 
 def test_without_root_nobody_sees_the_tracepoints_of_system_calls() -> None:
-    assert point(BY_SYSCALL, sight=show.Sight(host())) == (
+    assert point(BY_SYSCALL, view=show.HostView(host())) == (
         None,
         "tracepoint:syscalls:sys_exit_accept4",
         "only root can list the tracepoints of system calls",
@@ -93,8 +93,8 @@ def test_without_root_nobody_sees_the_tracepoints_of_system_calls() -> None:
 
 
 def test_no_way_has_its_reason() -> None:
-    sight = show.Sight(host(), as_root=True)
-    assert point(BY_KPROBE, sight=sight) == (
+    view = show.HostView(host(), as_root=True)
+    assert point(BY_KPROBE, view=view) == (
         None,
         None,
         "this kernel has no kprobes (CONFIG_KPROBE_EVENTS)",
@@ -108,7 +108,7 @@ def test_a_kernel_that_does_not_describe_itself_is_no_traceback(
         raise CannotRunError("this kernel does not describe its types")
 
     monkeypatch.setattr(Host, "btf", property(nothing))
-    takes, perhaps, why_not = point(BY_TRACEPOINT, sight=show.Sight())
+    takes, perhaps, why_not = point(BY_TRACEPOINT, view=show.HostView())
     assert (takes, perhaps) == (None, None)
     assert why_not == "this kernel does not describe its types"
 
@@ -139,7 +139,7 @@ FOUND = Found("again", "probe", "2.5", "tcplat-again", "ok", PROBE.summary)
 
 
 def test_all_there_is_to_know_of_a_probe() -> None:
-    told = show.as_json(FOUND, PROBE, show.Sight(host()))
+    told = show.as_json(FOUND, PROBE, show.HostView(host()))
     assert list(told) == [
         *("name", "kind", "version", "distribution", "summary", "options", "example"),
         *("points", "fields"),
@@ -167,7 +167,7 @@ def test_all_there_is_to_know_of_a_probe() -> None:
 
 
 def test_the_same_for_a_reader() -> None:
-    text = show.as_text(show.as_json(FOUND, PROBE, show.Sight(host())))
+    text = show.as_text(show.as_json(FOUND, PROBE, show.HostView(host())))
     lines = text.splitlines()
     assert lines[:2] == [
         "again: each segment that is sent again",
@@ -187,13 +187,13 @@ def test_the_same_for_a_reader() -> None:
 
 def test_a_probe_that_cannot_run_here_says_so() -> None:
     spec = attrs.evolve(PROBE, points=(HookPoint("send", (BY_KPROBE,)),))
-    text = show.as_text(show.as_json(FOUND, spec, show.Sight(host(), as_root=True)))
+    text = show.as_text(show.as_json(FOUND, spec, show.HostView(host(), as_root=True)))
     assert "no kprobes (CONFIG_KPROBE_EVENTS); required" in text
 
 
 def test_a_sink_has_neither_points_nor_fields() -> None:
     sink = SinkSpec(name="again", summary="s", factory=lambda _, __: pytest.fail("opened"))
-    told = show.as_json(attrs.evolve(FOUND, kind="sink"), sink, show.Sight(host()))
+    told = show.as_json(attrs.evolve(FOUND, kind="sink"), sink, show.HostView(host()))
     assert not {"points", "fields"} & set(told)
     assert told["example"] == "sudo tcplat run --probe tcp_client --sink again"
     assert "no options" in show.as_text(told)
@@ -201,5 +201,5 @@ def test_a_sink_has_neither_points_nor_fields() -> None:
 
 def test_an_example_has_what_has_to_be_given() -> None:
     msgpack = Plugins.load().sink("msgpack")
-    told = show.as_json(attrs.evolve(FOUND, kind="sink"), msgpack, show.Sight(host()))
+    told = show.as_json(attrs.evolve(FOUND, kind="sink"), msgpack, show.HostView(host()))
     assert told["example"].endswith("--sink msgpack:unix=/run/user/1000/tcplat.sock")

@@ -173,11 +173,11 @@ def test_a_command_has_the_mask_that_tcplat_was_started_with() -> None:
     text = """
 import signal, sys
 from tcplat_core.run import signals
-from tcplat_core.run.command import Command
+from tcplat_core.run.traced_command import TracedCommand
 signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGUSR1])
 signals.unblock()
 assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
-child = Command.fork(["grep", "SigBlk", "/proc/self/status"])
+child = TracedCommand.fork(["grep", "SigBlk", "/proc/self/status"])
 child.go()
 while not child.ended():
     pass

@@ -18,7 +18,7 @@ _HOOK = operator.attrgetter("probe", "point", "func")
 
 
 @attrs.define(eq=False)
-class Stream:
+class Sequencer:
     """Between the rings and the router.
 
     Args:

@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 
 from tcplat_core.errors import UsageError
-from tcplat_core.run.command import Command
+from tcplat_core.run.traced_command import TracedCommand
 
-Fork = Callable[..., Command]
+Fork = Callable[..., TracedCommand]
 
 
 @pytest.fixture
 def fork() -> Iterator[Fork]:
     """Commands that are gone when the test is over."""
-    commands: list[Command] = []
+    commands: list[TracedCommand] = []
 
-    def make(*arguments: str) -> Command:
-        commands.append(Command.fork(arguments))
+    def make(*arguments: str) -> TracedCommand:
+        commands.append(TracedCommand.fork(arguments))
         return commands[-1]
 
     yield make
@@ -32,12 +32,12 @@ def fork() -> Iterator[Fork]:
             os.waitpid(command.pid, 0)
 
 
-def wait(command: Command) -> None:
+def wait(command: TracedCommand) -> None:
     """Until it has ended; it stays a zombie, so that ended() can collect it."""
     os.waitid(os.P_PID, command.pid, os.WEXITED | os.WNOWAIT)
 
 
-def state(command: Command) -> str:
+def state(command: TracedCommand) -> str:
     """R, S, Z ... as in proc(5)."""
     return Path(f"/proc/{command.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
@@ -117,14 +117,14 @@ def test_stopping_twice_is_stopping_once(fork: Fork) -> None:
 
 def test_a_program_that_there_is_not_is_named() -> None:
     with pytest.raises(UsageError, match="there is no program 'no-such-program' to run"):
-        Command.fork(["no-such-program"])
+        TracedCommand.fork(["no-such-program"])
 
 
 def test_a_file_that_is_no_program_is_named(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("not a program")
     with pytest.raises(UsageError, match=r"there is no program '.*notes\.txt' to run"):
-        Command.fork([str(path)])
+        TracedCommand.fork([str(path)])
 
 
 def test_a_program_that_the_kernel_cannot_run_is_named(

@@ -16,7 +16,7 @@ from . import privileges, signals
 
 
 @attrs.define(eq=False)
-class Command:
+class TracedCommand:
     """A child that waits for :meth:`go` before it becomes the command.
 
     It is forked before tcplat gives up root, and runs as tcplat was started: what
@@ -32,7 +32,7 @@ class Command:
     """It was we who ended it."""
 
     @classmethod
-    def fork(cls, arguments: Sequence[str]) -> Command:
+    def fork(cls, arguments: Sequence[str]) -> TracedCommand:
         """Prepare to run `arguments`.
 
         Raises:
