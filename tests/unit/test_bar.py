@@ -28,7 +28,7 @@ def capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 @pytest.mark.parametrize("command", ["replay", "report", "diff"])
-def test_the_cursor_stays_and_the_bar_goes(
+def test_interrupted_command_leaves_no_progress_bar(
     command: str, number: signal.Signals, capture: Path, tmp_path: Path
 ) -> None:
     arguments = {
@@ -70,7 +70,7 @@ def test_the_cursor_stays_and_the_bar_goes(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_is_half_written_goes_when_it_is_terminated(tmp_path: Path) -> None:
+def test_sigterm_removes_the_partial_file_and_keeps_the_old(tmp_path: Path) -> None:
     old = tmp_path / "trace.json"
     old.write_text("old")
     with subprocess.Popen(

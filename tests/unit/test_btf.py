@@ -51,7 +51,7 @@ def small() -> Btf:
     return Btf.from_bytes(SMALL)
 
 
-def test_sizes_and_offsets_are_the_compilers(small: Btf) -> None:
+def test_sizes_and_offsets_match_the_compiler(small: Btf) -> None:
     assert small.sizeof("outer") == 384
     assert small.sizeof("aligned") == 128
     assert small.sizeof("packed") == 11
@@ -60,13 +60,13 @@ def test_sizes_and_offsets_are_the_compilers(small: Btf) -> None:
     assert small.member_offset("outer", "flexible") == 352
 
 
-def test_a_path_goes_through_anonymous_members(small: Btf) -> None:
+def test_member_path_passes_through_anonymous_members(small: Btf) -> None:
     assert small.member_offset("outer", "saddr") == 20
     assert small.member_offset("outer", "list.prev") == 8
     assert small.has_member("outer", "pair")
 
 
-def test_a_path_that_is_not_there_is_absent(small: Btf) -> None:
+def test_unknown_member_path_is_absent(small: Btf) -> None:
     assert not small.has_member("outer", "nothing")
     assert not small.has_member("outer", "list.next.next")  # a pointer is not walked through
     assert not small.has_member("nothing", "pair")
@@ -76,7 +76,7 @@ def test_a_path_that_is_not_there_is_absent(small: Btf) -> None:
         small.sizeof("nothing")
 
 
-def test_a_bit_field_is_a_member_without_an_offset(small: Btf) -> None:
+def test_bit_field_is_a_member_without_an_offset(small: Btf) -> None:
     assert small.has_member("outer", "bits.b")
     with pytest.raises(BtfError, match="bit-field"):
         small.member_offset("outer", "bits.b")
@@ -93,7 +93,7 @@ def test_functions_have_named_and_typed_arguments(small: Btf) -> None:
         small.func_args("gives")
 
 
-def test_a_tracepoints_arguments_leave_out_the_context(small: Btf) -> None:
+def test_tracepoint_arguments_omit_the_context(small: Btf) -> None:
     assert small.tracepoint_args("hello") == [
         "const struct outer *",
         "int",
@@ -130,7 +130,7 @@ def test_pointers_to_functions_have_parentheses(small: Btf) -> None:
     assert small.type_text(pointer, "f") == "int (*f)(const void *, const void *)"
 
 
-def test_a_name_may_be_the_tail_of_another() -> None:
+def test_name_may_be_a_suffix_of_another() -> None:
     data = encode([INT, (Kind.STRUCT, "x_sock", 0, 8, []), (Kind.STRUCT, "sock", 0, 4, [])])
     assert data.count(b"sock") == 1
     assert Btf.from_bytes(data).sizeof("sock") == 4
@@ -165,7 +165,7 @@ def test_enum64_and_signed_enums_keep_their_values() -> None:
     ]
 
 
-def test_old_bit_fields_are_in_the_integer() -> None:
+def test_bit_field_of_an_old_compiler_is_read_from_its_integer() -> None:
     btf = Btf.from_bytes(
         encode(
             [
@@ -179,26 +179,26 @@ def test_old_bit_fields_are_in_the_integer() -> None:
     assert (member.bit_offset, member.bits) == (13, 3)
 
 
-def test_the_first_type_of_a_name_and_kind_is_found() -> None:
+def test_first_type_of_a_name_and_kind_is_found() -> None:
     sizes = ((Kind.UNION, 4), (Kind.STRUCT, 8), (Kind.STRUCT, 9))
     btf = Btf.from_bytes(encode([(kind, "x", 0, size, []) for kind, size in sizes]))
     assert btf.sizeof("x") == 8
     assert btf.find("x", Kind.UNION) == 1
 
 
-def test_what_is_not_btf_is_refused() -> None:
+def test_data_that_is_not_btf_is_refused() -> None:
     swapped = struct.pack(">H", 0xEB9F) if struct.pack("=H", 1) == b"\1\0" else b"\x9f\xeb"
     for data in (b"", b"\x7fELF" + bytes(60), swapped + SMALL[2:], SMALL[:24]):
         with pytest.raises(BtfError):
             Btf.from_bytes(data)
 
 
-def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
+def test_error_names_the_unreadable_file(tmp_path: Path) -> None:
     with pytest.raises(BtfError, match="missing"):
         Btf.from_file(tmp_path / "missing")
 
 
-def test_a_kind_from_the_future_is_named() -> None:
+def test_unknown_kind_is_named() -> None:
     data = bytearray(encode([INT, (Kind.STRUCT, "x", 0, 4, [])]))
     data[24 + 16 + 7] = 25
     with pytest.raises(BtfError, match="type 2 is of a kind"):
@@ -220,7 +220,7 @@ def test_a_kind_from_the_future_is_named() -> None:
     ],
     ids=["typedef", "array", "loop", "anonymous", "missing", "func", "overlap", "size", "name"],
 )
-def test_nonsense_is_an_error_of_one_sentence(
+def test_contradictory_types_give_a_one_line_error(
     types: Sequence[Encodable],
 ) -> None:
     with pytest.raises(BtfError, match=r"^[^\n]+$"):
@@ -268,7 +268,7 @@ def test_a_type_section_cut_short_is_an_error() -> None:
     assert 0 < ends_well < kept // 4 // 2
 
 
-def test_damaged_btf_never_fails_otherwise() -> None:
+def test_damaged_btf_raises_nothing_but_btferror() -> None:
     dice = random.Random(6)  # noqa: S311 - a seeded test
     readable = 0
     for _ in range(600):
@@ -281,7 +281,7 @@ def test_damaged_btf_never_fails_otherwise() -> None:
 
 
 @needs_kernel
-def test_this_kernels_btf_has_the_network_stack() -> None:
+def test_running_kernels_btf_describes_the_network_stack() -> None:
     btf = Btf.from_file()
     assert btf.member_offset("sock", "__sk_common.skc_daddr") == 0
     assert btf.member_offset("sock_common", "skc_daddr") == 0

@@ -25,7 +25,7 @@ def cache(tmp_path: Path) -> Cache:
     return Cache.open(tmp_path / "cache")
 
 
-def test_what_was_written_is_read(cache: Cache) -> None:
+def test_written_value_is_read_back(cache: Cache) -> None:
     cache.write("a.program", VALUE)
     assert cache.read("a.program") == VALUE
     cache.write("a.program", [3])
@@ -33,7 +33,7 @@ def test_what_was_written_is_read(cache: Cache) -> None:
     assert cache.read("b.program") is None
 
 
-def test_only_its_owner_can_look_into_the_folder(cache: Cache) -> None:
+def test_cache_folder_is_private_to_its_owner(cache: Cache) -> None:
     cache.write("a.program", VALUE)
     assert cache.root is not None
     assert cache.root.stat().st_mode & 0o777 == 0o700
@@ -48,7 +48,7 @@ def test_missing_folders_are_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o777, 0o1777])
-def test_a_folder_that_others_can_write_to_is_not_used(tmp_path: Path, mode: int) -> None:
+def test_folder_writable_by_others_is_not_used(tmp_path: Path, mode: int) -> None:
     folder = tmp_path / "cache"
     Cache.open(folder).write("a.program", VALUE)
     folder.chmod(mode)
@@ -59,20 +59,20 @@ def test_a_folder_that_others_can_write_to_is_not_used(tmp_path: Path, mode: int
     assert [path.name for path in folder.iterdir()] == ["a.program"]
 
 
-def test_a_link_to_a_folder_is_not_used(tmp_path: Path) -> None:
+def test_symlink_to_a_folder_is_not_used(tmp_path: Path) -> None:
     Cache.open(tmp_path / "cache").write("a.program", VALUE)
     (tmp_path / "link").symlink_to(tmp_path / "cache")
     assert Cache.open(tmp_path / "link").root is None
 
 
-def test_a_file_in_place_of_the_folder_is_no_error(tmp_path: Path) -> None:
+def test_file_in_place_of_the_folder_disables_the_cache(tmp_path: Path) -> None:
     (tmp_path / "cache").touch()
     assert Cache.open(tmp_path / "cache").root is None
     assert Cache.open(tmp_path / "cache" / "below").root is None
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
-def test_a_folder_of_somebody_else_is_not_used(tmp_path: Path) -> None:
+def test_folder_of_another_user_is_not_used(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     Cache.open(folder).write("a.program", VALUE)
     os.chown(folder, 65534, 65534)
@@ -82,7 +82,7 @@ def test_a_folder_of_somebody_else_is_not_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 1, 31, 32, 33, -33, -32, -1])
-def test_half_a_file_is_ignored(cache: Cache, kept: int) -> None:
+def test_truncated_file_is_ignored(cache: Cache, kept: int) -> None:
     cache.write("a.program", VALUE)
     assert cache.root is not None
     path = cache.root / "a.program"
@@ -90,7 +90,7 @@ def test_half_a_file_is_ignored(cache: Cache, kept: int) -> None:
     assert cache.read("a.program") is None
 
 
-def test_a_file_with_any_bit_flipped_is_ignored(cache: Cache) -> None:
+def test_file_with_any_bit_flipped_is_ignored(cache: Cache) -> None:
     cache.write("a.program", VALUE)
     assert cache.root is not None
     path = cache.root / "a.program"
@@ -104,7 +104,7 @@ def test_a_file_with_any_bit_flipped_is_ignored(cache: Cache) -> None:
     assert cache.read("a.program") == VALUE
 
 
-def test_a_disk_that_is_full_is_no_error(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_not_an_error(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -113,14 +113,14 @@ def test_a_disk_that_is_full_is_no_error(cache: Cache, monkeypatch: pytest.Monke
     assert cache.read("a.program") is None
 
 
-def test_no_half_written_file_stays_behind(cache: Cache) -> None:
+def test_write_leaves_no_temporary_file(cache: Cache) -> None:
     for number in range(3):
         cache.write("a.program", number)
     assert cache.root is not None
     assert [path.name for path in cache.root.iterdir()] == ["a.program"]
 
 
-def test_the_files_that_were_not_used_for_longest_go(cache: Cache) -> None:
+def test_least_recently_used_entries_are_evicted(cache: Cache) -> None:
     assert cache.root is not None
     for number in range(ENTRIES):
         cache.write(f"{number}.program", number)
@@ -134,7 +134,7 @@ def test_the_files_that_were_not_used_for_longest_go(cache: Cache) -> None:
     assert len(list(cache.root.iterdir())) == ENTRIES
 
 
-def test_what_is_not_of_the_cache_stays(cache: Cache) -> None:
+def test_eviction_spares_files_that_are_not_entries(cache: Cache) -> None:
     assert cache.root is not None
     (cache.root / "notes.txt").touch()
     os.utime(cache.root / "notes.txt", (0, 0))
@@ -144,7 +144,7 @@ def test_what_is_not_of_the_cache_stays(cache: Cache) -> None:
     assert len(list(cache.root.iterdir())) == ENTRIES + 1
 
 
-def test_another_build_of_the_kernel_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_identity_differs_for_another_kernel_build(monkeypatch: pytest.MonkeyPatch) -> None:
     here = identity.__wrapped__()
     read = Path.read_bytes
     assert identity() == here
@@ -154,7 +154,7 @@ def test_another_build_of_the_kernel_is_another_one(monkeypatch: pytest.MonkeyPa
     assert identity.__wrapped__() != here
 
 
-def test_another_version_of_ours_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_identity_differs_for_another_tcplat_version(monkeypatch: pytest.MonkeyPatch) -> None:
     here = identity.__wrapped__()
     read = Path.read_bytes
     monkeypatch.setattr(
@@ -163,13 +163,13 @@ def test_another_version_of_ours_is_another_one(monkeypatch: pytest.MonkeyPatch)
     assert identity.__wrapped__() != here
 
 
-def test_without_a_folder_nothing_is_remembered() -> None:
+def test_cache_without_a_folder_stores_nothing() -> None:
     cache = Cache(None)
     cache.write("a.program", VALUE)
     assert cache.read("a.program") is None
 
 
-def test_a_cache_without_a_home_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_without_a_home_is_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
@@ -177,7 +177,7 @@ def test_a_cache_without_a_home_forgets(monkeypatch: pytest.MonkeyPatch) -> None
     assert Cache.open().root is None
 
 
-def test_root_caches_in_var_and_others_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_root_caches_in_var_and_users_in_their_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setenv("XDG_CACHE_HOME", "/planted")
     assert default_root() == Path("/var/cache/tcplat")
@@ -189,7 +189,7 @@ def test_root_caches_in_var_and_others_at_home(monkeypatch: pytest.MonkeyPatch) 
     assert default_root() == Path("/home/me/.cache/tcplat")
 
 
-def test_with_capabilities_alone_there_is_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capabilities_without_root_disable_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the user's own folder, processes without them could put programs for us to load."""
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     monkeypatch.setattr("tcplat_core.loader.cache.held", lambda: True)
@@ -198,7 +198,7 @@ def test_with_capabilities_alone_there_is_no_cache(monkeypatch: pytest.MonkeyPat
     assert Cache.open().root is None
 
 
-def test_a_folder_that_others_can_replace_is_not_used(tmp_path: Path) -> None:
+def test_folder_replaceable_by_others_is_not_used(tmp_path: Path) -> None:
     above = tmp_path / "above"
     Cache.open(above / "cache").write("a.program", VALUE)
     above.chmod(0o777)
@@ -207,7 +207,7 @@ def test_a_folder_that_others_can_replace_is_not_used(tmp_path: Path) -> None:
     assert Cache.open(above / "cache").read("a.program") == VALUE
 
 
-def test_a_file_that_is_a_link_or_that_others_can_write_to_is_not_read(cache: Cache) -> None:
+def test_symlink_or_file_writable_by_others_is_not_read(cache: Cache) -> None:
     cache.write("a.program", VALUE)
     assert cache.root is not None
     (cache.root / "b.program").symlink_to(cache.root / "a.program")
@@ -217,16 +217,14 @@ def test_a_file_that_is_a_link_or_that_others_can_write_to_is_not_read(cache: Ca
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
-def test_a_file_of_somebody_else_is_not_read(cache: Cache) -> None:
+def test_file_of_another_user_is_not_read(cache: Cache) -> None:
     cache.write("a.program", VALUE)
     assert cache.root is not None
     os.chown(cache.root / "a.program", 65534, 65534)
     assert cache.read("a.program") is None
 
 
-def test_a_file_that_cannot_be_written_whole_leaves_nothing(
-    cache: Cache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_write_leaves_no_file(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -236,14 +234,14 @@ def test_a_file_that_cannot_be_written_whole_leaves_nothing(
     assert list(cache.root.iterdir()) == []
 
 
-def test_a_folder_is_made_for_us_alone(tmp_path: Path) -> None:
+def test_own_folder_is_created_private(tmp_path: Path) -> None:
     own_folder(tmp_path / "mine")
     check_own(tmp_path / "mine")
     with pytest.raises(FileNotFoundError):
         check_own(tmp_path / "nobodys")
 
 
-def test_a_hash_tells_the_parts_apart() -> None:
+def test_digest_depends_on_the_boundaries_of_its_parts() -> None:
     hashes = {digest(), digest(b""), digest(b"", b""), digest(b"ab"), digest(b"a", b"b")}
     hashes |= {digest(b"b", b"a"), digest(b"ab", b"")}
     assert len(hashes) == 7

@@ -22,7 +22,7 @@ PROBE = ProbeSpec(
 )
 
 
-def test_options_of_a_sink_are_converted_once() -> None:
+def test_sink_options_are_converted_once() -> None:
     converted: list[str] = []
 
     def convert(text: str) -> int:
@@ -48,7 +48,7 @@ def test_options_of_a_sink_are_converted_once() -> None:
     assert converted == ["7"]
 
 
-def test_an_option_that_is_wrong_is_said_before_any_sink_is_made() -> None:
+def test_wrong_option_is_refused_before_any_sink_is_created() -> None:
     made: list[str] = []
 
     def factory(_options: object, _run: object) -> RecordingSink:

@@ -171,21 +171,21 @@ def here(loader: FakeLoader, monkeypatch: pytest.MonkeyPatch) -> Callable[..., i
         ("plugins new probe my-probe", "'my-probe' is not a valid name for a plugin"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_exit_code_2(
+def test_usage_error_is_one_sentence_and_exit_code_2(
     here: Callable[..., int], capfd: Capture, arguments: str, said: str
 ) -> None:
     assert here(*arguments.split()) == 2
     assert said in one_sentence(*capfd.readouterr())
 
 
-def test_a_process_that_has_ended_is_no_process(here: Callable[..., int], capfd: Capture) -> None:
+def test_pid_of_an_ended_process_is_refused(here: Callable[..., int], capfd: Capture) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     assert here("run", "--probe", "tcp_client", "-p", str(gone.pid)) == 2
     assert one_sentence(*capfd.readouterr()) == f"there is no process {gone.pid}"
 
 
-def test_without_a_command_it_explains_itself(tcplat: Tcplat) -> None:
+def test_tcplat_without_a_command_prints_usage(tcplat: Tcplat) -> None:
     done = tcplat()
     assert done.returncode == 2
     assert done.stdout == ""
@@ -195,14 +195,14 @@ def test_without_a_command_it_explains_itself(tcplat: Tcplat) -> None:
 # --- 3 and 4
 
 
-def test_without_root_it_says_so(tcplat: Tcplat) -> None:
+def test_run_without_root_is_refused_with_exit_code_3(tcplat: Tcplat) -> None:
     done = tcplat("run", "--probe", "tcp_client", "--sink", "jsonl")
     said = one_sentence(done.stdout, done.stderr)
     assert said == "loading BPF programs needs root: run it with sudo"
     assert done.returncode == 3
 
 
-def test_without_root_the_command_is_not_run(tcplat: Tcplat, tmp_path: Path) -> None:
+def test_command_is_not_started_without_root(tcplat: Tcplat, tmp_path: Path) -> None:
     done = tcplat("run", "--probe", "tcp_client", "--", "touch", str(tmp_path / "mark"))
     assert done.returncode == 3
     assert not (tmp_path / "mark").exists()
@@ -216,7 +216,7 @@ def test_without_root_the_command_is_not_run(tcplat: Tcplat, tmp_path: Path) -> 
         ("--probe table", "there is no probe named 'table'"),
     ],
 )
-def test_a_plugin_that_there_is_not_is_named(
+def test_unknown_plugin_is_named_with_exit_code_4(
     here: Callable[..., int], capfd: Capture, arguments: str, said: str
 ) -> None:
     assert here("run", *arguments.split()) == 4
@@ -225,14 +225,12 @@ def test_a_plugin_that_there_is_not_is_named(
     assert sentence.endswith("(tcplat plugins list)")
 
 
-def test_a_plugin_that_there_is_not_cannot_be_shown(
-    here: Callable[..., int], capfd: Capture
-) -> None:
+def test_plugins_show_refuses_an_unknown_plugin(here: Callable[..., int], capfd: Capture) -> None:
     assert here("plugins", "show", "no_such") == 4
     assert "there is no plugin named 'no_such'; there is" in one_sentence(*capfd.readouterr())
 
 
-def test_a_plugin_is_shown_as_json(tcplat: Tcplat) -> None:
+def test_plugins_show_prints_json(tcplat: Tcplat) -> None:
     done = tcplat("plugins", "show", "xdp_port", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     told = json.loads(done.stdout)
@@ -241,7 +239,9 @@ def test_a_plugin_is_shown_as_json(tcplat: Tcplat) -> None:
 
 
 @pytest.mark.parametrize(("probe", "exit_code"), [("no_such", 4), ("tcp_client:x=1", 2)])
-def test_the_whole_program_ends_with_that_code(tcplat: Tcplat, probe: str, exit_code: int) -> None:
+def test_program_exits_with_the_code_of_its_error(
+    tcplat: Tcplat, probe: str, exit_code: int
+) -> None:
     done = tcplat("run", "--probe", probe)
     assert one_sentence(done.stdout, done.stderr)
     assert done.returncode == exit_code
@@ -250,7 +250,7 @@ def test_the_whole_program_ends_with_that_code(tcplat: Tcplat, probe: str, exit_
 # --- what needs nothing
 
 
-def test_help_explains_every_option(tcplat: Tcplat) -> None:
+def test_help_lists_every_option(tcplat: Tcplat) -> None:
     done = tcplat("run", "--help")
     assert (done.returncode, done.stderr) == (0, "")
     command = cli.get_command(click.Context(cli), "run")
@@ -261,13 +261,13 @@ def test_help_explains_every_option(tcplat: Tcplat) -> None:
 
 
 @pytest.mark.parametrize("asking", [("--help",), ("-h",), ("plugins", "--help")])
-def test_help_is_no_mistake(tcplat: Tcplat, asking: tuple[str, ...]) -> None:
+def test_help_exits_with_0(tcplat: Tcplat, asking: tuple[str, ...]) -> None:
     done = tcplat(*asking)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("Usage: tcplat")
 
 
-def test_it_knows_its_version(tcplat: Tcplat) -> None:
+def test_version_is_printed(tcplat: Tcplat) -> None:
     assert re.search(r"\b0\.\d+\.\d+\b", tcplat("--version").stdout)
 
 
@@ -327,7 +327,7 @@ def test_root_imports_nothing_from_pythonpath(planted: Path) -> None:
     assert not (planted.parent / "mark").exists()
 
 
-def test_a_broken_plugin_is_listed_and_is_no_failure(
+def test_broken_plugin_is_listed_and_exit_code_stays_0(
     planted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(planted))
@@ -354,7 +354,7 @@ def run(here: Callable[..., int]) -> Run:
     return call
 
 
-def test_rows_go_to_stdout_and_the_books_to_stderr(
+def test_rows_go_to_stdout_and_the_summary_to_stderr(
     run: Run, probe: FakeProbe, capfd: Capture
 ) -> None:
     probe.emit("tp_send", ts_ns=1000, pid=42, comm="curl")
@@ -370,13 +370,13 @@ def test_rows_go_to_stdout_and_the_books_to_stderr(
     assert len(err.splitlines()) == 1
 
 
-def test_quiet_means_nothing_on_stderr(run: Run, probe: FakeProbe, capfd: Capture) -> None:
+def test_quiet_run_prints_nothing_on_stderr(run: Run, probe: FakeProbe, capfd: Capture) -> None:
     probe.emit("tp_send", ts_ns=1)
     assert run("--count", "1", "-q") == 0
     assert capfd.readouterr().err == ""
 
 
-def test_jsonl_ends_with_the_report(run: Run, probe: FakeProbe, capfd: Capture) -> None:
+def test_jsonl_output_ends_with_the_report(run: Run, probe: FakeProbe, capfd: Capture) -> None:
     probe.emit("tp_send", ts_ns=1)
     assert run("--sink", "jsonl", "--count", "1") == 0
     row, report = map(json.loads, capfd.readouterr().out.splitlines())
@@ -384,7 +384,7 @@ def test_jsonl_ends_with_the_report(run: Run, probe: FakeProbe, capfd: Capture) 
     assert report["report"]["delivered"] == 1
 
 
-def test_one_run_may_have_several_sinks(
+def test_one_run_feeds_several_sinks(
     run: Run, probe: FakeProbe, capfd: Capture, tmp_path: Path
 ) -> None:
     path = tmp_path / "out.jsonl"
@@ -399,7 +399,7 @@ def overflow(probe: FakeProbe) -> None:
         pass
 
 
-def test_lost_events_are_said_and_are_no_failure(
+def test_lost_events_are_reported_and_exit_code_stays_0(
     run: Run, probe: FakeProbe, capfd: Capture
 ) -> None:
     overflow(probe)
@@ -407,9 +407,7 @@ def test_lost_events_are_said_and_are_no_failure(
     assert " rows, 1 lost (" in capfd.readouterr().err
 
 
-def test_lost_events_are_a_failure_where_that_was_asked_for(
-    run: Run, probe: FakeProbe, capfd: Capture
-) -> None:
+def test_fail_on_loss_exits_with_5_on_a_loss(run: Run, probe: FakeProbe, capfd: Capture) -> None:
     overflow(probe)
     assert run("--duration", "10ms", "--fail-on-loss") == 5
     assert capfd.readouterr().err.endswith(
@@ -417,22 +415,22 @@ def test_lost_events_are_a_failure_where_that_was_asked_for(
     )
 
 
-def test_without_a_loss_fail_on_loss_is_no_failure(run: Run, probe: FakeProbe) -> None:
+def test_fail_on_loss_exits_with_0_without_a_loss(run: Run, probe: FakeProbe) -> None:
     probe.emit("tp_send", ts_ns=1)
     assert run("--count", "1", "--fail-on-loss") == 0
 
 
-def test_the_commands_exit_status_is_ours(run: Run, loader: FakeLoader) -> None:
+def test_run_exits_with_the_commands_status(run: Run, loader: FakeLoader) -> None:
     assert run("--", "sh", "-c", "exit 42") == 42
     assert loader.requests[0].follow
 
 
-def test_a_command_that_we_end_has_no_say_in_our_exit_status(run: Run, probe: FakeProbe) -> None:
+def test_status_of_a_command_ended_by_the_run_is_ignored(run: Run, probe: FakeProbe) -> None:
     probe.emit("tp_send", ts_ns=1)
     assert run("--count", "1", "--", "sleep", "60") == 0
 
 
-def test_both_versions_of_ip_are_all(run: Run, loader: FakeLoader) -> None:
+def test_both_ip_versions_together_filter_nothing(run: Run, loader: FakeLoader) -> None:
     run("-4", "-6", "-d", "10ms", "-q")
     run("-6", "-d", "10ms", "-q")
     assert [request.filter.ip for request in loader.requests] == [0, 6]
@@ -451,7 +449,7 @@ def whole(*arguments: str, stdout: int = subprocess.PIPE, files: str = "") -> tu
 
 
 @pytest.mark.parametrize("arguments", [("plugins", "list"), ("--help",), ("run", "--help")])
-def test_a_full_disk_is_one_sentence_for_every_command(arguments: tuple[str, ...]) -> None:
+def test_every_command_reports_a_full_disk_in_one_sentence(arguments: tuple[str, ...]) -> None:
     with Path("/dev/full").open("wb") as full:
         status, _, err = whole(*arguments, stdout=full.fileno())
     assert status == 1
@@ -459,7 +457,7 @@ def test_a_full_disk_is_one_sentence_for_every_command(arguments: tuple[str, ...
 
 
 @pytest.mark.parametrize("arguments", [("plugins", "list"), ("--help",)])
-def test_a_reader_that_has_gone_is_no_failure_of_any_command(arguments: tuple[str, ...]) -> None:
+def test_every_command_exits_with_0_when_its_reader_has_gone(arguments: tuple[str, ...]) -> None:
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "wb") as gone:
@@ -467,7 +465,7 @@ def test_a_reader_that_has_gone_is_no_failure_of_any_command(arguments: tuple[st
     assert (status, err) == (0, "")
 
 
-def test_too_few_files_are_one_sentence() -> None:
+def test_too_many_open_files_are_reported_in_one_sentence() -> None:
     status, out, err = whole("run", "--probe", "tcp_client", "--", "true", files="7")
     assert status == 1
     assert one_sentence(out, err) == "too many open files: raise the limit (ulimit -n)"
@@ -497,7 +495,7 @@ os.execv(sys.argv[3], sys.argv[3:])
     ("call", "number"),
     [("memfd_create", 319), ("socketpair", 53), ("capset", 126), ("capget", 125)],
 )
-def test_a_system_call_that_a_filter_refuses_is_named(call: str, number: int, error: str) -> None:
+def test_system_call_refused_by_seccomp_is_named(call: str, number: int, error: str) -> None:
     if call == "capset" and not ROOT:
         pytest.skip("without rights there are none to give up")
     done = subprocess.run(
@@ -517,7 +515,7 @@ def test_a_system_call_that_a_filter_refuses_is_named(call: str, number: int, er
 
 
 @pytest.mark.parametrize("more", [(), ("-q",), ("--dry-run",)])
-def test_stopped_before_it_has_begun_it_says_that_nothing_was_recorded(
+def test_run_stopped_before_its_start_reports_that_nothing_was_recorded(
     run: Run, monkeypatch: pytest.MonkeyPatch, capfd: Capture, more: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(Signals, "stopping", lambda _: True)
@@ -537,7 +535,7 @@ def test_stopped_before_it_has_begun_it_says_that_nothing_was_recorded(
         ("doctor", 130, ""),
     ],
 )
-def test_ctrl_c_while_it_starts_says_so(
+def test_ctrl_c_during_startup_is_one_sentence(
     here: Callable[..., int],
     monkeypatch: pytest.MonkeyPatch,
     capfd: Capture,
@@ -554,7 +552,7 @@ def test_ctrl_c_while_it_starts_says_so(
 
 
 @pytest.mark.parametrize("module", ["tcplat_core.run.privileges", "tcplat_core.cli.main"])
-def test_ctrl_c_while_python_imports_is_no_traceback(tmp_path: Path, module: str) -> None:
+def test_ctrl_c_during_imports_prints_no_traceback(tmp_path: Path, module: str) -> None:
     """Before main() it ends the process; after that it is the end of a run."""
     source = Path(__file__).parents[2] / "bin" / "tcplat-start"
     start = tmp_path / "start"
@@ -582,7 +580,7 @@ class Interrupts:
         assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
-def test_a_run_under_nohup_outlives_its_terminal() -> None:
+def test_run_under_nohup_outlives_its_terminal() -> None:
     """It only takes over what was not ignored; in a process of its own, for the sake of others."""
     text = """
 import signal
@@ -598,19 +596,19 @@ assert signals.stopping()
     subprocess.run([sys.executable, "-c", text], check=True)
 
 
-def test_lists_of_numbers_are_written_with_commas_or_as_in_plugin_options() -> None:
+def test_port_lists_accept_commas_and_plus_signs() -> None:
     assert _ports(["80+443", "8080,8081"]) == (80, 443, 8080, 8081)
     for text in ("80+", "+80", "80++443"):
         with pytest.raises(UsageError, match="port '' is not a number"):
             _ports([text])
 
 
-def test_a_commands_own_options_are_its_own(run: Run, capfd: Capture) -> None:
+def test_options_behind_two_dashes_belong_to_the_command(run: Run, capfd: Capture) -> None:
     assert run("-q", "--", "echo", "--count", "-p", "x") == 0
     assert "--count -p x\n" in capfd.readouterr().out
 
 
-def test_a_sink_that_fails_is_said_and_the_others_go_on(
+def test_failing_sink_is_reported_and_the_others_continue(
     run: Run, probe: FakeProbe, capfd: Capture
 ) -> None:
     probe.emit("tp_send", ts_ns=1)
@@ -623,13 +621,13 @@ def test_a_sink_that_fails_is_said_and_the_others_go_on(
     ) in err
 
 
-def test_with_no_sink_left_it_failed(run: Run, probe: FakeProbe, capfd: Capture) -> None:
+def test_run_with_no_sink_left_fails(run: Run, probe: FakeProbe, capfd: Capture) -> None:
     probe.emit("tp_send", ts_ns=1)
     assert run("--sink", "jsonl:path=/dev/full") == 1
     assert "No space left on device" in capfd.readouterr().err
 
 
-def test_a_reader_that_goes_away_is_no_failure(
+def test_run_exits_with_0_when_its_reader_goes_away(
     run: Run, probe: FakeProbe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, write = os.pipe()
@@ -640,7 +638,7 @@ def test_a_reader_that_goes_away_is_no_failure(
         assert run("-q") == 0
 
 
-def test_the_loader_gets_what_the_user_asked_for(run: Run, loader: FakeLoader) -> None:
+def test_loader_receives_the_users_options(run: Run, loader: FakeLoader) -> None:
     run("--attach", "kprobe", "-p", f"{os.getpid()},{os.getppid()}", "-d", "10ms", "-q")
     (request,) = loader.requests
     assert [probe.name for probe in request.probes] == ["tcp_client"]
@@ -650,7 +648,7 @@ def test_the_loader_gets_what_the_user_asked_for(run: Run, loader: FakeLoader) -
     assert not request.follow
 
 
-def test_without_filters_everything_is_wanted(run: Run, loader: FakeLoader) -> None:
+def test_run_without_filters_requests_everything(run: Run, loader: FakeLoader) -> None:
     run("-d", "10ms", "-q")
     assert loader.requests[0].filter == Filter()
     assert loader.requests[0].attach == "auto"
@@ -708,7 +706,7 @@ SWITCHED_OFF = [
 
 @pytest.mark.usefixtures("bad_sink")
 @pytest.mark.parametrize(("how", "said"), SWITCHED_OFF)
-def test_a_sink_takes_nobody_elses_rows(
+def test_failing_sink_costs_other_sinks_no_rows(
     run: Run, probe: FakeProbe, capfd: Capture, how: str, said: str
 ) -> None:
     probe.emit("tp_send", ts_ns=1)
@@ -722,7 +720,7 @@ def test_a_sink_takes_nobody_elses_rows(
 
 @pytest.mark.usefixtures("bad_sink")
 @pytest.mark.parametrize(("how", "said"), SWITCHED_OFF)
-def test_nor_in_a_replay(
+def test_failing_sink_costs_other_sinks_no_rows_in_a_replay(
     here: Callable[..., int], tmp_path: Path, capfd: Capture, how: str, said: str
 ) -> None:
     capture = tmp_path / "capture.jsonl"
@@ -744,7 +742,7 @@ def test_nor_in_a_replay(
         ("option", "sink bad: reading its option how failed: GeneratorExit"),
     ],
 )
-def test_a_sink_that_cannot_be_made_is_a_broken_plugin(
+def test_sink_that_cannot_be_created_is_a_broken_plugin(
     run: Run, here: Callable[..., int], tmp_path: Path, capfd: Capture, how: str, said: str
 ) -> None:
     (tmp_path / "capture.jsonl").write_bytes(b"")
@@ -755,7 +753,7 @@ def test_a_sink_that_cannot_be_made_is_a_broken_plugin(
 
 
 @pytest.mark.usefixtures("bad_sink")
-def test_a_reader_that_had_gone_before_the_run_ends_it_as_one_that_goes_later(
+def test_reader_gone_before_the_run_ends_it_cleanly(
     run: Run, here: Callable[..., int], probe: FakeProbe, tmp_path: Path, capfd: Capture
 ) -> None:
     probe.emit("tp_send", ts_ns=1)
@@ -769,7 +767,7 @@ def test_a_reader_that_had_gone_before_the_run_ends_it_as_one_that_goes_later(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_bug_of_ours_is_not_hidden(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_exception_is_not_hidden(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what a user can cause is one sentence."""
 
     def broken() -> None:

@@ -48,7 +48,7 @@ def proc(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         (OTHER, OTHER, "monotonic          -7 999999999\nboottime 3 0\n", -6_000_000_001),
     ],
 )
-def test_by_how_much_it_is_ahead(
+def test_time_namespace_offset_is_read_from_proc(
     own: str | None, childrens: str | None, offsets: str | None, ahead: int, proc: dict[str, str]
 ) -> None:
     known = {"ns/time": own, "ns/time_for_children": childrens, "timens_offsets": offsets}
@@ -60,7 +60,7 @@ def test_by_how_much_it_is_ahead(
     assert abs(clock.kernel_ns() + clock.clock_offset_ns() - time.time_ns()) < 1e9
 
 
-def test_where_the_file_is_about_another_namespace(proc: dict[str, str]) -> None:
+def test_offset_of_an_unrelated_time_namespace_is_refused(proc: dict[str, str]) -> None:
     proc.update({"ns/time": OTHER, "ns/time_for_children": THIRD, "timens_offsets": ""})
     with pytest.raises(CannotRunError, match="the offset of this time namespace cannot be known"):
         clock.ahead_ns()

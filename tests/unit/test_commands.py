@@ -54,7 +54,7 @@ def ran(*arguments: str, **how: object) -> Result:
     return CliRunner().invoke(cli, arguments, catch_exceptions=False, **how)  # type: ignore[arg-type] # obj=
 
 
-def test_a_plugins_command_runs_and_stands_in_the_help(install: Install) -> None:
+def test_plugin_command_runs_and_is_listed_in_the_help(install: Install) -> None:
     install("good", GOOD, "greet = good:greet")
     assert ran("greet", "world").output == "hello world\n"
     assert "Say hello." in ran("--help").output
@@ -62,14 +62,14 @@ def test_a_plugins_command_runs_and_stands_in_the_help(install: Install) -> None
     assert line.split()[:5] == ["greet", "command", "2.5", "tcplat-good", "ok"]
 
 
-def test_of_a_plugin_nothing_is_imported_until_it_is_asked_for(install: Install) -> None:
+def test_plugin_is_not_imported_before_its_command_is_called(install: Install) -> None:
     install("good", GOOD, "greet = good:greet")
     ran("run", "--help")
     ran("plugins", "--help")
     assert "good" not in sys.modules
 
 
-def test_root_is_given_up_before_a_plugin_is_imported(install: Install) -> None:
+def test_root_is_dropped_before_a_plugin_is_imported(install: Install) -> None:
     install("good", GOOD, "greet = good:greet")
     given: list[bool] = []
     ran("greet", "world", obj=lambda: given.append("good" in sys.modules))
@@ -85,7 +85,7 @@ def test_root_is_given_up_before_a_plugin_is_imported(install: Install) -> None:
         ("", "bad = bad:nothing", "AttributeError: "),
     ],
 )
-def test_a_broken_command_says_so_and_the_others_go_on(
+def test_broken_command_is_reported_and_others_still_run(
     install: Install, code: str, entry: str, words: str
 ) -> None:
     install("bad", code, entry)
@@ -109,7 +109,7 @@ def test_a_broken_command_says_so_and_the_others_go_on(
         ),
     ],
 )
-def test_whatever_a_commands_module_raises_breaks_it_alone(
+def test_any_exception_of_a_command_module_breaks_that_command_alone(
     install: Install, code: str, said: str
 ) -> None:
     install("bad", code, "bad = bad:bad")
@@ -146,7 +146,7 @@ def bad(it):
         ("raise OSError(22, 'words')", "OSError: .Errno 22. words"),
     ],
 )
-def test_whatever_a_command_raises_as_it_runs_is_its_fault(
+def test_any_exception_of_a_running_command_is_a_plugin_error(
     install: Install, where: str, statement: str, words: str
 ) -> None:
     code = {"of_type": "return value", "of_callback": "pass"} | {where: statement}
@@ -164,12 +164,12 @@ def test_whatever_a_command_raises_as_it_runs_is_its_fault(
         ("from tcplat_core.errors import ReaderGoneError; raise ReaderGoneError", 0),
     ],
 )
-def test_a_commands_exit_status_is_its_own(install: Install, statement: str, status: int) -> None:
+def test_plugin_command_sets_the_exit_status(install: Install, statement: str, status: int) -> None:
     install("bad", RAISING.format(of_type="return value", of_callback=statement), "bad = bad:bad")
     assert ran("bad").exit_code == status
 
 
-def test_a_command_whose_line_in_the_help_fails_is_broken(install: Install) -> None:
+def test_command_with_a_failing_help_text_is_broken(install: Install) -> None:
     code = """
 import click
 class Bad(click.Command):
@@ -180,19 +180,19 @@ bad = Bad("bad")
     assert "Broken: ValueError: no words" in ran("--help").output
 
 
-def test_no_plugin_takes_the_place_of_a_command_of_ours(install: Install) -> None:
+def test_plugin_cannot_replace_a_core_command(install: Install) -> None:
     install("thief", GOOD, "replay = thief:greet")
     assert "Send the rows of a capture to sinks" in ran("replay", "--help").output
     (line,) = [line for line in ran("plugins", "list").output.splitlines() if "thief" in line]
     assert "a command of this name exists already" in line
 
 
-def test_there_is_no_such_command() -> None:
+def test_unknown_command_is_refused() -> None:
     with pytest.raises(click.UsageError, match="No such command"):
         cli.main(["nonesuch"], standalone_mode=False)
 
 
-def test_help_is_quick() -> None:
+def test_help_takes_less_than_200_ms_of_cpu() -> None:
     ran("--help")
     took = []
     for _ in range(5):
@@ -202,12 +202,12 @@ def test_help_is_quick() -> None:
     assert min(took) < 0.2
 
 
-def test_the_built_in_ones_are_found() -> None:
+def test_built_in_commands_are_found() -> None:
     names = {entry.name: status for entry, status, _ in commands.found(())}
     assert names.items() >= {"report": "ok", "diff": "ok", "merge": "ok"}.items()
 
 
-def test_a_termination_that_c_code_loses_comes_again() -> None:
+def test_sigterm_swallowed_by_c_code_is_raised_later() -> None:
     code = """
 import ctypes, os, signal, time
 from tcplat_core.registry.commands import terminated_in_order

@@ -57,7 +57,7 @@ TEXT = program_text(
 )
 
 
-def test_a_call_of_a_kfunc_becomes_one() -> None:
+def test_call_of_a_kfunc_is_patched_and_a_helpers_is_not() -> None:
     """Bcc compiles calls by number, as those of helpers; a helper's stays what it is."""
     instruction = struct.Struct("=BBhi")
     call = [0x85, 0, 0]
@@ -76,7 +76,7 @@ def defined(text: str = TEXT) -> dict[str, str]:
 # --- the text
 
 
-def test_each_hook_has_the_number_by_which_the_session_knows_it() -> None:
+def test_hook_numbers_in_c_match_those_of_the_session() -> None:
     numbers = {name: int(value) for name, value in defined().items() if name.startswith("HOOK_")}
     assert numbers == {
         "HOOK_kr_send": 0,
@@ -96,7 +96,7 @@ def test_each_hook_has_the_number_by_which_the_session_knows_it() -> None:
     assert [hook.attach for hook in fired_by(SPEC)] == ["kprobe"] * 2 + ["tracepoint"] * 3
 
 
-def test_a_program_that_serves_two_ways_has_one_number() -> None:
+def test_program_shared_by_two_ways_has_one_number() -> None:
     shared = kentry("tcp_sendmsg", "on_send")
     spec = ProbeSpec(
         name="x",
@@ -112,7 +112,7 @@ def test_a_program_that_serves_two_ways_has_one_number() -> None:
     assert len(fired_by(spec)) == 2
 
 
-def test_the_ways_that_are_taken_are_defined_and_no_others() -> None:
+def test_only_the_ways_taken_are_defined() -> None:
     assert {
         name for name in defined() if re.match("TCPLAT_(KPROBE|FENTRY|TRACEPOINT|XDP)_", name)
     } == {"TCPLAT_KPROBE_send", "TCPLAT_TRACEPOINT_close"}
@@ -129,25 +129,25 @@ def test_no_constant_is_defined_twice() -> None:
     assert len(names) == len(set(names))
 
 
-def test_the_record_stands_in_front_of_all_headers() -> None:
+def test_record_precedes_all_headers() -> None:
     struct_ = Record(SPEC.event).c_struct()
     assert TEXT.count(struct_) == 1
     assert TEXT.index(struct_) < TEXT.index("#line 1 ")
 
 
 @pytest.mark.parametrize("name", ALWAYS)
-def test_a_shared_header_is_pasted_once_though_the_probe_includes_it(name: str) -> None:
+def test_shared_header_that_the_probe_includes_is_pasted_once(name: str) -> None:
     assert TEXT.count(f'#line 1 "tcplat/{name}"') == 1
     assert not re.search(r"#\s*include\s*<tcplat/", TEXT)
 
 
 @pytest.mark.parametrize("name", ALWAYS)
-def test_a_shared_header_is_pasted_though_the_probe_forgot_it(name: str) -> None:
+def test_shared_header_is_pasted_without_an_include(name: str) -> None:
     bare = ProbeRequest(name="b", source="", struct="", points=(), types=(), defines={})
     assert program_text(bare, taken={}, defines={}).count(f'#line 1 "tcplat/{name}"') == 1
 
 
-def test_the_cores_own_programs_come_last() -> None:
+def test_core_programs_come_last() -> None:
     last = max(TEXT.index(found[0]) for found in re.finditer('#line 1 "([^"]+)"', TEXT))
     assert TEXT[last:].startswith('#line 1 "tcplat/core.bpf.h"')
     assert TEXT.index(LAST_LINE) < last
@@ -165,22 +165,22 @@ def origin(text: str, line: str) -> tuple[str, int]:
     raise AssertionError(line)
 
 
-def test_the_compiler_counts_lines_as_the_author_does() -> None:
+def test_compiler_reports_line_numbers_of_the_source_file() -> None:
     assert origin(TEXT, LAST_LINE) == ("a_probe.bpf.c", len(SOURCE))
 
 
-def test_it_does_so_behind_any_other_header_as_well() -> None:
+def test_line_numbers_are_right_behind_an_optional_header() -> None:
     probe = attrs.evolve(PROBE, source=f"#include <tcplat/skb.bpf.h>\n\n{LAST_LINE}\n")
     text = program_text(probe, taken={}, defines={})
     assert '#line 1 "tcplat/skb.bpf.h"' in text
     assert origin(text, LAST_LINE) == ("a_probe.bpf.c", 3)
 
 
-def test_every_other_include_is_left_alone() -> None:
+def test_other_includes_are_left_unchanged() -> None:
     assert TEXT.count('#include "own.h"') == 1
 
 
-def test_a_shared_header_that_there_is_not_is_the_plugins_mistake() -> None:
+def test_unknown_shared_header_is_a_plugin_error() -> None:
     probe = ProbeRequest(
         name="b",
         source="#include <tcplat/evnt.bpf.h>",
@@ -206,7 +206,7 @@ EXIT = struct.pack("=BBhi", 0x95, 0, 0, 0)
 MAPS = tuple(Map(name, 27, 0, 0, 4096, 0) for name in ("events", "books"))
 
 
-def test_maps_are_named_by_fd_once_the_fds_are_known() -> None:
+def test_map_indices_are_replaced_by_fds() -> None:
     code = load_64(0, 1) + ADD + load_64(1, 1) + load_64(0, 1) + EXIT
     compiled = Compiled({"f": code, "g": EXIT}, MAPS)
     fds = [17, 1_000_000]
@@ -217,12 +217,12 @@ def test_maps_are_named_by_fd_once_the_fds_are_known() -> None:
     assert compiled.functions["f"] == code  # for the next start
 
 
-def test_constants_that_look_like_a_map_are_left_alone() -> None:
+def test_constants_that_resemble_a_map_load_are_left_unchanged() -> None:
     code = load_64(0, 0) + load_64(1, 2) + struct.pack("=BBhi", 0xB7, 0x11, 0, 1)
     assert Compiled({"f": code}, MAPS).code("f", [17, 18]) == code
 
 
-def test_what_was_compiled_comes_back_from_the_cache_as_it_was() -> None:
+def test_compiled_programs_survive_packing() -> None:
     compiled = Compiled({"f": load_64(0, 1)}, MAPS)
     assert Compiled.unpack(msgpack.unpackb(msgpack.packb(compiled.pack()))) == compiled
 
@@ -248,7 +248,7 @@ def package(folder: Path, *modules: str) -> Path:
 
 
 @pytest.mark.usefixtures("no_system")
-def test_without_bcc_the_sentence_says_what_to_install() -> None:
+def test_missing_bcc_error_names_the_package() -> None:
     with pytest.raises(CannotRunError) as error:
         find_bcc()
     assert str(error.value) == (
@@ -257,7 +257,7 @@ def test_without_bcc_the_sentence_says_what_to_install() -> None:
 
 
 @pytest.mark.usefixtures("no_system")
-def test_pypis_bcc_is_told_apart_and_never_imported(
+def test_unrelated_bcc_package_of_pypi_is_never_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stray = package(tmp_path)
@@ -269,7 +269,7 @@ def test_pypis_bcc_is_told_apart_and_never_imported(
 
 
 @pytest.mark.usefixtures("no_system")
-def test_a_folder_without_libbcc_is_not_the_systems_bcc(
+def test_folder_without_libbcc_is_not_the_systems_bcc(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package(tmp_path)
@@ -282,7 +282,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can own a s
 
 
 @needs_root
-def test_the_first_system_folder_that_has_bcc_is_taken(
+def test_first_system_folder_with_bcc_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders = [tmp_path / name for name in ("empty", "first", "second")]
@@ -294,7 +294,7 @@ def test_the_first_system_folder_that_has_bcc_is_taken(
 
 @needs_root
 @pytest.mark.parametrize("mode", [0o775, 0o757, 0o777])
-def test_a_bcc_that_others_can_write_to_is_not_run_as_root(
+def test_bcc_writable_by_others_is_refused_as_root(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
 ) -> None:
     package(tmp_path, "libbcc").chmod(mode)
@@ -304,7 +304,7 @@ def test_a_bcc_that_others_can_write_to_is_not_run_as_root(
 
 
 @needs_root
-def test_a_bcc_of_somebody_else_is_not_run_as_root(
+def test_bcc_of_another_user_is_refused_as_root(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     os.chown(package(tmp_path, "libbcc"), 65534, 65534)
@@ -313,7 +313,7 @@ def test_a_bcc_of_somebody_else_is_not_run_as_root(
         find_bcc()
 
 
-def test_compiling_comes_back_to_the_folder_it_left(
+def test_compiling_restores_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The compiler changes into the kernel tree."""
@@ -336,6 +336,6 @@ def test_compiling_comes_back_to_the_folder_it_left(
         ("x.c:3:1: error: expected ';'\n", None),
     ],
 )
-def test_what_ran_out_is_not_told_as_c_that_does_not_compile(said: str, number: object) -> None:
+def test_exhausted_resource_is_not_reported_as_a_compile_error(said: str, number: object) -> None:
     refused = compiling._refused(said)
     assert (refused and refused.errno) == number

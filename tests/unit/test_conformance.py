@@ -55,12 +55,12 @@ from tcplat_core.testing.conformance import checks, run
 BUILT_IN = [found.name for found in Plugins.load().found if found.distribution == "tcplat"]
 
 
-def test_there_is_something_that_comes_with_tcplat() -> None:
+def test_built_in_plugins_are_found() -> None:
     assert {"tcp_client", "tcp_service", "xdp_port", "jsonl", "table"} <= set(BUILT_IN)
 
 
 @pytest.mark.tcplat_plugin(*BUILT_IN, "histogram:format=json", root=False)
-def test_what_comes_with_tcplat_conforms(tcplat_check: Callable[[], None]) -> None:
+def test_built_in_plugins_conform(tcplat_check: Callable[[], None]) -> None:
     tcplat_check()
 
 
@@ -72,13 +72,13 @@ def not_checked(choice: str) -> dict[str, str]:
     }
 
 
-def test_what_a_sink_does_at_a_socket_or_with_histograms_is_looked_at_too() -> None:
+def test_sinks_at_a_socket_and_with_histograms_are_checked() -> None:
     assert not_checked("msgpack") == {"full device": "it writes to a socket, not to a device"}
     assert not_checked("histogram") == {}
 
 
 @pytest.mark.parametrize("kind", ["probe", "sink"])
-def test_what_plugins_new_makes_conforms(
+def test_project_of_plugins_new_conforms(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project, *_ = create(kind, f"fresh_{kind}", tmp_path)
@@ -130,7 +130,7 @@ def outcome(spec: ProbeSpec | SinkSpec, check: str) -> Outcome:
     return run(check, checks(subject)[check], subject)
 
 
-def test_the_probe_that_faults_are_planted_in_has_none() -> None:
+def test_probe_used_for_fault_injection_conforms() -> None:
     subject = without_root(GOOD)
     verdicts = {name: run(name, check, subject) for name, check in checks(subject).items()}
     needs_root = {"attaches", "leaves nothing", "lets packets pass"}
@@ -285,14 +285,14 @@ PROBE_FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 @pytest.mark.parametrize(("change", "check", "sentence"), PROBE_FAULTS.values(), ids=PROBE_FAULTS)
-def test_a_fault_of_a_probe_is_named(change: dict[str, Any], check: str, sentence: str) -> None:
+def test_fault_of_a_probe_is_named(change: dict[str, Any], check: str, sentence: str) -> None:
     found = outcome(attrs.evolve(GOOD, **change), check)
     assert found.verdict == "failed"
     assert sentence in found.why
     assert "\n" not in found.why
 
 
-def test_a_record_that_the_compiler_lays_out_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_record_laid_out_differently_by_the_compiler_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if tcplat itself had it wrong: a declaration cannot make it so."""
     from tcplat_core.event.record import Record  # noqa: PLC0415 - this test alone plays with it
 
@@ -306,7 +306,7 @@ def test_a_record_that_the_compiler_lays_out_otherwise(monkeypatch: pytest.Monke
     assert "than the schema" in found.why
 
 
-def test_what_cannot_be_looked_at_has_not_passed() -> None:
+def test_check_that_cannot_run_is_not_passed() -> None:
     """Whatever comes after a C that does not compile."""
     found = outcome(attrs.evolve(GOOD, source="int tp_gone("), "programs")
     assert found == Outcome("programs", "not checked", "the C does not compile by tracepoint")
@@ -360,7 +360,7 @@ def counts_in_the_kernel(*, quiet: bool) -> ProbeSpec:
 
 
 @pytest.mark.parametrize("quiet", [True, False])
-def test_a_probe_that_counts_needs_no_record(*, quiet: bool) -> None:
+def test_probe_with_histograms_alone_needs_no_record(*, quiet: bool) -> None:
     subject = without_root(counts_in_the_kernel(quiet=quiet))
     found = {name: run(name, check, subject) for name, check in checks(subject).items()}
     assert "compiles with histograms" in found
@@ -399,7 +399,7 @@ def in_a_file(**given: Any) -> SinkSpec:
     ],
     ids=str,
 )
-def test_an_example_of_a_path_is_none_of_the_users(
+def test_example_path_touches_no_file_of_the_user(
     given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -413,7 +413,7 @@ def test_an_example_of_a_path_is_none_of_the_users(
     assert Path.cwd() == tmp_path
 
 
-def test_a_path_that_is_given_is_tried_on_a_copy(tmp_path: Path) -> None:
+def test_given_path_is_tried_on_a_copy(tmp_path: Path) -> None:
     users = tmp_path / "x.db"
     users.write_text("precious")
 
@@ -430,7 +430,7 @@ def test_a_path_that_is_given_is_tried_on_a_copy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, ValueError, OSError, AttributeError])
-def test_the_kits_own_failure_is_not_the_plugins(
+def test_failure_of_the_kit_is_not_blamed_on_the_plugin(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object) -> None:
@@ -447,7 +447,7 @@ def test_the_kits_own_failure_is_not_the_plugins(
     assert (found.verdict, "the kit itself failed" in found.why) == ("not checked", True)
 
 
-def test_what_the_plugin_raises_is_the_plugins() -> None:
+def test_exception_of_the_plugin_is_a_failed_check() -> None:
     class Divides(Lines):
         def write(self, batch: Sequence[Event]) -> None:
             raise ZeroDivisionError(len(batch))
@@ -487,7 +487,7 @@ def raises(error: BaseException) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("said", ODD)
-def test_whatever_a_probe_raises_is_told_as_its_fault(said: str) -> None:
+def test_any_exception_of_a_probe_fails_the_check(said: str) -> None:
     it = raises(ODD[said])
     odd = {"rto_us": Annotated[int, Wire("u32", "never", to=it)]}
     event = type("Odd", (Event,), {"__annotations__": odd}, gc=False)
@@ -503,7 +503,7 @@ def test_whatever_a_probe_raises_is_told_as_its_fault(said: str) -> None:
 
 
 @pytest.mark.parametrize("said", ODD)
-def test_whatever_a_check_meets_where_it_expects_no_code_of_a_plugins(said: str) -> None:
+def test_any_exception_inside_a_check_fails_it(said: str) -> None:
     done = run("it", raises(ODD[said]), without_root(GOOD))
     assert done == Outcome("it", "failed", f"it raises {said}: it must not")
 
@@ -538,7 +538,7 @@ def sink(cls: type[Lines]) -> SinkSpec:
 
 
 @pytest.mark.parametrize("said", ODD)
-def test_whatever_a_sink_raises_is_told_as_its_fault(said: str) -> None:
+def test_any_exception_of_a_sink_fails_the_check(said: str) -> None:
     class Odd(Lines):
         def write(self, batch: Sequence[Event]) -> None:
             if any(row.pid is None for row in batch):
@@ -712,20 +712,20 @@ SINK_FAULTS: dict[str, tuple[Any, str, str]] = {
 }
 
 
-def test_the_sink_that_faults_are_planted_in_has_none() -> None:
+def test_sink_used_for_fault_injection_conforms() -> None:
     subject = without_root(sink(Lines))
     found = [run(name, check, subject) for name, check in checks(subject).items()]
     assert [one for one in found if one.verdict != "passed"] == []
 
 
 @pytest.mark.parametrize(("cls", "check", "sentence"), SINK_FAULTS.values(), ids=SINK_FAULTS)
-def test_a_fault_of_a_sink_is_named(cls: Any, check: str, sentence: str) -> None:
+def test_fault_of_a_sink_is_named(cls: Any, check: str, sentence: str) -> None:
     found = outcome(sink(cls), check)
     assert found.verdict == "failed", found
     assert sentence in found.why
 
 
-def test_a_sink_that_joins_may_wait_for_more_rows() -> None:
+def test_joining_sink_may_hold_rows_back() -> None:
     class Joins(Lines):
         joins = True
         rows = 0
@@ -830,7 +830,7 @@ def served(cls: type[Served]) -> SinkSpec:
     )
 
 
-def test_the_socket_that_faults_are_planted_in_has_none() -> None:
+def test_socket_sink_used_for_fault_injection_conforms() -> None:
     subject = without_root(served(Served))
     found = [run(name, check, subject) for name, check in checks(subject).items()]
     assert [one.check for one in found if one.verdict != "passed"] == ["full device"]
@@ -845,9 +845,7 @@ def test_the_socket_that_faults_are_planted_in_has_none() -> None:
         (HangsUpTwice, "close twice", "a second close() raises OSError"),
     ],
 )
-def test_a_fault_of_a_sink_at_a_socket_is_named(
-    cls: type[Served], check: str, sentence: str
-) -> None:
+def test_fault_of_a_socket_sink_is_named(cls: type[Served], check: str, sentence: str) -> None:
     found = outcome(served(cls), check)
     assert found.verdict == "failed", found
     assert sentence in found.why
@@ -886,7 +884,7 @@ def counting(cls: type[Lines]) -> SinkSpec:
 
 
 @pytest.mark.parametrize("cls", [Counts, Derived])
-def test_the_sink_that_counts_and_that_faults_are_planted_in_has_none(cls: type[Lines]) -> None:
+def test_histogram_sink_used_for_fault_injection_conforms(cls: type[Lines]) -> None:
     subject = without_root(counting(cls))
     found = [run(name, check, subject) for name, check in checks(subject).items()]
     assert [one for one in found if one.verdict != "passed"] == []
@@ -900,15 +898,13 @@ def test_the_sink_that_counts_and_that_faults_are_planted_in_has_none(cls: type[
         (HasSinksAggregates, "methods", "it has no method aggregates(): a run calls it"),
     ],
 )
-def test_a_fault_of_a_sink_that_counts_is_named(
-    cls: type[Lines], check: str, sentence: str
-) -> None:
+def test_fault_of_a_histogram_sink_is_named(cls: type[Lines], check: str, sentence: str) -> None:
     found = outcome(counting(cls), check)
     assert found.verdict == "failed", found
     assert sentence in found.why
 
 
-def test_a_sink_that_does_not_return_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sink_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Hangs(Lines):
         def write(self, batch: Sequence[Event]) -> None:  # noqa: ARG002 - it does nothing with it
             time.sleep(60)
@@ -917,7 +913,7 @@ def test_a_sink_that_does_not_return_is_ended(monkeypatch: pytest.MonkeyPatch) -
     assert outcome(sink(Hangs), "batches").why == "it did not return within 0 s"
 
 
-def test_a_sink_that_writes_elsewhere_is_not_said_to_have_passed() -> None:
+def test_sink_that_writes_no_output_is_not_checked() -> None:
     class Silent(Lines):
         def write(self, batch: Sequence[Event]) -> None: ...
 
@@ -957,7 +953,7 @@ UNLOADABLE = {
 
 
 @pytest.mark.parametrize(("change", "sentence"), UNLOADABLE.values(), ids=UNLOADABLE)
-def test_a_plugin_that_does_not_load_is_broken(
+def test_plugin_that_does_not_load_is_broken(
     change: dict[str, str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = {"extra": "", "field": "rto_us", "c_type": "u32", "hook": "tcplat_register_probes"}
@@ -984,7 +980,7 @@ def unprivileged(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("unprivileged")
-def test_the_command_shows_each_check_and_the_sum() -> None:
+def test_plugins_check_prints_each_check_and_a_summary() -> None:
     done = check("xdp_port:iface=lo,port=9999")
     assert done.exit_code == 0
     lines = done.stdout.splitlines()
@@ -995,7 +991,7 @@ def test_the_command_shows_each_check_and_the_sum() -> None:
 
 
 @pytest.mark.usefixtures("unprivileged")
-def test_the_command_speaks_json() -> None:
+def test_plugins_check_prints_json() -> None:
     done = check("xdp_port", "--json")
     (one,) = json.loads(done.stdout)
     assert (one["name"], one["kind"]) == ("xdp_port", "probe")
@@ -1010,7 +1006,7 @@ def test_the_command_speaks_json() -> None:
 
 
 @pytest.mark.usefixtures("unprivileged")
-def test_a_failed_check_is_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_check_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
     faulty = attrs.evolve(GOOD, summary="", source="int tp_gone(")
     found = Found("gone", "probe", "1.0", "theirs", "ok", faulty.summary)
     plugins = Plugins(probes={"gone": faulty}, found=[found])
@@ -1028,7 +1024,9 @@ def test_a_failed_check_is_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
         ("xdp_port:port=none", 2, "is not a port"),
     ],
 )
-def test_what_cannot_be_checked_at_all(choice: str, status: int, sentence: str) -> None:
+def test_unusable_choice_is_refused_in_one_sentence(
+    choice: str, status: int, sentence: str
+) -> None:
     done = subprocess.run(
         [Path(sys.executable).with_name("tcplat"), "plugins", "check", choice],
         capture_output=True,
@@ -1040,7 +1038,7 @@ def test_what_cannot_be_checked_at_all(choice: str, status: int, sentence: str) 
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_without_any_capability_the_c_is_compiled_all_the_same() -> None:
+def test_c_is_compiled_without_any_capability() -> None:
     """All that bcc needs rights for is to create maps, and by then it has compiled."""
     drop = ("setpriv", "--bounding-set=-all", "--inh-caps=-all") if os.geteuid() == 0 else ()
     tcplat = str(Path(sys.executable).with_name("tcplat"))
@@ -1056,7 +1054,7 @@ def test_without_any_capability_the_c_is_compiled_all_the_same() -> None:
 # --- for pytest
 
 
-def test_pytest_makes_a_test_of_each_check(tmp_path: Path) -> None:
+def test_pytest_plugin_makes_a_test_of_each_check(tmp_path: Path) -> None:
     test = tmp_path / "test_theirs.py"
     test.write_text(
         "import pytest\n"
@@ -1085,7 +1083,9 @@ def test_pytest_makes_a_test_of_each_check(tmp_path: Path) -> None:
     ],
     ids=["no mark", "no such plugin", "no such option"],
 )
-def test_pytest_says_what_it_cannot_make_tests_of(mark: str, sentence: str, tmp_path: Path) -> None:
+def test_pytest_plugin_refuses_a_wrong_mark_in_one_sentence(
+    mark: str, sentence: str, tmp_path: Path
+) -> None:
     test = tmp_path / "test_theirs.py"
     test.write_text(f"import pytest\n{mark}\ndef test_it(tcplat_check): tcplat_check()\n")
     done = subprocess.run(

@@ -11,7 +11,7 @@ from pathlib import Path
 DEMO = Path(__file__).parents[2] / "demo/demo.py"
 
 
-def test_a_port_in_use_is_one_sentence_with_the_way_out() -> None:
+def test_port_in_use_is_one_sentence_with_a_remedy() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = subprocess.run(

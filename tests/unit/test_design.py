@@ -58,7 +58,7 @@ def test_architecture_is_short() -> None:
     assert len(MAP.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
 
 
-def test_each_decision_stands_once() -> None:
+def test_each_decision_exists_once() -> None:
     counts = Counter(number for number, _ in decisions())
     assert counts
     assert [number for number, count in counts.items() if count > 1] == []
@@ -72,7 +72,7 @@ def test_each_decision_has_date_problem_decision_and_place() -> None:
             assert text.count(f"- **{part}.** ") == 1, f"{number}: {part}"
 
 
-def test_decisions_that_are_named_exist() -> None:
+def test_decisions_cited_in_code_exist() -> None:
     known = {number for number, _ in decisions()}
     # Numbers of decisions that others replaced stand in the one that replaced them.
     replaced = set(re.findall(r"· in force; replaces (D\d+)$", _all_designs(), re.MULTILINE))
@@ -97,7 +97,7 @@ def _all_designs() -> str:
 
 
 @every_page
-def test_paths_exist(page: Path) -> None:
+def test_paths_in_the_design_exist(page: Path) -> None:
     names = {path.name for path in sources()}
     named = {
         word
@@ -109,7 +109,7 @@ def test_paths_exist(page: Path) -> None:
 
 
 @every_page
-def test_names_behind_paths_stand_in_those_files(page: Path) -> None:
+def test_names_behind_paths_occur_in_those_files(page: Path) -> None:
     for path, names in _NAMES.findall(page.read_text(encoding="utf-8")):
         found = next((base / path for base in (ROOT, CORE) if (base / path).is_file()), None)
         assert found, path
@@ -120,7 +120,7 @@ def test_names_behind_paths_stand_in_those_files(page: Path) -> None:
 
 
 @every_page
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_in_the_design_exist(page: Path) -> None:
     for link in _LINK.findall(page.read_text(encoding="utf-8")):
         assert "://" in link or (page.parent / link).exists(), link
 

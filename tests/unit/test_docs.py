@@ -105,7 +105,7 @@ def folder(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 
 @pytest.mark.parametrize("page", list(GENERATE.MAKES))
-def test_what_is_made_from_the_code_is_what_the_code_says(page: str) -> None:
+def test_generated_pages_are_up_to_date(page: str) -> None:
     """Mended by `make docs`."""
     assert (DOCS / page).read_text(encoding="utf-8") == GENERATE.MAKES[page]()
 
@@ -115,7 +115,7 @@ def test_every_public_name_is_described_once() -> None:
     assert sorted(names) == sorted(tcplat_core.__all__)
 
 
-def test_every_helper_for_tests_that_is_shown_is_there() -> None:
+def test_every_test_helper_shown_is_public() -> None:
     shown = re.findall(r"tcplat_core\.testing import (\w+)", "".join(map(read, PAGES)))
     assert shown
     assert set(shown) <= set(testing.__all__)
@@ -125,14 +125,14 @@ def read(page: str) -> str:
     return (DOCS / page).read_text(encoding="utf-8")
 
 
-def test_every_link_leads_somewhere() -> None:
+def test_every_link_in_the_docs_exists() -> None:
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#]+)\)", read(page)):
             assert "://" in link or (DOCS / link).exists(), f"{page}: {link}"
 
 
 @every_page
-def test_every_block_is_of_a_kind_that_is_run_below(page: str) -> None:
+def test_every_code_block_has_a_tested_language(page: str) -> None:
     assert {block.language for block in blocks(page)} <= {
         *("", "text", "python", "c", "json", "toml", "console")
     }
@@ -142,7 +142,7 @@ def test_every_block_is_of_a_kind_that_is_run_below(page: str) -> None:
 
 
 @every_project
-def test_files_are_shown_as_they_are_written(page: str, folder: Path) -> None:
+def test_files_shown_match_those_of_plugins_new(page: str, folder: Path) -> None:
     kind, name = PROJECTS[page]
     files = {block.file: block.code for block in blocks(page) if block.file}
     assert f"tcplat_{name}/plugin.py" in files
@@ -152,7 +152,7 @@ def test_files_are_shown_as_they_are_written(page: str, folder: Path) -> None:
 
 
 @every_page
-def test_python_runs(page: str, folder: Path) -> None:
+def test_python_blocks_run(page: str, folder: Path) -> None:
     for block in blocks(page):
         if block.language != "python" or block.file:
             continue
@@ -165,7 +165,7 @@ def test_python_runs(page: str, folder: Path) -> None:
 
 
 @every_page
-def test_json_is_what_tcplat_writes(page: str) -> None:
+def test_json_blocks_match_what_tcplat_writes(page: str) -> None:
     for block in blocks(page):
         if block.language == "json":
             for line in block.code.splitlines():
@@ -177,7 +177,7 @@ def test_json_is_what_tcplat_writes(page: str) -> None:
 
 
 @every_page
-def test_toml_stands_in_the_project(page: str, folder: Path) -> None:
+def test_toml_blocks_match_the_project(page: str, folder: Path) -> None:
     for block in blocks(page):
         if block.language == "toml":
             _, name = PROJECTS[page]
@@ -188,7 +188,7 @@ def test_toml_stands_in_the_project(page: str, folder: Path) -> None:
 
 @pytest.mark.skipif(not shutil.which("clang"), reason="clang is not installed")
 @every_page
-def test_c_structs_are_laid_out_so(page: str) -> None:
+def test_c_blocks_match_the_record_layout(page: str) -> None:
     """The C of whole probes is compiled and loaded by tests/live/test_new_plugins.py."""
     for block in blocks(page):
         if block.language == "c" and not block.file:
@@ -251,7 +251,7 @@ main()
 
 
 @every_page
-def test_commands_do_what_they_are_shown_to_do(page: str, folder: Path) -> None:
+def test_shown_commands_print_the_shown_output(page: str, folder: Path) -> None:
     cwd = folder
     for block in blocks(page):
         if block.language != "console":
@@ -279,7 +279,7 @@ def test_commands_do_what_they_are_shown_to_do(page: str, folder: Path) -> None:
                     assert expected in [re.sub(r"^ +\*", "  *", one) for one in printed]
 
 
-def test_commands_are_shown() -> None:
+def test_tutorials_show_the_new_and_run_commands() -> None:
     for page in PROJECTS:
         shown = "".join(block.code for block in blocks(page) if block.language == "console")
         assert shown.count("$ tcplat plugins new") == 1
@@ -293,7 +293,7 @@ READMES = sorted(
 
 
 @pytest.mark.parametrize("readme", READMES)
-def test_commands_of_the_readmes_are_such_as_tcplat_takes(readme: str) -> None:
+def test_commands_of_the_readmes_are_accepted_by_tcplat(readme: str) -> None:
     text = (ROOT / readme).read_text(encoding="utf-8").replace("\\\n", " ")
     # What the shell puts in: a process id.
     text = re.sub(r'"\$\(pidof[^)]*\)"', "1", text)
@@ -308,7 +308,7 @@ def test_commands_of_the_readmes_are_such_as_tcplat_takes(readme: str) -> None:
             parsed(words)
 
 
-def test_a_command_that_tcplat_does_not_take_would_be_noticed() -> None:
+def test_command_parser_of_this_test_refuses_wrong_commands() -> None:
     with pytest.raises(click.ClickException):
         parsed(["run", "--probe", "tcp_client", "--no-such-option"])
     with pytest.raises(tcplat_core.PluginError):

@@ -36,7 +36,7 @@ def package(folder: Path, **modules: str) -> Path:
         ("import ctypes; ctypes.CDLL(None).no_such_symbol", "is broken (AttributeError: "),
     ],
 )
-def test_a_broken_bcc_is_named_with_its_reason(
+def test_broken_bcc_is_reported_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, init: str, words: str
 ) -> None:
     package(tmp_path, __init__=init)
@@ -49,7 +49,7 @@ def test_a_broken_bcc_is_named_with_its_reason(
 
 
 @needs_root
-def test_a_bcc_that_others_can_change_is_not_called_missing(
+def test_bcc_writable_by_others_is_not_called_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = package(tmp_path)
@@ -61,7 +61,7 @@ def test_a_bcc_that_others_can_change_is_not_called_missing(
     assert f"chmod -R go-w {there}" in str(error.value)
 
 
-def test_tracefs_that_is_mounted_and_not_readable_is_not_called_missing(
+def test_unreadable_tracefs_is_not_called_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(host_checks, "tracefs", lambda: None)
@@ -73,12 +73,14 @@ def test_tracefs_that_is_mounted_and_not_readable_is_not_called_missing(
     assert "mount -o remount,mode=755 /sys/kernel/tracing" in mend
 
 
-def test_tracefs_that_is_not_mounted_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unmounted_tracefs_is_reported_with_the_mount_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: "proc /proc proc rw 0 0\n")
     assert bpf.tracefs_missing() == ("tracefs is not mounted", bpf.TRACEFS_MOUNT)
 
 
-def test_another_machine_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_machine_is_reported_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
     with pytest.raises(CannotRunError, match="runs on x86_64 and aarch64; this machine is riscv64"):
         bpf.map_create("any", bpf.ARRAY, 4, 4, 1, 0)

@@ -116,13 +116,13 @@ def any_record(event: type[Event], source: random.Random) -> bytes:
     return bytes(raw)
 
 
-def test_the_library_is_built_where_there_is_a_compiler() -> None:
+def test_library_is_built_where_a_compiler_exists() -> None:
     assert FILE.exists()
     assert library()
 
 
 @pytest.mark.parametrize("event", [Event, Everything])
-def test_lines_are_those_of_msgspec(event: type[Event]) -> None:
+def test_lines_match_those_of_msgspec(event: type[Event]) -> None:
     source = chance(4711)
     codecs = [codec_of(event)]
     for _ in range(60):
@@ -134,7 +134,7 @@ def test_lines_are_those_of_msgspec(event: type[Event]) -> None:
 
 @given(number=st.integers(0, (1 << 64) - 1))
 @settings(max_examples=2000, deadline=None)
-def test_every_digit_is_kept(number: int) -> None:
+def test_json_of_the_library_keeps_every_digit(number: int) -> None:
     rows = batch(
         [codec_of_everything()],
         [
@@ -157,7 +157,7 @@ def codec_of_everything() -> Codec:
 
 
 @pytest.mark.parametrize("digits", range(20))
-def test_the_shortest_and_the_longest_of_so_many_digits(digits: int) -> None:
+def test_numbers_around_each_power_of_ten_are_exact(digits: int) -> None:
     for number in (10**digits, 10 ** (digits + 1) - 1, 10**digits + 1):
         if number < 1 << 64:
             record = make_record(Everything, connect_ns=number, wide=number, has=0xFF)
@@ -166,7 +166,7 @@ def test_the_shortest_and_the_longest_of_so_many_digits(digits: int) -> None:
             assert by_c(rows) == by_python(rows)
 
 
-def test_rows_of_two_probes_keep_their_turns() -> None:
+def test_rows_of_two_probes_keep_their_order() -> None:
     codecs = [codec_of(Event), codec_of(Everything)]
     source = chance(1)
     raw = []
@@ -178,7 +178,7 @@ def test_rows_of_two_probes_keep_their_turns() -> None:
     assert by_c(rows) == by_python(rows)
 
 
-def test_what_is_remembered_is_bounded_and_stays_right() -> None:
+def test_memo_overflow_keeps_lines_correct() -> None:
     codecs = [codec_of(Event)]
     for begin in range(0, 40_000, 5000):
         raw = [(0, make_record(Event, sock=number)) for number in range(begin, begin + 5000)]
@@ -186,7 +186,7 @@ def test_what_is_remembered_is_bounded_and_stays_right() -> None:
         assert by_c(rows) == by_python(rows)
 
 
-def test_a_batch_of_many_pieces_and_a_line_longer_than_a_piece(
+def test_batch_of_many_pieces_and_long_lines_is_exact(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     raw = [(0, any_record(Event, chance(number))) for number in range(100)]
@@ -206,14 +206,14 @@ def test_rows_are_made_once_and_are_a_sequence() -> None:
     assert [row.ts_ns for row in rows[1:3]] == [1, 2]
 
 
-def test_an_event_with_what_c_cannot_work_out_is_left_to_python() -> None:
+def test_event_with_a_computed_field_is_left_to_python() -> None:
     class Strange(Event):
         twice_ns: Annotated[int, Made("2 * ts_ns", "worked out")]
 
     assert Codec.of(Record(Strange), "probe", HOOKS, ifname) is None
 
 
-def test_without_the_library_python_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_encodes_where_the_library_is_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TCPLAT_PURE", "1")
     library.cache_clear()
     try:
@@ -222,7 +222,7 @@ def test_without_the_library_python_does_it(monkeypatch: pytest.MonkeyPatch) -> 
         library.cache_clear()
 
 
-def test_the_compiler_has_nothing_to_say() -> None:
+def test_records_c_compiles_without_warnings() -> None:
     source = FILE.with_name("records.c")
     for compiler in filter(shutil.which, ("gcc", "clang")):
         done = subprocess.run(
@@ -277,7 +277,7 @@ def left(buffer: ReorderBuffer, before_ns: int = FOREVER) -> list[Event]:
     return list(buffer.leave(before_ns))
 
 
-def test_records_leave_in_order_of_time_and_those_of_one_instant_as_they_came(
+def test_records_leave_in_time_order_and_ties_in_arrival_order(
     buffers: Callable[..., Made_],
 ) -> None:
     buffer, fakes, _ = buffers(Event, Everything)
@@ -294,7 +294,7 @@ def test_records_leave_in_order_of_time_and_those_of_one_instant_as_they_came(
     assert left(buffer) == []
 
 
-def test_what_is_younger_stays_and_keeps_its_bytes(buffers: Callable[..., Made_]) -> None:
+def test_records_beyond_the_horizon_stay_buffered_unchanged(buffers: Callable[..., Made_]) -> None:
     buffer, fakes, _ = buffers(Event, Everything)
     told: list[tuple[int, int]] = []
     source = chance(6)
@@ -320,7 +320,7 @@ def test_what_is_younger_stays_and_keeps_its_bytes(buffers: Callable[..., Made_]
     assert [ns for ns, _ in told] == sorted(ns for ns, _ in fed)
 
 
-def test_so_many_are_taken_at_a_time(buffers: Callable[..., Made_]) -> None:
+def test_take_stops_at_the_limit(buffers: Callable[..., Made_]) -> None:
     buffer, (fake,), (ring,) = buffers(Event)
     fake.feed(map(at, range(1, 101)))
     assert buffer.take(0, 30, 0) == 30
@@ -340,7 +340,7 @@ def test_records_wrap_around_the_end(buffers: Callable[..., Made_]) -> None:
         assert [row.ts_ns for row in left(buffer)] == list(range(begin, begin + 10))
 
 
-def test_a_record_that_is_not_complete_stops_what_follows(buffers: Callable[..., Made_]) -> None:
+def test_busy_record_holds_back_its_successors(buffers: Callable[..., Made_]) -> None:
     buffer, (fake,), (ring,) = buffers(Event)
     fake.feed([at(1)])
     position = fake.reserve(at(2))
@@ -354,7 +354,7 @@ def test_a_record_that_is_not_complete_stops_what_follows(buffers: Callable[...,
     assert [row.ts_ns for row in left(buffer)] == [2, 3]
 
 
-def test_a_record_that_was_taken_back_is_skipped_and_not_counted(
+def test_discarded_record_is_skipped_and_not_counted(
     buffers: Callable[..., Made_],
 ) -> None:
     buffer, (fake,), (ring,) = buffers(Event)
@@ -374,14 +374,14 @@ def test_records_are_counted_by_their_hook(buffers: Callable[..., Made_]) -> Non
     assert ring.taken == {0: 3, 1: 5, 2: 7}
 
 
-def test_a_record_of_another_size_is_foreign(buffers: Callable[..., Made_]) -> None:
+def test_record_of_another_size_raises_foreignrecorderror(buffers: Callable[..., Made_]) -> None:
     buffer, (fake,), _ = buffers(Event)
     fake.feed([at(1), b"x" * 16])
     with pytest.raises(ForeignRecordError):
         buffer.take(0, 10, 0)
 
 
-def test_counts_outlive_the_room(buffers: Callable[..., Made_]) -> None:
+def test_counts_outlive_the_buffer(buffers: Callable[..., Made_]) -> None:
     buffer, (fake,), (ring,) = buffers(Event)
     fake.feed([at(1)])
     buffer.take(0, 10, 0)
@@ -390,7 +390,7 @@ def test_counts_outlive_the_room(buffers: Callable[..., Made_]) -> None:
     assert ring.taken == {0: 1}
 
 
-def test_rows_that_come_from_no_ring_take_their_place(buffers: Callable[..., Made_]) -> None:
+def test_rows_from_no_ring_are_sorted_in(buffers: Callable[..., Made_]) -> None:
     buffer, (fake,), _ = buffers(Event)
     assert not buffer.waiting
     fake.feed([at(1), at(3)])

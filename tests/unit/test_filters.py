@@ -64,7 +64,7 @@ def comm_passes(pattern: str, comm: str) -> bool:
 # --- addresses and ports, in the kernel
 
 
-def test_without_a_filter_everything_passes() -> None:
+def test_empty_filter_passes_everything() -> None:
     assert passes(Filter(), Addrs())
     assert not Filter().by_task
     assert set(Filter().defines()) == {"TCPLAT_MIN_NS", "TCPLAT_FILTER_ADDRS(a)"}
@@ -86,13 +86,13 @@ def test_without_a_filter_everything_passes() -> None:
         (Filter(lports=(1, 2), rports=(80,)), 3, 80, False),
     ],
 )
-def test_of_one_kind_any_and_of_all_kinds_each_must_hold(
+def test_filters_of_one_kind_are_ored_and_kinds_are_anded(
     wanted: Filter, sport: int, dport: int, *, expected: bool
 ) -> None:
     assert passes(wanted, Addrs(sport=sport, dport=dport)) == expected
 
 
-def test_namespace_and_version_must_hold() -> None:
+def test_namespace_and_ip_version_must_match() -> None:
     assert passes(Filter(netns=4_026_531_840, ip=6), Addrs(netns=4_026_531_840, ip=6))
     assert not passes(Filter(netns=4_026_531_840), Addrs(netns=1))
     assert not passes(Filter(ip=6), Addrs(ip=4))
@@ -117,13 +117,13 @@ def test_namespace_and_version_must_hold() -> None:
         ("2001:db8::/33", "2001:db8:8000::", False),
     ],
 )
-def test_an_address_is_in_a_network(network: str, address: str, *, inside: bool) -> None:
+def test_network_filter_matches_either_address(network: str, address: str, *, inside: bool) -> None:
     wanted, other = Filter(networks=(network,)), packed("fe80::bad")
     assert passes(wanted, Addrs(saddr=packed(address), daddr=other)) == inside
     assert passes(wanted, Addrs(saddr=other, daddr=packed(address))) == inside
 
 
-def test_networks_of_any_length_agree_with_pythons() -> None:
+def test_network_filter_agrees_with_ipaddress() -> None:
     chance = random.Random(20_240_504)  # noqa: S311 - reproducible on purpose
     for _ in range(2000):
         make, bits = chance.choice(((ipaddress.IPv4Network, 32), (ipaddress.IPv6Network, 128)))
@@ -155,48 +155,48 @@ def test_networks_of_any_length_agree_with_pythons() -> None:
         ('"); x("', "harmless", False),
     ],
 )
-def test_a_name_passes_in_the_kernel_as_it_does_here(
+def test_comm_pattern_matches_in_the_kernel_as_in_python(
     pattern: str, comm: str, *, expected: bool
 ) -> None:
     assert comm_passes(pattern, comm) == expected
     assert Filter(comm=pattern).wants(1, comm.encode()) == expected
 
 
-def test_no_letter_of_a_name_gets_into_the_c() -> None:
+def test_comm_pattern_puts_no_text_into_the_c() -> None:
     test = str(Filter(comm='a"\\\n;*').defines()["TCPLAT_FILTER_COMM(comm)"])
     assert re.fullmatch(r"[\d\s()\[\]=&u8com]+", test)
 
 
-def test_only_wanted_processes_pass() -> None:
+def test_pid_filter_passes_its_processes_alone() -> None:
     wanted = Filter(pids=(10, 20))
     assert [pid for pid in (0, 10, 15, 20) if wanted.wants(pid, b"x")] == [10, 20]
     assert wanted.defines()["TCPLAT_FILTER_PID"] == 1
 
 
-def test_no_process_is_not_every_process() -> None:
+def test_empty_pid_list_passes_no_process() -> None:
     assert not Filter(pids=()).wants(1, b"x")
     assert Filter().wants(0, b"")
 
 
-def test_a_socket_that_nobody_owns_passes_no_filter_for_processes() -> None:
+def test_socket_without_owner_passes_no_process_filter() -> None:
     assert not Filter(comm="*").wants(0, b"")
     assert not Filter(pids=(0,)).wants(0, b"")
     assert Filter(ports=(80,)).wants(0, b"")
 
 
-def test_all_filters_for_processes_must_hold() -> None:
+def test_process_filters_are_anded() -> None:
     wanted = Filter(pids=(10,), comm="curl")
     assert wanted.wants(10, b"curl")
     assert not wanted.wants(10, b"wget")
     assert not wanted.wants(11, b"curl")
 
 
-def test_a_traced_command_is_one_more_process() -> None:
+def test_traced_command_is_added_to_the_pids() -> None:
     assert Filter().and_pid(7) == Filter(pids=(7,))
     assert Filter(pids=(3,), comm="x").and_pid(7) == Filter(pids=(3, 7), comm="x")
 
 
-def test_a_cgroup_holds_what_is_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cgroup_filter_includes_descendants(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: "1:cpu:/other\n0::/a.slice/b.service\n")
     assert Filter(cgroup="/a.slice").wants(1, b"x")
     assert Filter(cgroup="/a.slice/b.service").wants(1, b"x")
@@ -223,7 +223,7 @@ PLACES = ("127.0.0.1", "10.0.0.1", "10.0.0.2", "::1", "2001:db8::1", "fe80::1")
 NETWORKS = ("127.0.0.1", "10.0.0.0/31", "0.0.0.0/0", "::/0", "2001:db8::/32", "::ffff:0:0/96")
 
 
-def test_a_recorded_row_passes_where_the_kernel_would_have_let_it() -> None:
+def test_row_filter_agrees_with_the_kernel_filter() -> None:
     chance = random.Random(20_261_125)  # noqa: S311 - reproducible on purpose
     outcomes = set()
     for _ in range(5000):
@@ -272,12 +272,12 @@ def test_a_recorded_row_passes_where_the_kernel_would_have_let_it() -> None:
     "pattern", ["curl", "cur*", "*", "Bücher", "Büc*", "a\\*", "a\\b", "x\x1b*"]
 )
 @pytest.mark.parametrize("comm", ["curl", "curly", "Bücher", "a\\b", "a\x01", "x\x1bc", "x\\x1bc"])
-def test_a_recorded_name_passes_as_it_does_in_the_kernel(pattern: str, comm: str) -> None:
+def test_comm_of_a_row_matches_as_in_the_kernel(pattern: str, comm: str) -> None:
     row = make_event(comm=text(comm.encode()))
     assert RowFilter(Filter(comm=pattern)).passes(row) == comm_passes(pattern, comm)
 
 
-def test_recorded_rows_of_nobody_pass_no_filter_for_processes() -> None:
+def test_row_without_a_process_passes_no_process_filter() -> None:
     row = make_event(pid=None, comm=None)
     assert not RowFilter(Filter(comm="*")).passes(row)
     outside = make_event(pid=None, comm="curl")  # of the PID namespace that the run was in
@@ -288,7 +288,7 @@ def test_recorded_rows_of_nobody_pass_no_filter_for_processes() -> None:
     assert not RowFilter(Filter(pids=(4711,), comm="wget")).passes(make_event())
 
 
-def test_recorded_packets_are_those_of_a_process_whose_connection_they_are() -> None:
+def test_packet_rows_pass_with_the_process_of_their_connection() -> None:
     rows = RowFilter(Filter(pids=(4711,)))
     rows.learn([make_event(), make_event(pid=7, sport=50_000)])
     packet = {"point": "nic_rx", "sock": 0, "pid": None, "comm": None}
@@ -300,7 +300,7 @@ def test_recorded_packets_are_those_of_a_process_whose_connection_they_are() -> 
     assert not rows.passes(make_event(**{**packet, "point": "rx_ip"}))
 
 
-def test_a_recorded_duration_must_be_long_enough_and_what_has_none_passes() -> None:
+def test_min_latency_passes_rows_without_a_duration() -> None:
     rows = RowFilter(Filter(min_ns=1_000_001))
     service = Plugins.load().probe("tcp_service").event
     for took, expected in ((None, True), (1000.0, False), (1000.001, True), (2e6, True)):
@@ -313,7 +313,7 @@ def test_a_recorded_duration_must_be_long_enough_and_what_has_none_passes() -> N
 # --- what users say
 
 
-def test_a_namespace_of_before_is_named_by_its_number() -> None:
+def test_recorded_namespace_is_given_by_inode() -> None:
     assert netns_recorded("4026531840") == 4_026_531_840
     assert netns_recorded(str(os.getpid())) == os.stat("/proc/self/ns/net").st_ino
     with pytest.raises(UsageError, match="there is no network namespace"):
@@ -321,12 +321,12 @@ def test_a_namespace_of_before_is_named_by_its_number() -> None:
 
 
 @pytest.mark.parametrize("text", ["/", "/no/where", "/etc/passwd"])
-def test_a_folder_that_is_no_cgroup_is_named(text: str) -> None:
+def test_folder_outside_cgroup2_is_named(text: str) -> None:
     with pytest.raises(UsageError, match=f"{text} is no folder below a cgroup2 mount"):
         cgroup_path(text)
 
 
-def test_a_cgroup_is_called_as_the_kernel_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cgroup_path_is_relative_to_the_cgroup2_mount(monkeypatch: pytest.MonkeyPatch) -> None:
     mounts = "25 1 0:22 / {} rw shared:9 - {} none rw\n"
     table = mounts.format("/proc", "proc") + mounts.format("/usr", "cgroup2")
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: table)

@@ -27,7 +27,7 @@ def fuzz(*arguments: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_its_workers_end_with_it() -> None:
+def test_workers_end_with_the_fuzzer() -> None:
     command = [sys.executable, "-m", "tests.fuzz.fuzz", "--seconds", "300", "--jobs", "2"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -42,11 +42,11 @@ def test_its_workers_end_with_it() -> None:
         os.close(fd)
 
 
-def test_captures_that_once_broke_something_break_nothing() -> None:
+def test_captures_of_past_failures_are_handled() -> None:
     assert CASES
     fuzz("--again", *map(str, CASES))
 
 
 @pytest.mark.parametrize("seed", [1])
-def test_captures_that_were_made_to_do_harm_do_none(seed: int) -> None:
+def test_hostile_captures_are_handled(seed: int) -> None:
     fuzz("--seconds", str(SECONDS), "--seed", str(seed))

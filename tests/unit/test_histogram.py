@@ -49,18 +49,18 @@ def distribution(*samples_ns: int) -> Distribution:
 
 @settings(deadline=None)
 @given(durations)
-def test_a_duration_lies_within_its_bucket(ns: int) -> None:
+def test_duration_lies_within_its_bucket(ns: int) -> None:
     low, high = bounds_ns(bucket(ns))
     assert low <= ns <= high
 
 
 @settings(deadline=None)
 @given(durations)
-def test_the_middle_of_a_bucket_is_at_most_3_2_percent_off(ns: int) -> None:
+def test_middle_of_a_bucket_is_at_most_3_2_percent_off(ns: int) -> None:
     assert abs(histograms.middle_us(bucket(ns)) * 1000 - ns) <= 0.032 * ns
 
 
-def test_buckets_follow_each_other_without_gap_from_0_to_69_seconds() -> None:
+def test_buckets_cover_0_to_68_s_without_gaps() -> None:
     expected = 0
     for number in range(BUCKETS):
         low, high = bounds_ns(number)
@@ -71,7 +71,7 @@ def test_buckets_follow_each_other_without_gap_from_0_to_69_seconds() -> None:
     assert expected / 1e9 > 68
 
 
-def test_what_is_longer_has_no_bucket() -> None:
+def test_duration_beyond_68_s_has_no_bucket() -> None:
     assert bucket(1 << TOP_BITS) == bucket((1 << 64) - 1) == BUCKETS
 
 
@@ -98,7 +98,7 @@ int main(void)
 """
 
 
-def test_the_kernel_finds_the_same_bucket_for_a_million_durations(tmp_path: Path) -> None:
+def test_kernel_and_python_agree_on_a_million_buckets(tmp_path: Path) -> None:
     compiler = shutil.which("clang") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("neither clang nor gcc is installed")
@@ -127,22 +127,20 @@ def test_the_kernel_finds_the_same_bucket_for_a_million_durations(tmp_path: Path
 
 @settings(deadline=None)
 @given(st.lists(durations, min_size=1, max_size=200), st.floats(0, 100))
-def test_a_percentile_is_the_sample_of_that_rank_to_3_2_percent(
-    samples: list[int], percent: float
-) -> None:
+def test_percentile_is_within_3_2_percent_of_its_sample(samples: list[int], percent: float) -> None:
     rank = max(1, math.ceil(len(samples) * percent / 100))
     true = sorted(samples)[rank - 1]
     assert abs(distribution(*samples).percentile_us(percent) * 1000 - true) <= 0.032 * true
 
 
-def test_a_percentile_beyond_the_buckets_is_no_number() -> None:
+def test_percentile_beyond_the_buckets_is_infinite() -> None:
     one = distribution(1000, 2000, 1 << TOP_BITS)
     assert one.count == 3
     assert one.percentile_us(50) == pytest.approx(2.0, rel=0.032)
     assert math.isinf(one.percentile_us(99))
 
 
-def test_what_came_in_an_interval_is_the_difference() -> None:
+def test_interval_counts_are_the_difference_of_two_readings() -> None:
     before, now = distribution(10, 2000), distribution(10, 2000, 2000, 1 << TOP_BITS)
     came = now.since(before)
     assert (came.count, came.over, sum(came.counts)) == (2, 1, 1)
@@ -159,7 +157,7 @@ def test_every_cpu_has_a_stripe_while_memory_allows() -> None:
 
 @pytest.mark.parametrize("groups", [1, 256, 1024, 4096])
 @pytest.mark.parametrize("cpus", [1, 2, 64, 1024])
-def test_stripes_stay_within_64_mib_where_one_does(groups: int, cpus: int) -> None:
+def test_stripes_stay_within_64_mib_where_one_fits(groups: int, cpus: int) -> None:
     wanted = Aggregation("process", groups, 1)
     stripes = wanted.stripes(cpus, 4)
     one = (groups + 1) * 4 * CELLS * 8
@@ -168,7 +166,7 @@ def test_stripes_stay_within_64_mib_where_one_does(groups: int, cpus: int) -> No
     assert stripes == 1 or stripes * one <= 64 << 20
 
 
-def test_a_histogram_says_what_it_lacks() -> None:
+def test_histogram_names_the_point_it_lacks() -> None:
     inside = Histogram("inside", "inside recv()", ("state", "recv"), mechanisms=("fentry",))
     assert inside.missing({"state": "kprobe", "recv": "fentry"}, {}) is None
     assert inside.missing({"state": "kprobe", "recv": "tracepoint"}, {}) == (
@@ -177,7 +175,7 @@ def test_a_histogram_says_what_it_lacks() -> None:
     assert inside.missing({"state": "kprobe"}, {"recv": "too old"}) == "no recv: too old"
 
 
-def test_a_histogram_has_a_name_that_c_can_have() -> None:
+def test_histogram_name_must_be_a_lower_case_identifier() -> None:
     with pytest.raises(PluginError, match="lower-case"):
         Histogram("Connect time", "", ())
 
@@ -214,7 +212,7 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
-def test_stripes_are_added_up(stack: ExitStack) -> None:
+def test_stripes_are_summed(stack: ExitStack) -> None:
     kernel = Kernel("all")
     stack.callback(kernel.close)
     kernel.count(0, 0, bucket(1000), 3)
@@ -227,7 +225,7 @@ def test_stripes_are_added_up(stack: ExitStack) -> None:
     assert (second.histogram.name, second.count, second.unmeasured) == ("second", 0, 2)
 
 
-def test_a_group_has_the_name_of_what_it_is(stack: ExitStack) -> None:
+def test_group_is_decoded_from_its_key(stack: ExitStack) -> None:
     for by, key, expected in (
         ("process", (bytes(16), b"ngi\x1bnx", 4711, 0, 0, 1), Group(pid=4711, comm=r"ngi\x1bnx")),
         ("process", (bytes(16), b"", 0, 0, 0, 1), Group()),
@@ -246,7 +244,7 @@ def test_a_group_has_the_name_of_what_it_is(stack: ExitStack) -> None:
         assert [found.group for found in kernel.counters.read()] == [expected]
 
 
-def test_a_number_that_nobody_uses_hides_nobody_behind_it(stack: ExitStack) -> None:
+def test_groups_behind_an_unused_number_are_read(stack: ExitStack) -> None:
     kernel = Kernel("port")
     stack.callback(kernel.close)
     kernel.keys.set(2, bytes(16), b"", 0, 80, 0, 1)

@@ -35,24 +35,22 @@ def closed(**reasons: str) -> Callable[[Way], str | None]:
         (closed(fentry="no", kprobe="no"), TRACEPOINT),
     ],
 )
-def test_auto_takes_the_first_way_that_is_open(
-    host: Callable[[Way], str | None], taken: Way
-) -> None:
+def test_auto_takes_the_first_usable_way(host: Callable[[Way], str | None], taken: Way) -> None:
     assert choose([SEND], "auto", host, "p").taken == {"send": taken}
 
 
-def test_a_kernel_without_the_cast_is_not_asked_for_it() -> None:
+def test_cast_is_not_used_where_the_kernel_lacks_it() -> None:
     """It came with 6.2."""
     assert Host(facts={"bpf_rdonly_cast": None, "struct sock": (1, [])}).cast() == 0
 
 
-def test_what_happens_in_softirq_is_left_to_kprobes_last() -> None:
+def test_softirq_points_use_kprobes_last() -> None:
     """The kernel skips a kprobe that interrupts another one's handler: rows would be missing."""
     point = HookPoint("state", (FENTRY, TRACEPOINT, KPROBE))
     assert choose([point], "auto", closed(fentry="no"), "p").taken == {"state": TRACEPOINT}
 
 
-def test_among_ways_of_one_mechanism_the_probes_order_holds() -> None:
+def test_ways_of_one_mechanism_keep_the_probes_order() -> None:
     older, newer = tracepoint("tcp:old", "tp_old"), tracepoint("tcp:new", "tp_new")
     point = HookPoint("send", (newer, older))
     assert choose([point], "auto", closed(), "p").taken == {"send": newer}
@@ -63,7 +61,7 @@ def test_among_ways_of_one_mechanism_the_probes_order_holds() -> None:
     assert choose([point], "auto", no_newer, "p").taken == {"send": older}
 
 
-def test_each_point_is_chosen_by_itself() -> None:
+def test_mechanism_is_chosen_for_each_point() -> None:
     other = HookPoint("close", (TRACEPOINT,))
     choice = choose([SEND, other], "auto", closed(), "p")
     assert choice.taken == {"send": FENTRY, "close": TRACEPOINT}
@@ -76,11 +74,11 @@ def test_each_point_is_chosen_by_itself() -> None:
 @pytest.mark.parametrize(
     ("attach", "taken"), [("fentry", FENTRY), ("kprobe", KPROBE), ("tracepoint", TRACEPOINT)]
 )
-def test_a_mechanism_that_is_asked_for_is_taken(attach: str, taken: Way) -> None:
+def test_requested_mechanism_is_taken(attach: str, taken: Way) -> None:
     assert choose([SEND], attach, closed(), "p").taken == {"send": taken}
 
 
-def test_a_mechanism_that_is_asked_for_is_mandatory() -> None:
+def test_requested_mechanism_is_mandatory() -> None:
     with pytest.raises(CannotRunError) as error:
         choose([SEND], "kprobe", closed(kprobe="this kernel has no kprobes"), "tcp_client")
     assert str(error.value) == (
@@ -89,14 +87,14 @@ def test_a_mechanism_that_is_asked_for_is_mandatory() -> None:
     )
 
 
-def test_a_point_without_such_a_way_says_so() -> None:
+def test_point_without_the_requested_mechanism_is_named() -> None:
     with pytest.raises(
         CannotRunError, match="at 'close': it does not support kprobe; --attach auto"
     ):
         choose([HookPoint("close", (TRACEPOINT,))], "kprobe", closed(), "p")
 
 
-def test_packets_have_no_other_way_than_xdp() -> None:
+def test_xdp_is_taken_whatever_mechanism_is_requested() -> None:
     point = HookPoint("nic_rx", (XDP,))
     assert choose([point], "kprobe", closed(), "p").taken == {"nic_rx": XDP}
 
@@ -104,21 +102,21 @@ def test_packets_have_no_other_way_than_xdp() -> None:
 # --- no way
 
 
-def test_the_sentence_holds_every_reason_once_and_in_order() -> None:
+def test_error_lists_every_reason_once_and_in_order() -> None:
     host = closed(fentry="no fentry", kprobe="nothing new", tracepoint="nothing new")
     with pytest.raises(CannotRunError) as error:
         choose([SEND], "auto", host, "tcp_client")
     assert str(error.value) == ("probe tcp_client cannot listen at 'send': no fentry; nothing new")
 
 
-def test_an_optional_point_may_be_missing_and_the_reason_is_kept() -> None:
+def test_optional_point_may_be_missing_with_a_reason() -> None:
     optional = HookPoint("extra", (KPROBE,), optional=True)
     choice = choose([SEND, optional], "auto", closed(kprobe="no kprobes"), "p")
     assert choice.taken == {"send": FENTRY}
     assert choice.missing == {"extra": "no kprobes"}
 
 
-def test_an_optional_point_may_lack_the_mechanism_that_is_asked_for() -> None:
+def test_optional_point_may_lack_the_requested_mechanism() -> None:
     optional = HookPoint("extra", (TRACEPOINT,), optional=True)
     choice = choose([SEND, optional], "kprobe", closed(), "p")
     assert choice.missing == {"extra": "it does not support kprobe"}
@@ -163,13 +161,11 @@ OTHER_ARGUMENTS = (
         ),
     ],
 )
-def test_a_hook_is_there_if_its_arguments_are_those_that_the_probe_knows(
-    hook: Hook, answer: str | None
-) -> None:
+def test_hook_is_usable_if_its_arguments_match(hook: Hook, answer: str | None) -> None:
     assert Host(facts=dict(FACTS)).hook(hook) == answer
 
 
-def test_a_way_is_closed_if_one_of_its_hooks_is() -> None:
+def test_way_is_unusable_if_one_of_its_hooks_is() -> None:
     ways = (
         Way("tracepoint", (Hook("tcp:tcp_destroy_sock", "a", "tracepoint"),)),
         Way("tracepoint", (*TRACEPOINT.hooks, Hook("tcp:tcp_new", "b", "tracepoint"))),

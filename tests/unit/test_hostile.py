@@ -75,7 +75,7 @@ def texts_in(value: Any) -> Iterator[str]:
 
 @settings(deadline=None)
 @given(st.text())
-def test_a_text_that_is_cleaned_twice_is_cleaned_once(plain: str) -> None:
+def test_escaping_is_idempotent(plain: str) -> None:
     once = printable(plain)
     assert once.isprintable()
     assert printable(once) == once
@@ -83,13 +83,13 @@ def test_a_text_that_is_cleaned_twice_is_cleaned_once(plain: str) -> None:
 
 @settings(deadline=None)
 @given(st.binary(max_size=40))
-def test_a_name_of_the_kernels_reads_back_as_it_was_written(raw: bytes) -> None:
+def test_kernel_name_reads_back_unchanged(raw: bytes) -> None:
     assert printable(text(raw)) == text(raw)
 
 
 @settings(deadline=None)
 @given(st.text(max_size=60))
-def test_a_text_survives_any_number_of_captures(plain: str) -> None:
+def test_text_survives_repeated_capture_and_replay(plain: str) -> None:
     for form in (line, packed):
         (once,) = read(form(**of_row(comm=plain, v=SCHEMA_VERSION)))[1]
         (twice,) = read(form(**msgspec.to_builtins(once)))[1]
@@ -97,7 +97,7 @@ def test_a_text_survives_any_number_of_captures(plain: str) -> None:
 
 
 @pytest.mark.parametrize("form", [line, packed])
-def test_no_text_of_a_capture_keeps_its_control_characters(form: Any) -> None:
+def test_no_text_of_a_capture_keeps_control_characters(form: Any) -> None:
     hook = {"point": EVIL, "func": EVIL, "attach": EVIL}
     books = {
         "hooks": [{**hook, "produced": 1, "dropped": 0, "delivered": 1}],
@@ -145,7 +145,7 @@ def test_no_text_of_a_capture_keeps_its_control_characters(form: Any) -> None:
     ],
     ids=["lost", "merge", "report", "gap", "row"],
 )
-def test_a_count_that_is_none_is_damage(value: dict[str, Any], count: Any) -> None:
+def test_invalid_count_is_damage(value: dict[str, Any], count: Any) -> None:
     value = json.loads(json.dumps(value))
     if "gap" in value:
         value["gap"] = count
@@ -163,7 +163,7 @@ def test_a_count_that_is_none_is_damage(value: dict[str, Any], count: Any) -> No
 
 
 @pytest.mark.parametrize("most", [(1 << 63) - 1, 1 << 62])
-def test_what_counts_add_up_to_fits_as_well(most: int) -> None:
+def test_counts_with_an_overflowing_sum_are_damage(most: int) -> None:
     hook = {"point": "p", "func": "f", "attach": "a", "dropped": most}
     books = {"hooks": [{**hook, "produced": most, "delivered": most}]}
     lines = [
@@ -176,7 +176,7 @@ def test_what_counts_add_up_to_fits_as_well(most: int) -> None:
 
 
 @pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
-def test_what_is_no_number_is_damage(number: float) -> None:
+def test_infinite_or_nan_value_is_damage(number: float) -> None:
     for row in (of_row(connect_us=number), of_row(probe="mine", mine=number)):
         capture, items = read(packed(**row))
         assert (items, capture.left_out) == ([], 1)
@@ -187,13 +187,13 @@ def test_what_is_no_number_is_damage(number: float) -> None:
     [[], {}, ["x"], {"a": 1}, 1 << 64, -(1 << 63) - 1, "x" * 5000],
     ids=["list", "dict", "texts", "values", "large", "small", "long"],
 )
-def test_a_field_of_an_unknown_probe_is_what_a_field_may_be(value: Any) -> None:
+def test_invalid_value_of_an_unknown_probe_is_damage(value: Any) -> None:
     capture, items = read(line(**of_row(probe="mine", mine=value)))
     assert (items, capture.left_out) == ([], 1)
 
 
 @pytest.mark.parametrize("depth", [20, 500, 100_000])
-def test_a_value_that_is_nested_deeply_is_damage(depth: int) -> None:
+def test_deeply_nested_value_is_damage(depth: int) -> None:
     nested = b'{"v":1,"report":' + b'{"a":' * depth + b"1" + b"}" * depth + b"}\n"
     assert read(nested)[0].left_out == 1
     packs = b"\x82\xa1v\x01\xa6report" + b"\x81\xa1a" * depth + b"\x01"
@@ -220,7 +220,7 @@ UNITS = {
 
 
 @pytest.mark.parametrize("unit", UNITS.values(), ids=UNITS)
-def test_time_grows_as_the_capture_does(unit: bytes) -> None:
+def test_reading_time_grows_linearly_with_the_capture(unit: bytes) -> None:
     def seconds(size: int) -> float:
         data = unit * (size // len(unit))
         began = time.process_time()
@@ -233,7 +233,7 @@ def test_time_grows_as_the_capture_does(unit: bytes) -> None:
 
 
 @pytest.mark.parametrize("unit", UNITS.values(), ids=UNITS)
-def test_a_pipe_that_brings_byte_by_byte_costs_no_more(unit: bytes) -> None:
+def test_pipe_that_delivers_single_bytes_is_read_in_time(unit: bytes) -> None:
     data = unit * ((1 << 17) // len(unit))
     began = time.process_time()
     read(data, 1)
@@ -241,7 +241,7 @@ def test_a_pipe_that_brings_byte_by_byte_costs_no_more(unit: bytes) -> None:
 
 
 @pytest.mark.parametrize("unit", UNITS.values(), ids=UNITS)
-def test_memory_is_bounded(unit: bytes) -> None:
+def test_memory_of_a_damaged_capture_is_bounded(unit: bytes) -> None:
     capture = Capture(EVENTS)
     data = unit * ((1 << 13) // len(unit))
     tracemalloc.start()
@@ -273,18 +273,18 @@ _PIECES = [unit for unit in UNITS.values() if b'"' not in unit and b"{}" not in 
 
 @settings(deadline=None)
 @given(st.lists(st.sampled_from([*_PIECES, packed(**of_row())]), max_size=40), st.integers(1, 400))
-def test_what_is_read_does_not_depend_on_where_chunks_end(units: list[bytes], size: int) -> None:
+def test_chunk_boundaries_do_not_change_a_damaged_capture(units: list[bytes], size: int) -> None:
     data = packed(**of_row()) + b"".join(units)
     assert read(data, size)[1] == read(data)[1]
 
 
-def test_a_line_that_never_ends_is_left_out_once() -> None:
+def test_overlong_line_is_skipped_once() -> None:
     good = line(**of_row())
     capture, items = read(good + b'{"v":1,"a":"' + b"x" * 3 * LONGEST + b'"}\n' + good)
     assert (len(items), capture.left_out) == (2, 1)
 
 
-def test_probes_hooks_and_reports_without_end_are_bounded() -> None:
+def test_probes_hooks_and_reports_of_a_capture_are_bounded() -> None:
     capture = Capture(EVENTS)
     rows = (line(**of_row(probe=f"p{n}", **{f"f{n}": 1})) for n in range(3000))
     count = sum(len(item) for item in capture.items(rows) if isinstance(item, list))
@@ -300,7 +300,7 @@ def test_probes_hooks_and_reports_without_end_are_bounded() -> None:
     assert len(found) == 1024
 
 
-def test_items_are_what_they_say() -> None:
+def test_items_of_a_capture_have_their_declared_type() -> None:
     _, items = read(line(lost={"probe": "p", "point": "q", "count": (1 << 63) - 1}))
     assert items == [Loss("p", "q", (1 << 63) - 1)]
     assert all(isinstance(item, Event | Loss) for item in items)
@@ -355,7 +355,7 @@ def tcplat(folder: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
         (2, ("plugins", "new", "sink", NAME)),
     ],
 )
-def test_an_argument_is_never_sent_to_the_terminal_as_it_is(
+def test_arguments_are_escaped_on_the_terminal(
     tmp_path: Path, status: int, arguments: tuple[str, ...]
 ) -> None:
     good = line(**of_row()) + b"damaged\n"
@@ -379,7 +379,7 @@ def tcplat_register_sinks():
 """
 
 
-def test_what_a_plugin_says_is_never_sent_to_the_terminal_as_it_is(tmp_path: Path) -> None:
+def test_plugin_texts_are_escaped_on_the_terminal(tmp_path: Path) -> None:
     site = tmp_path / "site"
     site.mkdir()
     (site / "evil.py").write_text(PLUGIN, encoding="utf-8")
@@ -417,7 +417,7 @@ def test_what_a_plugin_says_is_never_sent_to_the_terminal_as_it_is(tmp_path: Pat
             json.loads(done.stdout)
 
 
-def test_a_name_that_is_no_utf8_reaches_the_loader_and_comes_back() -> None:
+def test_non_utf8_name_survives_the_loader_protocol() -> None:
     request = Request(
         probes=(), attach="auto", filter=Filter(netns_at=NAME), events=True, aggregation=None
     )
@@ -429,7 +429,9 @@ def test_a_name_that_is_no_utf8_reaches_the_loader_and_comes_back() -> None:
     ("status", "arguments"),
     [(0, "replay c"), (0, "report c -o p"), (0, "diff c c"), (0, "plugins list"), (3, "doctor")],
 )
-def test_without_proc_it_works_or_says_so(tmp_path: Path, status: int, arguments: str) -> None:
+def test_command_without_proc_works_or_names_the_mount(
+    tmp_path: Path, status: int, arguments: str
+) -> None:
     (tmp_path / "c").write_bytes(line(**of_row()))
     script = f"mount -t tmpfs none /proc && exec {sys.executable} -I -m tcplat_core {arguments}"
     done = subprocess.run(
@@ -446,7 +448,7 @@ def test_without_proc_it_works_or_says_so(tmp_path: Path, status: int, arguments
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a run takes root")
-def test_a_run_without_sys_says_what_is_missing() -> None:
+def test_run_without_sys_names_the_mount() -> None:
     run = "run --probe tcp_client --sink jsonl --duration 100ms"
     script = f"mount -t tmpfs none /sys && exec {sys.executable} -I -m tcplat_core {run}"
     done = subprocess.run(
@@ -456,7 +458,7 @@ def test_a_run_without_sys_says_what_is_missing() -> None:
     assert b"/sys is not mounted: mount -t sysfs" in done.stderr
 
 
-def test_too_little_memory_is_a_sentence() -> None:
+def test_out_of_memory_is_one_sentence() -> None:
     code = (
         "import tcplat_core.cli.main as main, sys\n"
         "def cli(*_, **__): raise MemoryError\n"

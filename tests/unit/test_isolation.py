@@ -61,9 +61,7 @@ def eventually(condition: Callable[[], bool]) -> None:
         "from tcplat_core.testing.trial_process import Trial; it = Trial.start('compile').process",
     ],
 )
-def test_a_child_is_killed_with_its_parent_before_its_python_has_started(
-    start: str, tmp_path: Path
-) -> None:
+def test_child_dies_with_its_parent_before_python_starts(start: str, tmp_path: Path) -> None:
     """In the place of Python is a program that knows nothing of us."""
     program = tmp_path / "python"
     program.write_text("#!/bin/sh\nexec sleep 60\n")
@@ -78,12 +76,12 @@ def test_a_child_is_killed_with_its_parent_before_its_python_has_started(
     os.close(pidfd)
 
 
-def test_the_callers_folder_and_umask_are_left(tmp_path: Path) -> None:
+def test_callers_working_directory_and_umask_are_replaced(tmp_path: Path) -> None:
     child = python("print(os.getcwd(), os.umask(0))", cwd=tmp_path, umask=0)
     assert output(child) == f"/ {0o077}"
 
 
-def test_a_folder_that_is_gone_is_no_error(tmp_path: Path) -> None:
+def test_deleted_working_directory_is_not_an_error(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
 
@@ -113,7 +111,7 @@ def test_ignored_and_blocked_signals_are_not_inherited() -> None:
     )
 
 
-def test_limits_are_as_high_as_they_may_be() -> None:
+def test_soft_limits_except_core_are_raised_to_the_hard_limits() -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
         resource.setrlimit(resource.RLIMIT_CPU, (100, resource.RLIM_INFINITY))
@@ -125,7 +123,7 @@ def test_limits_are_as_high_as_they_may_be() -> None:
     assert output(python(code, preexec_fn=limit)) == "-1 -1 0"
 
 
-def test_it_ends_at_once_where_its_parent_is_another() -> None:
+def test_orphaned_child_exits_immediately() -> None:
     """It died before the kernel could be asked to tell of its death."""
     child = subprocess.run(
         [sys.executable, "-I", "-c", BEGIN + "print('still here')", str(os.getpid() + 1)],
@@ -135,7 +133,7 @@ def test_it_ends_at_once_where_its_parent_is_another() -> None:
     assert (child.returncode, child.stdout) == (1, b"")
 
 
-def test_it_dies_with_its_parent() -> None:
+def test_child_dies_with_its_parent() -> None:
     # The shell is its parent, and says who it is.
     script = '"$0" -I -c "$1" $$ <&- & echo $!; read -r line'  # $$ is the shell's own pid
     code = BEGIN + "import time\nprint('begun', flush=True)\ntime.sleep(600)"
@@ -170,7 +168,7 @@ print(isolation.scratch(above), isolation.scratch(Path("/usr")), flush=True)
 """
 
 
-def test_the_work_folder_is_its_own_and_goes(tmp_path: Path) -> None:
+def test_work_folder_is_private_and_removed(tmp_path: Path) -> None:
     lines = output(python(WORK + "work.close()\nprint(os.getcwd())", str(tmp_path))).splitlines()
     folder, mode, temporary = lines[0].split()
     assert Path(folder).parent == tmp_path
@@ -179,7 +177,7 @@ def test_the_work_folder_is_its_own_and_goes(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_killed_it_leaves_no_folder(tmp_path: Path) -> None:
+def test_killed_child_leaves_no_work_folder(tmp_path: Path) -> None:
     code = "(work.path / 'below').mkdir()\nprint('made', flush=True)\nimport time\ntime.sleep(600)"
     child = python(WORK + code, str(tmp_path))
     assert child.stdout
@@ -191,14 +189,16 @@ def test_killed_it_leaves_no_folder(tmp_path: Path) -> None:
     eventually(lambda: not list(tmp_path.iterdir()))
 
 
-def test_a_folder_that_cannot_be_written_to_is_not_the_only_one(tmp_path: Path) -> None:
+def test_unwritable_temporary_folder_is_passed_over(tmp_path: Path) -> None:
     lines = output(python(WORK + "work.close()", str(tmp_path / "missing"))).splitlines()
     folder = Path(lines[0].split()[0])
     assert folder.parent in isolation._TEMPORARY
     assert not folder.exists()
 
 
-def test_a_full_folder_is_not_worked_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_temporary_folder_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     full, roomy = tmp_path / "full", tmp_path / "roomy"
 
     def fallocate(fd: int, _at: int, _bytes: int) -> None:
@@ -212,7 +212,7 @@ def test_a_full_folder_is_not_worked_in(tmp_path: Path, monkeypatch: pytest.Monk
     assert (list(full.iterdir()), list((roomy / "work").iterdir())) == ([], [])
 
 
-def test_folders_of_a_machine_that_lost_power_go(tmp_path: Path) -> None:
+def test_stale_work_folders_are_removed(tmp_path: Path) -> None:
     old, young = tmp_path / "tcplat-work-0", tmp_path / "tcplat-work-1"
     for folder in (old, young):
         (folder / "include").mkdir(parents=True)
@@ -221,13 +221,13 @@ def test_folders_of_a_machine_that_lost_power_go(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [young]
 
 
-def test_in_a_test_no_process_has_asked() -> None:
+def test_pytest_process_is_not_an_orphan() -> None:
     assert not isolation.orphaned()
     isolation.refuse_orphan()
 
 
 @pytest.mark.parametrize(("given", "gid"), [("0", 65534), ("65534", 65534), ("4", 65534)])
-def test_no_group_that_the_user_is_not_in(
+def test_privileged_groups_of_the_caller_are_dropped(
     given: str, gid: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(privileges, "_can_read_python", lambda *_: True)
@@ -242,7 +242,7 @@ def test_no_group_that_the_user_is_not_in(
 @pytest.mark.parametrize("value", ["-1", "4294967295", "x", "1e3", "²", " 5"])
 @pytest.mark.parametrize("name", ["SUDO_UID", "SUDO_GID"])
 @pytest.mark.skipif(os.geteuid() != 0, reason="for others the variable means nothing")
-def test_a_forged_user_is_refused(name: str, value: str) -> None:
+def test_invalid_sudo_uid_or_gid_is_refused(name: str, value: str) -> None:
     """To setresuid(2), -1 means that nothing is to change: so it is no number of a user."""
     done = subprocess.run(
         [sys.executable, "-I", "-m", "tcplat_core", "plugins", "list"],
@@ -266,7 +266,7 @@ def test_a_forged_user_is_refused(name: str, value: str) -> None:
         pytest.param({"HOME": "/"}, "/x", id="root's own"),
     ],
 )
-def test_uid_0_that_stays_heeds_no_environment_of_another_user(
+def test_remaining_uid_0_ignores_the_environment_of_another_user(
     given: Mapping[str, str], left: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """OpenSSL runs what OPENSSL_CONF names, with uid 0; where Python lies below /root it stays."""

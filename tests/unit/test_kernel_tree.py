@@ -34,7 +34,7 @@ def files(cache: Cache) -> list[Path]:
 
 
 @needs_clang
-def test_the_tree_compiles_without_any_include(tmp_path: Path) -> None:
+def test_tree_compiles_without_any_include(tmp_path: Path) -> None:
     write_tree(tmp_path, generate(small(), ["outer"]))
     include = tmp_path / "include"
     program = """
@@ -53,7 +53,7 @@ def test_the_tree_compiles_without_any_include(tmp_path: Path) -> None:
     assert_compiles(program, *flags)
 
 
-def test_a_tree_goes_with_the_block(cache: Cache) -> None:
+def test_tree_is_removed_at_the_end_of_the_block(cache: Cache) -> None:
     with kernel_tree(["outer"], cache, small) as tree:
         assert tree.stat().st_mode & 0o777 == 0o700
         assert (tree / "include/linux/kconfig.h").exists()
@@ -62,25 +62,25 @@ def test_a_tree_goes_with_the_block(cache: Cache) -> None:
     assert not tree.exists()
 
 
-def test_a_second_start_does_not_read_btf(cache: Cache) -> None:
+def test_second_start_does_not_read_btf(cache: Cache) -> None:
     first = types_as_c(["outer"], cache, small)
     assert types_as_c(["outer", "outer"], cache, unread) == first
     assert [path.suffix for path in files(cache)] == [".types"]
 
 
-def test_other_types_have_other_entries(cache: Cache) -> None:
+def test_each_list_of_types_has_its_own_entry(cache: Cache) -> None:
     assert types_as_c(["outer"], cache, small) != types_as_c(["bits"], cache, small)
     assert len(files(cache)) == 2
 
 
-def test_another_kernel_has_other_entries(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_kernel_has_its_own_entries(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     types_as_c(["outer"], cache, small)
     monkeypatch.setattr(module, "identity", lambda: "another")
     with pytest.raises(AssertionError, match="read again"):
         types_as_c(["outer"], cache, unread)
 
 
-def test_without_a_cache_btf_is_read_each_time() -> None:
+def test_btf_is_read_each_time_without_a_cache() -> None:
     for _ in range(2):
         with kernel_tree(["outer"], Cache(None), small) as tree:
             assert (tree / "include/linux/types.h").exists()
@@ -89,7 +89,7 @@ def test_without_a_cache_btf_is_read_each_time() -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"int x;\n"])
-def test_a_damaged_entry_is_made_anew(cache: Cache, content: bytes) -> None:
+def test_damaged_entry_is_rebuilt(cache: Cache, content: bytes) -> None:
     first = types_as_c(["outer"], cache, small)
     (path,) = files(cache)
     path.write_bytes(content)
@@ -97,7 +97,7 @@ def test_a_damaged_entry_is_made_anew(cache: Cache, content: bytes) -> None:
     assert types_as_c(["outer"], cache, unread) == first
 
 
-def test_many_starts_at_once_share_one_entry(cache: Cache) -> None:
+def test_concurrent_starts_share_one_entry(cache: Cache) -> None:
     texts: list[str] = []
     barrier = threading.Barrier(8)
 
@@ -115,7 +115,7 @@ def test_many_starts_at_once_share_one_entry(cache: Cache) -> None:
     assert len(files(cache)) == 1
 
 
-def test_what_the_kernel_lacks_leaves_nothing_behind(cache: Cache) -> None:
+def test_missing_type_leaves_no_entry(cache: Cache) -> None:
     with pytest.raises(BtfError, match="nothing"), kernel_tree(["nothing"], cache, small):
         pytest.fail("there is no such type")
     assert files(cache) == []

@@ -108,7 +108,7 @@ def assert_same_layout(ours: Btf, kernels: Btf, name: str) -> None:
 
 
 @needs_clang
-def test_every_shape_compiles_with_its_size_and_offsets(small: Btf) -> None:
+def test_every_kind_of_type_compiles_with_its_size_and_offsets(small: Btf) -> None:
     header = generate(small, SMALL_WANTED)
     assert_compiles(header)
     assert "TCPLAT_SIZE(struct outer, 384);" in header
@@ -117,7 +117,7 @@ def test_every_shape_compiles_with_its_size_and_offsets(small: Btf) -> None:
 
 
 @needs_clang
-def test_bit_fields_and_all_else_are_where_they_were(small: Btf) -> None:
+def test_generated_types_have_the_original_layout(small: Btf) -> None:
     ours = btf_of(generate(small, SMALL_WANTED), SMALL_WANTED)
     for name in SMALL_WANTED:
         assert_same_layout(ours, small, name)
@@ -141,7 +141,7 @@ def test_a_wrong_layout_does_not_compile(small: Btf, right: str, wrong: str) -> 
 
 
 @needs_clang
-def test_members_are_used_as_in_the_kernel(small: Btf) -> None:
+def test_members_are_accessed_as_in_the_kernel(small: Btf) -> None:
     use = """
     unsigned int f(struct outer *o, atomic_t *a)
     {
@@ -154,7 +154,7 @@ def test_members_are_used_as_in_the_kernel(small: Btf) -> None:
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 @pytest.mark.parametrize("wanted", ["outer", "outer:second,b"])
-def test_an_anonymous_member_may_have_a_tag_or_be_a_typedef(wanted: str) -> None:
+def test_anonymous_member_may_have_a_tag_or_be_a_typedef(wanted: str) -> None:
     """Kernels have them since 6.19 (-fms-extensions); in plain C such a line declares nothing."""
     two: list[int | str] = ["first", 1, 0, "second", 1, 32]
     btf = Btf.from_bytes(
@@ -182,7 +182,7 @@ def test_an_anonymous_member_may_have_a_tag_or_be_a_typedef(wanted: str) -> None
 
 
 @needs_clang
-def test_a_trimmed_struct_has_its_members_in_place(small: Btf) -> None:
+def test_trimmed_struct_keeps_its_member_offsets(small: Btf) -> None:
     header = generate(small, ["outer:saddr,bits.e,flexible"])
     assert_compiles(header)
     made = layout(ours := btf_of(header, ["outer"]), ours.record("outer"))
@@ -192,7 +192,7 @@ def test_a_trimmed_struct_has_its_members_in_place(small: Btf) -> None:
     assert "struct aligned" not in header
 
 
-def test_trimmed_twice_is_both_and_whole_wins(small: Btf) -> None:
+def test_trims_of_one_struct_are_merged(small: Btf) -> None:
     both = generate(small, ["outer:saddr", "outer:seen"])
     assert "saddr, 20);" in both
     assert "seen, 56);" in both
@@ -202,7 +202,7 @@ def test_trimmed_twice_is_both_and_whole_wins(small: Btf) -> None:
     assert "TCPLAT_AT(struct aligned, on_its_own_line, 64);" in held
 
 
-def test_what_is_missing_is_named_unless_marked(small: Btf) -> None:
+def test_missing_type_is_named_unless_optional(small: Btf) -> None:
     for entry, name in (
         ("nothing", "nothing"),
         ("outer:nothing", "nothing"),
@@ -216,7 +216,7 @@ def test_what_is_missing_is_named_unless_marked(small: Btf) -> None:
 
 
 @needs_clang
-def test_a_pointer_tells_the_btf_id_of_its_type(small: Btf) -> None:
+def test_pointer_type_gives_its_btf_id(small: Btf) -> None:
     numbers = {name: small.record(name) for name in ("outer", "bits")}
     checks = "".join(
         f"_Static_assert(_Generic(({const}struct {name} *)0, TCPLAT_TYPE_IDS default: 0)"
@@ -230,7 +230,7 @@ def test_a_pointer_tells_the_btf_id_of_its_type(small: Btf) -> None:
 
 
 @needs_clang
-def test_an_enum_comes_with_its_constants(small: Btf) -> None:
+def test_enum_comes_with_its_constants(small: Btf) -> None:
     header = generate(small, ["enum:color", "outer"])
     assert_compiles(header + '_Static_assert(GREEN == 2, "");')
 
@@ -242,11 +242,11 @@ def test_types_that_bcc_defines_do_not_clash(small: Btf) -> None:
     assert "struct bpf_insn___2 insn;" in header
 
 
-def test_the_same_question_has_the_same_answer(small: Btf) -> None:
+def test_output_does_not_depend_on_the_order_of_types(small: Btf) -> None:
     assert generate(small, SMALL_WANTED) == generate(small, reversed(SMALL_WANTED))
 
 
-def test_all_that_bcc_defines_is_known() -> None:
+def test_every_tag_defined_by_bcc_is_known() -> None:
     library = Path("/usr/lib/x86_64-linux-gnu/libbcc.so.0")
     if not library.exists():
         pytest.skip("bcc's library is not here")
@@ -260,7 +260,7 @@ def test_all_that_bcc_defines_is_known() -> None:
 
 @needs_clang
 @needs_kernel
-def test_this_kernels_network_types_are_exact() -> None:
+def test_network_types_of_the_running_kernel_are_exact() -> None:
     btf = Btf.from_file()
     header = generate(btf, NETWORK)
     assert_compiles(header)

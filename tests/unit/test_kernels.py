@@ -48,19 +48,19 @@ def hooks(point: HookPoint) -> list[Hook]:
     return [hook for way in point.ways for hook in way.hooks if hook.mechanism != "xdp"]
 
 
-def test_the_file_knows_every_kernel_that_is_booted() -> None:
+def test_kernels_json_has_every_booted_kernel() -> None:
     assert set(run.read_kernels(run.KERNELS.read_text())) <= set(KERNELS)
     assert set(run.read_kernels(run.MORE_KERNELS.read_text())) <= set(KERNELS)
 
 
 @every_kernel
-def test_the_file_knows_every_hook(kernel: str) -> None:
+def test_kernels_json_has_every_hook(kernel: str) -> None:
     """Else: python tests/vm/facts.py."""
     asked = {name for name in NAMES if not name.startswith(SYSCALLS)}
     assert asked == set(KERNELS[kernel]["facts"])
 
 
-def test_every_hook_names_the_arguments_that_it_relies_on() -> None:
+def test_every_hook_names_the_arguments_it_reads() -> None:
     """What is not named is not checked. Returns have none, and neither have system calls."""
     for name, point in POINTS:
         for hook in hooks(point):
@@ -70,7 +70,7 @@ def test_every_hook_names_the_arguments_that_it_relies_on() -> None:
 
 
 @every_kernel
-def test_every_function_that_the_kernel_has_is_served(host: Host, kernel: str) -> None:
+def test_every_function_signature_of_each_kernel_is_supported(host: Host, kernel: str) -> None:
     """By one of the signatures that are listed: an unknown one would close the way."""
     known = KERNELS[kernel]["facts"]
     refusals: dict[tuple[str, str, str], list[str | None]] = {}
@@ -84,7 +84,7 @@ def test_every_function_that_the_kernel_has_is_served(host: Host, kernel: str) -
 
 
 @every_kernel
-def test_every_point_is_to_be_had(host: Host, kernel: str) -> None:
+def test_every_point_is_available(host: Host, kernel: str) -> None:
     for name, points in PROBES.items():
         choice = choose(points, "auto", host.way, name)
         # Before 6.17 the tracepoint fired for what was sent alone.
@@ -94,7 +94,7 @@ def test_every_point_is_to_be_had(host: Host, kernel: str) -> None:
 
 @every_kernel
 @pytest.mark.parametrize("mechanism", ["fentry", "kprobe"])
-def test_both_mechanisms_serve_every_point(host: Host, mechanism: str) -> None:
+def test_each_mechanism_serves_every_point(host: Host, mechanism: str) -> None:
     for name in ("tcp_client", "tcp_service", "tcp_stats"):
         choice = choose(PROBES[name], mechanism, host.way, name)
         assert not choice.missing
@@ -111,7 +111,7 @@ SINCE = {
 
 
 @every_kernel
-def test_what_tracepoints_serve(host: Host, kernel: str) -> None:
+def test_tracepoints_serve_the_points_listed(host: Host, kernel: str) -> None:
     for name in ("tcp_client", "tcp_service", "tcp_stats", "dev_xmit"):
         for point in PROBES[name]:
             if version(kernel) >= SINCE.get(point.point, (5, 8)):
@@ -122,7 +122,7 @@ def test_what_tracepoints_serve(host: Host, kernel: str) -> None:
 
 
 @every_kernel
-def test_who_uses_a_socket_is_seen(host: Host, kernel: str) -> None:
+def test_socket_use_is_observed_on_every_kernel(host: Host, kernel: str) -> None:
     """By functions before 6.3, whose tracepoints tell of it."""
     (use,) = (point for point in PROBES["core"] if point.point == "use")
     taken = choose([use], "auto", host.way, "core").taken["use"]
@@ -130,7 +130,7 @@ def test_who_uses_a_socket_is_seen(host: Host, kernel: str) -> None:
 
 
 @every_kernel
-def test_doctor_says_how_users_are_seen(host: Host, kernel: str) -> None:
+def test_doctor_names_the_mechanism_for_socket_use(host: Host, kernel: str) -> None:
     check = host_checks._owners(HostView(host, as_root=True))
     assert check.ok is True
     by = "tracepoint:sock:sock_recv_length" if version(kernel) >= (6, 3) else "fentry:tcp_recvmsg+"
@@ -138,7 +138,7 @@ def test_doctor_says_how_users_are_seen(host: Host, kernel: str) -> None:
 
 
 @every_kernel
-def test_doctor_says_that_they_are_not(
+def test_doctor_reports_that_socket_use_is_not_observed(
     host: Host, kernel: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(host_module, "KPROBE_PMU", tmp_path / "none")
@@ -163,18 +163,18 @@ def newer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     return Host(facts={"tcp_f": (1, ["sk", "flags", "more"])}, fentry="")
 
 
-def test_an_argument_more_does_not_move_those_before_it(newer: Host) -> None:
+def test_appended_argument_does_not_move_earlier_ones(newer: Host) -> None:
     for mechanism in ("fentry", "kprobe"):
         assert newer.hook(Hook("tcp_f", "p", mechanism, ("sk", "flags"))) is None
 
 
-def test_an_argument_more_moves_the_result(newer: Host) -> None:
+def test_appended_argument_moves_the_fexit_result(newer: Host) -> None:
     reason = newer.hook(Hook("tcp_f", "p", "fexit", ("sk", "flags")))
     assert reason == "tcp_f takes (sk, flags, more) here, not (sk, flags)"
     assert newer.hook(Hook("tcp_f", "p", "fexit", ("sk", "flags", "more"))) is None
 
 
-def test_const_is_no_other_argument() -> None:
+def test_const_does_not_change_an_argument() -> None:
     host = Host(facts={"tcp:probe": (0, ["struct sock *", "struct sk_buff *"])})
     for skb in ("const struct sk_buff *", "struct sk_buff *"):
         assert host.hook(Hook("tcp:probe", "p", "tracepoint", ("struct sock *", skb))) is None

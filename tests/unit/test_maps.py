@@ -35,18 +35,18 @@ def test_each_entry_is_found_at_its_index(array: FakeArray, view: MapView) -> No
     assert view[1:3] == [(1 << 40, 1), (2 << 40, 2)]
 
 
-def test_an_entry_is_what_it_is_now(array: FakeArray, view: MapView) -> None:
+def test_entry_is_read_at_access_time(array: FakeArray, view: MapView) -> None:
     assert view[7] == (0, 0)
     array.set(7, 1, 2)
     assert view[7] == (1, 2)
 
 
 @pytest.mark.parametrize("index", [1000, -1001])
-def test_beyond_its_end_there_is_nothing(view: MapView, index: int) -> None:
+def test_index_beyond_the_end_raises_indexerror(view: MapView, index: int) -> None:
     with pytest.raises(IndexError):
         view[index]
 
 
-def test_a_layout_tells_the_size() -> None:
+def test_map_size_follows_from_its_layout() -> None:
     assert ReadableMap("counts", "=QI").size == 12
     assert ReadableMap("counts", "QI4x").size == 16

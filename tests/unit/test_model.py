@@ -43,12 +43,14 @@ from tcplat_core.testing import RecordingSink
         ("", "", {}),
     ],
 )
-def test_a_choice_is_a_name_and_its_options(given: str, name: str, options: dict[str, str]) -> None:
+def test_choice_is_parsed_into_name_and_options(
+    given: str, name: str, options: dict[str, str]
+) -> None:
     assert parse_choice(given) == (name, options)
 
 
 @pytest.mark.parametrize("given", ["table:width", "table:width=1,path", "table: "])
-def test_an_option_without_a_value_is_an_error(given: str) -> None:
+def test_option_without_a_value_is_an_error(given: str) -> None:
     with pytest.raises(UsageError, match="is not of the form key=value"):
         parse_choice(given)
 
@@ -72,14 +74,14 @@ def test_options_are_converted_and_defaults_filled_in() -> None:
     assert read_options("probe x", DECLARED, {"iface": "lo"}) == {"port": 9999, "iface": "lo"}
 
 
-def test_an_unknown_option_is_named_with_those_that_there_are() -> None:
+def test_unknown_option_is_named_with_the_known_ones() -> None:
     with pytest.raises(UsageError, match="probe x has no option 'prot'; it has iface, port"):
         read_options("probe x", DECLARED, {"prot": "1"})
     with pytest.raises(UsageError, match="sink y has no option 'a'; it has no options"):
         read_options("sink y", (), {"a": "1"})
 
 
-def test_a_value_that_does_not_convert_says_what_is_wanted() -> None:
+def test_invalid_option_value_is_refused_with_the_expected_form() -> None:
     with pytest.raises(UsageError, match="probe x: option port='0': it must be positive"):
         read_options("probe x", DECLARED, {"port": "0"})
     with pytest.raises(UsageError, match="option port='lo': invalid literal"):
@@ -107,23 +109,23 @@ def _point(name: str) -> HookPoint:
 
 @pytest.mark.parametrize("make", [_sink, _probe, _option, _point])
 @pytest.mark.parametrize("name", ["", "9lives", "a-b", "A", "a b", "a:b", "ä", "_x", "a\n"])
-def test_a_name_that_nobody_can_type_is_refused(make: Callable[[str], Any], name: str) -> None:
+def test_name_that_is_not_an_identifier_is_refused(make: Callable[[str], Any], name: str) -> None:
     with pytest.raises(PluginError, match="must be lower-case letters, digits and underscores"):
         make(name)
 
 
 @pytest.mark.parametrize("make", [_sink, _probe, _option, _point])
 @pytest.mark.parametrize("name", ["a", "tcp_client", "x9"])
-def test_a_plain_name_is_taken(make: Callable[[str], Any], name: str) -> None:
+def test_plain_name_is_accepted(make: Callable[[str], Any], name: str) -> None:
     make(name)
 
 
-def test_a_mechanism_that_there_is_not_is_refused() -> None:
+def test_unknown_mechanism_is_refused() -> None:
     with pytest.raises(ValueError, match="mechanism"):
         Way("uprobe", ())
 
 
-def test_ways_are_spelt_by_functions() -> None:
+def test_way_helpers_build_ways() -> None:
     way = tracepoint("tcp:tcp_destroy_sock", "tp_close", "struct sock *")
     assert (way.mechanism, way.hooks[0].func, way.hooks[0].args) == (
         "tracepoint",
@@ -141,7 +143,7 @@ def test_ways_are_spelt_by_functions() -> None:
 # --- the report
 
 
-def test_the_books_of_a_run_add_up() -> None:
+def test_report_totals_add_up() -> None:
     hooks = (
         HookReport("send", "tcp_sendmsg", "kprobe", produced=10, dropped=3, delivered=5),
         HookReport("recv", "tcp_recvmsg", "kprobe", produced=4, dropped=0, delivered=4),
@@ -201,7 +203,7 @@ def test_the_books_of_a_run_add_up() -> None:
         (size, "1G", 1 << 30),
     ],
 )
-def test_a_text_becomes_a_value(kind: Kind, text: str, value: Any) -> None:
+def test_text_converts_to_a_value(kind: Kind, text: str, value: Any) -> None:
     got = kind(text)
     assert got == pytest.approx(value)
     assert type(got) is type(value)
@@ -220,12 +222,12 @@ def test_a_text_becomes_a_value(kind: Kind, text: str, value: Any) -> None:
         *((size, text, "it is not a size; write") for text in ("", "1T", "-1", "1.5K", "K")),
     ],
 )
-def test_a_text_that_does_not_fit_says_what_would(kind: Kind, text: str, wants: str) -> None:
+def test_invalid_text_is_refused_with_the_expected_form(kind: Kind, text: str, wants: str) -> None:
     with pytest.raises(ValueError, match=wants):
         kind(text)
 
 
-def test_an_option_says_what_to_write() -> None:
+def test_option_metavar_follows_its_converter() -> None:
     assert Option(name="a", help="h", convert=choice("x", "y")).metavar == "x|y"
     assert Option(name="a", help="h", convert=choice("x", "y")).choices == ("x", "y")
     assert Option(name="a", help="h", convert=integer()).metavar == "N"
@@ -233,7 +235,7 @@ def test_an_option_says_what_to_write() -> None:
     assert Option(name="a", help="h", metavar="FILE").metavar == "FILE"
 
 
-def test_a_required_option_has_to_be_given() -> None:
+def test_missing_required_option_is_refused() -> None:
     options = (
         Option(name="iface", help="h", required=True, example="eth0"),
         Option(name="port", help="h", required=True, example="80"),

@@ -12,7 +12,7 @@ from tcplat_core.errors import UsageError
 from tcplat_core.kernel import fdinfo, netdev, netns
 
 
-def test_interfaces_are_those_of_the_kernel() -> None:
+def test_interfaces_match_those_of_the_kernel() -> None:
     found = {interface.name: interface for interface in netdev.interfaces()}
     assert {(one.index, name) for name, one in found.items()} == set(socket.if_nameindex())
     for name, one in found.items():
@@ -21,7 +21,9 @@ def test_interfaces_are_those_of_the_kernel() -> None:
         assert (one.is_up, one.is_ethernet) == (bool(flags & 1), kind in (1, 772))
 
 
-def test_nowhere_is_said_to_be_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_namespace_error_lists_the_known_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(netns, "NAMED", tmp_path / "none")
     with pytest.raises(UsageError, match=r"no network namespace 'blue' .*ip netns lists none"):
         netns.inside("blue").__enter__()
@@ -35,13 +37,13 @@ def test_nowhere_is_said_to_be_nowhere(tmp_path: Path, monkeypatch: pytest.Monke
             netns.inside(what).__enter__()
 
 
-def test_here_needs_no_root() -> None:
+def test_own_namespace_needs_no_root() -> None:
     before = os.stat("/proc/self/ns/net").st_ino
     with netns.inside(""):
         assert os.stat("/proc/self/ns/net").st_ino == before
 
 
-def test_only_an_xdp_link_without_interface_is_cut(
+def test_xdp_link_without_interface_alone_is_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (tmp_path / "file").open("wb") as file:

@@ -16,14 +16,14 @@ from tcplat_core.kernel.netns import inode, netns_recorded
 OURS = os.stat("/proc/self/ns/net").st_ino
 
 
-def test_a_namespace_is_named_by_process_or_path() -> None:
+def test_namespace_is_given_by_process_or_path() -> None:
     assert inode(str(os.getpid())) == OURS
     assert inode("/proc/self/ns/net") == OURS
     assert inode(f"/proc/self/task/{threading.get_native_id()}/ns/net") == OURS
 
 
 @pytest.mark.parametrize("text", ["no-such-namespace", "4194304", "/no/where"])
-def test_a_namespace_that_there_is_not_is_named(text: str) -> None:
+def test_unknown_namespace_is_named(text: str) -> None:
     with pytest.raises(UsageError, match=f"there is no network namespace '{text}'"):
         inode(text)
 
@@ -42,7 +42,7 @@ def other(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return text
 
 
-def test_any_other_file_is_refused_wherever_a_namespace_is_taken(other: str) -> None:
+def test_file_that_is_not_a_network_namespace_is_refused(other: str) -> None:
     before = len(os.listdir("/proc/self/fd"))
     for take in (inode, netns_recorded, lambda text: netns.inside(text).__enter__()):
         with pytest.raises(UsageError, match=f"'{other}' is not a network namespace, though"):
@@ -50,7 +50,7 @@ def test_any_other_file_is_refused_wherever_a_namespace_is_taken(other: str) -> 
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_no_file_descriptor_stays_open() -> None:
+def test_looking_up_a_namespace_leaves_no_fd_open() -> None:
     before = len(os.listdir("/proc/self/fd"))
     assert inode("/proc/self/ns/net") == OURS
     with contextlib.suppress(UsageError), netns.inside("/proc/self/ns/net"):  # without root

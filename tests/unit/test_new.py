@@ -37,7 +37,9 @@ def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @every_kind
 @every_name
-def test_it_is_clean_and_of_one_name(kind: str, name: str, tmp_path: Path) -> None:
+def test_new_project_is_lint_clean_and_consistently_named(
+    kind: str, name: str, tmp_path: Path
+) -> None:
     project, *files = create(kind, name, tmp_path)
     assert project.name == f"tcplat-{name.replace('_', '-')}"
     assert not any("skeleton" in f"{file} {file.read_text()}" for file in files)
@@ -50,7 +52,7 @@ def test_it_is_clean_and_of_one_name(kind: str, name: str, tmp_path: Path) -> No
 
 
 @every_kind
-def test_its_tests_pass(kind: str, tmp_path: Path) -> None:
+def test_tests_of_a_new_project_pass(kind: str, tmp_path: Path) -> None:
     project, *_ = create(kind, "slow_link", tmp_path)
     done = run("pytest", "-q", "-p", "no:cacheprovider", cwd=project)
     assert done.returncode == 0, done.stdout
@@ -58,14 +60,14 @@ def test_its_tests_pass(kind: str, tmp_path: Path) -> None:
 
 
 @every_kind
-def test_its_types_are_strict(kind: str, tmp_path: Path) -> None:
+def test_new_project_passes_mypy_strict(kind: str, tmp_path: Path) -> None:
     project, *_ = create(kind, "slow_link", tmp_path)
     done = run("mypy", "--strict", "tcplat_slow_link", "tests", cwd=project)
     assert done.returncode == 0, done.stdout
 
 
 @every_kind
-def test_it_is_found_by_its_entry_point(
+def test_new_project_is_found_by_its_entry_point(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project, *_ = create(kind, "slow_link", tmp_path)
@@ -86,7 +88,7 @@ def test_it_is_found_by_its_entry_point(
 
 
 @every_kind
-def test_it_says_under_which_licence_it_is(kind: str, tmp_path: Path) -> None:
+def test_new_project_has_a_licence(kind: str, tmp_path: Path) -> None:
     project, *_ = create(kind, "slow_link", tmp_path)
     assert "MIT License" in (project / "LICENSE").read_text()
     assert "Licence: MIT" in (project / "README.md").read_text()
@@ -97,7 +99,7 @@ def test_it_says_under_which_licence_it_is(kind: str, tmp_path: Path) -> None:
     "name",
     ["", "Demo", "1st", "_x", "x_", "a__b", "my-probe", "ö", "a b", "../x", "x.y", f"{LONGEST}3"],
 )
-def test_that_is_no_name(name: str, tmp_path: Path) -> None:
+def test_invalid_plugin_name_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match="is not a valid name for a plugin: use lower-case letters"
     ):
@@ -115,12 +117,12 @@ def test_that_is_no_name(name: str, tmp_path: Path) -> None:
         ("jsonl", "is a name of tcplat itself"),
     ],
 )
-def test_that_name_is_taken(name: str, reason: str, tmp_path: Path) -> None:
+def test_existing_plugin_name_is_refused(name: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=reason):
         create("sink", name, tmp_path)
 
 
-def test_nothing_is_written_over(tmp_path: Path) -> None:
+def test_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
     there = tmp_path / "tcplat-slow-link"
     there.mkdir()
     with pytest.raises(UsageError, match="exists already: remove it, or give another --dir"):
@@ -128,7 +130,7 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     assert not list(there.iterdir())
 
 
-def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+def test_missing_parent_folder_is_not_created(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"cannot write .*nowhere/tcplat-x: No such file"):
         create("probe", "x", tmp_path / "nowhere")
 
@@ -149,9 +151,7 @@ def theirs(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["dir", "dir/below"])
-def test_no_link_of_another_user_leads_it_elsewhere(
-    theirs: Path, tmp_path: Path, name: str
-) -> None:
+def test_symlink_of_another_user_is_not_followed(theirs: Path, tmp_path: Path, name: str) -> None:
     victim = tmp_path / "victim"
     (victim / "below").mkdir(parents=True)
     link = theirs / "dir"
@@ -162,7 +162,7 @@ def test_no_link_of_another_user_leads_it_elsewhere(
     assert [path.name for path in victim.rglob("*")] == ["below"]
 
 
-def test_a_link_that_takes_its_place_meanwhile_changes_nothing(
+def test_symlink_planted_during_creation_changes_nothing(
     theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     victim = tmp_path / "victim"
@@ -182,7 +182,7 @@ def test_a_link_that_takes_its_place_meanwhile_changes_nothing(
     assert {file.relative_to(theirs / "tcplat-x") for file in files if file.suffix} <= made
 
 
-def test_nobody_else_can_write_to_it(tmp_path: Path) -> None:
+def test_new_project_is_not_writable_by_others(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         project, *files = create("probe", "x", tmp_path)
@@ -193,7 +193,7 @@ def test_nobody_else_can_write_to_it(tmp_path: Path) -> None:
     assert {path.stat().st_mode & 0o7777 for path in files} == {0o644}
 
 
-def test_a_full_disk_leaves_no_half_a_project(
+def test_full_disk_leaves_no_partial_project(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would be in the way of the next attempt."""

@@ -82,7 +82,7 @@ def victim(tmp_path: Path) -> Path:
 
 
 @writers
-def test_a_link_of_another_user_is_not_followed(
+def test_symlink_of_another_user_is_not_followed(
     shared: Path, victim: Path, give: Give, write: Writer
 ) -> None:
     link = shared / "out"
@@ -95,7 +95,7 @@ def test_a_link_of_another_user_is_not_followed(
 
 
 @writers
-def test_nor_one_that_leads_nowhere_yet(
+def test_dangling_symlink_of_another_user_is_not_followed(
     shared: Path, tmp_path: Path, give: Give, write: Writer
 ) -> None:
     link = shared / "out"
@@ -107,7 +107,7 @@ def test_nor_one_that_leads_nowhere_yet(
 
 
 @writers
-def test_nor_one_on_the_way(
+def test_symlinked_folder_of_another_user_is_not_followed(
     shared: Path, victim: Path, tmp_path: Path, give: Give, write: Writer
 ) -> None:
     link = shared / "folder"
@@ -119,7 +119,7 @@ def test_nor_one_on_the_way(
 
 
 @pytest.mark.parametrize("write", [by_output, by_whole_file])
-def test_a_second_name_of_a_file_of_ours_is_not_written(
+def test_file_with_a_second_hard_link_is_not_written(
     shared: Path, victim: Path, write: Writer
 ) -> None:
     (shared / "out").hardlink_to(victim)
@@ -129,7 +129,7 @@ def test_a_second_name_of_a_file_of_ours_is_not_written(
 
 
 @writers
-def test_a_file_of_another_user_is_not_written(tmp_path: Path, give: Give, write: Writer) -> None:
+def test_file_of_another_user_is_not_written(tmp_path: Path, give: Give, write: Writer) -> None:
     tmp_path.chmod(0o1777)
     file = tmp_path / "out"
     file.write_text("theirs")
@@ -140,7 +140,7 @@ def test_a_file_of_another_user_is_not_written(tmp_path: Path, give: Give, write
 
 
 @writers
-def test_a_pipe_of_another_user_is_not_written(tmp_path: Path, give: Give, write: Writer) -> None:
+def test_pipe_of_another_user_is_not_written(tmp_path: Path, give: Give, write: Writer) -> None:
     tmp_path.chmod(0o1777)
     pipe = tmp_path / "out"
     os.mkfifo(pipe)
@@ -153,7 +153,9 @@ def test_a_pipe_of_another_user_is_not_written(tmp_path: Path, give: Give, write
 
 
 @writers
-def test_what_is_ours_is_written_there(shared: Path, tmp_path: Path, write: Writer) -> None:
+def test_own_files_in_a_shared_folder_are_written(
+    shared: Path, tmp_path: Path, write: Writer
+) -> None:
     write(shared / "new")
     write(shared / "new")
     (tmp_path / "mine").mkdir()
@@ -164,9 +166,7 @@ def test_what_is_ours_is_written_there(shared: Path, tmp_path: Path, write: Writ
 
 
 @writers
-def test_links_and_second_names_elsewhere_mean_what_they_always_mean(
-    tmp_path: Path, write: Writer
-) -> None:
+def test_links_outside_shared_folders_are_followed(tmp_path: Path, write: Writer) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").symlink_to("a")
     (tmp_path / "c").symlink_to(tmp_path / "b" / ".." / "b" / "out")
@@ -175,7 +175,7 @@ def test_links_and_second_names_elsewhere_mean_what_they_always_mean(
     assert (tmp_path / "a" / "out").read_text() in ("ours\n", f"{os.getpid()}\n")
 
 
-def test_links_in_a_circle_come_to_an_end(tmp_path: Path) -> None:
+def test_circular_symlinks_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     with pytest.raises(UsageError, match=re.escape(os.strerror(errno.ELOOP))):
@@ -183,12 +183,12 @@ def test_links_in_a_circle_come_to_an_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/dev/stdout", "/proc/self/fd/1", "/dev/fd/1", "/dev/stderr"])
-def test_the_names_of_what_is_open_work(path: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_dev_stdout_and_dev_fd_work(path: str, capfd: pytest.CaptureFixture[str]) -> None:
     by_output(Path(path))
     assert "ours\n" in "".join(capfd.readouterr())
 
 
-def test_a_pipe_of_the_shell_works() -> None:
+def test_pipe_named_by_its_fd_is_written() -> None:
     reader, writer = os.pipe()
     by_output(Path(f"/dev/fd/{writer}"))
     by_whole_file(Path(f"/proc/self/fd/{writer}"))
@@ -197,7 +197,7 @@ def test_a_pipe_of_the_shell_works() -> None:
     os.close(writer)
 
 
-def test_a_terminal_works() -> None:
+def test_terminal_is_written() -> None:
     main, terminal = os.openpty()
     by_output(Path(os.ttyname(terminal)))
     assert os.read(main, 100) == b"ours\r\n"
@@ -218,7 +218,7 @@ def test_a_terminal_works() -> None:
         ("/proc/nothing", "No such file|Permission denied|Read-only"),
     ],
 )
-def test_what_cannot_be_is_a_sentence(
+def test_impossible_path_is_refused_in_one_sentence(
     path: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -229,14 +229,14 @@ def test_what_cannot_be_is_a_sentence(
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
-def test_a_socket_is_no_file(tmp_path: Path) -> None:
+def test_socket_is_refused(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as one:
         one.bind(str(tmp_path / "s"))
         with pytest.raises(UsageError, match="it is a socket"):
             by_output(tmp_path / "s")
 
 
-def test_without_permission_it_says_so_before_anything_is_made(tmp_path: Path) -> None:
+def test_missing_permission_is_reported_before_anything_is_created(tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may everything")
     tmp_path.chmod(0o500)
@@ -244,7 +244,7 @@ def test_without_permission_it_says_so_before_anything_is_made(tmp_path: Path) -
         by_output(tmp_path / "out")
 
 
-def test_a_path_leads_where_it_led_when_it_was_followed(tmp_path: Path) -> None:
+def test_resolved_path_survives_a_rename_of_its_folder(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     place = Place.find(str(tmp_path / "a" / "out"))
     (tmp_path / "a").rename(tmp_path / "b")
@@ -258,7 +258,7 @@ def test_a_path_leads_where_it_led_when_it_was_followed(tmp_path: Path) -> None:
 # --- a file that takes the place of another
 
 
-def test_a_private_file_is_private_while_it_is_replaced(
+def test_private_file_stays_private_while_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who opens the new one before it has the old mode reads all that is written later."""
@@ -278,7 +278,7 @@ def test_a_private_file_is_private_while_it_is_replaced(
     assert made == [0o600]
 
 
-def test_a_whole_file_takes_the_place_at_the_end_and_keeps_the_mode(tmp_path: Path) -> None:
+def test_whole_file_replaces_at_the_end_and_keeps_the_mode(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.write_text("old")
     target.chmod(0o640)
@@ -291,7 +291,7 @@ def test_a_whole_file_takes_the_place_at_the_end_and_keeps_the_mode(tmp_path: Pa
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_what_fails_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
+def test_failed_write_keeps_the_old_file_alone(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.write_text("old")
     with pytest.raises(ZeroDivisionError), whole_file(str(target)) as file:
@@ -303,7 +303,7 @@ def test_what_fails_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
 # --- nothing before it begins
 
 
-def test_a_file_is_left_as_it_is_until_it_begins(tmp_path: Path) -> None:
+def test_held_back_file_is_unchanged_until_the_run_begins(tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     old.write_text("yesterday's")
     with held_back() as outputs:
@@ -321,7 +321,7 @@ def test_a_file_is_left_as_it_is_until_it_begins(tmp_path: Path) -> None:
     second.close()
 
 
-def test_a_file_that_never_begins_stays(tmp_path: Path) -> None:
+def test_held_back_file_is_unchanged_if_the_run_never_begins(tmp_path: Path) -> None:
     old = tmp_path / "old"
     old.write_text("yesterday's")
     before = os.listdir("/proc/self/fd")
@@ -333,7 +333,7 @@ def test_a_file_that_never_begins_stays(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
-def test_a_link_that_is_planted_meanwhile_is_not_followed(
+def test_symlink_planted_while_held_back_is_not_followed(
     tmp_path: Path, victim: Path, give: Give
 ) -> None:
     tmp_path.chmod(0o1777)
@@ -349,7 +349,7 @@ def test_a_link_that_is_planted_meanwhile_is_not_followed(
 # --- the ready file
 
 
-def test_a_ready_pipe_without_a_reader_is_told_later(tmp_path: Path) -> None:
+def test_ready_pipe_is_written_once_a_reader_opens_it(tmp_path: Path) -> None:
     pipe = tmp_path / "ready"
     os.mkfifo(pipe)
     ready = ReadyFile(str(pipe))
@@ -389,11 +389,11 @@ print(len(data) > 0, data.endswith(b"\\n"), len(data) % size, len(data) % (7 * s
 
 @pytest.mark.parametrize("how", ["path", "stdout", "append"])
 @pytest.mark.parametrize("size", [100, 1000, 5000])
-def test_a_full_disk_ends_in_a_whole_line(how: str, size: int) -> None:
+def test_full_disk_leaves_whole_lines(how: str, size: int) -> None:
     assert on_a_full_disk("lines", how, size)[1:4] == ["True", "True", "0"]
 
 
-def test_or_in_a_whole_write() -> None:
+def test_full_disk_leaves_whole_writes() -> None:
     told = on_a_full_disk("no lines", "path", 1000)
     assert told[-1] == "0"
 
@@ -414,7 +414,7 @@ def on_a_full_disk(kind: str, how: str, size: int) -> list[str]:
 # --- pipes
 
 
-def test_a_pipe_gets_whole_lines_at_a_time() -> None:
+def test_pipe_receives_whole_lines() -> None:
     """Whenever the run is ended, no half line is in it."""
     reader, writer = os.pipe()
     output = Output(writer, lambda: True)
@@ -429,7 +429,7 @@ def test_a_pipe_gets_whole_lines_at_a_time() -> None:
     assert data.endswith(b"\n")
 
 
-def test_a_reader_that_goes_while_it_is_written_ends_it(tmp_path: Path) -> None:
+def test_reader_that_closes_during_a_write_ends_the_output(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)

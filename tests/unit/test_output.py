@@ -56,7 +56,7 @@ def write_to_a_reader(pipe: tuple[int, int], size: int) -> bytes:
 # --- files
 
 
-def test_a_file_is_made_and_gets_every_byte(tmp_path: Path) -> None:
+def test_file_is_created_and_receives_every_byte(tmp_path: Path) -> None:
     path = tmp_path / "out"
     output = Output.open(str(path), always)
     output.write(BIG)
@@ -67,14 +67,14 @@ def test_a_file_is_made_and_gets_every_byte(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o133 == 0
 
 
-def test_a_file_that_is_there_is_emptied(tmp_path: Path) -> None:
+def test_existing_file_is_truncated(tmp_path: Path) -> None:
     path = tmp_path / "out"
     path.write_text("of yesterday")
     Output.open(str(path), never).close()
     assert path.read_bytes() == b""
 
 
-def test_a_file_is_not_handed_on_to_the_traced_command(tmp_path: Path) -> None:
+def test_output_fd_is_not_inherited_by_the_traced_command(tmp_path: Path) -> None:
     output = Output.open(str(tmp_path / "out"), never)
     assert not os.get_inheritable(output.fd)
     output.close()
@@ -88,15 +88,13 @@ def test_a_file_is_not_handed_on_to_the_traced_command(tmp_path: Path) -> None:
         ("a_file/out", "Not a directory"),
     ],
 )
-def test_a_path_that_cannot_be_written_is_the_users_mistake(
-    tmp_path: Path, path: str, why: str
-) -> None:
+def test_unwritable_path_is_a_usage_error(tmp_path: Path, path: str, why: str) -> None:
     (tmp_path / "a_file").touch()
     with pytest.raises(UsageError, match=f"cannot write .*{why}; use another path"):
         Output.open(str(tmp_path / path), never)
 
 
-def test_a_full_disk_is_said_in_the_systems_words() -> None:
+def test_full_disk_error_has_the_systems_message() -> None:
     output = Output.open("/dev/full", never)
     with pytest.raises(TcplatError, match="writing failed: No space left on device") as error:
         output.write(b"x")
@@ -113,7 +111,7 @@ def test_dev_null_takes_everything() -> None:
 # --- standard output
 
 
-def test_without_a_path_it_is_standard_output_and_stays_open(
+def test_output_without_a_path_is_stdout_and_stays_open(
     pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with os.fdopen(os.dup(pipe[1]), "w") as stdout:
@@ -129,22 +127,22 @@ def test_without_a_path_it_is_standard_output_and_stays_open(
 
 
 @pytest.mark.parametrize("size", [100, 4096, 1 << 20])
-def test_a_slow_reader_gets_everything_in_order(pipe: tuple[int, int], size: int) -> None:
+def test_slow_reader_receives_everything_in_order(pipe: tuple[int, int], size: int) -> None:
     assert write_to_a_reader(pipe, size) == BIG
 
 
-def test_a_pipe_that_does_not_block_is_waited_for(pipe: tuple[int, int]) -> None:
+def test_nonblocking_pipe_is_waited_for(pipe: tuple[int, int]) -> None:
     os.set_blocking(pipe[1], False)
     assert write_to_a_reader(pipe, 1000) == BIG
 
 
-def test_a_reader_that_is_gone_ends_the_run(pipe: tuple[int, int]) -> None:
+def test_closed_pipe_raises_readergoneerror(pipe: tuple[int, int]) -> None:
     os.close(pipe[0])
     with pytest.raises(ReaderGoneError):
         Output(pipe[1], never).write(b"a row\n")
 
 
-def test_a_reader_that_goes_during_a_write_ends_the_run(pipe: tuple[int, int]) -> None:
+def test_pipe_closed_during_a_write_raises_readergoneerror(pipe: tuple[int, int]) -> None:
     closed: list[int] = []
 
     def leaves() -> bool:
@@ -158,7 +156,7 @@ def test_a_reader_that_goes_during_a_write_ends_the_run(pipe: tuple[int, int]) -
     assert closed
 
 
-def test_a_reader_that_does_not_read_cannot_stop_the_user_from_stopping(
+def test_stalled_reader_does_not_block_a_stop(
     pipe: tuple[int, int],
 ) -> None:
     asked: list[float] = []
@@ -174,12 +172,12 @@ def test_a_reader_that_does_not_read_cannot_stop_the_user_from_stopping(
     assert time.monotonic() - began < 30
 
 
-def test_a_reader_that_reads_is_written_to_even_while_stopping(pipe: tuple[int, int]) -> None:
+def test_reading_reader_is_served_while_stopping(pipe: tuple[int, int]) -> None:
     Output(pipe[1], always).write(b"the last row\n")
     assert os.read(pipe[0], 100) == b"the last row\n"
 
 
-def test_a_socket_whose_reader_is_gone_ends_the_run() -> None:
+def test_closed_socket_raises_readergoneerror() -> None:
     ours, theirs = socket.socketpair()
     output = Output(ours.fileno(), never)
     output.look()
@@ -191,7 +189,7 @@ def test_a_socket_whose_reader_is_gone_ends_the_run() -> None:
     ours.close()
 
 
-def test_a_connection_that_is_reset_ends_the_run() -> None:
+def test_reset_connection_raises_readergoneerror() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         ours = socket.create_connection(server.getsockname())
         theirs, _ = server.accept()

@@ -97,20 +97,20 @@ def test_each_end_is_found_with_its_role_and_owner(
     assert seeds[cookie(client)].remote == mapped(host)
 
 
-def test_a_dual_stack_socket_that_speaks_ipv4_has_mapped_addresses(stack: ExitStack) -> None:
+def test_dual_stack_socket_with_an_ipv4_peer_has_mapped_addresses(stack: ExitStack) -> None:
     listener, accepted, client = connection(stack, socket.AF_INET6, "::", "127.0.0.1")
     seeds = found()
     assert seeds[cookie(accepted)].local == seeds[cookie(client)].local == mapped("127.0.0.1")
     assert seeds[cookie(listener)].local == bytes(16)
 
 
-def test_a_socket_that_is_not_connected_is_not_taken_for_one(stack: ExitStack) -> None:
+def test_unconnected_socket_is_not_found(stack: ExitStack) -> None:
     """Neither bound nor connected: sock_diag does not know it, nor has it anything to tell."""
     sock = stack.enter_context(socket.socket())
     assert cookie(sock) not in found()
 
 
-def test_a_closed_socket_is_not_found(stack: ExitStack) -> None:
+def test_closed_socket_is_not_found(stack: ExitStack) -> None:
     _, _, client = connection(stack, socket.AF_INET, "127.0.0.1")
     number = cookie(client)
     assert number in found()
@@ -125,7 +125,7 @@ def test_udp_is_not_tcp(stack: ExitStack) -> None:
     assert cookie(sock) not in found()
 
 
-def test_many_sockets_are_found_each_once(stack: ExitStack) -> None:
+def test_each_of_many_sockets_is_found_once(stack: ExitStack) -> None:
     """More than one netlink message holds."""
     listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=512))
     clients = [
@@ -137,7 +137,7 @@ def test_many_sockets_are_found_each_once(stack: ExitStack) -> None:
     assert len(ours) == len(set(ours))
 
 
-def test_connections_that_nobody_has_accepted_yet_have_no_owner(stack: ExitStack) -> None:
+def test_unaccepted_connections_have_no_owner(stack: ExitStack) -> None:
     listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
     client = stack.enter_context(socket.create_connection(listener.getsockname()))
     (waiting,) = [
@@ -150,7 +150,7 @@ def test_connections_that_nobody_has_accepted_yet_have_no_owner(stack: ExitStack
     assert (taken.pid, taken.waiting) == (os.getpid(), False)
 
 
-def test_a_socket_that_two_processes_hold_is_shared_and_the_lowest_pids(stack: ExitStack) -> None:
+def test_socket_held_by_two_processes_belongs_to_the_lowest_pid(stack: ExitStack) -> None:
     listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
     with child("print(flush=True)", listener.fileno()) as (pid, _):
         seed = found()[cookie(listener)]
@@ -180,7 +180,7 @@ def test_a_socket_in_another_network_namespace_is_found() -> None:
     assert number not in found()
 
 
-def test_a_port_that_is_listened_on_elsewhere_makes_nobody_a_server(stack: ExitStack) -> None:
+def test_listener_in_another_namespace_makes_no_server(stack: ExitStack) -> None:
     """Each network namespace has ports of its own."""
     _, _, client = connection(stack, socket.AF_INET, "127.0.0.1")
     code = LISTENS.replace('"0.0.0.0", 0', f'"0.0.0.0", {client.getsockname()[1]}')
@@ -188,7 +188,7 @@ def test_a_port_that_is_listened_on_elsewhere_makes_nobody_a_server(stack: ExitS
         assert found()[cookie(client)].role == CLIENT
 
 
-def test_a_process_that_ends_meanwhile_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_that_ends_during_the_search_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     everyone = os.listdir
 
     def and_a_dead_one(path: str) -> list[str]:
@@ -198,7 +198,7 @@ def test_a_process_that_ends_meanwhile_does_not_matter(monkeypatch: pytest.Monke
     assert isinstance(owners.find(), list)
 
 
-def test_a_client_whose_port_is_listened_on_at_another_address(stack: ExitStack) -> None:
+def test_client_port_listened_on_at_another_address_stays_client(stack: ExitStack) -> None:
     elsewhere = stack.enter_context(socket.create_server(("127.0.0.2", 0)))
     listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
     client = stack.enter_context(
@@ -220,7 +220,7 @@ def test_a_client_whose_port_is_listened_on_at_another_address(stack: ExitStack)
         (socket.AF_INET6, "::ffff:127.0.0.1", False, IPV4),
     ],
 )
-def test_what_a_listening_socket_speaks(
+def test_listener_reports_its_ip_versions(
     stack: ExitStack,
     family: socket.AddressFamily,
     host: str,
@@ -236,7 +236,7 @@ def test_what_a_listening_socket_speaks(
     assert (seed.ip, seed.local, seed.device) == (ip, mapped(host), 0)
 
 
-def test_a_listening_socket_that_hears_one_device(stack: ExitStack) -> None:
+def test_listener_bound_to_a_device_reports_it(stack: ExitStack) -> None:
     listening = stack.enter_context(socket.socket())
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
     listening.bind(("127.0.0.1", 0))
@@ -244,7 +244,7 @@ def test_a_listening_socket_that_hears_one_device(stack: ExitStack) -> None:
     assert found()[cookie(listening)].device == socket.if_nametoindex("lo")
 
 
-def test_what_could_not_be_seen_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unidentified_sockets_and_namespaces_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(owners, "lacking", lambda *names: list(names))
     assert owners.Hidden().sentences() == owners.Hidden(processes=3).sentences() == []
     fds, entered = owners.Hidden(processes=3, sockets=2, namespaces=1).sentences(mendable=True)
@@ -253,7 +253,7 @@ def test_what_could_not_be_seen_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     assert entered.endswith("it needs CAP_SYS_ADMIN")
 
 
-def test_what_root_may_not_see_either_is_no_matter_of_capabilities(
+def test_access_denied_to_root_is_not_a_missing_capability(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(owners, "lacking", lambda *_: [])
@@ -262,7 +262,7 @@ def test_what_root_may_not_see_either_is_no_matter_of_capabilities(
     assert hidden.sentences()[0].endswith("the host refuses it to root as well")
 
 
-def test_fds_that_may_not_be_read_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_fds_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: int) -> list[int]:
         raise PermissionError
 
@@ -286,7 +286,7 @@ def test_fds_that_may_not_be_read_are_counted(monkeypatch: pytest.MonkeyPatch) -
     assert hidden.sockets >= 3
 
 
-def test_a_process_is_ending_once_it_has_ended() -> None:
+def test_ended_process_is_reported_as_ending() -> None:
     assert not owners.is_ending(os.getpid())
     process = subprocess.Popen(["true"])
     # A zombie, until somebody waits for it.

@@ -21,12 +21,12 @@ from tcplat_core.run.pace import (
 BEGAN = 1000.0
 
 
-def test_interfaces_are_looked_at_at_once_and_then_once_a_second() -> None:
+def test_interfaces_are_checked_at_the_start_and_every_second() -> None:
     pace = Pace(BEGAN)
     assert [s for s in (0, 0.5, 0.99, LOOK_S, 1.5) if pace.looks(BEGAN + s)] == [0, LOOK_S]
 
 
-def test_what_is_traced_is_looked_at_ten_times_a_second() -> None:
+def test_traced_processes_are_checked_ten_times_a_second() -> None:
     pace = Pace(BEGAN)
     assert [pace.glances(BEGAN + s) for s in (0, 0.05, GLANCE_S, 0.15)] == [
         True,
@@ -36,27 +36,25 @@ def test_what_is_traced_is_looked_at_ten_times_a_second() -> None:
     ]
 
 
-def test_what_is_traced_is_looked_at_after_each_sleep() -> None:
+def test_traced_processes_are_checked_after_each_sleep() -> None:
     pace = Pace(BEGAN)
     assert pace.glances(BEGAN)
     pace.sleep_s(BEGAN, pending=False)
     assert pace.glances(BEGAN)
 
 
-def test_counts_are_shown_in_equal_intervals_and_missed_ones_are_skipped() -> None:
+def test_interval_counts_keep_their_grid_and_skip_missed_ones() -> None:
     pace = Pace(BEGAN, show_s=2)
     shown = [s for s in (0, 1.9, 2.1, 3.9, 4, 9, 9.9, 10) if pace.shows(BEGAN + s)]
     assert shown == [2.1, 4, 9, 10]
 
 
-def test_counts_that_no_sink_wants_are_never_shown() -> None:
+def test_interval_counts_without_a_sink_are_never_due() -> None:
     assert not Pace(BEGAN).shows(BEGAN + 1e9)
 
 
 @pytest.mark.parametrize(("telling", "told"), [(True, [0, TICK_S, 0.6]), (False, [])])
-def test_sinks_that_want_it_are_told_four_times_a_second_that_time_passes(
-    told: list[float], *, telling: bool
-) -> None:
+def test_sinks_receive_the_time_four_times_a_second(told: list[float], *, telling: bool) -> None:
     pace = Pace(BEGAN, telling=telling)
     assert [s for s in (0, 0.2, TICK_S, 0.4, 0.6) if pace.tells(BEGAN + s)] == told
 
@@ -66,13 +64,13 @@ def test_a_run_without_a_duration_does_not_end() -> None:
     assert Pace(BEGAN, 5).end == BEGAN + 5
 
 
-def test_a_run_outlives_what_it_traces_by_a_moment() -> None:
+def test_run_outlives_its_traced_processes_briefly() -> None:
     pace = Pace(BEGAN)
     pace.traced_ended(BEGAN + 3)
     assert pace.end == BEGAN + 3 + LINGER_S
 
 
-def test_a_run_never_outlives_its_duration() -> None:
+def test_run_never_outlives_its_duration() -> None:
     pace = Pace(BEGAN, 3)
     pace.traced_ended(BEGAN + 3)
     assert pace.end == BEGAN + 3
@@ -81,11 +79,11 @@ def test_a_run_never_outlives_its_duration() -> None:
 @pytest.mark.parametrize(
     ("rows", "pause_s"), [(0, POLL_S), (MANY - 1, POLL_S), (MANY, BUSY_POLL_S), (9999, BUSY_POLL_S)]
 )
-def test_rows_by_the_hundred_are_awaited_longer(rows: int, pause_s: float) -> None:
+def test_pause_is_longer_while_hundreds_of_rows_arrive(rows: int, pause_s: float) -> None:
     assert Pace(BEGAN).pause_s(BEGAN + 60, rows) == pause_s
 
 
-def test_the_pause_grows_with_the_silence_and_begins_anew_with_a_row() -> None:
+def test_pause_grows_in_silence_and_resets_with_a_row() -> None:
     pace = Pace(BEGAN)
     assert pace.pause_s(BEGAN, None) == POLL_S
     assert pace.pause_s(BEGAN + 0.1, None) == pytest.approx(0.006)

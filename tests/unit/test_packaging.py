@@ -24,7 +24,7 @@ def project(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("group", ["tcplat", "tcplat.commands"])
-def test_the_root_has_the_entry_points_of_all_plugins(group: str) -> None:
+def test_root_project_has_the_entry_points_of_all_plugins(group: str) -> None:
     entries: dict[str, str] = {}
     for folder in FOLDERS:
         own = project(folder)["project"]["entry-points"].get(group, {})
@@ -40,7 +40,7 @@ def test_the_root_has_the_entry_points_of_all_plugins(group: str) -> None:
 
 
 @every_folder
-def test_the_wheel_and_the_editable_install_have_the_package(folder: Path) -> None:
+def test_wheel_and_editable_install_contain_the_package(folder: Path) -> None:
     hatch = project(ROOT)["tool"]["hatch"]["build"]
     package = f"plugins/{folder.name}/tcplat_{folder.name}"
     assert package in hatch["targets"]["wheel"]["packages"]
@@ -61,7 +61,7 @@ def test_a_plugin_folder_is_a_project_of_its_own(folder: Path) -> None:
     assert (folder / "README.md").read_text(encoding="utf-8").startswith("# ")
 
 
-def test_pypis_bcc_is_nobodys_dependency() -> None:
+def test_no_project_depends_on_the_bcc_of_pypi() -> None:
     for folder in (ROOT, *FOLDERS):
         told = project(folder)["project"]
         groups = [told["dependencies"], *told.get("optional-dependencies", {}).values()]
@@ -89,12 +89,12 @@ def test_listing_plugins_imports_neither_bcc_nor_pyroute2() -> None:
     assert not {"bcc", "pyroute2"} & modules
 
 
-def test_everything_that_a_plugin_may_import_needs_neither() -> None:
+def test_public_names_import_neither_bcc_nor_pyroute2() -> None:
     modules = imported_by("from tcplat_core import *\nfrom tcplat_core.testing import *")
     assert not {"bcc", "pyroute2", "pytest"} & modules
 
 
-def test_help_needs_no_plugin() -> None:
+def test_help_imports_no_plugin() -> None:
     modules = imported_by(
         "from tcplat_core.cli.main import cli\ncli.main(['--help'], standalone_mode=False)"
     )
@@ -102,17 +102,17 @@ def test_help_needs_no_plugin() -> None:
 
 
 @pytest.mark.parametrize("name", tcplat_core.__all__)
-def test_every_public_name_is_there(name: str) -> None:
+def test_every_public_name_exists(name: str) -> None:
     assert getattr(tcplat_core, name) is not None
 
 
-def test_a_name_that_is_not_public_is_not_there() -> None:
+def test_private_name_is_not_exported() -> None:
     with pytest.raises(AttributeError, match="module 'tcplat_core' has no attribute 'Router'"):
         tcplat_core.Router  # noqa: B018
 
 
 @every_folder
-def test_built_in_plugins_use_the_public_names_alone(folder: Path) -> None:
+def test_built_in_plugins_use_public_names_alone(folder: Path) -> None:
     for path in folder.glob("tcplat_*/**/*.py"):
         for line in path.read_text(encoding="utf-8").splitlines():
             words = line.split()

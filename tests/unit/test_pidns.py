@@ -33,7 +33,7 @@ def proc(monkeypatch: pytest.MonkeyPatch) -> Set:
     return set_all
 
 
-def test_the_namespace_of_its_first_process(proc: Set) -> None:
+def test_pid_namespace_is_that_of_process_1(proc: Set) -> None:
     proc(INITIAL)
     assert pidns.shown() is None
     proc(OURS, INITIAL)
@@ -42,7 +42,7 @@ def test_the_namespace_of_its_first_process(proc: Set) -> None:
     assert pidns.shown() is None
 
 
-def test_ours_where_that_one_may_not_be_looked_at(proc: Set) -> None:
+def test_own_pid_namespace_is_used_where_process_1_is_unreadable(proc: Set) -> None:
     proc(PermissionError(), OURS)
     assert pidns.shown() == (4026532300, 4)
     proc(PermissionError(), INITIAL)
@@ -52,7 +52,7 @@ def test_ours_where_that_one_may_not_be_looked_at(proc: Set) -> None:
         pidns.shown()
 
 
-def test_numbers_of_another_namespace_are_refused(proc: Set) -> None:
+def test_pids_of_another_namespace_are_refused(proc: Set) -> None:
     proc(OURS)
     pidns.require_ours()
     proc(OURS, number=os.getpid() + 1)

@@ -139,7 +139,7 @@ def load_new() -> Plugins:
     )
 
 
-def test_a_good_plugin_offers_probes_and_sinks(install: Install) -> None:
+def test_plugin_offers_probes_and_sinks(install: Install) -> None:
     install(GOOD, "good")
     plugins = load_new()
     assert plugins.probe("retransmits").summary == "watches retransmits"
@@ -151,12 +151,12 @@ def test_a_good_plugin_offers_probes_and_sinks(install: Install) -> None:
     ]
 
 
-def test_no_plugin_at_all_is_no_error() -> None:
+def test_empty_list_of_plugins_is_not_an_error() -> None:
     assert Plugins.load([]).found == []
 
 
 @pytest.mark.parametrize("module", BROKEN)
-def test_a_broken_plugin_is_listed_with_the_reason_and_the_others_load(
+def test_broken_plugin_is_listed_with_its_reason_and_others_load(
     install: Install, module: str
 ) -> None:
     code, reason = BROKEN[module]
@@ -177,7 +177,7 @@ def test_a_broken_plugin_is_listed_with_the_reason_and_the_others_load(
         assert [impl.plugin_name for impl in hook.get_hookimpls()] == ["zz_good"]
 
 
-def test_two_entry_points_of_one_object_are_two_plugins_of_one_name(install: Install) -> None:
+def test_two_entry_points_of_one_object_are_both_refused(install: Install) -> None:
     install(GOOD, "good")
     entries = [entry for entry in entry_points(group=GROUP) if entry.name == "good"]
     entries.append(EntryPoint("again", "good", GROUP))
@@ -186,7 +186,7 @@ def test_two_entry_points_of_one_object_are_two_plugins_of_one_name(install: Ins
     assert {found.status for found in plugins.found} == {"broken"}
 
 
-def test_a_hook_wrapper_of_one_plugin_does_not_change_another(install: Install) -> None:
+def test_hook_wrapper_does_not_change_another_plugin(install: Install) -> None:
     install(GOOD, "good")
     install(
         """
@@ -206,7 +206,7 @@ def test_a_hook_wrapper_of_one_plugin_does_not_change_another(install: Install) 
     ]
 
 
-def test_a_broken_plugin_offers_nothing(install: Install) -> None:
+def test_broken_plugin_offers_nothing(install: Install) -> None:
     """It fails at its second sink: the first one is not half there."""
     install(BROKEN["raises_in_hook"][0], "half")
     assert load_new().sinks == {}
@@ -220,7 +220,7 @@ def test_a_broken_plugin_offers_nothing(install: Install) -> None:
         ("good or bad", "its entry point lost = 'good or bad' is not of the form module:object"),
     ],
 )
-def test_an_entry_point_that_leads_nowhere_is_broken(
+def test_entry_point_that_leads_nowhere_is_broken(
     install: Install, entry: str, reason: str
 ) -> None:
     install(GOOD, "good")
@@ -230,12 +230,12 @@ def test_an_entry_point_that_leads_nowhere_is_broken(
 
 
 @pytest.mark.parametrize("version", ["1", "1.0", "1.99"])
-def test_a_plugin_made_for_our_major_version_is_taken(install: Install, version: str) -> None:
+def test_plugin_for_this_major_version_is_accepted(install: Install, version: str) -> None:
     install(f"tcplat_hookspec = {version!r}\n{GOOD}", "good")
     assert "retransmits" in load_new().probes
 
 
-def test_what_plugins_print_as_they_are_loaded_is_no_data(
+def test_output_of_plugins_during_loading_is_kept_off_stdout(
     install: Install, capfd: pytest.CaptureFixture[str]
 ) -> None:
     install("import os\nprint('by Python')\nos.write(1, b'by its fd\\n')\n" + GOOD, "chatty")
@@ -261,7 +261,7 @@ def test_plugins_load_without_a_standard_output(install: Install) -> None:
 
 
 @pytest.mark.parametrize("kind", ["probe", "sink"])
-def test_asking_for_a_broken_plugin_names_it_and_the_reason(install: Install, kind: str) -> None:
+def test_request_for_a_broken_plugin_names_its_reason(install: Install, kind: str) -> None:
     install("import there_is_no_such_module", "histogram")
     with pytest.raises(PluginError) as error:
         getattr(load_new(), kind)("histogram")
@@ -271,7 +271,7 @@ def test_asking_for_a_broken_plugin_names_it_and_the_reason(install: Install, ki
     )
 
 
-def test_asking_for_what_there_is_not_tells_what_there_is(install: Install) -> None:
+def test_request_for_an_unknown_plugin_lists_the_known_ones(install: Install) -> None:
     install(GOOD, "good")
     plugins = load_new()
     with pytest.raises(PluginError, match="there is no sink named 'grahp'; there is count, graph"):
@@ -282,7 +282,7 @@ def test_asking_for_what_there_is_not_tells_what_there_is(install: Install) -> N
         Plugins.load([]).probe("x")
 
 
-def test_of_two_plugins_of_one_name_neither_is_taken(install: Install) -> None:
+def test_two_plugins_of_one_name_are_both_refused(install: Install) -> None:
     """Which of the two it would be is chance."""
     install(GOOD, "a_first")
     install("@hookimpl\ndef tcplat_register_probes(): yield probe('retransmits')", "b_second")
@@ -303,7 +303,7 @@ def test_of_two_plugins_of_one_name_neither_is_taken(install: Install) -> None:
     assert str(error.value) == (f"probe retransmits (from tcplat-a_first 2.5) is broken: {reason}")
 
 
-def test_of_two_entry_points_of_one_name_neither_is_loaded(install: Install) -> None:
+def test_two_entry_points_of_one_name_are_both_refused(install: Install) -> None:
     install("raise RuntimeError('loaded')", "a_first", entry="graphs")
     install("raise RuntimeError('loaded')", "b_second", entry="graphs")
     install(GOOD, "good")
@@ -317,7 +317,7 @@ def test_of_two_entry_points_of_one_name_neither_is_loaded(install: Install) -> 
     assert "retransmits" in plugins.probes
 
 
-def test_nobody_takes_a_name_of_our_own(install: Install) -> None:
+def test_plugin_cannot_take_a_built_in_name(install: Install) -> None:
     install("@hookimpl\ndef tcplat_register_probes(): yield probe('tcp_client')", "aaa")
     install(GOOD, "bbb", entry="sinks")
     plugins = Plugins.load()
@@ -332,7 +332,7 @@ def test_nobody_takes_a_name_of_our_own(install: Install) -> None:
     }
 
 
-def test_a_probe_and_a_sink_may_have_one_name(install: Install) -> None:
+def test_probe_and_sink_may_share_a_name(install: Install) -> None:
     install(
         """
         @hookimpl
@@ -346,7 +346,7 @@ def test_a_probe_and_a_sink_may_have_one_name(install: Install) -> None:
     assert [found.status for found in load_new().found] == ["ok", "ok"]
 
 
-def test_a_plugin_that_is_installed_twice_is_loaded_once(install: Install) -> None:
+def test_plugin_installed_twice_is_loaded_once(install: Install) -> None:
     """Once in tcplat's wheel and once by itself: same name, same module."""
     install(GOOD, "good", dist="tcplat-good")
     (entry,) = [entry for entry in entry_points(group=GROUP) if entry.name == "good"]
@@ -372,7 +372,7 @@ def test_the_order_of_installation_does_not_matter(install: Install) -> None:
     assert Plugins.load(entries).found == Plugins.load(reversed(entries)).found
 
 
-def test_the_plugins_that_come_with_tcplat_are_whole() -> None:
+def test_built_in_plugins_load() -> None:
     ours = [found for found in Plugins.load().found if found.distribution == "tcplat"]
     assert {found.status for found in ours} == {"ok"}
     assert {("tcp_client", "probe"), ("table", "sink"), ("jsonl", "sink")} <= {
@@ -380,7 +380,7 @@ def test_the_plugins_that_come_with_tcplat_are_whole() -> None:
     }
 
 
-def test_the_examples_of_the_hooks_are_whole_plugins(
+def test_hook_examples_are_complete_plugins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     examples = [

@@ -38,26 +38,26 @@ def hooks(spec: ProbeSpec) -> Iterator[Hook]:
             yield from way.hooks
 
 
-def test_there_are_probes_to_test() -> None:
+def test_probes_are_found() -> None:
     assert "tcp_client" in {spec.name for spec in OURS}
 
 
 @every_probe
-def test_the_columns_of_the_table_are_the_ancestors(spec: ProbeSpec) -> None:
+def test_probes_add_no_table_column_of_their_own(spec: ProbeSpec) -> None:
     """A field in every row of a packet would widen all other rows, and show their head again."""
     own = [field.name for field in fields(spec.event) if field.own and field.column]
     assert bool(own) == (spec.name == "tcp_stats"), own
 
 
 @every_probe
-def test_every_program_is_a_function_of_its_c(spec: ProbeSpec) -> None:
+def test_every_program_is_a_function_in_its_c(spec: ProbeSpec) -> None:
     text = with_headers(spec.source)
     functions = set(re.findall(r"^(?:static )?int (\w+)\(", text, re.MULTILINE))
     assert {hook.by or hook.program for hook in hooks(spec)} <= functions
 
 
 @every_probe
-def test_every_number_that_the_c_uses_is_that_of_a_hook_that_reports(spec: ProbeSpec) -> None:
+def test_every_hook_number_in_c_is_of_a_reporting_hook(spec: ProbeSpec) -> None:
     used = set(re.findall(r"\bHOOK_(\w+)", with_headers(spec.source)))
     known = {hook.program for _, hook in reporting(spec.points)}
     assert used <= known
@@ -66,7 +66,7 @@ def test_every_number_that_the_c_uses_is_that_of_a_hook_that_reports(spec: Probe
 
 
 @every_probe
-def test_every_histogram_is_counted_somewhere_and_needs_points_that_there_are(
+def test_every_histogram_is_counted_and_its_points_exist(
     spec: ProbeSpec,
 ) -> None:
     names = [histogram.name for histogram in spec.histograms]
@@ -79,7 +79,7 @@ def test_every_histogram_is_counted_somewhere_and_needs_points_that_there_are(
 
 
 @every_probe
-def test_one_program_stands_for_one_function(spec: ProbeSpec) -> None:
+def test_each_program_serves_one_function(spec: ProbeSpec) -> None:
     """Its number in a record names the function and the mechanism."""
     seen: dict[str, tuple[str, str]] = {}
     for hook in hooks(spec):
@@ -90,7 +90,7 @@ def test_one_program_stands_for_one_function(spec: ProbeSpec) -> None:
 
 
 @every_probe
-def test_the_books_can_tell_the_hooks_apart(spec: ProbeSpec) -> None:
+def test_hooks_attached_together_differ_in_point_or_func(spec: ProbeSpec) -> None:
     """Rows are counted by point and func: hooks attached together may not share both."""
     for point in spec.points:
         for way in point.ways:
@@ -99,12 +99,12 @@ def test_the_books_can_tell_the_hooks_apart(spec: ProbeSpec) -> None:
 
 
 @every_probe
-def test_a_number_fits_into_its_byte(spec: ProbeSpec) -> None:
+def test_hook_numbers_fit_into_a_byte(spec: ProbeSpec) -> None:
     assert 0 < len(reporting(spec.points)) <= 255
 
 
 @every_probe
-def test_points_have_names_of_their_own_and_ways(spec: ProbeSpec) -> None:
+def test_points_have_unique_names_and_ways(spec: ProbeSpec) -> None:
     names = [point.point for point in spec.points]
     assert len(names) == len(set(names))
     for point in spec.points:
@@ -114,13 +114,13 @@ def test_points_have_names_of_their_own_and_ways(spec: ProbeSpec) -> None:
 
 
 @every_probe
-def test_no_handler_has_a_name_by_which_bcc_attaches_it_itself(spec: ProbeSpec) -> None:
+def test_no_handler_has_a_name_that_bcc_attaches_automatically(spec: ProbeSpec) -> None:
     taken = ("kprobe__", "kretprobe__", "tracepoint__", "raw_tracepoint__", "kfunc__", "lsm__")
     assert not [hook.program for hook in hooks(spec) if hook.program.startswith(taken)]
 
 
 @every_probe
-def test_its_text_is_put_together_without_a_kernel(spec: ProbeSpec) -> None:
+def test_program_text_is_built_without_a_kernel(spec: ProbeSpec) -> None:
     options = read_options(spec.name, spec.options, GIVEN.get(spec.name, {}))
     taken = {point.point: point.ways[0].mechanism for point in spec.points}
     text = program_text(probe_request(spec, options), taken=taken, defines={})
@@ -133,7 +133,7 @@ FLAGS = (None, "", "SYN", "SYN|ACK", "FIN|SYN|RST|PSH|ACK|URG|ECE|CWR")
 
 
 @every_probe
-def test_every_row_has_a_description_that_prints(spec: ProbeSpec) -> None:
+def test_every_row_has_a_printable_description(spec: ProbeSpec) -> None:
     for point, state, old_state, error, empty, flags in itertools.product(
         [point.point for point in spec.points], TCP_STATES, TCP_STATES, ERRORS, (None, 0, 1), FLAGS
     ):

@@ -88,17 +88,17 @@ def ends() -> Iterator[Ends]:
         ),
     ],
 )
-def test_a_request_comes_out_as_it_went_in(request_: Request) -> None:
+def test_request_survives_packing(request_: Request) -> None:
     assert Request.unpack(request_.pack()) == request_
 
 
-def test_a_refusal_crosses(ends: Ends) -> None:
+def test_refusal_survives_packing(ends: Ends) -> None:
     session, loader = ends
     send_answer(loader, Refusal("no BTF; boot another kernel", 3, "a log\nof lines"))
     assert receive_answer(session) == Refusal("no BTF; boot another kernel", 3, "a log\nof lines")
 
 
-def test_a_loader_that_died_gave_no_answer(ends: Ends) -> None:
+def test_dead_loader_gives_no_answer(ends: Ends) -> None:
     session, loader = ends
     loader.close()
     assert receive_answer(session) is None
@@ -160,7 +160,7 @@ def test_every_fd_arrives_at_its_place(ends: Ends) -> None:
         os.close(read)
 
 
-def test_no_fd_is_handed_on_to_a_program_that_a_sink_starts(ends: Ends) -> None:
+def test_received_fds_are_not_inherited_by_child_processes(ends: Ends) -> None:
     """A link that outlives the session would leave its program attached."""
     session, loader = ends
     send_answer(loader, _holding(3))
@@ -179,7 +179,7 @@ def _holding(fds: int) -> Answer:
     return Answer(probes={"one": probe}, gate_fd=0, holding=(0,) * (fds - 3))
 
 
-def test_as_many_fds_cross_as_the_kernel_takes(ends: Ends) -> None:
+def test_maximum_number_of_fds_is_passed(ends: Ends) -> None:
     session, loader = ends
     send_answer(loader, _holding(MAX_FDS))
     answer = receive_answer(session)
@@ -190,6 +190,6 @@ def test_as_many_fds_cross_as_the_kernel_takes(ends: Ends) -> None:
     assert len(set(fds)) == MAX_FDS == 253
 
 
-def test_more_fds_are_refused_with_their_number(ends: Ends) -> None:
+def test_fds_beyond_the_maximum_are_refused_with_their_number(ends: Ends) -> None:
     with pytest.raises(CannotRunError, match="254 programs, links and maps are more than the 253"):
         send_answer(ends[1], _holding(MAX_FDS + 1))

@@ -41,7 +41,7 @@ def capture(path: Path, *, end: bool = True, report: RunReport | None = None) ->
     return rows
 
 
-def test_everything_comes_in_its_place(tmp_path: Path) -> None:
+def test_rows_losses_and_hosts_keep_their_order(tmp_path: Path) -> None:
     rows = capture(tmp_path / "capture")
     reader = Reader.open(str(tmp_path / "capture"))
     items = list(reader.items())
@@ -53,12 +53,12 @@ def test_everything_comes_in_its_place(tmp_path: Path) -> None:
     assert not reader.report.incomplete
 
 
-def test_batches_are_the_rows_alone(tmp_path: Path) -> None:
+def test_batches_contain_rows_alone(tmp_path: Path) -> None:
     rows = capture(tmp_path / "capture")
     assert sum(Reader.open(str(tmp_path / "capture")).batches(), []) == rows  # noqa: RUF017 - two
 
 
-def test_a_capture_without_an_end_says_so(tmp_path: Path) -> None:
+def test_truncated_capture_is_reported(tmp_path: Path) -> None:
     capture(tmp_path / "capture", end=False)
     reader = Reader.open(str(tmp_path / "capture"))
     list(reader.items())
@@ -75,7 +75,7 @@ def test_a_capture_without_an_end_says_so(tmp_path: Path) -> None:
         (4, 4, "6 rows are not in its books: a run did not end, or the capture lacks its"),
     ],
 )
-def test_rows_that_are_not_as_many_as_its_books_say_are_remarked(
+def test_row_count_that_differs_from_the_report_is_remarked(
     tmp_path: Path, delivered: int, produced: int, said: str | None
 ) -> None:
     rows = capture(tmp_path / "capture", report=books(delivered, produced))
@@ -89,7 +89,7 @@ def test_rows_that_are_not_as_many_as_its_books_say_are_remarked(
     assert said.format(rows[0].probe) in found
 
 
-def test_books_whose_sums_are_wrong_are_damaged(tmp_path: Path) -> None:
+def test_report_with_wrong_sums_is_damaged(tmp_path: Path) -> None:
     capture(tmp_path / "capture")
     path = tmp_path / "capture"
     path.write_bytes(path.read_bytes().replace(b'{"delivered":10', b'{"delivered":5', 1))
@@ -98,7 +98,7 @@ def test_books_whose_sums_are_wrong_are_damaged(tmp_path: Path) -> None:
     assert any("1 line(s) are damaged" in sentence for sentence in reader.remarks())
 
 
-def test_what_is_no_capture_is_an_error(tmp_path: Path) -> None:
+def test_file_that_is_not_a_capture_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("hello\n")
     with pytest.raises(TcplatError, match="is not a tcplat capture"):
         list(Reader.open(str(tmp_path / "x"), quiet=True).items())
@@ -115,7 +115,7 @@ def test_replay_keeps_the_hosts(tmp_path: Path) -> None:
     assert before == after
 
 
-def test_a_host_that_is_damaged_is_left_out(tmp_path: Path) -> None:
+def test_damaged_host_is_skipped(tmp_path: Path) -> None:
     rows = capture(tmp_path / "capture")
     path = tmp_path / "capture"
     path.write_bytes(path.read_bytes().replace(b'"host":1', b'"host":"one"'))
@@ -128,7 +128,7 @@ def test_a_host_that_is_damaged_is_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quiet", [False, True])
-def test_a_bar_on_a_terminal_says_how_far_it_is(
+def test_progress_bar_on_a_terminal_shows_a_percentage(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -135,7 +135,7 @@ GOOD = b"".join(map(encoded, [*ROWS, report_of(ROWS)]))
 
 
 @pytest.mark.parametrize("form", ["jsonl", "msgpack"])
-def test_rows_losses_and_report_come_back_as_they_were(replay: Replayed, form: str) -> None:
+def test_rows_losses_and_report_survive_a_replay(replay: Replayed, form: str) -> None:
     rows = rows_of_all_probes(5000)  # more than a chunk
     losses = [Loss("tcp_client", "send", 3), Loss("xdp_port", "nic_rx", 1)]
     stream: list[Event | Loss] = [*rows[:10], losses[0], *rows[10:4000], losses[1], *rows[4000:]]
@@ -148,7 +148,7 @@ def test_rows_losses_and_report_come_back_as_they_were(replay: Replayed, form: s
         assert {type(row) for row in found.sink.rows if row.probe == probe} <= {event}
 
 
-def test_a_report_is_the_same_after_its_way_through_json() -> None:
+def test_report_survives_json() -> None:
     report = report_of(ROWS, [Loss("tcp_client", "send", 3)])
     again = RunReport.from_json(json.loads(json.dumps(report.as_json())))
     assert again == report
@@ -171,7 +171,7 @@ def made_of(kind: Any, number: int) -> Any:
     return {bool: True, int: number + 1, float: number + 0.25, str: f"text {number}"}[kind]
 
 
-def test_a_report_with_all_that_it_can_have_comes_back_from_json() -> None:
+def test_report_with_every_field_survives_json() -> None:
     report = made_of(RunReport, 1)
     assert isinstance(report, RunReport)
     again = RunReport.from_json(json.loads(json.dumps(report.as_json())))
@@ -180,7 +180,7 @@ def test_a_report_with_all_that_it_can_have_comes_back_from_json() -> None:
 
 
 @pytest.mark.parametrize("form", ["jsonl", "msgpack"])
-def test_books_of_more_hooks_than_any_tcplat_has_are_not_kept(replay: Replayed, form: str) -> None:
+def test_hooks_beyond_1024_are_skipped(replay: Replayed, form: str) -> None:
     made = [make_event(ts_ns=n, point=f"point {n}") for n in range(1, 3001)]
     stream: list[Any] = [*made, *(Loss("a", f"point {n}", 1) for n in range(3000)), *made]
     found = replay(b"".join(encoded(one, form) for one in stream))
@@ -191,7 +191,7 @@ def test_books_of_more_hooks_than_any_tcplat_has_are_not_kept(replay: Replayed, 
     assert any("the capture then has too many hooks" in words for words in found.said)
 
 
-def test_the_books_of_histograms_are_those_of_the_capture(replay: Replayed) -> None:
+def test_histogram_counts_of_the_capture_are_kept(replay: Replayed) -> None:
     counted = {"ready_recv": Counted(samples=7, unmeasured=1, rest=0)}
     probe = ProbeReport(hooks=(), counted=counted, uncounted={"queue": "no such function"})
     report = RunReport(probes={"tcp_service": probe}, duration_s=1)
@@ -225,12 +225,12 @@ def tcplat(*arguments: str, **how: Any) -> subprocess.CompletedProcess[bytes]:
     )
 
 
-def test_standard_input_is_a_capture_too() -> None:
+def test_standard_input_is_read_as_a_capture() -> None:
     done = tcplat("replay", "-", "--sink", "jsonl", "-q", input=GOOD)
     assert (done.returncode, done.stdout, done.stderr) == (0, GOOD, b"")
 
 
-def test_rows_of_a_probe_with_other_fields_than_the_installed_one(replay: Replayed) -> None:
+def test_rows_with_fields_unlike_the_installed_probes_are_kept(replay: Replayed) -> None:
     class Older(Event):
         gone: int
 
@@ -244,7 +244,7 @@ def test_rows_of_a_probe_with_other_fields_than_the_installed_one(replay: Replay
 
 
 @pytest.mark.parametrize("name", ["v1.jsonl", "v1.msgpack"])
-def test_a_capture_of_version_1_is_one_of_ours_without_threads(replay: Replayed, name: str) -> None:
+def test_version_1_capture_is_read_without_threads(replay: Replayed, name: str) -> None:
     """It was written by the last release with that schema; `comm` was a thread's name there."""
     found = replay((DATA / name).read_bytes())
     assert found.said == []
@@ -257,9 +257,7 @@ def test_a_capture_of_version_1_is_one_of_ours_without_threads(replay: Replayed,
 
 
 @pytest.mark.parametrize("form", ["jsonl", "msgpack"])
-def test_what_a_row_of_another_version_lacks_is_null_and_what_it_has_besides_stays(
-    replay: Replayed, form: str
-) -> None:
+def test_missing_fields_become_null_and_unknown_ones_stay(replay: Replayed, form: str) -> None:
     encode = msgspec.json.encode if form == "jsonl" else msgspec.msgpack.encode
     end = b"\n" if form == "jsonl" else b""
     row = msgspec.structs.asdict(ROWS[0])
@@ -298,7 +296,7 @@ def test_what_a_row_of_another_version_lacks_is_null_and_what_it_has_besides_sta
     ],
 )
 @pytest.mark.parametrize("at", [0, 3, 8])
-def test_a_line_that_is_damaged_is_left_out_and_said(
+def test_damaged_line_is_skipped_and_reported(
     replay: Replayed, bad: bytes, reason: str, at: int
 ) -> None:
     lines = GOOD.splitlines(keepends=True)
@@ -312,7 +310,7 @@ def test_a_line_that_is_damaged_is_left_out_and_said(
     assert found.said[1].endswith(" was skipped")
 
 
-def test_of_many_damaged_lines_the_first_are_said_and_all_are_counted(replay: Replayed) -> None:
+def test_first_damaged_lines_are_reported_and_all_are_counted(replay: Replayed) -> None:
     found = replay(b"x\n" * 1000 + GOOD)
     assert len(found.sink.rows) == 8
     assert [words.split(":")[0] for words in found.said[:-1]] == [
@@ -321,7 +319,7 @@ def test_of_many_damaged_lines_the_first_are_said_and_all_are_counted(replay: Re
     assert found.said[-1].startswith("1000 lines of ")
 
 
-def test_what_is_left_out_is_not_in_the_books(replay: Replayed) -> None:
+def test_skipped_line_is_counted_as_unread(replay: Replayed) -> None:
     lines = GOOD.splitlines(keepends=True)
     found = replay(b"".join([b"x\n", *lines[1:]]))
     (hook,) = found.report.probes["tcp_client"].hooks
@@ -329,13 +327,13 @@ def test_what_is_left_out_is_not_in_the_books(replay: Replayed) -> None:
     assert found.report.delivered == len(found.sink.rows) == 7
 
 
-def test_carriage_returns_and_empty_lines_do_no_harm(replay: Replayed) -> None:
+def test_carriage_returns_and_empty_lines_are_ignored(replay: Replayed) -> None:
     found = replay(b"\n\r\n" + GOOD.replace(b"\n", b"\r\n\n"))
     assert found.times == [row.ts_ns for row in ROWS]
     assert found.said == []
 
 
-def test_a_torn_last_line_is_said_and_the_rest_replayed(replay: Replayed) -> None:
+def test_truncated_last_line_is_reported_and_the_rest_replayed(replay: Replayed) -> None:
     found = replay(GOOD[:-30])
     assert len(found.sink.rows) == 8
     assert found.said[0] == "line 9 was skipped: it is cut off"
@@ -344,7 +342,7 @@ def test_a_torn_last_line_is_said_and_the_rest_replayed(replay: Replayed) -> Non
 
 
 @pytest.mark.parametrize("bad", [b"", b"x", b"hello\nworld\n", bytes(1000), b"\xff" * 2_000_000])
-def test_what_is_no_capture_is_one_sentence(replay: Replayed, bad: bytes) -> None:
+def test_file_that_is_not_a_capture_is_one_sentence(replay: Replayed, bad: bytes) -> None:
     with pytest.raises(TcplatError, match="is not a tcplat capture"):
         replay(bad)
 
@@ -359,9 +357,7 @@ def test_no_control_character_of_a_capture_reaches_a_sink(replay: Replayed) -> N
 @settings(deadline=None, max_examples=500)
 @given(st.data())
 @pytest.mark.parametrize("form", ["jsonl", "msgpack"])
-def test_whatever_happens_to_its_bytes_a_capture_is_read_to_its_end(
-    form: str, data: st.DataObject
-) -> None:
+def test_damaged_capture_is_read_to_its_end(form: str, data: st.DataObject) -> None:
     whole = b"".join(encoded(item, form) for item in [*ROWS, report_of(ROWS)])
     at = data.draw(st.integers(0, len(whole)))
     until = data.draw(st.integers(at, min(len(whole), at + 50)))
@@ -376,7 +372,7 @@ def test_whatever_happens_to_its_bytes_a_capture_is_read_to_its_end(
 
 @pytest.mark.parametrize("form", ["jsonl", "msgpack"])
 @pytest.mark.parametrize("size", [1, 7, 100, 1000])
-def test_where_chunks_end_changes_nothing(form: str, size: int) -> None:
+def test_chunk_boundaries_do_not_change_the_rows(form: str, size: int) -> None:
     whole = b"".join(encoded(item, form) for item in [*ROWS, report_of(ROWS)])
     capture = Capture(EVENTS)
     chunks = (whole[at : at + size] for at in range(0, len(whole), size))
@@ -386,7 +382,7 @@ def test_where_chunks_end_changes_nothing(form: str, size: int) -> None:
     assert (capture.left_out, capture.ended) == (0, True)
 
 
-def test_rubbish_between_msgpack_maps_is_left_out(replay: Replayed) -> None:
+def test_garbage_between_msgpack_maps_is_skipped(replay: Replayed) -> None:
     rubbish = bytes(range(256)) * 3
     parts = [encoded(item, "msgpack") for item in [*ROWS, report_of(ROWS)]]
     found = replay(b"".join([*parts[:4], rubbish, *parts[4:]]))
@@ -397,7 +393,7 @@ def test_rubbish_between_msgpack_maps_is_left_out(replay: Replayed) -> None:
 # --- the books
 
 
-def test_a_capture_without_end_has_books_that_say_so(replay: Replayed) -> None:
+def test_report_of_a_truncated_capture_is_marked_incomplete(replay: Replayed) -> None:
     rows = rows_of_all_probes(8)
     loss = Loss("tcp_client", "send", 5)
     found = replay(b"".join(map(encoded, [*rows[:4], loss, *rows[4:]])))
@@ -410,7 +406,7 @@ def test_a_capture_without_end_has_books_that_say_so(replay: Replayed) -> None:
     assert found.report.duration_s == 7e-9
 
 
-def test_captures_behind_each_other_have_the_books_of_both(replay: Replayed) -> None:
+def test_concatenated_captures_have_summed_reports(replay: Replayed) -> None:
     found = replay(GOOD + GOOD)
     assert found.said == []
     assert found.report.delivered == len(found.sink.rows) == 16
@@ -418,7 +414,7 @@ def test_captures_behind_each_other_have_the_books_of_both(replay: Replayed) -> 
     assert not found.report.incomplete
 
 
-def test_the_books_of_two_captures_forget_nothing() -> None:
+def test_merged_reports_keep_every_field() -> None:
     counted = {"connect": Counted(samples=3, unmeasured=1, rest=0)}
     one = ProbeReport(hooks=(), counted=counted, poll_error="no more", deaf=True)
     two = ProbeReport(hooks=(), counted=counted, uncounted={"in_recv": "no recv"}, deaf=True)
@@ -431,13 +427,13 @@ def test_the_books_of_two_captures_forget_nothing() -> None:
     assert (either.counted, either.deaf) == (counted, False)
 
 
-def test_rows_behind_the_books_are_counted_besides(replay: Replayed) -> None:
+def test_rows_behind_the_report_are_added_to_it(replay: Replayed) -> None:
     found = replay(GOOD + encoded(ROWS[0]))
     assert found.report.delivered == len(found.sink.rows) == 9
     assert found.report.incomplete
 
 
-def test_late_rows_of_a_capture_without_end_are_counted(replay: Replayed) -> None:
+def test_late_rows_of_a_truncated_capture_are_counted(replay: Replayed) -> None:
     found = replay(b"".join(encoded(make_event(ts_ns=ns)) for ns in (1, 5, 3, 4, 6)))
     assert found.times == [1, 5, 3, 4, 6]
     assert found.report.late == 2
@@ -446,7 +442,7 @@ def test_late_rows_of_a_capture_without_end_are_counted(replay: Replayed) -> Non
 # --- which rows
 
 
-def test_probe_and_point_choose_rows_losses_and_books(replay: Replayed) -> None:
+def test_probe_and_point_options_select_rows_losses_and_report(replay: Replayed) -> None:
     losses = [Loss("tcp_client", "send", 3), Loss("xdp_port", "nic_rx", 1)]
     data = b"".join(map(encoded, [*ROWS, *losses, report_of(ROWS, losses)]))
     found = replay(data, probes=["tcp_client", "tcp_service"])
@@ -458,7 +454,7 @@ def test_probe_and_point_choose_rows_losses_and_books(replay: Replayed) -> None:
     assert found.sink.stream[-1] == losses[1]
 
 
-def test_what_a_filter_leaves_out_was_never_produced(replay: Replayed) -> None:
+def test_filtered_rows_are_not_counted_as_produced(replay: Replayed) -> None:
     rows = [make_event(ts_ns=ns, dport=80 + ns % 3) for ns in range(9)]
     losses = [Loss("tcp_client", "send", 2)]
     data = b"".join(map(encoded, [*rows, *losses, report_of(rows, losses)]))
@@ -469,7 +465,7 @@ def test_what_a_filter_leaves_out_was_never_produced(replay: Replayed) -> None:
     assert not found.report.incomplete
 
 
-def test_so_many_rows_and_no_more(replay: Replayed) -> None:
+def test_count_limits_the_replayed_rows(replay: Replayed) -> None:
     found = replay(GOOD, count=3)
     assert found.times == [1, 2, 3]
     assert found.report.delivered == 3
@@ -502,7 +498,7 @@ def test_so_many_rows_and_no_more(replay: Replayed) -> None:
         ("/dev/null --cgroup /", 2, "No such option '--cgroup'"),
     ],
 )
-def test_a_mistake_is_one_sentence(arguments: str, status: int, said: str) -> None:
+def test_usage_error_of_replay_is_one_sentence(arguments: str, status: int, said: str) -> None:
     done = tcplat("replay", *arguments.split())
     assert done.returncode == status
     assert done.stdout == b""
@@ -510,13 +506,13 @@ def test_a_mistake_is_one_sentence(arguments: str, status: int, said: str) -> No
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_process_that_is_long_gone_can_be_asked_for() -> None:
+def test_pid_filter_accepts_an_ended_process() -> None:
     done = tcplat("replay", "-", "-p", "4194303", "--netns", "4026531840", input=GOOD)
     assert (done.returncode, done.stdout) == (0, b"")
     assert b"tcp_client: 0 rows" in done.stderr
 
 
-def test_what_was_left_out_is_said_and_is_no_failure() -> None:
+def test_skipped_lines_are_reported_and_exit_code_stays_0() -> None:
     done = tcplat("replay", "-", input=b"rubbish\n" + GOOD)
     assert done.returncode == 0
     assert b"tcplat: line 1 was skipped: " in done.stderr
@@ -524,14 +520,14 @@ def test_what_was_left_out_is_said_and_is_no_failure() -> None:
     assert tcplat("replay", "-", "-q", input=b"rubbish\n" + GOOD).stderr == b""
 
 
-def test_a_name_that_no_row_has_is_said() -> None:
+def test_probe_name_without_rows_is_reported() -> None:
     done = tcplat("replay", "-", "--probe", "tcp_cleint", "--point", "nic_rx", input=GOOD)
     assert (done.returncode, done.stdout) == (0, b"")
     assert b"there is no row of probe tcp_cleint in standard input\n" in done.stderr
     assert b"nic_rx in" not in done.stderr
 
 
-def test_a_reader_that_goes_away_is_a_clean_end(tmp_path: Path) -> None:
+def test_reader_that_goes_away_ends_a_replay_cleanly(tmp_path: Path) -> None:
     path = tmp_path / "in"
     path.write_bytes(encoded(make_event()) * 50_000)
     done = subprocess.run(
@@ -547,7 +543,7 @@ def test_a_reader_that_goes_away_is_a_clean_end(tmp_path: Path) -> None:
     assert done.stdout.startswith(b"PID ")
 
 
-def test_ctrl_c_is_a_clean_end() -> None:
+def test_ctrl_c_ends_a_replay_cleanly() -> None:
     with subprocess.Popen(
         [sys.executable, "-I", "-m", "tcplat_core", "replay", "-", "--sink", "jsonl"],
         stdin=subprocess.PIPE,
@@ -566,13 +562,13 @@ def test_ctrl_c_is_a_clean_end() -> None:
     assert "ended before the capture" in end["report"]["incomplete"]
 
 
-def test_a_sink_that_fails_alone_is_a_failure() -> None:
+def test_failure_of_the_only_sink_exits_with_1() -> None:
     done = tcplat("replay", "-", "--sink", "jsonl:path=/dev/full", input=GOOD)
     assert done.returncode == 1
     assert b"was switched off: writing failed: No space left on device" in done.stderr
 
 
-def test_a_socket_is_read_while_it_is_written(tmp_path: Path) -> None:
+def test_socket_is_read_while_written(tmp_path: Path) -> None:
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(str(tmp_path / "s"))
     listening.listen()
@@ -591,7 +587,7 @@ def test_a_socket_is_read_while_it_is_written(tmp_path: Path) -> None:
     assert encoded(found.report) == encoded(report_of(ROWS))
 
 
-def test_a_pipe_whose_writer_comes_later_is_waited_for(tmp_path: Path) -> None:
+def test_pipe_without_a_writer_is_waited_for(tmp_path: Path) -> None:
     path = tmp_path / "pipe"
     os.mkfifo(path)
     source = Source.open(str(path))  # returns, though nobody writes
@@ -604,7 +600,7 @@ def test_a_pipe_whose_writer_comes_later_is_waited_for(tmp_path: Path) -> None:
     os.close(source.fd)
 
 
-def test_what_takes_long_shows_how_far_it_is(tmp_path: Path) -> None:
+def test_long_replay_shows_its_progress(tmp_path: Path) -> None:
     path = tmp_path / "in"
     path.write_bytes(encoded(make_event()) * 400_000)
     main, terminal = pty.openpty()
@@ -646,7 +642,7 @@ def test_memory_does_not_grow_with_the_capture() -> None:
     assert most(300) < most(30) * 1.5
 
 
-def test_a_line_without_end_is_not_kept_in_memory() -> None:
+def test_overlong_line_is_not_kept_in_memory() -> None:
     capture = Capture(EVENTS)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     items = list(capture.items(b"x" * (1 << 20) for _ in range(200)))
@@ -667,7 +663,7 @@ def full(path: str, stack: ExitStack) -> None:
             return
 
 
-def test_a_socket_that_takes_no_connection_is_waited_for_a_while(tmp_path: Path) -> None:
+def test_socket_with_a_full_backlog_is_waited_for(tmp_path: Path) -> None:
     with ExitStack() as stack:
         full(str(tmp_path / "s"), stack)
         with pytest.raises(TimeoutError, match=r"it took no connection for 0\.2 s"):
@@ -676,7 +672,7 @@ def test_a_socket_that_takes_no_connection_is_waited_for_a_while(tmp_path: Path)
             connect(str(tmp_path / "s"), lambda: True)
 
 
-def test_a_socket_that_has_room_again_is_connected_to(tmp_path: Path) -> None:
+def test_socket_with_room_in_its_backlog_again_is_connected(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
     with ExitStack() as stack:
         listening = stack.enter_context(socket.socket(socket.AF_UNIX))
@@ -699,7 +695,7 @@ def test_a_socket_that_has_room_again_is_connected_to(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("what", ["source", "sink"])
-def test_a_signal_while_it_connects_is_a_clean_end(
+def test_signal_while_connecting_ends_a_replay_cleanly(
     tmp_path: Path, what: str, number: signal.Signals
 ) -> None:
     path = str(tmp_path / "s")
@@ -736,6 +732,6 @@ def _links(pid: int) -> list[str]:
     return links
 
 
-def test_nothing_to_read_is_usage() -> None:
+def test_empty_source_is_a_usage_error() -> None:
     with pytest.raises(UsageError):
         Source.open("unix:")

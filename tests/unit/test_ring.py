@@ -53,14 +53,14 @@ def drained(ring: Ring) -> list[int]:
     return [number for number, _ in records]
 
 
-def test_an_empty_ring_gives_nothing(pair: Pair) -> None:
+def test_empty_ring_drains_to_nothing(pair: Pair) -> None:
     fake, ring = pair
     assert list(ring.drain()) == []
     assert not ring.pending()
     assert fake.consumed == 0
 
 
-def test_one_record(pair: Pair) -> None:
+def test_one_record_is_drained(pair: Pair) -> None:
     fake, ring = pair
     fake.feed([payload(7)])
     assert ring.pending()
@@ -79,7 +79,7 @@ def test_batches_are_bounded_and_in_order(pair: Pair, count: int) -> None:
     assert [number for batch in batches for number, _ in batch] == list(range(count))
 
 
-def test_what_comes_during_a_drain_is_left_for_the_next_one(pair: Pair) -> None:
+def test_record_added_during_a_drain_waits_for_the_next(pair: Pair) -> None:
     fake, ring = pair
     fake.feed(map(payload, range(2)))
     for _ in ring.drain():
@@ -88,7 +88,7 @@ def test_what_comes_during_a_drain_is_left_for_the_next_one(pair: Pair) -> None:
     assert drained(ring) == [2]
 
 
-def test_the_room_of_a_batch_is_free_when_the_batch_is_there(pair: Pair) -> None:
+def test_space_of_a_batch_is_free_once_it_is_returned(pair: Pair) -> None:
     fake, ring = pair
     fake.feed(map(payload, range(2 * BATCH)))
     batches = ring.drain()
@@ -115,14 +115,14 @@ def test_records_wrap_around_the_end(rings: Callable[..., Pair], start: int) -> 
     assert fake.consumed == start + 1000 * STRIDE
 
 
-def test_a_batch_goes_on_beyond_the_end(rings: Callable[..., Pair]) -> None:
+def test_batch_continues_beyond_the_end(rings: Callable[..., Pair]) -> None:
     fake, ring = rings(4096, 4096 - 100 * 8)
     assert fake.feed(map(payload, range(150))) == 150
     (batch,) = ring.drain()
     assert [number for number, _ in batch] == list(range(150))
 
 
-def test_a_full_ring_takes_no_more_until_it_is_drained(rings: Callable[..., Pair]) -> None:
+def test_full_ring_refuses_records_until_drained(rings: Callable[..., Pair]) -> None:
     fake, ring = rings(4096)
     fits = 4095 // STRIDE
     assert fake.feed(map(payload, range(1000))) == fits
@@ -130,7 +130,7 @@ def test_a_full_ring_takes_no_more_until_it_is_drained(rings: Callable[..., Pair
     assert fake.feed(map(payload, range(1000))) == fits
 
 
-def test_a_busy_record_stops_the_drain_and_comes_next_time(pair: Pair) -> None:
+def test_busy_record_stops_the_drain_until_submitted(pair: Pair) -> None:
     fake, ring = pair
     fake.feed([payload(0)])
     busy = fake.reserve(payload(1))
@@ -145,7 +145,7 @@ def test_a_busy_record_stops_the_drain_and_comes_next_time(pair: Pair) -> None:
     assert not ring.pending()
 
 
-def test_a_record_that_is_submitted_during_a_drain_comes_once(pair: Pair) -> None:
+def test_record_submitted_during_a_drain_is_drained_once(pair: Pair) -> None:
     fake, ring = pair
     fake.feed(map(payload, range(BATCH)))
     busy = fake.reserve(payload(BATCH))
@@ -168,7 +168,7 @@ def test_discarded_records_are_skipped(pair: Pair) -> None:
     assert fake.consumed == fake.produced
 
 
-def test_a_ring_of_discarded_records_only_is_empty(pair: Pair) -> None:
+def test_ring_of_discarded_records_is_empty(pair: Pair) -> None:
     fake, ring = pair
     position = fake.reserve(payload(0))
     assert position is not None
@@ -203,14 +203,14 @@ def test_a_discarded_record_of_another_size_is_refused(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 8, 9, 96, 101, 104])
-def test_a_record_of_any_size_is_found_at_its_place(rings: Callable[..., Pair], size: int) -> None:
+def test_records_of_any_size_are_read(rings: Callable[..., Pair], size: int) -> None:
     fake, ring = rings(layout=struct.Struct(f"={size}s"))
     payloads = [bytes([number]) * size for number in range(200)]
     fake.feed(payloads)
     assert [found for batch in ring.drain() for (found,) in batch] == payloads
 
 
-def test_steps_in_any_order_lose_and_invent_nothing(rings: Callable[..., Pair]) -> None:
+def test_random_operations_neither_lose_nor_invent_records(rings: Callable[..., Pair]) -> None:
     """Reserve, submit, discard and drain in random order, against a list that does the same."""
     chance = random.Random(20_240_501)  # noqa: S311 - reproducible on purpose
     fake, ring = rings(4096, 4096 - 64)
@@ -238,7 +238,7 @@ def test_steps_in_any_order_lose_and_invent_nothing(rings: Callable[..., Pair]) 
     assert not ring.pending()
 
 
-def test_closing_leaves_the_fd_open(rings: Callable[..., Pair]) -> None:
+def test_close_leaves_the_fd_open(rings: Callable[..., Pair]) -> None:
     fake, ring = rings()
     fake.feed([payload(1)])
     ring.close()
@@ -276,7 +276,9 @@ def test_books_sum_over_cpus_and_keep_hooks_apart(books: tuple[FakeBooks, Books]
     assert read.untracked() == 5
 
 
-def test_sockets_lost_track_of_are_no_dropped_events(books: tuple[FakeBooks, Books]) -> None:
+def test_untracked_sockets_are_not_counted_as_dropped_events(
+    books: tuple[FakeBooks, Books],
+) -> None:
     fake, read = books
     fake.lose_track()
     assert read.dropped() == 0
@@ -301,9 +303,9 @@ def test_books_larger_than_a_page_are_read_whole() -> None:
     fake.close()
 
 
-def test_there_are_two_slots_per_cpu_and_hook_and_one_more() -> None:
+def test_books_have_two_slots_per_cpu_and_hook_and_one_per_cpu() -> None:
     assert books_slots(cpus=4, hooks=3) == 33
 
 
-def test_every_online_cpu_is_possible() -> None:
+def test_possible_cpus_include_every_usable_cpu() -> None:
     assert max(os.sched_getaffinity(0)) < possible_cpus()

@@ -96,13 +96,13 @@ def test_no_room_imports_one_above_it() -> None:
     assert not upwards
 
 
-def test_the_floors_are_floors() -> None:
+def test_table_lists_rooms_bottom_up() -> None:
     order = list(MAY_IMPORT)
     for name, below in MAY_IMPORT.items():
         assert all(order.index(one) < order.index(name) for one in below), name
 
 
-def test_the_table_has_nothing_that_nobody_needs() -> None:
+def test_table_has_no_unused_permission() -> None:
     needed = {(room(name), room(imported)) for name, imported in OURS}
     spare = [
         (name, one)
@@ -113,7 +113,7 @@ def test_the_table_has_nothing_that_nobody_needs() -> None:
     assert not spare
 
 
-def test_no_modules_import_each_other_in_a_circle() -> None:
+def test_modules_have_no_import_cycles() -> None:
     below: dict[str, set[str]] = {}
     for name, imported in OURS:
         if name != imported:
@@ -128,7 +128,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize("package", ONLY)
-def test_a_package_is_imported_in_its_place_alone(package: str) -> None:
+def test_third_party_package_is_imported_in_its_place_alone(package: str) -> None:
     allowed = ONLY[package]
     places = [name for name, imported in EDGES if imported.partition(".")[0] == package]
     assert all(name.startswith(allowed) for name in places), places
@@ -147,7 +147,7 @@ def test_bcc_is_imported_by_the_loader_alone() -> None:
     assert all(name.startswith("loader.") for name in who), who
 
 
-def test_others_use_the_loaders_doors_alone() -> None:
+def test_other_rooms_use_the_loaders_entry_modules_alone() -> None:
     inside = [
         f"{name} imports {imported}"
         for name, imported in OURS
@@ -156,7 +156,9 @@ def test_others_use_the_loaders_doors_alone() -> None:
     assert not inside
 
 
-def test_the_longest_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_longest_modules_classes_and_functions_are_printed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Not more than that, for now."""
     longest: dict[str, list[tuple[int, str]]] = {"module": [], "class": [], "function": []}
     for name, path in modules().items():

@@ -57,13 +57,13 @@ def test_rows_are_sorted_across_probes(sequencer: Sequencer, sink: RecordingSink
     assert [row.probe for row in sink.rows[:3]] == ["tcp_client", "xdp_port", "xdp_port"]
 
 
-def test_rows_of_one_instant_stay_as_they_came(sequencer: Sequencer, sink: RecordingSink) -> None:
+def test_rows_of_one_instant_keep_arrival_order(sequencer: Sequencer, sink: RecordingSink) -> None:
     sequencer.buffer.feed([make_event(ts_ns=1, seq=number) for number in range(100)])
     sequencer.flush()
     assert [row.seq for row in sink.rows] == list(range(100))
 
 
-def test_rows_at_the_horizon_and_younger_are_held_back(
+def test_rows_at_or_beyond_the_horizon_are_held_back(
     router: Router, sequencer: Sequencer, sink: RecordingSink
 ) -> None:
     sequencer.buffer.feed(rows(10, 30, 20))
@@ -79,7 +79,7 @@ def test_rows_at_the_horizon_and_younger_are_held_back(
     assert router.late == 0
 
 
-def test_nothing_to_deliver_is_no_batch(sequencer: Sequencer, sink: RecordingSink) -> None:
+def test_flush_without_rows_delivers_no_batch(sequencer: Sequencer, sink: RecordingSink) -> None:
     sequencer.flush()
     sequencer.flush(100)
     sequencer.buffer.feed(rows(200))
@@ -87,7 +87,7 @@ def test_nothing_to_deliver_is_no_batch(sequencer: Sequencer, sink: RecordingSin
     assert sink.batches == []
 
 
-def test_a_row_that_comes_too_late_is_delivered_and_counted(
+def test_late_row_is_delivered_and_counted(
     router: Router, sequencer: Sequencer, sink: RecordingSink
 ) -> None:
     sequencer.buffer.feed(rows(10, 20))
@@ -98,9 +98,7 @@ def test_a_row_that_comes_too_late_is_delivered_and_counted(
     assert router.late == 2
 
 
-def test_one_row_too_early_does_not_make_all_others_late(
-    router: Router, sequencer: Sequencer
-) -> None:
+def test_late_row_does_not_make_the_next_rows_late(router: Router, sequencer: Sequencer) -> None:
     sequencer.buffer.feed(rows(10, 20))
     sequencer.flush()
     sequencer.buffer.feed(rows(5))
@@ -189,7 +187,7 @@ def test_rows_that_come_when_no_sink_is_left_are_undelivered() -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 5, 7])
-def test_the_limit_is_exact(sink: RecordingSink, limit: int) -> None:
+def test_row_limit_is_exact(sink: RecordingSink, limit: int) -> None:
     router = Router({"it": sink}, limit)
     sequencer = Sequencer(router, RowBuffer())
     for time in range(0, 9, 3):
@@ -200,7 +198,7 @@ def test_the_limit_is_exact(sink: RecordingSink, limit: int) -> None:
     assert sequencer.undelivered.total() == 9 - limit
 
 
-def test_below_the_limit_the_run_goes_on(sink: RecordingSink) -> None:
+def test_run_continues_below_the_limit(sink: RecordingSink) -> None:
     router = Router({"it": sink}, 3)
     sequencer = Sequencer(router, RowBuffer())
     sequencer.buffer.feed(rows(1, 2))
@@ -208,7 +206,7 @@ def test_below_the_limit_the_run_goes_on(sink: RecordingSink) -> None:
     assert not router.done
 
 
-def test_without_a_limit_the_run_goes_on(router: Router, sequencer: Sequencer) -> None:
+def test_run_continues_without_a_limit(router: Router, sequencer: Sequencer) -> None:
     sequencer.buffer.feed(rows(*range(100)))
     sequencer.flush()
     assert not router.done
@@ -217,7 +215,7 @@ def test_without_a_limit_the_run_goes_on(router: Router, sequencer: Sequencer) -
 # --- sinks that fail
 
 
-def test_a_sink_that_fails_is_switched_off_and_the_others_go_on() -> None:
+def test_failing_sink_is_switched_off_and_others_continue() -> None:
     good, bad, last = RecordingSink(), RecordingSink(TcplatError("disk full")), RecordingSink()
     router = Router({"good": good, "bad": bad, "last": last})
     sequencer = Sequencer(router, RowBuffer())
@@ -233,7 +231,7 @@ def test_a_sink_that_fails_is_switched_off_and_the_others_go_on() -> None:
     assert not router.done
 
 
-def test_an_error_without_words_is_named_by_its_class() -> None:
+def test_error_without_a_message_is_named_by_its_class() -> None:
     router = Router({"bad": RecordingSink(ZeroDivisionError())})
     sequencer = Sequencer(router, RowBuffer())
     sequencer.buffer.feed(rows(1))
@@ -241,7 +239,7 @@ def test_an_error_without_words_is_named_by_its_class() -> None:
     assert router.switched_off == {"bad": "ZeroDivisionError"}
 
 
-def test_with_no_sink_left_the_run_is_done() -> None:
+def test_run_is_done_with_no_sink_left() -> None:
     router = Router({"bad": RecordingSink(OSError("gone"))})
     sequencer = Sequencer(router, RowBuffer())
     assert not router.done
@@ -251,7 +249,7 @@ def test_with_no_sink_left_the_run_is_done() -> None:
     assert not router.reader_gone
 
 
-def test_a_reader_that_went_away_ends_the_run_and_is_no_failure() -> None:
+def test_reader_that_went_away_ends_the_run_without_failure() -> None:
     gone, good = RecordingSink(ReaderGoneError()), RecordingSink()
     router = Router({"gone": gone, "good": good})
     sequencer = Sequencer(router, RowBuffer())
@@ -284,7 +282,7 @@ class Fragile(RecordingSink):
 
 
 @pytest.mark.parametrize(("method", "said"), [("lost", "cannot say so"), ("close", "cannot end")])
-def test_failing_in_any_method_switches_a_sink_off(method: str, said: str) -> None:
+def test_failure_in_any_method_switches_a_sink_off(method: str, said: str) -> None:
     bad, good = Fragile(fails_in=method), RecordingSink()
     router = Router({"bad": bad, "good": good})
     router.lost(Loss("tcp_client", "send", 1))
@@ -297,7 +295,7 @@ def test_failing_in_any_method_switches_a_sink_off(method: str, said: str) -> No
 # --- losses and the end
 
 
-def test_a_loss_is_said_at_its_place(
+def test_loss_is_delivered_at_its_place(
     router: Router, sequencer: Sequencer, sink: RecordingSink
 ) -> None:
     first, loss, second = rows(1), Loss("tcp_client", "send", 3), rows(2)
@@ -309,7 +307,7 @@ def test_a_loss_is_said_at_its_place(
     assert sink.stream == [*first, loss, *second]
 
 
-def test_a_loss_is_said_before_the_first_row_that_is_younger(
+def test_loss_is_delivered_before_the_first_younger_row(
     sequencer: Sequencer, sink: RecordingSink
 ) -> None:
     first, loss = Loss("tcp_client", "send", 3, 2, 4), Loss("tcp_client", "send", 1, 5, 6)
@@ -328,7 +326,7 @@ def test_a_loss_is_said_before_the_first_row_that_is_younger(
     assert not sequencer.waiting
 
 
-def test_every_sink_that_is_left_is_closed_once() -> None:
+def test_every_remaining_sink_is_closed_once() -> None:
     sinks = {name: RecordingSink() for name in ("a", "b")}
     off = RecordingSink(OSError("gone"))
     router = Router({**sinks, "off": off})
@@ -344,7 +342,7 @@ def test_every_sink_that_is_left_is_closed_once() -> None:
 
 
 @pytest.mark.parametrize("method", ["idle", "poll"])
-def test_sinks_that_want_it_are_called_between_batches(sink: RecordingSink, method: str) -> None:
+def test_serving_sinks_are_called_between_batches(sink: RecordingSink, method: str) -> None:
     calls = []
 
     class Serving(RecordingSink):
@@ -361,7 +359,7 @@ def test_sinks_that_want_it_are_called_between_batches(sink: RecordingSink, meth
     assert sink.batches == []
 
 
-def test_a_sink_that_fails_between_batches_is_switched_off_alone(sink: RecordingSink) -> None:
+def test_sink_failing_between_batches_is_switched_off_alone(sink: RecordingSink) -> None:
     class Failing(RecordingSink):
         def poll(self) -> None:
             raise TcplatError("no more")
@@ -417,7 +415,7 @@ class Raises(RecordingSink):
 @pytest.mark.parametrize(
     "method", ["write", "lost", "close", "poll", "idle", "passed", "merged", "aggregates"]
 )
-def test_whatever_a_sink_raises_switches_it_off_alone(
+def test_any_exception_switches_off_its_sink_alone(
     method: str, error: BaseException, said: str
 ) -> None:
     good, last = RecordingSink(), RecordingSink()
@@ -442,14 +440,14 @@ def test_whatever_a_sink_raises_switches_it_off_alone(
 
 @pytest.mark.usefixtures("taken_over")
 @pytest.mark.parametrize(("error", "said"), RAISED)
-def test_whatever_a_sink_raises_as_it_begins_is_a_sentence(error: BaseException, said: str) -> None:
+def test_any_exception_of_begin_is_one_sentence(error: BaseException, said: str) -> None:
     with pytest.raises(TcplatError) as raised:
         Router({"bad": Raises("begin", error)}).begin()
     assert str(raised.value) == f"a sink cannot begin: {said}"
 
 
 @pytest.mark.usefixtures("taken_over")
-def test_every_sink_is_cancelled_whatever_another_raises() -> None:
+def test_every_sink_is_cancelled_despite_exceptions_of_another() -> None:
     calls = []
 
     class Cancelled(RecordingSink):
@@ -493,7 +491,7 @@ def everything(router: Router) -> None:
     router.cancel()
 
 
-def test_a_sink_that_is_not_derived_from_sink_needs_three_methods_alone() -> None:
+def test_duck_typed_sink_needs_three_methods_alone() -> None:
     sink = Bare()
     router = Router({"it": sink})
     everything(router)
@@ -506,7 +504,7 @@ def test_a_sink_that_is_not_derived_from_sink_needs_three_methods_alone() -> Non
 @pytest.mark.parametrize(
     "method", ["begin", "merged", "passed", "poll", "idle", "aggregates", "cancel"]
 )
-def test_a_sink_that_is_not_derived_from_sink_is_called_where_it_has_a_method(method: str) -> None:
+def test_duck_typed_sink_is_called_for_methods_it_has(method: str) -> None:
     calls: list[object] = []
     router = Router({"it": Bare(**{method: lambda *_: calls.append(method)})})
     assert router.serves == (method == "poll")
@@ -515,13 +513,13 @@ def test_a_sink_that_is_not_derived_from_sink_is_called_where_it_has_a_method(me
     assert calls == [method]
 
 
-def test_a_sink_without_readers_lets_the_session_sleep() -> None:
+def test_sink_without_readers_lets_the_session_sleep() -> None:
     assert not Router({"it": RecordingSink()}).serves
     assert not Router({"it": RecordingSink()}).tells_time
 
 
 @pytest.mark.parametrize("method", ["write", "lost", "close"])
-def test_a_sink_says_itself_what_it_does_with_rows_losses_and_the_end(method: str) -> None:
+def test_subclass_of_sink_must_define_write_lost_and_close(method: str) -> None:
     own = {name: lambda *_: None for name in ("write", "lost", "close") if name != method}
     with pytest.raises(TypeError, match=method):
         type("Lacks", (Sink,), own)()
@@ -529,7 +527,7 @@ def test_a_sink_says_itself_what_it_does_with_rows_losses_and_the_end(method: st
 
 @pytest.mark.usefixtures("taken_over")
 @pytest.mark.parametrize("base", [Bare, RecordingSink])
-def test_a_method_that_cannot_be_looked_up_has_failed(
+def test_method_whose_lookup_raises_switches_the_sink_off(
     base: type[SinkLike], sink: RecordingSink
 ) -> None:
     def fail(_: object) -> None:
@@ -543,13 +541,13 @@ def test_a_method_that_cannot_be_looked_up_has_failed(
     assert router.sinks.keys() == {"it"}
 
 
-def test_ctrl_c_is_no_fault_of_the_sink_in_whose_code_it_comes() -> None:
+def test_keyboard_interrupt_does_not_switch_off_a_sink() -> None:
     """Where nobody has taken SIGINT over, as in commands that are no run."""
     with pytest.raises(KeyboardInterrupt):
         Router({"it": Raises("poll", KeyboardInterrupt())}).poll()
 
 
-def test_no_sink_can_change_the_batch_of_the_next() -> None:
+def test_sink_cannot_change_the_batch_of_the_next() -> None:
     class Clears(RecordingSink):
         def write(self, batch: Sequence[Event]) -> None:
             batch.clear()  # type: ignore[attr-defined] # that is what it gets wrong

@@ -109,7 +109,7 @@ def decode_one(event: type[Event] = Event, **members: int | bytes | str) -> Any:
 
 
 @pytest.mark.parametrize("event", [Event, Retransmit, Everything])
-def test_a_record_has_no_holes(event: type[Event]) -> None:
+def test_record_has_no_padding(event: type[Event]) -> None:
     """Member after member; that the compiler sees it so as well is asserted in C, below."""
     sizes = {f"{sign}{8 * size}": size for sign in "us" for size in (1, 2, 4, 8)}
     sizes |= {"char": 1, "bool": 1}
@@ -121,7 +121,7 @@ def test_a_record_has_no_holes(event: type[Event]) -> None:
     assert len({member for member, _ in record.members}) == len(record.members)
 
 
-def test_a_record_becomes_a_row_field_by_field() -> None:
+def test_record_is_decoded_field_by_field() -> None:
     record = make_record(
         ts_ns=5_000_000_001,
         connect_ns=1_234_567,
@@ -179,7 +179,7 @@ def test_a_record_becomes_a_row_field_by_field() -> None:
     }
 
 
-def test_what_a_hook_cannot_know_is_null() -> None:
+def test_fields_unknown_to_a_hook_are_null() -> None:
     row = msgspec.structs.asdict(decode_one())
     assert [key for key, value in row.items() if value is None] == [
         "pid",
@@ -204,26 +204,24 @@ def test_what_a_hook_cannot_know_is_null() -> None:
     ("thread", "told"),
     [(b"", None), (b"nginx", None), (b"nginx\0rest", None), (b"nginx2", "nginx2"), (b"N", "N")],
 )
-def test_the_thread_is_named_where_its_name_is_not_the_process_s(
-    thread: bytes, told: str | None
-) -> None:
+def test_thread_is_given_where_it_differs_from_comm(thread: bytes, told: str | None) -> None:
     assert decode_one(comm=b"nginx\0left", thread=thread).thread == told
 
 
-def test_a_process_outside_the_namespace_has_a_name_and_no_number() -> None:
+def test_process_outside_the_pid_namespace_has_comm_but_no_pid() -> None:
     row = decode_one(pid=1 << 31 | 4711, tid=1 << 31 | 4712, comm=b"nginx")
     assert (row.pid, row.tid, row.comm) == (None, None, "nginx")
 
 
 @pytest.mark.parametrize("bits", range(8))
-def test_zero_bytes_are_not_unknown_bytes(bits: int) -> None:
+def test_zero_bytes_differ_from_unknown_bytes(bits: int) -> None:
     row = decode_one(has=bits)
     assert row.seq == (0 if bits & HAS_SEQ else None)
     assert row.bytes == (0 if bits & HAS_BYTES else None)
     assert row.flags == ("" if bits & HAS_FLAGS else None)
 
 
-def test_a_description_knows_whether_there_were_bytes() -> None:
+def test_describe_sees_zero_and_unknown_bytes_apart() -> None:
     assert decode_one(has=HAS_BYTES).desc.endswith("True")
     assert decode_one(has=HAS_BYTES, bytes=1).desc.endswith("False")
     assert decode_one(bytes=1).desc.endswith("None")
@@ -235,14 +233,14 @@ def test_every_state_of_the_kernel_has_its_name() -> None:
         assert getattr(socket, str(state), TCP_STATES.index(state)) == TCP_STATES.index(state)
 
 
-def test_every_combination_of_flags_is_spelt_out() -> None:
+def test_every_combination_of_flags_is_spelled_out() -> None:
     for raw in range(256):
         assert flags(raw).split("|") == [
             name for bit, name in enumerate(TCP_FLAGS) if raw & 1 << bit
         ] or [""]
 
 
-def test_the_decoder_keeps_order_and_count_beyond_its_memory() -> None:
+def test_decoder_keeps_order_and_count_when_its_memo_overflows() -> None:
     """It remembers 65,536 answers of each function, then starts afresh."""
     raw = [make_record(ts_ns=number, daddr=number.to_bytes(16, "big")) for number in range(70_000)]
     rows = decode(*raw)
@@ -250,7 +248,7 @@ def test_the_decoder_keeps_order_and_count_beyond_its_memory() -> None:
     assert rows[69_999].daddr == "::0.1.17.111"
 
 
-def test_a_subclass_adds_its_fields_behind_ours() -> None:
+def test_subclass_adds_its_fields_behind_the_common_ones() -> None:
     row = decode_one(Retransmit, tries=3, cause="RACK", rto_us=0, pid=1)
     assert (row.pid, row.tries, row.cause, row.rto_us, row.twice) == (1, 3, "RACK", None, 6)
     assert list(json.loads(msgspec.json.encode(row))) == [
@@ -262,7 +260,7 @@ def test_a_subclass_adds_its_fields_behind_ours() -> None:
     ]
 
 
-def test_a_field_may_be_of_any_of_these_kinds() -> None:
+def test_every_field_type_is_decoded() -> None:
     row = decode_one(
         Everything,
         kind=-128,
@@ -281,7 +279,7 @@ def test_a_field_may_be_of_any_of_these_kinds() -> None:
     assert (keys["fast"], keys["socket"]) == (True, -1)
 
 
-def test_nothing_but_zeros_may_mean_that_nobody_knows() -> None:
+def test_null_value_applies_to_zeros_where_declared() -> None:
     row = decode_one(Everything)
     assert (row.socket, row.cause, row.via) == (None, None, None)
     assert (row.kind, row.fast, row.label) == (0, False, "")
@@ -304,7 +302,7 @@ def test_a_field_has_a_unit_and_a_column_after_its_name() -> None:
     assert not any(field.own for field in fields(Event))
 
 
-def test_of_a_probe_that_is_not_installed_the_names_are_known() -> None:
+def test_fields_of_a_captured_probe_have_name_and_unit() -> None:
     class Captured(Event):
         rto_us: Any
 
@@ -317,12 +315,12 @@ def test_of_a_probe_that_is_not_installed_the_names_are_known() -> None:
 
 
 @pytest.mark.parametrize("c_type", ["int", "u128", "u32[4]", "char", "char[0]", "u8[", "", "s8[4]"])
-def test_there_is_no_such_c_type(c_type: str) -> None:
+def test_unknown_c_type_is_refused(c_type: str) -> None:
     with pytest.raises(PluginError, match=r"a field cannot be of the C type .* but of u64, u32"):
         Wire(c_type, "odd")
 
 
-def test_there_is_no_such_block() -> None:
+def test_unknown_block_is_refused() -> None:
     with pytest.raises(PluginError, match="there is no block 'sockets'"):
         Wire("u8", "odd", block="sockets")
 
@@ -369,14 +367,14 @@ def event_with(own: dict[str, Any]) -> type[Event]:
 
 
 @pytest.mark.parametrize("case", NO_FIELDS)
-def test_a_probe_cannot_be_declared_with(case: str) -> None:
+def test_invalid_fields_are_refused(case: str) -> None:
     own, reason = NO_FIELDS[case]
     event = event_with(own)
     with pytest.raises(PluginError, match=reason):
         ProbeSpec(name="odd", summary="odd", source="", points=(), event=event)
 
 
-def test_the_event_of_a_probe_is_one_of_ours() -> None:
+def test_event_class_must_derive_from_event() -> None:
     with pytest.raises(PluginError, match=r"is not a subclass of tcplat_core\.Event"):
         ProbeSpec(name="odd", summary="odd", source="", points=(), event=dict)  # type: ignore[arg-type] # that is the fault
 
@@ -397,7 +395,7 @@ def test_the_event_of_a_probe_is_one_of_ours() -> None:
         ("00000000000000000001ffff7f000001", "::1:ffff:7f00:1"),
     ],
 )
-def test_an_address_is_text_and_a_mapped_one_is_ipv4(raw: str, shown: str) -> None:
+def test_mapped_address_is_shown_as_ipv4(raw: str, shown: str) -> None:
     assert address(bytes.fromhex(raw)) == shown
 
 
@@ -424,11 +422,11 @@ def test_an_address_is_text_and_a_mapped_one_is_ipv4(raw: str, shown: str) -> No
         (b"\xed\xb2\x80", r"\xed\xb2\x80"),  # a lone surrogate is no UTF-8
     ],
 )
-def test_a_name_is_shown_as(raw: bytes, shown: str) -> None:
+def test_name_is_escaped(raw: bytes, shown: str) -> None:
     assert text(raw) == shown
 
 
-def test_no_name_is_null() -> None:
+def test_empty_name_is_null() -> None:
     assert name(bytes(16)) is None
     assert name(b"\0hidden") is None
 
@@ -437,14 +435,14 @@ SHORT = [bytes(raw) for length in (1, 2) for raw in itertools.product(range(256)
 """Every single byte and every pair."""
 
 
-def test_no_name_of_two_bytes_gets_a_character_through_that_does_not_print() -> None:
+def test_two_byte_names_are_always_printable() -> None:
     for raw in SHORT:
         shown = text(raw)
         assert shown.isprintable()
         assert not any(unicodedata.category(char).startswith("C") for char in shown)
 
 
-def test_names_that_differ_are_shown_differently() -> None:
+def test_different_names_are_shown_differently() -> None:
     shown: dict[str, bytes] = {}
     for raw in SHORT:
         seen = raw.partition(b"\0")[0]
@@ -463,7 +461,7 @@ def test_every_byte_of_a_name_survives_json() -> None:
 # --- JSON
 
 
-def test_json_has_these_keys_in_this_order() -> None:
+def test_json_keys_have_a_fixed_order() -> None:
     assert list(json.loads(msgspec.json.encode(make_event()))) == KEYS
     assert list(json.loads(msgspec.json.encode(decode_one()))) == KEYS
 
@@ -522,7 +520,7 @@ def compile_c(code: str, *how: str) -> subprocess.CompletedProcess[bytes]:
 
 @needs_clang
 @pytest.mark.parametrize("event", [Event, Retransmit, Everything])
-def test_the_compiler_lays_the_struct_out_as_python_reads_it(event: type[Event]) -> None:
+def test_compiler_lays_out_the_struct_as_python_reads_it(event: type[Event]) -> None:
     code = Record(event).c_struct()
     done = compile_c(code)
     assert done.returncode == 0, done.stderr.decode()
@@ -531,7 +529,7 @@ def test_the_compiler_lays_the_struct_out_as_python_reads_it(event: type[Event])
 
 
 @needs_clang
-def test_the_largest_record_can_be_filled_with_zeros() -> None:
+def test_largest_record_can_be_zeroed_in_bpf() -> None:
     size = LARGEST_RECORD - Record(Event).size
     event = event_with({"a": Annotated[str, Wire(f"char[{size}]", "as long as can be")]})
     ProbeSpec(name="large", summary="large", source="", points=(), event=event)
@@ -554,7 +552,7 @@ def test_the_largest_record_can_be_filled_with_zeros() -> None:
         ("u8 has;", "u8 has; u8 other[16];"),
     ],
 )
-def test_the_compiler_refuses_a_struct_that_differs(old: str, new: str) -> None:
+def test_compiler_refuses_a_struct_with_another_layout(old: str, new: str) -> None:
     code = Record(Event).c_struct()
     assert old in code
     done = compile_c(code.replace(old, new))
@@ -563,7 +561,7 @@ def test_the_compiler_refuses_a_struct_that_differs(old: str, new: str) -> None:
 
 
 @needs_clang
-def test_the_bits_of_has_are_those_of_the_header() -> None:
+def test_has_bits_match_the_header() -> None:
 
     header = files("tcplat_core").joinpath("include/tcplat/event.bpf.h").read_text()
     for field, bit in _HAS.items():
@@ -573,7 +571,7 @@ def test_the_bits_of_has_are_those_of_the_header() -> None:
 # --- the clock
 
 
-def test_the_offset_turns_monotonic_into_unix_time() -> None:
+def test_clock_offset_converts_monotonic_to_unix_time() -> None:
     before = time.time_ns()
     now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + clock_offset_ns()
     after = time.time_ns()

@@ -9,7 +9,7 @@ from pathlib import Path
 SCRIPT = Path(__file__).parents[2] / "bin/tcplat"
 
 
-def test_python_does_not_get_what_the_c_library_would_load_code_by(tmp_path: Path) -> None:
+def test_loader_variables_of_libc_are_removed_before_python(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "${GCONV_PATH-unset} ${LOCPATH-unset} $KEPT $1"\n')
     python.chmod(0o755)
@@ -25,7 +25,7 @@ def test_python_does_not_get_what_the_c_library_would_load_code_by(tmp_path: Pat
     assert done.stdout == "unset unset kept -I\n"
 
 
-def test_functions_of_the_environment_are_not_called(tmp_path: Path) -> None:
+def test_exported_shell_functions_are_not_called(tmp_path: Path) -> None:
     """As where /bin/sh is bash (Fedora, RHEL), which takes them from BASH_FUNC_*."""
     python, shell, hit = tmp_path / "python", tmp_path / "sh", tmp_path / "hit"
     python.write_text('#!/bin/sh\necho "started $1"\n')

@@ -118,7 +118,7 @@ def test_rows_of_two_probes_arrive_in_order(play: Play) -> None:
     assert report.late == 0
 
 
-def test_a_row_says_which_hook_fired(play: Play) -> None:
+def test_row_names_the_hook_that_fired(play: Play) -> None:
     probe = play(mechanism="kprobe")
     probe.emit("kr_send", ts_ns=1)
     probe.emit("tp_close", ts_ns=2)
@@ -129,7 +129,7 @@ def test_a_row_says_which_hook_fired(play: Play) -> None:
     ]
 
 
-def test_a_row_has_the_unix_time_of_its_instant(play: Play) -> None:
+def test_row_has_the_unix_time_of_its_event(play: Play) -> None:
     probe = play()
     before = time.time_ns()
     probe.emit("tp_send", ts_ns=time.clock_gettime_ns(time.CLOCK_MONOTONIC))
@@ -139,7 +139,7 @@ def test_a_row_has_the_unix_time_of_its_instant(play: Play) -> None:
     assert before - measured_within < sink.rows[0].time_ns < after + measured_within
 
 
-def test_more_than_one_helping_arrives_whole(play: Play) -> None:
+def test_rows_of_more_than_one_drain_turn_arrive(play: Play) -> None:
     probe = play(ring_bytes=1 << 22)
     count = 20_000
     assert all(probe.emit("tp_send", ts_ns=number + 1) for number in range(count))
@@ -148,7 +148,7 @@ def test_more_than_one_helping_arrives_whole(play: Play) -> None:
     assert report.dropped == report.late == 0
 
 
-def test_a_helping_of_discarded_records_is_no_error(play: Play) -> None:
+def test_drain_turn_of_discarded_records_is_not_an_error(play: Play) -> None:
     probe = play(ring_bytes=1 << 22)
     for _ in range((drain.HELPING + 1) * BATCH):
         position = probe.ring.reserve(make_record())
@@ -159,7 +159,7 @@ def test_a_helping_of_discarded_records_is_no_error(play: Play) -> None:
     assert times(sink.rows) == [1]
 
 
-def test_rows_that_come_while_it_runs_arrive(play: Play) -> None:
+def test_rows_emitted_during_the_run_arrive(play: Play) -> None:
     probe = play()
 
     @attrs.define(eq=False)
@@ -179,7 +179,7 @@ def test_rows_that_come_while_it_runs_arrive(play: Play) -> None:
 # --- books
 
 
-def test_produced_is_delivered_and_dropped(play: Play) -> None:
+def test_produced_equals_delivered_plus_dropped(play: Play) -> None:
     probe = play(ring_bytes=4096)
     fitted = sum(probe.emit("tp_send", ts_ns=number + 1) for number in range(100))
     probe.emit("tp_close", ts_ns=1000)
@@ -197,7 +197,7 @@ def test_produced_is_delivered_and_dropped(play: Play) -> None:
     }
 
 
-def test_a_loss_is_said_behind_the_rows_that_filled_the_ring(play: Play) -> None:
+def test_loss_follows_the_rows_that_filled_the_ring(play: Play) -> None:
     probe = play(ring_bytes=4096)
     while probe.emit("tp_send", ts_ns=1):
         pass
@@ -206,7 +206,7 @@ def test_a_loss_is_said_behind_the_rows_that_filled_the_ring(play: Play) -> None
     assert (losses(sink)[0].count, losses(sink)[0].since_ns) == (1, 1)
 
 
-def test_a_loss_is_said_before_what_other_rings_had_room_for(play: Play) -> None:
+def test_loss_precedes_younger_rows_of_other_rings(play: Play) -> None:
     one, two = play("one", ring_bytes=4096), play("two", ring_bytes=4096)
     last_ns = 0
     while one.emit("tp_send", ts_ns=last_ns + 10):
@@ -222,7 +222,7 @@ def test_a_loss_is_said_before_what_other_rings_had_room_for(play: Play) -> None
     assert loss.since_ns == last_ns
 
 
-def test_a_loss_says_between_which_instants_it_was(play: Play) -> None:
+def test_loss_has_the_interval_it_happened_in(play: Play) -> None:
     probe, other = play("one", ring_bytes=4096), play("two", ring_bytes=1 << 16)
     signals = Signals()
     lost_ns: list[tuple[int, int]] = []
@@ -253,7 +253,7 @@ def test_a_loss_says_between_which_instants_it_was(play: Play) -> None:
         assert max(before) <= loss.since_ns < min(after)
 
 
-def test_each_lost_event_is_said_once(play: Play) -> None:
+def test_each_lost_event_is_reported_once(play: Play) -> None:
     probe, signals = play(ring_bytes=4096), Signals()
 
     @attrs.define(eq=False)
@@ -274,7 +274,7 @@ def test_each_lost_event_is_said_once(play: Play) -> None:
     assert report.delivered == len(sink.rows)
 
 
-def test_only_hooks_that_were_attached_are_in_the_report(play: Play) -> None:
+def test_report_contains_attached_hooks_alone(play: Play) -> None:
     by_kprobe = play("one", mechanism="kprobe")
     without = play("two", missing={"close": "this kernel has none"})
     _, report = run_into_a_sink(by_kprobe, without)
@@ -286,7 +286,7 @@ def test_only_hooks_that_were_attached_are_in_the_report(play: Play) -> None:
     assert report.probes["two"].missing == {"close": "this kernel has none"}
 
 
-def test_sockets_that_were_lost_track_of_are_reported(play: Play) -> None:
+def test_untracked_sockets_are_reported(play: Play) -> None:
     probe = play()
     probe.books.lose_track(3)
     _, report = run_into_a_sink(probe)
@@ -297,7 +297,7 @@ def test_sockets_that_were_lost_track_of_are_reported(play: Play) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 7, 50])
-def test_a_count_is_exact_and_the_rest_is_unread(play: Play, count: int) -> None:
+def test_count_is_exact_and_the_rest_is_unread(play: Play, count: int) -> None:
     probe = play()
     for number in range(50):
         probe.emit("tp_send", ts_ns=number + 1)
@@ -306,14 +306,14 @@ def test_a_count_is_exact_and_the_rest_is_unread(play: Play, count: int) -> None
     assert report.probes["one"].hooks[0].unread == 50 - count
 
 
-def test_it_lasts_as_long_as_was_asked_for(play: Play) -> None:
+def test_run_lasts_for_the_requested_duration(play: Play) -> None:
     began = time.monotonic()
     _, report = run_into_a_sink(play(), duration_s=0.15)
     assert 0.15 <= report.duration_s <= time.monotonic() - began
     assert report.duration_s < 2
 
 
-def test_it_ends_with_the_processes_it_traces(play: Play) -> None:
+def test_run_ends_with_its_traced_processes(play: Play) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     probe, sink = play(), RecordingSink()
@@ -327,14 +327,14 @@ def test_it_ends_with_the_processes_it_traces(play: Play) -> None:
     assert loader.requests[0].filter == wanted
 
 
-def test_it_ends_with_its_command_and_has_its_status(play: Play, tmp_path: Path) -> None:
+def test_run_ends_with_its_command_and_keeps_its_status(play: Play, tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     command = TracedCommand.fork(["sh", "-c", f"test -s {ready} && exit 5"])
     run_into_a_sink(play(), duration_s=0, ready_file=str(ready), command=command)
     assert command.status == 5  # and the ready file was there when it began
 
 
-def test_it_ends_with_a_signal_after_what_is_there_was_delivered(play: Play) -> None:
+def test_run_delivers_pending_rows_after_a_signal(play: Play) -> None:
     probe, signals = play(), Signals()
 
     @attrs.define(eq=False)
@@ -351,13 +351,13 @@ def test_it_ends_with_a_signal_after_what_is_there_was_delivered(play: Play) -> 
     assert times(sink.rows) == [1, 2]
 
 
-def test_stopped_before_everything_is_attached_it_reports_an_empty_run(play: Play) -> None:
+def test_run_stopped_before_attaching_reports_no_probes(play: Play) -> None:
     sink, report = run_into_a_sink(play(), signals=Signals(caught=2))
     assert report.probes == {}
     assert not sink.reports  # there was no run: what a sink would replace stays
 
 
-def test_it_ends_when_nobody_reads_any_more(play: Play) -> None:
+def test_run_ends_when_the_reader_is_gone(play: Play) -> None:
     probe, other = play(), RecordingSink()
     probe.emit("tp_send", ts_ns=1)
     report = run(
@@ -368,7 +368,7 @@ def test_it_ends_when_nobody_reads_any_more(play: Play) -> None:
 
 
 @pytest.mark.parametrize("counted", [True, False])
-def test_a_record_that_is_not_submitted_yet_is_waited_for(
+def test_busy_record_is_waited_for(
     counted: bool,  # noqa: FBT001 - a parameter of the test
     play: Play,
 ) -> None:
@@ -393,7 +393,7 @@ def test_a_record_that_is_not_submitted_yet_is_waited_for(
     assert report.delivered == 2
 
 
-def test_a_record_that_never_comes_is_waited_for_a_while_and_unread(
+def test_record_that_stays_busy_is_counted_as_unread(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drain, "SETTLE_S", 0.05)
@@ -406,7 +406,7 @@ def test_a_record_that_never_comes_is_waited_for_a_while_and_unread(
     assert report.probes["one"].hooks[0].unread == 1
 
 
-def test_everything_is_detached_before_the_last_rows_are_read(play: Play) -> None:
+def test_programs_are_detached_before_the_last_rows_are_read(play: Play) -> None:
     read, link = os.pipe()
     os.set_blocking(read, False)
     probe, signals = play(), Signals()
@@ -430,7 +430,7 @@ def test_everything_is_detached_before_the_last_rows_are_read(play: Play) -> Non
     os.close(read)
 
 
-def test_no_fd_stays_open(play: Play) -> None:
+def test_run_leaves_no_fd_open(play: Play) -> None:
     probe = play()
     before = sorted(os.listdir("/proc/self/fd"))
     probe.emit("tp_send", ts_ns=1)
@@ -438,7 +438,7 @@ def test_no_fd_stays_open(play: Play) -> None:
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
-def test_no_fd_stays_open_after_an_error(play: Play, tmp_path: Path) -> None:
+def test_failed_run_leaves_no_fd_open(play: Play, tmp_path: Path) -> None:
     probe = play()
     before = sorted(os.listdir("/proc/self/fd"))
     with pytest.raises(UsageError, match=r"cannot write the ready file .*: No such file"):
@@ -446,13 +446,13 @@ def test_no_fd_stays_open_after_an_error(play: Play, tmp_path: Path) -> None:
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
-def test_the_ready_file_holds_the_pid(play: Play, tmp_path: Path) -> None:
+def test_ready_file_contains_the_pid(play: Play, tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     run_into_a_sink(play(), ready_file=str(ready))
     assert int(ready.read_text()) == os.getpid()
 
 
-def test_a_ready_pipe_that_nobody_reads_keeps_nothing_waiting(play: Play, tmp_path: Path) -> None:
+def test_ready_pipe_without_a_reader_does_not_block(play: Play, tmp_path: Path) -> None:
     pipe = tmp_path / "ready"
     os.mkfifo(pipe)
     probe = play()
@@ -461,7 +461,7 @@ def test_a_ready_pipe_that_nobody_reads_keeps_nothing_waiting(play: Play, tmp_pa
     assert times(sink.rows) == [1]
 
 
-def test_a_ready_pipe_is_told_when_somebody_reads_it(play: Play, tmp_path: Path) -> None:
+def test_ready_pipe_is_written_once_a_reader_opens_it(play: Play, tmp_path: Path) -> None:
     pipe = tmp_path / "ready"
     os.mkfifo(pipe)
     signals = Signals()
@@ -504,14 +504,14 @@ class Lifecycle(RecordingSink):
         self.events.append("close")
 
 
-def test_a_sink_begins_before_the_first_row(play: Play) -> None:
+def test_sink_begins_before_the_first_row(play: Play) -> None:
     probe, sink = play(), Lifecycle()
     probe.emit("tp_send", ts_ns=1)
     run(probe, sinks={"it": sink})
     assert sink.events == ["begin", "write", "close"]
 
 
-def test_a_start_that_is_refused_or_dry_begins_nothing(
+def test_refused_or_dry_run_cancels_its_sinks(
     play: Play, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = tmp_path / "old"
@@ -538,7 +538,7 @@ def test_a_start_that_is_refused_or_dry_begins_nothing(
     assert old.read_text() == "yesterday's"
 
 
-def test_a_sink_that_cannot_begin_ends_the_run(play: Play) -> None:
+def test_sink_that_cannot_begin_ends_the_run(play: Play) -> None:
     class Unable(Lifecycle):
         def begin(self) -> None:
             raise OSError("no such thing")
@@ -552,7 +552,7 @@ def test_a_sink_that_cannot_begin_ends_the_run(play: Play) -> None:
 # --- the report
 
 
-def test_every_sink_gets_the_books_of_the_run(play: Play) -> None:
+def test_every_sink_receives_the_report(play: Play) -> None:
     probe = play()
     probe.emit("tp_send", ts_ns=1)
     sink, report = run_into_a_sink(probe)
@@ -561,7 +561,7 @@ def test_every_sink_gets_the_books_of_the_run(play: Play) -> None:
     assert given.duration_s == report.duration_s
 
 
-def test_a_sink_that_failed_is_reported(play: Play) -> None:
+def test_failed_sink_is_reported(play: Play) -> None:
     probe = play()
     probe.emit("tp_send", ts_ns=1)
     sinks = {"bad": RecordingSink(TcplatError("disk full")), "good": RecordingSink()}
@@ -570,7 +570,7 @@ def test_a_sink_that_failed_is_reported(play: Play) -> None:
     assert report.delivered == 1
 
 
-def test_the_other_sinks_are_told_of_it(play: Play) -> None:
+def test_failed_sink_is_in_the_report_of_the_others(play: Play) -> None:
     probe, good = play(), RecordingSink()
     probe.emit("tp_send", ts_ns=1)
     run(probe, sinks={"bad": RecordingSink(TcplatError("disk full")), "good": good})
@@ -580,7 +580,7 @@ def test_the_other_sinks_are_told_of_it(play: Play) -> None:
 # --- what is asked of the loader
 
 
-def test_the_loader_is_asked_for_each_probe_with_its_constants() -> None:
+def test_loader_request_has_each_probe_with_its_constants() -> None:
     spec = ProbeSpec(
         name="port",
         summary="s",
@@ -607,7 +607,7 @@ COUNTED = ProbeSpec(
 )
 
 
-def test_where_no_sink_wants_rows_only_what_histograms_need_is_attached() -> None:
+def test_histograms_alone_attach_only_the_points_they_need() -> None:
     wanted = Aggregation("all", 256, 1)
     request = probe_run.probe_request(COUNTED, {}, events=False, aggregation=wanted)
     assert request.points == SEND_AND_CLOSE  # the numbers of hooks stay what they are
@@ -616,7 +616,7 @@ def test_where_no_sink_wants_rows_only_what_histograms_need_is_attached() -> Non
     assert request.maps == {"counts": 12, "group_keys": 40, "durations": 8}
 
 
-def test_with_rows_everything_is_attached_and_without_aggregation_no_counters_are_mapped() -> None:
+def test_rows_alone_attach_everything_and_map_no_counters() -> None:
     request = probe_run.probe_request(COUNTED, {})
     assert request.listen is None
     assert request.maps == {"counts": 12}
@@ -639,7 +639,7 @@ def polled() -> Iterator[Callable[..., FakeProbe]]:
         yield make
 
 
-def test_poll_makes_rows_of_what_was_counted_by_the_end(
+def test_poll_emits_final_counts_at_the_end(
     polled: Callable[..., FakeProbe],
 ) -> None:
     probe = polled(
@@ -658,7 +658,7 @@ def test_poll_makes_rows_of_what_was_counted_by_the_end(
     assert (hook.produced, hook.delivered, hook.dropped) == (len(sink.rows), len(sink.rows), 0)
 
 
-def test_rows_of_poll_that_count_cut_off_are_unread(polled: Callable[..., FakeProbe]) -> None:
+def test_poll_rows_beyond_count_are_unread(polled: Callable[..., FakeProbe]) -> None:
     probe = polled(lambda maps: [maps.row("count") for _ in range(5)])
     sink, report = run_into_a_sink(probe, count=2)
     assert len(sink.rows) == 2
@@ -667,13 +667,13 @@ def test_rows_of_poll_that_count_cut_off_are_unread(polled: Callable[..., FakePr
     assert hook.produced == hook.delivered + hook.unread
 
 
-def test_a_poll_that_has_nothing_to_say_says_nothing(polled: Callable[..., FakeProbe]) -> None:
+def test_poll_that_returns_none_emits_no_rows(polled: Callable[..., FakeProbe]) -> None:
     sink, report = run_into_a_sink(polled(lambda _: None))
     assert sink.rows == []
     assert report.probes["counted"].poll_error == ""
 
 
-def test_a_poll_that_raises_is_not_called_again(polled: Callable[..., FakeProbe]) -> None:
+def test_poll_that_raises_is_not_called_again(polled: Callable[..., FakeProbe]) -> None:
     said: list[str] = []
     probe = polled(lambda maps: [maps.row("count", no_such_field=1)])
     sink, report = run_into_a_sink(probe, say=said.append)
@@ -690,7 +690,7 @@ def test_a_poll_that_raises_is_not_called_again(polled: Callable[..., FakeProbe]
         (lambda _: [42], "TypeError: a int is no row: maps.row() makes them"),
     ],
 )
-def test_whatever_poll_does_the_run_goes_on(
+def test_run_continues_after_any_failure_of_poll(
     polled: Callable[..., FakeProbe], poll: Callable[[Maps], Any], said: str
 ) -> None:
     probe = polled(poll)
@@ -705,7 +705,9 @@ def test_whatever_poll_does_the_run_goes_on(
         (lambda _: 42, "send (describe() gave a int)"),
     ],
 )
-def test_a_row_whose_words_fail_is_a_row_still(describe: Callable[[Any], str], said: str) -> None:
+def test_row_with_a_failing_description_is_delivered(
+    describe: Callable[[Any], str], said: str
+) -> None:
     probe = FakeProbe(attrs.evolve(Plugins.load().probe("tcp_client"), describe=describe))
     try:
         probe.emit("tp_send", ts_ns=1)
@@ -717,7 +719,7 @@ def test_a_row_whose_words_fail_is_a_row_still(describe: Callable[[Any], str], s
 
 
 @pytest.mark.parametrize("what", ["defines", "interfaces"])
-def test_what_a_probe_raises_as_it_is_asked_for_is_a_sentence(what: str) -> None:
+def test_exception_while_building_a_request_is_one_sentence(what: str) -> None:
     def fail(_: object) -> Any:
         sys.exit(0)
 
@@ -756,7 +758,7 @@ def never() -> bool:
     return False
 
 
-def test_a_loader_that_dies_is_an_error_with_its_status(loader: Loaders) -> None:
+def test_dead_loader_is_an_error_with_its_status(loader: Loaders) -> None:
     process, theirs = loader("import sys; sys.stdin.read(); sys.exit(7)")
     theirs.close()
     with pytest.raises(TcplatError, match=r"the loader died \(status 7\)"):
@@ -767,7 +769,7 @@ def test_a_loader_that_dies_is_an_error_with_its_status(loader: Loaders) -> None
     ("exit_code", "error"),
     [(1, TcplatError), (2, UsageError), (3, CannotRunError), (4, PluginError), (77, TcplatError)],
 )
-def test_a_refusal_becomes_the_error_of_its_exit_code(
+def test_refusal_becomes_the_error_of_its_exit_code(
     loader: Loaders, exit_code: int, error: type[TcplatError]
 ) -> None:
     process, theirs = loader("import sys; sys.stdin.read()")
@@ -778,7 +780,7 @@ def test_a_refusal_becomes_the_error_of_its_exit_code(
     assert raised.value.__notes__ == ["the verifier's words"]
 
 
-def test_a_refusal_before_the_request_was_read_is_heard(loader: Loaders) -> None:
+def test_refusal_before_the_request_is_read_arrives(loader: Loaders) -> None:
     process, theirs = loader("")
     process.process.wait()
     send_answer(theirs, Refusal("no root", 3))
@@ -793,7 +795,7 @@ def test_stopping_does_not_wait_for_the_loader(loader: Loaders) -> None:
     assert process.process.returncode == -9
 
 
-def test_what_the_loader_printed_is_kept_for_debugging(loader: Loaders) -> None:
+def test_loader_output_is_kept_for_debugging(loader: Loaders) -> None:
     process, _ = loader(r"import os; os.write(1, b'clang: \xff\n'); os.write(2, b'verifier\n')")
     process.process.wait()
     assert process.output() == "clang: \\xff\nverifier\n"

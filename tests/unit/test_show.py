@@ -53,7 +53,7 @@ def point(*ways: Way, view: show.HostView, optional: bool = False) -> tuple[Any,
     return told["takes"], told["perhaps"], told["why_not"]
 
 
-def test_root_knows_what_works() -> None:
+def test_root_shows_the_mechanism_that_works() -> None:
     works = show.HostView(host(), as_root=True)
     assert point(BY_FENTRY, BY_TRACEPOINT, view=works) == ("fentry:tcp_sendmsg", None, None)
     refuses = show.HostView(host(fentry="this kernel refuses fentry programs"), as_root=True)
@@ -64,7 +64,7 @@ def test_root_knows_what_works() -> None:
     )
 
 
-def test_without_root_fentry_is_a_perhaps() -> None:
+def test_fentry_is_uncertain_without_root() -> None:
     view = show.HostView(host())
     assert point(BY_FENTRY, BY_TRACEPOINT, view=view) == (
         "tracepoint:tcp:tcp_probe",
@@ -78,13 +78,13 @@ def test_without_root_fentry_is_a_perhaps() -> None:
     )
 
 
-def test_without_root_a_function_that_there_is_not_is_no_perhaps() -> None:
+def test_missing_function_is_not_uncertain_without_root() -> None:
     nowhere = fentry(fenter("tcp_nowhere", "fe_nowhere"))
     takes, perhaps, _ = point(nowhere, BY_TRACEPOINT, view=show.HostView(host()))
     assert (takes, perhaps) == ("tracepoint:tcp:tcp_probe", None)
 
 
-def test_without_root_nobody_sees_the_tracepoints_of_system_calls() -> None:
+def test_syscall_tracepoints_are_uncertain_without_root() -> None:
     assert point(BY_SYSCALL, view=show.HostView(host())) == (
         None,
         "tracepoint:syscalls:sys_exit_accept4",
@@ -92,7 +92,7 @@ def test_without_root_nobody_sees_the_tracepoints_of_system_calls() -> None:
     )
 
 
-def test_no_way_has_its_reason() -> None:
+def test_unavailable_point_has_its_reason() -> None:
     view = show.HostView(host(), as_root=True)
     assert point(BY_KPROBE, view=view) == (
         None,
@@ -101,7 +101,7 @@ def test_no_way_has_its_reason() -> None:
     )
 
 
-def test_a_kernel_that_does_not_describe_itself_is_no_traceback(
+def test_kernel_without_btf_gives_a_reason_instead_of_a_traceback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def nothing(_: Host) -> None:
@@ -138,7 +138,7 @@ PROBE = ProbeSpec(
 FOUND = Found("again", "probe", "2.5", "tcplat-again", "ok", PROBE.summary)
 
 
-def test_all_there_is_to_know_of_a_probe() -> None:
+def test_json_of_a_probe_is_complete() -> None:
     told = show.as_json(FOUND, PROBE, show.HostView(host()))
     assert list(told) == [
         *("name", "kind", "version", "distribution", "summary", "options", "example"),
@@ -166,7 +166,7 @@ def test_all_there_is_to_know_of_a_probe() -> None:
     ]
 
 
-def test_the_same_for_a_reader() -> None:
+def test_text_of_a_probe_is_complete() -> None:
     text = show.as_text(show.as_json(FOUND, PROBE, show.HostView(host())))
     lines = text.splitlines()
     assert lines[:2] == [
@@ -185,13 +185,13 @@ def test_the_same_for_a_reader() -> None:
     assert lines[-1] == "  sudo tcplat run --probe again:iface=eth0"
 
 
-def test_a_probe_that_cannot_run_here_says_so() -> None:
+def test_probe_that_cannot_run_here_is_marked() -> None:
     spec = attrs.evolve(PROBE, points=(HookPoint("send", (BY_KPROBE,)),))
     text = show.as_text(show.as_json(FOUND, spec, show.HostView(host(), as_root=True)))
     assert "no kprobes (CONFIG_KPROBE_EVENTS); required" in text
 
 
-def test_a_sink_has_neither_points_nor_fields() -> None:
+def test_sink_has_neither_points_nor_fields() -> None:
     sink = SinkSpec(name="again", summary="s", factory=lambda _, __: pytest.fail("opened"))
     told = show.as_json(attrs.evolve(FOUND, kind="sink"), sink, show.HostView(host()))
     assert not {"points", "fields"} & set(told)
@@ -199,7 +199,7 @@ def test_a_sink_has_neither_points_nor_fields() -> None:
     assert "no options" in show.as_text(told)
 
 
-def test_an_example_has_what_has_to_be_given() -> None:
+def test_example_contains_the_required_options() -> None:
     msgpack = Plugins.load().sink("msgpack")
     told = show.as_json(attrs.evolve(FOUND, kind="sink"), msgpack, show.HostView(host()))
     assert told["example"].endswith("--sink msgpack:unix=/run/user/1000/tcplat.sock")

@@ -77,7 +77,7 @@ def asleep(gate: Gate, *also: int) -> threading.Thread:
     return thread
 
 
-def test_the_first_record_wakes(gate: Gate) -> None:
+def test_first_record_wakes_the_sleeper(gate: Gate) -> None:
     thread = asleep(gate)
     gate.submit()
     thread.join(LONG_S / 2)
@@ -85,7 +85,7 @@ def test_the_first_record_wakes(gate: Gate) -> None:
     assert not gate.asleep
 
 
-def test_something_else_wakes_too(gate: Gate) -> None:
+def test_other_fd_wakes_the_sleeper(gate: Gate) -> None:
     thread = asleep(gate, gate.other)
     gate.stir()
     thread.join(LONG_S / 2)
@@ -93,7 +93,7 @@ def test_something_else_wakes_too(gate: Gate) -> None:
     assert not gate.asleep
 
 
-def test_it_does_not_fall_asleep_over_a_record_that_is_there(gate: Gate) -> None:
+def test_pending_record_prevents_sleep(gate: Gate) -> None:
     gate.asleep = True
     gate.submit()
     began = time.monotonic()
@@ -102,7 +102,7 @@ def test_it_does_not_fall_asleep_over_a_record_that_is_there(gate: Gate) -> None
     assert not gate.asleep
 
 
-def test_it_sleeps_no_longer_than_it_may(gate: Gate) -> None:
+def test_sleep_ends_after_its_timeout(gate: Gate) -> None:
     began = time.monotonic()
     gate.sleeper.sleep(0.05)
     assert time.monotonic() - began >= 0.05
@@ -110,7 +110,7 @@ def test_it_sleeps_no_longer_than_it_may(gate: Gate) -> None:
     assert not gate.asleep
 
 
-def test_who_has_slept_still_listens_until_the_end(gate: Gate) -> None:
+def test_gate_stays_open_until_shut(gate: Gate) -> None:
     gate.sleeper.sleep(0)
     assert gate.open
     gate.sleeper.shut()

@@ -46,7 +46,7 @@ def capture(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("closed", [(2,), (0,), (0, 2), (1,), (1, 2), (0, 1), (0, 1, 2)], ids=str)
-def test_what_is_closed_makes_no_difference_to_a_file(
+def test_closed_standard_streams_do_not_change_output_files(
     closed: tuple[int, ...], capture: Path, tmp_path: Path
 ) -> None:
     out, page = tmp_path / "out", tmp_path / "page"
@@ -63,14 +63,14 @@ def test_what_is_closed_makes_no_difference_to_a_file(
         assert path.read_bytes() == whole
 
 
-def test_where_there_is_no_standard_error_standard_output_is_the_same(capture: Path) -> None:
+def test_closed_stderr_does_not_change_stdout(capture: Path) -> None:
     for arguments in (["replay", str(capture), "--sink", "summary"], ["diff", *[str(capture)] * 2]):
         with_it, without = tcplat(arguments), tcplat(arguments, (2,))
         assert (without.returncode, without.stdout) == (with_it.returncode, with_it.stdout)
 
 
 @pytest.mark.parametrize("stderr", ["full disk", "reader gone"])
-def test_a_message_that_cannot_be_written_does_not_end_the_work(stderr: str, capture: Path) -> None:
+def test_unwritable_message_does_not_end_the_command(stderr: str, capture: Path) -> None:
     capture.write_bytes(b"{broken\n" + CAPTURE)  # which is said before the first row
     for arguments in (
         ["replay", str(capture), "--sink", "jsonl"],
@@ -97,13 +97,13 @@ def test_a_message_that_cannot_be_written_does_not_end_the_work(stderr: str, cap
         assert (ran.returncode, ran.stdout) == (closed.returncode, closed.stdout)
 
 
-def test_quiet_still_says_why_a_sink_was_switched_off(capture: Path) -> None:
+def test_quiet_still_reports_a_switched_off_sink(capture: Path) -> None:
     ran = tcplat(["replay", "-q", str(capture), "--sink", "jsonl:path=/dev/full"])
     assert ran.returncode == 1
     assert b"sink jsonl:path=/dev/full was switched off: writing failed: No space" in ran.stderr
 
 
-def test_a_standard_output_or_input_that_is_needed_and_closed_is_said(capture: Path) -> None:
+def test_closed_stdin_or_stdout_that_is_needed_is_reported(capture: Path) -> None:
     for arguments, closed, words in (
         (["replay", str(capture), "--sink", "jsonl"], 1, b"standard output is closed"),
         (["merge", str(capture), str(capture)], 1, b""),
@@ -115,7 +115,7 @@ def test_a_standard_output_or_input_that_is_needed_and_closed_is_said(capture: P
         assert b"Traceback" not in ran.stderr
 
 
-def test_with_stand_ins_it_is_the_same_once_more(capture: Path) -> None:
+def test_read_only_dev_null_as_stdout_is_reported_as_closed(capture: Path) -> None:
     """As after the program was executed anew: what was closed is /dev/null then."""
     with open(os.devnull, "rb") as unwritable:  # noqa: PTH123 - there is no path to speak of
         ran = subprocess.run(
@@ -137,7 +137,9 @@ os.execv(sys.executable, [sys.executable, "-I", "-m", "tcplat_core", *sys.argv[1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
-def test_signals_blocked_at_the_start_end_it(number: signal.Signals, tmp_path: Path) -> None:
+def test_signals_blocked_at_the_start_still_end_tcplat(
+    number: signal.Signals, tmp_path: Path
+) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with subprocess.Popen(
@@ -168,7 +170,7 @@ def opened_once_read(pipe: Path, reader: subprocess.Popen[bytes]) -> int:
         time.sleep(0.005)
 
 
-def test_a_command_has_the_mask_that_tcplat_was_started_with() -> None:
+def test_command_inherits_the_original_signal_mask() -> None:
     """As it would without tcplat before it; in a process of its own, for the sake of others."""
     text = """
 import signal, sys

@@ -43,7 +43,7 @@ def state(command: TracedCommand) -> str:
 
 
 @pytest.mark.parametrize("status", [0, 1, 2, 42, 126, 127, 255])
-def test_its_exit_status_is_passed_on(fork: Fork, status: int) -> None:
+def test_exit_status_is_passed_on(fork: Fork, status: int) -> None:
     command = fork("sh", "-c", f"exit {status}")
     command.go()
     wait(command)
@@ -54,7 +54,9 @@ def test_its_exit_status_is_passed_on(fork: Fork, status: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGSEGV])
-def test_a_signal_becomes_128_and_its_number(fork: Fork, number: signal.Signals) -> None:
+def test_death_by_a_signal_becomes_status_128_plus_its_number(
+    fork: Fork, number: signal.Signals
+) -> None:
     command = fork("sh", "-c", f"ulimit -c 0; kill -{int(number)} $$")
     command.go()
     wait(command)
@@ -62,7 +64,7 @@ def test_a_signal_becomes_128_and_its_number(fork: Fork, number: signal.Signals)
     assert command.status == 128 + number
 
 
-def test_nothing_runs_before_it_is_let_go(fork: Fork, tmp_path: Path) -> None:
+def test_command_waits_until_it_is_released(fork: Fork, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     command = fork("touch", str(mark))
     # It sleeps in read(2) on the gate: that is as far as it gets by itself.
@@ -75,7 +77,7 @@ def test_nothing_runs_before_it_is_let_go(fork: Fork, tmp_path: Path) -> None:
     assert mark.exists()
 
 
-def test_a_stop_before_the_start_means_that_it_never_ran(fork: Fork, tmp_path: Path) -> None:
+def test_command_stopped_before_its_start_never_runs(fork: Fork, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     command = fork("touch", str(mark))
     command.stop()
@@ -93,7 +95,7 @@ signal.pause()
 """
 
 
-def test_a_stop_after_the_start_is_a_sigterm_and_is_waited_for(fork: Fork) -> None:
+def test_stop_sends_sigterm_and_waits_for_the_command(fork: Fork) -> None:
     ready, said = os.pipe()
     os.set_inheritable(said, True)
     command = fork(sys.executable, "-c", POLITE, str(said))
@@ -106,7 +108,7 @@ def test_a_stop_after_the_start_is_a_sigterm_and_is_waited_for(fork: Fork) -> No
     assert command.status == 7
 
 
-def test_stopping_twice_is_stopping_once(fork: Fork) -> None:
+def test_stop_is_idempotent(fork: Fork) -> None:
     command = fork("sleep", "1000")
     command.go()
     command.stop()
@@ -115,19 +117,19 @@ def test_stopping_twice_is_stopping_once(fork: Fork) -> None:
     assert command.stopped
 
 
-def test_a_program_that_there_is_not_is_named() -> None:
+def test_missing_program_is_named() -> None:
     with pytest.raises(UsageError, match="there is no program 'no-such-program' to run"):
         TracedCommand.fork(["no-such-program"])
 
 
-def test_a_file_that_is_no_program_is_named(tmp_path: Path) -> None:
+def test_file_without_execute_permission_is_named(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("not a program")
     with pytest.raises(UsageError, match=r"there is no program '.*notes\.txt' to run"):
         TracedCommand.fork([str(path)])
 
 
-def test_a_program_that_the_kernel_cannot_run_is_named(
+def test_program_with_exec_format_error_is_named(
     fork: Fork, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "script_without_a_first_line"
@@ -139,7 +141,7 @@ def test_a_program_that_the_kernel_cannot_run_is_named(
     assert f"cannot run {path}: Exec format error" in capfd.readouterr().err
 
 
-def test_its_arguments_are_passed_as_they_are(fork: Fork, tmp_path: Path) -> None:
+def test_arguments_are_passed_unchanged(fork: Fork, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code = f"import sys; open({str(out)!r}, 'w').write(repr(sys.argv[1:]))"
     command = fork(sys.executable, "-c", code, "a b", "", "$HOME", "--pid")
@@ -148,7 +150,7 @@ def test_its_arguments_are_passed_as_they_are(fork: Fork, tmp_path: Path) -> Non
     assert out.read_text() == "['a b', '', '$HOME', '--pid']"
 
 
-def test_it_dies_of_a_closed_pipe_as_every_program_does(fork: Fork, tmp_path: Path) -> None:
+def test_command_does_not_ignore_sigpipe(fork: Fork, tmp_path: Path) -> None:
     """Python ignores SIGPIPE, and an ignored signal would stay so."""
     copy = tmp_path / "status"
     command = fork("cp", "/proc/self/status", str(copy))
@@ -158,7 +160,7 @@ def test_it_dies_of_a_closed_pipe_as_every_program_does(fork: Fork, tmp_path: Pa
     assert not int(ignored.split()[1], 16) >> (signal.SIGPIPE - 1) & 1
 
 
-def test_it_inherits_no_file_of_ours(
+def test_command_inherits_no_fd_of_tcplat(
     fork: Fork, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with (tmp_path / "out.jsonl").open("w"):
