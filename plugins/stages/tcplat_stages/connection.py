@@ -154,6 +154,9 @@ class Connection:
         "stamps",
         "syns",
         "think_ns",
+        "thinks_from_ns",
+        "thought_from_ns",
+        "thought_ns",
         "told",
         "torn",
         "unsure",
@@ -194,6 +197,10 @@ class Connection:
         """The longest total of what was answered."""
         self.think_ns = 0
         """Between the client's reading of a reply and its next request, in all."""
+        self.thought_ns = 0
+        """The part of it before the last request."""
+        self.thinks_from_ns = self.thought_from_ns = 0
+        """The read that it was counted from last, and the one before that."""
         self.outcomes: dict[str, int] = {}
         """How many exchanges of it had which outcome."""
         self.told = 0
@@ -289,8 +296,8 @@ class Connection:
     def retransmits_of(self, index: int) -> int:
         """Segments that an end sent again; its SYNs count."""
         stats = self.ends[index].stats
-        if stats is not None:
-            return stats["retransmits"] or 0
+        if stats is not None and stats["retransmits"] is not None:
+            return stats["retransmits"]
         return self.flows[index].retransmits + (self.syns if index == CLIENT else 0)
 
     def bytes_of(self, index: int) -> int | None:

@@ -214,6 +214,10 @@ class Directory:
         self.release(conn)
         conn.client, conn.service = conn.service, conn.client
         conn.flows = (conn.flows[1], conn.flows[0])
+        conn.fins = [1 - index for index in conn.fins]
+        conn.fin_ns.reverse()
+        if conn.reset_by is not None:
+            conn.reset_by = 1 - conn.reset_by
         conn.guessed = False
         conn.answered, conn.replying = -1, None
         conn.ask_ns = conn.ask_by = None

@@ -93,8 +93,9 @@ class SocketRows:
                 conn.answered = at
             if conn.ask_ns is None and finish > conn.answered:
                 conn.ask_ns, conn.ask_by = ts_ns, who
+                conn.thought_ns = 0
                 if not missed & (1 << CLIENT | 1 << READS + CLIENT):
-                    conn.think_ns += _thought(conn, ts_ns)
+                    _think(conn, ts_ns)
         if len(flow.sends) > LONG:
             prune(conn, index)
 
@@ -185,13 +186,16 @@ def _send_short(end: End, row: Any, ts_ns: int) -> None:  # noqa: ARG001 - as al
     elif end.index == CLIENT and conn.ask_ns == when:
         conn.ask_ns = reached(flow.sends, conn.answered + 1)
         conn.ask_by = caller(flow.senders, conn.answered)
-        conn.think_ns -= _thought(conn, when)
+        conn.think_ns -= conn.thought_ns
+        conn.thought_ns, conn.thinks_from_ns = 0, conn.thought_from_ns
 
 
-def _thought(conn: Connection, ts_ns: int | None) -> int:
-    """So long (ns) the client took to ask again, at an instant, after it had read a reply."""
+def _think(conn: Connection, ts_ns: int) -> None:
+    """Add the time from the client's last read to its request, once for each time it reads."""
     read_ns = conn.flows[SERVICE].read_ns
-    return ts_ns - read_ns if ts_ns and read_ns else 0
+    conn.thought_ns = ts_ns - read_ns if read_ns > conn.thinks_from_ns else 0
+    conn.think_ns += conn.thought_ns
+    conn.thought_from_ns, conn.thinks_from_ns = conn.thinks_from_ns, read_ns
 
 
 def _ready(end: End, row: Any, ts_ns: int) -> None:

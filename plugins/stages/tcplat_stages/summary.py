@@ -170,16 +170,9 @@ def block(conn: Connection, hosts: Hosts) -> str:
     for index, name in enumerate(_ENDS):
         stats = conn.ends[index].stats
         if stats and stats["srtt_us"]:
-            lines.append(
-                _line(
-                    name,
-                    [
-                        f"srtt {duration(stats['srtt_us'] * 1000)}",
-                        f"min RTT {duration((stats['min_rtt_us'] or 0) * 1000)}",
-                        f"RTO {duration((stats['rto_us'] or 0) * 1000)}",
-                    ],
-                )
-            )
+            figures = (("srtt", "srtt_us"), ("min RTT", "min_rtt_us"), ("RTO", "rto_us"))
+            shown = [(what, stats[key]) for what, key in figures]
+            lines.append(_line(name, [f"{what} {duration(us * 1000)}" for what, us in shown if us]))
     trouble = _trouble(conn)
     if trouble:
         lines.append(_line("trouble", trouble))

@@ -542,6 +542,22 @@ def test_it_begins_where_its_stages_begin() -> None:
     assert (exchange.began_ns, exchange.total_ns) == (1_000_000, 2_000_000)
 
 
+def test_a_wrong_guess_is_mended_for_the_end_that_closed_and_for_the_reset() -> None:
+    history = History(ends=(("10.0.0.1", 80), ("10.0.0.2", 40_000)))
+    history.packet(1_000, "nic_rx", CLIENT, 0, 10)
+    history.packet(2_000, "nic_rx", CLIENT, 10, flags="FIN|ACK")
+    history.packet(2_500, "nic_rx", CLIENT, 11, flags="RST")
+    joiner = Joiner()
+    joiner.feed(history.rows())
+    (conn,) = joiner.directory.conns.values()
+    assert (conn.guessed, conn.fins, conn.reset_by) == (True, [SERVICE], SERVICE)
+    history = History(ends=history.ends)
+    history.socket(3_000, SERVICE, "recv", seq=history.seq(CLIENT, 0), bytes=10)
+    joiner.feed(history.rows())
+    assert (conn.guessed, conn.fins, conn.reset_by) == (False, [CLIENT], CLIENT)
+    assert conn.fin_ns == [2_000, 0]
+
+
 def test_a_guess_that_a_socket_confirms_is_none_any_more() -> None:
     history = History()
     simple(history, 10_000)
@@ -603,6 +619,28 @@ def test_bytes_are_those_of_the_stream_though_a_send_was_lost() -> None:
     short.bytes = 980
     _, (conn,), _ = joined(history.rows())
     assert conn.bytes_of(CLIENT) == 1_500
+
+
+def test_a_client_that_asks_before_it_has_read_the_reply_does_not_think() -> None:
+    history = History()
+    now = simple(history, history.shake_hands())
+    asked = history.sent[CLIENT]
+    replied = history.sent[SERVICE]
+    for point, at, end, sender, byte, count in (
+        ("send", 1_000_000, CLIENT, CLIENT, asked, 10),
+        ("recv", 2_000_000, SERVICE, CLIENT, asked, 10),
+        ("send", 5_000_000, SERVICE, SERVICE, replied, 10),
+        # The reply is on its way.
+        ("send", 5_100_000, CLIENT, CLIENT, asked + 10, 10),
+        ("recv", 5_200_000, CLIENT, SERVICE, replied, 10),
+        ("recv", 6_000_000, SERVICE, CLIENT, asked + 10, 10),
+        ("send", 6_100_000, SERVICE, SERVICE, replied + 10, 10),
+        ("recv", 6_200_000, CLIENT, SERVICE, replied + 10, 10),
+        ("send", 8_200_000, CLIENT, CLIENT, asked + 20, 10),
+    ):
+        history.socket(now + at, end, point, seq=history.seq(sender, byte), bytes=count)
+    _, (conn,), _ = joined(history.rows())
+    assert conn.think_ns == 1_000_000 + 2_000_000
 
 
 def test_attempts_that_the_kernel_refuses_are_no_end_of_thinking() -> None:

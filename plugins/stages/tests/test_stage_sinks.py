@@ -331,3 +331,17 @@ def test_after_exec_each_sink_tells_the_program_that_runs_now(written: Callable[
     assert [(one["process"], one["count"]) for one in totals] == [("curl", 1), ("python3", 1)]
     (conn,) = objects(written("summary", rows, format="json"))
     assert (conn["comm"], conn["client"]["comm"]) == ("python3", "python3")
+
+
+def test_a_figure_that_the_kernel_has_not_measured_is_not_shown(
+    written: Callable[..., str],
+) -> None:
+    history = History()
+    now = history.shake_hands()
+    stats(history, now + 5, CLIENT, srtt_us=1_200, rto_us=201_000)
+    history.packet(now + 6, "nic_tx", CLIENT, 0, 10)
+    history.packet(now + 7, "nic_tx", CLIENT, 0, 10)
+    text = written("summary", history.rows())
+    assert "client   srtt 1.20 ms · RTO 201.00 ms\n" in text
+    # The kernel's count is unknown as well: packets tell.
+    assert "client retransmitted 1" in text
