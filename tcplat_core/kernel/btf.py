@@ -28,7 +28,7 @@ class BtfError(Exception):
     """The BTF is damaged, or does not have what was asked for; the message is one sentence."""
 
 
-class Kind(IntEnum):
+class BtfKind(IntEnum):
     """What a type is; the numbers are BTF's own."""
 
     VOID = 0
@@ -53,27 +53,21 @@ class Kind(IntEnum):
     ENUM64 = 19
 
 
-QUALIFIERS = frozenset({Kind.CONST, Kind.VOLATILE, Kind.RESTRICT, Kind.TYPE_TAG})
-RECORDS = frozenset({Kind.STRUCT, Kind.UNION})
-ENUMS = frozenset({Kind.ENUM, Kind.ENUM64})
-_SIZED = RECORDS | ENUMS | {Kind.INT, Kind.FLOAT, Kind.DATASEC}
+QUALIFIERS = frozenset({BtfKind.CONST, BtfKind.VOLATILE, BtfKind.RESTRICT, BtfKind.TYPE_TAG})
+RECORDS = frozenset({BtfKind.STRUCT, BtfKind.UNION})
+ENUMS = frozenset({BtfKind.ENUM, BtfKind.ENUM64})
+_SIZED = RECORDS | ENUMS | {BtfKind.INT, BtfKind.FLOAT, BtfKind.DATASEC}
 
 # How many 4-byte words a type of each kind takes: its head and, for each of its entries, some more.
 _UNKNOWN = 1 << 40
-_HEAD = [3] * len(Kind) + [_UNKNOWN] * (32 - len(Kind))
-_HEAD[Kind.VOID] = _UNKNOWN
-for _kind, _words in ((Kind.INT, 4), (Kind.ARRAY, 6), (Kind.VAR, 4), (Kind.DECL_TAG, 4)):
-    _HEAD[_kind] = _words
+_HEAD = [3] * len(BtfKind) + [_UNKNOWN] * (32 - len(BtfKind))
+_HEAD[BtfKind.VOID] = _UNKNOWN
+_HEAD[BtfKind.INT] = _HEAD[BtfKind.VAR] = _HEAD[BtfKind.DECL_TAG] = 4
+_HEAD[BtfKind.ARRAY] = 6
 _ENTRY = [0] * 32
-for _kind, _words in (
-    (Kind.STRUCT, 3),
-    (Kind.UNION, 3),
-    (Kind.ENUM, 2),
-    (Kind.FUNC_PROTO, 2),
-    (Kind.DATASEC, 3),
-    (Kind.ENUM64, 3),
-):
-    _ENTRY[_kind] = _words
+_ENTRY[BtfKind.ENUM] = _ENTRY[BtfKind.FUNC_PROTO] = 2
+for _kind in (BtfKind.STRUCT, BtfKind.UNION, BtfKind.DATASEC, BtfKind.ENUM64):
+    _ENTRY[_kind] = 3
 
 
 class Type(NamedTuple):
@@ -154,7 +148,7 @@ class Btf:
         words.frombytes(data[type_at : type_at + type_len])
         return cls(words, *_scan(words), strings)
 
-    def find(self, name: str, *kinds: Kind) -> int | None:
+    def find(self, name: str, *kinds: BtfKind) -> int | None:
         """Return the id of the first type of one of these kinds with this name, or None."""
         # Strings may share a tail, so a name can start inside a longer one.
         key = name.encode() + b"\0"
@@ -172,7 +166,7 @@ class Btf:
         Raises:
             BtfError: There is none.
         """
-        found = self.find(name, Kind.STRUCT, Kind.UNION)
+        found = self.find(name, BtfKind.STRUCT, BtfKind.UNION)
         if found is None:
             raise BtfError(f"this kernel has no struct or union {name}")
         return found
@@ -184,7 +178,7 @@ class Btf:
             BtfError: There is no such type.
         """
         if type_id == 0:
-            return Type(0, Kind.VOID, "", False, 0, 0, 0)
+            return Type(0, BtfKind.VOID, "", False, 0, 0, 0)
         at = self._at(type_id)
         info, third = self._words[at + 1], self._words[at + 2]
         kind = info >> 24 & 31
@@ -200,7 +194,7 @@ class Btf:
             type_id, offset, bits = words[i + 1], words[i + 2], 0
             if record.flag:
                 offset, bits = offset & 0xFFFFFF, offset >> 24
-            elif (base := self.resolve(type_id)).kind == Kind.INT:
+            elif (base := self.resolve(type_id)).kind == BtfKind.INT:
                 # Without kind_flag the integer itself says that it is a bit-field.
                 encoding = self.int_encoding(base)
                 if encoding & 0xFF != base.size * 8 or encoding >> 16 & 0xFF:
@@ -224,7 +218,7 @@ class Btf:
         """Return the names and values of an ENUM or ENUM64; without a flag they are unsigned."""
         words, at = self._words, self._at(enum.id) + 3
         step = _ENTRY[enum.kind]
-        bits = 64 if enum.kind == Kind.ENUM64 else 32
+        bits = 64 if enum.kind == BtfKind.ENUM64 else 32
         found = []
         for i in range(at, at + step * enum.entries, step):
             value = words[i + 1] | (words[i + 2] << 32 if step > 2 else 0)  # noqa: PLR2004
@@ -248,7 +242,7 @@ class Btf:
         """
         for _ in range(MAX_DEPTH):
             found = self.type(type_id)
-            if found.kind != Kind.TYPEDEF and found.kind not in QUALIFIERS:
+            if found.kind != BtfKind.TYPEDEF and found.kind not in QUALIFIERS:
                 return found
             type_id = found.target
         raise BtfError(f"BTF type {type_id}: a chain of typedefs that does not end")
@@ -262,11 +256,11 @@ class Btf:
         factor = 1
         for _ in range(MAX_DEPTH):
             found = self.resolve(type_id)
-            if found.kind == Kind.PTR:
+            if found.kind == BtfKind.PTR:
                 return factor * 8
             if found.kind in _SIZED:
                 return factor * found.size
-            if found.kind != Kind.ARRAY:
+            if found.kind != BtfKind.ARRAY:
                 break
             type_id, count = self.array(found)
             factor *= count
@@ -298,7 +292,7 @@ class Btf:
 
     def has_member(self, name: str, path: str) -> bool:
         """Say whether this kernel has this struct or union, and in it this member."""
-        record_id = self.find(name, Kind.STRUCT, Kind.UNION)
+        record_id = self.find(name, BtfKind.STRUCT, BtfKind.UNION)
         return record_id is not None and self.locate(record_id, path) is not None
 
     def member_offset(self, name: str, path: str) -> int:
@@ -316,7 +310,7 @@ class Btf:
 
     def has_func(self, name: str) -> bool:
         """Say whether BTF knows a kernel function of this name."""
-        return self.find(name, Kind.FUNC) is not None
+        return self.find(name, BtfKind.FUNC) is not None
 
     def func_args(self, name: str) -> list[tuple[str, str]]:
         """Return the name and the C type of each argument of a kernel function.
@@ -324,11 +318,11 @@ class Btf:
         Raises:
             BtfError: There is no such function.
         """
-        func = self.find(name, Kind.FUNC)
+        func = self.find(name, BtfKind.FUNC)
         if func is None:
             raise BtfError(f"this kernel has no function {name}")
         proto = self.type(self.type(func).target)
-        if proto.kind != Kind.FUNC_PROTO:
+        if proto.kind != BtfKind.FUNC_PROTO:
             raise BtfError(f"BTF function {name} has no prototype")
         return [(arg, self._param_text(type_id)) for arg, type_id in self.params(proto)]
 
@@ -338,11 +332,11 @@ class Btf:
         The kernel leaves a typedef `btf_trace_<name>` for each tracepoint; its first argument is
         the tracer's own context, which a raw tracepoint program does not see.
         """
-        typedef = self.find(f"btf_trace_{name}", Kind.TYPEDEF)
+        typedef = self.find(f"btf_trace_{name}", BtfKind.TYPEDEF)
         if typedef is None:
             return None
         proto = self.type(self.type(self.type(typedef).target).target)
-        if proto.kind != Kind.FUNC_PROTO:
+        if proto.kind != BtfKind.FUNC_PROTO:
             raise BtfError(f"BTF typedef btf_trace_{name} is no pointer to a function")
         return [self._param_text(type_id) for _, type_id in self.params(proto)[1:]]
 
@@ -356,19 +350,19 @@ class Btf:
             raise BtfError(f"BTF type {type_id} is nested without end")
         found = self.type(type_id)
         target = found.target
-        if found.kind == Kind.PTR:
-            inner = self.type(target).kind in {Kind.ARRAY, Kind.FUNC_PROTO}
+        if found.kind == BtfKind.PTR:
+            inner = self.type(target).kind in {BtfKind.ARRAY, BtfKind.FUNC_PROTO}
             declarator = f"(*{declarator})" if inner else f"*{declarator}"
-        elif found.kind == Kind.ARRAY:
+        elif found.kind == BtfKind.ARRAY:
             target, count = self.array(found)
             declarator = f"{declarator}[{count}]"
-        elif found.kind == Kind.FUNC_PROTO:
+        elif found.kind == BtfKind.FUNC_PROTO:
             args = [self.type_text(t, a, depth + 1) if t else "..." for a, t in self.params(found)]
             declarator = f"{declarator}({', '.join(args) or 'void'})"
         elif found.kind in QUALIFIERS:
-            if found.kind != Kind.TYPE_TAG:
-                word = Kind(found.kind).name.lower()
-                if self.type(target).kind != Kind.PTR:
+            if found.kind != BtfKind.TYPE_TAG:
+                word = BtfKind(found.kind).name.lower()
+                if self.type(target).kind != BtfKind.PTR:
                     return f"{word} {self.type_text(target, declarator, depth + 1)}"
                 declarator = f"{word} {declarator}".rstrip()
         else:
@@ -405,12 +399,12 @@ class Btf:
 
 def _base_text(found: Type) -> str:
     name = found.name or "{...}"
-    if found.kind == Kind.VOID:
+    if found.kind == BtfKind.VOID:
         return "void"
-    if found.kind == Kind.FWD:
+    if found.kind == BtfKind.FWD:
         return f"{'union' if found.flag else 'struct'} {name}"
     if found.kind in RECORDS or found.kind in ENUMS:
-        return f"{Kind(found.kind).name.lower().removesuffix('64')} {name}"
+        return f"{BtfKind(found.kind).name.lower().removesuffix('64')} {name}"
     return name
 
 

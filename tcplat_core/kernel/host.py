@@ -13,7 +13,7 @@ from tcplat_core.errors import CannotRunError
 from tcplat_core.plugin.hookpoints import Hook, HookPoint, Way
 
 from . import bpf
-from .btf import Btf, BtfError, Kind
+from .btf import Btf, BtfError, BtfKind
 from .rights import may_load
 
 KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe")
@@ -175,11 +175,11 @@ class Host:
             return None if types is None else (0, types)
         if func.startswith("struct "):
             name, _, member = func.removeprefix("struct ").partition(".")
-            number = self.btf.find(name, Kind.STRUCT)
+            number = self.btf.find(name, BtfKind.STRUCT)
             if number is None or (member and not self.btf.has_member(name, member)):
                 return None
             return number, []
-        number = self.btf.find(func, Kind.FUNC)
+        number = self.btf.find(func, BtfKind.FUNC)
         if number is None:
             return None
         return number, [name for name, _ in self.btf.func_args(func)]

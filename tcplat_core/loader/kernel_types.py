@@ -15,7 +15,7 @@ from tcplat_core.kernel.btf import (
     RECORDS,
     Btf,
     BtfError,
-    Kind,
+    BtfKind,
     Type,
 )
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tcplat_core.kernel.btf import Member
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_KEYWORDS: dict[int, str] = {Kind.STRUCT: "struct", Kind.UNION: "union"}
+_KEYWORDS: dict[int, str] = {BtfKind.STRUCT: "struct", BtfKind.UNION: "union"}
 
 _C_INTS = {
     "char": 1,
@@ -73,7 +73,7 @@ def generate(btf: Btf, wanted: Iterable[str]) -> str:
             _want_enum(writer, rest)
             continue
         optional, name = name.endswith("?"), name.removesuffix("?")
-        record_id = btf.find(name, Kind.STRUCT, Kind.UNION)
+        record_id = btf.find(name, BtfKind.STRUCT, BtfKind.UNION)
         if name in DEFINED_TAGS or (record_id is None and optional):
             continue
         record = btf.type(btf.record(name) if record_id is None else record_id)
@@ -223,7 +223,7 @@ class _Writer:
         """
         if depth > MAX_DEPTH:
             raise BtfError(f"BTF type {record.id} is nested without end")
-        union = record.kind == Kind.UNION
+        union = record.kind == BtfKind.UNION
         lines: list[str] = []
         checks: list[tuple[str, int]] = []
         align, packed, at, end = 1, False, 0, 0  # at: the first free bit; end: the last used
@@ -282,11 +282,11 @@ class _Writer:
         type_id, dimensions, found = member.type_id, "", self.btf.type(member.type_id)
         for _ in range(MAX_DEPTH):
             found = self.btf.type(type_id)
-            if found.kind == Kind.ARRAY:
+            if found.kind == BtfKind.ARRAY:
                 type_id, count = self.btf.array(found)
                 dimensions += f"[{count}]"
             elif found.kind in QUALIFIERS or (
-                found.kind == Kind.TYPEDEF and not self._is_anonymous(found)
+                found.kind == BtfKind.TYPEDEF and not self._is_anonymous(found)
             ):
                 type_id = found.target
             else:
@@ -308,17 +308,17 @@ class _Writer:
         )
 
     def _spell_base(self, found: Type) -> _Spelling:
-        if found.kind == Kind.TYPEDEF:
+        if found.kind == BtfKind.TYPEDEF:
             return self._define_typedef(found, self.btf.resolve(found.id))
         if found.kind in RECORDS:
             return self.define(found)
-        if found.kind == Kind.PTR:
+        if found.kind == BtfKind.PTR:
             return _Spelling(self._pointer(found), _POINTER_SIZE)
-        if found.kind == Kind.INT and found.size == 16:  # noqa: PLR2004 - __int128
+        if found.kind == BtfKind.INT and found.size == 16:  # noqa: PLR2004 - __int128
             return _Spelling("unsigned long long", 8, "[2]")
-        if found.kind == Kind.INT or found.kind in ENUMS:
+        if found.kind == BtfKind.INT or found.kind in ENUMS:
             return _Spelling(self._integer(found), found.size)
-        if found.kind == Kind.FLOAT:
+        if found.kind == BtfKind.FLOAT:
             name = {4: "float", 8: "double"}.get(found.size)
             return _Spelling(name, found.size) if name else _Spelling("char", 1, f"[{found.size}]")
         raise BtfError(f"BTF type {found.id} cannot be held by value")
@@ -329,14 +329,14 @@ class _Writer:
 
     def _integer(self, found: Type) -> str:
         """Return C's name for an integer, or for the one that is as wide as an enum."""
-        if _C_INTS.get(found.name) == found.size and found.kind == Kind.INT:
+        if _C_INTS.get(found.name) == found.size and found.kind == BtfKind.INT:
             return found.name
-        encoding = self.btf.int_encoding(found) if found.kind == Kind.INT else 0
+        encoding = self.btf.int_encoding(found) if found.kind == BtfKind.INT else 0
         if encoding & _BOOL and found.size == 1:
             return "_Bool"
         if found.size not in _INT_BY_SIZE:
             raise BtfError(f"BTF type {found.id} is an integer of {found.size} bytes")
-        signed = encoding & _SIGNED if found.kind == Kind.INT else found.flag
+        signed = encoding & _SIGNED if found.kind == BtfKind.INT else found.flag
         return f"{'signed' if signed else 'unsigned'} {_INT_BY_SIZE[found.size]}"
 
     def _pointer(self, found: Type) -> str:
@@ -344,13 +344,13 @@ class _Writer:
         stars = "*"
         for _ in range(MAX_DEPTH):
             found = self.btf.resolve(found.target)
-            if found.kind != Kind.PTR:
+            if found.kind != BtfKind.PTR:
                 break
             stars += "*"
-        if found.kind in RECORDS or found.kind == Kind.FWD:
-            union = found.flag if found.kind == Kind.FWD else found.kind == Kind.UNION
+        if found.kind in RECORDS or found.kind == BtfKind.FWD:
+            union = found.flag if found.kind == BtfKind.FWD else found.kind == BtfKind.UNION
             name = self._forward("union" if union else "struct", found.name)
-        elif found.kind == Kind.INT and found.size in _INT_BY_SIZE:
+        elif found.kind == BtfKind.INT and found.size in _INT_BY_SIZE:
             name = self._integer(found)
         else:
             name = "void"
@@ -365,7 +365,7 @@ class _Writer:
 
 def _want_enum(writer: _Writer, entry: str) -> None:
     name = entry.removesuffix("?")
-    enum_id = writer.btf.find(name, Kind.ENUM, Kind.ENUM64)
+    enum_id = writer.btf.find(name, BtfKind.ENUM, BtfKind.ENUM64)
     if enum_id is not None:
         writer.define_enum(writer.btf.type(enum_id))
     elif name == entry:

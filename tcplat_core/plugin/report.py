@@ -166,8 +166,9 @@ def _of_probes(
         yield value["probes"][name], probe
 
 
-_FIELDS = {"histograms": "counted", "no_histograms": "uncounted"}
-"""How JSON calls a field of a probe's report, where it does not by the field's name."""
+_COUNTED, _UNCOUNTED = "histograms", "no_histograms"
+"""JSON keys of two fields of a probe's report, which have other names here."""
+_FIELDS = {_COUNTED: "counted", _UNCOUNTED: "uncounted"}
 
 
 def _with_field_names(value: Any) -> Any:
@@ -191,9 +192,9 @@ def _extras(probe: ProbeReport) -> dict[str, Any]:
     """Return the entries that only few reports have."""
     extras: dict[str, Any] = {}
     if probe.counted is not None:
-        extras["histograms"] = {name: attrs.asdict(one) for name, one in probe.counted.items()}
+        extras[_COUNTED] = {name: attrs.asdict(one) for name, one in probe.counted.items()}
     if probe.counted is not None or probe.uncounted:
-        extras["no_histograms"] = dict(probe.uncounted)
+        extras[_UNCOUNTED] = dict(probe.uncounted)
     if probe.poll_error:
         extras["poll_error"] = probe.poll_error
     if probe.deaf:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tcplat_core.kernel.btf import VMLINUX, Btf, BtfError, Kind
+from tcplat_core.kernel.btf import VMLINUX, Btf, BtfError, BtfKind
 from tcplat_core.loader.kernel_types import generate
 
 SMALL = (Path(__file__).parent / "data" / "small.btf").read_bytes()
 
-Encodable = tuple[Kind, str, int, int, Sequence[int | str]]
+Encodable = tuple[BtfKind, str, int, int, Sequence[int | str]]
 
 needs_kernel = pytest.mark.skipif(not VMLINUX.exists(), reason="this kernel has no BTF")
 
@@ -43,7 +43,7 @@ def encode(types: Sequence[Encodable]) -> bytes:
     return head + body + bytes(strings)
 
 
-INT: Encodable = (Kind.INT, "int", 0, 4, [1 << 24 | 32])
+INT: Encodable = (BtfKind.INT, "int", 0, 4, [1 << 24 | 32])
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_types_are_spelled_as_in_c(small: Btf, member: str, text: str) -> None:
 
 
 def test_pointers_to_functions_have_parentheses(small: Btf) -> None:
-    typedef = small.find("compare_t", Kind.TYPEDEF)
+    typedef = small.find("compare_t", BtfKind.TYPEDEF)
     assert typedef is not None
     pointer = small.type(typedef).target
     assert small.type_text(pointer) == "int (*)(const void *, const void *)"
@@ -131,14 +131,16 @@ def test_pointers_to_functions_have_parentheses(small: Btf) -> None:
 
 
 def test_name_may_be_a_suffix_of_another() -> None:
-    data = encode([INT, (Kind.STRUCT, "x_sock", 0, 8, []), (Kind.STRUCT, "sock", 0, 4, [])])
+    data = encode([INT, (BtfKind.STRUCT, "x_sock", 0, 8, []), (BtfKind.STRUCT, "sock", 0, 4, [])])
     assert data.count(b"sock") == 1
     assert Btf.from_bytes(data).sizeof("sock") == 4
 
 
 def test_varargs_are_three_dots() -> None:
     btf = Btf.from_bytes(
-        encode([INT, (Kind.FUNC_PROTO, "", 2, 1, ["n", 1, "", 0]), (Kind.FUNC, "f", 0, 2, [])])
+        encode(
+            [INT, (BtfKind.FUNC_PROTO, "", 2, 1, ["n", 1, "", 0]), (BtfKind.FUNC, "f", 0, 2, [])]
+        )
     )
     assert btf.func_args("f") == [("n", "int"), ("", "...")]
     assert btf.type_text(2) == "int (int n, ...)"
@@ -149,10 +151,10 @@ def test_enum64_and_signed_enums_keep_their_values() -> None:
     btf = Btf.from_bytes(
         encode(
             [
-                (Kind.ENUM64, "wide", 2, 8, ["BIG", 5, 1 << 31, "ONE", 1, 0]),
-                (Kind.ENUM64, "low", signed | 1, 8, ["MIN", 0, 1 << 31]),
-                (Kind.ENUM, "small", signed | 2, 4, ["NEG", -7, "POS", 7]),
-                (Kind.ENUM, "flags", 1, 4, ["TOP", 1 << 31]),
+                (BtfKind.ENUM64, "wide", 2, 8, ["BIG", 5, 1 << 31, "ONE", 1, 0]),
+                (BtfKind.ENUM64, "low", signed | 1, 8, ["MIN", 0, 1 << 31]),
+                (BtfKind.ENUM, "small", signed | 2, 4, ["NEG", -7, "POS", 7]),
+                (BtfKind.ENUM, "flags", 1, 4, ["TOP", 1 << 31]),
             ]
         )
     )
@@ -169,8 +171,8 @@ def test_bit_field_of_an_old_compiler_is_read_from_its_integer() -> None:
     btf = Btf.from_bytes(
         encode(
             [
-                (Kind.INT, "int", 0, 4, [5 << 16 | 3]),  # three bits, five bits in
-                (Kind.STRUCT, "old", 1, 4, ["x", 1, 8]),
+                (BtfKind.INT, "int", 0, 4, [5 << 16 | 3]),  # three bits, five bits in
+                (BtfKind.STRUCT, "old", 1, 4, ["x", 1, 8]),
             ]
         )
     )
@@ -180,10 +182,10 @@ def test_bit_field_of_an_old_compiler_is_read_from_its_integer() -> None:
 
 
 def test_first_type_of_a_name_and_kind_is_found() -> None:
-    sizes = ((Kind.UNION, 4), (Kind.STRUCT, 8), (Kind.STRUCT, 9))
+    sizes = ((BtfKind.UNION, 4), (BtfKind.STRUCT, 8), (BtfKind.STRUCT, 9))
     btf = Btf.from_bytes(encode([(kind, "x", 0, size, []) for kind, size in sizes]))
     assert btf.sizeof("x") == 8
-    assert btf.find("x", Kind.UNION) == 1
+    assert btf.find("x", BtfKind.UNION) == 1
 
 
 def test_data_that_is_not_btf_is_refused() -> None:
@@ -199,7 +201,7 @@ def test_error_names_the_unreadable_file(tmp_path: Path) -> None:
 
 
 def test_unknown_kind_is_named() -> None:
-    data = bytearray(encode([INT, (Kind.STRUCT, "x", 0, 4, [])]))
+    data = bytearray(encode([INT, (BtfKind.STRUCT, "x", 0, 4, [])]))
     data[24 + 16 + 7] = 25
     with pytest.raises(BtfError, match="type 2 is of a kind"):
         Btf.from_bytes(bytes(data))
@@ -208,15 +210,15 @@ def test_unknown_kind_is_named() -> None:
 @pytest.mark.parametrize(
     "types",
     [
-        [(Kind.TYPEDEF, "x", 0, 1, []), (Kind.STRUCT, "s", 1, 4, ["m", 1, 0])],
-        [(Kind.ARRAY, "", 0, 0, [1, 1, 1]), (Kind.STRUCT, "s", 1, 4, ["m", 1, 0])],
-        [(Kind.STRUCT, "x", 1, 4, ["m", 2, 0]), (Kind.STRUCT, "s", 1, 4, ["m", 1, 0])],
-        [(Kind.STRUCT, "", 1, 4, ["", 1, 0]), (Kind.STRUCT, "s", 1, 4, ["", 1, 0])],
-        [(Kind.STRUCT, "s", 1, 4, ["m", 99, 0])],
-        [(Kind.FUNC, "f", 0, 0, []), (Kind.STRUCT, "s", 1, 4, ["m", 1, 0])],
-        [INT, (Kind.STRUCT, "s", 2, 4, ["m", 1, 0, "n", 1, 16])],
-        [INT, (Kind.STRUCT, "s", 1, 2, ["m", 1, 0])],
-        [INT, (Kind.STRUCT, "s", 1, 4, ["m; int n", 1, 0])],
+        [(BtfKind.TYPEDEF, "x", 0, 1, []), (BtfKind.STRUCT, "s", 1, 4, ["m", 1, 0])],
+        [(BtfKind.ARRAY, "", 0, 0, [1, 1, 1]), (BtfKind.STRUCT, "s", 1, 4, ["m", 1, 0])],
+        [(BtfKind.STRUCT, "x", 1, 4, ["m", 2, 0]), (BtfKind.STRUCT, "s", 1, 4, ["m", 1, 0])],
+        [(BtfKind.STRUCT, "", 1, 4, ["", 1, 0]), (BtfKind.STRUCT, "s", 1, 4, ["", 1, 0])],
+        [(BtfKind.STRUCT, "s", 1, 4, ["m", 99, 0])],
+        [(BtfKind.FUNC, "f", 0, 0, []), (BtfKind.STRUCT, "s", 1, 4, ["m", 1, 0])],
+        [INT, (BtfKind.STRUCT, "s", 2, 4, ["m", 1, 0, "n", 1, 16])],
+        [INT, (BtfKind.STRUCT, "s", 1, 2, ["m", 1, 0])],
+        [INT, (BtfKind.STRUCT, "s", 1, 4, ["m; int n", 1, 0])],
     ],
     ids=["typedef", "array", "loop", "anonymous", "missing", "func", "overlap", "size", "name"],
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tcplat_core.kernel.bcc import DEFINED_TAGS
-from tcplat_core.kernel.btf import VMLINUX, Btf, BtfError, Kind
+from tcplat_core.kernel.btf import VMLINUX, Btf, BtfError, BtfKind
 from tcplat_core.loader import kernel_tree
 from tcplat_core.loader.kernel_types import generate
 from tests.unit.test_btf import INT, encode
@@ -161,10 +161,10 @@ def test_anonymous_member_may_have_a_tag_or_be_a_typedef(wanted: str) -> None:
         encode(
             [
                 INT,
-                (Kind.STRUCT, "inner", 2, 8, two),
-                (Kind.STRUCT, "", 1, 4, ["third", 1, 0]),
-                (Kind.TYPEDEF, "last_t", 0, 3, []),
-                (Kind.STRUCT, "outer", 4, 20, ["a", 1, 0, "", 2, 32, "", 4, 96, "b", 1, 128]),
+                (BtfKind.STRUCT, "inner", 2, 8, two),
+                (BtfKind.STRUCT, "", 1, 4, ["third", 1, 0]),
+                (BtfKind.TYPEDEF, "last_t", 0, 3, []),
+                (BtfKind.STRUCT, "outer", 4, 20, ["a", 1, 0, "", 2, 32, "", 4, 96, "b", 1, 128]),
             ]
         )
     )
@@ -271,4 +271,4 @@ def test_network_types_of_the_running_kernel_are_exact() -> None:
 
 
 def test_kinds_are_numbered_as_in_the_kernel() -> None:
-    assert (Kind.INT, Kind.FUNC_PROTO, Kind.ENUM64) == (1, 13, 19)
+    assert (BtfKind.INT, BtfKind.FUNC_PROTO, BtfKind.ENUM64) == (1, 13, 19)
