@@ -12,7 +12,7 @@ the mark and the fixture wherever tcplat is installed
 (:mod:`tcplat_core.testing.pytest_plugin`)::
 
     @pytest.mark.tcplat_plugin("my_probe")
-    def test_it_conforms(tcplat_check):
+    def test_plugin_conforms(tcplat_check):
         tcplat_check()
 """
 

@@ -3,7 +3,7 @@
 In the tests of a plugin::
 
     @pytest.mark.tcplat_plugin("my_probe:option=value")
-    def test_it_conforms(tcplat_check):
+    def test_plugin_conforms(tcplat_check):
         tcplat_check()
 
 Options that it cannot do without have their example, unless the mark gives another. Checks that

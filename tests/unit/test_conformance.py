@@ -1059,7 +1059,7 @@ def test_pytest_plugin_makes_a_test_of_each_check(tmp_path: Path) -> None:
     test.write_text(
         "import pytest\n"
         '@pytest.mark.tcplat_plugin("jsonl")\n'
-        "def test_it_conforms(tcplat_check): tcplat_check()\n"
+        "def test_plugin_conforms(tcplat_check): tcplat_check()\n"
     )
     run_it = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--strict-markers")
     done = subprocess.run(
@@ -1069,8 +1069,8 @@ def test_pytest_plugin_makes_a_test_of_each_check(tmp_path: Path) -> None:
         check=False,
         cwd=tmp_path,
     )
-    assert "test_it_conforms[methods] PASSED" in done.stdout
-    assert "test_it_conforms[nulls] PASSED" in done.stdout
+    assert "test_plugin_conforms[methods] PASSED" in done.stdout
+    assert "test_plugin_conforms[nulls] PASSED" in done.stdout
     assert "2 passed, 11 deselected" in done.stdout
 
 

@@ -8,5 +8,5 @@ import pytest
 
 
 @pytest.mark.tcplat_plugin("tcp_retransmit:min_rto_us=1000")
-def test_it_conforms(tcplat_check: Callable[[], None]) -> None:
+def test_plugin_conforms(tcplat_check: Callable[[], None]) -> None:
     tcplat_check()

@@ -31,12 +31,12 @@ def words(point: str, flags: str, *, err: int = 0, empty: bool = False) -> str:
         (words("not_sent", "ACK"), "dropped by host"),
     ],
 )
-def test_a_row_in_plain_words(described: str, as_: str) -> None:
+def test_row_is_described_in_plain_words(described: str, as_: str) -> None:
     assert described == as_
 
 
 @pytest.mark.skipif(not CONFIG.exists(), reason="the kernel does not tell its configuration")
-def test_hz_is_the_kernels() -> None:
+def test_hz_matches_the_kernel_config() -> None:
     config = gzip.decompress(CONFIG.read_bytes()).decode()
     found = re.search(r"^CONFIG_HZ=(\d+)$", config, re.MULTILINE)
     assert found
@@ -52,7 +52,7 @@ def test_hz_follows_from_the_length_of_a_tick(hz: int, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("tick_s", [0.0, 1e-9, 1.0, 0.0031])
-def test_a_clock_of_another_kind_tells_no_hz(
+def test_high_resolution_coarse_clock_gives_no_hz(
     tick_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Better no RTO than a wrong one."""
@@ -64,7 +64,7 @@ def test_a_clock_of_another_kind_tells_no_hz(
 
 
 @pytest.mark.parametrize("text", ["", "-1", "1ms", "1e3"])
-def test_an_rto_is_a_number_of_microseconds(text: str) -> None:
+def test_rto_option_must_be_a_number_of_microseconds(text: str) -> None:
     (option,) = plugin.OPTIONS
     with pytest.raises(ValueError, match="microseconds"):
         option.convert(text)

@@ -39,18 +39,20 @@ def packet(flags: str | None, *, empty: bool = True) -> str:
         (None, "odd flags", "odd flags"),
     ],
 )
-def test_words(flags: str | None, empty: str, full: str) -> None:
+def test_packets_are_described_by_flags_and_payload(
+    flags: str | None, empty: str, full: str
+) -> None:
     assert (packet(flags), packet(flags, empty=False)) == (empty, full)
 
 
-def test_every_packet_has_words_that_fit() -> None:
+def test_every_packet_description_fits_its_column() -> None:
     for count in range(9):
         for flags in itertools.combinations(TCP_FLAGS, count):
             for empty in (True, False):
                 assert 0 < len(packet("|".join(flags), empty=empty)) <= 15
 
 
-def test_ports_become_cases_and_none_is_all() -> None:
+def test_ports_become_case_labels_and_none_means_all() -> None:
     assert SPEC.defines(options(port="80+443+80")) == {"XMIT_PORTS": "case 80: case 443:"}
     assert SPEC.defines(options()) == SPEC.defines(options(port="all")) == {}
 
@@ -58,7 +60,7 @@ def test_ports_become_cases_and_none_is_all() -> None:
 @pytest.mark.parametrize(
     "port", ["0", "65536", "http", "", "80+", "+".join(map(str, range(1, 40)))]
 )
-def test_what_is_no_port_is_refused(port: str) -> None:
+def test_invalid_port_is_refused(port: str) -> None:
     with pytest.raises(UsageError, match="port"):
         options(port=port)
 
@@ -72,11 +74,11 @@ def test_what_is_no_port_is_refused(port: str) -> None:
         (b"back\\slash", "back\\x5cslash"),
     ],
 )
-def test_a_devices_name_is_safe_to_print(raw: bytes, name: str) -> None:
+def test_device_name_is_escaped(raw: bytes, name: str) -> None:
     assert device(raw) == name
 
 
-def test_a_record_becomes_a_row() -> None:
+def test_record_is_decoded_to_a_row() -> None:
     record = Record(LeavingEvent)
     raw = make_record(
         LeavingEvent,
@@ -100,7 +102,7 @@ def test_a_record_becomes_a_row() -> None:
     assert (row.pid, row.sock) == (None, 0)
 
 
-def test_the_readme_has_every_option() -> None:
+def test_readme_documents_every_option() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     for option in SPEC.options:
         assert f"| `{option.name}` |" in readme

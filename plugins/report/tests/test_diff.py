@@ -49,7 +49,7 @@ def compared(base: Sample, new: Sample, seed: int = 1) -> dict[str, Change]:
     return {one.percentile: one for one in changes({STAGE: base}, {STAGE: new}, seed)}
 
 
-def test_of_a_hundred_pairs_alike_few_differ() -> None:
+def test_at_most_5_of_100_identical_pairs_differ() -> None:
     wrong = 0
     for seed in range(100):
         found = compared(sample(lognormal(2 * seed)), sample(lognormal(2 * seed + 1)), seed)
@@ -57,7 +57,7 @@ def test_of_a_hundred_pairs_alike_few_differ() -> None:
     assert wrong <= 5
 
 
-def test_bursts_do_not_pass_for_a_change() -> None:
+def test_bursts_are_not_reported_as_a_change() -> None:
     wrong = 0
     for seed in range(60):
         found = compared(sample(in_bursts(2 * seed)), sample(in_bursts(2 * seed + 1)), seed)
@@ -65,7 +65,7 @@ def test_bursts_do_not_pass_for_a_change() -> None:
     assert wrong <= 3
 
 
-def test_the_interval_has_the_truth_in_it_and_is_no_wider_than_it_must() -> None:
+def test_confidence_interval_covers_the_truth_and_is_narrow() -> None:
     truth = 0.3
     hits, widths = 0, []
     for seed in range(60):
@@ -79,7 +79,7 @@ def test_the_interval_has_the_truth_in_it_and_is_no_wider_than_it_must() -> None
     assert sum(widths) / len(widths) < 2 * 2.58 * 0.026 * 1.25
 
 
-def test_a_percentile_is_the_histograms() -> None:
+def test_percentile_agrees_with_the_histogram() -> None:
     made = sample(lognormal(1))
     quantiles = Quantiles(made)
     for share in (0.5, 0.9, 0.99):
@@ -88,7 +88,7 @@ def test_a_percentile_is_the_histograms() -> None:
     assert 1 < len(made.blocks) <= 64
 
 
-def test_from_nothing_to_something_is_more_than_any_limit() -> None:
+def test_growth_from_zero_exceeds_any_relative_limit() -> None:
     base, new = Sample(), Sample()
     for ns in range(2000):
         base.add(0)
@@ -100,7 +100,7 @@ def test_from_nothing_to_something_is_more_than_any_limit() -> None:
     assert not Condition.parse("queue.p50:+6ms").met_by(median)
 
 
-def test_the_same_seed_gives_the_same_figures() -> None:
+def test_same_seed_gives_the_same_figures() -> None:
     base, new = sample(lognormal(1)), sample(lognormal(2))
     assert compared(base, new) == compared(base, new)
     assert compared(base, new) != compared(base, new, seed=2)
@@ -128,7 +128,7 @@ def lines(result: Result) -> list[dict[str, Any]]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def test_what_was_planted_is_found_and_only_there(captures: dict[str, Path]) -> None:
+def test_planted_slowdown_is_found_in_its_stage_alone(captures: dict[str, Path]) -> None:
     limits = [word for stage in STAGES_US for word in ("--fail-on", f"{stage}.p50:+10%")]
     result = ran(captures, "base", "slow", "--format", "json", *limits)
     assert result.exit_code == 1
@@ -141,44 +141,44 @@ def test_what_was_planted_is_found_and_only_there(captures: dict[str, Path]) -> 
     assert {one["stage"] for one in found} == {"connect", *STAGES_US, "total", "unanswered"}
 
 
-def test_nothing_fails_where_nothing_changed(captures: dict[str, Path]) -> None:
+def test_identical_captures_fail_no_condition(captures: dict[str, Path]) -> None:
     limits = [word for stage in STAGES_US for word in ("--fail-on", f"{stage}.p99:+10%")]
     result = ran(captures, "base", "same", *limits)
     assert result.exit_code == 0
     assert result.stderr.count("not met") == len(STAGES_US)
 
 
-def test_an_improvement_can_be_asked_for_too(captures: dict[str, Path]) -> None:
+def test_negative_limit_fails_on_an_improvement(captures: dict[str, Path]) -> None:
     assert ran(captures, "slow", "base", "--fail-on", "queue.p50:-10%").exit_code == 1
     assert ran(captures, "base", "slow", "--fail-on", "queue.p50:-10%").exit_code == 0
 
 
-def test_a_limit_can_be_a_time(captures: dict[str, Path]) -> None:
+def test_limit_may_be_a_duration(captures: dict[str, Path]) -> None:
     assert ran(captures, "base", "slow", "--fail-on", "queue.p50:+5us").exit_code == 1
     assert ran(captures, "base", "slow", "--fail-on", "queue.p50:+1ms").exit_code == 0
 
 
-def test_too_little_data_is_said_and_does_not_fail(captures: dict[str, Path]) -> None:
+def test_too_little_data_is_reported_and_does_not_fail(captures: dict[str, Path]) -> None:
     result = ran(captures, "base", "few", "--fail-on", "queue.p99:+10%")
     assert result.exit_code == 0
     assert "too little data to judge: 50 in NEW; it takes 100" in result.stderr
     assert ran(captures, "base", "few", "--fail-on", "queue.p50:+10%").exit_code == 1
 
 
-def test_a_stage_that_is_one_with_another_is_not_judged(captures: dict[str, Path]) -> None:
+def test_merged_stage_is_not_judged(captures: dict[str, Path]) -> None:
     result = ran(captures, "merged", "merged", "--fail-on", "queue.p50:+10%")
     assert result.exit_code == 0
     assert "no queue by itself; it is part of tcp+queue" in result.stderr
 
 
-def test_groups_are_compared_each_by_itself(captures: dict[str, Path]) -> None:
+def test_groups_are_compared_separately(captures: dict[str, Path]) -> None:
     result = ran(captures, "base", "slow", "--group-by", "process+port", "--format", "json")
     assert {(one["process"], one["port"], one["remote"]) for one in lines(result)} == {
         ("curl", 80, None)
     }
 
 
-def test_the_table_has_a_line_for_each(captures: dict[str, Path]) -> None:
+def test_table_has_a_line_for_each_stage_and_percentile(captures: dict[str, Path]) -> None:
     text = ran(captures, "base", "slow").stdout.splitlines()
     assert text[0].split()[:2] == ["STAGE", "COUNT"]
     assert len(text) == 1 + 3 * (2 + len(STAGES_US)) + 1
@@ -245,7 +245,7 @@ def test_more_requests_without_a_reply_fail(
     assert result.exit_code == int(fails), result.stderr
 
 
-def test_what_was_not_answered_has_a_line_and_is_no_sample_of_total(hung: dict[str, Path]) -> None:
+def test_unanswered_requests_have_a_line_and_no_sample_in_total(hung: dict[str, Path]) -> None:
     result = ran(hung, "none", "many", "--format", "json", "--fail-on", "unanswered:+0")
     found = {(one["stage"], one["percentile"]): one for one in lines(result)}
     line = found["unanswered", "share"]
@@ -261,13 +261,13 @@ def test_what_was_not_answered_has_a_line_and_is_no_sample_of_total(hung: dict[s
     assert ("cut", "share") not in found
 
 
-def test_a_request_that_was_young_when_the_run_ended_is_open(hung: dict[str, Path]) -> None:
+def test_young_request_at_the_end_of_the_run_is_open(hung: dict[str, Path]) -> None:
     found = lines(ran(hung, "none", "just now", "--format", "json"))
     counts = {one["stage"]: one["new_count"] for one in found if one["percentile"] == "share"}
     assert counts == {"unanswered": 0, "open": 1}
 
 
-def test_of_services_that_never_send_it_is_said(hung: dict[str, Path]) -> None:
+def test_services_without_any_reply_are_reported(hung: dict[str, Path]) -> None:
     result = ran(hung, "all of them", "more of them")
     assert (
         "30 requests in BASE and 60 in NEW went to services that sent no byte in either"
@@ -276,7 +276,7 @@ def test_of_services_that_never_send_it_is_said(hung: dict[str, Path]) -> None:
     assert "unanswered" in result.stdout or result.stdout.count("\n") > 1
 
 
-def test_of_hundred_pairs_alike_the_shares_of_few_differ() -> None:
+def test_shares_of_at_most_8_of_100_identical_pairs_differ() -> None:
     chance = Random(1)  # noqa: S311 - made-up traffic
     wrong = 0
     for _ in range(200):
@@ -304,11 +304,11 @@ def test_of_hundred_pairs_alike_the_shares_of_few_differ() -> None:
         "queue.p99:+10%x",
     ],
 )
-def test_bad_conditions_are_said(text: str) -> None:
+def test_malformed_conditions_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--fail-on"):
         Condition.parse(text)
 
 
-def test_an_unknown_group_is_said(captures: dict[str, Path]) -> None:
+def test_unknown_group_is_refused(captures: dict[str, Path]) -> None:
     with pytest.raises(UsageError, match="none of process, remote, port, none"):
         ran(captures, "base", "same", "--group-by", "colour")

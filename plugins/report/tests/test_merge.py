@@ -55,7 +55,7 @@ def read(path: Path) -> Iterator[Event]:
         yield from batch
 
 
-def test_shift_and_drift_are_found_within_the_bound(tmp_path: Path) -> None:
+def test_clock_offset_and_drift_are_found_within_the_bound(tmp_path: Path) -> None:
     traffic = Traffic(connections=200, gap_us=50_000)
     result, out = merged(tmp_path, of_host(traffic, 0), of_host(traffic, 1, drifting))
     host, other = heads(out)
@@ -74,7 +74,7 @@ def test_shift_and_drift_are_found_within_the_bound(tmp_path: Path) -> None:
         assert abs(found - expected) <= other["bound_ns"]
 
 
-def test_the_joined_capture_tells_what_a_capture_of_both_would(tmp_path: Path) -> None:
+def test_merged_capture_has_the_exchanges_of_a_joint_capture(tmp_path: Path) -> None:
     traffic = Traffic(connections=100)
     _, out = merged(tmp_path, of_host(traffic, 0), of_host(traffic, 1, drifting))
     bound = heads(out)[1]["bound_ns"]
@@ -93,7 +93,7 @@ def test_the_joined_capture_tells_what_a_capture_of_both_would(tmp_path: Path) -
             assert abs(ns - true_ns) <= allowed, name
 
 
-def test_the_sum_of_both_wires_is_off_by_what_the_clocks_drift_meanwhile(tmp_path: Path) -> None:
+def test_sum_of_wire_times_is_off_by_the_drift_alone(tmp_path: Path) -> None:
     # Half of the services take 20 ms longer: times within B are by B's clock.
     traffic = Traffic(connections=100, slow={(n, 3): 20_000 for n in range(0, 100, 2)})
     _, out = merged(tmp_path, of_host(traffic, 0), of_host(traffic, 1, drifting))
@@ -109,7 +109,7 @@ def test_the_sum_of_both_wires_is_off_by_what_the_clocks_drift_meanwhile(tmp_pat
     assert worst > 100  # so it is not exact, and the README does not say so
 
 
-def test_it_is_a_capture_sorted_and_read_back_as_it_is(tmp_path: Path) -> None:
+def test_merged_capture_is_sorted_and_readable(tmp_path: Path) -> None:
     traffic = Traffic(connections=20)
     _, out = merged(tmp_path, of_host(traffic, 0), of_host(traffic, 1, drifting))
     rows = list(read(out))
@@ -124,7 +124,7 @@ def test_it_is_a_capture_sorted_and_read_back_as_it_is(tmp_path: Path) -> None:
     assert not list(reader.remarks())
 
 
-def test_when_rows_were_lost_is_told_by_the_same_clock(tmp_path: Path) -> None:
+def test_loss_intervals_are_converted_to_the_first_hosts_clock(tmp_path: Path) -> None:
     traffic = Traffic(connections=20)
     paths = [write(tmp_path / "a", of_host(traffic, 0))]
     paths.append(write(tmp_path / "b", of_host(traffic, 1, drifting)))
@@ -146,7 +146,7 @@ def test_when_rows_were_lost_is_told_by_the_same_clock(tmp_path: Path) -> None:
     assert theirs[theirs.index(known.since_ns) + 1] == known.until_ns
 
 
-def test_a_merged_capture_is_complete_until_the_earlier_of_two_ends(tmp_path: Path) -> None:
+def test_merged_capture_is_complete_until_the_earlier_end(tmp_path: Path) -> None:
     traffic = Traffic(connections=20)
     ends = (traffic.began_ns + 30_000_000_000, traffic.began_ns + 20_000_000_000)
     first = write(tmp_path / "a", of_host(traffic, 0), until_ns=ends[0])
@@ -160,7 +160,7 @@ def test_a_merged_capture_is_complete_until_the_earlier_of_two_ends(tmp_path: Pa
     assert abs(reader.report.until_ns - ends[1]) < 4_000_000
 
 
-def test_a_merged_capture_can_be_merged_again(tmp_path: Path) -> None:
+def test_merged_capture_can_be_merged_again(tmp_path: Path) -> None:
     traffic = Traffic(connections=20)
     _, out = merged(tmp_path, of_host(traffic, 0), of_host(traffic, 1, drifting))
     again = tmp_path / "again"
@@ -178,7 +178,7 @@ def test_a_merged_capture_can_be_merged_again(tmp_path: Path) -> None:
         (("0/nic_tx",), "no packet from A to B"),
     ],
 )
-def test_a_direction_that_is_missing_is_said(
+def test_missing_direction_is_reported(
     tmp_path: Path, without: tuple[str, ...], words: str
 ) -> None:
     traffic = Traffic(without=frozenset(without))
@@ -187,14 +187,14 @@ def test_a_direction_that_is_missing_is_said(
     assert not (tmp_path / "out").exists()
 
 
-def test_packets_that_contradict_each_other_are_said(tmp_path: Path) -> None:
+def test_contradictory_packets_are_reported(tmp_path: Path) -> None:
     traffic = Traffic(connections=50, gap_us=100_000)
     fast: Callable[[int], int] = lambda ts_ns: ts_ns + ts_ns // 1000  # noqa: E731 - 1000 ppm
     with pytest.raises(UnboundedError, match="contradict each other"):
         merged(tmp_path, of_host(traffic, 0), of_host(traffic, 1, fast))
 
 
-def test_what_cannot_be_read_twice_is_said() -> None:
+def test_stdin_is_refused_as_a_capture() -> None:
     with pytest.raises(UsageError, match="cannot be read twice"):
         CliRunner().invoke(merge, ["-", "x"], catch_exceptions=False)
 
@@ -207,7 +207,7 @@ def test_what_cannot_be_read_twice_is_said() -> None:
     gap_us=st.integers(1, 3_000_000),
     one_way_us=st.tuples(st.integers(1, 5000), st.integers(1, 5000)),
 )
-def test_the_truth_is_within_the_bounds_at_every_packet(
+def test_true_offset_is_within_the_bounds_at_every_packet(
     seed: int, ppm: int, shift: int, gap_us: int, one_way_us: tuple[int, int]
 ) -> None:
     """Whatever the ways take, in whichever direction, however seldom packets are."""
@@ -237,7 +237,7 @@ def test_the_truth_is_within_the_bounds_at_every_packet(
     assert moved == sorted(moved)
 
 
-def test_windows_grow_and_bounds_still_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bounds_hold_when_windows_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tcplat_report.clocks._MOST_WINDOWS", 64)
     corridor = Corridor()
     for now in range(0, 10**10, 10**7):
@@ -272,7 +272,7 @@ class Packets:
         self.sightings.feed(host, [type(row)(**values)])
 
 
-def test_segments_sent_again_merged_or_split_do_not_mislead() -> None:
+def test_retransmitted_merged_or_split_segments_do_not_mislead() -> None:
     """B's clock is A's: no bound may be below 0."""
     packet = Packets()
     sightings = packet.sightings
@@ -321,7 +321,7 @@ def test_connections_of_several_namespaces_with_equal_ends_are_not_mixed(*, begu
     assert all(50_000 <= high < 1_000_000 for high in highs.values())
 
 
-def test_where_a_namespace_forwards_each_of_its_packets_still_counts() -> None:
+def test_packets_forwarded_by_a_namespace_count() -> None:
     packet = Packets()
     for netns, at in ((1, 0), (2, 1000)):  # a container, and its host
         packet(0, "nic_tx", 0, at, 99, 0, netns=netns, flags="SYN", ack=None)

@@ -87,7 +87,7 @@ def search(page: Chrome, words: str) -> None:
     box.send_keys(words or " ")
 
 
-def test_it_draws_and_says_nothing_on_the_console(page: Chrome) -> None:
+def test_page_is_drawn_without_console_messages(page: Chrome) -> None:
     assert one(page, "h1").text.endswith("capture.jsonl")
     assert len(all_of(page, "#lines path")) == 3
     assert len(all_of(page, "#heat rect")) > 20
@@ -95,12 +95,12 @@ def test_it_draws_and_says_nothing_on_the_console(page: Chrome) -> None:
     assert console(page) == []
 
 
-def test_it_asks_for_nothing_but_itself(page: Chrome) -> None:
+def test_page_loads_no_other_resource(page: Chrome) -> None:
     loaded: list[Any] = page.execute_script("return performance.getEntriesByType('resource')")
     assert loaded == []
 
 
-def test_a_name_that_is_markup_is_shown_as_it_is(page: Chrome) -> None:
+def test_markup_in_a_name_is_shown_as_text(page: Chrome) -> None:
     search(page, "onerror")
     assert rows(page)
     assert all(EVIL in row for row in rows(page))
@@ -109,7 +109,7 @@ def test_a_name_that_is_markup_is_shown_as_it_is(page: Chrome) -> None:
     search(page, "")
 
 
-def test_search_filters_by_every_word(page: Chrome) -> None:
+def test_search_matches_every_word(page: Chrome) -> None:
     search(page, "10007 curl")
     assert len(rows(page)) == 1
     assert "10.0.0.1:10007" in rows(page)[0]
@@ -122,7 +122,7 @@ def test_search_filters_by_every_word(page: Chrome) -> None:
     assert len(rows(page)) == 123
 
 
-def test_the_table_sorts_both_ways(page: Chrome) -> None:
+def test_table_sorts_in_both_directions(page: Chrome) -> None:
     search(page, "curl")
     heads = all_of(page, "#connections th button")
     names = [head.text.strip("↑↓ ") for head in heads]
@@ -135,7 +135,7 @@ def test_the_table_sorts_both_ways(page: Chrome) -> None:
     assert all_of(page, "th[aria-sort=descending]")
 
 
-def test_a_waterfall_opens(page: Chrome) -> None:
+def test_waterfall_opens_on_click(page: Chrome) -> None:
     request = all_of(page, "details.request")[0]
     parts = request.find_elements(By.CSS_SELECTOR, ".fall .bar")
     assert not parts[0].is_displayed()
@@ -145,7 +145,7 @@ def test_a_waterfall_opens(page: Chrome) -> None:
     assert "10.0.0.1:10007" in request.text
 
 
-def test_the_graph_of_a_connection_draws_both_directions_and_zooms(page: Chrome) -> None:
+def test_connection_graph_draws_both_directions_and_zooms(page: Chrome) -> None:
     search(page, "10008")
     one(page, "#connections tbody button").click()
     marks = all_of(page, "#course rect.mark")
@@ -164,7 +164,7 @@ def test_the_graph_of_a_connection_draws_both_directions_and_zooms(page: Chrome)
 
 
 @pytest.mark.parametrize("scheme", ["dark", "light"])
-def test_it_follows_the_readers_colours(page: Chrome, scheme: str) -> None:
+def test_page_follows_the_preferred_colour_scheme(page: Chrome, scheme: str) -> None:
     page.execute_cdp_cmd(
         "Emulation.setEmulatedMedia",
         {"features": [{"name": "prefers-color-scheme", "value": scheme}]},
@@ -174,11 +174,11 @@ def test_it_follows_the_readers_colours(page: Chrome, scheme: str) -> None:
     WebDriverWait(page, 60).until(lambda _: page.execute_script(script) == wanted)
 
 
-def test_nothing_was_said_on_the_console_meanwhile(page: Chrome) -> None:
+def test_console_is_still_empty_after_all_interactions(page: Chrome) -> None:
     assert console(page) == []
 
 
-def test_an_empty_capture_draws_too(browser: Chrome, tmp_path: Path) -> None:
+def test_empty_capture_is_drawn(browser: Chrome, tmp_path: Path) -> None:
     capture, out = write(tmp_path / "capture.jsonl", iter(())), tmp_path / "report.html"
     CliRunner().invoke(report, [str(capture), "-o", str(out)], catch_exceptions=False)
     browser.get(out.as_uri())
@@ -186,9 +186,7 @@ def test_an_empty_capture_draws_too(browser: Chrome, tmp_path: Path) -> None:
     assert console(browser) == []
 
 
-def test_a_request_without_a_reply_is_the_first_of_the_slowest(
-    browser: Chrome, tmp_path: Path
-) -> None:
+def test_unanswered_request_is_first_among_the_slowest(browser: Chrome, tmp_path: Path) -> None:
     traffic = Traffic(connections=20, slow={(7, 2): 30_000}, hung={3: 9_000})
     capture, out = write(tmp_path / "capture.jsonl", joint(traffic)), tmp_path / "report.html"
     CliRunner().invoke(report, [str(capture), "-o", str(out)], catch_exceptions=False)

@@ -42,7 +42,7 @@ def slices(events: list[Slice]) -> dict[tuple[int, int], list[Slice]]:
     return tracks
 
 
-def test_every_event_has_what_its_kind_needs(events: list[Slice]) -> None:
+def test_every_event_has_the_fields_of_its_kind(events: list[Slice]) -> None:
     needs = {
         "X": {"name", "cat", "pid", "tid", "ts", "dur"},
         "M": {"name", "pid", "tid", "args"},
@@ -57,7 +57,7 @@ def test_every_event_has_what_its_kind_needs(events: list[Slice]) -> None:
     assert {event["ph"] for event in events} == set(needs)
 
 
-def test_slices_of_a_track_nest_and_follow_each_other(events: list[Slice]) -> None:
+def test_slices_of_a_track_nest_or_follow_each_other(events: list[Slice]) -> None:
     tracks = slices(events)
     assert len(tracks) == 2 * 30
     for track in tracks.values():
@@ -72,7 +72,7 @@ def test_slices_of_a_track_nest_and_follow_each_other(events: list[Slice]) -> No
             open_until.append(end)
 
 
-def test_the_stages_of_a_request_fill_it(events: list[Slice]) -> None:
+def test_stages_fill_their_request(events: list[Slice]) -> None:
     whole = 0
     for track in slices(events).values():
         for place, event in enumerate(track):
@@ -85,7 +85,7 @@ def test_the_stages_of_a_request_fill_it(events: list[Slice]) -> None:
     assert whole == 30 * 10
 
 
-def test_flows_go_from_a_slice_of_the_client_to_one_of_the_service_and_back(
+def test_flows_connect_slices_of_client_and_service(
     events: list[Slice],
 ) -> None:
     starts = {event["id"]: event for event in events if event["ph"] == "s"}
@@ -119,7 +119,7 @@ def test_processes_and_tracks_have_names(events: list[Slice]) -> None:
         assert "10.0.0.2:80" in names["thread_name", pid, tid]
 
 
-def test_what_overlaps_gets_lanes_of_its_own(tmp_path: Path) -> None:
+def test_overlapping_requests_get_separate_tracks(tmp_path: Path) -> None:
     """Pipelining: the next request is sent before the last one's reply is read."""
     traffic = Traffic(connections=1, exchanges=2)
     rows = list(joint(traffic))
@@ -140,14 +140,14 @@ def test_what_overlaps_gets_lanes_of_its_own(tmp_path: Path) -> None:
         assert all(end <= begin for end, begin in zip(ends, begins[1:], strict=False))
 
 
-def test_an_empty_run_is_an_empty_trace(tmp_path: Path) -> None:
+def test_empty_capture_is_an_empty_trace(tmp_path: Path) -> None:
     capture = write(tmp_path / "capture", iter(()))
     out = tmp_path / "trace.json"
     CliRunner().invoke(report, [str(capture), "-o", str(out), "--format", "perfetto", "-q"])
     assert json.loads(out.read_text(encoding="utf-8"))["traceEvents"] == []
 
 
-def test_a_request_without_a_reply_lasts_as_long_as_it_waited(tmp_path: Path) -> None:
+def test_unanswered_request_lasts_as_long_as_it_waited(tmp_path: Path) -> None:
     traffic = Traffic(connections=1, exchanges=2, hung={0: 9_000})
     out = tmp_path / "trace.json"
     arguments = [str(write(tmp_path / "capture", joint(traffic))), "-o", str(out)]
@@ -164,7 +164,7 @@ def test_a_request_without_a_reply_lasts_as_long_as_it_waited(tmp_path: Path) ->
     assert sum(ns(part["dur"]) for part in parts) == ns(whole["dur"]) > 9_000_000
 
 
-def test_after_exec_a_request_stands_with_the_program_that_sent_it(tmp_path: Path) -> None:
+def test_request_belongs_to_the_program_that_sent_it_after_exec(tmp_path: Path) -> None:
     rows = list(joint(Traffic(connections=1, exchanges=2)))
     calls = [row for row in rows if row.probe == "tcp_client" and row.sock]
     asked = [row.ts_ns for row in calls if row.point == "send"]

@@ -39,7 +39,7 @@ def data(page: str) -> dict[str, Any]:
     return value
 
 
-def test_the_figures_are_those_of_the_requests(tmp_path: Path) -> None:
+def test_report_figures_match_the_requests(tmp_path: Path) -> None:
     slow = {(7, 3): 50_000, (11, 0): 40_000}
     told = data(made(tmp_path, joint(Traffic(connections=50, slow=slow)))[1])
     assert (told["exchanges"], told["connections"], told["retransmits"]) == (500, 50, 0)
@@ -57,7 +57,7 @@ def test_the_figures_are_those_of_the_requests(tmp_path: Path) -> None:
     assert told["remarks"] == []
 
 
-def test_what_was_not_answered_stands_first_and_is_counted_apart(tmp_path: Path) -> None:
+def test_unanswered_requests_come_first_and_are_counted_separately(tmp_path: Path) -> None:
     traffic = Traffic(connections=50, slow={(7, 3): 50_000}, hung={3: 9_000, 9: 8_000})
     told = data(made(tmp_path, joint(traffic), "--connections", "3")[1])
     assert (told["exchanges"], told["outcomes"]["unanswered"]) == (500, 2)
@@ -81,7 +81,7 @@ def test_what_was_not_answered_stands_first_and_is_counted_apart(tmp_path: Path)
     ]
 
 
-def test_a_request_without_a_reply_waits_until_the_run_ends(tmp_path: Path) -> None:
+def test_unanswered_request_waits_until_the_run_ends(tmp_path: Path) -> None:
     rows = [row for row in joint(Traffic(connections=2, hung={1: 0})) if row.point != "close"]
     until_ns = rows[-1].ts_ns + 60_000_000_000
     told = data(made(tmp_path, iter(rows), until_ns=until_ns)[1])
@@ -96,7 +96,7 @@ def test_a_request_without_a_reply_waits_until_the_run_ends(tmp_path: Path) -> N
     assert {one["ended"] for one in told["slowest"][1:]} == {"turn", "idle"}
 
 
-def test_time_goes_on_in_windows_that_hold_every_request(tmp_path: Path) -> None:
+def test_timeline_windows_cover_every_request(tmp_path: Path) -> None:
     traffic = Traffic(connections=300, exchanges=3, gap_us=20_000)
     timeline = data(made(tmp_path, joint(traffic))[1])["timeline"]
     assert timeline["windows"] <= 240
@@ -108,7 +108,7 @@ def test_time_goes_on_in_windows_that_hold_every_request(tmp_path: Path) -> None
     assert statistics.median(medians) == pytest.approx(sum(STAGES_US.values()), rel=0.15)
 
 
-def test_the_course_of_a_connection_is_what_it_sent(tmp_path: Path) -> None:
+def test_connection_graph_has_the_bytes_sent(tmp_path: Path) -> None:
     told = data(made(tmp_path, joint(Traffic(connections=3, exchanges=5)))[1])
     assert len(told["courses"]) == 3
     for row in told["table"]:
@@ -125,7 +125,7 @@ def test_the_course_of_a_connection_is_what_it_sent(tmp_path: Path) -> None:
             assert kinds == ["send", "nic_tx", "nic_rx", "rx_ip", "ready", "recv"]
 
 
-def test_what_there_is_no_room_for_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_omitted_items_are_remarked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "_MOST_POINTS_SHOWN", 500)
     slow = {(7, 3): 50_000}
     told = data(made(tmp_path, joint(Traffic(connections=50, slow=slow)), "--connections", "20")[1])
@@ -136,7 +136,7 @@ def test_what_there_is_no_room_for_is_said(tmp_path: Path, monkeypatch: pytest.M
     assert any("packets are kept for 4 connections" in words for words in told["remarks"])
 
 
-def test_of_connections_that_are_over_the_table_alone_is_kept() -> None:
+def test_only_the_table_row_of_an_ended_connection_is_kept() -> None:
     story = report.Story(slow=5, most_connections=10)
     rows = list(joint(Traffic(connections=200)))
     for at in range(0, len(rows), 500):
@@ -151,7 +151,7 @@ def test_of_connections_that_are_over_the_table_alone_is_kept() -> None:
     assert not story._courses._courses
 
 
-def test_more_points_than_there_is_room_for_are_refused_and_that_is_said(
+def test_points_beyond_the_limit_are_refused_and_remarked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(courses, "_MOST_OPEN", 100)
@@ -168,7 +168,7 @@ def test_more_points_than_there_is_room_for_are_refused_and_that_is_said(
     assert any("there was no room" in words for words in told["remarks"])
 
 
-def test_a_long_connection_is_thinned_and_says_so(tmp_path: Path) -> None:
+def test_long_connection_is_thinned_and_marked(tmp_path: Path) -> None:
     told = data(made(tmp_path, joint(Traffic(connections=1, exchanges=200)))[1])
     (course,) = told["courses"].values()
     assert course["every"] == 8  # of 2,400 events
@@ -178,7 +178,7 @@ def test_a_long_connection_is_thinned_and_says_so(tmp_path: Path) -> None:
     assert times[-1] > 0.9 * told["span_us"]
 
 
-def test_a_port_used_again_has_a_course_of_its_own(tmp_path: Path) -> None:
+def test_reused_port_has_a_graph_of_its_own(tmp_path: Path) -> None:
     rows = [
         *joint(Traffic(connections=1, exchanges=2)),
         *joint(Traffic(connections=1, exchanges=3, seed=9, began_ns=1_000_100_000_000)),
@@ -194,7 +194,7 @@ def test_a_port_used_again_has_a_course_of_its_own(tmp_path: Path) -> None:
         assert max(points[2::FIELDS]) < 3 * 1400
 
 
-def test_no_name_of_a_process_becomes_markup(tmp_path: Path) -> None:
+def test_process_name_never_becomes_markup(tmp_path: Path) -> None:
     evil = "</script><img src=x onerror=alert(1)>\u2028<!--<script>"
     page = made(tmp_path, joint(Traffic(connections=2, comm=evil)))[1]
     assert page.count("</script>") == 2
@@ -203,7 +203,7 @@ def test_no_name_of_a_process_becomes_markup(tmp_path: Path) -> None:
     assert data(page)["table"][0]["comm"].startswith("</script><img src=x onerror=alert(1)>")
 
 
-def test_the_page_asks_nobody(tmp_path: Path) -> None:
+def test_page_contains_no_external_reference(tmp_path: Path) -> None:
     page = made(tmp_path, joint(Traffic(connections=2)))[1]
     without_data = re.sub(r'id="data">.*?</script>', "", page, flags=re.DOTALL)
     assert "default-src 'none'" in page
@@ -212,7 +212,7 @@ def test_the_page_asks_nobody(tmp_path: Path) -> None:
     assert not re.findall(r"<(?:link|img|iframe|script src)", without_data)
 
 
-def test_rows_that_its_books_miss_are_said_on_the_page(tmp_path: Path) -> None:
+def test_rows_missing_from_the_report_are_remarked(tmp_path: Path) -> None:
     whole = write(tmp_path / "whole.jsonl", joint(Traffic(connections=2)))
     lines = whole.read_bytes().splitlines(keepends=True)
     rows, report = list(joint(Traffic(connections=2))), lines[-1]
@@ -223,7 +223,7 @@ def test_rows_that_its_books_miss_are_said_on_the_page(tmp_path: Path) -> None:
     assert "more rows were in the run" in result.stderr
 
 
-def test_what_is_wrong_with_the_capture_stands_on_the_page(tmp_path: Path) -> None:
+def test_faults_of_the_capture_are_remarked_on_the_page(tmp_path: Path) -> None:
     head = [{"lost": {"probe": "tcp_client", "point": "send", "count": 5}}]
     result, page = made(tmp_path, joint(Traffic(connections=2)), end=False, head=head)
     remarks = data(page)["remarks"]
@@ -232,7 +232,7 @@ def test_what_is_wrong_with_the_capture_stands_on_the_page(tmp_path: Path) -> No
     assert "5 events were lost" in result.stderr
 
 
-def test_two_hosts_wire_is_marked(tmp_path: Path) -> None:
+def test_wire_time_between_hosts_is_marked(tmp_path: Path) -> None:
     hosts = [{"merge": {"host": n, "name": f"host{n}", "bound_ns": 5000 * n}} for n in (0, 1)]
     told = data(made(tmp_path, joint(Traffic(connections=2)), head=hosts)[1])
     assert {stage[0] for stage in told["stages"] if stage[7]} == {"wire", "wire_back"}
@@ -240,7 +240,7 @@ def test_two_hosts_wire_is_marked(tmp_path: Path) -> None:
     assert any("± 5.0 µs" in words for words in told["remarks"])
 
 
-def test_a_capture_without_connections_is_a_page_too(tmp_path: Path) -> None:
+def test_capture_without_connections_gives_a_page(tmp_path: Path) -> None:
     told = data(made(tmp_path, iter(()))[1])
     assert (told["exchanges"], told["table"], told["timeline"]["series"]) == (0, [], [])
 
@@ -252,7 +252,7 @@ def test_a_capture_without_connections_is_a_page_too(tmp_path: Path) -> None:
         ("/dev/full", 1, "No space left on device"),
     ],
 )
-def test_where_it_cannot_go_is_one_sentence(
+def test_unwritable_report_path_is_refused_in_one_sentence(
     tmp_path: Path, out: str, status: int, said: str
 ) -> None:
     capture = write(tmp_path / "capture.jsonl", joint(Traffic(connections=50)))
@@ -267,7 +267,7 @@ def test_where_it_cannot_go_is_one_sentence(
     assert len(ended.stderr.splitlines()) == 1
 
 
-def test_nothing_is_left_of_a_report_that_failed(tmp_path: Path) -> None:
+def test_failed_report_leaves_no_file(tmp_path: Path) -> None:
     (tmp_path / "capture").write_text("no capture\n", encoding="utf-8")
     arguments = [str(tmp_path / "capture"), "-o", str(tmp_path / "out")]
     assert CliRunner().invoke(command, arguments).exit_code != 0

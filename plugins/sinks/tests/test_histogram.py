@@ -64,7 +64,7 @@ class Written:
         return [json.loads(line) for line in self.text().splitlines()]
 
 
-def test_each_interval_has_what_came_in_it_and_the_run_has_all(tmp_path: Path) -> None:
+def test_each_interval_has_its_samples_and_the_run_has_all(tmp_path: Path) -> None:
     written = Written(tmp_path, as_json=True)
     nginx = Group(pid=1, comm="nginx")
     written.sink.aggregates(at(1, of(nginx, 100, 100)))
@@ -85,13 +85,13 @@ def test_each_interval_has_what_came_in_it_and_the_run_has_all(tmp_path: Path) -
     }
 
 
-def test_every_0_shows_the_run_alone(tmp_path: Path) -> None:
+def test_every_0_shows_the_whole_run_alone(tmp_path: Path) -> None:
     written = Written(tmp_path, as_json=True, every_s=0)
     written.sink.aggregates(at(1, of(Group(), 100), final=True))
     assert [one["window"] for one in written.objects()] == ["run"]
 
 
-def test_json_says_what_is_beyond_and_what_is_not_known(tmp_path: Path) -> None:
+def test_json_counts_samples_beyond_the_buckets_and_not_measured(tmp_path: Path) -> None:
     written = Written(tmp_path, as_json=True, every_s=0)
     written.sink.aggregates(
         at(1, of(Group(address="::1", port=80), 10, over=3, unmeasured=2), final=True)
@@ -105,7 +105,7 @@ def test_json_says_what_is_beyond_and_what_is_not_known(tmp_path: Path) -> None:
     assert count == 1
 
 
-def test_text_has_percentiles_and_bars_by_powers_of_two(tmp_path: Path) -> None:
+def test_text_has_percentiles_and_power_of_two_bars(tmp_path: Path) -> None:
     written = Written(tmp_path, as_json=False, every_s=0)
     samples = [20.0] * 30 + [40.0] * 15 + [200.0]
     written.sink.aggregates(at(2, of(Group(pid=7, comm="curl"), *samples), final=True))
@@ -117,7 +117,7 @@ def test_text_has_percentiles_and_bars_by_powers_of_two(tmp_path: Path) -> None:
     assert counts == [("30", 40), ("15", 20), ("0", 0), ("1", 2)]
 
 
-def test_text_names_whose_they_are(tmp_path: Path) -> None:
+def test_text_names_the_group(tmp_path: Path) -> None:
     groups = {
         Group(): "",
         Group(rest=True): " of others",
@@ -134,7 +134,7 @@ def test_text_names_whose_they_are(tmp_path: Path) -> None:
         )
 
 
-def test_text_says_what_could_not_be_measured(tmp_path: Path) -> None:
+def test_text_counts_what_was_not_measured(tmp_path: Path) -> None:
     written = Written(tmp_path, as_json=False, every_s=0)
     written.sink.aggregates(at(1, of(Group(), unmeasured=1234), final=True))
     written.sink.close(REPORT)
@@ -142,7 +142,7 @@ def test_text_says_what_could_not_be_measured(tmp_path: Path) -> None:
     assert "tcp_service in_recv: not measured: recv by tracepoint" in written.text()
 
 
-def test_nothing_is_written_of_an_interval_in_which_nothing_came(tmp_path: Path) -> None:
+def test_empty_interval_writes_nothing(tmp_path: Path) -> None:
     written = Written(tmp_path, as_json=False)
     written.sink.aggregates(at(1))
     assert os.stat(written.path).st_size == 0
@@ -162,5 +162,5 @@ def test_nothing_is_written_of_an_interval_in_which_nothing_came(tmp_path: Path)
         (68_000_000, "68.0 s"),
     ],
 )
-def test_a_duration_has_three_digits(us: float, expected: str) -> None:
+def test_duration_has_three_digits(us: float, expected: str) -> None:
     assert human(us) == expected

@@ -43,20 +43,20 @@ def test_each_row_is_a_line_with_all_its_fields(sink: Jsonl, path: Path) -> None
     assert lines(path) == [msgspec.structs.asdict(row) for row in rows]
 
 
-def test_a_line_is_there_when_write_returns(sink: Jsonl, path: Path) -> None:
+def test_line_is_in_the_file_when_write_returns(sink: Jsonl, path: Path) -> None:
     for count in range(1, 4):
         sink.write([make_event()])
         assert len(lines(path)) == count
 
 
-def test_no_text_can_break_a_line(sink: Jsonl, path: Path) -> None:
+def test_control_characters_do_not_break_a_line(sink: Jsonl, path: Path) -> None:
     nasty = 'a"b\\c\n\r\u2028\x00\x1b{"v":1}'
     sink.write([make_event(comm=nasty, desc=nasty)])
     (line,) = lines(path)
     assert line["comm"] == line["desc"] == nasty
 
 
-def test_a_loss_stands_in_its_place(sink: Jsonl, path: Path) -> None:
+def test_loss_is_written_at_its_place(sink: Jsonl, path: Path) -> None:
     sink.write([make_event(ts_ns=1)])
     sink.lost(Loss("tcp_client", "send", 3, 5, 7))
     sink.write([make_event(ts_ns=2)])
@@ -68,7 +68,7 @@ def test_a_loss_stands_in_its_place(sink: Jsonl, path: Path) -> None:
     }
 
 
-def test_the_last_line_holds_the_books(sink: Jsonl, path: Path) -> None:
+def test_last_line_is_the_report(sink: Jsonl, path: Path) -> None:
     sink.write([make_event()])
     sink.close(REPORT)
     *_, last = lines(path)
@@ -78,7 +78,7 @@ def test_the_last_line_holds_the_books(sink: Jsonl, path: Path) -> None:
     assert last["report"]["switched_off"] == {"table": "disk full"}
 
 
-def test_lines_can_be_told_apart_by_their_keys(sink: Jsonl, path: Path) -> None:
+def test_kinds_of_lines_differ_in_their_keys(sink: Jsonl, path: Path) -> None:
     sink.write([make_event()])
     sink.lost(Loss("tcp_client", "send", 1))
     sink.close(REPORT)
@@ -89,7 +89,7 @@ def test_lines_can_be_told_apart_by_their_keys(sink: Jsonl, path: Path) -> None:
     assert "report" in report.keys() - row.keys()
 
 
-def test_a_third_partys_fields_follow_ours(sink: Jsonl, path: Path) -> None:
+def test_third_party_fields_follow_the_common_ones(sink: Jsonl, path: Path) -> None:
     class Retransmit(Event):
         tries: int
 
@@ -99,7 +99,7 @@ def test_a_third_partys_fields_follow_ours(sink: Jsonl, path: Path) -> None:
     assert line["tries"] == 3
 
 
-def test_a_full_disk_is_an_error_that_says_so() -> None:
+def test_full_disk_is_a_named_error() -> None:
     sink = Jsonl(Output.open("/dev/full", lambda: True))
     with pytest.raises(TcplatError, match="No space left on device"):
         sink.write([make_event()])

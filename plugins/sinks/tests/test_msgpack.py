@@ -136,7 +136,7 @@ def counts(maps: Sequence[Map]) -> tuple[int, int]:
 # --- the stream
 
 
-def test_a_run_is_a_header_rows_losses_in_their_place_and_the_books(bench: Bench) -> None:
+def test_stream_is_header_rows_losses_and_report(bench: Bench) -> None:
     sink = bench.sink()
     client = bench.client()
     sink.write(rows(2))
@@ -162,7 +162,7 @@ def test_a_run_is_a_header_rows_losses_in_their_place_and_the_books(bench: Bench
     ]
 
 
-def test_who_comes_later_gets_the_header_and_what_comes_from_then_on(bench: Bench) -> None:
+def test_late_reader_gets_the_header_and_later_rows(bench: Bench) -> None:
     sink = bench.sink()
     sink.write(rows(5))
     client = bench.client()
@@ -175,7 +175,7 @@ def test_who_comes_later_gets_the_header_and_what_comes_from_then_on(bench: Benc
     assert ["report" in one for one in client.rest()] == [True]
 
 
-def test_hosts_stand_before_the_rows_also_for_who_comes_later(bench: Bench) -> None:
+def test_hosts_precede_the_rows_for_late_readers_too(bench: Bench) -> None:
     hosts = [Merge(0, "a.jsonl"), Merge(1, "b.jsonl", offset_ns=-5, bound_ns=30_000, packets=7)]
     sink = bench.sink()
     first = bench.client()
@@ -195,7 +195,7 @@ def test_hosts_stand_before_the_rows_also_for_who_comes_later(bench: Bench) -> N
         assert [one["ts_ns"] for one in maps[2:-1]] == [0, 1, 2][-count:]
 
 
-def test_a_probe_that_turns_up_has_its_header_before_its_first_row(bench: Bench) -> None:
+def test_new_probe_has_its_header_before_its_first_row(bench: Bench) -> None:
     class Retransmit(Event):
         why: object
 
@@ -226,7 +226,7 @@ def ended(sink: Msgpack, client: Client) -> list[Map]:
     return client.rest()
 
 
-def test_who_does_not_read_misses_rows_and_is_told_how_many_and_where(bench: Bench) -> None:
+def test_slow_reader_gets_the_count_and_place_of_missed_rows(bench: Bench) -> None:
     sink = bench.sink(buffer="64K")
     slow, quick = bench.client(), bench.client()
     sink.poll()
@@ -252,7 +252,7 @@ def test_who_does_not_read_misses_rows_and_is_told_how_many_and_where(bench: Ben
     assert counts(got) == (20_100, 0)
 
 
-def test_losses_of_the_run_are_told_to_who_missed_them_as_well(bench: Bench) -> None:
+def test_losses_of_the_run_reach_a_slow_reader(bench: Bench) -> None:
     sink = bench.sink(buffer="64K")
     slow = bench.client()
     for start in range(0, 20_000, 100):
@@ -269,7 +269,7 @@ def test_losses_of_the_run_are_told_to_who_missed_them_as_well(bench: Bench) -> 
 
 
 @pytest.mark.parametrize("without_time", [0, 1])
-def test_losses_told_together_have_a_time_only_if_each_has_one(without_time: int) -> None:
+def test_merged_losses_have_a_time_only_if_each_has_one(without_time: int) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setblocking(False)
@@ -286,7 +286,7 @@ def test_losses_told_together_have_a_time_only_if_each_has_one(without_time: int
     assert told["since_ns"] == told["until_ns"] == 0
 
 
-def test_who_never_reads_delays_the_end_by_a_second_at_most(bench: Bench) -> None:
+def test_silent_reader_delays_close_by_at_most_1s(bench: Bench) -> None:
     took: list[float] = []
     while len(took) < 3 and (not took or took[-1] >= 4):  # a busy machine delays it, too
         sink = bench.sink(buffer="64K")
@@ -301,7 +301,7 @@ def test_who_never_reads_delays_the_end_by_a_second_at_most(bench: Bench) -> Non
 
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.one_of(st.integers(1, 400), st.just("lost"), st.just("read")), max_size=60))
-def test_whatever_the_order_rows_and_gaps_add_up(steps: list[int | str]) -> None:
+def test_rows_and_gaps_add_up_in_any_order(steps: list[int | str]) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setblocking(False)
@@ -347,7 +347,7 @@ def drain(reader: Subscriber, theirs: socket.socket, unpacker: Any) -> None:
 # --- readers that come and go
 
 
-def test_who_leaves_is_no_trouble_for_the_others(bench: Bench) -> None:
+def test_leaving_reader_does_not_disturb_the_others(bench: Bench) -> None:
     sink = bench.sink()
     leaving, staying = bench.client(), bench.client()
     sink.write(rows(10))
@@ -360,7 +360,7 @@ def test_who_leaves_is_no_trouble_for_the_others(bench: Bench) -> None:
     assert counts(staying.rest()) == (100, 0)
 
 
-def test_who_leaves_is_noticed_also_while_nothing_happens(bench: Bench) -> None:
+def test_leaving_reader_is_noticed_without_rows(bench: Bench) -> None:
     sink = bench.sink()
     client = bench.client()
     sink.poll()
@@ -371,7 +371,7 @@ def test_who_leaves_is_noticed_also_while_nothing_happens(bench: Bench) -> None:
     sink.close(REPORT)
 
 
-def test_who_talks_is_not_listened_to_and_gets_everything(bench: Bench) -> None:
+def test_reader_that_sends_data_gets_every_row(bench: Bench) -> None:
     sink = bench.sink(tcp=f"127.0.0.1:{free_port()}")
     assert sink.listening
     client = bench.client(sink.listening.getsockname())
@@ -382,7 +382,7 @@ def test_who_talks_is_not_listened_to_and_gets_everything(bench: Bench) -> None:
     assert counts(client.rest()) == (100, 0)
 
 
-def test_who_says_that_he_will_say_no_more_may_read_on(bench: Bench) -> None:
+def test_half_closed_reader_gets_every_row(bench: Bench) -> None:
     sink = bench.sink()
     client = bench.client()
     client.socket.shutdown(socket.SHUT_WR)
@@ -393,7 +393,7 @@ def test_who_says_that_he_will_say_no_more_may_read_on(bench: Bench) -> None:
     assert counts(client.rest()) == (100, 0)
 
 
-def test_a_peer_that_has_gone_without_a_word_is_given_up_after_a_minute(bench: Bench) -> None:
+def test_tcp_keepalive_drops_a_dead_peer_after_a_minute(bench: Bench) -> None:
     """By the kernel: it is asked whether it will."""
     sink = bench.sink(tcp=f"127.0.0.1:{free_port()}")
     assert sink.listening
@@ -406,7 +406,7 @@ def test_a_peer_that_has_gone_without_a_word_is_given_up_after_a_minute(bench: B
     sink.close(REPORT)
 
 
-def test_no_reader_is_no_error(bench: Bench) -> None:
+def test_run_without_readers_is_not_an_error(bench: Bench) -> None:
     sink = bench.sink()
     sink.write(rows(10))
     sink.lost(LOSS)
@@ -414,7 +414,7 @@ def test_no_reader_is_no_error(bench: Bench) -> None:
     sink.close(REPORT)
 
 
-def test_nothing_stays_open_after_the_end(bench: Bench) -> None:
+def test_close_leaves_no_fd_open(bench: Bench) -> None:
     before = os.listdir("/proc/self/fd")
     sink = bench.sink()
     client = bench.client()
@@ -432,7 +432,7 @@ def free_port() -> int:
 # --- the other way round
 
 
-def test_it_goes_to_a_reader_that_listens_and_ends_when_he_leaves(bench: Bench) -> None:
+def test_sink_connects_to_a_listening_reader_and_ends_with_it(bench: Bench) -> None:
     listening = socket.socket(socket.AF_UNIX)
     with listening:
         listening.bind(bench.path)
@@ -448,7 +448,7 @@ def test_it_goes_to_a_reader_that_listens_and_ends_when_he_leaves(bench: Bench) 
     assert Path(bench.path).exists()  # it is the reader's
 
 
-def test_of_a_reader_that_goes_at_once_nothing_stays_open(
+def test_reader_that_closes_immediately_leaves_no_fd_open(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = sorted(os.listdir("/proc/self/fd"))
@@ -461,7 +461,7 @@ def test_of_a_reader_that_goes_at_once_nothing_stays_open(
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
-def test_nobody_to_go_to_is_said(bench: Bench) -> None:
+def test_missing_listening_reader_is_a_usage_error(bench: Bench) -> None:
     with pytest.raises(UsageError, match=r"sink msgpack: unix=.*: No such file or directory"):
         bench.sink(connect="1")
     with pytest.raises(UsageError, match="Connection refused"):
@@ -471,7 +471,7 @@ def test_nobody_to_go_to_is_said(bench: Bench) -> None:
 # --- the path
 
 
-def test_the_socket_is_its_owners_alone_and_goes_at_the_end(bench: Bench) -> None:
+def test_socket_file_is_private_and_removed_at_the_end(bench: Bench) -> None:
     sink = bench.sink()
     status = os.lstat(bench.path)
     assert stat.S_ISSOCK(status.st_mode)
@@ -481,7 +481,7 @@ def test_the_socket_is_its_owners_alone_and_goes_at_the_end(bench: Bench) -> Non
     assert not Path(bench.path).exists()
 
 
-def test_a_socket_that_was_left_behind_gives_way(bench: Bench) -> None:
+def test_stale_socket_file_is_replaced(bench: Bench) -> None:
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(bench.path)
     sink = bench.sink()
@@ -490,7 +490,7 @@ def test_a_socket_that_was_left_behind_gives_way(bench: Bench) -> None:
     assert len(client.rest()) == 2
 
 
-def test_a_socket_that_somebody_listens_at_is_left_alone(bench: Bench) -> None:
+def test_socket_file_with_a_listener_is_left_alone(bench: Bench) -> None:
     sink = bench.sink()
     with pytest.raises(UsageError, match=r"another process listens at"):
         bench.sink()
@@ -500,7 +500,7 @@ def test_a_socket_that_somebody_listens_at_is_left_alone(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("make", ["file", "link to a file", "dangling link", "link to a socket"])
-def test_what_is_no_socket_is_left_alone(bench: Bench, make: str) -> None:
+def test_file_that_is_not_a_socket_is_left_alone(bench: Bench, make: str) -> None:
     other = bench.folder / "other"
     if make == "file":
         Path(bench.path).write_text("precious")
@@ -517,7 +517,7 @@ def test_what_is_no_socket_is_left_alone(bench: Bench, make: str) -> None:
     assert {path: os.lstat(path) for path in bench.folder.iterdir()} == before
 
 
-def test_a_socket_that_took_its_place_is_not_removed(bench: Bench) -> None:
+def test_file_that_replaced_the_socket_is_not_removed(bench: Bench) -> None:
     sink = bench.sink()
     Path(bench.path).unlink()
     Path(bench.path).write_text("another's")
@@ -525,7 +525,7 @@ def test_a_socket_that_took_its_place_is_not_removed(bench: Bench) -> None:
     assert Path(bench.path).read_text() == "another's"
 
 
-def test_in_a_folder_that_others_can_write_to_only_sockets_of_ours_count(bench: Bench) -> None:
+def test_shared_folder_admits_own_sockets_alone(bench: Bench) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can give files away")
     bench.folder.chmod(0o1777)
@@ -543,7 +543,7 @@ def test_in_a_folder_that_others_can_write_to_only_sockets_of_ours_count(bench: 
     assert Path(bench.path).exists()
 
 
-def test_a_link_of_another_user_on_the_way_is_not_followed(bench: Bench) -> None:
+def test_symlink_of_another_user_is_not_followed(bench: Bench) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can give files away")
     bench.folder.chmod(0o1777)
@@ -560,7 +560,7 @@ def test_a_link_of_another_user_on_the_way_is_not_followed(bench: Bench) -> None
     assert not (bench.folder / "real" / "s").exists()
 
 
-def test_where_there_is_no_run_no_socket_is_left(bench: Bench) -> None:
+def test_cancelled_run_removes_its_socket(bench: Bench) -> None:
     sink = bench.sink()
     sink.poll()
     client = bench.client()
@@ -583,21 +583,21 @@ def test_where_there_is_no_run_no_socket_is_left(bench: Bench) -> None:
         ({}, ""),
     ],
 )
-def test_who_can_read_the_rows_is_said(bench: Bench, given: dict[str, str], who: str) -> None:
+def test_access_to_the_rows_is_reported(bench: Bench, given: dict[str, str], who: str) -> None:
     said: list[str] = []
     sink = bench.sink(attrs.evolve(RUN, say=said.append), **given)
     sink.cancel()
     assert ([who in one for one in said] == [True]) if who else not said
 
 
-def test_without_a_host_it_listens_on_loopback(bench: Bench) -> None:
+def test_address_without_a_host_means_loopback(bench: Bench) -> None:
     sink = bench.sink(tcp=f":{free_port()}")
     assert sink.listening
     assert sink.listening.getsockname()[0] == "127.0.0.1"
     sink.close(REPORT)
 
 
-def test_other_hosts_may_read_only_if_that_is_meant(bench: Bench) -> None:
+def test_wildcard_address_needs_public(bench: Bench) -> None:
     with pytest.raises(UsageError, match=r"every host that reaches 0\.0\.0\.0 could read the rows"):
         bench.sink(tcp=f"0.0.0.0:{free_port()}")
     bench.sink(tcp=f"0.0.0.0:{free_port()}", public="1").close(REPORT)
@@ -617,13 +617,13 @@ def test_other_hosts_may_read_only_if_that_is_meant(bench: Bench) -> None:
         ({"unix": "x", "wait": "-1"}, "it must be a whole number from 0"),
     ],
 )
-def test_a_mistake_is_said(given: dict[str, str], said: str) -> None:
+def test_invalid_options_are_refused(given: dict[str, str], said: str) -> None:
     spec = PLUGINS.sink("msgpack")
     with pytest.raises(UsageError, match=re.escape(said)):
         spec.factory(read_options("sink msgpack", spec.options, given), RUN)
 
 
-def test_a_port_that_is_taken_is_said(bench: Bench) -> None:
+def test_port_in_use_is_a_usage_error(bench: Bench) -> None:
     sink = bench.sink(tcp=f"127.0.0.1:{free_port()}")
     assert sink.listening
     with pytest.raises(UsageError, match="Address already in use"):
@@ -670,7 +670,7 @@ def capture_of(batch: Sequence[Event]) -> bytes:
     return b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
 
 
-def test_the_reader_in_the_readme_reads(
+def test_readme_example_reads_the_stream(
     bench: Bench, tcplat: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -686,7 +686,7 @@ def test_the_reader_in_the_readme_reads(
     assert (out, err) == (b"send 127.0.0.1 127.0.0.1 100\n" * 3, b"")
 
 
-def test_a_reader_has_its_header_while_nothing_comes_and_replay_reads_it_live(
+def test_header_comes_before_rows_and_replay_reads_live(
     bench: Bench, tcplat: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     writer = tcplat("replay", "-", "--sink", f"msgpack:unix={bench.path}")
@@ -703,7 +703,7 @@ def test_a_reader_has_its_header_while_nothing_comes_and_replay_reads_it_live(
     assert (reader.returncode, writer.returncode) == (0, 0)
 
 
-def test_what_a_reader_missed_is_a_loss_in_its_replay(
+def test_gap_of_a_slow_reader_is_a_loss_in_its_replay(
     bench: Bench, tcplat: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     path = bench.folder / "capture.mp"

@@ -99,12 +99,12 @@ def stdout() -> Iterator[Stdout]:
     os.close(reader)
 
 
-def test_there_are_sinks_to_test() -> None:
+def test_built_in_sinks_are_found() -> None:
     assert {"table", "jsonl", "msgpack"} <= {spec.name for spec in OURS}
 
 
 @every_sink
-def test_a_run_ends_up_on_standard_output(spec: SinkSpec, stdout: Stdout) -> None:
+def test_run_is_written_to_stdout(spec: SinkSpec, stdout: Stdout) -> None:
     sink = stdout.make(spec)
     sink.write(CONNECTION[:2])
     sink.write(CONNECTION[2:])
@@ -115,19 +115,19 @@ def test_a_run_ends_up_on_standard_output(spec: SinkSpec, stdout: Stdout) -> Non
 
 
 @every_sink
-def test_a_run_without_rows_is_no_error(spec: SinkSpec, stdout: Stdout) -> None:
+def test_run_without_rows_is_not_an_error(spec: SinkSpec, stdout: Stdout) -> None:
     stdout.make(spec).close(REPORT)
 
 
 @every_sink
-def test_an_empty_batch_writes_nothing(spec: SinkSpec, stdout: Stdout) -> None:
+def test_empty_batch_writes_nothing(spec: SinkSpec, stdout: Stdout) -> None:
     sink = stdout.make(spec)
     sink.write([])
     assert stdout.written() == b""
 
 
 @every_sink
-def test_a_loss_is_no_error_at_any_time(spec: SinkSpec, stdout: Stdout) -> None:
+def test_loss_is_accepted_at_any_time(spec: SinkSpec, stdout: Stdout) -> None:
     sink = stdout.make(spec)
     sink.lost(Loss("tcp_client", "send", 3))
     sink.write(CONNECTION)
@@ -136,7 +136,7 @@ def test_a_loss_is_no_error_at_any_time(spec: SinkSpec, stdout: Stdout) -> None:
 
 
 @every_sink
-def test_a_reader_that_is_gone_is_told_as_such(spec: SinkSpec, stdout: Stdout) -> None:
+def test_closed_stdout_raises_readergoneerror(spec: SinkSpec, stdout: Stdout) -> None:
     """At the first write; where a sink writes at the end only, in close()."""
     sink = stdout.make(spec)
     with Path(os.devnull).open() as other:
@@ -158,7 +158,7 @@ def _write(sink: Sink) -> None:
 
 
 @every_sink
-def test_names_of_processes_cannot_write_to_the_terminal(spec: SinkSpec, stdout: Stdout) -> None:
+def test_escaped_process_names_stay_escaped(spec: SinkSpec, stdout: Stdout) -> None:
     """Rows carry escaped names; no sink may undo that."""
     sink = stdout.make(spec)
     sink.write([make_event(comm=r"\x1b]0;x\x07", desc=r"\x1b[2J")])
@@ -168,9 +168,7 @@ def test_names_of_processes_cannot_write_to_the_terminal(spec: SinkSpec, stdout:
 
 
 @every_sink
-def test_a_path_takes_the_place_of_standard_output(
-    spec: SinkSpec, stdout: Stdout, tmp_path: Path
-) -> None:
+def test_path_option_replaces_stdout(spec: SinkSpec, stdout: Stdout, tmp_path: Path) -> None:
     path = tmp_path / "out"
     sink = stdout.make(spec, path=str(path))
     _write(sink)
@@ -182,9 +180,7 @@ def test_a_path_takes_the_place_of_standard_output(
 
 
 @every_sink
-def test_a_sink_holds_no_file_open_after_its_end(
-    spec: SinkSpec, stdout: Stdout, tmp_path: Path
-) -> None:
+def test_close_leaves_no_file_open(spec: SinkSpec, stdout: Stdout, tmp_path: Path) -> None:
     before = os.listdir("/proc/self/fd")
     sink = stdout.make(spec, path=str(tmp_path / "out"))
     sink.write(CONNECTION)
@@ -194,7 +190,7 @@ def test_a_sink_holds_no_file_open_after_its_end(
 
 
 @pytest.mark.parametrize("spec", OURS, ids=lambda spec: spec.name)
-def test_a_sink_and_its_options_are_in_the_readme(spec: SinkSpec) -> None:
+def test_readme_documents_each_sink_and_its_options(spec: SinkSpec) -> None:
     folders = Path(__file__).parents[2].glob("*/README.md")
     lines = [line for path in folders for line in path.read_text(encoding="utf-8").splitlines()]
     (line,) = (line for line in lines if line.startswith(f"| `{spec.name}` | "))

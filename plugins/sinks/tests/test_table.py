@@ -71,12 +71,12 @@ def headed(lines: Sequence[str]) -> Iterator[tuple[str, str]]:
 # --- columns
 
 
-def test_columns_stand_in_this_order_and_by_these_names(write: Write) -> None:
+def test_columns_have_fixed_names_and_order(write: Write) -> None:
     head, _ = write([make_event()])
     assert head.split() == HEADS
 
 
-def test_each_value_stands_under_its_name(write: Write) -> None:
+def test_each_value_is_below_its_header(write: Write) -> None:
     head, line = write([make_event(ts_ns=1_234_567_890, connect_us=207.4)])
     assert cells(head, line) == {
         "PID": "4711",
@@ -94,7 +94,7 @@ def test_each_value_stands_under_its_name(write: Write) -> None:
     }
 
 
-def test_what_nobody_knows_is_a_dash(write: Write) -> None:
+def test_unknown_value_is_a_dash(write: Write) -> None:
     row = make_event(pid=None, comm=None, ip=None, sport=None, dport=None, state=None)
     head, line = write([row])
     shown = cells(head, line)
@@ -109,19 +109,19 @@ def test_what_nobody_knows_is_a_dash(write: Write) -> None:
     assert "None" not in line
 
 
-def test_a_tracepoint_is_shown_without_its_group(write: Write) -> None:
+def test_tracepoint_is_shown_without_its_group(write: Write) -> None:
     head, line = write([make_event(func="sock:inet_sock_set_state")])
     assert cells(head, line)["FUNC"] == "inet_sock_set_state"
 
 
-def test_a_connect_time_is_shown_only_where_there_is_one(write: Write) -> None:
+def test_missing_connect_time_is_blank(write: Write) -> None:
     head, without, with_ = write([make_event(), make_event(connect_us=0.4)])
     assert cells(head, without)["TCP_CONNECT_TIME(us)"] == ""
     assert cells(head, with_)["TCP_CONNECT_TIME(us)"] == "0"
     assert without == without.rstrip()
 
 
-def test_ipv6_lines_up(write: Write) -> None:
+def test_ipv6_addresses_line_up(write: Write) -> None:
     head, six, four = write([make_event(**V6), make_event()])
     assert cells(head, six)["SADDR"] == V6["saddr"]
     assert cells(head, six)["DADDR"] == V6["daddr"]
@@ -132,12 +132,12 @@ def test_ipv6_lines_up(write: Write) -> None:
 # --- the head
 
 
-def test_the_head_comes_once(write: Write) -> None:
+def test_header_is_printed_once(write: Write) -> None:
     lines = write([make_event()], [make_event()] * 3, [make_event()])
     assert [line.startswith("PID") for line in lines] == [True, *[False] * 5]
 
 
-def test_the_head_comes_again_when_a_column_grows(write: Write) -> None:
+def test_header_is_repeated_when_a_column_grows(write: Write) -> None:
     lines = write([make_event()], [make_event(**V6)], [make_event()], [make_event(**V6)])
     heads = [at for at, line in enumerate(lines) if line.startswith("PID")]
     assert heads == [0, 2]
@@ -150,7 +150,9 @@ def test_the_head_comes_again_when_a_column_grows(write: Write) -> None:
     st.lists(st.integers(0, 30), max_size=10),
     st.sampled_from([0, 60, 120, 160]),
 )
-def test_where_batches_end_changes_nothing(seeds: list[int], cuts: list[int], width: int) -> None:
+def test_batch_boundaries_do_not_change_the_table(
+    seeds: list[int], cuts: list[int], width: int
+) -> None:
     rows = [row for seed in seeds for row in rows_of_all_kinds(1, seed)]
     edges = [0, *sorted(min(cut, len(rows)) for cut in cuts), len(rows)]
     batches = [rows[start:end] for start, end in itertools.pairwise(edges)]
@@ -168,7 +170,7 @@ def table_of(batches: Sequence[Sequence[Event]], width: int) -> bytes:
         return file.read()
 
 
-def test_no_rows_no_head(write: Write) -> None:
+def test_header_is_not_printed_without_rows(write: Write) -> None:
     assert write() == []
 
 
@@ -198,7 +200,7 @@ def test_no_line_is_wider_than_the_terminal(write: Write, width: int) -> None:
     assert len(lines) > 300
 
 
-def test_without_a_limit_nothing_is_cut(write: Write) -> None:
+def test_lines_without_a_width_limit_are_not_cut(write: Write) -> None:
     rows = list(rows_of_all_kinds(300))
     lines = write(rows)
     assert "…" not in "".join(lines)
@@ -226,7 +228,7 @@ def test_numbers_are_never_cut(write: Write, width: int) -> None:
 
 @pytest.mark.parametrize("width", [120, 130])
 @pytest.mark.parametrize("connect_us", [14_000, 3_000_000, 127_000_000])
-def test_a_connect_time_is_never_cut(write: Write, width: int, connect_us: int) -> None:
+def test_connect_time_is_never_cut(write: Write, width: int, connect_us: int) -> None:
     """A SYN that has to be sent again makes it long."""
     rows = [
         make_event(**V6, comm="a name of 15 b", func="sock:inet_sock_set_state"),
@@ -236,7 +238,7 @@ def test_a_connect_time_is_never_cut(write: Write, width: int, connect_us: int) 
     assert line.split()[-1] == str(connect_us)
 
 
-def test_on_a_narrow_terminal_a_number_is_whole_or_not_there(write: Write) -> None:
+def test_narrow_terminal_shows_numbers_whole_or_not_at_all(write: Write) -> None:
     for width in range(20, 100):
         _, line = write([make_event(ts_ns=1_234_567_890_123_000)], width=width)
         numbers = [word for word in line.split() if word.isdigit()]
@@ -244,7 +246,7 @@ def test_on_a_narrow_terminal_a_number_is_whole_or_not_there(write: Write) -> No
         assert numbers == whole[: len(numbers)], width
 
 
-def test_what_is_cut_keeps_its_beginning_and_its_end(write: Write) -> None:
+def test_shortened_value_keeps_its_beginning_and_end(write: Write) -> None:
     head, line = write([make_event(**V6, comm="a_name_of_15_by")], width=120)
     shown = cells(head, line)
     assert shown["SADDR"].startswith("2001:db")
@@ -255,7 +257,7 @@ def test_what_is_cut_keeps_its_beginning_and_its_end(write: Write) -> None:
 # --- safety
 
 
-def test_no_control_byte_of_a_name_reaches_the_terminal(write: Write) -> None:
+def test_control_bytes_of_names_never_reach_the_terminal(write: Write) -> None:
     rows = [make_event(comm=text(bytes([number, 65, number]))) for number in range(1, 256)]
     lines = write(rows)
     assert len(lines) == 256
@@ -281,7 +283,7 @@ ENDED = make_event(Ended, rto_us=None, cause="RST")
 
 
 @pytest.mark.parametrize("width", [0, 300])
-def test_fields_of_a_probes_own_stand_before_the_last_column(write: Write, width: int) -> None:
+def test_probe_specific_fields_precede_the_last_column(write: Write, width: int) -> None:
     head, first, head_again, second, third = write([AGAIN, ENDED, make_event()], width=width)
     own = ["RTO(us)", "SHARE"]
     assert head.split() == [*HEADS[:-1], *own, HEADS[-1]]
@@ -294,7 +296,7 @@ def test_fields_of_a_probes_own_stand_before_the_last_column(write: Write, width
         assert line[head_again.index(name) :].startswith(value)
 
 
-def test_a_column_of_a_probes_own_grows_as_any(write: Write) -> None:
+def test_probe_specific_column_grows(write: Write) -> None:
     first, second = (make_event(Ended, rto_us=1, cause=cause) for cause in ("RST", "overlong"))
     lines = write([first, second])
     assert len(lines) == 4
@@ -302,7 +304,7 @@ def test_a_column_of_a_probes_own_grows_as_any(write: Write) -> None:
 
 
 @pytest.mark.parametrize("width", [0, 100, 180])
-def test_where_batches_end_makes_no_difference_to_columns(write: Write, width: int) -> None:
+def test_batch_boundaries_do_not_change_probe_specific_columns(write: Write, width: int) -> None:
     rows = [make_event(), AGAIN, ENDED, make_event(), ENDED, AGAIN]
     assert write(rows, width=width) == write(*([row] for row in rows), width=width)
 
@@ -310,7 +312,7 @@ def test_where_batches_end_makes_no_difference_to_columns(write: Write, width: i
 # --- losses
 
 
-def test_a_loss_is_a_line_of_its_own(tmp_path: Path) -> None:
+def test_loss_is_a_line_of_its_own(tmp_path: Path) -> None:
     table = Table(Output.open(str(tmp_path / "table"), lambda: True), 0)
     table.write([make_event()])
     table.lost(Loss("tcp_client", "send", 3))
@@ -333,7 +335,7 @@ def factory_width(given: dict[str, str], tmp_path: Path) -> int:
     return sink.limit
 
 
-def test_the_width_is_what_is_asked_for_or_the_terminals(
+def test_width_is_the_option_or_that_of_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
@@ -345,12 +347,12 @@ def test_the_width_is_what_is_asked_for_or_the_terminals(
 
 
 @pytest.mark.parametrize("width", ["-1", "wide", ""])
-def test_a_width_that_is_none_is_refused(tmp_path: Path, width: str) -> None:
+def test_invalid_width_is_refused(tmp_path: Path, width: str) -> None:
     with pytest.raises(UsageError, match="sink table: option width="):
         factory_width({"width": width}, tmp_path)
 
 
-def test_the_width_of_a_terminal_is_asked_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terminal_width_comes_from_the_tty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     main, terminal = os.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 101, 0, 0))

@@ -21,7 +21,7 @@ STAMPS = st.lists(
 )
 
 
-def test_a_stage_lies_between_two_milestones() -> None:
+def test_stages_lie_between_milestones() -> None:
     assert len(MILESTONES) == len(STAGES) + 1
     assert len(CONNECT_MILESTONES) == len(CONNECT_STAGES) + 1
     assert len({*STAGES, *CONNECT_STAGES}) == len(STAGES) + len(CONNECT_STAGES)
@@ -29,7 +29,7 @@ def test_a_stage_lies_between_two_milestones() -> None:
 
 @settings(deadline=None)
 @given(STAMPS)
-def test_they_add_up_are_never_negative_and_name_each_stage_once(stamps: list[int | None]) -> None:
+def test_stages_add_up_and_are_never_negative(stamps: list[int | None]) -> None:
     whole = split(stamps)
     assert sum(ns for _, ns in whole.stages) + whole.unexplained_ns == whole.total_ns
     assert all(ns >= 0 for _, ns in whole.stages)
@@ -41,7 +41,7 @@ def test_they_add_up_are_never_negative_and_name_each_stage_once(stamps: list[in
 
 @settings(deadline=None)
 @given(STAMPS)
-def test_as_few_instants_as_possible_are_left_out(stamps: list[int | None]) -> None:
+def test_fewest_possible_instants_are_left_out(stamps: list[int | None]) -> None:
     known = [(number, at) for number, at in enumerate(stamps) if at is not None]
     whole = split(stamps)
     if len(known) < 2:
@@ -66,7 +66,7 @@ def test_as_few_instants_as_possible_are_left_out(stamps: list[int | None]) -> N
     assert len(kept) == most + 2
 
 
-def test_unknown_instants_make_stages_one() -> None:
+def test_stages_with_an_unknown_boundary_are_merged() -> None:
     stamps: list[int | None] = [0, 10, None, None, 40, 50, 60, None, None, None, None, 110]
     assert split(stamps).stages == (
         ("client_send", 10),
@@ -77,18 +77,18 @@ def test_unknown_instants_make_stages_one() -> None:
     )
 
 
-def test_where_the_ends_alone_are_known_nothing_is_explained() -> None:
+def test_total_is_unexplained_where_only_its_ends_are_known() -> None:
     whole = split([5, *[None] * 10, 100])
     assert (whole.stages, whole.total_ns, whole.unexplained_ns) == ((), 95, 95)
 
 
-def test_xdp_on_loopback_comes_behind_ip_and_is_kept() -> None:
+def test_late_xdp_instant_of_loopback_is_kept() -> None:
     whole = split([0, 10, 25, 20, 30, 40, *[None] * 6])
     assert whole.left_out == (3,)
     assert whole.stages[2] == ("softirq+tcp", 5)
 
 
-def test_the_readme_names_every_stage() -> None:
+def test_readme_names_every_stage() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     for name in (*STAGES, *CONNECT_STAGES, "unexplained"):
         assert f"`{name}`" in readme, name

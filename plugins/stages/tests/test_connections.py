@@ -53,7 +53,7 @@ def refuse(history: History, t: int) -> int:
 
 
 @pytest.mark.parametrize("without", [(), ("dev_xmit", "xdp_port", "rx_ip")])
-def test_each_connect_of_one_socket_is_a_connection_of_its_own(without: tuple[str, ...]) -> None:
+def test_each_connect_of_one_socket_is_a_separate_connection(without: tuple[str, ...]) -> None:
     tries = [
         History((1_000 * number, 0), ends=(("10.0.0.1", 40_000 + number), ADDRESSES[1]))
         for number in range(1, 3)
@@ -88,7 +88,7 @@ def disconnect(history: History, t: int) -> None:
     history.socket(t + 3, SERVICE, "close", state="TCP_CLOSE")
 
 
-def test_a_socket_that_was_disconnected_connects_elsewhere() -> None:
+def test_disconnected_socket_may_connect_elsewhere() -> None:
     one = History()
     other = History((7, 9), ends=(("10.0.0.1", 40_001), ("10.0.0.3", 81)), socks=(11, 44))
     disconnect(one, talk(one, one.shake_hands() + 500) + 500)
@@ -104,7 +104,7 @@ def test_a_socket_that_was_disconnected_connects_elsewhere() -> None:
     assert [conn.ended for conn in connections] == ["closed", "closed"]
 
 
-def test_a_socket_that_was_disconnected_and_listens_is_no_end_any_more() -> None:
+def test_disconnected_socket_that_listens_is_no_longer_an_end() -> None:
     history = History()
     later = talk(history, history.shake_hands() + 500)
     disconnect(history, later + 500)
@@ -128,7 +128,9 @@ def test_a_socket_that_was_disconnected_and_listens_is_no_end_any_more() -> None
 
 
 @pytest.mark.parametrize("without", [(), ("dev_xmit", "xdp_port", "rx_ip"), ("tcp_client",)])
-def test_a_socket_that_is_still_open_keeps_its_own_connection(without: tuple[str, ...]) -> None:
+def test_open_socket_keeps_its_connection_when_addresses_are_reused(
+    without: tuple[str, ...],
+) -> None:
     old, new = History((1_000, 5_000)), History((90_000, 95_000), socks=(33, 44))
     over = talk(old, old.shake_hands() + 500)
     # The client aborts; the service has not read all, and learns of it much later.
@@ -164,7 +166,7 @@ def test_a_socket_that_is_still_open_keeps_its_own_connection(without: tuple[str
     assert connections[1].reset_by is None
 
 
-def test_packets_of_the_connection_before_do_not_end_the_one_that_is() -> None:
+def test_late_packets_do_not_end_the_next_connection() -> None:
     old, new = History((1_000, 5_000)), History((90_000, 95_000), socks=(33, 44))
     over = talk(old, old.shake_hands() + 500)
     old.socket(
@@ -196,7 +198,7 @@ def test_packets_of_the_connection_before_do_not_end_the_one_that_is() -> None:
     assert by_number[33].retransmits == 0
 
 
-def test_a_connection_whose_socket_stays_open_is_told_when_it_is_silent() -> None:
+def test_replaced_connection_is_emitted_once_silent() -> None:
     old, new = History(), History((90_000, 95_000), socks=(33, 44))
     old.shake_hands()
     old.socket(20_000, CLIENT, "close", state="TCP_CLOSE")
@@ -219,7 +221,7 @@ def test_a_connection_whose_socket_stays_open_is_told_when_it_is_silent() -> Non
 
 
 @pytest.mark.parametrize("without", [(), ("tcp_client",)])
-def test_the_same_number_again_is_another_connection_once_the_first_is_over(
+def test_reused_sequence_number_is_a_new_connection_after_the_end(
     without: tuple[str, ...],
 ) -> None:
     rows: list[Row] = []
@@ -264,7 +266,7 @@ def pair(
     st.integers(1, 10_000),
 )
 @settings(deadline=None)
-def test_two_pairs_of_namespaces_with_the_same_addresses_are_never_joined_crosswise(
+def test_namespace_pairs_with_equal_addresses_are_not_mixed(
     shift: int,
     steps: tuple[list[int], list[int]],
     without: set[str],
@@ -309,9 +311,7 @@ RESET = {"old_state": "TCP_ESTABLISHED", "state": "TCP_CLOSE", "desc": "ECONNRES
 
 @pytest.mark.parametrize("end", [CLIENT, SERVICE])
 @pytest.mark.parametrize("without", [(), ("dev_xmit", "xdp_port", "rx_ip"), ("xdp_port", "rx_ip")])
-def test_the_reset_of_a_socket_that_timed_out_is_no_abort(
-    end: int, without: tuple[str, ...]
-) -> None:
+def test_reset_after_a_timeout_is_not_an_abort(end: int, without: tuple[str, ...]) -> None:
     history = History()
     now = talk(history, history.shake_hands() + 500) + 500
     # tcp_keepalive_timer(): the RST leaves, and then the socket is told.
@@ -325,7 +325,7 @@ def test_the_reset_of_a_socket_that_timed_out_is_no_abort(
     assert (conn.error, conn.reset_by, conn.reset_why) == ("timed out", None, None)
 
 
-def test_a_reset_that_answers_a_connection_which_had_timed_out_is_not_why() -> None:
+def test_reset_in_reply_to_a_timed_out_connection_is_not_the_reason() -> None:
     history = History()
     now = talk(history, history.shake_hands() + 500) + 500
     history.socket(now, CLIENT, "send", seq=history.seq(CLIENT, 100), bytes=10)
@@ -340,7 +340,7 @@ def test_a_reset_that_answers_a_connection_which_had_timed_out_is_not_why() -> N
     assert (conn.error, conn.reset_by) == ("timed out", None)
 
 
-def test_a_connect_that_timed_out_was_not_reset_by_its_late_answer() -> None:
+def test_timed_out_connect_is_not_reset_by_a_late_answer() -> None:
     history = History()
     history.socket(0, CLIENT, "connect", **UNNAMED)
     history.packet(10, "nic_tx", CLIENT, -1, flags="SYN")
@@ -353,7 +353,7 @@ def test_a_connect_that_timed_out_was_not_reset_by_its_late_answer() -> None:
     assert (conn.error, conn.reset_by, conn.connect_us) == ("timed out", None, 1e6)
 
 
-def test_a_reset_that_came_first_is_why_though_the_other_end_timed_out() -> None:
+def test_reset_before_the_timeout_is_the_reason() -> None:
     history = History()
     now = talk(history, history.shake_hands() + 500) + 500
     closed = {"state": "TCP_CLOSE", "desc": "closed"}
@@ -389,7 +389,7 @@ def names(one: Exchange) -> list[tuple[int | None, str | None]]:
         (SERVICE, 300, "worker", [(100, "curl"), (300, "worker")]),
     ],
 )
-def test_an_exchange_is_told_by_the_process_that_its_own_rows_name(
+def test_exchange_names_the_process_of_its_own_rows(
     end: int, pid: int, comm: str, told: list[tuple[int, str]]
 ) -> None:
     history = History()
@@ -405,7 +405,7 @@ def test_an_exchange_is_told_by_the_process_that_its_own_rows_name(
     assert [(one.pid, one.comm) for one in conn.ends] == told
 
 
-def test_of_requests_in_flight_each_has_the_process_that_sent_it() -> None:
+def test_pipelined_requests_keep_their_sending_process() -> None:
     history = History()
     now = history.shake_hands() + 1_000
     processes = [(300 + number, f"kid{number}") for number in range(3)]
@@ -422,7 +422,7 @@ def test_of_requests_in_flight_each_has_the_process_that_sent_it() -> None:
     assert [names(one)[CLIENT] for one in exchanges] == processes
 
 
-def test_processes_that_take_turns_cost_a_bounded_memory() -> None:
+def test_alternating_processes_use_bounded_memory() -> None:
     history = History()
     now = history.shake_hands() + 1_000
     for number in range(5_000):

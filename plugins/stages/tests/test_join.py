@@ -71,7 +71,7 @@ def shape(told: Sequence[Exchange | Connection]) -> list[Any]:
 
 @given(TURNS, NUMBERS, st.integers())
 @settings(deadline=None)
-def test_every_stage_is_what_truly_passed_however_it_was_cut_lost_and_sent_again(
+def test_stages_are_true_under_segmentation_loss_and_retransmission(
     turns: Any, first: tuple[int, int], seed: int
 ) -> None:
     history, truth = of_turns(turns, first, seed)
@@ -99,7 +99,7 @@ def test_every_stage_is_what_truly_passed_however_it_was_cut_lost_and_sent_again
 
 @given(TURNS, NUMBERS, st.integers(), st.sets(st.sampled_from(POINTS)))
 @settings(deadline=None)
-def test_what_is_not_watched_makes_stages_one_and_never_wrong(
+def test_missing_probes_merge_stages_and_never_falsify_them(
     turns: Any, first: tuple[int, int], seed: int, without: set[str]
 ) -> None:
     history, truth = of_turns(turns, first, seed)
@@ -118,7 +118,7 @@ def test_what_is_not_watched_makes_stages_one_and_never_wrong(
 
 @given(TURNS, NUMBERS, st.integers(), st.sets(st.sampled_from(PROBES), min_size=1))
 @settings(deadline=None)
-def test_of_each_subset_of_probes_no_instant_is_that_of_the_next_exchange(
+def test_no_instant_comes_from_the_next_exchange(
     turns: Any, first: tuple[int, int], seed: int, kept: set[str]
 ) -> None:
     # A client that waits before it asks again: what belongs to the next exchange is far off.
@@ -133,7 +133,7 @@ def test_of_each_subset_of_probes_no_instant_is_that_of_the_next_exchange(
     assert len(exchanges) + joiner.untimed + joiner.cut == len(truth)
 
 
-def test_bytes_that_were_read_without_a_row_are_not_read_when_the_next_ones_are() -> None:
+def test_bytes_read_without_a_row_take_no_later_read_time() -> None:
     history = History()
     now = history.shake_hands() + 1_000
     # The second reply's body is read by splice(), say, which has no row; its head by recv().
@@ -158,7 +158,7 @@ def test_bytes_that_were_read_without_a_row_are_not_read_when_the_next_ones_are(
 
 @given(TURNS, NUMBERS, st.integers(), st.lists(st.integers(1, 20)))
 @settings(deadline=None)
-def test_batches_make_no_difference(
+def test_batch_boundaries_do_not_change_the_exchanges(
     turns: Any, first: tuple[int, int], seed: int, sizes: list[int]
 ) -> None:
     rows = of_turns(turns, first, seed)[0].rows()
@@ -180,7 +180,7 @@ def simple(history: History, now: int, *, asked: int = 100, answered: int = 200)
     return at[-1]
 
 
-def test_the_handshake_is_told_in_stages() -> None:
+def test_handshake_is_split_into_stages() -> None:
     history = History()
     history.close(simple(history, history.shake_hands() + 500) + 500)
     (exchange,), (conn,), _ = joined(history.rows())
@@ -192,7 +192,7 @@ def test_the_handshake_is_told_in_stages() -> None:
     assert [end.pid for end in conn.ends] == [100, 101]
 
 
-def test_an_accept_without_a_wait_is_no_instant_of_the_handshake() -> None:
+def test_accept_without_a_duration_is_no_handshake_instant() -> None:
     """It may be the row of the first use."""
     history = History()
     now = history.shake_hands()
@@ -204,7 +204,7 @@ def test_an_accept_without_a_wait_is_no_instant_of_the_handshake() -> None:
     assert conn.stamps[HANDSHAKE_DONE] is not None
 
 
-def test_requests_in_flight_are_told_apart_by_what_the_service_had_read() -> None:
+def test_pipelined_requests_are_separated_by_the_bytes_read() -> None:
     history = History()
     now = history.shake_hands() + 1_000
     # Three requests at once, and two replies before the client reads anything.
@@ -227,7 +227,7 @@ def test_requests_in_flight_are_told_apart_by_what_the_service_had_read() -> Non
     assert [both.stamps[i] for i in (0, 5, 6, 11)] == [now + 1, now + 30, now + 40, now + 60]
 
 
-def test_a_service_that_answers_before_it_has_read_everything_gets_no_negative_time() -> None:
+def test_early_reply_gives_no_negative_time() -> None:
     history = History()
     now = history.shake_hands() + 1_000
     history.socket(now, CLIENT, "send", seq=history.seq(CLIENT, 0), bytes=100)
@@ -245,7 +245,7 @@ def test_a_service_that_answers_before_it_has_read_everything_gets_no_negative_t
     assert [one.stamps[0] for one in exchanges] == [now, now]
 
 
-def test_a_message_without_a_reply_and_one_that_nobody_asked_for() -> None:
+def test_request_without_reply_and_unsolicited_push_are_separate() -> None:
     history = History()
     now = history.shake_hands() + 1_000
     history.message(SERVICE, 30, [now + step for step in range(6)])
@@ -258,7 +258,7 @@ def test_a_message_without_a_reply_and_one_that_nobody_asked_for() -> None:
     assert [name for name, _ in last.split.stages] == list(STAGES[:5])
 
 
-def test_half_closed_the_service_still_answers() -> None:
+def test_reply_after_a_half_close_is_paired() -> None:
     history = History()
     now = history.shake_hands() + 1_000
     history.message(CLIENT, 40, [now + step for step in range(6)])
@@ -274,7 +274,7 @@ def test_half_closed_the_service_still_answers() -> None:
     assert conn.fins == [CLIENT, SERVICE]
 
 
-def test_what_the_kernel_did_not_take_is_not_sent() -> None:
+def test_refused_send_does_not_begin_a_request() -> None:
     history = History()
     now = history.shake_hands() + 1_000
     history.socket(now, CLIENT, "send", seq=history.seq(CLIENT, 0), bytes=100)
@@ -290,7 +290,7 @@ def test_what_the_kernel_did_not_take_is_not_sent() -> None:
     assert conn.bytes_of(CLIENT) == 60
 
 
-def test_a_port_that_is_used_again_is_another_connection() -> None:
+def test_reused_port_is_a_new_connection() -> None:
     one, other = History(), History((7, 7), socks=(33, 44))
     one.close(simple(one, one.shake_hands() + 500) + 500)
     later = simple(other, other.shake_hands(100_000) + 500)
@@ -304,7 +304,7 @@ def test_a_port_that_is_used_again_is_another_connection() -> None:
 
 
 @pytest.mark.parametrize("flags", ["SYN", "SYN|ECE|CWR"])
-def test_a_syn_with_another_number_begins_another_connection(flags: str) -> None:
+def test_syn_with_another_sequence_number_is_a_new_connection(flags: str) -> None:
     one, other = History(), History((7, 7))
     simple(one, one.shake_hands() + 500)
     simple(other, other.shake_hands(100_000) + 500)
@@ -318,7 +318,7 @@ def test_a_syn_with_another_number_begins_another_connection(flags: str) -> None
     assert not any(conn.guessed for conn in connections)
 
 
-def test_a_connection_whose_end_nobody_saw_ends_where_its_port_is_used_again() -> None:
+def test_connection_without_an_observed_end_ends_at_port_reuse() -> None:
     one, other = History(), History((7, 7), socks=(33, 44))
     simple(one, one.shake_hands() + 500)
     simple(other, other.shake_hands(100_000) + 500)
@@ -327,7 +327,7 @@ def test_a_connection_whose_end_nobody_saw_ends_where_its_port_is_used_again() -
     assert [len(exchange.split.stages) for exchange in exchanges] == [11, 11]
 
 
-def test_the_same_loopback_addresses_in_two_namespaces_are_two_connections() -> None:
+def test_equal_loopback_addresses_in_two_namespaces_are_two_connections() -> None:
     ends = [("127.0.0.1", 40_000), ("127.0.0.1", 80)]
     histories = [
         History(netns=(number, number), ends=ends, socks=(number, number + 50), first=(number, 9))
@@ -342,7 +342,7 @@ def test_the_same_loopback_addresses_in_two_namespaces_are_two_connections() -> 
     assert {exchange.total_ns for exchange in exchanges} == {11_000}
 
 
-def test_a_router_on_the_way_is_neither_end() -> None:
+def test_router_on_the_path_is_neither_end() -> None:
     history = History()
     now = history.shake_hands() + 500
     history.close(simple(history, now) + 500)
@@ -356,7 +356,7 @@ def test_a_router_on_the_way_is_neither_end() -> None:
     assert conn.retransmits == 0
 
 
-def test_through_a_bond_and_its_card_nothing_is_sent_twice() -> None:
+def test_bond_and_its_member_do_not_count_as_a_retransmit() -> None:
     history = History()
     history.close(simple(history, history.shake_hands() + 500) + 500)
     for row in list(history.made):
@@ -366,7 +366,7 @@ def test_through_a_bond_and_its_card_nothing_is_sent_twice() -> None:
     assert (exchange.retransmits, conn.retransmits, conn.syns) == (0, 0, 0)
 
 
-def test_what_is_sent_again_is_counted_with_its_exchange() -> None:
+def test_retransmits_are_counted_with_their_exchange() -> None:
     history = History()
     now = history.shake_hands() + 500
     over = simple(history, now)
@@ -380,7 +380,7 @@ def test_what_is_sent_again_is_counted_with_its_exchange() -> None:
     assert [conn.retransmits_of(end) for end in (CLIENT, SERVICE)] == [1, 2]
 
 
-def test_a_window_that_closes_is_counted_once_until_it_opens() -> None:
+def test_zero_window_is_counted_once_until_it_opens() -> None:
     history = History()
     now = history.shake_hands() + 500
     over = simple(history, now)
@@ -393,7 +393,7 @@ def test_a_window_that_closes_is_counted_once_until_it_opens() -> None:
     assert [flow.zero_windows for flow in conn.flows] == [2, 0]
 
 
-def test_a_syn_that_is_sent_again_is_part_of_the_handshake() -> None:
+def test_retransmitted_syn_is_part_of_the_handshake() -> None:
     history = History()
     history.packet(1_500, "nic_tx", CLIENT, -1, flags="SYN")
     over = history.shake_hands()
@@ -410,7 +410,9 @@ def test_a_syn_that_is_sent_again_is_part_of_the_handshake() -> None:
         ({"desc": "ECONNRESET", "old_state": "TCP_ESTABLISHED"}, None),
     ],
 )
-def test_who_reset_it_follows_from_whose_socket_was_told(state: Any, why: str | None) -> None:
+def test_reset_sender_follows_from_the_socket_that_got_the_error(
+    state: Any, why: str | None
+) -> None:
     history = History()
     history.socket(1_000, CLIENT, "connect", sport=None, state="TCP_SYN_SENT")
     history.packet(1_100, "nic_tx", CLIENT, -1, flags="SYN")
@@ -422,7 +424,7 @@ def test_who_reset_it_follows_from_whose_socket_was_told(state: Any, why: str | 
     assert (conn.reset_by, conn.reset_why, conn.error) == (SERVICE, why, state["desc"])
 
 
-def test_a_service_that_closes_with_unread_data_resets() -> None:
+def test_close_with_unread_data_is_the_reset_reason() -> None:
     history = History()
     now = history.shake_hands() + 500
     history.socket(now, CLIENT, "send", seq=history.seq(CLIENT, 0), bytes=100)
@@ -440,7 +442,7 @@ def test_a_service_that_closes_with_unread_data_resets() -> None:
     assert (exchange.kind, exchange.request_bytes, exchange.stamps[5]) == ("request", 100, None)
 
 
-def test_data_that_come_after_it_had_closed_are_no_unread_data() -> None:
+def test_data_after_close_are_not_unread_data() -> None:
     history = History()
     now = simple(history, history.shake_hands())
     history.packet(now + 10, "nic_tx", SERVICE, 200, flags="FIN|ACK")
@@ -455,7 +457,7 @@ def test_data_that_come_after_it_had_closed_are_no_unread_data() -> None:
     assert (conn.reset_by, conn.reset_why) == (SERVICE, "data came after it had closed")
 
 
-def test_a_connect_that_was_given_up_did_not_succeed() -> None:
+def test_abandoned_connect_did_not_succeed() -> None:
     history = History()
     history.socket(1_000, CLIENT, "connect", sport=None, state="TCP_SYN_SENT")
     history.packet(1_100, "nic_tx", CLIENT, -1, flags="SYN")
@@ -473,7 +475,7 @@ def test_a_connect_that_was_given_up_did_not_succeed() -> None:
     assert (conn.connect_us, conn.error) == (1.0, "given up")
 
 
-def test_a_fin_is_no_byte_and_not_unread() -> None:
+def test_fin_is_not_counted_as_a_byte_or_unread_data() -> None:
     history = History()
     now = history.shake_hands() + 500
     history.message(CLIENT, 40, [now + step for step in range(6)])
@@ -486,7 +488,7 @@ def test_a_fin_is_no_byte_and_not_unread() -> None:
     assert (conn.reset_by, conn.reset_why) == (SERVICE, "it aborted")
 
 
-def test_where_nobody_saw_what_arrived_no_reason_is_made_up() -> None:
+def test_reset_has_no_reason_without_packet_rows() -> None:
     history = History()
     now = history.shake_hands() + 500
     history.message(CLIENT, 40, [now + step for step in range(6)])
@@ -497,7 +499,7 @@ def test_where_nobody_saw_what_arrived_no_reason_is_made_up() -> None:
     assert (conn.reset_by, conn.reset_why) == (CLIENT, None)
 
 
-def test_an_exchange_under_way_when_the_capture_began_is_counted_and_not_told() -> None:
+def test_exchange_begun_before_the_capture_is_counted_alone() -> None:
     history = History()
     now = simple(history, 10_000)
     history.close(simple(history, now + 1_000) + 500)
@@ -509,7 +511,7 @@ def test_an_exchange_under_way_when_the_capture_began_is_counted_and_not_told() 
         assert not conn.began
 
 
-def test_packets_alone_are_an_exchange_too_and_who_is_who_a_guess() -> None:
+def test_packets_alone_make_an_exchange_with_guessed_roles() -> None:
     history = History()
     now = simple(history, 10_000)
     simple(history, now + 1_000)
@@ -522,7 +524,7 @@ def test_packets_alone_are_an_exchange_too_and_who_is_who_a_guess() -> None:
     ] * 2
 
 
-def test_a_wrong_guess_is_mended_by_the_sockets() -> None:
+def test_wrong_role_guess_is_corrected_by_socket_rows() -> None:
     ends = (("10.0.0.1", 80), ("10.0.0.2", 40_000))
     history = History(ends=ends)
     now = simple(history, 10_000)
@@ -533,7 +535,7 @@ def test_a_wrong_guess_is_mended_by_the_sockets() -> None:
     assert exchanges[-1].total_ns == 11_000
 
 
-def test_it_begins_where_its_stages_begin() -> None:
+def test_exchange_begins_with_its_first_stage() -> None:
     exchange = Exchange(Connection(1, Row(1, "send")), "exchange")
     # As far apart as clocks of two CPUs never are: an instant before the first one.
     exchange.stamps[0], exchange.stamps[3] = 1_000_000, 400_000
@@ -558,14 +560,14 @@ def test_a_wrong_guess_is_mended_for_the_end_that_closed_and_for_the_reset() -> 
     assert conn.fin_ns == [2_000, 0]
 
 
-def test_a_guess_that_a_socket_confirms_is_none_any_more() -> None:
+def test_role_guess_confirmed_by_a_socket_is_certain() -> None:
     history = History()
     simple(history, 10_000)
     _, (conn,), _ = joined(history.rows())
     assert (conn.client, conn.guessed) == (("10.0.0.1", 40_000), False)
 
 
-def test_a_row_that_is_missing_costs_no_other_exchange() -> None:
+def test_missing_row_costs_no_other_exchange() -> None:
     history, now = History(), 10_000
     for _ in range(5):
         now = simple(history, now + 1_000)
@@ -586,7 +588,7 @@ def test_a_row_that_is_missing_costs_no_other_exchange() -> None:
         assert (conn.bytes_of(CLIENT), conn.bytes_of(SERVICE)) == (500, 1_000)
 
 
-def test_an_acknowledged_fin_is_no_byte() -> None:
+def test_acknowledged_fin_is_not_a_byte() -> None:
     history = History()
     now = simple(history, 10_000)
     history.packet(now + 100, "nic_rx", CLIENT, 100, flags="FIN|ACK")
@@ -596,7 +598,7 @@ def test_an_acknowledged_fin_is_no_byte() -> None:
     assert conn.bytes_of(CLIENT) == 100
 
 
-def test_what_was_sent_before_is_no_part_of_the_next_reply() -> None:
+def test_earlier_push_is_not_part_of_the_next_reply() -> None:
     history = History()
     now = history.shake_hands()
     history.packet(now + 1_000, "nic_rx", CLIENT, 0, 10)
@@ -610,7 +612,7 @@ def test_what_was_sent_before_is_no_part_of_the_next_reply() -> None:
     assert [(one.reply_bytes, one.total_ns) for one in exchanges] == [(30, 3_000), (15, 50_000)]
 
 
-def test_bytes_are_those_of_the_stream_though_a_send_was_lost() -> None:
+def test_byte_counts_survive_a_lost_send_row() -> None:
     history = History()
     now = history.shake_hands()
     history.socket(now + 1_000, CLIENT, "send", seq=history.seq(CLIENT, 0), bytes=10)
@@ -643,7 +645,7 @@ def test_a_client_that_asks_before_it_has_read_the_reply_does_not_think() -> Non
     assert conn.think_ns == 1_000_000 + 2_000_000
 
 
-def test_attempts_that_the_kernel_refuses_are_no_end_of_thinking() -> None:
+def test_refused_sends_do_not_end_the_think_time() -> None:
     history = History()
     now = simple(history, history.shake_hands())
     for attempt in (1, 2, 3):
@@ -656,7 +658,7 @@ def test_attempts_that_the_kernel_refuses_are_no_end_of_thinking() -> None:
     assert conn.bytes_of(CLIENT) == 110
 
 
-def test_packets_of_a_probe_that_names_no_device_are_joined_as_well() -> None:
+def test_packet_rows_without_a_device_are_joined() -> None:
     class Plain:
         def __init__(self, row: Row) -> None:
             self.role = {"no": "text"}
@@ -674,7 +676,7 @@ def test_packets_of_a_probe_that_names_no_device_are_joined_as_well() -> None:
     assert [exchange.total_ns for exchange in exchanges] == [8_000]
 
 
-def test_a_reply_is_over_when_nothing_has_moved_for_long() -> None:
+def test_idle_connection_ends_its_reply() -> None:
     history, other = History(), History(ends=(("10.9.9.9", 1), ("10.9.9.8", 2)), socks=(5, 6))
     over = simple(history, history.shake_hands() + 500)
     other.shake_hands(over + 11 * SECOND)
@@ -691,7 +693,7 @@ def test_a_reply_is_over_when_nothing_has_moved_for_long() -> None:
     assert [one.total_ns for one in told if isinstance(one, Exchange)] == [11_000]
 
 
-def test_memory_is_bounded_and_what_goes_is_counted() -> None:
+def test_memory_is_bounded_and_evictions_are_counted() -> None:
     rows: list[Row] = []
     for number in range(100):
         history = History(
@@ -705,7 +707,7 @@ def test_memory_is_bounded_and_what_goes_is_counted() -> None:
     assert [conn.ended for conn in connections].count("given up") == joiner.given_up >= 90
 
 
-def test_a_long_transfer_is_remembered_no_longer_than_it_is_needed() -> None:
+def test_long_transfer_keeps_a_bounded_log() -> None:
     history = History()
     now = history.shake_hands() + 1_000
     history.message(CLIENT, 10, [now + step for step in range(6)])
@@ -728,7 +730,7 @@ def test_a_long_transfer_is_remembered_no_longer_than_it_is_needed() -> None:
     assert exchange.stamps[7:9] == [at + 1, at + 2]
 
 
-def test_a_service_that_sends_for_ever_needs_no_more_memory() -> None:
+def test_endless_push_keeps_a_bounded_log() -> None:
     history = History()
     now = history.shake_hands()
     joiner = Joiner()
@@ -742,7 +744,7 @@ def test_a_service_that_sends_for_ever_needs_no_more_memory() -> None:
     assert all(len(log) < 300 for log in conn.flows[SERVICE].logs())
 
 
-def test_of_40000_requests_that_wait_each_is_as_old_as_it_is() -> None:
+def test_durations_of_40000_waiting_requests_are_exact() -> None:
     history, sends, gap = History(), 40_000, 10_000
     now = history.shake_hands()
     for number in range(sends):
@@ -760,7 +762,7 @@ def test_of_40000_requests_that_wait_each_is_as_old_as_it_is() -> None:
         assert total_ns - 8 * gap <= exchange.total_ns <= total_ns
 
 
-def test_replies_that_nobody_is_seen_to_read_do_not_wait_for_ever() -> None:
+def test_unread_replies_are_emitted_eventually() -> None:
     history, joiner = History(), Joiner()
     now = history.shake_hands()
     for number in range(17_000):
@@ -792,7 +794,7 @@ def scan(count: int, *, answered: bool = False) -> list[Row]:
     return rows
 
 
-def test_a_port_scan_displaces_no_connection() -> None:
+def test_port_scan_evicts_no_connection() -> None:
     history = History()
     now = history.shake_hands()
     history.message(CLIENT, 10, [now + step for step in range(6)])
@@ -809,14 +811,14 @@ def test_a_port_scan_displaces_no_connection() -> None:
     assert len([one for one in told if isinstance(one, Connection)]) == 1_001
 
 
-def test_a_port_scan_that_is_refused_is_closed_and_not_given_up() -> None:
+def test_refused_port_scan_is_closed_and_not_evicted() -> None:
     _, connections, joiner = joined(scan(1_000, answered=True), most=64)
     assert len(connections) == 1_000
     assert joiner.given_up == 0
     assert [conn.ended for conn in connections].count("closed") == 1_000 - 64 // 4
 
 
-def test_a_syn_that_has_become_a_connection_is_displaced_by_none() -> None:
+def test_established_connection_is_not_evicted_by_syns() -> None:
     history = History()
     now = history.shake_hands()
     history.message(CLIENT, 10, [now + step for step in range(6)])
@@ -825,7 +827,7 @@ def test_a_syn_that_has_become_a_connection_is_displaced_by_none() -> None:
     assert 1 in joiner.directory.conns
 
 
-def test_a_connection_of_a_port_scan_takes_little_memory() -> None:
+def test_port_scan_entry_takes_little_memory() -> None:
     rows, joiner = scan(4_000), Joiner()
     tracemalloc.start()
     try:
@@ -837,7 +839,7 @@ def test_a_connection_of_a_port_scan_takes_little_memory() -> None:
     assert used / len(rows) < 2_600
 
 
-def test_what_connections_share_stays_empty() -> None:
+def test_shared_empty_objects_stay_empty() -> None:
     history, _ = of_turns([([10] * 11, 100_000, 100_000, 6)] * 4, (1_000, 5_000), 1)
     joined(history.rows())
     joined(scan(100, answered=True), most=8)
@@ -847,7 +849,7 @@ def test_what_connections_share_stays_empty() -> None:
     assert (NOWHERE.position, NOWHERE.log, NOWHERE.late) == (-1, [], None)
 
 
-def test_a_hole_that_nothing_fills_does_not_grow_for_ever() -> None:
+def test_unfilled_sequence_hole_uses_bounded_memory() -> None:
     history = History()
     for number in range(10_000):
         if number != 5:
@@ -859,7 +861,7 @@ def test_a_hole_that_nothing_fills_does_not_grow_for_ever() -> None:
     assert conn.bytes_of(CLIENT) == 100_000
 
 
-def test_nothing_is_kept_of_connections_that_are_over() -> None:
+def test_ended_connections_leave_no_entries() -> None:
     joiner = Joiner()
     for number in range(50):
         history = History(
@@ -873,7 +875,7 @@ def test_nothing_is_kept_of_connections_that_are_over() -> None:
     assert not joiner.directory.socks
 
 
-def test_what_is_over_goes_at_once_and_waits_for_no_collector() -> None:
+def test_ended_connections_are_freed_without_the_garbage_collector() -> None:
     def alive() -> int:
         return sum(isinstance(one, Connection) for one in gc.get_objects())
 
@@ -895,7 +897,7 @@ def test_what_is_over_goes_at_once_and_waits_for_no_collector() -> None:
     assert 0 < max(kept) < 10
 
 
-def test_a_port_that_was_used_again_is_forgotten_later_without_trouble() -> None:
+def test_replaced_connections_are_removed_safely() -> None:
     rows: list[Row] = []
     for number in range(4):
         history = History(first=(1_000 * number, 5_000), socks=(number + 1, number + 99))
@@ -906,7 +908,7 @@ def test_a_port_that_was_used_again_is_forgotten_later_without_trouble() -> None
     assert len(exchanges) == 4
 
 
-def test_the_two_ends_need_not_be_in_two_namespaces() -> None:
+def test_both_ends_may_share_a_namespace() -> None:
     history = History(netns=(NETNS[0], NETNS[0]))
     history.close(simple(history, history.shake_hands() + 500) + 500)
     (exchange,), _, _ = joined(history.rows())
@@ -914,7 +916,7 @@ def test_the_two_ends_need_not_be_in_two_namespaces() -> None:
 
 
 @pytest.mark.parametrize("watched", [PROBES, ("tcp_client",), ("tcp_service",)])
-def test_urgent_bytes_are_beside_the_stream(watched: tuple[str, ...]) -> None:
+def test_urgent_bytes_are_not_counted_in_the_stream(watched: tuple[str, ...]) -> None:
     history = History()
     now = history.shake_hands() + 1_000
     for urgent in (1, 1, 3, 0):
@@ -931,7 +933,7 @@ def test_urgent_bytes_are_beside_the_stream(watched: tuple[str, ...]) -> None:
     assert conn.bytes_of(CLIENT) == 4 * first
 
 
-def test_an_urgent_byte_at_the_end_is_no_request_and_no_byte_of_the_stream() -> None:
+def test_trailing_urgent_byte_is_no_request() -> None:
     history = History()
     now = simple(history, history.shake_hands() + 1_000) + 1_000
     history.packet(now, "nic_tx", CLIENT, history.sent[CLIENT], 1, flags="PSH|ACK|URG")
@@ -943,7 +945,7 @@ def test_an_urgent_byte_at_the_end_is_no_request_and_no_byte_of_the_stream() -> 
     assert conn.bytes_of(CLIENT) == stream
 
 
-def test_rows_that_are_missing_are_no_urgent_bytes() -> None:
+def test_missing_rows_are_not_taken_for_urgent_bytes() -> None:
     history = History()
     now = simple(history, history.shake_hands() + 1_000) + 1_000
     now = simple(history, now) + 1_000
@@ -972,7 +974,7 @@ def connection_of(number: int) -> Iterator[Any]:
         yield row
 
 
-def test_a_connection_that_is_open_takes_little_memory() -> None:
+def test_open_connection_takes_little_memory() -> None:
     count = 300
     joiner = Joiner()
     joiner.feed(list(connection_of(0)))

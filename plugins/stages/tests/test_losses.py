@@ -63,7 +63,7 @@ def requests(count: int, pause_ns: int = 1_000) -> tuple[History, list[int]]:
 @pytest.mark.parametrize("without", [(), ("tcp_client",), ("tcp_service",), ("xdp_port",)])
 @pytest.mark.parametrize("offset_ns", [1, 1_500, 5_500, 6_500, 10_500])
 @pytest.mark.parametrize("missing", [0, 1, 3])
-def test_what_spans_a_loss_is_neither_slow_nor_unanswered(
+def test_exchange_across_a_loss_is_neither_slow_nor_unanswered(
     without: tuple[str, ...], offset_ns: int, missing: int
 ) -> None:
     # From the middle of the fourth of ten requests to the middle of another.
@@ -81,9 +81,7 @@ def test_what_spans_a_loss_is_neither_slow_nor_unanswered(
 
 @pytest.mark.parametrize("ring", ["tcp_client", "tcp_service"])
 @pytest.mark.parametrize("late_ns", [0, 100_000, SECOND])
-def test_a_ring_that_stays_full_loses_its_rows_from_its_last_one_on(
-    ring: str, late_ns: int
-) -> None:
+def test_full_ring_loses_rows_from_its_last_one_on(ring: str, late_ns: int) -> None:
     # The other rings have room, and go on; the loss is told behind their rows, or never before
     # the end.
     history, begins = requests(40)
@@ -97,9 +95,7 @@ def test_a_ring_that_stays_full_loses_its_rows_from_its_last_one_on(
 
 @pytest.mark.parametrize("rings", [RING, ("tcp_client", "tcp_service"), ("tcp_client",)])
 @pytest.mark.parametrize("offset_ns", [1, 1_500, 5_500, 6_500, 10_500])
-def test_rows_that_come_while_others_are_lost_end_nothing(
-    rings: Sequence[str], offset_ns: int
-) -> None:
+def test_rows_during_a_loss_end_no_exchange(rings: Sequence[str], offset_ns: int) -> None:
     # A ring that is drained has room for some: these come amid the gap, and then it is full again.
     history, begins = requests(40)
     gaps = [(begins[at] + offset_ns, begins[at + 9] + 6_000) for at in (3, 14, 25)]
@@ -124,7 +120,7 @@ def test_rows_that_come_while_others_are_lost_end_nothing(
     assert len(found) >= 40 - 3 * 12
 
 
-def test_a_gap_is_where_it_says_and_not_where_it_is_told() -> None:
+def test_loss_applies_to_its_interval_and_not_its_position() -> None:
     # As in a capture of two hosts: rows of the other one may stand before it.
     history, begins = requests(10, pause_ns=SECOND)
     first, last = begins[3] + 5_500, begins[3] + 8_500
@@ -137,7 +133,7 @@ def test_a_gap_is_where_it_says_and_not_where_it_is_told() -> None:
     assert joiner.missed == 1
 
 
-def test_what_was_whole_before_a_loss_stays_whole() -> None:
+def test_complete_exchanges_before_a_loss_are_kept() -> None:
     history, begins = requests(6, pause_ns=SECOND)
     # Nothing is lost of this connection: the loss falls into a pause.
     then = begins[3] - SECOND // 2
@@ -146,7 +142,7 @@ def test_what_was_whole_before_a_loss_stays_whole() -> None:
     assert (joiner.missed, conn.spans_loss, conn.outcomes) == (0, 0, {"answered": 6})
 
 
-def test_a_request_whose_end_is_lost_is_not_open_either() -> None:
+def test_request_with_a_lost_end_is_not_open() -> None:
     history, begins = requests(3)
     told, (conn,), joiner = lossy(history.rows(), begins[2] + 5_500, 10 * SECOND)
     assert [one.outcome for one in told] == ["answered"] * 2
@@ -154,7 +150,7 @@ def test_a_request_whose_end_is_lost_is_not_open_either() -> None:
     assert joiner.untold() == ["without 1 exchanges that were under way where events were lost"]
 
 
-def test_points_that_tell_of_no_turn_do_no_harm() -> None:
+def test_losses_at_points_without_turns_have_no_effect() -> None:
     history, begins = requests(3)
     joiner = Joiner()
     rows = history.rows()
@@ -181,7 +177,7 @@ def _sink(name: str, path: Path, form: str) -> Any:
         ("summary", "1 left out: events were lost", 1),
     ],
 )
-def test_every_sink_tells_what_it_leaves_out_as_text_and_as_json(
+def test_every_sink_reports_omitted_exchanges_in_text_and_json(
     name: str, words: str, field: int, tmp_path: Path
 ) -> None:
     history, begins = requests(5, pause_ns=SECOND)

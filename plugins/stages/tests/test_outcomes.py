@@ -59,7 +59,7 @@ def outcomes(rows: Sequence[Row]) -> list[tuple[str, int | None, str]]:
         (("xdp_port",), 2_000),
     ],
 )
-def test_a_request_that_is_not_answered_waits_until_the_client_gives_up(
+def test_unanswered_request_waits_until_the_client_gives_up(
     watched: tuple[str, ...], first: int
 ) -> None:
     rows = hung().rows(set(PROBES) - set(watched))
@@ -71,7 +71,7 @@ def test_a_request_that_is_not_answered_waits_until_the_client_gives_up(
     assert 0 <= waited[1] - (WAIT - first) <= 1_000
 
 
-def test_stages_that_it_went_through_are_stages_and_the_rest_is_waiting() -> None:
+def test_unanswered_request_has_its_stages_and_a_waiting_time() -> None:
     exchanges, (conn,), _ = joined(hung().rows())
     waited = exchanges[-1]
     assert [name for name, _ in waited.split.stages] == [
@@ -83,7 +83,7 @@ def test_stages_that_it_went_through_are_stages_and_the_rest_is_waiting() -> Non
 
 
 @pytest.mark.parametrize("watched", [PROBES, ("tcp_client",), ("tcp_service",), ("xdp_port",)])
-def test_a_request_that_the_service_never_reads_is_not_answered_either(
+def test_unread_request_is_unanswered(
     watched: tuple[str, ...],
 ) -> None:
     history = hung()
@@ -107,7 +107,7 @@ def test_a_request_that_the_service_never_reads_is_not_answered_either(
         ({"desc": "timed out"}, "timed out"),
     ],
 )
-def test_what_ended_it_is_told(how: dict[str, Any], words: str) -> None:
+def test_unanswered_request_names_what_ended_it(how: dict[str, Any], words: str) -> None:
     history = History()
     now = one_answered(history) + 1_000
     ask(history, now)
@@ -119,7 +119,7 @@ def test_what_ended_it_is_told(how: dict[str, Any], words: str) -> None:
         assert outcomes(history.rows(without))[1] == ("unanswered", WAIT, words)
 
 
-def test_a_service_that_closes_instead_of_answering() -> None:
+def test_close_by_the_service_leaves_the_request_unanswered() -> None:
     history = History()
     now = one_answered(history) + 1_000
     ask(history, now)
@@ -135,7 +135,7 @@ def test_a_service_that_closes_instead_of_answering() -> None:
     assert conn.fins == [SERVICE, CLIENT]
 
 
-def test_a_client_that_only_closes_its_side_goes_on_waiting() -> None:
+def test_half_closed_client_keeps_waiting() -> None:
     history = History()
     now = one_answered(history) + 1_000
     ask(history, now)
@@ -147,7 +147,7 @@ def test_a_client_that_only_closes_its_side_goes_on_waiting() -> None:
     assert outcomes(history.rows())[1] == ("unanswered", WAIT, "closed by the service")
 
 
-def test_who_leaves_at_once_awaits_no_reply() -> None:
+def test_request_before_an_immediate_close_is_one_way() -> None:
     history = History()
     now = one_answered(history) + 1_000
     # TLS's close_notify, QUIT ...
@@ -229,22 +229,18 @@ US, MS = 1_000, 1_000_000
         ({"client_ns": 2_300 * US, "service_ns": 3 * MS, "read": False}, "unanswered"),
     ],
 )
-def test_a_farewell_is_no_request_though_the_close_is_late(
-    how: dict[str, Any], outcome: str
-) -> None:
+def test_farewell_before_a_late_close_is_one_way(how: dict[str, Any], outcome: str) -> None:
     assert outcomes(_parting(**how).rows())[-1][0] == outcome
 
 
 @pytest.mark.parametrize(("client_ns", "outcome"), [(58 * US, "one_way"), (90 * US, "unanswered")])
-def test_where_nothing_tells_what_the_client_read_the_round_trip_does(
-    client_ns: int, outcome: str
-) -> None:
+def test_round_trip_decides_where_client_reads_are_unknown(client_ns: int, outcome: str) -> None:
     # A round trip takes 4 us: what closes sooner behind the service's FIN has not seen that.
     rows = _parting(client_ns, 56 * US).rows({"tcp_client"})
     assert outcomes(rows)[-1][0] == outcome
 
 
-def test_a_client_waits_no_less_than_it_waited_for_another_answer() -> None:
+def test_earlier_answer_time_bounds_the_wait_for_a_reply() -> None:
     for answered_ns, outcome in ((30 * MS, "one_way"), (10 * MS, "unanswered")):
         history = _parting(20 * MS, 25 * MS, answered=2)
         late = [row for row in history.made if row.ts_ns >= 24_000]
@@ -253,7 +249,7 @@ def test_a_client_waits_no_less_than_it_waited_for_another_answer() -> None:
         assert outcomes(history.rows())[-1][0] == outcome
 
 
-def test_what_is_sent_after_the_service_has_closed_its_side_is_no_request() -> None:
+def test_message_after_the_services_fin_is_one_way() -> None:
     history = History()
     now = one_answered(history) + 1_000
     history.socket(now, CLIENT, "state", old_state="TCP_ESTABLISHED", state="TCP_CLOSE_WAIT")
@@ -270,7 +266,7 @@ def test_what_is_sent_after_the_service_has_closed_its_side_is_no_request() -> N
     assert [one[0] for one in outcomes(history.rows(["tcp_service"]))] == ["answered", "one_way"]
 
 
-def test_the_last_of_requests_in_flight_are_one_that_was_not_answered() -> None:
+def test_unanswered_pipelined_requests_are_one() -> None:
     history = History()
     now = history.shake_hands() + 1_000
     for number in range(3):
@@ -289,7 +285,7 @@ def test_the_last_of_requests_in_flight_are_one_that_was_not_answered() -> None:
     assert exchanges[1].waited_ns == WAIT - 1
 
 
-def test_a_reply_that_a_reset_cuts_off_is_no_answer() -> None:
+def test_reply_cut_off_by_a_reset_is_no_answer() -> None:
     history = History()
     now = one_answered(history) + 1_000
     read = ask(history, now)
@@ -315,7 +311,7 @@ def test_a_reply_that_a_reset_cuts_off_is_no_answer() -> None:
     assert conn.outcomes == {"answered": 1, "cut": 1}
 
 
-def test_a_reset_behind_a_reply_that_was_read_cuts_nothing() -> None:
+def test_reset_after_a_read_reply_cuts_nothing() -> None:
     history = History()
     now = one_answered(history) + 1_000
     history.packet(now, "nic_tx", SERVICE, 200, flags="RST|ACK")
@@ -325,7 +321,7 @@ def test_a_reset_behind_a_reply_that_was_read_cuts_nothing() -> None:
         assert [one[0] for one in outcomes(history.rows(without))] == ["answered"]
 
 
-def test_a_reply_that_comes_when_the_client_has_given_up_is_none() -> None:
+def test_reply_after_the_client_gave_up_does_not_count() -> None:
     history = History()
     now = one_answered(history) + 1_000
     read = ask(history, now)
@@ -352,7 +348,7 @@ def test_a_reply_that_comes_when_the_client_has_given_up_is_none() -> None:
         (4 * SECOND, 3 * SECOND, "unanswered"),
     ],
 )
-def test_a_request_under_way_when_the_run_ends_is_open_unless_it_waits_longer_than_any(
+def test_pending_request_is_open_unless_it_waits_longest(
     waited_ns: int, answered_ns: int, outcome: str
 ) -> None:
     history, other = History(), History(ends=(("10.9.9.9", 1), ("10.9.9.8", 2)), socks=(5, 6))
@@ -373,7 +369,7 @@ def test_a_request_under_way_when_the_run_ends_is_open_unless_it_waits_longer_th
     )
 
 
-def test_a_reply_on_its_way_when_the_run_ends_is_open() -> None:
+def test_reply_under_way_at_the_end_is_open() -> None:
     history = History()
     now = one_answered(history) + 1_000
     read = ask(history, now)
@@ -386,7 +382,7 @@ def test_a_reply_on_its_way_when_the_run_ends_is_open() -> None:
 
 @given(TURNS, NUMBERS, st.integers(), st.sets(st.sampled_from(["nic_tx", "nic_rx", "tcp_client"])))
 @settings(deadline=None)
-def test_what_is_read_without_a_row_is_paired_with_its_reply_all_the_same(
+def test_request_read_without_a_row_is_paired(
     turns: Any, first: tuple[int, int], seed: int, without: set[str]
 ) -> None:
     history, truth = of_turns(turns, first, seed, pause_ns=SECOND)
@@ -416,7 +412,7 @@ def _with_copied(history: History) -> None:
             row.seq, row.bytes = read[peer] % 2**32, (last - read[peer]) % 2**32
 
 
-def test_the_head_may_be_read_with_a_row_and_the_rest_without() -> None:
+def test_request_partly_read_without_a_row_is_paired() -> None:
     history = History()
     now = history.shake_hands() + 1_000
     for number in range(3):
@@ -437,7 +433,7 @@ def test_the_head_may_be_read_with_a_row_and_the_rest_without() -> None:
     assert conn.outcomes == {"answered": 3}
 
 
-def test_a_request_that_waits_while_another_is_answered_is_not_answered_yet() -> None:
+def test_reply_answers_no_request_still_unread() -> None:
     history = History()
     now = history.shake_hands() + 1_000
     at = [now + 1_000 * step for step in range(6)]
@@ -458,7 +454,7 @@ def test_a_request_that_waits_while_another_is_answered_is_not_answered_yet() ->
     ]
 
 
-def test_a_banner_behind_a_request_that_was_not_read_yet_is_unasked() -> None:
+def test_banner_before_the_request_is_read_is_a_push() -> None:
     history = History()
     now = history.shake_hands() + 1_000
     history.message(CLIENT, 10, [now, now + 1, now + 2, now + 3, now + 4, now + 900])
@@ -476,7 +472,7 @@ def test_a_banner_behind_a_request_that_was_not_read_yet_is_unasked() -> None:
 # --- connections without a byte
 
 
-def test_a_connection_seen_whole_without_a_byte_had_none() -> None:
+def test_complete_connection_without_bytes_had_no_exchange() -> None:
     history = History()
     history.close(history.shake_hands() + SECOND)
     for watched in (PROBES, ("tcp_client",), ("tcp_service",), ("dev_xmit",), ("xdp_port",)):
@@ -484,7 +480,7 @@ def test_a_connection_seen_whole_without_a_byte_had_none() -> None:
         assert (conn.bytes_of(CLIENT), conn.bytes_of(SERVICE)) == (0, 0), watched
 
 
-def test_of_a_connection_that_is_older_than_the_run_nothing_is_known() -> None:
+def test_exchanges_of_an_older_connection_are_unknown() -> None:
     history = History()
     history.close(history.shake_hands() + SECOND)
     rows = [row for row in history.rows() if row.ts_ns > SECOND and row.sock]
@@ -495,7 +491,7 @@ def test_of_a_connection_that_is_older_than_the_run_nothing_is_known() -> None:
 # --- what the sinks make of it
 
 
-def test_never_is_slower_than_ever(written: Any) -> None:
+def test_unanswered_requests_rank_as_slowest(written: Any) -> None:
     rows = hung(3).rows()
     slowest = objects(written("waterfall", rows, format="json", slow="2"))
     assert [one["outcome"] for one in slowest] == ["unanswered", "answered"]
@@ -519,14 +515,12 @@ def test_never_is_slower_than_ever(written: Any) -> None:
         ("queue_back:1us", ["answered", "answered"]),
     ],
 )
-def test_a_limit_counts_the_time_waited_where_it_may_have_passed(
-    written: Any, limit: str, found: list[str]
-) -> None:
+def test_latency_limit_includes_the_time_waited(written: Any, limit: str, found: list[str]) -> None:
     told = objects(written("waterfall", hung(2).rows(), format="json", min_stage=limit))
     assert [one["outcome"] for one in told] == found
 
 
-def test_stages_count_apart_what_was_not_answered(written: Any) -> None:
+def test_stages_sink_counts_unanswered_requests_separately(written: Any) -> None:
     rows = hung(3).rows()
     found = {one["stage"]: one for one in objects(written("stages", rows, format="json"))}
     assert list(found)[-2:] == ["total", "unanswered"]
@@ -538,7 +532,7 @@ def test_stages_count_apart_what_was_not_answered(written: Any) -> None:
     ]
 
 
-def test_a_push_is_no_sample_of_the_time_that_a_request_takes(written: Any) -> None:
+def test_push_is_not_a_sample_of_request_time(written: Any) -> None:
     history = History()
     now = history.shake_hands() + 1_000
     history.message(SERVICE, 30, [now + step * 1_000 for step in range(6)])
@@ -552,14 +546,14 @@ def test_a_push_is_no_sample_of_the_time_that_a_request_takes(written: Any) -> N
     assert "1 exchange · 1 push" in written("summary", history.rows())
 
 
-def test_a_summary_counts_them_apart(written: Any) -> None:
+def test_summary_counts_outcomes_separately(written: Any) -> None:
     (conn,) = objects(written("summary", hung(2).rows(), format="json"))
     counted = ("exchanges", "unanswered", "cut", "open", "one_way", "push")
     assert [conn[name] for name in counted] == [2, 1, 0, 0, 0, 0]
     assert "2 exchanges · 1 unanswered" in written("summary", hung(2).rows())
 
 
-def test_intervals_are_called_by_the_wall_clock(written: Any) -> None:
+def test_intervals_are_labelled_with_wall_clock_time(written: Any) -> None:
     history = History()
     # The second request ends the first exchange; of an interval without any there is no head.
     first = simple(history, history.shake_hands(SECOND - 100_000))
@@ -576,7 +570,7 @@ def test_intervals_are_called_by_the_wall_clock(written: Any) -> None:
         assert first["until_time_ns"] - first["until_ns"] == 1_700_000_000_000_000_000
 
 
-def test_outcomes_and_counts_agree() -> None:
+def test_outcomes_agree_with_the_counts() -> None:
     exchanges, connections, _ = joined(hung(2).rows())
     counted: dict[str, int] = {}
     for one in connections:
@@ -587,7 +581,7 @@ def test_outcomes_and_counts_agree() -> None:
 
 
 @pytest.mark.parametrize("tells", ["packets", "acked", "received", "an orderly end"])
-def test_a_reply_without_rows_of_calls_is_no_missing_reply(
+def test_connection_without_call_rows_has_no_missing_reply(
     tells: str, written: Callable[..., str]
 ) -> None:
     """As MPTCP has it: states and packets of a subflow have rows, its calls have none."""

@@ -21,7 +21,7 @@ def filled(durations: list[int]) -> Histogram:
 
 @settings(deadline=None)
 @given(DURATIONS)
-def test_a_percentile_is_off_by_less_than_a_percent(durations: list[int]) -> None:
+def test_percentile_error_is_below_1_percent(durations: list[int]) -> None:
     histogram = filled(durations)
     ordered = sorted(durations)
     for percent in PERCENTS:
@@ -33,7 +33,7 @@ def test_a_percentile_is_off_by_less_than_a_percent(durations: list[int]) -> Non
 
 @settings(deadline=None)
 @given(DURATIONS, DURATIONS)
-def test_two_are_as_good_as_one(some: list[int], others: list[int]) -> None:
+def test_merged_histograms_equal_one_of_all_samples(some: list[int], others: list[int]) -> None:
     merged = filled(some)
     merged.merge(filled(others))
     whole = filled(some + others)
@@ -46,18 +46,18 @@ def test_two_are_as_good_as_one(some: list[int], others: list[int]) -> None:
     )
 
 
-def test_an_empty_one_has_no_percentiles() -> None:
+def test_empty_histogram_has_no_percentiles() -> None:
     assert Histogram().percentile(99) == 0
 
 
-def test_its_memory_does_not_grow_with_what_it_counts() -> None:
+def test_memory_does_not_grow_with_the_number_of_samples() -> None:
     histogram = filled(
         [ns for exponent in range(36) for ns in range(2**exponent, 2**exponent + 500)]
     )
     assert len(histogram.counts) < 36 * 128
 
 
-def test_the_rank_is_exact() -> None:
+def test_percentile_rank_is_exact() -> None:
     histogram = Histogram()
     for ns in range(1, 41_001):
         histogram.add(1 if ns <= 40_959 else 200)

@@ -61,7 +61,7 @@ def objects(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_a_waterfall_object_has_its_stages_in_microseconds(written: Callable[..., str]) -> None:
+def test_waterfall_object_has_stages_in_microseconds(written: Callable[..., str]) -> None:
     one, other = objects(written("waterfall", exchanges(1_000, 400), format="json"))
     assert one["total_us"] == 1_000
     assert one["stages"]["server"] == 500
@@ -80,7 +80,7 @@ def test_a_waterfall_object_has_its_stages_in_microseconds(written: Callable[...
     assert (one["number"], other["number"]) == (1, 2)
 
 
-def test_a_waterfall_is_a_bar_for_each_stage_as_wide_as_it_may_be(
+def test_waterfall_draws_a_bar_for_each_stage(
     written: Callable[..., str],
 ) -> None:
     for width in (60, 100, 180):
@@ -98,7 +98,7 @@ def test_a_waterfall_is_a_bar_for_each_stage_as_wide_as_it_may_be(
         assert "100 B, reply 200 B  1.00 ms" in text
 
 
-def test_the_end_of_a_run_that_was_ended_takes_no_longer_than_it_may(
+def test_end_of_an_interrupted_run_takes_bounded_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[Row] = []
@@ -124,13 +124,13 @@ def test_the_end_of_a_run_that_was_ended_takes_no_longer_than_it_may(
     assert [words.split(" that ")[0] for words in said] == ["1000 of 1000"]
 
 
-def test_the_slowest_come_at_the_end_slowest_first(written: Callable[..., str]) -> None:
+def test_slowest_exchanges_come_at_the_end_in_order(written: Callable[..., str]) -> None:
     rows = exchanges(200, 900, 100, 900, 500)
     slowest = objects(written("waterfall", rows, format="json", slow="3"))
     assert [(one["total_us"], one["number"]) for one in slowest] == [(900, 2), (900, 4), (500, 5)]
 
 
-def test_only_those_of_which_a_stage_took_long(written: Callable[..., str]) -> None:
+def test_limit_selects_exchanges_with_a_long_stage(written: Callable[..., str]) -> None:
     rows = exchanges(200, 900, 100)
     for limit, numbers in (
         ("server:100us", [1, 2]),
@@ -145,12 +145,12 @@ def test_only_those_of_which_a_stage_took_long(written: Callable[..., str]) -> N
 
 
 @pytest.mark.parametrize("text", ["", "queue", "kitchen:1ms", "queue:soon", "queue:1"])
-def test_a_limit_that_means_nothing_is_refused(text: str) -> None:
+def test_invalid_limit_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"there is no stage|not a time|has no unit"):
         parse_at_least(text)
 
 
-def test_trouble_is_marked(written: Callable[..., str]) -> None:
+def test_retransmits_and_zero_windows_are_marked(written: Callable[..., str]) -> None:
     history = History()
     now = history.shake_hands() + 1_000
     history.message(CLIENT, 100, [now + 10 * step for step in range(6)])
@@ -168,7 +168,7 @@ def stats(history: History, ts_ns: int, end: int, **figures: int) -> None:
     history.socket(ts_ns, end, "stats", role=("client", "service")[end], **figures)
 
 
-def test_a_summary_has_the_handshake_bytes_and_what_the_kernel_counted(
+def test_summary_has_handshake_bytes_and_kernel_counters(
     written: Callable[..., str],
 ) -> None:
     history = History()
@@ -218,12 +218,12 @@ def test_stages_are_percentiles_by_group(written: Callable[..., str]) -> None:
     assert table[-1].split()[:2] == ["total", "100"]
 
 
-def test_stages_without_anything_to_tell_are_a_head(written: Callable[..., str]) -> None:
+def test_stages_without_exchanges_print_the_header_alone(written: Callable[..., str]) -> None:
     assert written("stages", []).split()[0] == "PROCESS"
     assert written("stages", [], format="json") == ""
 
 
-def test_intervals_end_by_the_rows_time(written: Callable[..., str]) -> None:
+def test_intervals_end_by_row_time(written: Callable[..., str]) -> None:
     rows = exchanges(*[900] * 10)
     found = objects(written("stages", rows, format="json", every="2ms"))
     whole = [one for one in found if "until_ns" not in one and one["stage"] == "total"]
@@ -243,7 +243,7 @@ def test_intervals_end_by_the_rows_time(written: Callable[..., str]) -> None:
         ("stages", {"format": "json", "every": "500us"}),
     ],
 )
-def test_batches_make_no_difference(
+def test_batch_boundaries_do_not_change_the_output(
     written: Callable[..., str], name: str, options: dict[str, str]
 ) -> None:
     rows = exchanges(200, 900, 100, 4_000, 500)
@@ -251,7 +251,7 @@ def test_batches_make_no_difference(
     assert {written(name, rows, size=size, **options) for size in (1, 7, 50)} == {at_once}
 
 
-def test_batches_make_no_difference_to_intervals_where_rows_are_late(
+def test_batch_boundaries_do_not_change_intervals_with_late_rows(
     written: Callable[..., str],
 ) -> None:
     # Of intervals in which no exchange was complete nothing is told.
@@ -264,7 +264,7 @@ def test_batches_make_no_difference_to_intervals_where_rows_are_late(
 
 
 @pytest.mark.parametrize("name", ["waterfall", "summary", "stages"])
-def test_a_loss_is_told_at_its_place(tmp_path: Path, name: str) -> None:
+def test_loss_is_written_at_its_place(tmp_path: Path, name: str) -> None:
     for form in ("text", "json"):
         path = tmp_path / form
         options = read_options(name, SPECS[name].options, {"path": str(path), "format": form})
@@ -292,12 +292,12 @@ def test_a_loss_is_told_at_its_place(tmp_path: Path, name: str) -> None:
         ("summary", {"slow": "1"}),
     ],
 )
-def test_options_that_mean_nothing_are_refused(name: str, given: dict[str, str]) -> None:
+def test_invalid_options_are_refused(name: str, given: dict[str, str]) -> None:
     with pytest.raises(UsageError):
         read_options(name, SPECS[name].options, given)
 
 
-def test_groups_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_groups_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tcplat_stages.stages._MOST_GROUPS", 3)
     sink = Stages(None, ("remote",))  # type: ignore[arg-type] # nothing is written
     for number in range(10):
@@ -313,7 +313,7 @@ def test_groups_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sink._now[("(others)",)]["total"].count == 7
 
 
-def test_after_exec_each_sink_tells_the_program_that_runs_now(written: Callable[..., str]) -> None:
+def test_each_sink_names_the_current_program_after_exec(written: Callable[..., str]) -> None:
     rows = exchanges(1_000, 400)
     sends = [row for row in rows if row.point == "send" and row.probe == "tcp_client"]
     for row in rows:

@@ -67,7 +67,7 @@ def conversations(starts: list[int], seed: int) -> list[Row]:
     silence=st.integers(0, 40 * SECOND),
 )
 @settings(deadline=None, max_examples=40)
-def test_what_time_ends_is_told_live_as_in_a_replay(
+def test_exchanges_ended_by_time_are_emitted_live_as_in_a_replay(
     tmp_path_factory: pytest.TempPathFactory,
     name: str,
     options: dict[str, str],
@@ -103,7 +103,7 @@ def test_what_time_ends_is_told_live_as_in_a_replay(
 
 
 @pytest.mark.parametrize(("waited_s", "outcome"), [(60, "unanswered"), (0.5, "open")])
-def test_a_request_without_a_reply_waits_until_the_run_ends(
+def test_unanswered_request_waits_until_the_run_ends(
     tmp_path: Path, waited_s: float, outcome: str
 ) -> None:
     history = History()
@@ -116,7 +116,7 @@ def test_a_request_without_a_reply_waits_until_the_run_ends(
     assert (last["outcome"], last["waited_us"]) == (outcome, waited_s * 1_000_000)
 
 
-def test_a_quiet_connection_is_told_while_nothing_comes(tmp_path: Path) -> None:
+def test_quiet_connection_is_emitted_without_new_rows(tmp_path: Path) -> None:
     sink = opened(tmp_path / "out", "waterfall", {"format": "json"})
     history = History()
     over = simple(history, history.shake_hands(5 * SECOND) + 500)
@@ -129,7 +129,7 @@ def test_a_quiet_connection_is_told_while_nothing_comes(tmp_path: Path) -> None:
     assert '"ended":"idle"' in text
 
 
-def test_an_interval_ends_while_nothing_comes(tmp_path: Path) -> None:
+def test_interval_ends_without_new_rows(tmp_path: Path) -> None:
     sink = opened(tmp_path / "out", "stages", {"format": "json", "every": "2s"})
     history = History()
     first = simple(history, history.shake_hands(SECOND) + 500)
@@ -145,7 +145,7 @@ def test_an_interval_ends_while_nothing_comes(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text(encoding="utf-8").splitlines() == told
 
 
-def test_a_time_far_ahead_takes_no_longer_than_one_that_is_near(tmp_path: Path) -> None:
+def test_distant_time_costs_no_more_than_a_near_one(tmp_path: Path) -> None:
     for name, options in SINKS:
         sink = opened(tmp_path / "out", name, {**options})
         history = History()

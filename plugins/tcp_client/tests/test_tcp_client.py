@@ -25,7 +25,7 @@ def words(
     return describe(Moment(point, state, old_state, err, empty))
 
 
-def test_it_is_registered_under_its_name() -> None:
+def test_tcp_client_is_registered() -> None:
     spec = Plugins.load().probe("tcp_client")
     assert spec.points == POINTS
     assert "tp_connect" in spec.source
@@ -54,15 +54,15 @@ def test_it_is_registered_under_its_name() -> None:
         (words("close", "TCP_CLOSE"), "socket gone"),
     ],
 )
-def test_a_row_is_described_as(described: str, as_: str) -> None:
+def test_row_description_matches(described: str, as_: str) -> None:
     assert described == as_
 
 
-def test_an_error_of_before_does_not_describe_a_later_state() -> None:
+def test_earlier_error_does_not_describe_a_later_state() -> None:
     assert words("state", "TCP_FIN_WAIT1", "TCP_ESTABLISHED", errno.EPIPE) == "FIN sent"
 
 
-def test_a_description_is_no_wider_than_its_column() -> None:
+def test_description_fits_its_column() -> None:
     for point, state, old_state, err, empty in itertools.product(
         [point.point for point in POINTS],
         TCP_STATES,
@@ -74,20 +74,20 @@ def test_a_description_is_no_wider_than_its_column() -> None:
 
 
 @pytest.mark.parametrize("point", POINTS, ids=lambda point: point.point)
-def test_each_point_is_there_with_and_without_function_hooks(point: HookPoint) -> None:
+def test_each_point_works_with_and_without_function_hooks(point: HookPoint) -> None:
     mechanisms = {way.mechanism for way in point.ways}
     assert mechanisms == {"fentry", "kprobe", "tracepoint"}
 
 
 @pytest.mark.parametrize("point", POINTS, ids=lambda point: point.point)
-def test_arguments_are_checked_wherever_a_handler_reads_them(point: HookPoint) -> None:
+def test_every_hook_declares_the_arguments_read(point: HookPoint) -> None:
     """Only a kretprobe has none."""
     for way in point.ways:
         for hook in way.hooks:
             assert hook.args or hook.mechanism == "kretprobe", hook
 
 
-def test_the_readme_has_every_point_and_every_hook_that_reports() -> None:
+def test_readme_has_every_point_and_every_reporting_hook() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     table = [line for line in readme.splitlines() if line.startswith("| `")]
     assert [line.split("`")[1] for line in table] == [point.point for point in POINTS]
@@ -97,7 +97,7 @@ def test_the_readme_has_every_point_and_every_hook_that_reports() -> None:
                 assert hook.quiet or f"`{hook.func}`" in line, hook
 
 
-def test_the_readme_has_every_histogram() -> None:
+def test_readme_has_every_histogram() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     told = [line.split("`")[1] for line in readme.splitlines() if line.startswith("- `")]
     assert [histogram.name for histogram in HISTOGRAMS] == told[: len(HISTOGRAMS)]

@@ -26,7 +26,7 @@ def words(
     return describe(Moment(point, state, old_state, err, empty, func=func))
 
 
-def test_it_is_registered_under_its_name() -> None:
+def test_tcp_service_is_registered() -> None:
     spec = Plugins.load().probe("tcp_service")
     assert spec.points == POINTS
     assert spec.event is ServiceEvent
@@ -56,11 +56,11 @@ def test_it_is_registered_under_its_name() -> None:
         (words("close", "TCP_CLOSE"), "socket gone"),
     ],
 )
-def test_a_row_is_described_as(described: str, as_: str) -> None:
+def test_row_description_matches(described: str, as_: str) -> None:
     assert described == as_
 
 
-def test_a_description_is_no_wider_than_its_column() -> None:
+def test_description_fits_its_column() -> None:
     for point, state, old_state, err, empty in itertools.product(
         [point.point for point in POINTS],
         TCP_STATES,
@@ -72,12 +72,12 @@ def test_a_description_is_no_wider_than_its_column() -> None:
 
 
 @pytest.mark.parametrize("point", POINTS, ids=lambda point: point.point)
-def test_each_point_is_there_with_and_without_function_hooks(point: HookPoint) -> None:
+def test_each_point_works_with_and_without_function_hooks(point: HookPoint) -> None:
     assert {way.mechanism for way in point.ways} == {"fentry", "kprobe", "tracepoint"}
 
 
 @pytest.mark.parametrize("point", POINTS, ids=lambda point: point.point)
-def test_arguments_are_checked_wherever_a_handler_reads_them(point: HookPoint) -> None:
+def test_every_hook_declares_the_arguments_read(point: HookPoint) -> None:
     for way in point.ways:
         for hook in way.hooks:
             unread = hook.mechanism == "kretprobe" or hook.func.startswith("syscalls:")
@@ -85,7 +85,7 @@ def test_arguments_are_checked_wherever_a_handler_reads_them(point: HookPoint) -
             assert hook.args or unread or hook.program == "kp_accept", hook
 
 
-def test_the_readme_has_every_point_and_every_function_that_reports() -> None:
+def test_readme_has_every_point_and_every_reporting_function() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     table = [line for line in readme.splitlines() if line.startswith("| `")]
     assert [line.split("`")[1] for line in table] == [point.point for point in POINTS]
@@ -95,7 +95,7 @@ def test_the_readme_has_every_point_and_every_function_that_reports() -> None:
                 assert hook.quiet or f"{hook.func.removeprefix('syscalls:')}`" in line, hook
 
 
-def test_the_readme_has_every_histogram() -> None:
+def test_readme_has_every_histogram() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     told = [line.split("`")[1] for line in readme.splitlines() if line.startswith("- `")]
     assert [histogram.name for histogram in HISTOGRAMS] == told[: len(HISTOGRAMS)]

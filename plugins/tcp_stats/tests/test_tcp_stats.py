@@ -25,7 +25,7 @@ def row_of(**members: int) -> StatsEvent:
     return row
 
 
-def test_a_record_becomes_a_row() -> None:
+def test_record_is_decoded_to_a_row() -> None:
     row = row_of(
         role=1, srtt_us=120, min_rtt_us=90, rto_us=200_120, retransmits=3, bytes_acked=2**40
     )
@@ -34,23 +34,23 @@ def test_a_record_becomes_a_row() -> None:
     assert row_of(role=2).role == "service"
 
 
-def test_where_no_round_trip_was_measured_there_is_none() -> None:
+def test_unmeasured_round_trip_is_null() -> None:
     row = row_of(role=1)
     assert (row.srtt_us, row.min_rtt_us, row.rto_us, row.retransmits) == (None, None, None, 0)
 
 
-def test_words() -> None:
+def test_end_of_a_connection_is_described() -> None:
     assert describe(Moment("stats", "TCP_CLOSE", "TCP_LAST_ACK", 0, None)) == "closed"
     error = Moment("stats", "TCP_CLOSE", "TCP_ESTABLISHED", errno.ECONNRESET, None)
     assert describe(error) == "ECONNRESET"
 
 
-def test_it_listens_by_every_mechanism() -> None:
+def test_every_mechanism_serves_the_point() -> None:
     (point,) = SPEC.points
     assert [way.mechanism for way in point.ways] == ["fentry", "tracepoint", "kprobe"]
 
 
-def test_the_readme_has_every_field() -> None:
+def test_readme_has_every_field() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     for name in OWN:
         assert f"`{name}`" in readme

@@ -113,7 +113,9 @@ def _frames(draw: Any) -> tuple[bytes, Packet]:
     max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
 @given(made=_frames())
-def test_made_by_scapy(rig: Rig, made: tuple[bytes, Packet]) -> None:
+def test_scapy_frames_are_read_as_the_reference_reads_them(
+    rig: Rig, made: tuple[bytes, Packet]
+) -> None:
     frame, segment = made
     seen = rig.see(frame)
     if 9999 not in (segment.sport, segment.dport):
@@ -174,7 +176,9 @@ def templates() -> list[bytes]:
 
 
 @pytest.mark.timeout(1200)
-def test_mutated(everything: Rig, measured: Callable[[str], None]) -> None:
+def test_mutated_frames_are_read_as_the_references_read_them(
+    everything: Rig, measured: Callable[[str], None]
+) -> None:
     """Every frame through kernel and reference, one in 50 reported ones through scapy as well."""
     run, seen = everything.runner.run, everything.seen
     reported = asked = 0

@@ -232,21 +232,21 @@ def raw(frame: Packet | bytes) -> bytes:
 
 
 @pytest.mark.parametrize("name", REPORTED)
-def test_is_reported(rig: Rig, name: str) -> None:
+def test_tcp_frame_is_reported(rig: Rig, name: str) -> None:
     frame, expected = REPORTED[name]
     assert parse(raw(frame)) == expected, "the reference is wrong"
     assert rig.see(raw(frame)) == expected
 
 
 @pytest.mark.parametrize("name", NOT_REPORTED)
-def test_is_not_reported(rig: Rig, name: str) -> None:
+def test_frame_without_a_matching_tcp_header_is_not_reported(rig: Rig, name: str) -> None:
     assert rig.see(raw(NOT_REPORTED[name])) is None
 
 
 @pytest.mark.parametrize(
     "name", [name for name in REPORTED if "long" not in name and "jumbo" not in name]
 )
-def test_cut_anywhere(rig: Rig, name: str) -> None:
+def test_truncated_frame_is_reported_once_its_tcp_header_is_whole(rig: Rig, name: str) -> None:
     """Until the TCP header is whole nothing is reported, and from then on always the same."""
     frame, expected = REPORTED[name]
     whole = raw(frame)
@@ -265,14 +265,14 @@ def ports(rig: Rig) -> Iterator[tuple[int, int]]:
                 yield sport, dport
 
 
-def test_dir_says_which_port_counts(load: Callable[..., Rig]) -> None:
+def test_dir_selects_the_port_that_counts(load: Callable[..., Rig]) -> None:
     assert list(ports(load(port="80", dir="src"))) == [(80, 80), (80, 443), (80, 5000)]
     assert list(ports(load(port="80", dir="dst"))) == [(80, 80), (443, 80), (5000, 80)]
     either = [(80, 80), (80, 443), (80, 5000), (443, 80), (5000, 80)]
     assert list(ports(load(port="80"))) == either
 
 
-def test_several_ports(load: Callable[..., Rig]) -> None:
+def test_any_of_several_ports_matches(load: Callable[..., Rig]) -> None:
     assert list(ports(load(port="80+443", dir="dst"))) == [
         (sport, dport) for sport in (80, 443, 5000) for dport in (80, 443)
     ]
@@ -285,12 +285,12 @@ def test_several_ports(load: Callable[..., Rig]) -> None:
     assert seen == list(range(1000, 1032))
 
 
-def test_all_ports(everything: Rig) -> None:
+def test_port_all_matches_every_port(everything: Rig) -> None:
     assert everything.see(raw(ether() / ip4() / tcp(sport=1, dport=65535)))
     assert not everything.see(raw(ether() / ip4() / UDP()))
 
 
-def test_where_and_when(rig: Rig) -> None:
+def test_row_has_interface_and_time(rig: Rig) -> None:
     assert rig.runner.run(raw(ether() / ip4() / tcp())) == 2
     (record,) = rig.records()
     # BPF_PROG_TEST_RUN lends the program this namespace's lo.
@@ -301,7 +301,7 @@ def test_where_and_when(rig: Rig) -> None:
     assert member(record, "comm") == bytes(16)
 
 
-def test_a_full_ring_costs_rows_and_nothing_else(load: Callable[..., Rig]) -> None:
+def test_full_ring_costs_rows_and_nothing_else(load: Callable[..., Rig]) -> None:
     small = load(ring_bytes=4096)
     frame = raw(ether() / ip4() / tcp())
     for _ in range(1000):

@@ -45,18 +45,20 @@ def packet(flags: str | None, *, empty: bool = True) -> str:
         (None, "odd flags", "odd flags"),
     ],
 )
-def test_words(flags: str | None, empty: str, full: str) -> None:
+def test_packets_are_described_by_flags_and_payload(
+    flags: str | None, empty: str, full: str
+) -> None:
     assert (packet(flags), packet(flags, empty=False)) == (empty, full)
 
 
-def test_every_packet_has_words_that_fit() -> None:
+def test_every_packet_description_fits_its_column() -> None:
     for count in range(9):
         for flags in itertools.combinations(TCP_FLAGS, count):
             for empty in (True, False):
                 assert 0 < len(packet("|".join(flags), empty=empty)) <= 15
 
 
-def test_interfaces() -> None:
+def test_iface_option_is_parsed() -> None:
     wanted = SPEC.interfaces
     assert wanted is not None
     assert wanted(options()) == Interfaces(names=("lo",))
@@ -77,12 +79,12 @@ def test_interfaces() -> None:
         ({"port": "all"}, {"XDP_SRC": 1, "XDP_DST": 1}),
     ],
 )
-def test_constants(given: dict[str, str], constants: dict[str, int | str]) -> None:
+def test_options_become_constants(given: dict[str, str], constants: dict[str, int | str]) -> None:
     assert SPEC.defines(options(**given)) == constants
 
 
 @pytest.mark.parametrize("missing", ["iface", "port"])
-def test_iface_and_port_are_needed(missing: str) -> None:
+def test_iface_and_port_are_required(missing: str) -> None:
     given = {"iface": "lo", "port": "80"}
     del given[missing]
     with pytest.raises(UsageError, match=f"needs {missing}="):
@@ -99,17 +101,17 @@ def test_iface_and_port_are_needed(missing: str) -> None:
         ("mode", "skb"),
     ],
 )
-def test_what_no_option_takes(key: str, value: str) -> None:
+def test_invalid_options_are_refused(key: str, value: str) -> None:
     with pytest.raises(UsageError, match=f"option {key}="):
         options(**{key: value})
 
 
-def test_the_request_crosses_over_unchanged() -> None:
+def test_request_survives_packing() -> None:
     request = Request(probes=(probe_request(SPEC, options(iface="a+b", mode="native")),))
     assert Request.unpack(request.pack()) == request
 
 
-def test_the_row_has_an_acknowledgement_where_the_packet_has() -> None:
+def test_row_has_an_acknowledgement_where_the_packet_has_one() -> None:
     record = Record(PacketEvent)
     assert "#define TCPLAT_HAS_ACK 8\n" in record.c_struct()
     decode = record.decoder("xdp_port", fired_by(SPEC), lambda index: f"if{index}")

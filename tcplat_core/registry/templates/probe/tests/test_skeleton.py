@@ -7,26 +7,26 @@ from tcplat_skeleton.plugin import defines, tcplat_register_probes
 (SPEC,) = tcplat_register_probes()
 
 
-def test_it_is_called_skeleton() -> None:
+def test_probe_is_registered_as_skeleton() -> None:
     assert SPEC.name == "skeleton"
 
 
-def test_a_record_of_the_kernel_becomes_a_row() -> None:
+def test_kernel_record_is_decoded_to_a_row() -> None:
     row = make_row(SPEC, "tp_end", comm="curl", daddr="192.0.2.1", srtt_us=250, resent=2)
     assert (row.point, row.func, row.attach) == ("end", "tcp:tcp_destroy_sock", "tracepoint")
     assert (row.comm, row.daddr, row.srtt_us, row.resent) == ("curl", "192.0.2.1", 250, 2)
 
 
-def test_no_round_trip_is_no_zero() -> None:
+def test_unmeasured_round_trip_is_null() -> None:
     assert make_row(SPEC, "tp_end", srtt_us=0).srtt_us is None
 
 
-def test_a_row_says_how_it_ended() -> None:
+def test_description_says_how_the_connection_ended() -> None:
     assert make_row(SPEC, "tp_end").desc == "connection over"
     assert make_row(SPEC, "tp_end", err=104).desc == "ECONNRESET"
 
 
-def test_the_option_is_a_constant_of_the_c() -> None:
+def test_option_becomes_a_constant_in_c() -> None:
     (option,) = SPEC.options
     assert defines({option.name: option.default}) == {"MIN_SRTT_US": 0}
     assert defines({option.name: option.convert("5ms")}) == {"MIN_SRTT_US": 5000}

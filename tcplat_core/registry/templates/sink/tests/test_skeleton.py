@@ -19,7 +19,7 @@ def open_sink(path: Path, by: str = "comm") -> Totals:
     return sink
 
 
-def test_it_is_called_skeleton() -> None:
+def test_sink_is_registered_as_skeleton() -> None:
     assert SPEC.name == "skeleton"
 
 
@@ -36,7 +36,7 @@ def test_bytes_are_summed_by_process(tmp_path: Path) -> None:
     assert last == "in 1.0 s"
 
 
-def test_losses_are_said(tmp_path: Path) -> None:
+def test_losses_are_reported(tmp_path: Path) -> None:
     sink = open_sink(tmp_path / "out", by="pid")
     sink.lost(Loss("tcp_client", "send", 3))
     sink.close(REPORT)
