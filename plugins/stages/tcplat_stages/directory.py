@@ -22,6 +22,8 @@ _STRAGGLERS_NS = 2_000_000_000
 """So long a connection that is over still takes what belongs to it."""
 _MOST_OVER = 8_192
 """Connections that are over and still take what belongs to them."""
+_MOST_ALIKE = 64
+"""Connections that are remembered of one pair of addresses: each row looks through them."""
 _MOST_DONE = 65_536
 """Sockets that are remembered longer than their connections."""
 _LAST_NS = attrgetter("last_ns")
@@ -169,6 +171,20 @@ class Directory:
                 self._doubt(one)
                 if conn.flows[CLIENT].syn < 0:
                     conn.doubtful = True
+        self._keep_few(known, conn)
+
+    def _keep_few(self, known: Sequence[Connection], conn: Connection) -> None:
+        """Of too many connections with the addresses of `conn`, give up the oldest.
+
+        Those go first that others have replaced: only their sockets may still have a row.
+        """
+        while len(known) > _MOST_ALIKE:
+            others = [one for one in known if one is not conn]
+            oldest = next((one for one in others if one.replaced), others[0])
+            if not oldest.over:
+                self.given_up += 1
+                self.finish(oldest, "given up")
+            self.release(oldest)
 
     def _doubt(self, conn: Connection) -> None:
         """Another connection has its addresses at the same time, elsewhere."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -432,3 +432,41 @@ def test_alternating_processes_use_bounded_memory() -> None:
     joiner.feed(history.rows())
     (conn,) = joiner.directory.conns.values()
     assert len(conn.flows[CLIENT].senders) < 1_000
+
+
+# --- many connections of one pair of addresses
+
+
+def busy(step: Callable[[int], list[Row]], count: int) -> Joiner:
+    """Join so many steps of rows; return the joiner, with what it has remembered."""
+    joiner = Joiner()
+    for number in range(count):
+        joiner.feed(step(number))
+    return joiner
+
+
+def connects(number: int) -> list[Row]:
+    """One more socket calls connect() with the same two addresses; none of them is closed."""
+    one = History(socks=(1_000 + number, 0))
+    one.socket(1_000 * number, CLIENT, "connect", state="TCP_SYN_SENT")
+    return one.made
+
+
+def test_of_many_connections_by_the_same_addresses_a_few_are_remembered() -> None:
+    joiner = busy(connects, 1_000)
+    (known,) = joiner.directory.tuples.values()
+    assert [conn.ends[CLIENT].sock for conn in known] == list(range(1_936, 2_000))
+    assert joiner.given_up == 1_000 - 64
+    assert len(joiner.directory.conns) == 64
+
+
+def test_each_of_them_is_told_once() -> None:
+    joiner = Joiner()
+    told = [one for number in range(1_000) for one in joiner.feed(connects(number))]
+    told += joiner.finish()
+    assert sorted(one.ends[CLIENT].sock for one in told if isinstance(one, Connection)) == list(
+        range(1_000, 2_000)
+    )
+    assert [one.ended for one in told if isinstance(one, Connection)] == (
+        ["given up"] * 936 + ["port reused"] * 63 + ["end of run"]
+    )
