@@ -72,7 +72,7 @@ class Tool:
         return [dict(zip(names, line.split(), strict=True)) for line in lines[first + 1 :]]
 
 
-def test_states_and_times_are_those_of_bccs_tools(
+def test_states_and_times_agree_with_the_bcc_tools(
     tool: Callable[..., Tool],
     running_tcplat: Callable[..., Tcplat],
     client: Puppet,

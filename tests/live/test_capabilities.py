@@ -53,7 +53,7 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("rights", [FEW, MORE])
-def test_a_socket_older_than_the_run(
+def test_older_socket_of_root_is_traced_with_capabilities(
     rights: str,
     program: Callable[[str], Sequence[str]],
     folder: Path,
@@ -78,7 +78,7 @@ def test_a_socket_older_than_the_run(
 
 
 @pytest.mark.parametrize("rights", [FEW, MORE])
-def test_accept(
+def test_accept_is_traced_or_its_missing_capability_is_named(
     rights: str,
     program: Callable[[str], Sequence[str]],
     folder: Path,
@@ -98,7 +98,10 @@ def test_accept(
     assert not (rights == MORE and said)
 
 
-def test_doctor_says_it(program: Callable[[str], Sequence[str]], server: Listener) -> None:  # noqa: ARG001 - a socket of another user's
+def test_doctor_names_the_missing_capabilities(
+    program: Callable[[str], Sequence[str]],
+    server: Listener,  # noqa: ARG001 - a socket of another user
+) -> None:
     found = [
         subprocess.run(
             [*program(rights), "doctor"], check=False, capture_output=True, text=True

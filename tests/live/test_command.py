@@ -37,13 +37,13 @@ def connecting(server: Listener) -> list[str]:
     ("script", "status"),
     [("exit 0", 0), ("exit 7", 7), ("kill -TERM $$", 128 + 15), ("kill -KILL $$", 128 + 9)],
 )
-def test_its_exit_status_is_ours(script: str, status: int, start_tcplat: Start) -> None:
+def test_run_exits_with_the_commands_status(script: str, status: int, start_tcplat: Start) -> None:
     outcome = start_tcplat(command=["sh", "-c", script]).wait()
     assert outcome.returncode == status
     assert outcome.report["delivered"] == 0
 
 
-def test_its_input_and_output_are_untouched(start_tcplat: Start, tmp_path: Path) -> None:
+def test_command_keeps_its_stdin_and_stdout(start_tcplat: Start, tmp_path: Path) -> None:
     given = bytes(range(256)) * 100
     (tmp_path / "in").write_bytes(given)
     with (tmp_path / "in").open("rb") as stdin:
@@ -52,12 +52,12 @@ def test_its_input_and_output_are_untouched(start_tcplat: Start, tmp_path: Path)
     assert outcome.stdout == given
 
 
-def test_a_quiet_run_says_nothing(start_tcplat: Start) -> None:
+def test_quiet_run_prints_nothing(start_tcplat: Start) -> None:
     outcome = start_tcplat("--quiet", command=["sh", "-c", "echo out; echo error >&2"]).wait()
     assert outcome.stderr == "error\n"
 
 
-def test_its_connections_are_traced_from_the_first_syn_to_the_end(
+def test_connections_of_the_command_are_traced_from_the_first_syn(
     start_tcplat: Start, server: Listener
 ) -> None:
     run = start_tcplat(command=connecting(server))
@@ -75,14 +75,14 @@ def test_its_connections_are_traced_from_the_first_syn_to_the_end(
     assert {row["dport"] for row in outcome.rows} == {server.port}
 
 
-def test_it_runs_only_once_everything_is_attached(start_tcplat: Start, tmp_path: Path) -> None:
+def test_command_starts_once_everything_is_attached(start_tcplat: Start, tmp_path: Path) -> None:
     """It is there before that, and waits: its very first row is the connect."""
     script = f"ls {tmp_path}/*.ready > {tmp_path}/seen"
     assert start_tcplat(command=["sh", "-c", script]).wait().returncode == 0
     assert ".ready" in (tmp_path / "seen").read_text()
 
 
-def test_children_and_grandchildren_are_traced_and_nobody_else(
+def test_only_children_and_grandchildren_of_the_command_are_traced(
     start_tcplat: Start, client: Puppet, server: Listener, tmp_path: Path
 ) -> None:
     (tmp_path / "connect.py").write_text(CONNECT.format(server.address))
@@ -113,7 +113,7 @@ def test_children_and_grandchildren_are_traced_and_nobody_else(
     assert {row["dport"] for row in outcome.rows} == {server.port}
 
 
-def test_a_grandchild_without_a_parent_is_traced(
+def test_orphaned_grandchild_is_traced(
     start_tcplat: Start, server: Listener, tmp_path: Path
 ) -> None:
     (tmp_path / "connect.py").write_text(CONNECT.format(server.address))
@@ -128,9 +128,7 @@ def test_a_grandchild_without_a_parent_is_traced(
     assert run.wait().rows[0]["dport"] == server.port
 
 
-def test_a_thread_of_a_child_is_traced(
-    start_tcplat: Start, server: Listener, tmp_path: Path
-) -> None:
+def test_thread_of_a_child_is_traced(start_tcplat: Start, server: Listener, tmp_path: Path) -> None:
     script = tmp_path / "thread.py"
     script.write_text(f"""
 import threading
@@ -147,7 +145,7 @@ thread.join()
     assert {row["tid"] == row["pid"] for row in rows} == {False}
 
 
-def test_the_command_and_a_process(
+def test_command_and_pid_are_both_traced(
     start_tcplat: Start, client: Puppet, server: Listener, tmp_path: Path
 ) -> None:
     """-p besides a command: both."""
@@ -161,15 +159,13 @@ def test_the_command_and_a_process(
     assert {row["pid"] for row in rows} == {client.pid}
 
 
-def test_there_is_no_such_command(start_tcplat: Start) -> None:
+def test_missing_command_is_refused(start_tcplat: Start) -> None:
     outcome = start_tcplat(command=["/no/such/program"]).wait()
     assert outcome.returncode == 2
     assert outcome.stderr == "tcplat: there is no program '/no/such/program' to run\n"
 
 
-def test_the_command_is_not_started_if_the_run_cannot_be(
-    start_tcplat: Start, tmp_path: Path
-) -> None:
+def test_command_is_not_started_if_the_run_fails(start_tcplat: Start, tmp_path: Path) -> None:
     outcome = start_tcplat(
         command=["touch", str(tmp_path / "made")], sinks=["jsonl:path=/no/such/folder/x"]
     ).wait()
@@ -179,9 +175,7 @@ def test_the_command_is_not_started_if_the_run_cannot_be(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_command_too(
-    number: int, start_tcplat: Start, pid_file: PidFile
-) -> None:
+def test_signal_stops_the_command_too(number: int, start_tcplat: Start, pid_file: PidFile) -> None:
     run = start_tcplat(command=pid_file.command("sleep", "60"))
     eventually(pid_file.pid, "the command had begun")
     outcome = run.stop(number)
@@ -191,7 +185,7 @@ def test_a_signal_stops_the_command_too(
     assert outcome.stderr.count("\n") == 1
 
 
-def test_the_command_is_stopped_with_the_run(start_tcplat: Start, pid_file: PidFile) -> None:
+def test_command_is_stopped_with_the_run(start_tcplat: Start, pid_file: PidFile) -> None:
     command = pid_file.command("sleep", "60")
     outcome = start_tcplat("--duration", "300ms", command=command).wait()
     assert outcome.returncode == 0
@@ -200,7 +194,7 @@ def test_the_command_is_stopped_with_the_run(start_tcplat: Start, pid_file: PidF
     assert not pid_file.alive()
 
 
-def test_a_killed_session_leaves_no_waiting_command(start_tcplat: Start, tmp_path: Path) -> None:
+def test_killed_session_leaves_no_waiting_command(start_tcplat: Start, tmp_path: Path) -> None:
     """The command waits for a go that never comes: then it must not stay, nor run."""
     made = tmp_path / "made"
     run = start_tcplat(command=["touch", str(made)])
@@ -218,7 +212,7 @@ def test_a_killed_session_leaves_no_waiting_command(start_tcplat: Start, tmp_pat
         assert not made.exists()
 
 
-def test_the_command_has_tcplats_own_privileges(start_tcplat: Start) -> None:
+def test_command_has_the_privileges_of_tcplat(start_tcplat: Start) -> None:
     """What `sudo tcplat run -- CMD` traces is what `sudo CMD` would do."""
     outcome = start_tcplat(command=["cat", "/proc/self/status"], stdout=subprocess.PIPE).wait()
     mine = Path("/proc/self/status").read_text()
@@ -233,7 +227,7 @@ def test_the_command_has_tcplats_own_privileges(start_tcplat: Start) -> None:
     assert int(field(theirs, "SigIgn:").split()[1], 16) >> (signal.SIGPIPE - 1) & 1 == 0
 
 
-def test_a_command_inherits_no_file_of_ours(start_tcplat: Start) -> None:
+def test_command_inherits_no_fd_of_tcplat(start_tcplat: Start) -> None:
     outcome = start_tcplat(command=["ls", "/proc/self/fd"], stdout=subprocess.PIPE).wait()
     # The last one is the folder that ls reads.
     assert outcome.stdout.split() == [b"0", b"1", b"2", b"3"]

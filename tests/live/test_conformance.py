@@ -29,7 +29,7 @@ PROBES = [
 
 
 @pytest.mark.tcplat_plugin(*PROBES)
-def test_what_comes_with_tcplat_conforms(tcplat_check: Callable[[], None]) -> None:
+def test_built_in_plugins_conform(tcplat_check: Callable[[], None]) -> None:
     tcplat_check()
 
 
@@ -74,7 +74,7 @@ def with_fault(code: str) -> dict[str, Outcome]:
     return outcomes(attrs.evolve(PACKETS, source=fault))
 
 
-def test_the_probe_that_faults_are_planted_in_has_none() -> None:
+def test_probe_used_for_fault_injection_conforms() -> None:
     assert {one.verdict for one in with_fault("").values()} == {"passed"}
 
 
@@ -96,7 +96,7 @@ def test_the_probe_that_faults_are_planted_in_has_none() -> None:
     ],
     ids=["drops when its ring is full", "drops what is cut off", "writes to the packet"],
 )
-def test_a_program_that_does_something_to_packets(code: str, sentence: str) -> None:
+def test_program_that_drops_or_changes_packets_fails_the_check(code: str, sentence: str) -> None:
     found = with_fault(code)
     assert found["attaches"].verdict == "passed"
     assert found["lets packets pass"].verdict == "failed"
@@ -104,7 +104,7 @@ def test_a_program_that_does_something_to_packets(code: str, sentence: str) -> N
     assert found["leaves nothing"].verdict == "passed"
 
 
-def test_a_program_that_the_verifier_refuses() -> None:
+def test_program_refused_by_the_verifier_fails_the_check() -> None:
     found = with_fault("bpf_trace_printk_((char *)0, 1);\nreturn *(int *)7;")
     assert found["attaches"].verdict == "failed"
     assert "the verifier refused on_packet" in found["attaches"].why
@@ -113,7 +113,7 @@ def test_a_program_that_the_verifier_refuses() -> None:
     )
 
 
-def test_a_hook_that_this_kernel_does_not_have() -> None:
+def test_hook_missing_from_this_kernel_fails_the_check() -> None:
     source = PACKETS.source.replace("on_packet(struct xdp_md", "on_packet(void").replace(
         "XDP_PASS", "0"
     )
@@ -124,7 +124,7 @@ def test_a_hook_that_this_kernel_does_not_have() -> None:
     assert "this kernel has no tracepoint tcp:tcp_no_such_thing" in outcomes(spec)["attaches"].why
 
 
-def test_what_is_left_is_found() -> None:
+def test_leftover_program_and_map_are_found() -> None:
     """A program, and a map, that somebody still holds."""
     fd = bpf.program_load(
         "tcplat_left", bpf.ProgramType.XDP, bytes.fromhex("b7000000020000009500000000000000")
@@ -138,7 +138,7 @@ def test_what_is_left_is_found() -> None:
     assert trial._still_there([(fd, kind, number)]) == []
 
 
-def test_nothing_of_the_hosts_is_touched_and_nothing_left(tmp_path: Path) -> None:
+def test_check_leaves_the_host_unchanged(tmp_path: Path) -> None:
     needs("bpftool", "ip")
 
     def host() -> tuple[str, set[str]]:

@@ -92,7 +92,7 @@ def test_a_connection_from_connect_to_close(
     assert [row["connect_us"] is None for row in rows].count(False) == 1
 
 
-def test_the_source_port_is_the_real_one(
+def test_source_port_is_that_of_getsockname(
     traffic: Traffic, client: Puppet, server: Listener
 ) -> None:
     client.connect(server)
@@ -100,7 +100,7 @@ def test_the_source_port_is_the_real_one(
     assert [row["sport"] for row in traffic.rows() if completes(row)] == [sport]
 
 
-def test_a_bound_socket_has_its_source_port_from_the_start(
+def test_bound_socket_has_its_source_port_in_the_first_row(
     traffic: Traffic, client: Puppet, server: Listener
 ) -> None:
     client("s = socket.socket(); s.bind(('127.0.0.1', 0))")
@@ -109,7 +109,9 @@ def test_a_bound_socket_has_its_source_port_from_the_start(
     assert {row["sport"] for row in traffic.rows()} == {sport}
 
 
-def test_a_mapped_address_is_ip_4(traffic: Traffic, client: Puppet, server: Listener) -> None:
+def test_mapped_address_is_reported_as_ipv4(
+    traffic: Traffic, client: Puppet, server: Listener
+) -> None:
     client(f"s = socket.socket(socket.AF_INET6); s.connect(('::ffff:127.0.0.1', {server.port}))")
     client("s.close()")
     server.accept().close()
@@ -120,7 +122,7 @@ def test_a_mapped_address_is_ip_4(traffic: Traffic, client: Puppet, server: List
 
 
 @pytest.mark.parametrize("ip", [4, 6])
-def test_refused(ip: int, watched: Watched, client: Puppet) -> None:
+def test_refused_connect_is_traced(ip: int, watched: Watched, client: Puppet) -> None:
     port = free_port(ip)
     client(f"s = socket.socket(socket.AddressFamily({FAMILY[ip]}))")
     assert client(f"s.connect_ex(({LOCAL[ip]!r}, {port})) == errno.ECONNREFUSED")
@@ -135,7 +137,7 @@ def test_refused(ip: int, watched: Watched, client: Puppet) -> None:
     assert [row["connect_us"] is None for row in rows] == [True, True, False, True]
 
 
-def test_a_nonblocking_connect_that_is_refused(watched: Watched, client: Puppet) -> None:
+def test_refused_nonblocking_connect_is_traced(watched: Watched, client: Puppet) -> None:
     port = free_port()
     client(f"s = socket.socket(); s.setblocking(False); s.connect_ex(('127.0.0.1', {port}))")
     rows = watched.to(port).wait_for("it was refused", reached("CLOSE"))
@@ -144,7 +146,7 @@ def test_a_nonblocking_connect_that_is_refused(watched: Watched, client: Puppet)
     assert rows[-1]["pid"] == client.pid
 
 
-def test_connecting_again_after_a_refusal(watched: Watched, client: Puppet) -> None:
+def test_second_connect_after_a_refusal_is_traced(watched: Watched, client: Puppet) -> None:
     port = free_port()
     client(f"s = socket.socket(); s.connect_ex(('127.0.0.1', {port}))")
     with socket.create_server(("127.0.0.1", port)) as server:
@@ -166,7 +168,7 @@ def test_connecting_again_after_a_refusal(watched: Watched, client: Puppet) -> N
     assert {(row["daddr"], row["dport"]) for row in rows} == {("127.0.0.1", port)}
 
 
-def test_connecting_elsewhere_after_a_refusal(
+def test_connect_elsewhere_after_a_refusal_is_traced(
     watched: Watched, traffic: Traffic, client: Puppet, server: Listener
 ) -> None:
     port = free_port()
@@ -179,7 +181,7 @@ def test_connecting_elsewhere_after_a_refusal(
     assert len({row["sock"] for row in (*first, *second)}) == 1
 
 
-def test_disconnected_and_connected_again(
+def test_reconnect_after_a_disconnect_is_traced(
     traffic: Traffic, client: Puppet, server: Listener
 ) -> None:
     """connect(AF_UNSPEC) makes a socket as good as new."""
@@ -197,7 +199,7 @@ ctypes.CDLL(None).connect(s.fileno(), struct.pack("=H14x", socket.AF_UNSPEC), 16
     assert rows[-1]["connect_us"] > 0
 
 
-def test_timed_out(watched: Watched) -> None:
+def test_timed_out_connect_is_traced(watched: Watched) -> None:
     """Both families, and both ways to say for how long, at once: it takes a few seconds."""
     stranded = watched.stranded
     netns = stranded("os.stat('/proc/self/ns/net').st_ino")
@@ -230,7 +232,7 @@ for to, family in (("10.77.0.2", socket.AF_INET), ("fd77::2", socket.AF_INET6)):
     assert {(row["ip"], row["daddr"]) for row in rows} == {(4, "10.77.0.2"), (6, "fd77::2")}
 
 
-def test_given_up_by_close(watched: Watched) -> None:
+def test_connect_abandoned_by_close_is_traced(watched: Watched) -> None:
     stranded, traffic = watched.stranded, watched.to(7777)
     stranded("s = socket.socket(); s.setblocking(False); s.connect_ex(('10.77.0.2', 7777))")
     traffic.wait_for("the SYN was out", reached("SYN_SENT"))
@@ -242,7 +244,7 @@ def test_given_up_by_close(watched: Watched) -> None:
     assert rows[2]["daddr"] == "10.77.0.2"
 
 
-def test_given_up_because_the_process_was_killed(
+def test_connect_abandoned_by_a_kill_is_traced(
     running_tcplat: Callable[..., Tcplat], stranded: Puppet
 ) -> None:
     run = running_tcplat("-p", str(stranded.pid))
@@ -258,7 +260,7 @@ def test_given_up_because_the_process_was_killed(
 
 
 @pytest.mark.parametrize("to", ["10.99.0.1", "fd99::1"])
-def test_no_route(to: str, watched: Watched) -> None:
+def test_connect_without_a_route_is_traced(to: str, watched: Watched) -> None:
     """No SYN goes out, no state changes: only who watches the call itself can know."""
     stranded = watched.stranded
     family = "AF_INET6" if ":" in to else "AF_INET"
@@ -277,7 +279,9 @@ def test_no_route(to: str, watched: Watched) -> None:
     assert (row["daddr"], row["dport"], row["ip"]) == (to, 7775, 6 if ":" in to else 4)
 
 
-def test_no_free_address(traffic: Traffic, client: Puppet, server: Listener) -> None:
+def test_connect_without_a_free_address_is_traced(
+    traffic: Traffic, client: Puppet, server: Listener
+) -> None:
     """It gets as far as TCP_SYN_SENT, and no further."""
     # The same four numbers twice.
     code = client(f"""
@@ -297,16 +301,14 @@ other.connect_ex({server.address!r})
     assert failed[-1]["desc"] != "connected"
 
 
-def test_a_nonblocking_connect_that_completes(
-    traffic: Traffic, client: Puppet, server: Listener
-) -> None:
+def test_nonblocking_connect_completes(traffic: Traffic, client: Puppet, server: Listener) -> None:
     client(f"s = socket.socket(); s.setblocking(False); s.connect_ex({server.address!r})")
     rows = traffic.wait_for("it was connected", reached("ESTABLISHED"))
     (done,) = filter(completes, rows)
     assert done["connect_us"] > 0
 
 
-def test_each_connection_has_a_sock_of_its_own(
+def test_each_connection_has_its_own_sock(
     traffic: Traffic, client: Puppet, server: Listener
 ) -> None:
     client(f"""
@@ -327,7 +329,7 @@ for _ in range(100):
     assert all(0 < sock < 2**63 for sock in socks)
 
 
-def test_the_peer_closes_first(traffic: Traffic, client: Puppet, server: Listener) -> None:
+def test_close_by_the_peer_is_traced(traffic: Traffic, client: Puppet, server: Listener) -> None:
     client.connect(server)
     server.accept().close()
     traffic.wait_for("the peer's FIN was there", reached("CLOSE_WAIT"))
@@ -342,7 +344,7 @@ def test_the_peer_closes_first(traffic: Traffic, client: Puppet, server: Listene
     ]
 
 
-def test_half_close(traffic: Traffic, client: Puppet, server: Listener) -> None:
+def test_half_close_is_traced(traffic: Traffic, client: Puppet, server: Listener) -> None:
     client.connect(server)
     peer = server.accept()
     client("s.sendall(b'question'); s.shutdown(socket.SHUT_WR)")
@@ -369,7 +371,7 @@ def test_half_close(traffic: Traffic, client: Puppet, server: Listener) -> None:
     assert len({(row["sport"], row["dport"], row["daddr"]) for row in rows[2:]}) == 1
 
 
-def test_reset_by_the_peer(traffic: Traffic, client: Puppet, server: Listener) -> None:
+def test_reset_by_the_peer_is_traced(traffic: Traffic, client: Puppet, server: Listener) -> None:
     client.connect(server)
     peer = server.accept()
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -381,9 +383,7 @@ def test_reset_by_the_peer(traffic: Traffic, client: Puppet, server: Listener) -
     assert reset["connect_us"] is None
 
 
-def test_what_the_process_accepts_is_another_probes_business(
-    watched: Watched, client: Puppet
-) -> None:
+def test_accepted_connections_have_no_tcp_client_rows(watched: Watched, client: Puppet) -> None:
     port = client("l = socket.create_server(('127.0.0.1', 0)); l.getsockname()[1]")
     with socket.create_connection(("127.0.0.1", port)) as other:
         client("a, _ = l.accept(); a.sendall(b'hello'); a.close(); l.close()")

@@ -80,7 +80,7 @@ def told(path: Path, sink: str) -> list[dict[str, Any]]:
     ],
     ids="+".join,
 )
-def test_two_pairs_of_namespaces_have_the_same_addresses(
+def test_namespace_pairs_with_equal_addresses_are_not_mixed(
     puppet: Callable[..., Puppet],
     running_tcplat: Callable[..., Tcplat],
     probes: tuple[str, ...],
@@ -128,7 +128,7 @@ def test_two_pairs_of_namespaces_have_the_same_addresses(
     assert not any(one["doubtful"] for one in connections)
 
 
-def test_each_attempt_of_one_socket_is_told_by_itself(
+def test_each_connect_of_one_socket_is_a_separate_connection(
     puppet: Callable[..., Puppet], running_tcplat: Callable[..., Tcplat]
 ) -> None:
     port = free_port()
@@ -191,7 +191,7 @@ _USER_TIMEOUT = "(6, 18, 1500),"
     [("tcp_client", "tcp_stats"), ("tcp_client", "tcp_service", "dev_xmit", "tcp_stats")],
     ids="+".join,
 )
-def test_a_time_out_is_no_reset(
+def test_timeout_is_not_a_reset(
     puppet: Callable[..., Puppet],
     running_tcplat: Callable[..., Tcplat],
     options: str,
@@ -215,7 +215,7 @@ def test_a_time_out_is_no_reset(
     assert (conn["error"], conn["reset_by"], conn["reset_why"]) == ("timed out", None, None)
 
 
-def test_a_quiet_connection_is_told_live_as_in_a_replay(
+def test_quiet_connection_is_emitted_live_as_in_a_replay(
     server: Listener,
     puppet: Callable[..., Puppet],
     running_tcplat: Callable[..., Tcplat],

@@ -82,7 +82,7 @@ def background() -> Iterator[Callable[[Callable[[], int]], Callable[[], int]]]:
         thread.join(patience())
 
 
-def test_a_request_and_its_answer(connected: Connected) -> None:
+def test_request_and_reply_have_a_row_each(connected: Connected) -> None:
     connected.client("s.sendall(b'x' * 100)")
     read_exactly(connected.peer, 100)
     connected.peer.sendall(b"y" * 200)
@@ -106,7 +106,7 @@ def test_a_request_and_its_answer(connected: Connected) -> None:
     assert end["state"] == "TCP_CLOSE_WAIT"
 
 
-def test_the_seq_is_the_one_on_the_wire(connected: Connected) -> None:
+def test_seq_is_that_on_the_wire(connected: Connected) -> None:
     """TCP_REPAIR tells what the kernel thinks of it."""
     connected.client("s.sendall(b'x' * 100)")
     read_exactly(connected.peer, 100)
@@ -127,7 +127,7 @@ seqs
     assert (received["seq"] + 30) % 2**32 == next_received
 
 
-def test_the_seq_wraps(traffic: Traffic, client: Puppet, server: Listener) -> None:
+def test_seq_wraps_at_32_bits(traffic: Traffic, client: Puppet, server: Listener) -> None:
     # A socket may choose where its stream begins as long as it is closed (TCP_QUEUE_SEQ).
     client("""
 s = socket.socket()
@@ -146,7 +146,9 @@ s.setsockopt(socket.IPPROTO_TCP, 19, -1)  # off, without a window probe
     assert_tiles(rows)
 
 
-def test_a_send_that_wraps_is_one_row(traffic: Traffic, client: Puppet, server: Listener) -> None:
+def test_send_across_the_wrap_is_one_row(
+    traffic: Traffic, client: Puppet, server: Listener
+) -> None:
     client("""
 s = socket.socket()
 s.setsockopt(socket.IPPROTO_TCP, 19, 1)
@@ -172,7 +174,7 @@ def test_many_small_sends_tile_the_stream(connected: Connected) -> None:
     assert [row["bytes"] for row in at(rows, "send")] == list(range(1, 301))
 
 
-def test_equal_sends_are_all_there(connected: Connected) -> None:
+def test_equal_sends_have_a_row_each(connected: Connected) -> None:
     """The same number of bytes again and again is not the same send again."""
     connected.client("for _ in range(1000): s.send(b'x' * 7)")
     read_exactly(connected.peer, 7000)
@@ -180,7 +182,7 @@ def test_equal_sends_are_all_there(connected: Connected) -> None:
     assert [row["bytes"] for row in at(rows, "send")] == [7] * 1000
 
 
-def test_ten_megabytes_from_a_blocking_client(
+def test_ten_megabytes_from_a_blocking_client_are_complete(
     connected: Connected, background: Callable[..., Callable[[], int]]
 ) -> None:
     count = background(lambda: read_to_end(connected.peer))
@@ -192,7 +194,7 @@ def test_ten_megabytes_from_a_blocking_client(
     assert len(at(rows, "send")) == 1
 
 
-def test_ten_megabytes_in_both_directions_at_once(
+def test_ten_megabytes_in_both_directions_are_complete(
     connected: Connected, background: Callable[..., Callable[[], int]]
 ) -> None:
     """One thread sends, another one receives, on one socket."""
@@ -219,7 +221,7 @@ got
     assert total(rows, "recv") == MEGABYTES_10
 
 
-def test_ten_megabytes_from_a_nonblocking_client(
+def test_ten_megabytes_from_a_nonblocking_client_are_complete(
     connected: Connected, background: Callable[..., Callable[[], int]]
 ) -> None:
     """The buffer is full at nearly every call: partial writes, and none at all."""
@@ -247,7 +249,7 @@ partial
     assert {row["desc"] for row in short} == {"not all taken"}
 
 
-def test_ten_megabytes_from_asyncio(
+def test_ten_megabytes_from_asyncio_are_complete(
     connected: Connected, background: Callable[..., Callable[[], int]]
 ) -> None:
     count = background(lambda: read_to_end(connected.peer))
@@ -267,7 +269,7 @@ asyncio.run(send())
     assert total(rows, "send") - total(rows, "send_short") == MEGABYTES_10
 
 
-def test_ten_megabytes_received(
+def test_ten_megabytes_received_are_complete(
     connected: Connected, background: Callable[..., Callable[[], int]]
 ) -> None:
     def send() -> int:
@@ -293,7 +295,7 @@ calls
         assert after["seq"] == (row["seq"] + row["bytes"]) % 2**32
 
 
-def test_peeking_is_not_reading(connected: Connected) -> None:
+def test_msg_peek_is_not_a_read(connected: Connected) -> None:
     connected.peer.sendall(b"x" * 100)
     assert connected.client("len(s.recv(100, socket.MSG_PEEK | socket.MSG_WAITALL))") == 100
     assert connected.client("len(s.recv(100, socket.MSG_PEEK))") == 100
@@ -301,7 +303,7 @@ def test_peeking_is_not_reading(connected: Connected) -> None:
     assert [row["bytes"] for row in at(connected.rows(), "recv")] == [100]
 
 
-def test_a_nonblocking_recv_that_finds_nothing_is_no_row(connected: Connected) -> None:
+def test_nonblocking_recv_without_data_has_no_row(connected: Connected) -> None:
     connected.client("""
 s.setblocking(False)
 try:
@@ -314,7 +316,7 @@ except BlockingIOError:
     assert [row["bytes"] for row in at(connected.rows(), "recv")] == [10]
 
 
-def test_asking_for_nothing_is_not_the_end_of_the_stream(connected: Connected) -> None:
+def test_recv_of_zero_bytes_is_not_end_of_stream(connected: Connected) -> None:
     connected.peer.sendall(b"x" * 10)
     # s.recv(0) never gets to the kernel.
     assert connected.client("select.select([s], [], []); s.recvmsg_into([])[0]") == 0
@@ -333,7 +335,7 @@ def test_asking_for_nothing_is_not_the_end_of_the_stream(connected: Connected) -
         "s.sendto(b'x' * 60, s.getpeername())",
     ],
 )
-def test_every_way_to_send_is_one_row(call: str, connected: Connected) -> None:
+def test_every_send_call_is_one_row(call: str, connected: Connected) -> None:
     assert connected.client(call) == 60
     read_exactly(connected.peer, 60)
     rows = connected.rows()
@@ -350,19 +352,19 @@ def test_every_way_to_send_is_one_row(call: str, connected: Connected) -> None:
         "s.recvfrom_into(bytearray(100))[0]",
     ],
 )
-def test_every_way_to_receive_is_one_row(call: str, connected: Connected) -> None:
+def test_every_receive_call_is_one_row(call: str, connected: Connected) -> None:
     connected.peer.sendall(b"x" * 60)
     assert connected.client(call) == 60
     assert [row["bytes"] for row in at(connected.rows(), "recv")] == [60]
 
 
-def test_sending_nothing_is_no_row(connected: Connected) -> None:
+def test_send_of_zero_bytes_has_no_row(connected: Connected) -> None:
     connected.client("s.send(b''); s.send(b'x')")
     read_exactly(connected.peer, 1)
     assert [row["bytes"] for row in at(connected.rows(), "send")] == [1]
 
 
-def test_sending_after_the_peer_has_gone(connected: Connected) -> None:
+def test_failed_send_after_a_reset_counts_no_bytes(connected: Connected) -> None:
     """The first send after a reset fails: nothing of it was sent, and the books say so."""
     connected.peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     connected.peer.close()
@@ -377,7 +379,7 @@ except OSError:
     assert total(rows, "send") - total(rows, "send_short") == 0
 
 
-def test_sendfile(
+def test_sendfile_is_traced(
     connected: Connected, background: Callable[..., Callable[[], int]], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_bytes(os.urandom(3_000_000))
@@ -403,7 +405,7 @@ def splice(source, target, count):
 """os.splice() came with Python 3.10, but not in every build of it."""
 
 
-def test_splice_from_a_pipe(connected: Connected) -> None:
+def test_splice_from_a_pipe_is_traced(connected: Connected) -> None:
     connected.client(SPLICE)
     connected.client("""
 r, w = os.pipe()
@@ -418,7 +420,7 @@ for _ in range(20):
     assert total(rows, "send") - total(rows, "send_short") == 600_000
 
 
-def test_splice_into_a_pipe(connected: Connected) -> None:
+def test_splice_into_a_pipe_is_traced(connected: Connected) -> None:
     connected.peer.sendall(bytes(30_000))
     connected.client(SPLICE)
     assert (
@@ -450,7 +452,7 @@ s.send(b"x" * 30)
     assert [row["bytes"] for row in at(connected.rows(), "send")] == [10, 20, 30]
 
 
-def test_zero_copy_sends(connected: Connected) -> None:
+def test_zero_copy_sends_are_traced_and_their_notices_are_not(connected: Connected) -> None:
     """MSG_ZEROCOPY, whose notices come back over the error queue: that is not receiving."""
     connected.client("""
 s.setsockopt(socket.SOL_SOCKET, 60, 1)  # SO_ZEROCOPY
@@ -471,7 +473,9 @@ for _ in range(1000):
     assert not at(rows, "recv")
 
 
-def test_several_connections_at_once(traffic: Traffic, client: Puppet, server: Listener) -> None:
+def test_concurrent_connections_keep_their_rows_apart(
+    traffic: Traffic, client: Puppet, server: Listener
+) -> None:
     """Each thread with a socket of its own, all at the same time: no row in the wrong stream."""
     client(f"""
 def work(number):
@@ -496,7 +500,7 @@ for thread in threads:
         assert tid != client.pid
 
 
-def test_an_urgent_byte_is_sent_beside_the_stream(connected: Connected) -> None:
+def test_urgent_byte_sent_is_outside_the_stream(connected: Connected) -> None:
     """It has a sequence number, and is no byte of what the other end reads."""
     connected.client("""
 s.sendall(b"x" * 10)
@@ -511,7 +515,7 @@ s.sendall(b"z" * 30)
 
 
 @pytest.mark.parametrize("inline", [False, True])
-def test_an_urgent_byte_is_read_beside_the_stream(
+def test_urgent_byte_read_is_outside_the_stream(
     inline: bool,  # noqa: FBT001 - a parameter of the test
     connected: Connected,
 ) -> None:
@@ -544,7 +548,7 @@ def read(count):
     ]
 
 
-def test_of_a_send_that_was_not_taken_whole_the_last_byte_was_urgent(connected: Connected) -> None:
+def test_partial_urgent_send_counts_its_last_byte_as_urgent(connected: Connected) -> None:
     """Of what was taken: it is beside the stream, and what was not taken was to be in it."""
     taken = connected.client("""
 s.setblocking(False)

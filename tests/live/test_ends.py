@@ -45,7 +45,7 @@ def connect_often(client: Puppet, server: Listener, times: int) -> None:
     client(f"for _ in range({times}): socket.create_connection({server.address!r}).close()")
 
 
-def test_duration(running_tcplat: Start) -> None:
+def test_run_ends_after_its_duration(running_tcplat: Start) -> None:
     """Never shorter; longer only where something else holds us up, so not every time."""
     lasted: list[float] = []
     while len(lasted) < 5 and (not lasted or lasted[-1] >= 0.3 + 0.5 * SLOW):
@@ -57,7 +57,9 @@ def test_duration(running_tcplat: Start) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 7, 100])
-def test_count(count: int, running_tcplat: Start, client: Puppet, server: Listener) -> None:
+def test_run_ends_after_count_rows(
+    count: int, running_tcplat: Start, client: Puppet, server: Listener
+) -> None:
     run = running_tcplat("-p", str(client.pid), "--count", str(count))
     connect_often(client, server, 50)
     outcome = run.wait()
@@ -66,7 +68,7 @@ def test_count(count: int, running_tcplat: Start, client: Puppet, server: Listen
     assert outcome.report["delivered"] == count
 
 
-def test_the_rows_of_count_are_the_first_ones(
+def test_count_keeps_the_first_rows(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
     run = running_tcplat("-p", str(client.pid), "--count", "20")
@@ -77,7 +79,9 @@ def test_the_rows_of_count_are_the_first_ones(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals(number: int, running_tcplat: Start, client: Puppet, server: Listener) -> None:
+def test_sigint_sigterm_and_sighup_end_the_run_cleanly(
+    number: int, running_tcplat: Start, client: Puppet, server: Listener
+) -> None:
     run = running_tcplat("-p", str(client.pid))
     connect_often(client, server, 10)
     outcome = run.stop(number)
@@ -92,7 +96,7 @@ def test_signals(number: int, running_tcplat: Start, client: Puppet, server: Lis
     assert outcome.stderr.count("\n") == 1
 
 
-def test_a_signal_before_it_is_ready(start_tcplat: Start) -> None:
+def test_signal_before_the_start_ends_cleanly(start_tcplat: Start) -> None:
     run = start_tcplat()
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
 
@@ -115,7 +119,7 @@ def test_a_signal_before_it_is_ready(start_tcplat: Start) -> None:
 
 @pytest.mark.parametrize("sink", ["table", "jsonl"])
 @pytest.mark.parametrize("idle", [False, True], ids=["busy", "idle"])
-def test_head(
+def test_run_ends_when_head_exits(
     sink: str,
     idle: bool,  # noqa: FBT001 - a parameter of the test
     running_tcplat: Start,
@@ -145,7 +149,7 @@ def test_head(
     assert "Traceback" not in run.errors.read_text()
 
 
-def test_a_reader_that_does_not_read_does_not_keep_us(
+def test_stalled_reader_does_not_block_ctrl_c(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
     """A full pipe blocks the sink, but not Ctrl-C."""
@@ -161,7 +165,7 @@ def test_a_reader_that_does_not_read_does_not_keep_us(
 
 
 @pytest.mark.parametrize("sink", ["table", "jsonl"])
-def test_no_standard_output(sink: str, start_tcplat: Start) -> None:
+def test_closed_stdout_is_one_sentence(sink: str, start_tcplat: Start) -> None:
     outcome = start_tcplat(
         "--duration", "100ms", sinks=[sink], program=CLOSED_STDOUT, stdout=None
     ).wait()
@@ -170,7 +174,7 @@ def test_no_standard_output(sink: str, start_tcplat: Start) -> None:
     assert outcome.stderr.count("\n") == 1
 
 
-def test_no_standard_output_is_needed_for_a_file(
+def test_closed_stdout_is_accepted_with_a_path(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
     run = running_tcplat("-p", str(client.pid), program=CLOSED_STDOUT, stdout=None)
@@ -182,7 +186,7 @@ def test_no_standard_output_is_needed_for_a_file(
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_nothing_stays_attached(number: int, running_tcplat: Start) -> None:
+def test_run_leaves_nothing_attached(number: int, running_tcplat: Start) -> None:
     needs("bpftool")
     run = running_tcplat()
     ids = programs_of(run.pid)
@@ -226,9 +230,7 @@ KILLED: Mapping[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize("what", KILLED)
-def test_killed_at_any_instant_it_leaves_nothing(
-    what: str, measured: Callable[[str], None]
-) -> None:
+def test_kill_at_any_instant_leaves_nothing(what: str, measured: Callable[[str], None]) -> None:
     """No process, program or folder, half a second later; nothing has been compiled before."""
     within_s = 2 * SLOW  # on a machine that does nothing else, it compiles from 0.2 to 1 s
 
@@ -264,7 +266,7 @@ def test_killed_at_any_instant_it_leaves_nothing(
     )
 
 
-def test_killed_while_it_loads(start_tcplat: Start) -> None:
+def test_kill_during_loading_leaves_nothing(start_tcplat: Start) -> None:
     """The loader has no one to answer then, and goes as well."""
     run = start_tcplat()
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
@@ -275,7 +277,7 @@ def test_killed_while_it_loads(start_tcplat: Start) -> None:
     eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "the loader ended")
 
 
-def test_several_sinks_get_the_same(
+def test_all_sinks_receive_the_same_rows(
     running_tcplat: Start, client: Puppet, server: Listener, tmp_path: Path
 ) -> None:
     one, two, table = tmp_path / "one", tmp_path / "two", tmp_path / "table"
@@ -295,7 +297,7 @@ def test_several_sinks_get_the_same(
     assert sum(not line.startswith("PID") for line in lines) == len(rows)
 
 
-def test_a_full_disk_switches_off_one_sink_and_no_other(
+def test_full_disk_switches_off_its_sink_alone(
     running_tcplat: Start, client: Puppet, server: Listener, tmp_path: Path
 ) -> None:
     good = tmp_path / "good"
@@ -313,7 +315,7 @@ def test_a_full_disk_switches_off_one_sink_and_no_other(
     assert list(report["switched_off"]) == ["jsonl:path=/dev/full"]
 
 
-def test_when_all_sinks_are_switched_off_the_run_ends(
+def test_run_ends_when_all_sinks_are_switched_off(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
     run = running_tcplat("-p", str(client.pid), sinks=["jsonl:path=/dev/full"])
@@ -327,7 +329,7 @@ def test_when_all_sinks_are_switched_off_the_run_ends(
 # --- quick
 
 
-def test_a_row_reaches_a_pipe_at_once(
+def test_row_reaches_a_pipe_within_200_ms(
     running_tcplat: Start,
     client: Puppet,
     server: Listener,
@@ -360,7 +362,7 @@ def test_a_row_reaches_a_pipe_at_once(
     assert 0 < min(delays) <= sorted(delays)[2] <= 200 * SLOW
 
 
-def test_in_silence_it_sleeps(running_tcplat: Start, client: Puppet) -> None:
+def test_idle_run_sleeps(running_tcplat: Start, client: Puppet) -> None:
     run = running_tcplat("-p", str(client.pid))
     eventually(partial(is_asleep, run.pid), "it had nothing to do")
     began, before = time.monotonic(), sleeps(run.pid)
@@ -401,7 +403,7 @@ for one in (serve, ask):
 """
 
 
-def test_all_rows_end_at_one_instant(running_tcplat: Start, client: Puppet) -> None:
+def test_rows_of_all_hooks_end_within_40_ms(running_tcplat: Start, client: Puppet) -> None:
     port = listen(client)
     run = running_tcplat("-p", str(client.pid), probes=("tcp_client", "tcp_service"))
     client(REQUESTS)
@@ -422,7 +424,7 @@ def test_all_rows_end_at_one_instant(running_tcplat: Start, client: Puppet) -> N
 # --- loss
 
 
-def test_what_is_lost_is_counted(
+def test_lost_events_are_counted_exactly(
     running_tcplat: Start,
     client: Puppet,
     server: Listener,
@@ -448,7 +450,7 @@ def test_what_is_lost_is_counted(
     measured(f"4K ring, 20,000 sends in a burst: {len(outcome.rows)} rows, {dropped} lost")
 
 
-def test_nothing_is_lost_with_the_ordinary_ring(
+def test_default_ring_loses_nothing_in_a_burst(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
     """The ring holds three quarters of the burst: who gets no CPU for so long may lose, once."""
@@ -465,7 +467,7 @@ def test_nothing_is_lost_with_the_ordinary_ring(
     assert total(outcome.rows, "send") - total(outcome.rows, "send_short") == 100_000
 
 
-def test_fail_on_loss(running_tcplat: Start, client: Puppet, server: Listener) -> None:
+def test_fail_on_loss_exits_with_5(running_tcplat: Start, client: Puppet, server: Listener) -> None:
     run = running_tcplat("-p", str(client.pid), "--ring-size", "4K", "--fail-on-loss")
     burst(client, server, 20_000)
     outcome = run.stop()
@@ -474,7 +476,9 @@ def test_fail_on_loss(running_tcplat: Start, client: Puppet, server: Listener) -
     assert "Traceback" not in outcome.stderr
 
 
-def test_loss_and_count(running_tcplat: Start, client: Puppet, server: Listener) -> None:
+def test_loss_and_count_together_add_up(
+    running_tcplat: Start, client: Puppet, server: Listener
+) -> None:
     """The books balance also where the run ends before the rows do."""
     run = running_tcplat("-p", str(client.pid), "--ring-size", "4K", "--count", "50")
     burst(client, server, 20_000)

@@ -62,7 +62,7 @@ def cgroup() -> Iterator[Path]:
             inner.rmdir()
 
 
-def test_a_cgroup_and_those_below_it(
+def test_cgroup_filter_includes_descendants(
     cgroup: Path,
     puppet: Callable[..., Puppet],
     server: Listener,
@@ -80,7 +80,7 @@ def test_a_cgroup_and_those_below_it(
     assert whole(rows, 2)
 
 
-def test_sockets_that_a_cgroup_had_before(
+def test_cgroup_filter_covers_older_sockets(
     cgroup: Path,
     puppet: Callable[..., Puppet],
     server: Listener,
@@ -102,7 +102,7 @@ def test_sockets_that_a_cgroup_had_before(
 
 
 @pytest.mark.parametrize(("pattern", "stranger"), [("thrifty", "thrifty2"), ("thri*", "athrifty")])
-def test_a_name(
+def test_comm_filter_selects_by_pattern(
     pattern: str,
     stranger: str,
     puppet: Callable[..., Puppet],
@@ -120,7 +120,7 @@ def test_a_name(
 
 
 @pytest.mark.parametrize("option", ["--port", "--rport"])
-def test_a_port(
+def test_port_filter_matches_either_port(
     option: str,
     client: Puppet,
     listener: Callable[..., Listener],
@@ -134,7 +134,7 @@ def test_a_port(
     assert whole(rows, 1)
 
 
-def test_a_local_port(
+def test_local_port_filter_matches_the_local_port(
     client: Puppet, server: Listener, running_tcplat: Callable[..., Tcplat]
 ) -> None:
     own = free_port()
@@ -160,7 +160,7 @@ def test_a_local_port(
         ("::1/128", (6, "::1"), (4, "127.0.0.1")),
     ],
 )
-def test_a_network(
+def test_network_filter_matches_an_address(
     network: str,
     inside: tuple[int, str],
     outside: tuple[int, str],
@@ -177,7 +177,7 @@ def test_a_network(
 
 
 @pytest.mark.parametrize("ip", [4, 6])
-def test_a_version_of_ip(
+def test_ip_version_filter_selects_one_version(
     ip: int,
     client: Puppet,
     listener: Callable[..., Listener],
@@ -190,7 +190,7 @@ def test_a_version_of_ip(
     assert whole(rows, 1)
 
 
-def test_a_shortest_duration_leaves_only_what_has_none(
+def test_min_latency_keeps_rows_without_a_duration(
     client: Puppet, server: Listener, running_tcplat: Callable[..., Tcplat]
 ) -> None:
     run = running_tcplat("--min-latency", "1s", "-p", str(client.pid))
@@ -217,7 +217,7 @@ s.close()
 """
 
 
-def test_a_network_namespace_for_rows_and_interfaces(
+def test_netns_filter_applies_to_rows_and_interfaces(
     puppet: Callable[..., Puppet], running_tcplat: Callable[..., Tcplat]
 ) -> None:
     island, here = puppet(alone=True), puppet()
@@ -238,7 +238,7 @@ def test_a_network_namespace_for_rows_and_interfaces(
     assert sum(row["bytes"] for row in packets) == 200
 
 
-def test_packets_of_one_process(
+def test_pid_filter_keeps_packets_of_its_connections(
     puppet: Callable[..., Puppet], running_tcplat: Callable[..., Tcplat]
 ) -> None:
     """Packets know no process: those of a process are those of its connections."""
@@ -263,7 +263,9 @@ def test_packets_of_one_process(
     assert sum(row["bytes"] for row in packets) == 5 * 200
 
 
-def test_dry_run_says_by_what_and_leaves_nothing(start_tcplat: Callable[..., Tcplat]) -> None:
+def test_dry_run_prints_the_mechanisms_and_leaves_nothing(
+    start_tcplat: Callable[..., Tcplat],
+) -> None:
     outcome = start_tcplat("--dry-run", probes=["tcp_client", "xdp_port:iface=lo,port=9"]).wait()
     assert outcome.returncode == 0
     assert outcome.rows == []
@@ -272,7 +274,7 @@ def test_dry_run_says_by_what_and_leaves_nothing(start_tcplat: Callable[..., Tcp
     assert "xdp_port: nic_rx by xdp:xdp" in outcome.stderr
 
 
-def test_debug_shows_the_c_and_the_programs_own_lines(
+def test_debug_shows_the_c_and_trace_lines(
     client: Puppet, server: Listener, running_tcplat: Callable[..., Tcplat]
 ) -> None:
     run = running_tcplat("--debug", "-p", str(client.pid))

@@ -54,7 +54,7 @@ def echo(client: Puppet, service: Puppet, times: int) -> int:
     return port
 
 
-def test_connect_times_are_those_of_the_events(
+def test_connect_histogram_agrees_with_the_events(
     tmp_path: Path, sink: str, running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
     rows_at = tmp_path / "rows.jsonl"
@@ -69,7 +69,7 @@ def test_connect_times_are_those_of_the_events(
     assert (connect["pid"], connect["not_measured"]) == (client.pid, 0)
 
 
-def test_without_another_sink_nothing_goes_through_the_ring(
+def test_histogram_alone_sends_nothing_through_the_ring(
     tmp_path: Path, sink: str, running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
     run = running_tcplat("-p", str(client.pid), sinks=(sink,))
@@ -84,7 +84,7 @@ def test_without_another_sink_nothing_goes_through_the_ring(
     assert "rows" not in outcome.stderr
 
 
-def test_a_connect_that_is_answered_late_took_as_long(
+def test_late_answered_connect_has_its_full_duration(
     tmp_path: Path, sink: str, running_tcplat: Start, client: Puppet, puppet: Callable[..., Puppet]
 ) -> None:
     """Where the queue is full, the kernel drops the SYN; the next one comes a second later."""
@@ -123,7 +123,7 @@ def listen_drops() -> int:
     return int(values[names.index("ListenDrops")])
 
 
-def test_a_connect_that_fails_is_not_among_those_that_succeed(
+def test_failed_connect_is_not_counted(
     tmp_path: Path, sink: str, running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
     run = running_tcplat("-p", str(client.pid), sinks=(sink,))
@@ -143,7 +143,7 @@ for _ in range(3):
     assert one(histograms, "connect_failed")["count"] == 3
 
 
-def test_receive_path_and_queue_are_those_of_the_events(
+def test_receive_histograms_agree_with_the_events(
     tmp_path: Path,
     sink: str,
     running_tcplat: Start,
@@ -170,7 +170,7 @@ def test_receive_path_and_queue_are_those_of_the_events(
         assert_adds_up(histogram)
 
 
-def test_a_reader_that_waits_10_ms_is_seen_to(
+def test_reader_delay_of_10_ms_is_measured(
     tmp_path: Path,
     sink: str,
     running_tcplat: Start,
@@ -221,7 +221,7 @@ def assert_between(histogram: Found, least_us: Sequence[float], most_us: Sequenc
         assert low <= most, (histogram, most_us)
 
 
-def test_bytes_that_are_read_in_pieces_are_counted_with_their_own_wake_up(
+def test_partial_reads_are_measured_from_their_own_wake_up(
     tmp_path: Path,
     sink: str,
     running_tcplat: Start,
@@ -263,7 +263,7 @@ read
     assert_between(queue, least, most)
 
 
-def test_where_too_many_wait_the_rest_is_not_measured(
+def test_wake_ups_beyond_seven_are_counted_as_not_measured(
     tmp_path: Path,
     sink: str,
     running_tcplat: Start,
@@ -290,7 +290,7 @@ def test_where_too_many_wait_the_rest_is_not_measured(
     assert (queue["count"], queue["not_measured"]) == (8, 13)
 
 
-def test_only_the_process_of_p_is_counted(
+def test_pid_filter_applies_to_histograms(
     tmp_path: Path,
     sink: str,
     running_tcplat: Start,
@@ -307,7 +307,7 @@ def test_only_the_process_of_p_is_counted(
 
 
 @pytest.mark.parametrize("by", ["all", "process", "remote", "port"])
-def test_groups_are_told_apart_by_what_was_asked_for(
+def test_group_by_separates_the_groups(
     by: str,
     tmp_path: Path,
     sink: str,
@@ -338,7 +338,7 @@ def test_groups_are_told_apart_by_what_was_asked_for(
     )
 
 
-def test_what_comes_when_all_groups_are_taken_is_counted_as_others(
+def test_groups_beyond_the_limit_are_counted_as_others(
     tmp_path: Path,
     sink: str,
     running_tcplat: Start,
@@ -382,7 +382,7 @@ def test_intervals_add_up_to_the_run(
     assert cells == {low: count for low, _, count in whole["buckets"]}
 
 
-def test_a_socket_that_ends_while_we_attach_leaves_nothing_to_the_next_one(
+def test_socket_closed_during_attach_leaves_no_stale_state(
     tmp_path: Path,
     sink: str,
     running_tcplat: Start,
@@ -432,7 +432,7 @@ caller.start()
     assert path["not_measured"] == 0
 
 
-def test_what_the_mechanism_cannot_tell_is_said(
+def test_histogram_unavailable_by_the_mechanism_is_named(
     tmp_path: Path,
     sink: str,
     running_tcplat: Start,

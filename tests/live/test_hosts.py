@@ -45,7 +45,7 @@ def checks(outcome: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     ("errno_", "words"),
     [(EPERM, "a seccomp filter is in force"), (ENOSYS, "a seccomp filter hides the call")],
 )
-def test_a_refused_bpf_call_is_not_the_fault_of_the_c(errno_: int, words: str) -> None:
+def test_refused_bpf_call_is_not_a_compile_error(errno_: int, words: str) -> None:
     run = refused(errno_, "run", "--probe", "tcp_client", "--sink", "jsonl", "--duration", "1")
     assert run.returncode == 3
     assert "bpf(2) is refused here" in run.stderr
@@ -57,7 +57,7 @@ def test_a_refused_bpf_call_is_not_the_fault_of_the_c(errno_: int, words: str) -
     assert words in checks(doctor)["bpf(2)"]["mend"]
 
 
-def test_without_capabilities_nothing_is_said_of_the_kernel() -> None:
+def test_missing_capabilities_are_not_blamed_on_the_kernel() -> None:
     needs("setpriv")
     command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *TCPLAT, "doctor"]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -81,7 +81,7 @@ os.execv(sys.argv[1], sys.argv[1:])"
     ],
     ids=" ".join,
 )
-def test_a_current_folder_that_was_deleted_stops_nothing(arguments: tuple[str, ...]) -> None:
+def test_deleted_working_directory_does_not_stop_a_run(arguments: tuple[str, ...]) -> None:
     command = [sys.executable, "-I", "-c", _WITHOUT_FOLDER, *TCPLAT, *arguments]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (outcome.returncode, "Error" in outcome.stderr) == (0, False), outcome.stderr

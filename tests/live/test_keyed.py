@@ -109,7 +109,7 @@ def counted(program: Program) -> Counter[int]:
     return found
 
 
-def test_every_key_has_one_number_on_all_cpus_at_once(program: Program) -> None:
+def test_concurrent_cpus_give_each_key_one_number(program: Program) -> None:
     cpus = sorted(os.sched_getaffinity(0))
     # Where all of them come with a key at the same instant, each takes a number for it.
     keys = KEYS // len(cpus)
@@ -122,7 +122,7 @@ def test_every_key_has_one_number_on_all_cpus_at_once(program: Program) -> None:
     assert len(found) > keys / 2
 
 
-def test_where_all_numbers_are_given_away_the_others_count_under_0(program: Program) -> None:
+def test_keys_beyond_the_last_number_count_under_0(program: Program) -> None:
     cpu = min(os.sched_getaffinity(0))
     with ThreadPoolExecutor(1) as pool:
         pool.submit(program.run, cpu, (KEYS + 100) * TURNS).result()

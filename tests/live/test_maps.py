@@ -120,7 +120,7 @@ for _ in range({times}):
 """
 
 
-def test_what_was_counted_by_key_is_told_while_it_runs_and_at_the_end(
+def test_keyed_counts_are_emitted_during_and_at_the_end(
     start: Callable[..., Tcplat], puppet: Callable[..., Puppet]
 ) -> None:
     many, few = puppet(), puppet()
@@ -143,7 +143,9 @@ def test_what_was_counted_by_key_is_told_while_it_runs_and_at_the_end(
     assert polled["delivered"] == polled["produced"] == len(outcome.rows)
 
 
-def test_a_poll_that_raises_is_said_once_and_the_run_goes_on(start: Callable[..., Tcplat]) -> None:
+def test_poll_that_raises_is_reported_once_and_the_run_continues(
+    start: Callable[..., Tcplat],
+) -> None:
     run = start("broken").wait_ready()
     what = "broken: its maps are no longer read: ZeroDivisionError"
     eventually(lambda: what in run.errors.read_text(), "it was said")
@@ -161,7 +163,7 @@ def test_a_poll_that_raises_is_said_once_and_the_run_goes_on(start: Callable[...
         ("absent", "the C of probe absent has no map nothing"),
     ],
 )
-def test_a_map_that_cannot_be_read_is_refused_with_a_sentence(
+def test_unreadable_map_type_is_refused_in_one_sentence(
     probe: str, sentence: str, start: Callable[..., Tcplat]
 ) -> None:
     outcome = start(probe).wait()
@@ -170,7 +172,7 @@ def test_a_map_that_cannot_be_read_is_refused_with_a_sentence(
     assert "Traceback" not in outcome.stderr
 
 
-def test_nobody_without_capabilities_maps_an_array() -> None:
+def test_process_without_capabilities_cannot_map_an_array() -> None:
     """On every kernel. bpf(2) looks a key up for him since 5.19 only (c8644cd0efe7)."""
     knob = Path("/proc/sys/kernel/unprivileged_bpf_disabled")
     release = tuple(map(int, os.uname().release.split(".")[:2]))

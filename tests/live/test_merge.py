@@ -78,7 +78,7 @@ def waterfall(capture: Path, out: Path) -> dict[tuple[int, int], Row]:
     return {(one["sport"], one["number"]): one for one in told(out)}
 
 
-def test_two_namespaces_with_two_clocks_are_told_as_one(
+def test_captures_with_two_clocks_are_merged(
     puppet: Callable[..., Puppet],
     running_tcplat: Callable[..., Tcplat],
     measured: Callable[[str], None],

@@ -29,7 +29,7 @@ def names(rows: list[Row], point: str) -> list[tuple[str, str | None]]:
     return [(row["comm"], row["thread"]) for row in at(rows, point)]
 
 
-def test_a_thread_s_name_stands_beside_that_of_its_process(
+def test_row_has_the_names_of_process_and_thread(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
     client(CALL.format("shop"))
@@ -64,7 +64,7 @@ def test_a_thread_s_name_stands_beside_that_of_its_process(
 
 @pytest.mark.parametrize("older", [False, True])
 @pytest.mark.parametrize("by_exec", [False, True])
-def test_a_name_that_changes(
+def test_changed_process_name_is_followed(
     running_tcplat: Start,
     client: Puppet,
     server: Listener,
@@ -100,7 +100,7 @@ def test_a_name_that_changes(
 
 
 @pytest.mark.parametrize("older", [False, True])
-def test_a_filter_by_name_follows_it(
+def test_comm_filter_follows_a_changed_name(
     running_tcplat: Start, client: Puppet, server: Listener, *, older: bool
 ) -> None:
     client(CALL.format("before"))
@@ -124,7 +124,7 @@ def test_a_filter_by_name_follows_it(
     assert {row["comm"] for row in rows} == {"after"}
 
 
-def test_a_thread_s_name_is_no_process_s(
+def test_thread_name_is_not_taken_for_comm(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
     client(CALL.format("shop"))
@@ -136,7 +136,9 @@ def test_a_thread_s_name_is_no_process_s(
     assert names(rows, "connect") == names(rows, "send") == [("shop", "pool 1")]
 
 
-def test_a_listener_s_name(running_tcplat: Start, puppet: StartPuppet, client: Puppet) -> None:
+def test_unaccepted_connection_has_the_listeners_current_name(
+    running_tcplat: Start, puppet: StartPuppet, client: Puppet
+) -> None:
     """Nobody accepts: what comes is the listener's, by the name it has then."""
     service = puppet()
     service(CALL.format("before"))

@@ -48,7 +48,7 @@ print(os.getpid(), flush=True)
 @pytest.mark.parametrize(
     "offsets", [("--monotonic", "1000"), ("--monotonic", "-300"), ("--boottime", "5000")]
 )
-def test_a_time_namespace(
+def test_time_namespace_offset_is_corrected(
     offsets: tuple[str, str], start_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
     needs("unshare")
@@ -85,7 +85,7 @@ def there(inside: Puppet) -> tuple[str, ...]:
     return ("nsenter", "--target", children.split()[0], "--pid", "--mount", *TCPLAT)
 
 
-def test_a_pid_namespace_has_one_pid_for_a_process(
+def test_pid_is_that_of_the_pid_namespace_of_the_run(
     start_tcplat: Start, puppet: StartPuppet, inside: Puppet, server: Listener
 ) -> None:
     """Of a socket older than the run, whose owner /proc tells, and of one that the kernel saw."""
@@ -112,7 +112,7 @@ def test_a_pid_namespace_has_one_pid_for_a_process(
     assert 1 < three < 1000
 
 
-def test_a_process_outside_has_a_name_and_no_pid(
+def test_process_outside_the_pid_namespace_has_comm_but_no_pid(
     start_tcplat: Start, client: Puppet, inside: Puppet, server: Listener
 ) -> None:
     client("open('/proc/self/comm', 'w').write('outside')")
@@ -126,7 +126,7 @@ def test_a_process_outside_has_a_name_and_no_pid(
     assert {(row["pid"], row["tid"], row["comm"]) for row in rows} == {(None, None, "outside")}
 
 
-def test_a_command_in_a_pid_namespace_and_one_below(
+def test_command_in_a_nested_pid_namespace_is_traced(
     start_tcplat: Start, inside: Puppet, server: Listener
 ) -> None:
     code = EXCHANGE.format(server.address)
@@ -141,7 +141,7 @@ def test_a_command_in_a_pid_namespace_and_one_below(
     assert 1 < pid < 1000  # its number above, where it is no process 1
 
 
-def test_as_process_1_of_a_pid_namespace(start_tcplat: Start, server: Listener) -> None:
+def test_tcplat_runs_as_pid_1_of_a_pid_namespace(start_tcplat: Start, server: Listener) -> None:
     """As `unshare --pid --fork --mount-proc tcplat run -- COMMAND` starts it."""
     needs("unshare")
     code = "import os; os.write(2, os.readlink(b'/proc/self') + b'\\n')" + EXCHANGE
@@ -160,7 +160,7 @@ def test_as_process_1_of_a_pid_namespace(start_tcplat: Start, server: Listener) 
     assert str(pid) == outcome.stderr.split("\n")[0]
 
 
-def test_a_foreign_proc_is_said(start_tcplat: Start) -> None:
+def test_proc_of_another_pid_namespace_is_refused(start_tcplat: Start) -> None:
     """Where fork(2) gives other numbers than /proc has, a command could not be found by its own."""
     needs("unshare")
     run = start_tcplat(program=("unshare", "--pid", "--fork", *TCPLAT), command=["true"])

@@ -80,7 +80,7 @@ def talk(client: Puppet, server: Listener, times: int) -> None:
         peer.close()
 
 
-def test_both_are_whole_and_say_what_they_are(stranger: Stranger) -> None:
+def test_new_plugins_are_listed_and_described(stranger: Stranger) -> None:
     found = {
         one["name"]: one for one in json.loads(stranger.run("tcplat", "plugins", "list", "--json"))
     }
@@ -99,13 +99,13 @@ def test_both_are_whole_and_say_what_they_are(stranger: Stranger) -> None:
 
 
 @pytest.mark.parametrize("name", ["demo1", "demo_2"])
-def test_both_keep_what_plugins_promise(stranger: Stranger, name: str) -> None:
+def test_new_plugins_conform(stranger: Stranger, name: str) -> None:
     (told,) = json.loads(stranger.run("tcplat", "plugins", "check", name, "--json"))
     assert told["passed"] > 0
     assert [one for one in told["checks"] if one["verdict"] == "failed"] == []
 
 
-def test_the_probe_ends_after_five_rows(
+def test_new_probe_ends_after_five_rows(
     start: Callable[..., Tcplat], client: Puppet, server: Listener
 ) -> None:
     run = start("--count", "5", "-p", str(client.pid))
@@ -120,7 +120,7 @@ def test_the_probe_ends_after_five_rows(
         assert 0 < row["srtt_us"] < 1_000_000
 
 
-def test_without_a_filter_both_ends_of_a_connection_have_a_row(
+def test_new_probe_has_a_row_for_both_ends(
     start: Callable[..., Tcplat], client: Puppet, server: Listener
 ) -> None:
     run = start()
@@ -134,7 +134,9 @@ def test_without_a_filter_both_ends_of_a_connection_have_a_row(
     assert run.stop().returncode == 0
 
 
-def test_a_reset_is_said(start: Callable[..., Tcplat], client: Puppet, server: Listener) -> None:
+def test_new_probe_describes_a_reset(
+    start: Callable[..., Tcplat], client: Puppet, server: Listener
+) -> None:
     run = start("--count", "1", "-p", str(client.pid))
     client.connect(server)
     peer = server.accept()
@@ -145,7 +147,7 @@ def test_a_reset_is_said(start: Callable[..., Tcplat], client: Puppet, server: L
     assert row["desc"] == "ECONNRESET"
 
 
-def test_its_option_leaves_fast_connections_out(
+def test_option_of_the_new_probe_omits_fast_connections(
     start: Callable[..., Tcplat], client: Puppet, server: Listener
 ) -> None:
     run = start("-p", str(client.pid), probes=("demo1:min_srtt=10s", "tcp_client"))
@@ -156,7 +158,7 @@ def test_its_option_leaves_fast_connections_out(
     assert {row["probe"] for row in outcome.rows} == {"tcp_client"}
 
 
-def test_its_fields_are_columns_of_the_table(
+def test_fields_of_the_new_probe_are_table_columns(
     start: Callable[..., Tcplat], client: Puppet, server: Listener
 ) -> None:
     run = start("--count", "1", "-p", str(client.pid), sinks=("table",))
@@ -173,7 +175,7 @@ def test_its_fields_are_columns_of_the_table(
     assert resent == "0"
 
 
-def test_a_wrong_option_is_said_before_anything_is_loaded(stranger: Stranger) -> None:
+def test_wrong_option_of_the_new_probe_is_refused_before_loading(stranger: Stranger) -> None:
     done = subprocess.run(
         [stranger.program("tcplat"), "run", "--probe", "demo1:min_srtt=soon"],
         capture_output=True,
@@ -187,7 +189,7 @@ def test_a_wrong_option_is_said_before_anything_is_loaded(stranger: Stranger) ->
     )
 
 
-def test_the_sink_adds_up_what_was_said(
+def test_new_sink_sums_the_bytes_of_the_rows(
     start: Callable[..., Tcplat], client: Puppet, server: Listener, tmp_path: Path
 ) -> None:
     run = start(

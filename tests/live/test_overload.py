@@ -42,7 +42,7 @@ def waited_s(pid: int) -> float:
 
 
 @pytest.mark.parametrize("ring", ["1M", "8M"])
-def test_more_than_any_sink_takes(
+def test_ctrl_c_ends_an_overloaded_run_and_every_loss_is_counted(
     ring: str,
     running_tcplat: Callable[..., Tcplat],
     puppet: Callable[..., Puppet],
@@ -123,7 +123,7 @@ print(longest, file=open(sys.argv[1], "w"))
 """
 
 
-def test_no_exchange_takes_longer_than_the_client_saw_where_events_are_lost(
+def test_lost_events_never_lengthen_an_exchange(
     start_tcplat: Callable[..., Tcplat], tmp_path: Path, measured: Callable[[str], None]
 ) -> None:
     capture, told, again = (tmp_path / name for name in ("0.jsonl", "told", "again"))

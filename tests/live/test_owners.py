@@ -42,7 +42,7 @@ def exchange(client: Puppet, peer: socket.socket, name: str = "s") -> None:
     client(f"{name}.recv(100)")
 
 
-def test_only_the_traced_process(
+def test_pid_filter_keeps_the_traced_process_alone(
     running_tcplat: Start, puppet: StartPuppet, server: Listener
 ) -> None:
     mine, other = puppet(), puppet()
@@ -71,7 +71,9 @@ def test_only_the_traced_process(
     assert {(row["pid"], row["dport"]) for row in rows} == {(mine.pid, server.port)}
 
 
-def test_without_p_everybody(running_tcplat: Start, puppet: StartPuppet, server: Listener) -> None:
+def test_run_without_pid_filter_traces_every_process(
+    running_tcplat: Start, puppet: StartPuppet, server: Listener
+) -> None:
     one, two = puppet(), puppet()
     run = running_tcplat()
     one.connect(server)
@@ -83,7 +85,7 @@ def test_without_p_everybody(running_tcplat: Start, puppet: StartPuppet, server:
     assert {row["pid"] for row in mine} == {one.pid, two.pid}
 
 
-def test_a_socket_that_was_nobodys_business_before_it_connected(
+def test_failed_recv_before_connect_does_not_hide_a_socket(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
     """That it was, is remembered, by its address; connecting makes an end of it."""
@@ -107,7 +109,7 @@ errors
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_two_processes(
+def test_pid_filter_accepts_two_processes(
     together: bool,  # noqa: FBT001 - a parameter of the test
     running_tcplat: Start,
     puppet: StartPuppet,
@@ -126,7 +128,7 @@ def test_two_processes(
 
 
 @pytest.mark.parametrize("ip", [4, 6])
-def test_a_socket_older_than_the_run(
+def test_older_socket_belongs_to_its_process(
     ip: int, running_tcplat: Start, client: Puppet, listener: Listen
 ) -> None:
     server = listener(ip)
@@ -153,7 +155,7 @@ def test_a_socket_older_than_the_run(
         assert row["comm"] == Path(f"/proc/{client.pid}/comm").read_text().strip()
 
 
-def test_softirq_rows_of_an_older_socket_that_its_process_does_not_touch(
+def test_softirq_rows_of_an_untouched_older_socket_have_its_pid(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
     """Nothing but the peer's FIN: nobody calls in whose name the row could be."""
@@ -169,7 +171,7 @@ def test_softirq_rows_of_an_older_socket_that_its_process_does_not_touch(
     assert rows[0]["sport"]
 
 
-def test_what_waited_to_be_accepted_is_its_listeners(
+def test_unaccepted_older_connection_belongs_to_its_listener(
     running_tcplat: Start, puppet: StartPuppet
 ) -> None:
     service, client = puppet(), puppet()
@@ -191,7 +193,7 @@ def test_what_waited_to_be_accepted_is_its_listeners(
     assert {row["pid"] for row in rows} == {service.pid}
 
 
-def test_an_older_socket_whose_process_ends(
+def test_close_at_process_exit_belongs_to_the_process(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
     """The kernel closes it on the way out, and that is still the process's doing."""
@@ -209,7 +211,7 @@ def test_an_older_socket_whose_process_ends(
     assert {row["pid"] for row in outcome.rows} == {client.pid}
 
 
-def test_an_older_connect_that_is_still_under_way(running_tcplat: Start, stranded: Puppet) -> None:
+def test_older_pending_connect_is_traced(running_tcplat: Start, stranded: Puppet) -> None:
     stranded("s = socket.socket(); s.setblocking(False); s.connect_ex(('10.77.0.2', 7777))")
     run = running_tcplat("-p", str(stranded.pid))
     stranded("s.close()")
@@ -222,7 +224,7 @@ def test_an_older_connect_that_is_still_under_way(running_tcplat: Start, strande
     assert rows[0]["dport"] == 7777
 
 
-def test_older_sockets_of_others_stay_out(
+def test_pid_filter_excludes_older_sockets_of_other_processes(
     running_tcplat: Start, puppet: StartPuppet, server: Listener
 ) -> None:
     mine, other = puppet(), puppet()
@@ -242,7 +244,7 @@ def test_older_sockets_of_others_stay_out(
     assert {row["sport"] for row in rows} == {mine("s.getsockname()[1]")}
 
 
-def test_an_older_accepted_socket_is_no_client(running_tcplat: Start, client: Puppet) -> None:
+def test_older_accepted_socket_is_not_a_client(running_tcplat: Start, client: Puppet) -> None:
     port = client("l = socket.create_server(('127.0.0.1', 0)); l.getsockname()[1]")
     with socket.create_connection(("127.0.0.1", port)) as other:
         client("a, _ = l.accept()")
@@ -254,7 +256,9 @@ def test_an_older_accepted_socket_is_no_client(running_tcplat: Start, client: Pu
     assert run.stop().rows == []
 
 
-def test_a_socket_in_another_network_namespace(running_tcplat: Start, puppet: StartPuppet) -> None:
+def test_socket_in_another_network_namespace_is_traced(
+    running_tcplat: Start, puppet: StartPuppet
+) -> None:
     """Before and after the start of the run, both ends over there."""
     there = puppet(alone=True)
     server = puppet(within=there)
@@ -276,7 +280,7 @@ def test_a_socket_in_another_network_namespace(running_tcplat: Start, puppet: St
     assert {row["netns"] for row in rows} == {inode}
 
 
-def test_over_veth_between_two_networks(running_tcplat: Start, puppet: StartPuppet) -> None:
+def test_connection_over_veth_is_traced(running_tcplat: Start, puppet: StartPuppet) -> None:
     """Not only loopback: the answer comes in an interrupt that is nobody's."""
     here, there = puppet(alone=True), puppet(alone=True)
     nsenter = ["nsenter", f"--net=/proc/{here.pid}/ns/net", "ip"]
@@ -346,7 +350,7 @@ child
 """
 
 
-def test_a_child_that_uses_the_socket_becomes_its_owner(
+def test_child_that_uses_the_socket_becomes_its_owner(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
     run = running_tcplat()
@@ -383,7 +387,7 @@ children
 """
 
 
-def test_what_comes_for_workers_that_are_all_traced_is_wanted_before_one_accepts(
+def test_packets_for_traced_workers_are_kept_before_an_accept(
     running_tcplat: Start, puppet: StartPuppet
 ) -> None:
     service, client = puppet(), puppet()
@@ -435,7 +439,7 @@ def at_port(rows: list[Row], port: int) -> list[Row]:
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_what_comes_for_a_listener_whose_process_has_gone_is_nobodys_until_it_is_accepted(
+def test_connection_of_an_orphaned_listener_has_no_owner_before_accept(
     waits: bool,  # noqa: FBT001 - a parameter of the test
     running_tcplat: Start,
     puppet: StartPuppet,
@@ -511,7 +515,7 @@ def waits(sport: int) -> Callable[[list[Row]], bool]:
 
 @pytest.mark.parametrize("older", [True, False])
 @pytest.mark.parametrize("sockets", [1, 3])
-def test_the_last_process_of_a_reuseport_group_is_the_owner(
+def test_last_process_of_a_reuseport_group_is_the_owner(
     older: bool,  # noqa: FBT001 - a parameter of the test
     sockets: int,
     running_tcplat: Start,
@@ -537,7 +541,7 @@ def test_the_last_process_of_a_reuseport_group_is_the_owner(
     run.stop()
 
 
-def test_the_last_process_of_a_reuseport_group_is_traced(
+def test_last_process_of_a_reuseport_group_is_traced(
     running_tcplat: Start, puppet: StartPuppet
 ) -> None:
     leaves, stays, client = puppet(), puppet(), puppet()
@@ -565,7 +569,7 @@ child
 
 
 @pytest.mark.parametrize("older", [True, False])
-def test_a_reuseport_group_whose_last_socket_a_child_accepts_from_has_no_owner(
+def test_reuseport_socket_shared_with_a_child_has_no_owner(
     older: bool,  # noqa: FBT001 - a parameter of the test
     running_tcplat: Start,
     puppet: StartPuppet,
@@ -611,7 +615,7 @@ def has_mptcp() -> bool:
 
 
 @pytest.mark.skipif(not has_mptcp(), reason="this kernel has no MPTCP")
-def test_nobody_is_said_to_own_what_comes_by_mptcp(
+def test_mptcp_subflow_has_no_owner_before_accept(
     running_tcplat: Start, puppet: StartPuppet
 ) -> None:
     service, client = puppet(), puppet()
@@ -631,7 +635,7 @@ def test_nobody_is_said_to_own_what_comes_by_mptcp(
     service("os.waitpid(child, 0)")
 
 
-def test_what_a_process_has_not_accepted_when_it_ends_is_its_own_to_the_end(
+def test_unaccepted_connection_stays_owned_by_its_ended_process(
     running_tcplat: Start, puppet: StartPuppet
 ) -> None:
     service, client = puppet(), puppet()
@@ -646,7 +650,7 @@ def test_what_a_process_has_not_accepted_when_it_ends_is_its_own_to_the_end(
     assert {row["pid"] for row in rows} == {service.pid}
 
 
-def test_a_child_of_the_traced_process_is_not_the_traced_process(
+def test_child_of_the_traced_process_is_not_traced(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
     """-p names a process; only a command after -- is followed."""
@@ -673,7 +677,7 @@ s = socket.socket(fileno=fd)
 
 
 @pytest.mark.parametrize("older", [True, False])
-def test_a_socket_that_is_handed_to_the_traced_process(
+def test_socket_handed_to_the_traced_process_is_traced(
     older: bool,  # noqa: FBT001 - a parameter of the test
     running_tcplat: Start,
     puppet: StartPuppet,
@@ -707,7 +711,7 @@ def test_a_socket_that_is_handed_to_the_traced_process(
     assert {(row["daddr"], row["dport"]) for row in rows} == {server.address}
 
 
-def test_a_socket_that_the_traced_process_hands_away(
+def test_socket_handed_away_is_no_longer_traced(
     running_tcplat: Start, puppet: StartPuppet, server: Listener
 ) -> None:
     ours, theirs = socket.socketpair()
@@ -731,7 +735,7 @@ def test_a_socket_that_the_traced_process_hands_away(
     assert {row["pid"] for row in rows} == {giver.pid}
 
 
-def test_a_socket_that_two_processes_use_in_turn(
+def test_socket_used_in_turn_belongs_to_the_last_caller(
     running_tcplat: Start, puppet: StartPuppet, server: Listener
 ) -> None:
     """Each call belongs to who makes it, and what the peer does to whoever called last."""
@@ -762,7 +766,7 @@ def test_a_socket_that_two_processes_use_in_turn(
     assert {row["pid"] for row in rows} == {traced.pid}
 
 
-def test_the_run_ends_with_the_process(
+def test_run_ends_with_the_traced_process(
     running_tcplat: Start, puppet: StartPuppet, server: Listener
 ) -> None:
     one, two = puppet(), puppet()
@@ -779,9 +783,7 @@ def test_the_run_ends_with_the_process(
         assert story(rows)[:4] == ["connect", "SYN_SENT", "ESTABLISHED", "FIN_WAIT1"]
 
 
-def test_the_run_ends_with_a_process_that_nobody_waits_for(
-    running_tcplat: Start, client: Puppet
-) -> None:
+def test_run_ends_with_a_zombie(running_tcplat: Start, client: Puppet) -> None:
     """A zombie has ended, whether its parent cares or not."""
     pid = client("""
 child = os.fork()
@@ -797,7 +799,7 @@ child
         client("os.waitpid(child, 0)")
 
 
-def test_a_process_that_does_not_exist(start_tcplat: Start, client: Puppet) -> None:
+def test_missing_pid_is_refused(start_tcplat: Start, client: Puppet) -> None:
     pid = client.pid
     client.end()
     outcome = start_tcplat("-p", str(pid)).wait()
@@ -806,13 +808,15 @@ def test_a_process_that_does_not_exist(start_tcplat: Start, client: Puppet) -> N
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "x", "1,", "1,,2", "4194305", ""])
-def test_what_is_no_process(text: str, start_tcplat: Start) -> None:
+def test_malformed_pid_is_refused(text: str, start_tcplat: Start) -> None:
     outcome = start_tcplat("-p", text).wait()
     assert outcome.returncode == 2
     assert len(outcome.stderr.splitlines()) == 1
 
 
-def test_hundreds_of_older_sockets(running_tcplat: Start, client: Puppet, server: Listener) -> None:
+def test_hundreds_of_older_sockets_are_traced(
+    running_tcplat: Start, client: Puppet, server: Listener
+) -> None:
     client(f"old = [socket.create_connection({server.address!r}) for _ in range(100)]")
     peers = [server.accept() for _ in range(100)]
     client(f"old += [socket.create_connection({server.address!r}) for _ in range(100)]")
@@ -832,7 +836,7 @@ def test_hundreds_of_older_sockets(running_tcplat: Start, client: Puppet, server
         assert_tiles(rows)
 
 
-def test_packets_of_a_socket_that_connects_anew(
+def test_packets_of_a_reconnected_socket_are_found(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
     """It has other addresses then, by which packets have to find it."""
@@ -866,7 +870,7 @@ Loader._core = lambda self, core, point: (
 """As where the kernel runs no program at the end of a socket: its entry stays behind."""
 
 
-def test_a_socket_whose_end_was_not_seen_leaves_nothing_to_the_next_one(
+def test_socket_with_an_unseen_end_leaves_no_stale_state(
     tmp_path: Path, running_tcplat: Start, client: Puppet
 ) -> None:
     """The kernel uses addresses again, of the client's as of the service's, nearly at once."""
@@ -899,7 +903,7 @@ port
     assert [len(at(connection, "close")) for connection in connections] == [1] * 100
 
 
-def test_a_service_that_takes_over_the_port_of_an_older_one(
+def test_service_that_takes_over_a_port_owns_its_connections(
     running_tcplat: Start, client: Puppet, puppet: StartPuppet
 ) -> None:
     """Nobody asked for the older one, whose listening socket did nothing but end."""
@@ -949,7 +953,7 @@ rival
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
-def test_two_processes_at_one_socket_at_once(
+def test_concurrent_callers_of_one_socket_keep_their_own_pids(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
     """A call is its caller's, whoever else calls; a process and its name belong together."""
@@ -971,7 +975,7 @@ def test_two_processes_at_one_socket_at_once(
         assert {(row["pid"], row["tid"], row["comm"]) for row in rows} == {(pid, pid, name)}
 
 
-def test_addresses_that_are_used_again_while_the_old_socket_is_open(
+def test_reused_addresses_do_not_mix_with_an_open_old_socket(
     running_tcplat: Start, client: Puppet, puppet: StartPuppet
 ) -> None:
     """What becomes of the old socket is no concern of the connection that has its addresses now."""
@@ -1007,7 +1011,7 @@ def again():
     assert len(by_sock(at(rows, "close"))) == 3
 
 
-def test_packets_of_a_socket_older_than_the_run(
+def test_packets_of_an_older_socket_have_its_pid(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
     """Its addresses are known from the start, and still when it has been used."""
@@ -1036,7 +1040,7 @@ def test_packets_of_a_socket_older_than_the_run(
         ("::ffff:127.0.0.1", "127.0.0.2"),
     ],
 )
-def test_two_services_at_one_port(
+def test_two_services_at_one_port_keep_their_connections(
     first: str,
     second: str,
     older: bool,  # noqa: FBT001 - a parameter of the test

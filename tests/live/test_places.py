@@ -32,7 +32,7 @@ for peer in peers:
 """
 
 
-def test_sockets_that_have_to_share_a_place(
+def test_sockets_with_colliding_hashes_are_kept_apart(
     tmp_path: Path,
     running_tcplat: Callable[..., Tcplat],
     client: Puppet,

@@ -493,7 +493,7 @@ def started(planted: Planted) -> Start:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("command", TRIED)
 @pytest.mark.parametrize("mode", MODES)
-def test_nothing_planted_runs_with_rights(
+def test_planted_code_never_runs_with_privileges(
     mode: str, command: str, place: str, started: Start
 ) -> None:
     outcome = started(mode, command, place in APART)
@@ -509,7 +509,7 @@ def test_nothing_planted_runs_with_rights(
     assert ran == []
 
 
-def test_the_table_is_whole(measured: Callable[[str], None]) -> None:
+def test_table_has_every_cell(measured: Callable[[str], None]) -> None:
     cells = len(PLACES) * len(MODES) * len(TRIED)
     assert len(PLACES) >= 15
     measured(
@@ -518,7 +518,7 @@ def test_the_table_is_whole(measured: Callable[[str], None]) -> None:
     )
 
 
-def test_the_traps_work(planted: Planted) -> None:
+def test_traps_are_triggered_without_isolation(planted: Planted) -> None:
     """Without rights, and without -I, the user himself steps into each of them."""
     python = str(planted.root / "venv/bin/python")
     caught: set[str] = set()

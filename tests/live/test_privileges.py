@@ -49,7 +49,7 @@ def mebibytes(pid: int, what: str) -> float:
     return int(status(pid)[what].split()[0]) / 1024
 
 
-def test_no_capability_is_left(running_tcplat: Start) -> None:
+def test_session_has_no_capability(running_tcplat: Start) -> None:
     run = running_tcplat()
     own = status(run.pid)
     for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
@@ -59,7 +59,7 @@ def test_no_capability_is_left(running_tcplat: Start) -> None:
     assert Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text() == ""
 
 
-def test_neither_bcc_nor_llvm_stays(
+def test_session_has_neither_bcc_nor_llvm_loaded(
     running_tcplat: Start, client: Puppet, server: Listener, measured: Callable[[str], None]
 ) -> None:
     run = running_tcplat("-p", str(client.pid))
@@ -126,7 +126,7 @@ def readable() -> Iterator[tuple[str, ...]]:
         shutil.rmtree(folder)
 
 
-def test_it_becomes_the_user_behind_sudo(
+def test_session_becomes_the_user_behind_sudo(
     readable: tuple[str, ...],
     public: Path,
     running_tcplat: Start,
@@ -153,7 +153,7 @@ def test_it_becomes_the_user_behind_sudo(
     assert len(outcome.rows) == 3
 
 
-def test_the_user_behind_sudo_cannot_write_what_only_root_may(
+def test_user_behind_sudo_cannot_write_files_of_root(
     readable: tuple[str, ...], start_tcplat: Start, tmp_path: Path
 ) -> None:
     tmp_path.chmod(0o700)
@@ -167,7 +167,7 @@ def test_the_user_behind_sudo_cannot_write_what_only_root_may(
     assert outcome.stderr.count("\n") == 1
 
 
-def test_a_command_of_the_user_behind_sudo_is_still_roots(
+def test_command_under_sudo_keeps_root(
     readable: tuple[str, ...], start_tcplat: Start, public: Path
 ) -> None:
     outcome = start_tcplat(
@@ -181,7 +181,7 @@ def test_a_command_of_the_user_behind_sudo_is_still_roots(
     assert outcome.stdout == b"0\n"
 
 
-def test_a_command_of_the_user_behind_sudo_is_stopped_with_the_run(
+def test_command_under_sudo_is_stopped_with_the_run(
     readable: tuple[str, ...], start_tcplat: Start, public: Path, pid_file: PidFile
 ) -> None:
     """The session is not root any more, the command is: a mere kill(2) is not allowed."""
@@ -197,7 +197,7 @@ def test_a_command_of_the_user_behind_sudo_is_stopped_with_the_run(
     eventually(lambda: not pid_file.alive(), "the command was stopped")
 
 
-def test_without_root_it_says_so(readable: tuple[str, ...], public: Path) -> None:
+def test_run_without_root_is_refused(readable: tuple[str, ...], public: Path) -> None:
     done = subprocess.run(
         [*readable, "run", "--probe", "tcp_client", "--sink", f"jsonl:path={public}/out"],
         check=False,
@@ -212,7 +212,7 @@ def test_without_root_it_says_so(readable: tuple[str, ...], public: Path) -> Non
     assert done.stderr.count("\n") == 1
 
 
-def test_nobodys_modules_are_not_imported(
+def test_modules_from_pythonpath_and_cwd_are_not_imported(
     running_tcplat: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither PYTHONPATH nor the current folder can slip one in.
@@ -298,12 +298,12 @@ def quickest(
     )
 
 
-def test_a_warm_start(start_tcplat: Start, measured: Callable[[str], None]) -> None:
+def test_warm_start_is_fast(start_tcplat: Start, measured: Callable[[str], None]) -> None:
     start_once(start_tcplat)
     measured(f"start to ready, warm: {quickest(1.0, start_tcplat)}")
 
 
-def test_a_cold_start(start_tcplat: Start, measured: Callable[[str], None]) -> None:
+def test_cold_start_is_fast_enough(start_tcplat: Start, measured: Callable[[str], None]) -> None:
     """With an empty cache: in a mount namespace of its own, so that nobody else's suffers."""
     needs("unshare", "mount", "clang")
     Path("/var/cache/tcplat").mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -314,7 +314,7 @@ def test_a_cold_start(start_tcplat: Start, measured: Callable[[str], None]) -> N
     measured(f"start to ready, cold: {took}")
 
 
-def test_it_starts_without_a_cache(start_tcplat: Start) -> None:
+def test_run_starts_without_a_cache(start_tcplat: Start) -> None:
     """A cache that cannot be written is none, and no more than that."""
     needs("unshare", "mount")
     Path("/var/cache/tcplat").mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -329,7 +329,7 @@ def test_it_starts_without_a_cache(start_tcplat: Start) -> None:
     "name",
     [b"\x1b]0;x\x07", b"\x9b31m", b"a\nb\tc\rd", b'"\\"{}', b"\xff\xfe\xfd", "\u202egnp".encode()],
 )
-def test_a_name_is_only_text(
+def test_process_name_is_printed_as_text(
     name: bytes,
     running_tcplat: Start,
     client: Puppet,

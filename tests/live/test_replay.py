@@ -88,7 +88,7 @@ def server(puppet: Callable[..., Puppet], port: int) -> Puppet:
         "--port {port} --min-latency 1s",
     ],
 )
-def test_a_filter_keeps_of_a_capture_what_it_keeps_in_the_kernel(
+def test_replay_filter_agrees_with_the_kernel_filter(
     wanted: str,
     port: int,
     server: Puppet,
@@ -124,7 +124,7 @@ def ends(row: Row) -> tuple[int, int]:
 @pytest.mark.parametrize(
     "wanted", ["-p {client}", "-p {server}", "--port {port}", "--lport {port}"]
 )
-def test_packets_pass_by_either_end(
+def test_packets_pass_the_filter_by_either_end(
     wanted: str,
     port: int,
     server: Puppet,
@@ -166,7 +166,7 @@ def carried(packets: Iterable[Row], port: int) -> Counter[tuple[int, bool]]:
     return found
 
 
-def test_every_sink_has_written_live_what_it_writes_again(
+def test_every_sink_writes_the_same_live_and_replayed(
     tmp_path: Path,
     stack: ExitStack,
     port: int,

@@ -71,7 +71,7 @@ def gone(port: int, times: int = 1) -> Callable[[list[Row]], bool]:
 
 
 @pytest.mark.parametrize("ip", [4, 6])
-def test_the_path_of_a_message(
+def test_message_has_packet_segment_wake_up_and_read_rows(
     ip: int, running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
 ) -> None:
     port = listen(service, ip)
@@ -126,7 +126,7 @@ def test_each_packet_to_the_service_is_a_row(
     assert sum("FIN" in row["flags"] for row in packets) == 1
 
 
-def test_data_that_come_with_the_end_of_the_handshake_reach_the_socket(
+def test_data_on_the_last_handshake_packet_reach_the_socket(
     running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
 ) -> None:
     port = listen(service)
@@ -148,7 +148,7 @@ def test_data_that_come_with_the_end_of_the_handshake_reach_the_socket(
     assert (segment["sport"], segment["dport"]) == (port, packets[1]["sport"])
 
 
-def test_how_long_it_waited_to_be_accepted(
+def test_accept_row_has_the_time_waited(
     running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
 ) -> None:
     port = listen(service)
@@ -203,7 +203,7 @@ def of_accept(row: Row) -> None:
 
 @needs_compat
 @pytest.mark.parametrize("use", ["recv", "send", "close"])
-def test_an_accept_that_was_not_seen_is_told_at_the_first_use(
+def test_unseen_accept_is_reported_at_the_first_use(
     use: str, running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
 ) -> None:
     port = listen(service)
@@ -232,7 +232,7 @@ def test_an_accept_that_was_not_seen_is_told_at_the_first_use(
 
 
 @needs_compat
-def test_an_accept_that_was_not_seen_is_told_once_whichever_thread_uses_it_first(
+def test_unseen_accept_is_reported_once_for_two_threads(
     running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
 ) -> None:
     port, connections = listen(service), 50
@@ -267,7 +267,7 @@ for peer in peers: peer.close()
 
 
 @needs_compat
-def test_a_connection_that_was_accepted_or_made_before_the_run_has_no_late_accept(
+def test_older_connection_has_no_late_accept(
     running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
 ) -> None:
     port = listen(service)
@@ -286,7 +286,7 @@ def test_a_connection_that_was_accepted_or_made_before_the_run_has_no_late_accep
     assert len(accepts) <= 1
 
 
-def test_a_connection_that_no_process_accepts_has_no_accept(
+def test_unaccepted_connection_has_no_accept_row(
     running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
 ) -> None:
     port = listen(service)
@@ -297,7 +297,7 @@ def test_a_connection_that_no_process_accepts_has_no_accept(
     assert not at(of_service(run.stop().rows, port), "accept")
 
 
-def test_a_connection_that_is_handed_on_was_accepted_once(
+def test_connection_handed_on_is_accepted_once(
     running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
 ) -> None:
     port = listen(service)
@@ -321,7 +321,7 @@ child
     assert {row["pid"] for row in at(rows, "recv")} == {child}
 
 
-def test_the_time_inside_recv_is_the_time_the_message_took(
+def test_call_us_of_recv_is_the_time_inside_the_call(
     running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
 ) -> None:
     port = listen(service)
@@ -351,7 +351,7 @@ s.sendall(b"0123456789")
     assert 0 <= min(rest) <= 0.1 * max(took) + 1000 * SLOW
 
 
-def test_the_pid_filter_keeps_one_service_from_another(
+def test_pid_filter_separates_two_services(
     running_tcplat: Callable[..., Tcplat], client: Puppet, puppet: Callable[..., Puppet]
 ) -> None:
     ours, other = puppet(), puppet()
@@ -369,7 +369,7 @@ def test_the_pid_filter_keeps_one_service_from_another(
     assert first["state"] == "TCP_ESTABLISHED"
 
 
-def test_a_connection_from_before_belongs_to_its_process_from_the_first_packet_on(
+def test_older_connection_has_its_pid_from_the_first_packet(
     running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
 ) -> None:
     port = listen(service)
@@ -384,7 +384,7 @@ def test_a_connection_from_before_belongs_to_its_process_from_the_first_packet_o
     assert [row["point"] for row in rows][:2] == ["rx_ip", "rx_tcp"]
 
 
-def test_where_two_processes_accept_nobody_owns_it_before(
+def test_connection_of_a_shared_listener_has_no_owner_before_accept(
     running_tcplat: Callable[..., Tcplat], client: Puppet, puppet: Callable[..., Puppet]
 ) -> None:
     master = puppet()
@@ -413,7 +413,7 @@ child
     assert {row["pid"] for row in rows if row["ts_ns"] >= accepted} == {worker}
 
 
-def test_min_latency_leaves_out_fast_accepts_alone(
+def test_min_latency_omits_fast_accepts_alone(
     running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
 ) -> None:
     port = listen(service)
@@ -493,7 +493,7 @@ def curls(folder: Path, port: int, requests: int) -> dict[str, int]:
     return workers
 
 
-def test_nginx_with_all_three_probes(
+def test_nginx_is_traced_by_all_three_probes(
     tmp_path: Path, running_tcplat: Callable[..., Tcplat], measured: Callable[[str], None]
 ) -> None:
     needs("curl", "tcpdump", "tshark")
@@ -535,7 +535,7 @@ def test_nginx_with_all_three_probes(
     assert len(at(rows, "accept")) == connections
 
 
-def test_nginx_with_one_worker_traced(
+def test_nginx_worker_is_traced_alone(
     tmp_path: Path, running_tcplat: Callable[..., Tcplat]
 ) -> None:
     needs("curl")
@@ -553,7 +553,7 @@ def test_nginx_with_one_worker_traced(
     assert len(at(of_service(outcome.rows, port), "send")) == mine
 
 
-def test_the_mechanism_is_the_one_that_was_named(
+def test_requested_mechanism_is_used(
     running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet, server: Listener
 ) -> None:
     del server

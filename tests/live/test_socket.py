@@ -23,7 +23,7 @@ SECONDS = 60 if os.environ.get("TCPLAT_LONG") == "1" else 10
 _HERE = Path(__file__).parent
 
 
-def test_fifty_readers_one_of_whom_never_reads(
+def test_fifty_readers_get_exact_counts_beside_a_silent_one(
     tmp_path: Path,
     start_tcplat: Callable[..., Tcplat],
     measured: Callable[[str], None],

@@ -224,7 +224,7 @@ def assert_others_stay(before: Measured, after: Measured, moved: str) -> None:
         assert change < max(100 * SLOW, 0.05 * before.least(stage)), stage
 
 
-def test_known_delays_land_where_they_belong(
+def test_known_delays_appear_in_their_stage(
     road: Road, measure: Callable[..., Measured], measured: Callable[[str], None]
 ) -> None:
     needs("tc")
@@ -259,7 +259,7 @@ def test_known_delays_land_where_they_belong(
 
 
 @pytest.mark.parametrize("size", [100, 300_000])
-def test_what_leaves_is_what_tcpdump_sees_leave(
+def test_dev_xmit_rows_agree_with_tcpdump(
     size: int, road: Road, tmp_path: Path, running_tcplat: Callable[..., Tcplat]
 ) -> None:
     needs("tcpdump", "tshark")
@@ -300,7 +300,9 @@ def _has_said_its_last(rows: list[Row]) -> bool:
     return bool(_left(ours, "FIN")) and ours[-1]["flags"] == "ACK"
 
 
-def test_p_follows_what_a_process_sends(road: Road, running_tcplat: Callable[..., Tcplat]) -> None:
+def test_pid_filter_follows_the_packets_of_a_process(
+    road: Road, running_tcplat: Callable[..., Tcplat]
+) -> None:
     serving = {"host": SERVER, "port": PORT, "asked": 10, "answered": 10}
     road.server(_SERVE.format(**serving, lag=0, think=0))
     run = running_tcplat("-p", str(road.client.pid), probes=["dev_xmit"])
@@ -346,7 +348,7 @@ def curls(folder: Path, port: int, requests: int, *, keep_alive: bool) -> list[d
 
 
 @pytest.mark.parametrize("keep_alive", [True, False])
-def test_ten_thousand_requests_add_up_and_agree_with_curl(
+def test_stages_of_10000_requests_add_up_and_agree_with_curl(
     *,
     keep_alive: bool,
     tmp_path: Path,
@@ -435,7 +437,7 @@ def haproxy(folder: Path, behind: int) -> Iterator[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("watched", [_ALL_PROBES, ("tcp_client", "tcp_service")])
-def test_a_service_that_reads_by_splice_answers_each_request(
+def test_requests_read_by_splice_are_paired(
     watched: tuple[str, ...],
     puppet: Callable[..., Puppet],
     tmp_path: Path,
@@ -467,7 +469,7 @@ def test_a_service_that_reads_by_splice_answers_each_request(
 
 
 @pytest.mark.parametrize("watched", [_ALL_PROBES, ("tcp_client",), ("tcp_service",)])
-def test_a_request_that_hangs_is_told_with_the_time_that_its_client_waited(
+def test_hanging_request_has_the_time_its_client_waited(
     watched: tuple[str, ...],
     puppet: Callable[..., Puppet],
     tmp_path: Path,
@@ -531,7 +533,7 @@ def _ss(there: Puppet, port: int) -> dict[str, float]:
     }
 
 
-def test_the_summary_agrees_with_ss_and_tshark(
+def test_summary_agrees_with_ss_and_tshark(
     road: Road,
     tmp_path: Path,
     running_tcplat: Callable[..., Tcplat],
@@ -627,7 +629,7 @@ def _tshark(seen: Tcpdump, which: str) -> int:
     return len(read.splitlines())
 
 
-def test_a_reset_says_who_and_why(
+def test_reset_has_sender_and_reason(
     road: Road, tmp_path: Path, running_tcplat: Callable[..., Tcplat]
 ) -> None:
     road.server(f"listening = socket.create_server(({SERVER!r}, {PORT}))")
@@ -664,7 +666,9 @@ except ConnectionRefusedError: pass
     assert refused["error"] == "refused"
 
 
-def test_live_is_replay(road: Road, tmp_path: Path, start_tcplat: Callable[..., Tcplat]) -> None:
+def test_live_output_equals_its_replay(
+    road: Road, tmp_path: Path, start_tcplat: Callable[..., Tcplat]
+) -> None:
     serving = {"host": SERVER, "port": PORT, "asked": 3_000, "answered": 3_000}
     road.server(_SERVE.format(**serving, lag=0, think=0.001))
     sinks = {

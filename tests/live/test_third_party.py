@@ -241,7 +241,7 @@ def again(count: int) -> Callable[[list[Row]], bool]:
     return lambda rows: len(at(rows, "retransmit")) >= count
 
 
-def test_pip_installs_it_and_tcplat_lists_it(venv: Path) -> None:
+def test_third_party_probe_is_installed_by_pip_and_listed(venv: Path) -> None:
     told = subprocess.run(
         [venv / "bin/tcplat", "plugins", "list", "--json"], check=True, capture_output=True
     )
@@ -251,7 +251,7 @@ def test_pip_installs_it_and_tcplat_lists_it(venv: Path) -> None:
     assert {one["status"] for one in found.values()} == {"ok"}
 
 
-def test_it_imports_the_public_names_alone() -> None:
+def test_third_party_probe_imports_public_names_alone() -> None:
     lines = [
         line
         for path in (DEMO / "tcplat_retransmit").glob("*.py")
@@ -262,7 +262,7 @@ def test_it_imports_the_public_names_alone() -> None:
 
 
 @every_ip
-def test_what_was_lost_is_sent_again_with_the_rto_that_ss_shows(
+def test_retransmit_row_has_the_rto_that_ss_shows(
     wire: Wire, retransmits: Callable[..., Tcplat], tcpdump: Callable[..., list[Segment]], ip: int
 ) -> None:
     run = retransmits("-p", str(wire.near.pid))
@@ -309,7 +309,7 @@ def test_what_was_lost_is_sent_again_with_the_rto_that_ss_shows(
 
 
 @every_ip
-def test_a_syn_that_nobody_answers(
+def test_unanswered_syn_is_retransmitted(
     wire: Wire, retransmits: Callable[..., Tcplat], tcpdump: Callable[..., list[Segment]], ip: int
 ) -> None:
     run = retransmits("-p", str(wire.near.pid))
@@ -330,7 +330,7 @@ def test_a_syn_that_nobody_answers(
     assert (first["rto_us"], first["srtt_us"]) == (1_000_000, None)
 
 
-def test_a_bulk_transfer_that_loses_every_twentieth_segment(
+def test_retransmits_of_a_lossy_transfer_are_traced(
     wire: Wire, retransmits: Callable[..., Tcplat], tcpdump: Callable[..., list[Segment]]
 ) -> None:
     """Fast retransmits, on the side that accepted: nobody but the core knows whose it is."""
@@ -365,7 +365,7 @@ count
     assert outcome.report["dropped"] == 0
 
 
-def test_a_connection_of_another_process_has_no_row(
+def test_connection_of_another_process_has_no_row(
     wire: Wire, retransmits: Callable[..., Tcplat]
 ) -> None:
     everybody = retransmits()
@@ -383,7 +383,7 @@ def test_a_connection_of_another_process_has_no_row(
     assert {row["sport"] for row in somebody.stop().rows} == {sport}
 
 
-def test_rows_of_a_shorter_rto_are_left_out(wire: Wire, retransmits: Callable[..., Tcplat]) -> None:
+def test_rows_below_min_rto_are_omitted(wire: Wire, retransmits: Callable[..., Tcplat]) -> None:
     run = retransmits("-p", str(wire.near.pid), options=":min_rto_us=700000")
     everything = retransmits("-p", str(wire.near.pid))
     wire.connect()
@@ -399,9 +399,7 @@ def test_rows_of_a_shorter_rto_are_left_out(wire: Wire, retransmits: Callable[..
     assert all(row["rto_us"] >= 700_000 for row in rows)
 
 
-def test_what_the_host_itself_drops_is_told_apart(
-    wire: Wire, retransmits: Callable[..., Tcplat]
-) -> None:
+def test_local_drops_are_distinguished(wire: Wire, retransmits: Callable[..., Tcplat]) -> None:
     if tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) < (6, 17):
         pytest.skip("before 6.17 the tracepoint fires for what was sent alone")
     run = retransmits("-p", str(wire.near.pid))
@@ -419,7 +417,7 @@ def test_what_the_host_itself_drops_is_told_apart(
     assert len({(row["seq"], row["bytes"]) for row in rows}) == 1
 
 
-def test_it_conforms(venv: Path) -> None:
+def test_third_party_probe_conforms(venv: Path) -> None:
     """With root, by the venv's own tcplat: all but what only XDP programs have to hold to."""
     told = subprocess.run(
         [venv / "bin/tcplat", "plugins", "check", "tcp_retransmit", "--json"],
@@ -432,7 +430,7 @@ def test_it_conforms(venv: Path) -> None:
     assert open_ == {"lets packets pass"}
 
 
-def test_its_own_tests_pass(venv: Path, tmp_path: Path) -> None:
+def test_tests_of_the_third_party_probe_pass(venv: Path, tmp_path: Path) -> None:
     """As its author runs them: pytest finds the kit by itself."""
     pip = (venv / "bin/pip", "install", "-q", "--disable-pip-version-check")
     subprocess.run([*pip, "pytest"], check=True, timeout=patience(300))

@@ -151,7 +151,7 @@ def measure(
 
 
 @pytest.mark.parametrize("ip", [4, 6])
-def test_a_thousand_connections(
+def test_rows_of_a_thousand_connections_are_complete(
     ip: int,
     tmp_path: Path,
     running_tcplat: Callable[..., Tcplat],
@@ -194,7 +194,7 @@ def test_a_thousand_connections(
     pytest.fail(f"connect_us is {mine:.1f} µs where tcpdump says {theirs:.1f}")
 
 
-def test_four_threads_and_not_a_row_is_missing(
+def test_rows_of_four_busy_threads_are_complete(
     puppet: Callable[..., Puppet], running_tcplat: Callable[..., Tcplat]
 ) -> None:
     """Both CPUs busy, softirq and processes interleaved: ten rows of each connection."""

@@ -88,7 +88,7 @@ def initial_rtts(pcap: Path) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("ip", [4, 6])
-def test_connect_times_are_those_of_tshark(
+def test_connect_times_agree_with_tshark(
     ip: int,
     puppet: Callable[..., Puppet],
     running_tcplat: Callable[..., Tcplat],
@@ -153,7 +153,7 @@ def ss(port: int) -> dict[int, dict[str, int]]:
 
 
 @pytest.mark.parametrize("ip", [4, 6])
-def test_byte_counts_are_those_of_ss(
+def test_byte_counts_agree_with_ss(
     ip: int,
     listener: Callable[..., Listener],
     client: Puppet,

@@ -128,7 +128,7 @@ def none_attached(there: Puppet) -> bool:
         ("vb", "generic", 1500),
     ],
 )
-def test_one_row_per_packet_of_tcpdump(
+def test_each_packet_seen_by_tcpdump_has_a_row(
     interface: str,
     mode: str,
     mtu: int,
@@ -178,7 +178,7 @@ def test_one_row_per_packet_of_tcpdump(
     }
 
 
-def test_vlan_tags_and_extension_headers(
+def test_vlan_tags_and_extension_headers_are_parsed(
     pair: tuple[Puppet, Puppet], running_tcplat: Callable[..., Tcplat]
 ) -> None:
     """This kernel knows no VLAN: the frames are made by hand, and arrive by veth."""
@@ -217,7 +217,7 @@ def named(island: Puppet) -> Iterator[str]:
     subprocess.run(["ip", "netns", "delete", name], check=True)
 
 
-def test_other_namespaces_by_pid_name_and_path(
+def test_netns_option_accepts_pid_name_and_path(
     island: Puppet, named: str, start_tcplat: Callable[..., Tcplat]
 ) -> None:
     inode = island("os.stat('/proc/self/ns/net').st_ino")
@@ -238,7 +238,7 @@ def test_other_namespaces_by_pid_name_and_path(
     assert "'/etc/passwd' is not a network namespace" in no_namespace.stderr
 
 
-def test_every_interface_that_is_up(
+def test_all_up_covers_every_interface_that_is_up(
     pair: tuple[Puppet, Puppet], running_tcplat: Callable[..., Tcplat]
 ) -> None:
     client, island = pair
@@ -265,7 +265,7 @@ def test_every_interface_that_is_up(
     assert none_attached(island)
 
 
-def test_several_interfaces_and_ports(
+def test_several_interfaces_and_ports_are_traced(
     pair: tuple[Puppet, Puppet], running_tcplat: Callable[..., Tcplat]
 ) -> None:
     client, island = pair
@@ -297,7 +297,7 @@ def test_several_interfaces_and_ports(
         ("iface=tun0,port=1", 3, "cannot listen on tun0: it carries no Ethernet frames"),
     ],
 )
-def test_what_cannot_be(
+def test_impossible_options_are_refused_in_one_sentence(
     pair: tuple[Puppet, Puppet],
     start_tcplat: Callable[..., Tcplat],
     options: str,
@@ -342,7 +342,7 @@ link = bpf.attach_xdp(program, {index}, {flags})
         *(("vb", 4, mode) for mode in ("auto", "native", "generic")),
     ],
 )
-def test_a_foreign_program_stays(
+def test_xdp_program_of_another_owner_is_left_attached(
     pair: tuple[Puppet, Puppet],
     start_tcplat: Callable[..., Tcplat],
     interface: str,
@@ -377,7 +377,7 @@ def test_a_foreign_program_stays(
         ("va up", None),
     ],
 )
-def test_an_interface_that_cannot_receive_is_named_at_the_start(
+def test_interface_that_cannot_receive_is_named_at_the_start(
     pair: tuple[Puppet, Puppet], start_tcplat: Callable[..., Tcplat], state: str, said: str | None
 ) -> None:
     home, island = pair
@@ -389,7 +389,7 @@ def test_an_interface_that_cannot_receive_is_named_at_the_start(
     assert (said or "") in outcome.stderr
 
 
-def test_the_second_tcplat_is_refused(
+def test_second_tcplat_on_an_interface_is_refused(
     pair: tuple[Puppet, Puppet],
     running_tcplat: Callable[..., Tcplat],
     start_tcplat: Callable[..., Tcplat],
@@ -411,7 +411,7 @@ def test_the_second_tcplat_is_refused(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
-def test_nothing_stays_behind(
+def test_run_leaves_no_program_attached(
     pair: tuple[Puppet, Puppet], running_tcplat: Callable[..., Tcplat], number: int
 ) -> None:
     _, island = pair
@@ -421,7 +421,9 @@ def test_nothing_stays_behind(
     eventually(lambda: none_attached(island), "the interfaces were free again")
 
 
-def test_count(island: Puppet, running_tcplat: Callable[..., Tcplat]) -> None:
+def test_run_ends_after_count_packets(
+    island: Puppet, running_tcplat: Callable[..., Tcplat]
+) -> None:
     run = running_tcplat("--count", "7", probes=[probe(island)])
     talk(island, "127.0.0.1", 3)
     outcome = run.wait()
@@ -431,7 +433,9 @@ def test_count(island: Puppet, running_tcplat: Callable[..., Tcplat]) -> None:
     eventually(lambda: none_attached(island), "the interface was free again")
 
 
-def test_a_command(island: Puppet, start_tcplat: Callable[..., Tcplat]) -> None:
+def test_command_is_traced_from_its_syn(
+    island: Puppet, start_tcplat: Callable[..., Tcplat]
+) -> None:
     run = start_tcplat(
         probes=[probe(island)],
         command=[
@@ -452,7 +456,7 @@ def gone(outcome: Outcome, interface: str) -> None:
     assert outcome.report["probes"]["xdp_port"]["silent"] == {interface: "it is gone"}
 
 
-def test_an_interface_goes_and_another_stays(
+def test_run_continues_when_one_of_two_interfaces_goes(
     pair: tuple[Puppet, Puppet], running_tcplat: Callable[..., Tcplat]
 ) -> None:
     client, island = pair
@@ -466,7 +470,7 @@ def test_an_interface_goes_and_another_stays(
     gone(outcome, "vb")
 
 
-def test_an_interface_goes_and_another_probe_stays(
+def test_run_continues_for_another_probe_when_the_interface_goes(
     pair: tuple[Puppet, Puppet], running_tcplat: Callable[..., Tcplat]
 ) -> None:
     client, island = pair
@@ -480,7 +484,7 @@ def test_an_interface_goes_and_another_probe_stays(
     gone(outcome, "vb")
 
 
-def test_the_last_interface_goes(
+def test_run_ends_with_the_last_interface(
     pair: tuple[Puppet, Puppet], running_tcplat: Callable[..., Tcplat]
 ) -> None:
     client, island = pair
@@ -493,7 +497,7 @@ def test_the_last_interface_goes(
     assert outcome.rows
 
 
-def test_the_namespace_goes(
+def test_run_ends_with_the_network_namespace(
     puppet: Callable[..., Puppet], running_tcplat: Callable[..., Tcplat]
 ) -> None:
     one = puppet(alone=True)
@@ -515,7 +519,7 @@ def retransmitted(there: Puppet) -> int:
     return int(dict(zip(names, values, strict=True))["RetransSegs"])
 
 
-def test_a_full_ring_does_not_touch_the_traffic(
+def test_full_ring_does_not_disturb_the_traffic(
     pair: tuple[Puppet, Puppet], running_tcplat: Callable[..., Tcplat]
 ) -> None:
     client, island = pair

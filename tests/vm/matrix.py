@@ -34,7 +34,7 @@ from tests.vm.run import (  # noqa: E402 - wherever it is called from
 MECHANISMS = ("kprobe", "fentry")
 COLUMNS = ("tcp_client", "tcp_service", "xdp_port", "tcp_stats", "histograms")
 VERSIONS = (4, 6)
-OTHERS = ("tests/live/test_filters.py::test_a_cgroup_and_those_below_it",)
+OTHERS = ("tests/live/test_filters.py::test_cgroup_filter_includes_descendants",)
 """What also differs between kernels, and is no cell."""
 SLOW = 20
 """How much slower than the machine a guest without KVM may be."""

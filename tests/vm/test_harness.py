@@ -103,18 +103,18 @@ def has_ended(pid: int) -> bool:
 # ---- which kernels
 
 
-def test_the_list_of_kernels_is_well_formed() -> None:
+def test_kernel_list_is_well_formed() -> None:
     kernels = run.read_kernels(run.KERNELS.read_text())
     assert {"5.10", "6.1", "6.12"} <= set(kernels)
     assert not set(kernels) & set(run.read_kernels(run.MORE_KERNELS.read_text()))
 
 
-def test_a_kernel_is_one_line() -> None:
+def test_kernel_is_one_line() -> None:
     kernels = run.read_kernels("# comment\n\n6.1 linux-image-6.1.*-amd64 bookworm-security # x\n")
     assert kernels == {"6.1": KERNEL}
 
 
-def test_a_malformed_line_is_named() -> None:
+def test_malformed_line_is_named() -> None:
     with pytest.raises(VmError, match=r"6\.1 linux"):
         run.read_kernels("6.1 linux\n")
 
@@ -129,17 +129,17 @@ def test_a_malformed_line_is_named() -> None:
         ("linux-image-6.12.5+deb12-amd64", False),
     ],
 )
-def test_only_the_plain_flavour_matches(package: str, *, expected: bool) -> None:
+def test_plain_flavour_alone_matches(package: str, *, expected: bool) -> None:
     assert KERNEL.matches(package) is expected
 
 
-def test_the_newest_unpacked_package_is_found(tree: Path) -> None:
+def test_newest_unpacked_package_is_found(tree: Path) -> None:
     newer = tree.with_name("linux-image-6.1.0-10-amd64")
     newer.mkdir()
     assert run.Cache(tree.parent.parent).find(KERNEL) == newer
 
 
-def test_what_is_there_is_not_fetched_again(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_kernel_is_not_fetched_again(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "output_of", lambda *_, **__: pytest.fail("a program was run"))
     assert run.Cache(tree.parent.parent).fetch([KERNEL]) == {"6.1": tree}
 
@@ -147,7 +147,7 @@ def test_what_is_there_is_not_fetched_again(tree: Path, monkeypatch: pytest.Monk
 # ---- fetching
 
 
-def test_apt_sees_nothing_of_the_machines_own_sources_and_lists() -> None:
+def test_apt_ignores_the_sources_and_lists_of_the_machine() -> None:
     config = run.apt_config(Path("/cache/apt"))
     assert 'Dir::Etc::sourcelist "/cache/apt/sources.list";' in config
     assert 'Dir::Etc::sourceparts "/dev/null";' in config
@@ -157,7 +157,7 @@ def test_apt_sees_nothing_of_the_machines_own_sources_and_lists() -> None:
 
 
 @pytest.mark.skipif(shutil.which("apt-config") is None, reason="no apt")
-def test_apt_understands_its_configuration(tmp_path: Path) -> None:
+def test_generated_apt_configuration_is_valid(tmp_path: Path) -> None:
     (tmp_path / "apt.conf").write_text(run.apt_config(tmp_path))
     env = {**os.environ, "APT_CONFIG": str(tmp_path / "apt.conf")}
     dump = run.output_of("apt-config", "dump", env=env)
@@ -165,7 +165,7 @@ def test_apt_understands_its_configuration(tmp_path: Path) -> None:
     assert "APT::Update::Post-Invoke:: " not in dump
 
 
-def test_a_suite_comes_from_its_archive_and_is_verified() -> None:
+def test_suite_comes_from_its_archive_and_is_verified() -> None:
     backports = run.Kernel("6.12", "linux-image-6.12.*-amd64", "bookworm-backports")
     sign = f"[arch=amd64 signed-by={run.KEYRING}]"
     assert run.sources_list([KERNEL, KERNEL, backports], MIRRORS).splitlines() == [
@@ -174,12 +174,12 @@ def test_a_suite_comes_from_its_archive_and_is_verified() -> None:
     ]
 
 
-def test_without_a_mirror_the_user_is_told_what_to_say() -> None:
+def test_missing_mirror_error_names_the_option() -> None:
     with pytest.raises(VmError, match="--mirror http://HOST/debian-security"):
         run.sources_list([KERNEL], MIRRORS[:1])
 
 
-def test_the_newest_version_in_the_suite_is_taken() -> None:
+def test_newest_version_in_the_suite_is_taken() -> None:
     madison = """\
         linux-image-6.1.0-9-amd64 | 6.1.9-1 | http://m/debian-security bookworm-security/main amd64
        linux-image-6.1.0-10-amd64 | 6.1.10-1 | http://m/debian-security bookworm-security/main amd64
@@ -199,7 +199,7 @@ def kernel_image(payload: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("packer", ["xz", "zstd"])
-def test_a_kernel_image_is_unpacked(packer: str, tmp_path: Path) -> None:
+def test_kernel_image_is_unpacked(packer: str, tmp_path: Path) -> None:
     if packer == "xz":
         payload = lzma.compress(b"ELF")
     elif shutil.which("zstd"):
@@ -212,13 +212,13 @@ def test_a_kernel_image_is_unpacked(packer: str, tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_an_unknown_compression_is_an_error(tmp_path: Path) -> None:
+def test_unknown_compression_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "vmlinuz").write_bytes(kernel_image(b"\x1f\x8b"))
     with pytest.raises(VmError, match="vmlinuz"):
         run.unpack_image(tmp_path / "vmlinuz", tmp_path / "vmlinux")
 
 
-def test_a_missing_program_names_the_remedy() -> None:
+def test_missing_program_error_names_the_package() -> None:
     with pytest.raises(VmError, match="--install"):
         run.output_of("no-such-program")
     with pytest.raises(VmError, match="--install"):
@@ -240,7 +240,7 @@ def packed(folder: Path, package: str, files: dict[str, bytes]) -> None:
 
 
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no dpkg")
-def test_an_image_in_parts_becomes_one_tree(
+def test_split_image_packages_become_one_tree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So Debian packs kernels from 6.19 on: vmlinuz and config are beside the modules."""
@@ -287,11 +287,11 @@ def test_an_image_in_parts_becomes_one_tree(
     [run.INIT.format(release=RELEASE, tree="'/a b'", mount_out=""), run.SUPERVISE],
     ids=["init", "supervise"],
 )
-def test_the_guests_scripts_are_shell(script: str) -> None:
+def test_guest_scripts_are_valid_shell(script: str) -> None:
     run.output_of("sh", "-n", "-c", script)
 
 
-def test_the_command_keeps_its_words_and_its_folder(tmp_path: Path) -> None:
+def test_command_keeps_its_arguments_and_working_directory(tmp_path: Path) -> None:
     folder = tmp_path / 'it\'s a, "folder"'
     folder.mkdir()
     words = ["a b", "$HOME", "'", '"', "new\nline", "--", ""]
@@ -299,7 +299,7 @@ def test_the_command_keeps_its_words_and_its_folder(tmp_path: Path) -> None:
     assert run.output_of("sh", "-c", script) == f"{folder}\n" + "".join(f"{w}|" for w in words)
 
 
-def test_the_command_gets_an_environment_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_has_a_clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "1")
     lines = run.output_of("sh", "-c", run.command_script(["env"], "6.1", Path("/"))).splitlines()
     environment = dict(line.split("=", 1) for line in lines)
@@ -310,7 +310,7 @@ def test_the_command_gets_an_environment_of_its_own(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.skipif(shutil.which("busybox") is None, reason="no busybox")
-def test_the_archive_can_be_unpacked(tmp_path: Path) -> None:
+def test_initramfs_archive_can_be_unpacked(tmp_path: Path) -> None:
     files = {"init": b"#!x", "a/b/c": b"12345", "empty": b""}
     done = ["busybox", "cpio", "-i", "-d"]
     subprocess.run(done, input=run.cpio(files), cwd=tmp_path, capture_output=True, check=True)
@@ -318,14 +318,14 @@ def test_the_archive_can_be_unpacked(tmp_path: Path) -> None:
     assert os.access(tmp_path / "init", os.X_OK)
 
 
-def test_qemu_gets_commas_doubled(tree: Path, tmp_path: Path) -> None:
+def test_commas_are_doubled_for_qemu(tree: Path, tmp_path: Path) -> None:
     command = run.qemu_command("qemu", tree, tmp_path, Path("/a,b"), memory="2G")
     assert any(word.startswith("local,id=out,path=/a,,b,") for word in command)
     assert any(word.endswith("readonly=on") and "id=root" in word for word in command)
 
 
 @pytest.mark.skipif(shutil.which("mksquashfs") is None, reason="no squashfs-tools")
-def test_what_is_copied_is_at_its_own_path(tree: Path, tmp_path: Path) -> None:
+def test_copied_file_keeps_its_path(tree: Path, tmp_path: Path) -> None:
     folder = tmp_path / "a, b"
     folder.mkdir()
     (folder / "file").write_text("content")
@@ -338,11 +338,11 @@ def test_what_is_copied_is_at_its_own_path(tree: Path, tmp_path: Path) -> None:
     assert run.output_of("unsquashfs", "-cat", machine / "copied", path) == "content"
 
 
-def test_nothing_is_copied_unless_asked_for(tree: Path, tmp_path: Path) -> None:
+def test_nothing_is_copied_by_default(tree: Path, tmp_path: Path) -> None:
     assert "-drive" not in run.qemu_command("qemu", tree, tmp_path, None, memory="2G")
 
 
-def test_the_console_cannot_act_on_a_terminal(tmp_path: Path) -> None:
+def test_console_output_is_escaped(tmp_path: Path) -> None:
     (tmp_path / "console").write_bytes(b"\x1b[2Jone\r\n\r\ntwo\xff\x07\r\n")
     assert run.console_tail(tmp_path) == ["[2Jone", "two\ufffd"]
 
@@ -351,11 +351,11 @@ def test_the_console_cannot_act_on_a_terminal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("status", [0, 1, 7, 137, 255])
-def test_the_commands_exit_status_is_ours(status: int, boot: Callable[..., int]) -> None:
+def test_harness_exits_with_the_commands_status(status: int, boot: Callable[..., int]) -> None:
     assert boot(f'echo {status} > "$status"\nexit 99') == status
 
 
-def test_the_first_failure_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_failing_status_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     known = run.read_kernels(run.KERNELS.read_text())
     statuses = dict(zip(known, [0, *range(3, 20)], strict=False))
     monkeypatch.setattr(run, "boot", lambda kernel, *_: statuses[kernel.name])
@@ -363,25 +363,25 @@ def test_the_first_failure_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.run(run.parse(["--", "true"], known), known) == 3
 
 
-def test_the_output_has_the_kernels_name(
+def test_output_is_prefixed_with_the_kernel_name(
     boot: Callable[..., int], capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     boot("""printf 'one\\ntwo \\377\\nthree'; echo four >&2; echo 0 > "$status" """)
     assert capfdbinary.readouterr().out == b"[6.1] one\n[6.1] two \xff\n[6.1] threefour\n"
 
 
-def test_a_crashed_guest_shows_its_console(
+def test_crashed_guest_shows_its_console(
     boot: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert boot('echo "Kernel panic - not syncing" > "$console"') == run.EXIT_FAILED
     assert "[6.1] console: Kernel panic - not syncing\n" in capsys.readouterr().err
 
 
-def test_a_garbled_status_is_a_crash(boot: Callable[..., int]) -> None:
+def test_garbled_status_is_a_crash(boot: Callable[..., int]) -> None:
     assert boot('echo > "$status"') == run.EXIT_FAILED
 
 
-def test_a_missing_qemu_is_one_sentence(
+def test_missing_qemu_is_one_sentence(
     boot: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert boot("", "--qemu", "no-such-qemu") == run.EXIT_FAILED
@@ -396,7 +396,7 @@ def test_results_are_kept_for_each_kernel(boot: Callable[..., int], tmp_path: Pa
     assert (tmp_path / "out/6.1").is_dir()
 
 
-def test_a_hung_guest_is_killed_with_its_children(
+def test_hung_guest_is_killed_with_its_children(
     fake_qemu: Callable[[str], Path],
 ) -> None:
     with run.started([str(fake_qemu(HANG))], timeout=1000) as guest:
@@ -410,11 +410,11 @@ def test_a_hung_guest_is_killed_with_its_children(
     wait_until(lambda: has_ended(child))
 
 
-def test_the_time_limit_is_kept(boot: Callable[..., int]) -> None:
+def test_time_limit_is_enforced(boot: Callable[..., int]) -> None:
     assert boot(HANG, "--timeout", "0.2") == run.EXIT_TIMEOUT
 
 
-def test_a_guest_that_ended_in_time_did_not_time_out(fake_qemu: Callable[[str], Path]) -> None:
+def test_guest_that_ended_in_time_is_not_a_timeout(fake_qemu: Callable[[str], Path]) -> None:
     with run.started([str(fake_qemu(""))], timeout=1000) as guest:
         guest.process.wait()
         guest.expire()
@@ -422,7 +422,7 @@ def test_a_guest_that_ended_in_time_did_not_time_out(fake_qemu: Callable[[str], 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
-def test_nothing_is_left_behind(
+def test_signalled_harness_leaves_no_guest_or_file(
     number: signal.Signals, tree: Path, fake_qemu: Callable[[str], Path]
 ) -> None:
     words = ["--cache", str(tree.parent.parent), "--kernel", "6.1", "--qemu", str(fake_qemu(HANG))]
@@ -457,17 +457,17 @@ def test_nothing_is_left_behind(
 # ---- the command line
 
 
-def test_all_kernels_unless_named() -> None:
+def test_all_usual_kernels_are_the_default() -> None:
     assert run.parse(["--", "true"], ["a", "b"]).kernel == ["a", "b"]
     assert run.parse(["--kernel", "b", "--kernel", "b", "--", "true"], ["a", "b"]).kernel == ["b"]
 
 
-def test_a_kernel_that_is_not_usual_has_to_be_named() -> None:
+def test_unusual_kernel_must_be_named() -> None:
     assert run.parse(["--", "true"], ["a"], ["b"]).kernel == ["a"]
     assert run.parse(["--kernel", "b", "--", "true"], ["a"], ["b"]).kernel == ["b"]
 
 
-def test_what_follows_the_dashes_is_the_commands() -> None:
+def test_arguments_behind_two_dashes_belong_to_the_command() -> None:
     options = run.parse(["--timeout", "5", "--", "x", "--timeout", "9", "--", "y"], ["a"])
     assert options.timeout == 5
     assert options.command == ["x", "--timeout", "9", "--", "y"]
@@ -477,13 +477,13 @@ def test_what_follows_the_dashes_is_the_commands() -> None:
     "arguments",
     [["--kernel", "9.9"], ["--timeout", "0"], ["--timeout", "x"], ["true"]],
 )
-def test_a_usage_error_is_2(arguments: list[str]) -> None:
+def test_usage_error_exits_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         run.parse(arguments, ["6.1"])
     assert caught.value.code == 2
 
 
-def test_the_cache_follows_xdg(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_follows_xdg_cache_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert run.default_cache() == Path("/somewhere/tcplat-vm")
     monkeypatch.delenv("XDG_CACHE_HOME")
