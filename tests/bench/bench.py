@@ -50,7 +50,7 @@ class Figure:
     value: float
     """What is compared with the target."""
     target: float | None
-    """None for a figure of somebody else's."""
+    """None for a figure of another tracer."""
     at_least: bool = True
     unit: str = ""
 
@@ -288,7 +288,7 @@ def throughput() -> Iterator[Figure]:
 
 
 def on_all_cpus() -> Iterator[Figure]:
-    """B1 where nobody has a CPU to himself; and bpftrace in tcplat's place: one line per event."""
+    """B1 on shared CPUs; and bpftrace in tcplat's place: one line per event."""
     for what, traced in (("tcplat", Run.of), ("bpftrace", peers.bpftrace)):
         first, second, with_it = TOGETHER.interleaved(traced)
         base = both(first, second)
@@ -302,7 +302,7 @@ RECEIVING = ("netif_receive_skb", "sk_data_ready", "sock_recv_length")
 
 
 def bystander() -> Iterator[Figure]:
-    """B1s: somebody else is traced; and what programs cost there that do nothing at all."""
+    """B1s: another process is traced; and the cost of empty programs there."""
     first, second, ours, empty = APART.interleaved(
         lambda: Run.of("-p", str(os.getpid())), lambda: peers.empty_programs(SENDING)
     )

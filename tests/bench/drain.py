@@ -212,7 +212,7 @@ def main() -> None:
     """Print events per CPU second of each, and the ratio."""
     gc.set_threshold(100_000, 50, 50)  # as a run of ours has it; good for bcc, too
     contest = prepare()
-    # Who is compared has his turn next to the other.
+    # The two sides that are compared take adjacent turns.
     contestants: dict[str, Callable[[], Callable[[], None]]] = {
         "tcplat records": lambda: contest.to_records,
         "bcc tuned": lambda: contest.by(contest.tuned),

@@ -262,7 +262,7 @@ def forget_compiled() -> None:
 
 
 def boring_packets() -> dict[str, tuple[int, int]]:
-    """Ns of a packet that nobody asked for, and of an empty program: the best of 40 turns each.
+    """Ns of a packet to another port, and of an empty program: the best of 40 turns each.
 
     The program looks for 32 ports, the most it can be asked for.
     """

@@ -1,4 +1,4 @@
-"""Captures that somebody made to do harm, from captures of real runs.
+"""Hostile captures, made from captures of real runs.
 
 A grammar of our own, and no library: what hypothesis and atheris bring (values by type, coverage
 as a guide) finds where a parser goes wrong, and these parsers are msgspec's and msgpack's. What is
@@ -44,7 +44,7 @@ BYTES = (
     ),
 )
 MINE = {"why": "rto", "rto": 204.5, "tries": 3, "again": False}
-"""Fields of a probe of somebody else's."""
+"""Fields of a third-party probe."""
 
 Value = dict[str, Any]
 

@@ -140,7 +140,7 @@ def watched(_root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[W
         outcome = run.stop()
         assert outcome.returncode == 0
         assert outcome.report["dropped"] == 0
-        # Nobody else's rows came in between.
+        # No other process's rows came in between.
         assert {row["pid"] for row in outcome.rows} <= {client.pid, stranded.pid}
 
 

@@ -71,7 +71,7 @@ def needs(*programs: str) -> None:
 
 @attrs.define(eq=False)
 class Puppet:
-    """A process that runs the Python it is told to.
+    """A process that runs the Python it is sent.
 
     Args:
         within: The puppet whose network namespace it lives in; None for the test's own.
@@ -183,7 +183,7 @@ address add fd77::1/64 dev hole0 nodad
 neigh add 10.77.0.2 lladdr 02:00:00:00:77:02 dev hole0 nud permanent
 neigh add fd77::2 lladdr 02:00:00:00:77:02 dev hole0 nud permanent
 """
-"""10.77.0.2 and fd77::2 are nobody's: what goes there is never answered."""
+"""10.77.0.2 and fd77::2 are unassigned: packets to them are never answered."""
 
 
 # --- the other end
@@ -318,7 +318,7 @@ def check_mechanism(rows: Iterable[Row]) -> None:
     """Each row is TCPLAT_ATTACH's, but where no function can tell."""
     if ATTACH == "auto":
         return
-    # No function tells of the change to TCP_LISTEN but one that is often inlined.
+    # The change to TCP_LISTEN is visible in one function alone, which is often inlined.
     others = [row for row in rows if row["state"] != "TCP_LISTEN" and row["attach"] != "xdp"]
     if ATTACH == "kprobe":
         # The tracepoint behind the function stands in where the kernel skipped the kprobe.

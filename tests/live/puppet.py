@@ -1,4 +1,4 @@
-"""A process that does as it is told: one JSON string of Python per line, one JSON answer each.
+"""A process that runs what it is sent: one JSON string of Python per line, one JSON answer each.
 
 Started by harness.Puppet. It ends with its standard input, so that nothing
 outlives the test run that started it.

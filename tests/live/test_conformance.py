@@ -125,7 +125,7 @@ def test_hook_missing_from_this_kernel_fails_the_check() -> None:
 
 
 def test_leftover_program_and_map_are_found() -> None:
-    """A program, and a map, that somebody still holds."""
+    """A program and a map that another fd still holds."""
     fd = bpf.program_load(
         "tcplat_left", bpf.ProgramType.XDP, bytes.fromhex("b7000000020000009500000000000000")
     )

@@ -222,7 +222,7 @@ for to, family in (("10.77.0.2", socket.AF_INET), ("fd77::2", socket.AF_INET6)):
         assert story(mine) == ["connect", "SYN_SENT", "CLOSE"]
         failed = mine[-1]
         assert failed["desc"] == "timed out"
-        # Nobody called: the kernel's timer made the row.
+        # No system call: the kernel's timer made the row.
         assert failed["pid"] == stranded.pid
         assert failed["netns"] == netns
         assert failed["sport"]
@@ -261,7 +261,7 @@ def test_connect_abandoned_by_a_kill_is_traced(
 
 @pytest.mark.parametrize("to", ["10.99.0.1", "fd99::1"])
 def test_connect_without_a_route_is_traced(to: str, watched: Watched) -> None:
-    """No SYN goes out, no state changes: only who watches the call itself can know."""
+    """No SYN goes out, no state changes: only the call itself shows it."""
     stranded = watched.stranded
     family = "AF_INET6" if ":" in to else "AF_INET"
     before = len(watched.run.rows())

@@ -1,4 +1,4 @@
-"""Whose row it is, with real sockets: several connections of one, and the same addresses twice."""
+"""Which connection a row belongs to, with real sockets: reconnects, and equal addresses."""
 
 from __future__ import annotations
 

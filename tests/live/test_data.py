@@ -453,7 +453,7 @@ s.send(b"x" * 30)
 
 
 def test_zero_copy_sends_are_traced_and_their_notices_are_not(connected: Connected) -> None:
-    """MSG_ZEROCOPY, whose notices come back over the error queue: that is not receiving."""
+    """Completion notices of MSG_ZEROCOPY come over the error queue: that is not receiving."""
     connected.client("""
 s.setsockopt(socket.SOL_SOCKET, 60, 1)  # SO_ZEROCOPY
 for _ in range(10):

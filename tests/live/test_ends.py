@@ -267,7 +267,7 @@ def test_kill_at_any_instant_leaves_nothing(what: str, measured: Callable[[str],
 
 
 def test_kill_during_loading_leaves_nothing(start_tcplat: Start) -> None:
-    """The loader has no one to answer then, and goes as well."""
+    """The loader then has no session to answer, and ends as well."""
     run = start_tcplat()
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
     pids = eventually(
@@ -358,7 +358,7 @@ def test_row_reaches_a_pipe_within_200_ms(
         "first row of the table through a pipe: "
         f"{min(delays):.1f} to {max(delays):.1f} ms after its event"
     )
-    # A sleeper that nobody wakes looks again after a second: by chance one row is fast.
+    # A sleeper that is not woken looks again after a second: by chance one row is fast.
     assert 0 < min(delays) <= sorted(delays)[2] <= 200 * SLOW
 
 
@@ -453,7 +453,7 @@ def test_lost_events_are_counted_exactly(
 def test_default_ring_loses_nothing_in_a_burst(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
-    """The ring holds three quarters of the burst: who gets no CPU for so long may lose, once."""
+    """The ring holds three quarters of the burst: a run without a CPU that long may lose, once."""
     for _ in range(3):
         run = running_tcplat("-p", str(client.pid), "--fail-on-loss")
         assert burst(client, server, 100_000) == 100_000

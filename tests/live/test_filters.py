@@ -68,12 +68,12 @@ def test_cgroup_filter_includes_descendants(
     server: Listener,
     running_tcplat: Callable[..., Tcplat],
 ) -> None:
-    member, below, stranger = puppet(), puppet(), puppet()
+    member, below, outsider = puppet(), puppet(), puppet()
     (cgroup / "inner").mkdir()
     (cgroup / "cgroup.procs").write_text(str(member.pid), encoding="ascii")
     (cgroup / "inner/cgroup.procs").write_text(str(below.pid), encoding="ascii")
     run = running_tcplat("--cgroup", str(cgroup))
-    exchange(stranger, server)
+    exchange(outsider, server)
     exchange(below, server)
     rows = fence(run, member, server, 2)
     assert {row["pid"] for row in rows} == {member.pid, below.pid}
@@ -86,13 +86,13 @@ def test_cgroup_filter_covers_older_sockets(
     server: Listener,
     running_tcplat: Callable[..., Tcplat],
 ) -> None:
-    member, stranger = puppet(), puppet()
+    member, outsider = puppet(), puppet()
     (cgroup / "cgroup.procs").write_text(str(member.pid), encoding="ascii")
-    for one in (member, stranger):
+    for one in (member, outsider):
         one.connect(server)
     peers = [server.accept(), server.accept()]
     run = running_tcplat("--cgroup", str(cgroup))
-    for one in (stranger, member):
+    for one in (outsider, member):
         one("s.sendall(b'late')\ns.close()")
     for peer in peers:
         peer.close()
@@ -101,17 +101,17 @@ def test_cgroup_filter_covers_older_sockets(
     assert len(at(rows, "send")) == 1
 
 
-@pytest.mark.parametrize(("pattern", "stranger"), [("thrifty", "thrifty2"), ("thri*", "athrifty")])
+@pytest.mark.parametrize(("pattern", "unmatched"), [("thrifty", "thrifty2"), ("thri*", "athrifty")])
 def test_comm_filter_selects_by_pattern(
     pattern: str,
-    stranger: str,
+    unmatched: str,
     puppet: Callable[..., Puppet],
     server: Listener,
     running_tcplat: Callable[..., Tcplat],
 ) -> None:
     thrifty, other = puppet(), puppet()
     thrifty("open('/proc/self/comm', 'w').write('thrifty')")
-    other(f"open('/proc/self/comm', 'w').write({stranger!r})")
+    other(f"open('/proc/self/comm', 'w').write({unmatched!r})")
     run = running_tcplat("--comm", pattern)
     exchange(other, server)
     rows = fence(run, thrifty, server)

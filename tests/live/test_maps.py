@@ -173,7 +173,7 @@ def test_unreadable_map_type_is_refused_in_one_sentence(
 
 
 def test_process_without_capabilities_cannot_map_an_array() -> None:
-    """On every kernel. bpf(2) looks a key up for him since 5.19 only (c8644cd0efe7)."""
+    """On every kernel. bpf(2) allows such a process a lookup since 5.19 only (c8644cd0efe7)."""
     knob = Path("/proc/sys/kernel/unprivileged_bpf_disabled")
     release = tuple(map(int, os.uname().release.split(".")[:2]))
     array = bpf.map_create("counts", bpf.ARRAY, 4, 8, 4, bpf.MMAPABLE)

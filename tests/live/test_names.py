@@ -139,7 +139,7 @@ def test_thread_name_is_not_taken_for_comm(
 def test_unaccepted_connection_has_the_listeners_current_name(
     running_tcplat: Start, puppet: StartPuppet, client: Puppet
 ) -> None:
-    """Nobody accepts: what comes is the listener's, by the name it has then."""
+    """Without an accept, a connection is the listener's, under its name at the time."""
     service = puppet()
     service(CALL.format("before"))
     service("l = socket.create_server(('127.0.0.1', 0))")

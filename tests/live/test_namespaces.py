@@ -88,7 +88,7 @@ def there(inside: Puppet) -> tuple[str, ...]:
 def test_pid_is_that_of_the_pid_namespace_of_the_run(
     start_tcplat: Start, puppet: StartPuppet, inside: Puppet, server: Listener
 ) -> None:
-    """Of a socket older than the run, whose owner /proc tells, and of one that the kernel saw."""
+    """For an older socket, whose owner /proc gives, and for one that the programs saw."""
     inside.connect(server, "old")
     peers = [server.accept()]
     outside = puppet()

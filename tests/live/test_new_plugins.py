@@ -1,4 +1,4 @@
-"""What `tcplat plugins new` writes, installed by pip as a stranger would, sees real traffic."""
+"""What `tcplat plugins new` writes, installed by pip into a fresh venv, sees real traffic."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @attrs.frozen
-class Stranger:
-    """Somebody else's Python, with tcplat in it and nothing that tcplat's developers need."""
+class UserVenv:
+    """A venv with tcplat as a user installs it, without the tools of its developers."""
 
     folder: Path
 
@@ -44,25 +44,25 @@ class Stranger:
 
 
 @pytest.fixture(scope="module")
-def stranger(_root: None, tmp_path_factory: pytest.TempPathFactory) -> Stranger:
-    folder = tmp_path_factory.mktemp("stranger")
+def user_venv(_root: None, tmp_path_factory: pytest.TempPathFactory) -> UserVenv:
+    folder = tmp_path_factory.mktemp("user")
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
-    stranger = Stranger(folder)
-    stranger.pip(ROOT)
+    user_venv = UserVenv(folder)
+    user_venv.pip(ROOT)
     for kind, name in (("probe", "demo1"), ("sink", "demo_2")):
-        assert "8 files" in stranger.run("tcplat", "plugins", "new", kind, name)
-    stranger.pip("./tcplat-demo1", "./tcplat-demo-2")
-    return stranger
+        assert "8 files" in user_venv.run("tcplat", "plugins", "new", kind, name)
+    user_venv.pip("./tcplat-demo1", "./tcplat-demo-2")
+    return user_venv
 
 
 @pytest.fixture
-def start(stranger: Stranger, start_tcplat: Callable[..., Tcplat]) -> Callable[..., Tcplat]:
-    """Start the tcplat of the other user, and wait until it is attached."""
+def start(user_venv: UserVenv, start_tcplat: Callable[..., Tcplat]) -> Callable[..., Tcplat]:
+    """Start the tcplat of this venv, and wait until it is attached."""
 
     def start(*arguments: str, **how: Any) -> Tcplat:
         how = {"probes": ("demo1",), "attach": "auto", **how}
         return start_tcplat(
-            *arguments, program=(stranger.program("tcplat"),), stdout=subprocess.PIPE, **how
+            *arguments, program=(user_venv.program("tcplat"),), stdout=subprocess.PIPE, **how
         ).wait_ready()
 
     return start
@@ -80,13 +80,13 @@ def talk(client: Puppet, server: Listener, times: int) -> None:
         peer.close()
 
 
-def test_new_plugins_are_listed_and_described(stranger: Stranger) -> None:
+def test_new_plugins_are_listed_and_described(user_venv: UserVenv) -> None:
     found = {
-        one["name"]: one for one in json.loads(stranger.run("tcplat", "plugins", "list", "--json"))
+        one["name"]: one for one in json.loads(user_venv.run("tcplat", "plugins", "list", "--json"))
     }
     assert (found["demo1"]["distribution"], found["demo1"]["status"]) == ("tcplat-demo1", "ok")
     assert (found["demo_2"]["distribution"], found["demo_2"]["status"]) == ("tcplat-demo-2", "ok")
-    told = json.loads(stranger.run("tcplat", "plugins", "show", "demo1", "--json"))
+    told = json.loads(user_venv.run("tcplat", "plugins", "show", "demo1", "--json"))
     assert told["points"] == [
         {
             "point": "end",
@@ -99,8 +99,8 @@ def test_new_plugins_are_listed_and_described(stranger: Stranger) -> None:
 
 
 @pytest.mark.parametrize("name", ["demo1", "demo_2"])
-def test_new_plugins_conform(stranger: Stranger, name: str) -> None:
-    (told,) = json.loads(stranger.run("tcplat", "plugins", "check", name, "--json"))
+def test_new_plugins_conform(user_venv: UserVenv, name: str) -> None:
+    (told,) = json.loads(user_venv.run("tcplat", "plugins", "check", name, "--json"))
     assert told["passed"] > 0
     assert [one for one in told["checks"] if one["verdict"] == "failed"] == []
 
@@ -175,9 +175,9 @@ def test_fields_of_the_new_probe_are_table_columns(
     assert resent == "0"
 
 
-def test_wrong_option_of_the_new_probe_is_refused_before_loading(stranger: Stranger) -> None:
+def test_wrong_option_of_the_new_probe_is_refused_before_loading(user_venv: UserVenv) -> None:
     done = subprocess.run(
-        [stranger.program("tcplat"), "run", "--probe", "demo1:min_srtt=soon"],
+        [user_venv.program("tcplat"), "run", "--probe", "demo1:min_srtt=soon"],
         capture_output=True,
         text=True,
         check=False,

@@ -1,4 +1,4 @@
-"""Whose socket it is: -p means all of that process's sockets, whenever they move, and no other."""
+"""Which process owns a socket: -p selects all sockets of that process at any time, and no other."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_older_socket_belongs_to_its_process(
 def test_softirq_rows_of_an_untouched_older_socket_have_its_pid(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
-    """Nothing but the peer's FIN: nobody calls in whose name the row could be."""
+    """The peer's FIN alone: no system call names the process of these rows."""
     client.connect(server)
     peer = server.accept()
     run = running_tcplat("-p", str(client.pid))
@@ -218,7 +218,7 @@ def test_older_pending_connect_is_traced(running_tcplat: Start, stranded: Puppet
     run.wait_for("the socket was gone", lambda rows: bool(at(rows, "close")))
     rows = run.stop().rows
     assert story(rows) == ["CLOSE", "close"]
-    # When it began, nobody saw: no time is better than a wrong one.
+    # Its begin was not seen: no time is better than a wrong one.
     assert [row["connect_us"] for row in rows] == [None, None]
     assert rows[0]["old_state"] == "TCP_SYN_SENT"
     assert rows[0]["dport"] == 7777
@@ -281,7 +281,7 @@ def test_socket_in_another_network_namespace_is_traced(
 
 
 def test_connection_over_veth_is_traced(running_tcplat: Start, puppet: StartPuppet) -> None:
-    """Not only loopback: the answer comes in an interrupt that is nobody's."""
+    """Not only loopback: the answer comes in an interrupt of no process."""
     here, there = puppet(alone=True), puppet(alone=True)
     nsenter = ["nsenter", f"--net=/proc/{here.pid}/ns/net", "ip"]
     peer = ["name", "veth1", "netns", str(there.pid)]
@@ -495,7 +495,7 @@ def before_accept(rows: list[Row], sport: int) -> list[Row]:
 
 
 def assert_waits_for(rows: list[Row], sport: int, owner: Puppet | None) -> None:
-    """Whose a connection is before it is accepted."""
+    """The owner of a connection before it is accepted."""
     waiting = before_accept(rows, sport)
     assert {row["point"] for row in waiting} >= {"rx_ip", "rx_tcp", "state", "ready"}
     pid = owner and owner.pid
@@ -683,7 +683,7 @@ def test_socket_handed_to_the_traced_process_is_traced(
     puppet: StartPuppet,
     server: Listener,
 ) -> None:
-    """By SCM_RIGHTS, from a process that nobody traces."""
+    """By SCM_RIGHTS, from a process that is not traced."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         receiver = puppet(pass_fds=[theirs.fileno()])
@@ -738,7 +738,7 @@ def test_socket_handed_away_is_no_longer_traced(
 def test_socket_used_in_turn_belongs_to_the_last_caller(
     running_tcplat: Start, puppet: StartPuppet, server: Listener
 ) -> None:
-    """Each call belongs to who makes it, and what the peer does to whoever called last."""
+    """Each call belongs to its caller, and rows of the peer's packets to the last caller."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         traced = puppet(pass_fds=[theirs.fileno()])
@@ -906,7 +906,7 @@ port
 def test_service_that_takes_over_a_port_owns_its_connections(
     running_tcplat: Start, client: Puppet, puppet: StartPuppet
 ) -> None:
-    """Nobody asked for the older one, whose listening socket did nothing but end."""
+    """The older service is not traced; its listening socket only closes."""
     old, new = puppet(), puppet()
     port = old("""
 listening = socket.create_server(("127.0.0.1", 0))
@@ -996,7 +996,7 @@ def again():
         client("s = again(); s.close()")
         service(f"{name}, _ = listening.accept()")
     client("s = again()")
-    # Without a listener nothing but the connection itself tells whose its packets are.
+    # Without a listener the connection alone identifies the owner of its packets.
     service("fourth, _ = listening.accept(); listening.close()")
     for name in names[:-1]:
         service(f"{name}.close()")

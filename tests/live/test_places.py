@@ -1,4 +1,4 @@
-"""Sockets whose place in the arrays another one has: they stand in hashes, and nobody can tell."""
+"""Sockets with a taken array entry: they are in hash maps instead, without a visible effect."""
 
 from __future__ import annotations
 

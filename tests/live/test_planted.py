@@ -1,8 +1,8 @@
 """Whatever a user plants where tcplat may look, none of it runs with the rights that tcplat has.
 
 Everything is planted at once by a user made for this, and tcplat started in each of these ways with
-each of these commands. What is planted notes who ran it: after root was given up, a plugin of the
-user's may run. A trap of C is an #error: what is compiled with it fails.
+each of these commands. What is planted records the process that ran it: after root was given up, a
+plugin of the user may run. A trap of C is an #error: what is compiled with it fails.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Planted:
         }
 
     def notes(self) -> list[Note]:
-        """Who ran what since the last time."""
+        """Return which process ran what since the last call."""
         found = []
         for path in (self.root / "notes").iterdir():
             found.append(Note.read(path))
@@ -165,7 +165,7 @@ class Note:
 
     Args:
         place: One of PLACES.
-        privileged: With a uid or a capability that the user himself does not have.
+        privileged: With a uid or a capability that the user does not have.
         command: What the process was.
     """
 
@@ -180,13 +180,13 @@ class Note:
         uids = {int(uid) for uid in fields["Uid"].split()}
         capabilities = int(fields["CapEff"], 16) | int(fields["CapPrm"], 16)
         place = PLACES[int(path.name.partition(".")[0])]
-        # Uid 0 whose capabilities are gone is what is left where no user is behind it.
+        # Without a user behind sudo, uid 0 stays, without capabilities.
         given_up = not capabilities and fields["NoNewPrivs"].strip() == "1"
         return cls(place, not given_up and (0 in uids or bool(capabilities)), command)
 
 
 def python_trap(root: Path, place: str) -> str:
-    """Python that notes who runs it; one line, as a .pth file wants it.
+    """Return Python that records the process that runs it; one line, as a .pth file needs.
 
     Without open(): where `encodings` is imported there is none yet.
     """
@@ -289,7 +289,7 @@ def plant(root: Path, home: Path) -> None:
 
 
 def plant_libraries(root: Path) -> None:
-    """One that notes who loads it, by several names."""
+    """Build one that records the process that loads it, under several names."""
     source = root / "trap.c"
     source.write_text(LIBRARY_TRAP)
     note = f'-DNOTE="{root}/notes/{PLACES.index(LIBRARY)}"'
@@ -519,7 +519,7 @@ def test_table_has_every_cell(measured: Callable[[str], None]) -> None:
 
 
 def test_traps_are_triggered_without_isolation(planted: Planted) -> None:
-    """Without rights, and without -I, the user himself steps into each of them."""
+    """Without privileges and without -I, the user triggers each of them."""
     python = str(planted.root / "venv/bin/python")
     caught: set[str] = set()
     runs = (

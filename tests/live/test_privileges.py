@@ -304,7 +304,7 @@ def test_warm_start_is_fast(start_tcplat: Start, measured: Callable[[str], None]
 
 
 def test_cold_start_is_fast_enough(start_tcplat: Start, measured: Callable[[str], None]) -> None:
-    """With an empty cache: in a mount namespace of its own, so that nobody else's suffers."""
+    """With an empty cache: in a separate mount namespace, so that the real one is kept."""
     needs("unshare", "mount", "clang")
     Path("/var/cache/tcplat").mkdir(mode=0o700, parents=True, exist_ok=True)
     script = 'mount -t tmpfs -o mode=0700 none /var/cache/tcplat && exec "$@"'

@@ -1,4 +1,4 @@
-"""The accepting side: from the packet to the process that reads it, and whose each row is."""
+"""The accepting side: from the packet to the process that reads it, and the owner of each row."""
 
 from __future__ import annotations
 
@@ -363,7 +363,7 @@ def test_pid_filter_separates_two_services(
     rows = run.stop().rows
     assert not of_service(rows, elsewhere)
     assert {row["pid"] for row in rows} == {ours.pid}
-    # The handshake is the process's, too: nobody else listens there.
+    # The handshake is the process's, too: no other one listens there.
     assert at(rows, "rx_ip")[0]["flags"] == "SYN"
     first = next(row for row in at(rows, "state") if row["old_state"])
     assert first["state"] == "TCP_ESTABLISHED"
@@ -389,7 +389,7 @@ def test_connection_of_a_shared_listener_has_no_owner_before_accept(
 ) -> None:
     master = puppet()
     port = listen(master)
-    # A worker that inherits the listening socket, and accepts when told.
+    # A worker that inherits the listening socket, and accepts on command.
     worker = master("""
 here, there = socket.socketpair()
 child = os.fork()
@@ -524,7 +524,7 @@ def test_nginx_is_traced_by_all_three_probes(
     assert Counter(packets) == Counter(seen)
     assert by_direction(packets) == by_direction(seen)
 
-    # A row of a socket is its worker's from accept on, and nobody's before: never the master's.
+    # A row is its worker's from accept on, and has no owner before: it is never the master's.
     owned = [row for row in rows if row["point"] in ("accept", "recv", "send", "close")]
     assert {row["pid"] for row in owned} == set(pids)
     assert {row["pid"] for row in rows} <= {*pids, None}

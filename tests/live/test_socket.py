@@ -1,4 +1,4 @@
-"""Fifty readers at one socket, one of whom never reads: nothing is lost, and counts are exact."""
+"""Fifty readers at one socket, one of them silent: nothing is lost, and counts are exact."""
 
 from __future__ import annotations
 

@@ -134,8 +134,8 @@ def check_sums(exchanges: list[dict[str, Any]]) -> None:
 class Truth:
     """What client and server themselves saw of one exchange, by tcplat's clock, in ns.
 
-    Whoever reads a clock before and after a call may be kept waiting in between: bounds
-    are all that he knows, but they hold whatever the machine does meanwhile.
+    A process that reads a clock before and after a call may be preempted in between: these
+    are bounds, but they hold whatever the machine does meanwhile.
     """
 
     began: int
@@ -285,7 +285,7 @@ def test_dev_xmit_rows_agree_with_tcpdump(
     assert (max(row["bytes"] for row in ours) > 1_448) == (size > 1_448)
     assert {row["pid"] for row in ours if row["bytes"]} == {road.client.pid}
     assert {row["ifname"] for row in rows} == {None}
-    # The router's, too: nobody's.
+    # The router's, too: they have no process.
     assert {row["dev"] for row in rows} == {"ca", "ra", "rb", "sa"}
     assert {row["pid"] for row in rows if row["dev"][0] == "r"} == {None}
 
@@ -652,7 +652,7 @@ s.close()
     road.server("peer = listening.accept()[0]")
     road.client(_ABORT)
     road.server("select.select([peer], [], []); peer.close()")
-    # Nobody there.
+    # No listener.
     road.client(f"""
 try: socket.create_connection(({SERVER!r}, {PORT + 1}))
 except ConnectionRefusedError: pass

@@ -52,7 +52,7 @@ every_ip = pytest.mark.parametrize("ip", [4, 6])
 @pytest.fixture(scope="session")
 def venv(_root: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Yield a Python with tcplat and the probe, each installed as a user would."""
-    folder = tmp_path_factory.mktemp("stranger") / "venv"
+    folder = tmp_path_factory.mktemp("user") / "venv"
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     pip = (folder / "bin/pip", "install", "-q", "--disable-pip-version-check")
     subprocess.run([*pip, ROOT, DEMO], check=True, timeout=patience(300))
@@ -333,7 +333,7 @@ def test_unanswered_syn_is_retransmitted(
 def test_retransmits_of_a_lossy_transfer_are_traced(
     wire: Wire, retransmits: Callable[..., Tcplat], tcpdump: Callable[..., list[Segment]]
 ) -> None:
-    """Fast retransmits, on the side that accepted: nobody but the core knows whose it is."""
+    """Fast retransmits, on the side that accepted: its process is known to the core alone."""
     run = retransmits("-p", str(wire.near.pid))
     wire.near(f"""
 listening = socket.create_server(({NEAR[4]!r}, 0))
@@ -368,19 +368,19 @@ count
 def test_connection_of_another_process_has_no_row(
     wire: Wire, retransmits: Callable[..., Tcplat]
 ) -> None:
-    everybody = retransmits()
+    unfiltered = retransmits()
     sport, _ = wire.connect()  # before the second one starts: it has to be found
-    nobody = retransmits("-p", str(os.getpid()))
-    somebody = retransmits("-p", str(wire.near.pid))
+    of_another = retransmits("-p", str(os.getpid()))
+    of_its_own = retransmits("-p", str(wire.near.pid))
     wire.cut()
     wire.near("s.sendall(b'x')")
-    everybody.wait_for("it was sent again", again(2))
-    somebody.wait_for("its process's tcplat saw it", again(2))
+    unfiltered.wait_for("it was sent again", again(2))
+    of_its_own.wait_for("its process's tcplat saw it", again(2))
     wire.mend()
-    rows = [row for row in everybody.stop().rows if row["sport"] == sport]
+    rows = [row for row in unfiltered.stop().rows if row["sport"] == sport]
     assert {row["pid"] for row in rows} == {wire.near.pid}
-    assert [row for row in nobody.stop().rows if row["sport"] == sport] == []
-    assert {row["sport"] for row in somebody.stop().rows} == {sport}
+    assert [row for row in of_another.stop().rows if row["sport"] == sport] == []
+    assert {row["sport"] for row in of_its_own.stop().rows} == {sport}
 
 
 def test_rows_below_min_rto_are_omitted(wire: Wire, retransmits: Callable[..., Tcplat]) -> None:

@@ -84,7 +84,7 @@ def tcpdump(
         path: The file it writes.
         interface: Where it listens.
         what: In its own language.
-        there: The puppet in whose network namespace it is; else in the test's.
+        there: The puppet that gives the network namespace; else the test's.
         only_in: Packets that the interface receives, and none that it sends.
     """
     said = path.with_suffix(".tcpdump")
@@ -135,9 +135,9 @@ _PORTS = re.compile(r"sport=(\d+) dport=(\d+)")
 def kept_from_programs(port: int) -> Iterator[Callable[[], set[int]]]:
     """Client ports of connections to `port` that changed on the time of process 1.
 
-    There are kernels that run no BPF program while a thread of process 1 runs, and softirq comes
-    at anybody's time: of those connections rows may be missing, and no tracer can help it. ftrace
-    does see them.
+    Some kernels run no BPF program while a thread of process 1 runs, and softirq runs in the
+    context of any process: rows of those connections may be missing from every BPF tracer.
+    ftrace does see them.
     """
     tracing = tracefs()
     assert tracing

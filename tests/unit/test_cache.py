@@ -1,4 +1,4 @@
-"""What was compiled before is used only where nobody else can have written it."""
+"""Compiled programs are cached, and read only where no other user can have written them."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ def test_own_folder_is_created_private(tmp_path: Path) -> None:
     own_folder(tmp_path / "mine")
     check_own(tmp_path / "mine")
     with pytest.raises(FileNotFoundError):
-        check_own(tmp_path / "nobodys")
+        check_own(tmp_path / "missing")
 
 
 def test_digest_depends_on_the_boundaries_of_its_parts() -> None:

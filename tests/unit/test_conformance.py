@@ -178,7 +178,7 @@ PROBE_FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
         "options",
         "the default of option least, 0, does not convert (ValueError: it must be",
     ),
-    "a default that nobody could write": (
+    "a default that is no valid value": (
         {"options": an_option(convert=integer(), default="5")},
         "options",
         "the default of option least is '5', and what a user writes as '5' becomes 5",
@@ -204,7 +204,7 @@ PROBE_FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
         "hook points",
         "hook point 'close' has no way to listen",
     ),
-    "nobody reports": (
+    "a hook that nothing reports": (
         in_points(
             HookPoint("close", (Way("tracepoint", (attrs.evolve(GONE.hooks[0], quiet=True),)),))
         ),
@@ -441,7 +441,7 @@ def test_failure_of_the_kit_is_not_blamed_on_the_plugin(
         "not checked",
         f"the kit itself failed ({error.__name__}",
     )
-    # In the process of the sink as well, where what the sink raises is told apart.
+    # In the process of the sink as well, where exceptions of the sink are recognised.
     monkeypatch.setattr(sink_checks, "_stream", fails)
     found = outcome(sink(Lines), "batches")
     assert (found.verdict, "the kit itself failed" in found.why) == ("not checked", True)
@@ -464,7 +464,7 @@ def test_exception_of_the_plugin_is_a_failed_check() -> None:
     )
 
 
-class Mute(BaseException):
+class Unprintable(BaseException):
     """Of a class that does not say what it is, either."""
 
     def __str__(self) -> str:
@@ -475,7 +475,7 @@ ODD = {
     "SystemExit: 3": SystemExit(3),
     "GeneratorExit": GeneratorExit(),
     "BaseExceptionGroup: two (1 sub-exception)": BaseExceptionGroup("two", [SystemExit(3)]),
-    "Mute": Mute(),
+    "Unprintable": Unprintable(),
 }
 
 
@@ -775,7 +775,7 @@ class Served:
 
 @attrs.define(eq=False)
 class WaitsForReaders(Served):
-    """It keeps for each what he has not got."""
+    """It keeps for each reader what is unsent."""
 
     waiting: dict[socket.socket, deque[Sequence[Event]]] = attrs.field(factory=dict)
 

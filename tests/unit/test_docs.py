@@ -49,7 +49,7 @@ class Block:
     """A code block.
 
     Args:
-        language: As behind the fence; empty for text that is nobody's.
+        language: As behind the fence; empty for plain text.
         code: What is between the fences.
         file: The file that it is to be, where a line of its own in front of it names one.
     """

@@ -1,4 +1,4 @@
-"""Who and what is wanted: the same answer in the kernel, as C, and for sockets of before."""
+"""Filters give the same answer in the kernel, as C, and for older sockets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Histograms: which bucket a duration falls into, and what is told of those that did."""
+"""Histograms: the bucket of a duration, percentiles, groups and what could not be measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Captures, names and arguments that somebody made to do harm."""
+"""Hostile captures, names and arguments."""
 
 from __future__ import annotations
 

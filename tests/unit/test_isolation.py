@@ -103,7 +103,7 @@ def test_ignored_and_blocked_signals_are_not_inherited() -> None:
         "print(*(int(status.split(f'Sig{name}:')[1].split()[0], 16) for name in ('Blk', 'Ign')))"
     )
     blocked, ignored = map(int, output(python(code, preexec_fn=deafen)).split())
-    # The C library keeps 32 and 33 for itself: nobody can change what was inherited of them.
+    # The C library keeps 32 and 33 for itself: their inherited state cannot be changed.
     ours = sum(1 << number - 1 for number in signal.valid_signals())
     assert (blocked & ours, ignored & ours) == (
         0,
@@ -124,7 +124,7 @@ def test_soft_limits_except_core_are_raised_to_the_hard_limits() -> None:
 
 
 def test_orphaned_child_exits_immediately() -> None:
-    """It died before the kernel could be asked to tell of its death."""
+    """The parent died before prctl(PR_SET_PDEATHSIG) was called."""
     child = subprocess.run(
         [sys.executable, "-I", "-c", BEGIN + "print('still here')", str(os.getpid() + 1)],
         stdout=subprocess.PIPE,
@@ -134,7 +134,7 @@ def test_orphaned_child_exits_immediately() -> None:
 
 
 def test_child_dies_with_its_parent() -> None:
-    # The shell is its parent, and says who it is.
+    # The shell is its parent, and passes its own pid.
     script = '"$0" -I -c "$1" $$ <&- & echo $!; read -r line'  # $$ is the shell's own pid
     code = BEGIN + "import time\nprint('begun', flush=True)\ntime.sleep(600)"
     shell = subprocess.Popen(

@@ -123,7 +123,7 @@ def test_tracepoints_serve_the_points_listed(host: Host, kernel: str) -> None:
 
 @every_kernel
 def test_socket_use_is_observed_on_every_kernel(host: Host, kernel: str) -> None:
-    """By functions before 6.3, whose tracepoints tell of it."""
+    """By functions before 6.3, by tracepoints from then on."""
     (use,) = (point for point in PROBES["core"] if point.point == "use")
     taken = choose([use], "auto", host.way, "core").taken["use"]
     assert taken.mechanism == ("tracepoint" if version(kernel) >= (6, 3) else "fentry")

@@ -261,7 +261,7 @@ def test_resolved_path_survives_a_rename_of_its_folder(tmp_path: Path) -> None:
 def test_private_file_stays_private_while_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who opens the new one before it has the old mode reads all that is written later."""
+    """A process that opens the new file before it has the old mode can read all later writes."""
     target = tmp_path / "out"
     target.write_bytes(b"secret")
     target.chmod(0o600)

@@ -289,7 +289,7 @@ def test_unreadable_fds_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ended_process_is_reported_as_ending() -> None:
     assert not owners.is_ending(os.getpid())
     process = subprocess.Popen(["true"])
-    # A zombie, until somebody waits for it.
+    # A zombie, until it is waited for.
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert owners.is_ending(process.pid)
     process.wait()

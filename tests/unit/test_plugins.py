@@ -66,8 +66,8 @@ BROKEN = {
     "interrupts": ("raise KeyboardInterrupt", "KeyboardInterrupt"),
     "ends_everything": ("class End(BaseException): pass\nraise End('now')", "End: now"),
     "error_without_words": (
-        "class Mute(Exception):\n    def __str__(self): raise TypeError\nraise Mute",
-        "Mute",
+        "class Unprintable(Exception):\n    def __str__(self): raise TypeError\nraise Unprintable",
+        "Unprintable",
     ),
     "newer_hooks": (
         "tcplat_hookspec = '2.0'",

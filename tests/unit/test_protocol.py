@@ -156,7 +156,7 @@ def test_every_fd_arrives_at_its_place(ends: Ends) -> None:
         os.close(fd)
     for number, (read, _) in enumerate(pipes):
         assert os.read(read, 2) == bytes([number])
-        assert os.read(read, 1) == b""  # nobody else holds it
+        assert os.read(read, 1) == b""  # no other fd holds it
         os.close(read)
 
 

@@ -590,7 +590,7 @@ def test_socket_is_read_while_written(tmp_path: Path) -> None:
 def test_pipe_without_a_writer_is_waited_for(tmp_path: Path) -> None:
     path = tmp_path / "pipe"
     os.mkfifo(path)
-    source = Source.open(str(path))  # returns, though nobody writes
+    source = Source.open(str(path))  # returns without a writer
     writer = threading.Thread(target=path.write_bytes, args=(GOOD,))
     chunks = source.chunks()
     assert next(chunks) == b""

@@ -1,4 +1,4 @@
-"""The rooms of tcplat_core: which may import which, and who bcc, pyroute2 and the loader."""
+"""The rooms of tcplat_core: which may import which, and which bcc, pyroute2 and the loader."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 DOORS = {"loader.protocol", "loader.filter", "loader.source"}
 """Of the loader, all that others may import: data and texts, for which no rights are needed."""
 ONLY = {"bcc": ("loader.",), "pyroute2": ("kernel.netdev", "kernel.netns")}
-"""Who may import it."""
+"""The prefix of modules that may import it."""
 
 
 @functools.cache

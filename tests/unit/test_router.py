@@ -542,7 +542,7 @@ def test_method_whose_lookup_raises_switches_the_sink_off(
 
 
 def test_keyboard_interrupt_does_not_switch_off_a_sink() -> None:
-    """Where nobody has taken SIGINT over, as in commands that are no run."""
+    """Where SIGINT has its default handler, as in commands other than run."""
     with pytest.raises(KeyboardInterrupt):
         Router({"it": Raises("poll", KeyboardInterrupt())}).poll()
 

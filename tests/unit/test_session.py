@@ -418,7 +418,7 @@ def test_programs_are_detached_before_the_last_rows_are_read(play: Play) -> None
             super().write(batch)
             try:
                 held.append(os.read(read, 1) != b"")
-            except BlockingIOError:  # somebody could still write: the link is there
+            except BlockingIOError:  # a writer exists: the link is still held
                 held.append(True)
             if not signals.caught:
                 signals.caught = 2
@@ -473,7 +473,7 @@ def test_ready_pipe_is_written_once_a_reader_opens_it(play: Play, tmp_path: Path
         signals.caught = 2
 
     reader = threading.Timer(0.3, read)
-    reader.daemon = True  # where the run fails, nobody ever writes
+    reader.daemon = True  # where the run fails, the pipe never gets a writer
     reader.start()
     run_into_a_sink(play(), ready_file=str(pipe), duration_s=60, signals=signals)
     reader.join()
@@ -485,7 +485,7 @@ def test_ready_pipe_is_written_once_a_reader_opens_it(play: Play, tmp_path: Path
 
 @attrs.define(eq=False)
 class Lifecycle(RecordingSink):
-    """Remembers what it was told when."""
+    """Records the calls that it gets, in order."""
 
     events: list[str] = attrs.field(factory=list)
 

@@ -1,4 +1,4 @@
-"""``tcplat plugins show``: what is told of a plugin, and what is not known of the host."""
+"""``tcplat plugins show``: what is known of a plugin, and what is not known of the host."""
 
 from __future__ import annotations
 

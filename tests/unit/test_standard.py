@@ -165,7 +165,7 @@ def opened_once_read(pipe: Path, reader: subprocess.Popen[bytes]) -> int:
     while True:
         assert reader.poll() is None
         assert time.monotonic() < deadline
-        with contextlib.suppress(OSError):  # ENXIO: nobody reads it
+        with contextlib.suppress(OSError):  # ENXIO: it has no reader
             return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
         time.sleep(0.005)
 

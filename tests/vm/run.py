@@ -162,7 +162,7 @@ def sources_list(kernels: Iterable[Kernel], repositories: Sequence[str]) -> str:
     """Write the private sources.list.
 
     Args:
-        kernels: Whose suites are wanted.
+        kernels: The kernels that give the suites.
         repositories: Addresses of the machine's package sources, from which Debian's two archives
             are picked.
 
@@ -287,7 +287,7 @@ class Cache:
                 for archive in Path(new).glob("*.deb"):
                     output_of("dpkg", "-x", archive, new)
                 tree = Path(new, "tree")
-                # Both have links to the tools that build modules, which nobody needs here.
+                # Both have links to the tools that build modules, which are not needed here.
                 but = shutil.ignore_patterns("scripts", "tools")
                 for name in names:
                     part = Path(new, "usr/src", name)
@@ -520,7 +520,7 @@ def cpio(files: dict[str, bytes]) -> bytes:
 
 def modules(tree: Path) -> dict[str, bytes]:
     """Return the modules that the guest needs before it has a root, and the order to load them."""
-    # -C: what this machine refuses to load is no business of the guest.
+    # -C: what this machine refuses to load does not concern the guest.
     query = (tool("modprobe"), "-C", "/dev/null", "-d", tree, "-S", release_of(tree))
     found: dict[str, bytes] = {}
     for module in MODULES:
@@ -662,7 +662,7 @@ class Guest:
 
     def kill(self) -> None:
         """Kills qemu, and what it may have started."""
-        # Once waited for, the number could be somebody else's.
+        # Once waited for, the number could be another process's.
         if self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -844,7 +844,7 @@ def parse(
     )
     parser.add_argument("--cache", type=Path, default=default_cache(), help="default: %(default)s")
     parser.add_argument("--qemu", default="qemu-system-x86_64", help="default: %(default)s")
-    # Not argparse's business: what it makes of a second `--` depends on Python's version.
+    # Not by argparse: what it makes of a second `--` depends on Python's version.
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options = parser.parse_args(arguments[:end])
     options.command = arguments[end + 1 :]

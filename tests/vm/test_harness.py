@@ -445,7 +445,7 @@ def test_signalled_harness_leaves_no_guest_or_file(
             process.send_signal(number)
         wait_until(lambda: has_ended(qemu))
         if number == signal.SIGKILL:
-            # Nobody was left to kill it; a real qemu has no children.
+            # No process was left to kill it; a real qemu has no children.
             os.kill(child, signal.SIGKILL)
             assert process.returncode == -signal.SIGKILL
         else:

@@ -72,7 +72,7 @@ class Traffic:
         factors: Stage -> times as long.
         gap_us: Between two connections' beginnings.
         comm: The client's name.
-        without: Points that nobody watches: ``0/nic_tx`` on host 0.
+        without: Points without a probe: ``0/nic_tx`` on host 0.
         slow: (connection, exchange) -> µs more in `server`.
     """
 
@@ -86,7 +86,7 @@ class Traffic:
     slow: dict[tuple[int, int], int] = attrs.field(factory=dict)
     began_ns: int = 1_000_000_000_000
     hung: dict[int, int] = attrs.field(factory=dict)
-    """Connection -> how long (µs) its client waits for the reply to a last request, in vain."""
+    """Connection -> how long (µs) its client waits for the missing reply to a last request."""
     closes: bool = True
 
     def rows(self) -> Iterator[tuple[int, Event]]:
@@ -259,7 +259,7 @@ def write(
 
 
 def joint(traffic: Traffic) -> Iterator[Event]:
-    """As one capture that saw both hosts: namespaces and sockets told apart, as merge does."""
+    """Return one capture of both hosts; namespaces and sockets are distinct, as after merge."""
     for host, row in traffic.rows():
         row.netns = (row.netns or 0) + (host << 32)
         if row.sock:

@@ -227,7 +227,7 @@ def hung(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("none", "many", "+2%", True),
         ("none", "many", "+50%", False),
         ("none", "two", "+1%", False),
-        # Nobody had an answer in the new one: the base says that the service can speak.
+        # No request of the new one was answered; the base shows that the service sends replies.
         ("none", "all of them", "+0", True),
         # A service that never sends a byte, as syslog: not a fault, however many.
         ("all of them", "more of them", "+0", False),

@@ -1,4 +1,4 @@
-"""The socket: whole maps, exact counts, and nobody who keeps the run waiting."""
+"""The socket: whole maps, exact counts, and no reader that delays the run."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ Map = dict[str, Any]
 
 @attrs.define
 class Client:
-    """Somebody who reads."""
+    """A reader of the stream."""
 
     socket: socket.socket
     sink: Msgpack | None = None
@@ -109,7 +109,7 @@ class Bench:
         return sink
 
     def client(self, where: str | tuple[str, int] | None = None) -> Client:
-        """Somebody who has connected."""
+        """Return a connected reader."""
         where = where or self.path
         made = socket.socket(socket.AF_UNIX if isinstance(where, str) else socket.AF_INET)
         self.stack.callback(made.close)
@@ -129,7 +129,7 @@ def rows(count: int, start: int = 0) -> list[Event]:
 
 
 def counts(maps: Sequence[Map]) -> tuple[int, int]:
-    """Rows, and rows that were told as missing."""
+    """Return the number of rows, and of rows reported as missing."""
     return sum("point" in one for one in maps), sum(one.get("gap", 0) for one in maps)
 
 
@@ -660,7 +660,7 @@ def eventually(holds: Callable[[], bool]) -> None:
 
 
 def connections(path: str) -> int:
-    """Who has connected to a unix socket, accepted or not."""
+    """Return the connections to a unix socket, accepted or not."""
     lines = Path("/proc/net/unix").read_text(encoding="utf-8").splitlines()
     return sum(line.split()[5] == "03" and line.endswith(f" {path}") for line in lines)
 

@@ -1,4 +1,4 @@
-"""Whose row it is: sockets of several connections, and addresses that several have."""
+"""Which connection a row belongs to: reconnected sockets, and reused addresses."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ PROBES = ("tcp_client", "tcp_service", "dev_xmit", "xdp_port", "rx_ip")
 def pair(
     number: int, begins: int, *, steps: Sequence[int], numbered: bool, first: tuple[int, int]
 ) -> History:
-    """One of two pairs; each of its messages has a length that tells whose it is."""
+    """One of two pairs; the length of a message tells which pair sent it."""
     history = History(
         first,
         netns=(NETNS, OTHERS)[number],
@@ -293,8 +293,8 @@ def test_namespace_pairs_with_equal_addresses_are_not_mixed(
             continue
         sizes = {size % 100 for size in (one.request_bytes, one.reply_bytes) if size > 0}
         assert len(sizes) == 1, (one.request_bytes, one.reply_bytes)
-    # Where the client's host tells of arriving packets alone, without their acknowledgements, no
-    # number in them says whose they are.
+    # Where the client's host reports arriving packets alone, without their acknowledgements, no
+    # number in them identifies their connection.
     arriving = not numbered or without == {"tcp_client", "dev_xmit", "xdp_port"}
     if not arriving or not without & {"dev_xmit", "xdp_port"}:
         assert not any(conn.doubtful for conn in connections)
@@ -314,7 +314,7 @@ RESET = {"old_state": "TCP_ESTABLISHED", "state": "TCP_CLOSE", "desc": "ECONNRES
 def test_reset_after_a_timeout_is_not_an_abort(end: int, without: tuple[str, ...]) -> None:
     history = History()
     now = talk(history, history.shake_hands() + 500) + 500
-    # tcp_keepalive_timer(): the RST leaves, and then the socket is told.
+    # tcp_keepalive_timer(): the RST leaves, and then the socket gets the error.
     history.packet(now, "nic_tx", end, history.sent[end], flags="RST|ACK")
     history.socket(now + 1, end, "state", **TIMED_OUT)
     history.packet(now + 2, "nic_rx", end, history.sent[end], flags="RST|ACK")
@@ -399,7 +399,7 @@ def test_exchange_names_the_process_of_its_own_rows(
     rows = history.rows()
     renamed(rows, first_over + 1_000, end, pid, comm)
     (first, second), (conn,) = joined(rows)
-    # Though the connection is told at the end, when another process has it.
+    # Though the connection is emitted at the end, when another process has it.
     assert names(first) == [(100, "curl"), (101, "nginx")]
     assert names(second) == told
     assert [(one.pid, one.comm) for one in conn.ends] == told

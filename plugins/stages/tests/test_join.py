@@ -75,7 +75,7 @@ def test_stages_are_true_under_segmentation_loss_and_retransmission(
     turns: Any, first: tuple[int, int], seed: int
 ) -> None:
     history, truth = of_turns(turns, first, seed)
-    # The client has no rx_ip, and what is ready of the reply is told by nobody.
+    # The client has no rx_ip, and no row says that the reply is ready.
     exchanges, connections, joiner = joined(history.rows(["tcp_client/ready"]))
     assert len(exchanges) == len(truth)
     for exchange, at, (delays, asked, answered, _) in zip(exchanges, truth, turns, strict=True):
@@ -108,7 +108,7 @@ def test_missing_probes_merge_stages_and_never_falsify_them(
         split = exchange.split
         assert sum(ns for _, ns in split.stages) + split.unexplained_ns == split.total_ns
         assert all(ns >= 0 for _, ns in split.stages)
-    if "tcp_service/recv" in without:  # nobody knows where one request ends
+    if "tcp_service/recv" in without:  # where one request ends is unknown
         return
     assert len(exchanges) == len(truth)
     for exchange, at in zip(exchanges, truth, strict=True):
@@ -438,7 +438,7 @@ def test_close_with_unread_data_is_the_reset_reason() -> None:
     history.socket(now + 6, CLIENT, "close", state="TCP_CLOSE")
     (exchange,), (conn,), _ = joined(history.rows())
     assert (conn.reset_by, conn.reset_why) == (SERVICE, "it closed with unread data")
-    # The request was never read, and what is known of it is told.
+    # The request was never read; its known stages are emitted.
     assert (exchange.kind, exchange.request_bytes, exchange.stamps[5]) == ("request", 100, None)
 
 
@@ -669,9 +669,9 @@ def test_packet_rows_without_a_device_are_joined() -> None:
 
     history = History()
     simple(history, 10_000)
-    stranger = history.socket(9_000, CLIENT, "send", seq=1, bytes=1)
-    stranger.probe = "another"
-    rows = [row for row in history.rows() if not row.sock or row is stranger]
+    unrelated = history.socket(9_000, CLIENT, "send", seq=1, bytes=1)
+    unrelated.probe = "another"
+    rows = [row for row in history.rows() if not row.sock or row is unrelated]
     exchanges, _, _ = joined([Plain(row) for row in rows])  # type: ignore[misc]
     assert [exchange.total_ns for exchange in exchanges] == [8_000]
 

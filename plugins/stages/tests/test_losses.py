@@ -1,4 +1,4 @@
-"""Where events were lost, what was under way is neither slow nor unanswered: it is not told."""
+"""Exchanges under way while events were lost are omitted: neither slow nor unanswered."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def lossy(
     probes: Iterable[str] = RING,
     told_ns: int | None = None,
 ) -> tuple[list[Exchange], list[Connection], Joiner]:
-    """Rows of which these probes' were lost from one instant to another; told then, or later."""
+    """Join rows without those of the lossy probes in an interval; the loss comes then, or later."""
     gone = set(probes)
     kept = [row for row in rows if row.probe not in gone or not first_ns <= row.ts_ns < last_ns]
     told_ns = last_ns if told_ns is None else told_ns
@@ -82,7 +82,7 @@ def test_exchange_across_a_loss_is_neither_slow_nor_unanswered(
 @pytest.mark.parametrize("ring", ["tcp_client", "tcp_service"])
 @pytest.mark.parametrize("late_ns", [0, 100_000, SECOND])
 def test_full_ring_loses_rows_from_its_last_one_on(ring: str, late_ns: int) -> None:
-    # The other rings have room, and go on; the loss is told behind their rows, or never before
+    # The other rings have room, and go on; the loss comes behind their rows, or never before
     # the end.
     history, begins = requests(40)
     first, last = begins[10] + 5_500, begins[30] + 5_500

@@ -33,7 +33,7 @@ def one_answered(history: History) -> int:
 
 
 def hung(answered: int = 1) -> History:
-    """So many exchanges, and a request for whose reply the client waits two seconds in vain."""
+    """Return a history of so many exchanges and a request that gets no reply within 2 s."""
     history = History()
     now = history.shake_hands() + 1_000
     for _ in range(answered):

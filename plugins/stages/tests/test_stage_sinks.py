@@ -254,7 +254,7 @@ def test_batch_boundaries_do_not_change_the_output(
 def test_batch_boundaries_do_not_change_intervals_with_late_rows(
     written: Callable[..., str],
 ) -> None:
-    # Of intervals in which no exchange was complete nothing is told.
+    # Intervals without a complete exchange print nothing.
     rows = exchanges(200, 900, 100, 300, 400)
     for first in range(0, len(rows) - 1, 2):
         rows[first], rows[first + 1] = rows[first + 1], rows[first]

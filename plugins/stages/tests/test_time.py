@@ -1,4 +1,4 @@
-"""Time that passes without rows: told live as a replay tells it."""
+"""Time that passes without rows: a live run emits what a replay does."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def test_every_hook_declares_the_arguments_read(point: HookPoint) -> None:
     for way in point.ways:
         for hook in way.hooks:
             unread = hook.mechanism == "kretprobe" or hook.func.startswith("syscalls:")
-            # At the entry of accept only who calls is noted.
+            # At the entry of accept only the calling thread is noted.
             assert hook.args or unread or hook.program == "kp_accept", hook
 
 

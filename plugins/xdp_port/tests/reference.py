@@ -1,4 +1,4 @@
-"""What xdp_port should say of a frame, told a second time, in Python.
+"""What xdp_port should report of a frame, implemented a second time, in Python.
 
 Test code: short rather than fast, and checked against scapy itself.
 """
