@@ -18,16 +18,18 @@ from tcplat_core.errors import UsageError, in_a_line, is_the_users
 from tcplat_core.plugin.options import Option, parse_choice
 from tcplat_core.registry.find import Plugins
 
+from . import probe_checks, program_checks, sink_checks
 from .check import Check, Fault, NotChecked, Outcome, RaisedError, Subject
 from .trial_process import Trial
 
 
 def checks(subject: Subject) -> dict[str, Check]:
     """All checks that there are for it, by name."""
-    from . import probe_checks, sink_checks  # noqa: PLC0415 - they build on this module
-
-    of_kind = probe_checks if subject.kind == "probe" else sink_checks
-    return {"help": _help, "options": _options, **of_kind.checks_of(subject)}
+    if subject.kind == "probe":
+        of_kind = {**probe_checks.checks_of(subject), **program_checks.checks_of(subject)}
+    else:
+        of_kind = sink_checks.checks_of(subject)
+    return {"help": _help, "options": _options, **of_kind}
 
 
 def run(name: str, check: Check, subject: Subject) -> Outcome:

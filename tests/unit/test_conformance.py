@@ -48,7 +48,7 @@ from tcplat_core import path as path_kind
 from tcplat_core.cli.main import cli
 from tcplat_core.registry.find import Found, Plugins
 from tcplat_core.registry.new import create
-from tcplat_core.testing import conformance, sink_checks
+from tcplat_core.testing import conformance, sink_checks, sink_trial
 from tcplat_core.testing.check import Outcome, Subject
 from tcplat_core.testing.conformance import checks, run
 
@@ -442,7 +442,7 @@ def test_failure_of_the_kit_is_not_blamed_on_the_plugin(
         f"the kit itself failed ({error.__name__}",
     )
     # In the process of the sink as well, where exceptions of the sink are recognised.
-    monkeypatch.setattr(sink_checks, "_stream", fails)
+    monkeypatch.setattr(sink_checks, "stream", fails)
     found = outcome(sink(Lines), "batches")
     assert (found.verdict, "the kit itself failed" in found.why) == ("not checked", True)
 
@@ -909,7 +909,7 @@ def test_sink_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
         def write(self, batch: Sequence[Event]) -> None:  # noqa: ARG002 - it does nothing with it
             time.sleep(60)
 
-    monkeypatch.setattr(sink_checks, "_PATIENCE_S", 0.5)
+    monkeypatch.setattr(sink_trial, "_PATIENCE_S", 0.5)
     assert outcome(sink(Hangs), "batches").why == "it did not return within 0 s"
 
 

@@ -1,0 +1,186 @@
+"""What a sink promises of its output: plain text, nothing held back, no silent failure."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Callable
+
+from tcplat_core.errors import ReaderGoneError
+from tcplat_core.event.text import text
+from tcplat_core.plugin.specs import Sink
+
+from .check import Fault, NotChecked, Subject
+from .rows import make_event
+from .sink_rows import LOSS, REPORT, counted, end_run, stream
+from .sink_trial import (
+    NO_OUTPUT,
+    at_socket,
+    is_silent,
+    one_leaves,
+    try_sink,
+    until_more,
+    written,
+)
+
+_SOON_S = 2.0
+"""A reader at a socket has by then what write() has handed over; a run polls all the while."""
+_TEXTS = ("comm", "desc", "ifname")
+
+
+def every_byte(subject: Subject) -> None:
+    """No text, whatever is in it, breaks its lines or commands the terminal."""
+    plain = _output_with(subject, lambda _: "-")
+    if not plain:
+        raise NotChecked(NO_OUTPUT if is_silent(subject) else "it tells nothing of single rows")
+    # As the core escapes what a process calls itself; and as a capture that somebody has
+    # written by hand may have it: then ESC and its like are what must not get through.
+    for what, odd, harmful in (
+        ("an escaped", lambda byte: text(bytes([byte])), "\x9f"),
+        ("a raw", chr, "\x1f"),
+    ):
+        shown = _output_with(subject, odd)
+        before, after = _control(plain), _control(shown)
+        if before is None:
+            continue  # it writes no text
+        if after is None:
+            raise Fault(f"{what} byte in a text makes its output no text any more")
+        broken = _unbroken(plain) - _unbroken(shown)
+        if broken:
+            name, byte = min(broken)
+            raise Fault(
+                f"{what} byte ({byte:#04x} in {name}) breaks its lines: escape what is not "
+                "printable (tcplat_core.printable)"
+            )
+        strange = sorted(char for char in after.keys() - before.keys() if char <= harmful)
+        if strange:
+            raise Fault(
+                f"{what} byte ({strange[0]!r}) gets through to the terminal: escape what is not "
+                "printable (tcplat_core.printable)"
+            )
+
+
+def _output_with(subject: Subject, odd: Callable[[int], str]) -> bytes:
+    """Of 256 rows, each with another odd byte in each of its texts."""
+    rows = []
+    for byte in range(256):
+        texts = {name: odd(byte).join(_marks(name, byte)) for name in _TEXTS}
+        rows.append(make_event(sock=byte + 1, **texts))
+
+    def play(sink: Sink) -> None:
+        sink.write(rows)
+        sink.aggregates(counted(1, [row.comm or "" for row in rows]))
+        sink.close(REPORT)
+
+    return try_sink(subject, play).fine().output
+
+
+def _marks(name: str, byte: int) -> tuple[str, str]:
+    """What stands before and behind an odd byte."""
+    return f"{name[0]}{byte}{name[0]}", f"{name[0].upper()}{byte}{name[0].upper()}"
+
+
+def _unbroken(output: bytes) -> set[tuple[str, int]]:
+    """Field and byte of which both marks stand in one line."""
+    lines = output.decode().split("\n")
+    marks = {_marks(name, byte): (name, byte) for name in _TEXTS for byte in range(256)}
+    return {
+        what
+        for (before, behind), what in marks.items()
+        if any(behind in line.partition(before)[2] for line in lines)
+    }
+
+
+def _control(output: bytes) -> Counter[str] | None:
+    """How many of each control character a text has; None where it is no text."""
+    try:
+        shown = output.decode()
+    except UnicodeDecodeError:
+        return None
+    return Counter(char for char in shown if unicodedata.category(char) == "Cc")
+
+
+def flushes(subject: Subject) -> None:
+    """What it has written when write() returns is whole, and nothing is held back."""
+    soon = _SOON_S if at_socket(subject) else 0
+
+    def play(sink: Sink) -> list[int]:
+        # What comes with a reader, a header say, is no row.
+        sink.write([])
+        sizes = [until_more(sink, 0, soon / 10)]
+        # A sink whose `joins` is true tells of many rows in one: a row alone may wait for others.
+        joins = sink.joins
+        for batch in (stream(999 if joins else 1), stream(1000, 999)):
+            sink.aggregates(counted(len(batch), final=False))
+            sink.write(batch)
+            sizes.append(until_more(sink, sizes[-1], soon))
+        end_run(sink)
+        return [*sizes, written(), joins]
+
+    ran = try_sink(subject, play).fine()
+    before, first, second, last, joins = ran.told
+    if not (last or ran.output):
+        raise NotChecked(NO_OUTPUT)
+    if second == before:
+        raise NotChecked("it writes nothing before close()")
+    if first == before and joins:
+        raise NotChecked("it tells of many rows in one, and has waited for more of them")
+    if first == before:
+        raise Fault(
+            "a row is not in its output when write() returns: it has a buffer, "
+            "which has to be flushed (tcplat_core.Output has none)"
+        )
+    if _control(ran.output) is not None and ran.output[second - 1 : second] != b"\n":
+        raise Fault("when write() returns its output ends within a line: write whole ones")
+
+
+def full_device(subject: Subject) -> None:
+    """What it could not write it does not keep to itself."""
+    if at_socket(subject):
+        raise NotChecked("it writes to a socket, not to a device")
+    if is_silent(subject):
+        raise NotChecked(NO_OUTPUT)
+    ran = try_sink(subject, _everything, "/dev/full")
+    if not ran.error:
+        raise Fault(
+            "its output is on a full device, and nobody hears of it: let write() and close() "
+            "raise what the operating system says"
+        )
+    _check_is_error(ran.error)
+
+
+def reader_gone(subject: Subject) -> None:
+    """Where nobody reads any more it says so, and the run ends; where others may come, not."""
+    if at_socket(subject):
+        gone = try_sink(subject, _everything, readers=one_leaves)
+        if gone.error:
+            raise Fault(
+                f"a reader has left its socket, and it raises {gone.error}: others may come, "
+                "so let the run go on"
+            )
+        return
+    if is_silent(subject):
+        raise NotChecked("it does not write to standard output")
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        ran = try_sink(subject, _everything, writer)
+    finally:
+        os.close(writer)
+    if not ran.error.startswith(ReaderGoneError.__name__):
+        raise Fault(
+            f"nobody reads its output any more, and it raises {ran.error or 'nothing'}: "
+            "raise ReaderGoneError, as tcplat_core.Output does"
+        )
+
+
+def _everything(sink: Sink) -> None:
+    sink.write(stream(1000))
+    sink.lost(LOSS)
+    end_run(sink)
+
+
+def _check_is_error(error: str) -> None:
+    if error.startswith(("SystemExit", "KeyboardInterrupt")):
+        raise Fault(f"it raises {error}, which ends the whole run: raise an error of its own")
