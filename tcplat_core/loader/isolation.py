@@ -14,7 +14,6 @@ import resource
 import secrets
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ import attrs
 
 from tcplat_core.errors import CannotRunError, TcplatError
 from tcplat_core.kernel.orphan import end_with
+from tcplat_core.kernel.remover import Remover
 
 _PER_LINUX = 0
 _PREFIX = "tcplat-work-"
@@ -102,13 +102,11 @@ def scratch(root: Path) -> Path:
 class WorkFolder:
     """A folder for this process alone, current folder and TMPDIR; gone with it, even if killed.
 
-    A child waits for the end of a pipe, which comes when the last process dies that can write
-    to it, and removes what is there by then.
+    A child removes it.
     """
 
     path: Path
-    _pipe: int
-    _remover: int
+    _remover: Remover
 
     @classmethod
     def enter(cls, parent: Path | None) -> Self:
@@ -123,14 +121,8 @@ class WorkFolder:
         global _work  # noqa: PLW0603 - a process has one
         name = f"{_PREFIX}{_parent}-{secrets.token_hex(8)}"
         paths = [one / name for one in (*([parent] if parent else ()), *_TEMPORARY)]
-        wait, pipe = os.pipe()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        remover = os.fork()  # first: there is no moment at which a folder would stay behind
-        if not remover:
-            _remove_at_end(wait, paths)
-        os.close(wait)
-        work = cls(_made(paths), pipe, remover)
+        remover = Remover.start(paths)
+        work = cls(_made(paths), remover)
         os.chdir(work.path)
         os.environ["TMPDIR"] = tempfile.tempdir = str(work.path)
         _work = work.path
@@ -141,8 +133,7 @@ class WorkFolder:
     def close(self) -> None:
         """Remove it, and be alone again."""
         os.chdir("/")
-        os.close(self._pipe)
-        os.waitpid(self._remover, 0)
+        self._remover.close()
 
 
 def _made(paths: Sequence[Path]) -> Path:
@@ -170,23 +161,6 @@ def _check_room(file: Path) -> None:
     finally:
         os.close(fd)
         file.unlink()
-
-
-def _remove_at_end(wait: int, paths: Sequence[Path]) -> None:
-    """In the child: hold nothing open but the pipe, so that no reader waits for us."""
-    try:
-        os.dup2(wait, 0)
-        for fd in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):  # that of the listing itself
-                if fd != "0":
-                    os.close(int(fd))
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-        os.read(0, 1)
-        for path in paths:
-            shutil.rmtree(path, ignore_errors=True)
-    finally:
-        os._exit(0)
 
 
 def _remove_stale(parent: Path) -> None:

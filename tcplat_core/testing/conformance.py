@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import attrs
 
 from tcplat_core.errors import UsageError, in_a_line, is_the_users
+from tcplat_core.kernel.remover import passing_folder
 from tcplat_core.plugin.options import Option, parse_choice
 from tcplat_core.registry.find import Plugins
 
@@ -59,7 +59,7 @@ def _own_folder() -> Iterator[None]:
     """Work in an empty folder, which is removed with its content."""
     back = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with tempfile.TemporaryDirectory(prefix="tcplat-", ignore_cleanup_errors=True) as folder:
+        with passing_folder() as folder:
             os.chdir(folder)
             try:
                 yield

@@ -17,12 +17,10 @@ import select
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, cast
 
 import attrs
@@ -32,6 +30,7 @@ from tcplat_core.deliver.router import Router
 from tcplat_core.deliver.sinks import as_sink
 from tcplat_core.errors import TcplatError, in_a_line
 from tcplat_core.kernel.orphan import end_with
+from tcplat_core.kernel.remover import passing_folder
 from tcplat_core.plugin.options import Options
 from tcplat_core.plugin.output import held_back
 from tcplat_core.plugin.specs import RunInfo, Sink, SinkLike, SinkSpec
@@ -132,15 +131,15 @@ def try_sink(
     spec = subject.spec
     assert isinstance(spec, SinkSpec)  # noqa: S101 - checks() has looked
     options = dict(subject.options())
-    with tempfile.TemporaryDirectory(prefix="tcplat-") as folder:
-        file = Path(folder, "output")
+    with passing_folder() as folder:
+        file = folder / "output"
         target = out or str(file)
-        options |= subject.paths(folder)
+        options |= subject.paths(str(folder))
         # Where it takes a path, it writes there; else to standard output.
         if "path" in options and isinstance(target, str):
             options["path"] = target
         if at_socket(subject):
-            options["unix"] = str(Path(folder, "socket"))
+            options["unix"] = str(folder / "socket")
         if sys.stdout is not None:
             sys.stdout.flush()
         answer, theirs = os.pipe()
@@ -148,7 +147,7 @@ def try_sink(
         if not child:
             end_with(parent)
             about = readers(options["unix"]) if at_socket(subject) else contextlib.nullcontext()
-            _child(theirs, target, lambda: _made(spec, options, info, folder), play, about)
+            _child(theirs, target, lambda: _made(spec, options, info, str(folder)), play, about)
         os.close(theirs)
         try:
             data = _read(answer, child)
