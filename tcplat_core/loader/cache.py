@@ -25,7 +25,7 @@ from .isolation import scratch
 
 ENTRIES = 64
 """Files kept; the oldest go first."""
-_SUFFIXES = (".program", ".types", ".facts")
+_SUFFIXES = (".program", ".types", ".facts", ".listing")
 """Of all files. The folder may have been chosen by the user: what is called otherwise stays."""
 
 

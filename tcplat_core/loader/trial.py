@@ -53,7 +53,7 @@ def compile_(raw: Mapping[str, Any], cache: Cache) -> dict[str, Any]:
 
     Args:
         raw: `text`, and `types`: the kernel's types that it wants.
-        cache: Where the types may be, as C.
+        cache: Where the answer may be from before, or the types, as C.
 
     Returns:
         `programs`: the names of what could be loaded; or `refusal`: the compiler's words.
@@ -62,7 +62,8 @@ def compile_(raw: Mapping[str, Any], cache: Cache) -> dict[str, Any]:
     from tcplat_core.kernel.host import BTF_PATH  # noqa: PLC0415
 
     # The other trial needs none of it.
-    from .compile import import_bcc, kernel_source  # noqa: PLC0415
+    from .cache import digest, identity  # noqa: PLC0415
+    from .compile import compiler_identity, import_bcc, kernel_source  # noqa: PLC0415
     from .kernel_tree import kernel_tree  # noqa: PLC0415
 
     try:
@@ -71,6 +72,11 @@ def compile_(raw: Mapping[str, Any], cache: Cache) -> dict[str, Any]:
             raise CannotRunError(f"there is no {BTF_PATH} to take the kernel's types from")  # noqa: TRY301
     except CannotRunError as error:
         return {"unable": str(error)}
+    parts = (identity().encode(), compiler_identity(), raw["text"].encode())
+    name = f"{digest(*parts, *map(str.encode, raw['types']))}.listing"
+    known = cache.read(name)
+    if isinstance(known, list):
+        return {"programs": known}
     failed = False
     try:
         with kernel_tree(raw["types"], cache) as tree, _captured() as words, kernel_source(tree):
@@ -83,7 +89,9 @@ def compile_(raw: Mapping[str, Any], cache: Cache) -> dict[str, Any]:
     told = words()
     if failed and not _NO_MAPS.search(told):
         return {"refusal": told}
-    return {"programs": _PROGRAM.findall(told)}
+    programs = _PROGRAM.findall(told)
+    cache.write(name, programs)
+    return {"programs": programs}
 
 
 @contextlib.contextmanager
