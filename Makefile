@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 DEMO_PACKAGES := python3-bpfcc python3-venv
 TEST_PACKAGES := $(DEMO_PACKAGES) bpfcc-tools bpftool chromium chromium-driver clang curl haproxy iproute2 nftables nginx-light procps sudo tcpdump tshark
 BENCH_PACKAGES := $(TEST_PACKAGES) bpftrace kmod
+# Live tests share one kernel, and run one by one.
+UNIT = $(BIN)/pytest -q -n auto --dist worksteal tests/unit plugins tests/vm/test_harness.py
 apt = dpkg -s $(1) >/dev/null 2>&1 || { apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1) >/dev/null; }
 
@@ -17,12 +19,12 @@ demo: $(VENV)/demo
 
 # Needs no root.
 check: lint
-	$(BIN)/pytest tests/unit plugins
+	$(UNIT)
 
 test: $(VENV)/dev
 	@$(call apt,$(TEST_PACKAGES))
 	@mountpoint -q /sys/kernel/tracing || mount -t tracefs tracefs /sys/kernel/tracing
-	$(BIN)/pytest tests/unit plugins
+	$(UNIT)
 	TCPLAT_REQUIRE_ROOT=1 $(BIN)/pytest tests/live
 
 # The same traffic under Debian's kernels, which have kprobes and fentry. A guest takes some 20

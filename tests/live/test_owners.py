@@ -1028,6 +1028,12 @@ def test_packets_of_an_older_socket_have_its_pid(
     assert sum(row["bytes"] for row in rows if row["sport"] == server.port) == 60
 
 
+@pytest.fixture(scope="module")
+def their_port() -> int:
+    """One for all pairs of services: the C knows it, so another one takes another compilation."""
+    return free_port()
+
+
 @pytest.mark.parametrize("older", [True, False], ids=["older", "younger"])
 @pytest.mark.parametrize(
     ("first", "second"),
@@ -1044,13 +1050,14 @@ def test_two_services_at_one_port_keep_their_connections(
     first: str,
     second: str,
     older: bool,  # noqa: FBT001 - a parameter of the test
+    their_port: int,
     running_tcplat: Start,
     client: Puppet,
     puppet: StartPuppet,
 ) -> None:
     """Each at its address: a connection belongs to the right one before it is accepted."""
     services = puppet(), puppet()
-    port = free_port()
+    port = their_port
     both_families = (first, second) == ("0.0.0.0", "::")
 
     def begin() -> None:

@@ -58,8 +58,9 @@ def alike(rows: Iterable[Row]) -> Counter[tuple[Any, ...]]:
     return Counter(tuple((key, row[key]) for key in row if key not in own) for row in rows)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def port() -> int:
+    """One for all: the C knows it, so another one would take another compilation."""
     return free_port()
 
 

@@ -11,3 +11,9 @@ from tcplat_core.run import privileges
 def _still_root(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands that run in this very process must not take the other tests' rights away."""
     monkeypatch.setattr(privileges, "drop", lambda: None)
+
+
+@pytest.fixture(autouse=True)
+def _as_wide_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No COLUMNS: readline sets it in the process that starts pytest-xdist's workers."""
+    monkeypatch.delenv("COLUMNS", raising=False)

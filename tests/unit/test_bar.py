@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 from tcplat_core.testing import make_event
+from tests.long import LONG
 
 ROWS = 400_000
 
@@ -26,8 +27,14 @@ def capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
-@pytest.mark.parametrize("command", ["replay", "report", "diff"])
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
+COMMANDS = ("replay", "report", "diff")
+CASES = [(command, number) for command in COMMANDS for number in SIGNALS]
+if not LONG:  # each command, each signal
+    CASES = [*CASES[: len(SIGNALS)], ("report", signal.SIGTERM), ("diff", signal.SIGHUP)]
+
+
+@pytest.mark.parametrize(("command", "number"), CASES)
 def test_interrupted_command_leaves_no_progress_bar(
     command: str, number: signal.Signals, capture: Path, tmp_path: Path
 ) -> None:

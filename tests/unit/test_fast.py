@@ -26,6 +26,7 @@ from tcplat_core.event.fields import Event, FiredBy, Made, Moment, Wire
 from tcplat_core.event.record import Record
 from tcplat_core.event.text import micros
 from tcplat_core.testing import FakeRing, make_event, make_record
+from tests.long import LONG
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="there is no C compiler"
@@ -133,7 +134,7 @@ def test_lines_match_those_of_msgspec(event: type[Event]) -> None:
 
 
 @given(number=st.integers(0, (1 << 64) - 1))
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000 if LONG else 200, deadline=None)
 def test_json_of_the_library_keeps_every_digit(number: int) -> None:
     rows = batch(
         [codec_of_everything()],

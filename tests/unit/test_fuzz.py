@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.long import LONG
+
 ROOT = Path(__file__).parents[2]
 CASES = sorted((ROOT / "tests/fuzz/cases").iterdir())
-SECONDS = 600 if os.environ.get("TCPLAT_LONG") else 15
+SECONDS = 600 if LONG else 5
 
 
 def fuzz(*arguments: str) -> None:

@@ -37,6 +37,7 @@ from tcplat_core.plugin.options import parse_choice, read_options
 from tcplat_core.plugin.report import Counted, HookReport, ProbeReport, add_reports
 from tcplat_core.registry.find import Plugins
 from tcplat_core.testing import RecordingSink, make_event
+from tests.long import LONG
 
 PLUGINS = Plugins.load()
 DATA = Path(__file__).with_name("data")
@@ -354,7 +355,7 @@ def test_no_control_character_of_a_capture_reaches_a_sink(replay: Replayed) -> N
     assert shown.desc == r"a\u202eb"
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=500 if LONG else 100)
 @given(st.data())
 @pytest.mark.parametrize("form", ["jsonl", "msgpack"])
 def test_damaged_capture_is_read_to_its_end(form: str, data: st.DataObject) -> None:

@@ -45,20 +45,27 @@ def capture(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("closed", [(2,), (0,), (0, 2), (1,), (1, 2), (0, 1), (0, 1, 2)], ids=str)
-def test_closed_standard_streams_do_not_change_output_files(
-    closed: tuple[int, ...], capture: Path, tmp_path: Path
-) -> None:
-    out, page = tmp_path / "out", tmp_path / "page"
+@pytest.fixture(scope="module")
+def to_a_file(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[list[str], Path, bytes]]:
+    """Commands, the file that each writes, and what is in it if nothing is closed."""
+    folder = tmp_path_factory.mktemp("closed")
+    capture, out, page = folder / "capture.jsonl", folder / "out", folder / "page"
     # A damaged line is said on standard error, which must not be the file.
     capture.write_bytes(b"{broken\n" + CAPTURE)
-    for arguments, path in (
+    commands = [
         (["replay", str(capture), "--sink", f"jsonl:path={out}"], out),
         (["report", str(capture), "-o", str(page)], page),
-    ):
-        assert tcplat(arguments).returncode == 0
-        whole = path.read_bytes()
-        path.unlink()
+    ]
+    assert [tcplat(arguments).returncode for arguments, _ in commands] == [0, 0]
+    return [(arguments, path, path.read_bytes()) for arguments, path in commands]
+
+
+@pytest.mark.parametrize("closed", [(2,), (0,), (0, 2), (1,), (1, 2), (0, 1), (0, 1, 2)], ids=str)
+def test_closed_standard_streams_do_not_change_output_files(
+    closed: tuple[int, ...], to_a_file: list[tuple[list[str], Path, bytes]]
+) -> None:
+    for arguments, path, whole in to_a_file:
+        path.unlink(missing_ok=True)
         assert tcplat(arguments, closed).returncode == 0
         assert path.read_bytes() == whole
 

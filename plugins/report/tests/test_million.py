@@ -1,8 +1,12 @@
-"""A million events, as the program takes them: in seconds, and in little memory."""
+"""A million events, as the program takes them: in seconds, and in little memory.
+
+An eighth of them, in an eighth of the time, unless TCPLAT_LONG=1.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,11 +20,14 @@ from tcplat_core import Event
 
 from .captures import Traffic, joint, write
 
-_TIMES = 25
+_TIMES = 25 if os.environ.get("TCPLAT_LONG") == "1" else 3
+_SHARE = _TIMES / 25
+_START_S = 1.0
 _MOST_MB = 500
 _TRIES = 3
 _PLAIN_S = 8.5
-"""How long json takes on the machine for which the limits were set; ours may be slower."""
+"""How long json takes for all of it on the machine for which the limits were set; ours may be
+slower."""
 
 
 def million() -> Iterator[Event]:
@@ -72,7 +79,7 @@ def cost(*arguments: str) -> Cost:
 def slower(capture: Path) -> float:
     """So many times as long as where the limits were set takes what is no work of ours."""
     read = "import json, sys\nfor line in open(sys.argv[1], 'rb'): json.loads(line)"
-    return max(1.0, min(cost("-c", read, str(capture)).cpu_s for _ in range(2)) / _PLAIN_S)
+    return max(1.0, min(cost("-c", read, str(capture)).cpu_s for _ in range(2)) / _PLAIN_S / _SHARE)
 
 
 def cheapest(*arguments: str, within_s: float) -> Cost:
@@ -88,9 +95,9 @@ def test_stages_of_a_million_events_take_seconds_and_little_memory(
 ) -> None:
     out = tmp_path / "out"
     sink = f"stages:group_by=none,path={out}"
-    within_s = 20 * slower
+    within_s = (20 * _SHARE + _START_S) * slower
     found = cheapest("replay", str(capture), "-q", "--sink", sink, within_s=within_s)
-    assert capture.read_bytes().count(b"\n") > 1_000_000
+    assert capture.read_bytes().count(b"\n") > 1_000_000 * _SHARE
     total = next(line.split() for line in out.read_text().splitlines() if line.startswith("total"))
     assert int(total[1]) == _TIMES * 320 * 10
     assert found.cpu_s <= within_s
@@ -101,7 +108,7 @@ def test_a_report_of_a_million_events_takes_seconds_and_little_memory(
     capture: Path, tmp_path: Path, slower: float
 ) -> None:
     out = tmp_path / "report.html"
-    within_s = 30 * slower
+    within_s = (30 * _SHARE + _START_S) * slower
     found = cheapest("report", str(capture), "-q", "-o", str(out), within_s=within_s)
     assert found.cpu_s <= within_s
     assert found.resident_mb < _MOST_MB

@@ -11,8 +11,6 @@ import pytest
 
 from .rig import Rig
 
-_FIGURES = pytest.StashKey[list[str]]()
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
@@ -20,21 +18,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.root)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_FIGURES] = []
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if config.stash[_FIGURES]:
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print figures; they come with the reports, as tests may run in other processes (xdist)."""
+    figures = [
+        figure
+        for report in terminalreporter.getreports("passed")
+        for name, figure in report.user_properties
+        if name == "xdp_port"
+    ]
+    if figures:
         terminalreporter.section("xdp_port", sep="-")
-        for figure in config.stash[_FIGURES]:
-            terminalreporter.write_line(figure)
+    for figure in figures:
+        terminalreporter.write_line(figure)
 
 
 @pytest.fixture
-def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
+def measured(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """Says a figure at the end of the test run."""
-    return request.config.stash[_FIGURES].append
+    return lambda figure: record_property("xdp_port", figure)
 
 
 @pytest.fixture(scope="session")

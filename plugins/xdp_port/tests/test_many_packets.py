@@ -1,6 +1,7 @@
 """Frames by the million: each passes unchanged, and is read as the references read it.
 
-TCPLAT_FRAMES is how many mutated frames there are, TCPLAT_SEED where they begin.
+TCPLAT_FRAMES is how many mutated frames there are (a million with TCPLAT_LONG=1, else a tenth),
+TCPLAT_SEED where they begin.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from .test_packets import (
     tags,
 )
 
-FRAMES = int(os.environ.get("TCPLAT_FRAMES", "1000000"))
+LONG = os.environ.get("TCPLAT_LONG") == "1"
+FRAMES = int(os.environ.get("TCPLAT_FRAMES", "1000000" if LONG else "100000"))
 SEED = int(os.environ.get("TCPLAT_SEED", "1"))
 BATCH = 4096
 """So many rows fit into the ring."""
@@ -110,7 +112,10 @@ def _frames(draw: Any) -> tuple[bytes, Packet]:
 
 
 @settings(
-    max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+    max_examples=2000 if LONG else 200,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
 )
 @given(made=_frames())
 def test_scapy_frames_are_read_as_the_reference_reads_them(
