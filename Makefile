@@ -10,6 +10,8 @@ UNIT = $(BIN)/pytest -q -n auto --dist worksteal tests/unit plugins tests/vm/tes
 apt = dpkg -s $(1) >/dev/null 2>&1 || { apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1) >/dev/null; }
 
+C_TEXTS = $(shell find bin demo plugins tcplat_core tests -name '*.[ch]')
+
 .PHONY: demo check test test-vm lint format docs fuzz bench clean
 
 demo: $(VENV)/demo
@@ -37,11 +39,13 @@ test-vm: $(VENV)/dev
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(C_TEXTS)
 	$(BIN)/mypy
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(C_TEXTS)
 
 # events.md and hooks.md; a test fails where they are not what the code says.
 docs: $(VENV)/dev

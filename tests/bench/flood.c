@@ -47,7 +47,8 @@ int main(int argc, char **argv)
 	fflush(stdout);
 	if (!fgets(line, sizeof(line), stdin))
 		return 2;
-	if (connect(fd, (struct sockaddr *)&here, sizeof(here)) || accept(listening, NULL, NULL) < 0)
+	if (connect(fd, (struct sockaddr *)&here, sizeof(here)) ||
+	    accept(listening, NULL, NULL) < 0)
 		return 1;
 	/* The reader's buffer grows for a while; refused five times in a row is full. */
 	for (i = 0; i < 5;) {

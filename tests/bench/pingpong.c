@@ -111,7 +111,8 @@ int main(int argc, char **argv)
 	char line[2];
 	pid_t server;
 
-	if (argc != 3 || bind(listening, (struct sockaddr *)&here, length) || listen(listening, 128))
+	if (argc != 3 || bind(listening, (struct sockaddr *)&here, length) ||
+	    listen(listening, 128))
 		return 2;
 	seconds = atof(argv[1]);
 	connections = atoi(argv[2]);

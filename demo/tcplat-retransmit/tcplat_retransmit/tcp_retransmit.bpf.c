@@ -25,7 +25,8 @@ static __always_inline u32 rto_us(const struct sock *sk)
  * tcp:tcp_retransmit_skb: a timer or an acknowledgement led here, in softirq mostly,
  * so the current task is not its own. A socket that nothing is known of has a row, too.
  */
-static __always_inline int report(const struct sock *sk, const struct sk_buff *skb, int err, u8 hook)
+static __always_inline int
+report(const struct sock *sk, const struct sk_buff *skb, int err, u8 hook)
 {
 	const struct tcp_skb_cb *segment = (const struct tcp_skb_cb *)&skb->cb;
 	const struct tcp_sock *tp = (const struct tcp_sock *)sk;
@@ -45,7 +46,9 @@ static __always_inline int report(const struct sock *sk, const struct sk_buff *s
 	bytes -= !!(e->flags & TCP_FLAG_SYN) + !!(e->flags & TCP_FLAG_FIN);
 	e->bytes = bytes;
 	e->has = TCPLAT_HAS_SEQ | TCPLAT_HAS_BYTES | TCPLAT_HAS_FLAGS;
-	/* The tracepoint comes before a timeout doubles it: what was waited for, not what will be. */
+	/*
+	 * The tracepoint comes before a timeout doubles it: what was waited for, not what will be.
+	 */
 	e->rto_us = rto;
 	e->srtt_us = tcplat_get(tp, srtt_us) >> 3;
 	e->segments = tcplat_get(segment, tcp_gso_segs);

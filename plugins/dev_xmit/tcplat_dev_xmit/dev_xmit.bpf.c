@@ -14,7 +14,7 @@
 static __always_inline bool is_wanted(u16 port)
 {
 	switch (port) {
-	XMIT_PORTS
+		XMIT_PORTS
 		return true;
 	}
 	return false;
@@ -24,8 +24,8 @@ static __always_inline bool is_wanted(u16 port)
 #endif
 
 /* Whose packet it is; the source is the local end. False if the filters do not want it. */
-static __always_inline bool find_owner(const struct sk_buff *skb, struct tcplat_addrs *ends,
-				       struct tcplat_seed *who)
+static __always_inline bool
+find_owner(const struct sk_buff *skb, struct tcplat_addrs *ends, struct tcplat_seed *who)
 {
 	struct sock *sk = tcplat_sk(skb);
 	struct tcplat_sock *s = sk ? tcplat_lookup(sk) : NULL;

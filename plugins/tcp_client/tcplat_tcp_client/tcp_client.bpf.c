@@ -27,7 +27,8 @@ static __always_inline struct tcplat_sock *begin_connect(struct sock *sk, u64 no
 	return s;
 }
 
-static __always_inline void report_connect(struct sock *sk, struct tcplat_sock *s, u8 hook, u64 ts_ns)
+static __always_inline void
+report_connect(struct sock *sk, struct tcplat_sock *s, u8 hook, u64 ts_ns)
 {
 	struct tcplat_event *e = tcplat_reserve_for(sk, s, hook, ts_ns);
 
@@ -213,9 +214,10 @@ int fx_tcp_v6_connect(struct bpf_raw_tracepoint_args *ctx)
 /* --- state: each transition, and with it how long the connect took */
 
 /*
- * The number of the first byte that the client sends tells which connection it is, where others have
- * the same addresses. A SYN that was acknowledged counts in bytes_acked (RFC 4898), as bytes do that
- * went along with it. Where none was sent, there is no number: snd_nxt is that of the last connection.
+ * The number of the first byte that the client sends tells which connection it is, where others
+ * have the same addresses. A SYN that was acknowledged counts in bytes_acked (RFC 4898), as bytes
+ * do that went along with it. Where none was sent, there is no number: snd_nxt is that of the last
+ * connection.
  */
 static __always_inline void add_begin(struct tcplat_event *e, const struct sock *sk, int new)
 {

@@ -173,8 +173,7 @@ static __always_inline void measure_ready(struct sock *sk, struct tcplat_sock *s
 }
 
 /* Bytes were read: how long ago was the reader told of the first of them? */
-static __always_inline void
-measure_recv(struct sock *sk, struct tcplat_sock *s, u32 bytes, u64 now)
+static __always_inline void measure_recv(struct sock *sk, struct tcplat_sock *s, u32 bytes, u64 now)
 {
 	const struct tcp_sock *tp = (const struct tcp_sock *)sk;
 	u32 begin, at, last = 0;
@@ -224,8 +223,7 @@ static __always_inline void measure_ready(struct sock *sk, struct tcplat_sock *s
 {
 }
 
-static __always_inline void
-measure_recv(struct sock *sk, struct tcplat_sock *s, u32 bytes, u64 now)
+static __always_inline void measure_recv(struct sock *sk, struct tcplat_sock *s, u32 bytes, u64 now)
 {
 }
 #endif
@@ -355,8 +353,8 @@ make_segment(struct sock *sk, struct sk_buff *skb, u8 hook)
 #if defined(TCPLAT_TRACEPOINT_rx_tcp)
 int tp_rx_tcp(struct bpf_raw_tracepoint_args *ctx)
 {
-	return tcplat_report(make_segment((struct sock *)ctx->args[0], (struct sk_buff *)ctx->args[1],
-					  HOOK_tp_rx_tcp));
+	return tcplat_report(make_segment((struct sock *)ctx->args[0],
+					  (struct sk_buff *)ctx->args[1], HOOK_tp_rx_tcp));
 }
 #endif
 
@@ -385,7 +383,8 @@ static __always_inline bool to_child(struct sock *sk, struct sk_buff *skb)
 #ifdef TCPLAT_FENTRY_rx_tcp
 int fe_tcp_child_process(struct bpf_raw_tracepoint_args *ctx)
 {
-	return tcplat_report(make_segment((struct sock *)ctx->args[0], (struct sk_buff *)ctx->args[2],
+	return tcplat_report(make_segment((struct sock *)ctx->args[0],
+					  (struct sk_buff *)ctx->args[2],
 					  HOOK_fe_tcp_child_process));
 }
 
@@ -393,8 +392,8 @@ int fe_tcp_v4_do_rcv(struct bpf_raw_tracepoint_args *ctx)
 {
 	if (to_child((struct sock *)ctx->args[0], (struct sk_buff *)ctx->args[1]))
 		return 0;
-	return tcplat_report(make_segment((struct sock *)ctx->args[0], (struct sk_buff *)ctx->args[1],
-					  HOOK_fe_tcp_v4_do_rcv));
+	return tcplat_report(make_segment((struct sock *)ctx->args[0],
+					  (struct sk_buff *)ctx->args[1], HOOK_fe_tcp_v4_do_rcv));
 }
 
 int fe_tcp_v6_do_rcv(struct bpf_raw_tracepoint_args *ctx)
@@ -501,8 +500,7 @@ BPF_TABLE("lru_hash", u64, u8, used_unseen, 4096);
  * 32-bit programs and io_uring's make no sys_exit_accept. That it was accepted is told now. When,
  * and whether by this process or by one that handed it over, is not known.
  */
-static __always_inline void
-report_unseen(struct sock *sk, struct tcplat_sock *s, u64 now, u8 hook)
+static __always_inline void report_unseen(struct sock *sk, struct tcplat_sock *s, u64 now, u8 hook)
 {
 	u64 id = s->id;
 	u8 one = 1;
@@ -541,7 +539,8 @@ static __always_inline struct tcplat_sock *claim(struct sock *sk, u64 *me, u8 ho
  * The same where its end is closed: by the process, as long as it has the socket. One that has been
  * accepted has a struct socket, which a part of one of MPTCP shares.
  */
-static __always_inline void claim_by_closing(struct sock *sk, struct tcplat_sock *s, int new, u64 now)
+static __always_inline void
+claim_by_closing(struct sock *sk, struct tcplat_sock *s, int new, u64 now)
 {
 #ifdef TCPLAT_TRACEPOINT_accept
 	struct socket *socket;
@@ -621,7 +620,10 @@ static __always_inline int report_state(struct sock *sk, int old, int new, u8 ho
 	e = tcplat_make_state(sk, s, old, new, hook, now);
 	if (!e)
 		return 0;
-	/* The client's first byte, as in tcp_client: what came along with the SYN has been received. */
+	/*
+	 * The client's first byte, as in tcp_client: what came along with the SYN has been
+	 * received.
+	 */
 	if (old == TCP_SYN_RECV && new == TCP_ESTABLISHED) {
 		e->seq = tcplat_get(tp, rcv_nxt) - (u32)tcplat_get(tp, bytes_received);
 		e->has |= TCPLAT_HAS_SEQ;
@@ -798,7 +800,9 @@ static __always_inline int leave_recv(int ret, u8 hook)
 #endif
 
 #ifdef TCPLAT_FENTRY_recv
-/* The entry knows the rest. How many arguments there are: <tcplat/handlers.bpf.h>, at the return. */
+/*
+ * The entry knows the rest. How many arguments there are: <tcplat/handlers.bpf.h>, at the return.
+ */
 #define exit_recv(sk, flags, ret, hook) leave_recv(ret, hook)
 
 int fe_tcp_recvmsg4(struct bpf_raw_tracepoint_args *ctx)

@@ -29,7 +29,8 @@ static __always_inline int report(struct sock *sk, int old, int new, u8 hook)
 	e->min_rtt_us = min == UNMEASURED ? 0 : min;
 	/* __tcp_set_rto(), before it is rounded to jiffies, and what timeouts made of it. */
 	if (srtt)
-		e->rto_us = (srtt + tcplat_get(tp, rttvar_us)) << (tcplat_get(tp, inet_conn.icsk_backoff) & 15);
+		e->rto_us = (srtt + tcplat_get(tp, rttvar_us))
+			    << (tcplat_get(tp, inet_conn.icsk_backoff) & 15);
 	e->retransmits = tcplat_get(tp, total_retrans);
 	e->bytes_acked = tcplat_get(tp, bytes_acked);
 	e->bytes_received = tcplat_get(tp, bytes_received);

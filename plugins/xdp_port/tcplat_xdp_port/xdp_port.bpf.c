@@ -17,7 +17,7 @@ static __always_inline bool is_wanted(u16 port)
 {
 	/* The compiler makes a search tree of it: five comparisons for 32 ports. */
 	switch (port) {
-	XDP_PORTS
+		XDP_PORTS
 		return true;
 	}
 	return false;
@@ -32,7 +32,8 @@ static __always_inline bool is_chosen(const struct tcplat_tcp *tcp)
 	       (XDP_DST && is_wanted(bpf_ntohs(tcp->dport)));
 }
 
-static __always_inline void report(struct xdp_md *ctx, const struct tcplat_packet *packet, u32 bytes)
+static __always_inline void
+report(struct xdp_md *ctx, const struct tcplat_packet *packet, u32 bytes)
 {
 	u64 now = bpf_ktime_get_ns();
 	const struct tcplat_tcp *tcp = packet->tcp;

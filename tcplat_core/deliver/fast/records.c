@@ -43,7 +43,7 @@ static u64 load(const u8 *at, u32 width)
 
 struct entry {
 	u64 ts_ns;
-	u32 at; /* in `data` */
+	u32 at;     /* in `data` */
 	u32 source; /* whose record it is: index of its codec */
 };
 
@@ -330,7 +330,7 @@ struct op {
 struct block {
 	u32 at, size, texts;
 	u32 count;
-	u32 *slots;   /* index of a meaning + 1, by hash; 0: none */
+	u32 *slots;    /* index of a meaning + 1, by hash; 0: none */
 	u8 **meanings; /* the block's bytes, struct text[texts], then the texts */
 };
 
@@ -352,8 +352,8 @@ struct codec {
 
 void codec_free(struct codec *codec);
 
-struct codec *codec_new(u32 size, u32 has_at, u32 blocks, const u32 *places, u32 ops,
-			const struct op *op)
+struct codec *
+codec_new(u32 size, u32 has_at, u32 blocks, const u32 *places, u32 ops, const struct op *op)
 {
 	struct codec *codec = calloc(1, sizeof(*codec));
 
@@ -442,7 +442,8 @@ int codec_learn(struct codec *codec, u32 which, const u8 *value, const u8 *texts
 		forget(block);
 	memcpy(meaning, value, block->size);
 	for (u32 i = 0; i < block->texts; i++) {
-		((struct text *)(meaning + size))[i] = (struct text){heads + begin, ends[i] - begin};
+		((struct text *)(meaning + size))[i] =
+			(struct text){heads + begin, ends[i] - begin};
 		begin = ends[i];
 	}
 	memcpy(meaning + size + heads, texts, begin);
@@ -515,14 +516,14 @@ enum status { DONE, FULL, UNKNOWN, CANNOT };
 
 /* How far lines() has come. */
 struct progress {
-	u64 next;    /* record */
-	u64 at;      /* its bytes */
+	u64 next; /* record */
+	u64 at;   /* its bytes */
 	u64 written;
-	u32 block;   /* UNKNOWN: of the next record's codec */
+	u32 block; /* UNKNOWN: of the next record's codec */
 };
 
-static int line(const struct codec *codec, const u8 *record, s64 offset_ns, u8 **out,
-		const u8 *end, struct progress *progress)
+static int line(const struct codec *codec, const u8 *record, s64 offset_ns, u8 **out, const u8 *end,
+		struct progress *progress)
 {
 	const u8 *meaning[16];
 	u8 *to = *out;
@@ -601,7 +602,8 @@ int lines(struct codec *const *codecs, const u8 *records, const u8 *sources, u64
 
 	while (progress->next < count) {
 		const struct codec *codec = codecs[sources[progress->next]];
-		int status = line(codec, records + progress->at, offset_ns, &to, out + size, progress);
+		int status =
+			line(codec, records + progress->at, offset_ns, &to, out + size, progress);
 
 		progress->written = to - out;
 		if (status != DONE)

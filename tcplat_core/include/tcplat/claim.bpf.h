@@ -106,7 +106,8 @@ static __always_inline struct tcplat_sock *tcplat_lookup_or_create(const struct 
 
 /*
  * What is known of a socket, as tcplat_lookup() has it, where the socket's own process calls: it is
- * the owner from here on. Of a new one nothing is known yet: tcplat_lookup_or_create() makes its entry.
+ * the owner from here on. Of a new one nothing is known yet: tcplat_lookup_or_create() makes its
+ * entry.
  */
 static __always_inline struct tcplat_sock *tcplat_claim(const struct sock *sk)
 {

@@ -12,7 +12,9 @@ int tcplat_on_destroy(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-/* task:task_rename: exec(2), prctl(PR_SET_NAME), /proc/PID/comm. The task still has its old name. */
+/*
+ * task:task_rename: exec(2), prctl(PR_SET_NAME), /proc/PID/comm. The task still has its old name.
+ */
 int tcplat_on_rename(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct task_struct *task = (struct task_struct *)ctx->args[0];
@@ -26,7 +28,9 @@ int tcplat_on_rename(struct bpf_raw_tracepoint_args *ctx)
 		bpf_probe_read_kernel_str(name.comm, sizeof(name.comm), (void *)ctx->args[1]);
 		tcplat_names.update(&pid, &name);
 	}
-	/* Behind the name: who sees the new count finds it. A thread's name is read where it calls. */
+	/*
+	 * Behind the name: who sees the new count finds it. A thread's name is read where it calls.
+	 */
 	if (count)
 		lock_xadd(count, 1);
 	return 0;

@@ -20,10 +20,10 @@
 /* A line for --debug, at most three numbers: tcplat_debug("socket %llx", sk). */
 #ifdef TCPLAT_DEBUG
 /* bcc has its own way with bpf_trace_printk(), which does not work in a macro. */
-#define tcplat_debug(words, ...)                                               \
-	({                                                                     \
-		char _line[] = "tcplat: " words "\n";                          \
-		bpf_trace_printk_(_line, sizeof(_line), ##__VA_ARGS__);        \
+#define tcplat_debug(words, ...)                                                                   \
+	({                                                                                         \
+		char _line[] = "tcplat: " words "\n";                                              \
+		bpf_trace_printk_(_line, sizeof(_line), ##__VA_ARGS__);                            \
 	})
 #else
 #define tcplat_debug(words, ...)
@@ -34,10 +34,14 @@
 #define TCPLAT_HAS_BYTES 2
 #define TCPLAT_HAS_FLAGS 4
 
+/* As the kernel has them, in rows. */
+/* clang-format off */
 enum {
-	TCP_ESTABLISHED = 1, TCP_SYN_SENT, TCP_SYN_RECV, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_TIME_WAIT,
-	TCP_CLOSE, TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_LISTEN, TCP_CLOSING, TCP_NEW_SYN_RECV,
+	TCP_ESTABLISHED = 1, TCP_SYN_SENT, TCP_SYN_RECV, TCP_FIN_WAIT1, TCP_FIN_WAIT2,
+	TCP_TIME_WAIT, TCP_CLOSE, TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_LISTEN, TCP_CLOSING,
+	TCP_NEW_SYN_RECV,
 };
+/* clang-format on */
 
 /*
  * A field of a kernel object, a number or a pointer, read safely. For static helpers: bcc
@@ -47,12 +51,12 @@ enum {
  * had, the verifier takes our word for what a pointer points to, and lets us load from there:
  * a load costs a nanosecond, a call of bpf_probe_read_kernel() 60 to 90.
  */
-#define tcplat_probed(ptr, field)                                                              \
-	({                                                                                     \
-		__typeof__((ptr)->field) _value; /* zeroed if the read fails */                \
-		bpf_probe_read_kernel((void *)&_value, sizeof(_value),                         \
-				      (const void *)&(ptr)->field);                            \
-		_value;                                                                        \
+#define tcplat_probed(ptr, field)                                                                  \
+	({                                                                                         \
+		__typeof__((ptr)->field) _value; /* zeroed if the read fails */                    \
+		bpf_probe_read_kernel((void *)&_value, sizeof(_value),                             \
+				      (const void *)&(ptr)->field);                                \
+		_value;                                                                            \
 	})
 #ifdef TCPLAT_CAST
 static void *(*tcplat_cast)(const void *ptr, u64 type) = (void *)TCPLAT_CAST;
@@ -62,16 +66,16 @@ static void *(*tcplat_cast)(const void *ptr, u64 type) = (void *)TCPLAT_CAST;
  * Volatile: the verifier takes no load that the compiler has made of two. A fault yields 0.
  * The asm hides from bcc that it is a kernel's pointer, which it would probe.
  */
-#define tcplat_loaded(ptr, field)                                                              \
-	({                                                                                     \
-		__typeof__(ptr) _from;                                                         \
-		const volatile __typeof__((ptr)->field) *_place;                               \
-		asm("" : "=r"(_from) : "0"(tcplat_cast(ptr, TCPLAT_TYPE_ID(ptr))));            \
-		_place = &_from->field;                                                        \
-		*_place;                                                                       \
+#define tcplat_loaded(ptr, field)                                                                  \
+	({                                                                                         \
+		__typeof__(ptr) _from;                                                             \
+		const volatile __typeof__((ptr)->field) *_place;                                   \
+		asm("" : "=r"(_from) : "0"(tcplat_cast(ptr, TCPLAT_TYPE_ID(ptr))));                \
+		_place = &_from->field;                                                            \
+		*_place;                                                                           \
 	})
-#define tcplat_get(ptr, field)                                                                 \
-	__builtin_choose_expr(TCPLAT_TYPE_ID(ptr), tcplat_loaded(ptr, field),                  \
+#define tcplat_get(ptr, field)                                                                     \
+	__builtin_choose_expr(TCPLAT_TYPE_ID(ptr), tcplat_loaded(ptr, field),                      \
 			      tcplat_probed(ptr, field))
 #else
 #define tcplat_get tcplat_probed
@@ -82,7 +86,12 @@ static void *(*tcplat_cast)(const void *ptr, u64 type) = (void *)TCPLAT_CAST;
  * written at once. Where they cannot be read: false, or, by TCPLAT_CAST, zeros.
  */
 #ifdef TCPLAT_CAST
-/* A macro: in a function the loop is not unrolled. Any struct would do that begins with eight bytes. */
+/*
+ * A macro: in a function the loop is not unrolled. Any struct would do that begins with eight
+ * bytes.
+ */
+/* clang-format takes the pragma for an operand. */
+/* clang-format off */
 #define tcplat_copy(to, size, from)                                                            \
 	({                                                                                     \
 		_Pragma("unroll") for (u32 _i = 0; _i < (size); _i += 8)                       \
@@ -90,6 +99,7 @@ static void *(*tcplat_cast)(const void *ptr, u64 type) = (void *)TCPLAT_CAST;
 				tcplat_get((const struct timespec64 *)((from) + _i), tv_sec);  \
 		true;                                                                          \
 	})
+/* clang-format on */
 #else
 #define tcplat_copy(to, size, from) (!bpf_probe_read_kernel(to, size, from))
 #endif
@@ -111,8 +121,9 @@ BPF_RINGBUF_OUTPUT(events, 8);
 BPF_F_TABLE("array", u32, u64, books, TCPLAT_BOOKS, BPF_F_MMAPABLE);
 
 /*
- * Slot 0 -> 1 while events are wanted: set by the loader once the owners of older sockets are known,
- * cleared by the session (run/gate.py maps it) when the run ends, for all programs at one instant.
+ * Slot 0 -> 1 while events are wanted: set by the loader once the owners of older sockets are
+ * known, cleared by the session (run/gate.py maps it) when the run ends, for all programs at one
+ * instant.
  * Slot 1 -> 1 while the session sleeps, until tcplat_submit() wakes it.
  */
 BPF_F_TABLE("array", u32, u32, tcplat_gate, 2, BPF_F_MMAPABLE);

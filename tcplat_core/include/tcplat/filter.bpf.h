@@ -69,8 +69,8 @@ static __always_inline u32 tcplat_pid_there(const struct task_struct *task)
 
 	/* One number for each namespace, the first's at first; 32 is MAX_PID_NS_LEVEL. */
 	for (u32 i = 0; i <= 32 && i <= level; i++) {
-		const struct upid *at = (const struct upid *)((const u8 *)pid +
-			__builtin_offsetof(struct pid, numbers) + i * sizeof(struct upid));
+		const u8 *numbers = (const u8 *)pid + __builtin_offsetof(struct pid, numbers);
+		const struct upid *at = (const struct upid *)(numbers + i * sizeof(struct upid));
 		const struct pid_namespace *ns = tcplat_get(at, ns);
 
 		if (tcplat_get(ns, ns.inum) == TCPLAT_PIDNS)

@@ -62,7 +62,8 @@ static __always_inline void tcplat_read_addrs(struct tcplat_addrs *to, const str
 	to->ip = tcplat_is_mapped(to->daddr) ? 4 : 6;
 }
 
-static __always_inline bool tcplat_same_addrs(const struct tcplat_addrs *a, const struct tcplat_addrs *b)
+static __always_inline bool
+tcplat_same_addrs(const struct tcplat_addrs *a, const struct tcplat_addrs *b)
 {
 	u64 differ = 0;
 
@@ -108,8 +109,8 @@ static __always_inline void tcplat_add_flow(struct tcplat_sock *s, u64 key)
 
 	/*
 	 * Where both lanes are taken, those of closed sockets are not waited for. One that ends at
-	 * this very instant, on another CPU, deletes what replaced its own: then the listener's owner
-	 * stands in.
+	 * this very instant, on another CPU, deletes what replaced its own: then the listener's
+	 * owner stands in.
 	 */
 #pragma unroll
 	for (u8 round = 0; round < 2 * TCPLAT_LANES; round++) {

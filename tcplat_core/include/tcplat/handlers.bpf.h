@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
 /*
- * The handlers of both ends of a connection: hook points of stream_points(), for sockets of one role.
+ * The handlers of both ends of a connection: hook points of stream_points(), for sockets of one
+ * role.
  *
  * To be defined before the include:
- *   TCPLAT_ROLE         whose sockets: TCPLAT_ROLE_CLIENT or TCPLAT_ROLE_SERVER
- *   TCPLAT_CLAIM_SENDING  (sk, me), if more is to be done than tcplat_claim_role() does where a process sends
- *   report_state()      (sk, old, new, hook): a change of state
- *   enter_recv()        (sk, flags, hook): by kprobe, a call begins
- *   leave_recv()        (ret, hook): ... and returns
- *   exit_recv()         (sk, flags, ret, hook): by fexit, a call returns
+ *   TCPLAT_ROLE           whose sockets: TCPLAT_ROLE_CLIENT or TCPLAT_ROLE_SERVER
+ *   TCPLAT_CLAIM_SENDING  (sk, me): as tcplat_claim_role(), if a send needs more than that
+ *   report_state()        (sk, old, new, hook): a change of state
+ *   enter_recv()          (sk, flags, hook): by kprobe, a call begins
+ *   leave_recv()          (ret, hook): ... and returns
+ *   exit_recv()           (sk, flags, ret, hook): by fexit, a call returns
  */
 
 #ifndef TCPLAT_CLAIM_SENDING
@@ -28,8 +29,8 @@ int kp_tcp_set_state(struct pt_regs *ctx, struct sock *sk, int state)
 }
 
 /*
- * What the kprobe was skipped for; and the change to TCP_LISTEN, which inet_csk_listen_start() makes
- * without tcp_set_state().
+ * What the kprobe was skipped for; and the change to TCP_LISTEN, which inet_csk_listen_start()
+ * makes without tcp_set_state().
  */
 int tp_state_skipped(struct bpf_raw_tracepoint_args *ctx)
 {
@@ -65,17 +66,20 @@ int fe_tcp_set_state(struct bpf_raw_tracepoint_args *ctx)
  */
 int fx_tcp_recvmsg4(struct bpf_raw_tracepoint_args *ctx)
 {
-	return exit_recv((struct sock *)ctx->args[0], ctx->args[3], ctx->args[4], HOOK_fx_tcp_recvmsg4);
+	return exit_recv((struct sock *)ctx->args[0], ctx->args[3], ctx->args[4],
+			 HOOK_fx_tcp_recvmsg4);
 }
 
 int fx_tcp_recvmsg5(struct bpf_raw_tracepoint_args *ctx)
 {
-	return exit_recv((struct sock *)ctx->args[0], ctx->args[3], ctx->args[5], HOOK_fx_tcp_recvmsg5);
+	return exit_recv((struct sock *)ctx->args[0], ctx->args[3], ctx->args[5],
+			 HOOK_fx_tcp_recvmsg5);
 }
 
 int fx_tcp_recvmsg6(struct bpf_raw_tracepoint_args *ctx)
 {
-	return exit_recv((struct sock *)ctx->args[0], ctx->args[4], ctx->args[6], HOOK_fx_tcp_recvmsg6);
+	return exit_recv((struct sock *)ctx->args[0], ctx->args[4], ctx->args[6],
+			 HOOK_fx_tcp_recvmsg6);
 }
 
 /* splice(2) and sendfile(2) from a socket; they return what went into the pipe. */
@@ -131,7 +135,8 @@ int tp_send(struct bpf_raw_tracepoint_args *ctx)
 	struct sock *sk = (struct sock *)ctx->args[0];
 	struct msghdr *msg = (struct msghdr *)ctx->args[1];
 
-	return report_send(sk, tcplat_get(msg, msg_iter.count), tcplat_get(msg, msg_flags), HOOK_tp_send);
+	return report_send(sk, tcplat_get(msg, msg_iter.count), tcplat_get(msg, msg_flags),
+			   HOOK_tp_send);
 }
 
 int tp_send_short(struct bpf_raw_tracepoint_args *ctx)
@@ -182,7 +187,8 @@ int fx_tcp_sendpage(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct sock *sk = (struct sock *)ctx->args[0];
 
-	return tcplat_report(tcplat_make_short(sk, TCPLAT_ROLE, ctx->args[5], HOOK_fx_tcp_sendpage));
+	return tcplat_report(
+		tcplat_make_short(sk, TCPLAT_ROLE, ctx->args[5], HOOK_fx_tcp_sendpage));
 }
 #endif
 
@@ -237,7 +243,8 @@ int kr_tcp_sendpage(struct pt_regs *ctx)
 
 int tp_close(struct bpf_raw_tracepoint_args *ctx)
 {
-	return tcplat_report(tcplat_make_close((struct sock *)ctx->args[0], TCPLAT_ROLE, HOOK_tp_close));
+	return tcplat_report(
+		tcplat_make_close((struct sock *)ctx->args[0], TCPLAT_ROLE, HOOK_tp_close));
 }
 
 #ifdef TCPLAT_KPROBE_close
@@ -262,6 +269,7 @@ int tp_close_skipped(struct bpf_raw_tracepoint_args *ctx)
 #ifdef TCPLAT_FENTRY_close
 int fe_tcp_v4_destroy_sock(struct bpf_raw_tracepoint_args *ctx)
 {
-	return tcplat_report(tcplat_make_close((struct sock *)ctx->args[0], TCPLAT_ROLE, HOOK_fe_tcp_v4_destroy_sock));
+	return tcplat_report(tcplat_make_close((struct sock *)ctx->args[0], TCPLAT_ROLE,
+					       HOOK_fe_tcp_v4_destroy_sock));
 }
 #endif

@@ -34,7 +34,8 @@ struct tcplat_group {
  * start; the session maps the array and reads it.
  */
 BPF_F_TABLE("array", u32, u64, durations,
-	    TCPLAT_STRIPES * (TCPLAT_GROUPS + 1) * TCPLAT_HISTOGRAMS * TCPLAT_CELLS, BPF_F_MMAPABLE);
+	    (TCPLAT_GROUPS + 1) * TCPLAT_STRIPES * TCPLAT_HISTOGRAMS * TCPLAT_CELLS,
+	    BPF_F_MMAPABLE);
 
 /* Looked for once per owner and connection: the key is long. Each probe has numbers of its own. */
 static __always_inline u32 tcplat_group_of(struct tcplat_sock *s)

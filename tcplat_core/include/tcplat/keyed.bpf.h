@@ -53,7 +53,10 @@ static __always_inline u32 tcplat_number(TCPLAT_KEY *key)
 	/* Only one can insert a number. No atomic instruction before 5.12 could decide it. */
 	number = 0;
 	for (int i = 0; i < TCPLAT_CONTENDERS; i++) {
-		/* Anew each time: while we were kept waiting, others may have taken any number of them. */
+		/*
+		 * Anew each time: while we were kept waiting, others may have taken any number of
+		 * them.
+		 */
 		u32 given = *(volatile u32 *)count;
 
 		number = (given > number ? given : number) + 1;

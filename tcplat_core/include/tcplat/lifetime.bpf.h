@@ -3,7 +3,10 @@
  * The life of a socket: it connects or listens, is the child of a listener, is accepted, and ends.
  */
 
-/* What tells sockets apart that had the same address one after the other; 0 where no process has it open. */
+/*
+ * What tells sockets apart that had the same address one after the other; 0 where no process has it
+ * open.
+ */
 static __always_inline u32 tcplat_inode(const struct sock *sk)
 {
 	struct socket *socket = tcplat_get(sk, sk_socket);
@@ -25,7 +28,10 @@ static __always_inline void tcplat_unindex(const struct sock *sk, struct tcplat_
 		return;
 	lane = s->in_flows - 1;
 	s->in_flows = 0;
-	/* One that had a seed may never have been asked for them; its port may be given back by now. */
+	/*
+	 * One that had a seed may never have been asked for them; its port may be given back by
+	 * now.
+	 */
 	if (!s->addrs.sport)
 		tcplat_read_addrs(&s->addrs, sk);
 	if (!s->addrs.sport)
@@ -41,7 +47,9 @@ static __always_inline void tcplat_unindex(const struct sock *sk, struct tcplat_
 		addrs.lane = lane;
 		tcplat_flows.delete(&addrs);
 	}
-	/* Behind the flow: what has no seed any more may be replaced, and must not be deleted then. */
+	/*
+	 * Behind the flow: what has no seed any more may be replaced, and must not be deleted then.
+	 */
 	if (cookie) {
 		s->cookie = 0;
 		tcplat_seeds.delete(&cookie);
@@ -64,8 +72,8 @@ static __always_inline struct tcplat_sock *tcplat_set_role(const struct sock *sk
 	u64 key = tcplat_key(sk);
 	u32 inode = tcplat_inode(sk);
 	/*
-	 * Another socket's, whose end no program saw: the kernel skips one that would interrupt itself.
-	 * Or of this one's time before: with a seed, or as the child of a listener.
+	 * Another socket's, whose end no program saw: the kernel skips one that would interrupt
+	 * itself. Or of this one's time before: with a seed, or as the child of a listener.
 	 */
 	bool other = s && s->inode != inode;
 
@@ -103,7 +111,10 @@ static __always_inline struct tcplat_sock *tcplat_listen(const struct sock *sk)
 
 	if (!s)
 		return NULL;
-	/* The kernel's own, or a part of one of MPTCP: no process will be seen to accept by this socket. */
+	/*
+	 * The kernel's own, or a part of one of MPTCP: no process will be seen to accept by this
+	 * socket.
+	 */
 	socket = tcplat_get(sk, sk_socket);
 	if (!s->inode || (u64)tcplat_get(socket, sk) != tcplat_key(sk))
 		tcplat_write_owner(&s->owner, 0, fresh.comm);
@@ -118,8 +129,9 @@ static __always_inline struct tcplat_sock *tcplat_listen(const struct sock *sk)
 		tcplat_listening.update(&pid, &s->start_ns);
 		tcplat_add_service(s, port.port);
 	}
-	tcplat_set_served(port.port, tcplat_get(sk, __sk_common.skc_bound_dev_if) ? TCPLAT_SERVED_BY_DEVICE :
-								TCPLAT_SERVED);
+	tcplat_set_served(port.port, tcplat_get(sk, __sk_common.skc_bound_dev_if)
+					     ? TCPLAT_SERVED_BY_DEVICE
+					     : TCPLAT_SERVED);
 	old = tcplat_listeners.lookup(&port);
 	if (old) {
 		tcplat_count_user(old, pid, 1);
@@ -147,7 +159,10 @@ static __always_inline struct tcplat_sock *tcplat_inherit(const struct sock *sk,
 	struct tcplat_listener *from;
 	u64 pid;
 
-	/* No child: it called connect(), as the other end did. Or it was accepted before (RFC 7413). */
+	/*
+	 * No child: it called connect(), as the other end did. Or it was accepted before (RFC
+	 * 7413).
+	 */
 	if (s && tcplat_get(sk, sk_socket))
 		return s;
 	tcplat_read_addrs(&fresh.addrs, sk);

@@ -21,8 +21,8 @@ struct tcplat_listener {
 	u8 asked;     /* as in tcplat_sock */
 	u8 inherited; /* 1: a process accepts that did not call listen() there */
 	u8 pad[5];
-	u64 pids;    /* of the users: the sum of the pids that called listen() ... */
-	u64 squares; /* ... and of their squares: together they tell whether all are one process */
+	u64 pids;     /* of the users: the sum of the pids that called listen() ... */
+	u64 squares;  /* ... and of their squares: together they tell whether all are one process */
 	u64 start_ns; /* when that process began; 0: it listened before the run */
 	char comm[16] __attribute__((aligned(8)));
 };
@@ -164,7 +164,8 @@ tcplat_share(struct tcplat_listener *listener, const struct tcplat_sock *s)
 static __always_inline void tcplat_add_service(const struct tcplat_sock *s, u16 port)
 {
 	struct tcplat_served_by key = {.pid = s->owner.task >> 32, .port = port};
-	struct tcplat_service service = {.start_ns = s->start_ns, .wanted = s->wanted, .asked = s->asked};
+	struct tcplat_service service = {
+		.start_ns = s->start_ns, .wanted = s->wanted, .asked = s->asked};
 
 	__builtin_memcpy(service.comm, s->owner.comm, sizeof(service.comm));
 	tcplat_services.update(&key, &service);
@@ -179,10 +180,14 @@ static __always_inline bool tcplat_is_serving(const struct tcplat_sock *s)
 
 	if (!service)
 		return false;
-	return service->start_ns ? service->start_ns == s->start_ns : !!tcplat_listening.lookup(&older);
+	return service->start_ns ? service->start_ns == s->start_ns
+				 : !!tcplat_listening.lookup(&older);
 }
 
-/* Who listens for what comes to this local end, as the kernel looks for it: the address itself first. */
+/*
+ * Who listens for what comes to this local end, as the kernel looks for it: the address itself
+ * first.
+ */
 static __always_inline struct tcplat_listener *tcplat_listener_at(const struct tcplat_addrs *local)
 {
 	struct tcplat_port port = {.netns = local->netns, .port = local->sport, .ip = local->ip};
@@ -208,12 +213,15 @@ static __always_inline struct tcplat_listener *tcplat_listener_at(const struct t
  * Who accepts at this port, and its name; 0 where it is not known.
  * Of several that listen at different devices, the addresses do not tell which one it is.
  */
-static __always_inline u32
-tcplat_listener_pid(const struct tcplat_listener *from, u16 port, char *comm)
+static __always_inline u32 tcplat_listener_pid(const struct tcplat_listener *from, u16 port,
+					       char *comm)
 {
 	u32 at = port;
 	u8 *served = tcplat_served.lookup(&at);
-	/* Once: tcplat_share() clears it, on another CPU, and tcplat_remove_user() may set another one's. */
+	/*
+	 * Once: tcplat_share() clears it, on another CPU, and tcplat_remove_user() may set another
+	 * one's.
+	 */
 	u32 pid = *(volatile u32 *)&from->pid;
 
 	if (!pid || (served && *served == TCPLAT_SERVED_BY_DEVICE))

@@ -25,7 +25,8 @@ static __always_inline void tcplat_refresh_seed(struct tcplat_seed *who)
 }
 
 /* The socket that a flow leads to; false where that is gone. */
-static __always_inline bool tcplat_lookup_flow(const struct tcplat_flow *flow, struct tcplat_seed *who)
+static __always_inline bool
+tcplat_lookup_flow(const struct tcplat_flow *flow, struct tcplat_seed *who)
 {
 	u64 key = flow->key, id = flow->id;
 	struct tcplat_seed *seed = NULL;
@@ -40,7 +41,8 @@ static __always_inline bool tcplat_lookup_flow(const struct tcplat_flow *flow, s
 	if (!key) {
 		*who = *seed;
 		tcplat_refresh_seed(who);
-		if (who->unaccepted & TCPLAT_INHERITED && who->pid && !tcplat_listens(who->pid, 0)) {
+		if (who->unaccepted & TCPLAT_INHERITED && who->pid &&
+		    !tcplat_listens(who->pid, 0)) {
 			who->pid = 0;
 			__builtin_memset(who->comm, 0, sizeof(who->comm));
 		}
@@ -58,7 +60,8 @@ static __always_inline bool tcplat_lookup_flow(const struct tcplat_flow *flow, s
  * Whose packet it is, from its addresses, local end first: of a connection, or
  * of the listener at its port. False if no owner is known.
  */
-static __always_inline bool tcplat_lookup_packet(struct tcplat_addrs *local, struct tcplat_seed *who)
+static __always_inline bool
+tcplat_lookup_packet(struct tcplat_addrs *local, struct tcplat_seed *who)
 {
 	struct tcplat_flow *flow = tcplat_flows.lookup(local), *second = NULL, *older;
 	struct tcplat_listener *listener;

@@ -85,8 +85,8 @@ static __always_inline bool tcplat_is_vlan(u16 type)
 	return type == bpf_htons(0x8100) || type == bpf_htons(0x88a8) || type == bpf_htons(0x9100);
 }
 
-static __always_inline bool tcplat_find_in_ipv4(const void *at, const void *end,
-						struct tcplat_packet *to)
+static __always_inline bool
+tcplat_find_in_ipv4(const void *at, const void *end, struct tcplat_packet *to)
 {
 	const struct tcplat_ipv4 *ip = at;
 	u32 header, length;
@@ -109,8 +109,8 @@ static __always_inline bool tcplat_find_in_ipv4(const void *at, const void *end,
 	return (const void *)(to->tcp + 1) <= end;
 }
 
-static __always_inline bool tcplat_find_in_ipv6(const void *data, const void *at, const void *end,
-						struct tcplat_packet *to)
+static __always_inline bool
+tcplat_find_in_ipv6(const void *data, const void *at, const void *end, struct tcplat_packet *to)
 {
 	const struct tcplat_ipv6 *ip = at;
 	const struct tcplat_ipv6_extension *extension;
@@ -138,7 +138,8 @@ static __always_inline bool tcplat_find_in_ipv6(const void *data, const void *at
 		switch (next) {
 		case 0: /* hop by hop */
 			/* Linux writes a jumbogram's length into the first option (BIG TCP). */
-			if (!length && extension->option.type == 0xc2 && extension->option.length == 4) {
+			if (!length && extension->option.type == 0xc2 &&
+			    extension->option.length == 4) {
 				length = bpf_ntohl(extension->jumbo);
 				if (length <= 0xffff)
 					return false;
@@ -175,8 +176,8 @@ static __always_inline bool tcplat_find_in_ipv6(const void *data, const void *at
 }
 
 /* The TCP header of an Ethernet frame; its fixed 20 bytes may be read. */
-static __always_inline bool tcplat_find_tcp(const void *data, const void *end,
-					    struct tcplat_packet *to)
+static __always_inline bool
+tcplat_find_tcp(const void *data, const void *end, struct tcplat_packet *to)
 {
 	const struct tcplat_eth *eth = data;
 	const struct tcplat_vlan *vlan;
@@ -216,8 +217,8 @@ static __always_inline s64 tcplat_payload(const struct tcplat_packet *packet, co
 }
 
 /* Both addresses, as 16 bytes each. */
-static __always_inline void tcplat_copy_addresses(u8 *saddr, u8 *daddr,
-						  const struct tcplat_packet *packet)
+static __always_inline void
+tcplat_copy_addresses(u8 *saddr, u8 *daddr, const struct tcplat_packet *packet)
 {
 	const struct tcplat_ipv4 *ipv4 = packet->ip;
 	const struct tcplat_ipv6 *ipv6 = packet->ip;

@@ -15,8 +15,10 @@ struct tcplat_owner {
 	u64 task; /* process << 32 | thread, as tcplat_current() has it; 0: not known */
 	u64 sum;  /* tcplat_owner_sum() of the process and its name */
 	u64 thread_sum;
-	char comm[16] __attribute__((aligned(8)));   /* the process's name: that of its group leader */
-	char thread[16] __attribute__((aligned(8))); /* empty where the thread is the group leader */
+	/* The process's name: that of its group leader. */
+	char comm[16] __attribute__((aligned(8)));
+	/* The thread's; empty if that is the group leader. */
+	char thread[16] __attribute__((aligned(8)));
 };
 
 struct tcplat_name {
@@ -35,7 +37,9 @@ BPF_TABLE("lru_hash", u32, struct tcplat_name, tcplat_names, 16384);
 /* Slot 0 -> how often a task of this host changed its name. Counted by tcplat_on_rename. */
 BPF_TABLE("array", u32, u64, tcplat_renames, 1);
 
-/* Of a key of tcplat_listening: a process that listened before the run; when it began is not known. */
+/*
+ * Of a key of tcplat_listening: a process that listened before the run; when it began is not known.
+ */
 #define TCPLAT_OLDER 0x80000000
 
 /*
@@ -68,14 +72,18 @@ static __always_inline void tcplat_write_owner(struct tcplat_owner *to, u64 task
 	*(volatile u64 *)&to->task = task;
 }
 
-static __always_inline void tcplat_write_thread(struct tcplat_owner *to, u32 tid, const char *thread)
+static __always_inline void
+tcplat_write_thread(struct tcplat_owner *to, u32 tid, const char *thread)
 {
 	*(volatile u64 *)to->thread = *(const u64 *)thread;
 	*(volatile u64 *)(to->thread + 8) = *(const u64 *)(thread + 8);
 	*(volatile u64 *)&to->thread_sum = tcplat_owner_sum(tid, thread);
 }
 
-/* The name of `tid`, the current thread: empty where it is the group leader, whose is the process's. */
+/*
+ * The name of `tid`, the current thread: empty where it is the group leader, whose is the
+ * process's.
+ */
 static __always_inline void tcplat_thread_name(u32 pid, u32 tid, char *thread)
 {
 	*(u64 *)thread = *(u64 *)(thread + 8) = 0;
@@ -91,7 +99,9 @@ static __always_inline u32 tcplat_renamed(void)
 	return count ? *(volatile u64 *)count : 0;
 }
 
-/* The name that a process took since the run began, or NULL. `start_ns` 0: whichever has the pid. */
+/*
+ * The name that a process took since the run began, or NULL. `start_ns` 0: whichever has the pid.
+ */
 static __always_inline struct tcplat_name *tcplat_new_name(u32 pid, u64 start_ns)
 {
 	struct tcplat_name *name = tcplat_names.lookup(&pid);

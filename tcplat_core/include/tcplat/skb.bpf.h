@@ -24,8 +24,8 @@ static __always_inline u32 tcplat_be32(const u8 *at)
 }
 
 /*
- * The first 16 bytes of a TCP header, copied to the stack; `rest` is how many bytes the packet has from it on.
- * False where the header does not fit.
+ * The first 16 bytes of a TCP header, copied to the stack; `rest` is how many bytes the packet has
+ * from it on. False where the header does not fit.
  */
 static __always_inline bool tcplat_copied_tcp(struct tcplat_segment *to, const u8 *tcp, u32 rest)
 {
@@ -80,7 +80,8 @@ tcplat_parse_ip(struct tcplat_segment *to, const struct sk_buff *skb, const u8 *
 		total = tcplat_be16(ip + 2);
 		if (!total)
 			total = tcplat_rest(skb, l3);
-		if (header < 20 || total < header || ip[9] != IPPROTO_TCP || tcplat_be16(ip + 6) & 0x1fff)
+		if (header < 20 || total < header || ip[9] != IPPROTO_TCP ||
+		    tcplat_be16(ip + 6) & 0x1fff)
 			return false;
 		__builtin_memcpy(&source, ip + 12, 4);
 		__builtin_memcpy(&destination, ip + 16, 4);
@@ -129,7 +130,8 @@ static __always_inline u32 tcplat_skb_netns(const struct sk_buff *skb)
 	return tcplat_get(net, ns.inum);
 }
 
-static __always_inline void tcplat_fill_segment(struct tcplat_event *e, const struct tcplat_segment *g)
+static __always_inline void
+tcplat_fill_segment(struct tcplat_event *e, const struct tcplat_segment *g)
 {
 	e->seq = g->seq;
 	e->bytes = g->bytes;

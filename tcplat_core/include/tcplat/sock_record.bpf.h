@@ -33,11 +33,11 @@ static __always_inline void tcplat_fill_caller(struct tcplat_event *e, u64 me)
 	tcplat_process_name(e->pid, (char *)e->comm);
 }
 
-#define TCPLAT_SAME_PLACE(member, first)                                                       \
-	_Static_assert(__builtin_offsetof(struct tcplat_event, member) -                       \
-			       __builtin_offsetof(struct tcplat_event, first) ==               \
-		       __builtin_offsetof(struct tcplat_addrs, member) -                       \
-			       __builtin_offsetof(struct tcplat_addrs, first),                 \
+#define TCPLAT_SAME_PLACE(member, first)                                                           \
+	_Static_assert(__builtin_offsetof(struct tcplat_event, member) -                           \
+				       __builtin_offsetof(struct tcplat_event, first) ==           \
+			       __builtin_offsetof(struct tcplat_addrs, member) -                   \
+				       __builtin_offsetof(struct tcplat_addrs, first),             \
 		       "the addresses of a record do not lie as in tcplat_addrs")
 TCPLAT_SAME_PLACE(daddr, saddr);
 TCPLAT_SAME_PLACE(sport, netns);

@@ -16,7 +16,7 @@
 #define TCPLAT_ACCEPT_TOLD 4
 
 struct tcplat_sock {
-	u64 place_key;       /* its address, where the entry is in tcplat_places; 0 in tcplat_socks */
+	u64 place_key;  /* its address, where the entry is in tcplat_places; 0 in tcplat_socks */
 	u64 id;         /* the event's `sock`: when it was first seen, and on which CPU */
 	u64 since_ns;   /* when the connect, or the wait to be accepted, began; else 0 */
 	u32 send_tid;   /* the thread inside send(), else 0 */
@@ -27,15 +27,15 @@ struct tcplat_sock {
 	u32 inode;      /* of a socket that called connect() or listen(): tcplat_inode() */
 	u8 send_urgent; /* 1: the last of these is urgent */
 	u8 role;
-	u8 wanted;      /* its owner passes the filters */
-	u8 asked;       /* the same without --comm: a process may change its name */
-	u8 in_flows;    /* 1 + the lane of tcplat_flows that has its addresses; 1: tcplat_listeners has its port */
-	u8 state;       /* what it is in, or 0: no change was seen yet */
-	u8 reported;        /* by kprobe: the last state that has its row, or TCPLAT_REPORTED_CLOSE */
-	u8 unaccepted;  /* TCPLAT_INHERITED and so on */
-	u32 renames;    /* tcplat_renamed() when the owner's name was looked at last */
+	u8 wanted;     /* its owner passes the filters */
+	u8 asked;      /* the same without --comm: a process may change its name */
+	u8 in_flows;   /* 1 + the lane of its addresses in tcplat_flows; 1: in tcplat_listeners */
+	u8 state;      /* what it is in, or 0: no change was seen yet */
+	u8 reported;   /* by kprobe: the last state that has its row, or TCPLAT_REPORTED_CLOSE */
+	u8 unaccepted; /* TCPLAT_INHERITED and so on */
+	u32 renames;   /* tcplat_renamed() when the owner's name was looked at last */
 	u32 thread_renames; /* the same of its thread's: that is done where it calls alone */
-	u64 start_ns;    /* when the owner began, for its pid is given away again; 0: not known */
+	u64 start_ns; /* when the owner began, for its pid is given away again; 0: not known */
 	union {
 		struct tcplat_owner owner; /* the process that used it last */
 		struct {                   /* owner.task, for a probe that wants no name */
@@ -68,11 +68,12 @@ struct tcplat_seed {
 
 struct tcplat_place {
 	/*
-	 * The negative cache. Bits 20 to 49 of an address, and 34 of the generation at which that socket
-	 * had no entry and no seed, as most sockets of a busy host. 0: nothing is known.
+	 * The negative cache. Bits 20 to 49 of an address, and 34 of the generation at which that
+	 * socket had no entry and no seed, as most sockets of a busy host. 0: nothing is known.
 	 */
 	u64 absent;
-	struct tcplat_sock sock; /* of the socket that came here first; sock.place_key is its address, or 0 */
+	/* Of the socket that came here first; sock.place_key is its address, or 0. */
+	struct tcplat_sock sock;
 };
 
 /*
@@ -105,13 +106,14 @@ BPF_TABLE("hash", u64, struct tcplat_sock, tcplat_socks, 1024);
  */
 BPF_TABLE("hash", u64, struct tcplat_seed, tcplat_seeds, 1024);
 
-/* Slot 0 -> the generation: how often a socket got an entry. Incremented behind it, by tcplat_insert(). */
+/* Slot 0 -> how often a socket got an entry. Incremented behind that, by tcplat_insert(). */
 BPF_TABLE("array", u32, u64, tcplat_generation, 1);
 
 static __always_inline u64 tcplat_new_id(void)
 {
 	/* Two sockets cannot be born on one CPU within 2^bits ns. */
-	return (bpf_ktime_get_ns() >> TCPLAT_CPU_BITS << TCPLAT_CPU_BITS) | bpf_get_smp_processor_id();
+	return (bpf_ktime_get_ns() >> TCPLAT_CPU_BITS << TCPLAT_CPU_BITS) |
+	       bpf_get_smp_processor_id();
 }
 
 static __always_inline u32 tcplat_at(u64 key)
@@ -207,7 +209,10 @@ static __always_inline struct tcplat_sock *tcplat_lookup(const struct sock *sk)
 	generation = tcplat_generation.lookup(&zero);
 	if (!generation)
 		return NULL;
-	/* Both are read before the look for an entry: one that is made meanwhile must not stay hidden. */
+	/*
+	 * Both are read before the look for an entry: one that is made meanwhile must not stay
+	 * hidden.
+	 */
 	absent = key >> (6 + TCPLAT_PLACE_BITS) << TCPLAT_GENERATION_BITS;
 	absent |= *(volatile u64 *)generation & ((1ULL << TCPLAT_GENERATION_BITS) - 1);
 	if (*(volatile u64 *)&place->absent == absent)
@@ -217,8 +222,8 @@ static __always_inline struct tcplat_sock *tcplat_lookup(const struct sock *sk)
 	if (s)
 		return s;
 	/*
-	 * sock_diag gave every older socket a cookie when the seeds were made. No seed is for ever: what
-	 * comes to that address is younger than the seeds.
+	 * sock_diag gave every older socket a cookie when the seeds were made. No seed is for ever:
+	 * what comes to that address is younger than the seeds.
 	 */
 	if ((place->absent ^ absent) >> TCPLAT_GENERATION_BITS)
 		cookie = tcplat_get(sk, __sk_common.skc_cookie.counter);

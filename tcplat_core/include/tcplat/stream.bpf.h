@@ -7,8 +7,9 @@
  */
 
 /*
- * The last byte of a send() with it is urgent: it has a number, but it is no byte of the stream that
- * the other end reads, unless that asked for it (SO_OOBINLINE). recv() with it reads that byte alone.
+ * The last byte of a send() with it is urgent: it has a number, but it is no byte of the stream
+ * that the other end reads, unless that asked for it (SO_OOBINLINE). recv() with it reads that byte
+ * alone.
  */
 #define TCPLAT_MSG_OOB 1
 
@@ -66,7 +67,8 @@ tcplat_make_state(const struct sock *sk, struct tcplat_sock *s, int old, int new
 
 /* What the program asks to send, with send()'s flags; `s` and `me` are tcplat_claim_role()'s. */
 static __always_inline struct tcplat_event *
-tcplat_make_send(const struct sock *sk, struct tcplat_sock *s, u64 me, u32 bytes, u32 flags, u8 hook)
+tcplat_make_send(const struct sock *sk, struct tcplat_sock *s, u64 me, u32 bytes, u32 flags,
+		 u8 hook)
 {
 	u64 now = bpf_ktime_get_ns();
 	struct tcplat_event *e;
@@ -136,8 +138,8 @@ tcplat_make_short(const struct sock *sk, u8 role, int ret, u8 hook)
 	return e;
 }
 
-#define TCPLAT_SOCK_DONE 1     /* enum sock_flags: a bit of skc_flags, set by tcp_fin() */
-#define TCPLAT_RCV_SHUTDOWN 1  /* of sk_shutdown */
+#define TCPLAT_SOCK_DONE 1    /* enum sock_flags: a bit of skc_flags, set by tcp_fin() */
+#define TCPLAT_RCV_SHUTDOWN 1 /* of sk_shutdown */
 
 /*
  * Where the next byte to be read is; a FIN that was read has a number, too, but is no byte.

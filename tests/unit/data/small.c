@@ -3,6 +3,10 @@
  *   clang -g -O2 -target bpf -c small.c -o small.o
  *   llvm-objcopy --dump-section .BTF=small.btf small.o
  */
+
+/* Types as a table. */
+/* clang-format off */
+
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef _Bool bool;
