@@ -148,7 +148,16 @@ SECTIONS = {
         ),
         "xdp",
     ),
-    "The row": ("Event", "Wire", "micros", "address", "clock_offset_ns", "Field", "fields"),
+    "The row": (
+        "Event",
+        "PacketEvent",
+        "Wire",
+        "micros",
+        "address",
+        "clock_offset_ns",
+        "Field",
+        "fields",
+    ),
     "Options": (
         *("Option", "Options", "Kind", "integer", "choice", "ports", "boolean", "duration", "size"),
         "path",

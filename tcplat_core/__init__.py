@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .errors import CannotRunError, PluginError, ReaderGoneError, TcplatError, UsageError
     from .event.clock import clock_offset_ns
     from .event.fields import SCHEMA_VERSION, Event, Field, Moment, Wire, fields
+    from .event.packet import PacketEvent
     from .event.terminal import printable, say
     from .event.text import address, columns, micros
     from .plugin.connecting import connect
@@ -85,6 +86,7 @@ __all__ = [
     "Option",
     "Options",
     "Output",
+    "PacketEvent",
     "Place",
     "PluginError",
     "ProbeSpec",
@@ -133,6 +135,7 @@ __all__ = [
 _HOMES = (
     "event.clock",
     "event.fields",
+    "event.packet",
     "event.text",
     "event.terminal",
     "errors",

@@ -2,26 +2,12 @@
 /*
  * TCP packets that leave: each as it is handed to a device, behind every queue.
  *
- * XMIT_PORTS: `case` labels of the wanted ports; not defined for all of them.
+ * PACKET_PORTS: as <tcplat/packet.bpf.h> has it.
  */
 #include <tcplat/event.bpf.h>
 #include <tcplat/owner.bpf.h>
 #include <tcplat/skb.bpf.h>
-
-#define TCP_FLAG_ACK 0x10
-
-#ifdef XMIT_PORTS
-static __always_inline bool is_wanted(u16 port)
-{
-	switch (port) {
-		XMIT_PORTS
-		return true;
-	}
-	return false;
-}
-#else
-#define is_wanted(port) true
-#endif
+#include <tcplat/packet.bpf.h>
 
 /* Whose packet it is; the source is the local end. False if the filters do not want it. */
 static __always_inline bool
@@ -51,7 +37,7 @@ static __always_inline int report(const struct sk_buff *skb, const struct net_de
 
 	if (!tcplat_parse_ip(&segment, skb, l3))
 		return 0;
-	if (!is_wanted(segment.addrs.sport) && !is_wanted(segment.addrs.dport))
+	if (!tcplat_wanted_port(segment.addrs.sport) && !tcplat_wanted_port(segment.addrs.dport))
 		return 0;
 	net = tcplat_get(dev, nd_net.net);
 	segment.addrs.netns = tcplat_get(net, ns.inum);
@@ -65,12 +51,7 @@ static __always_inline int report(const struct sk_buff *skb, const struct net_de
 	e->pid = who.pid;
 	__builtin_memcpy(e->comm, who.comm, sizeof(e->comm));
 	bpf_probe_read_kernel(e->dev, sizeof(e->dev), dev->name);
-	e->window = segment.window;
-	/* Without the flag the field means nothing. */
-	if (segment.flags & TCP_FLAG_ACK) {
-		e->ack = segment.ack;
-		e->has |= TCPLAT_HAS_ACK;
-	}
+	tcplat_fill_packet(e, segment.flags, segment.window, segment.ack);
 	tcplat_submit(e);
 	return 0;
 }

@@ -7,11 +7,11 @@ from importlib.resources import files
 from typing import Annotated
 
 from tcplat_core import (
-    Event,
     HookPoint,
     Moment,
     Option,
     Options,
+    PacketEvent,
     ProbeSpec,
     Wire,
     hookimpl,
@@ -31,14 +31,9 @@ def device(raw: bytes) -> str:
     )
 
 
-class LeavingEvent(Event, gc=False):
+class LeavingEvent(PacketEvent, gc=False):
     """A row of dev_xmit."""
 
-    ack: Annotated[
-        int | None,
-        Wire("u32", "acknowledgement number", has=True, column=""),
-    ]
-    window: Annotated[int, Wire("u16", "receive window of the sender, not scaled", column="")]
     dev: Annotated[
         str,
         Wire(
@@ -54,7 +49,7 @@ def defines(options: Options) -> dict[str, int | str]:
     """Return the constants that the C is compiled with."""
     if not options["port"]:
         return {}
-    return {"XMIT_PORTS": " ".join(f"case {port}:" for port in options["port"])}
+    return {"PACKET_PORTS": " ".join(f"case {port}:" for port in options["port"])}
 
 
 _WORDS = {

@@ -53,7 +53,7 @@ def test_every_packet_description_fits_its_column() -> None:
 
 
 def test_ports_become_case_labels_and_none_means_all() -> None:
-    assert SPEC.defines(options(port="80+443+80")) == {"XMIT_PORTS": "case 80: case 443:"}
+    assert SPEC.defines(options(port="80+443+80")) == {"PACKET_PORTS": "case 80: case 443:"}
     assert SPEC.defines(options()) == SPEC.defines(options(port="all")) == {}
 
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.resources import files
-from typing import Annotated
 
 from tcplat_core import (
-    Event,
     HookPoint,
     Interfaces,
     Moment,
     Option,
     Options,
+    PacketEvent,
     ProbeSpec,
-    Wire,
     choice,
     hookimpl,
     ports,
@@ -23,16 +21,6 @@ from tcplat_core import (
 
 _MOST_PORTS = 32
 """They are compiled in, and looked for in each packet."""
-
-
-class PacketEvent(Event, gc=False):
-    """A row of xdp_port."""
-
-    ack: Annotated[
-        int | None,
-        Wire("u32", "acknowledgement number", has=True, column=""),
-    ]
-    window: Annotated[int, Wire("u16", "receive window of the sender, not scaled", column="")]
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -95,7 +83,7 @@ def defines(options: Options) -> dict[str, int | str]:
         "XDP_DST": int(options["dir"] != "src"),
     }
     if options["port"]:
-        constants["XDP_PORTS"] = " ".join(f"case {port}:" for port in options["port"])
+        constants["PACKET_PORTS"] = " ".join(f"case {port}:" for port in options["port"])
     return constants
 
 

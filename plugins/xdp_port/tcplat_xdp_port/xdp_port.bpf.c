@@ -4,32 +4,17 @@
  *
  * Each packet passes, unchanged, whatever becomes of its row.
  *
- * XDP_PORTS: a case label for each port; not defined for all of them.
+ * PACKET_PORTS: as <tcplat/packet.bpf.h> has it.
  * XDP_SRC, XDP_DST: which of a packet's two ports is looked at.
  */
 #include <tcplat/parse.bpf.h>
 #include <tcplat/xdp.bpf.h>
-
-#define TCP_FLAG_ACK 0x10
-
-#ifdef XDP_PORTS
-static __always_inline bool is_wanted(u16 port)
-{
-	/* The compiler makes a search tree of it: five comparisons for 32 ports. */
-	switch (port) {
-		XDP_PORTS
-		return true;
-	}
-	return false;
-}
-#else
-#define is_wanted(port) true
-#endif
+#include <tcplat/packet.bpf.h>
 
 static __always_inline bool is_chosen(const struct tcplat_tcp *tcp)
 {
-	return (XDP_SRC && is_wanted(bpf_ntohs(tcp->sport))) ||
-	       (XDP_DST && is_wanted(bpf_ntohs(tcp->dport)));
+	return (XDP_SRC && tcplat_wanted_port(bpf_ntohs(tcp->sport))) ||
+	       (XDP_DST && tcplat_wanted_port(bpf_ntohs(tcp->dport)));
 }
 
 static __always_inline void
@@ -55,13 +40,8 @@ report(struct xdp_md *ctx, const struct tcplat_packet *packet, u32 bytes)
 	e->seq = bpf_ntohl(tcp->seq);
 	e->bytes = bytes;
 	e->flags = tcp->flags;
-	e->window = bpf_ntohs(tcp->window);
 	e->has = TCPLAT_HAS_SEQ | TCPLAT_HAS_BYTES | TCPLAT_HAS_FLAGS;
-	/* Without the flag the field means nothing. */
-	if (tcp->flags & TCP_FLAG_ACK) {
-		e->ack = bpf_ntohl(tcp->ack);
-		e->has |= TCPLAT_HAS_ACK;
-	}
+	tcplat_fill_packet(e, tcp->flags, bpf_ntohs(tcp->window), bpf_ntohl(tcp->ack));
 	tcplat_submit(e);
 }
 

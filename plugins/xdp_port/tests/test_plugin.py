@@ -6,9 +6,9 @@ import itertools
 from typing import Any, cast
 
 import pytest
-from tcplat_xdp_port.plugin import PacketEvent, describe, tcplat_register_probes
+from tcplat_xdp_port.plugin import describe, tcplat_register_probes
 
-from tcplat_core import Interfaces, Moment, UsageError
+from tcplat_core import Interfaces, Moment, PacketEvent, UsageError
 from tcplat_core.event.record import Record
 from tcplat_core.event.text import TCP_FLAGS
 from tcplat_core.loader.protocol import Request
@@ -72,10 +72,10 @@ def test_iface_option_is_parsed() -> None:
 @pytest.mark.parametrize(
     ("given", "constants"),
     [
-        ({}, {"XDP_SRC": 1, "XDP_DST": 1, "XDP_PORTS": "case 9999:"}),
-        ({"dir": "src"}, {"XDP_SRC": 1, "XDP_DST": 0, "XDP_PORTS": "case 9999:"}),
-        ({"dir": "dst"}, {"XDP_SRC": 0, "XDP_DST": 1, "XDP_PORTS": "case 9999:"}),
-        ({"port": "80+443+80"}, {"XDP_SRC": 1, "XDP_DST": 1, "XDP_PORTS": "case 80: case 443:"}),
+        ({}, {"XDP_SRC": 1, "XDP_DST": 1, "PACKET_PORTS": "case 9999:"}),
+        ({"dir": "src"}, {"XDP_SRC": 1, "XDP_DST": 0, "PACKET_PORTS": "case 9999:"}),
+        ({"dir": "dst"}, {"XDP_SRC": 0, "XDP_DST": 1, "PACKET_PORTS": "case 9999:"}),
+        ({"port": "80+443+80"}, {"XDP_SRC": 1, "XDP_DST": 1, "PACKET_PORTS": "case 80: case 443:"}),
         ({"port": "all"}, {"XDP_SRC": 1, "XDP_DST": 1}),
     ],
 )
