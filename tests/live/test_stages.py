@@ -662,7 +662,7 @@ except ConnectionRefusedError: pass
     unread, aborted, refused = sorted(told(path), key=lambda conn: int(conn["ts_ns"]))
     assert (unread["reset_by"], unread["reset_why"]) == ("service", "it closed with unread data")
     assert (aborted["reset_by"], aborted["reset_why"]) == ("client", "it aborted")
-    assert (refused["reset_by"], refused["reset_why"]) == ("service", "nobody listens there")
+    assert (refused["reset_by"], refused["reset_why"]) == ("service", "no listener at that port")
     assert refused["error"] == "refused"
 
 

@@ -157,8 +157,8 @@ class Corridor:
         for count, way in zip(self.counts, ("A to B", "B to A"), strict=True):
             if not count:
                 raise UnboundedError(
-                    f"how far the clocks are apart cannot be told: no packet from {way} was seen "
-                    "leaving on the one host and arriving on the other; "
+                    f"how far the clocks are apart cannot be determined: no packet from {way} was "
+                    "seen leaving on the one host and arriving on the other; "
                     "run dev_xmit and xdp_port on both, at the same time"
                 )
         windows = sorted(self.highs.keys() | self.lows.keys())
@@ -199,7 +199,7 @@ def _spread(bounds: list[int | None], times: list[int]) -> list[int]:
     return spread[::-1]
 
 
-class _Way:
+class _Progress:
     """How far one direction of a connection has come at one host."""
 
     __slots__ = ("acked", "position", "since")
@@ -209,7 +209,7 @@ class _Way:
         self.since = since
 
 
-class Sightings:
+class PacketMatcher:
     """Packets, as the two hosts see them, matched by TCP's numbers -> a corridor.
 
     What counts is when a byte, or an acknowledgement of one, is seen for the first time: that
@@ -224,7 +224,7 @@ class Sightings:
 
     def __init__(self) -> None:
         self.corridor = Corridor()
-        self._ways: dict[Key, _Way] = {}
+        self._ways: dict[Key, _Progress] = {}
         self._left: dict[Key, tuple[int, Any]] = {}
         """Number -> when, and in which namespace."""
         self._arrived: dict[Key, tuple[int, Any]] = {}
@@ -234,7 +234,7 @@ class Sightings:
 
     def feed(self, host: int, rows: Iterable[Any]) -> None:
         """Rows of one host, in order of time."""
-        ways = self._ways
+        progress = self._ways
         for row in rows:
             point = row.point
             if point not in _PACKETS or row.sock or row.seq is None or row.bytes is None:
@@ -245,14 +245,14 @@ class Sightings:
             netns = row.netns
             ends = (row.saddr, row.sport, row.daddr, row.dport)
             way_key = (leaves, host, netns, *ends)
-            way = ways.get(way_key)
+            way = progress.get(way_key)
             if way is None or "SYN" in flags:
                 # Where the beginning was missed, what seems new may have been sent before.
                 since = ts_ns if "SYN" in flags else ts_ns + _UNSURE_NS
                 if way is None or (row.seq + 1) % _WHOLE != way.position:
-                    way = ways[way_key] = _Way(since)
-                    if len(ways) > _MOST_WAITING:
-                        del ways[next(iter(ways))]
+                    way = progress[way_key] = _Progress(since)
+                    if len(progress) > _MOST_WAITING:
+                        del progress[next(iter(progress))]
             matched = False
             # The number that begins a connection is no other's, but may be that of another's data.
             new = "SYN" in flags
@@ -261,15 +261,15 @@ class Sightings:
             if end != row.seq and (found := _newer(end % _WHOLE, way.position)):
                 way.position = found - 1
                 if ts_ns >= way.since:
-                    matched = self._see(leaves, host, netns, ts_ns, (*ends, byte, found), new)
+                    matched = self._match(leaves, host, netns, ts_ns, (*ends, byte, found), new)
             ack = whole(row, "ack")
             if ack is not None and "ACK" in flags and (found := _newer(ack, way.acked)):
                 way.acked = found - 1
                 if ts_ns >= way.since:
-                    matched |= self._see(leaves, host, netns, ts_ns, (*ends, acked, found), new)
+                    matched |= self._match(leaves, host, netns, ts_ns, (*ends, acked, found), new)
             self.corridor.packets += matched
 
-    def _see(
+    def _match(
         self,
         leaves: bool,  # noqa: FBT001 - a fact
         host: int,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tcplat_stages.connection import Told
+from tcplat_stages.connection import Finished
 from tcplat_stages.join import Joiner
 
 from tcplat_core import Loss, Reader
 
 
-def told(reader: Reader, joiner: Joiner) -> Iterator[Told]:
+def finished(reader: Reader, joiner: Joiner) -> Iterator[Finished]:
     """Exchanges and connections of a capture, as they are complete."""
     for item in reader.items():
         if isinstance(item, Loss):

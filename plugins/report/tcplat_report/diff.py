@@ -19,7 +19,7 @@ from tcplat_stages.stages import GROUPINGS, OTHERS, samples
 from tcplat_core import Reader, UsageError, say
 
 from .changes import CONNECT, Change, Key, changes
-from .common import remarks, told
+from .common import finished, remarks
 from .comparison import as_json as to_json
 from .comparison import table, verdict
 from .condition import Compared, Condition
@@ -49,7 +49,7 @@ def collect(reader: Reader, group_by: Sequence[str]) -> Collected:
     found: dict[Key, Sample] = {}
     outcomes = Outcomes()
     groups: set[tuple[Any, ...]] = set()
-    for one in told(reader, joiner):
+    for one in finished(reader, joiner):
         if isinstance(one, Connection):
             split = one.handshake
             parts = [(CONNECT, split.total_ns)] if one.stamps[CONNECTED] and split.total_ns else []

@@ -24,7 +24,7 @@ from tcplat_core import (
     whole_file,
 )
 
-from .clocks import Offset, Sightings, together
+from .clocks import Offset, PacketMatcher, together
 
 _SOCK_BITS = 59
 """A socket's number is a time since boot: below this bit for eighteen years."""
@@ -43,7 +43,7 @@ def join_captures(first: str, second: str, output: str, *, quiet: bool) -> None:
         if where == "-" or where.startswith(("unix:", "tcp:")):
             raise UsageError(f"{where} cannot be read twice: keep it in a file")
     readers = [Reader.open(where, quiet=quiet) for where in (first, second)]
-    sightings = Sightings()
+    sightings = PacketMatcher()
     unix_ns: int | None = None
     for host, rows in together(readers[0].batches(), readers[1].batches()):
         if unix_ns is None and host == 0:

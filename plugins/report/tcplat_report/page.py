@@ -1,4 +1,4 @@
-"""The page: data, style and script in one file. It asks nobody for anything."""
+"""The page: data, style and script in one file. It makes no request."""
 
 from __future__ import annotations
 

@@ -14,10 +14,10 @@ from typing import Any, BinaryIO
 import attrs
 import msgspec
 from tcplat_stages.chain import CONNECT_STAGES, CONNECTED, REPLY_TX, REQUEST_RX, STAGES
-from tcplat_stages.connection import Connection, Told
+from tcplat_stages.connection import Connection, Finished
 from tcplat_stages.exchange import Exchange
 from tcplat_stages.hosts import Hosts
-from tcplat_stages.rows import Who
+from tcplat_stages.rows import Process
 from tcplat_stages.stream import CLIENT, SERVICE
 from tcplat_stages.text import address, micros
 from tcplat_stages.waterfall import WAITING
@@ -52,7 +52,7 @@ class Trace:
     _names: dict[int, str] = attrs.field(factory=dict, init=False)
     _pids: dict[Any, int] = attrs.field(factory=dict, init=False)
     _taken: set[int] = attrs.field(factory=set, init=False)
-    _tracks: dict[tuple[int, int], dict[Who, _Track]] = attrs.field(factory=dict, init=False)
+    _tracks: dict[tuple[int, int], dict[Process, _Track]] = attrs.field(factory=dict, init=False)
     _next_pid: int = attrs.field(default=_MADE_UP, init=False)
     _tid: int = attrs.field(default=0, init=False)
     _flow: int = attrs.field(default=0, init=False)
@@ -65,9 +65,9 @@ class Trace:
         self._hosts.learn(merge)
         self._names[merge.host] = merge.name
 
-    def add(self, told: Iterable[Told]) -> None:
+    def add(self, finished: Iterable[Finished]) -> None:
         """Exchanges and connections, as they are complete."""
-        for one in told:
+        for one in finished:
             if isinstance(one, Exchange):
                 self._exchange(one)
             else:
@@ -95,7 +95,7 @@ class Trace:
     # --- what there is to show
 
     def _connection(self, conn: Connection) -> None:
-        if not conn.told:
+        if not conn.reported:
             self._handshake(conn)
         for end in (CLIENT, SERVICE):
             self._tracks.pop((conn.number, end), None)
@@ -108,7 +108,7 @@ class Trace:
         if len(chain) > 1:
             end = CLIENT if conn.ends[CLIENT].sock else SERVICE
             about = {"syns_again": conn.syns}
-            self._slice(conn, end, conn.ends[end].who, "connect", chain, CONNECT_STAGES, about)
+            self._slice(conn, end, conn.ends[end].process, "connect", chain, CONNECT_STAGES, about)
 
     def _exchange(self, exchange: Exchange) -> None:
         conn = exchange.conn
@@ -132,16 +132,16 @@ class Trace:
         name = f"{exchange.kind} {exchange.number}"
         asked = replied = None
         if len(served) < len(chain) or exchange.over_ns is not None:
-            # A request that waited in vain is its client's, whoever told of it.
+            # A request that waited in vain is its client's, whichever end it is reported for.
             name += f" ({exchange.outcome})" if exchange.over_ns is not None else ""
             track, tid = self._slice(
-                *(conn, CLIENT, exchange.who(CLIENT), name),
+                *(conn, CLIENT, exchange.process(CLIENT), name),
                 *(chain, STAGES, about, exchange.over_ns or 0),
             )
             asked = replied = (track, tid)
         if len(served) < 2:  # noqa: PLR2004 - one instant is no slice
             return
-        name, service = f"serve {exchange.number}", exchange.who(SERVICE)
+        name, service = f"serve {exchange.number}", exchange.process(SERVICE)
         at = self._slice(conn, SERVICE, service, name, served, STAGES, about)
         if asked is None or replied is None:
             return
@@ -156,7 +156,7 @@ class Trace:
         self,
         conn: Connection,
         end: int,
-        who: Who,
+        process: Process,
         name: str,
         chain: Chain,
         stages: Sequence[str],
@@ -165,7 +165,7 @@ class Trace:
     ) -> tuple[int, int]:
         """A slice, and one for each stage within, and for what it waited then; where it stands."""
         begin_ns, end_ns = chain[0][1], max(chain[-1][1], over_ns)
-        pid, tid = self._lane(conn, end, who, begin_ns, end_ns)
+        pid, tid = self._lane(conn, end, process, begin_ns, end_ns)
 
         def show(what: str, ts_ns: int, until_ns: int, **more: Any) -> None:
             self._emit(
@@ -195,14 +195,14 @@ class Trace:
         self._emit(ph="f", bp="e", pid=there[0], tid=there[1], ts=micros(until_ns), **common)
 
     def _lane(
-        self, conn: Connection, end: int, who: Who, begin_ns: int, end_ns: int
+        self, conn: Connection, end: int, process: Process, begin_ns: int, end_ns: int
     ) -> tuple[int, int]:
         """Where nothing else is at that time."""
         tracks = self._tracks.setdefault((conn.number, end), {})
-        track = tracks.get(who)
+        track = tracks.get(process)
         if track is None:
             name = f"{address(conn.client)} → {address(conn.service)}"
-            track = tracks[who] = _Track(self._process(conn, end, who), name)
+            track = tracks[process] = _Track(self._process(conn, end, process), name)
         for lane, until_ns in enumerate(track.ends_ns):
             if until_ns <= begin_ns:
                 track.ends_ns[lane] = end_ns
@@ -213,25 +213,29 @@ class Trace:
         self._meta("thread_name", track.pid, self._tid, name=track.name)
         return track.pid, self._tid
 
-    def _process(self, conn: Connection, index: int, who: Who) -> int:
+    def _process(self, conn: Connection, index: int, process: Process) -> int:
         end = conn.ends[index]
         host = (end.netns or 0) >> HOST_BITS
         where = (conn.client, conn.service)[index][0]
-        key = (host, who) if who.pid is not None else where
+        key = (host, process) if process.pid is not None else where
         pid = self._pids.get(key)
         if pid is not None:
             return pid
         if len(self._pids) >= _MOST_PROCESSES:
             self._pids.clear()  # the same process then stands there twice
-        pid = who.pid
+        pid = process.pid
         if pid is None or pid in self._taken or len(self._taken) >= _MOST_PROCESSES:
             self._next_pid += 1
             pid = self._next_pid
         else:
             self._taken.add(pid)
         self._pids[key] = pid
-        name = f"{where} (not watched)" if who.pid is None else f"{who.comm or '?'} {who.pid}"
-        if who.pid is not None and len(self._names) > 1:
+        name = (
+            f"{where} (not watched)"
+            if process.pid is None
+            else f"{process.comm or '?'} {process.pid}"
+        )
+        if process.pid is not None and len(self._names) > 1:
             name += f" on {self._names.get(host, host)}"
         self._meta("process_name", pid, 0, name=name)
         return pid

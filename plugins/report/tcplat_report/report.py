@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 import msgspec
 from tcplat_stages.chain import CONNECT_STAGES, CONNECTED, STAGES
-from tcplat_stages.connection import Connection, Told
+from tcplat_stages.connection import Connection, Finished
 from tcplat_stages.exchange import FAILED, OUTCOMES, Exchange
 from tcplat_stages.histogram import Histogram
 from tcplat_stages.hosts import Hosts, crosses
@@ -123,7 +123,7 @@ class Story:
     merges: list[Merge] = attrs.field(factory=list)
     timeline: Timeline = attrs.field(factory=Timeline)
     stages: dict[str, Histogram] = attrs.field(factory=dict)
-    told: int = 0
+    exchanges: int = 0
     outcomes: dict[str, int] = attrs.field(factory=lambda: dict.fromkeys(OUTCOMES, 0))
     """How many exchanges had which outcome."""
     connections: int = 0
@@ -158,8 +158,8 @@ class Story:
         """The capture has ended; it is complete up to `until_ns`, 0 if unknown."""
         self._take(self.joiner.finish(until_ns))
 
-    def _take(self, told: list[Told]) -> None:
-        for one in told:
+    def _take(self, finished: list[Finished]) -> None:
+        for one in finished:
             if isinstance(one, Exchange):
                 self._exchange(one)
             else:
@@ -172,7 +172,7 @@ class Story:
         histogram.add(ns)
 
     def _exchange(self, exchange: Exchange) -> None:
-        self.told += 1
+        self.exchanges += 1
         self.outcomes[exchange.outcome] += 1
         for name, ns in samples(exchange):
             self._count(name, ns)
@@ -189,11 +189,11 @@ class Story:
             busy.slowest_ns = max(busy.slowest_ns, total_ns)
         # Of two that took equally long, the earlier one stays.
         if len(self._slowest) < self.slow:
-            heapq.heappush(self._slowest, (how_slow, -self.told, self._told(exchange)))
+            heapq.heappush(self._slowest, (how_slow, -self.exchanges, self._shown(exchange)))
         elif how_slow > self._slowest[0][0]:
-            heapq.heapreplace(self._slowest, (how_slow, -self.told, self._told(exchange)))
+            heapq.heapreplace(self._slowest, (how_slow, -self.exchanges, self._shown(exchange)))
 
-    def _told(self, exchange: Exchange) -> dict[str, Any]:
+    def _shown(self, exchange: Exchange) -> dict[str, Any]:
         shown = as_json(exchange, self.hosts)
         shown["lasted_us"] = micros(exchange.lasted_ns)
         shown["stages"] = list(shown["stages"].items())

@@ -18,7 +18,7 @@ SHARE = "share"
 SHARES = (UNANSWERED, CUT)
 """Outcomes that can fail a comparison."""
 _COUNTED = (OPEN, ONE_WAY, UNKNOWN, PUSH)
-"""Outcomes that are no fault: how many there were is told."""
+"""Outcomes that are no fault: how many there were is reported."""
 _MOST_SERVICES = 65_536
 _Z = 2.5758
 """So many standard deviations to either side are 99 % of a normal distribution."""

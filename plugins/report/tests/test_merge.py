@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tcplat_report.clocks import DRIFT_PPM, Corridor, Sightings, UnboundedError
+from tcplat_report.clocks import DRIFT_PPM, Corridor, PacketMatcher, UnboundedError
 from tcplat_report.commands import merge
 from tcplat_stages.exchange import Exchange
 from tcplat_stages.join import Joiner
@@ -253,7 +253,7 @@ class Packets:
     """What two hosts see of packets between them, one by one."""
 
     def __init__(self) -> None:
-        self.sightings = Sightings()
+        self.sightings = PacketMatcher()
         self.like = {
             (row.point, host): row
             for host, row in Traffic(connections=1, exchanges=1).rows()

@@ -41,30 +41,30 @@ def data(page: str) -> dict[str, Any]:
 
 def test_report_figures_match_the_requests(tmp_path: Path) -> None:
     slow = {(7, 3): 50_000, (11, 0): 40_000}
-    told = data(made(tmp_path, joint(Traffic(connections=50, slow=slow)))[1])
-    assert (told["exchanges"], told["connections"], told["retransmits"]) == (500, 50, 0)
-    stages = {stage[0]: stage for stage in told["stages"]}
+    shown = data(made(tmp_path, joint(Traffic(connections=50, slow=slow)))[1])
+    assert (shown["exchanges"], shown["connections"], shown["retransmits"]) == (500, 50, 0)
+    stages = {stage[0]: stage for stage in shown["stages"]}
     assert list(stages) == ["connect", *STAGES_US, "total"]
     assert stages["queue"][1] == 500
     assert stages["queue"][2] == pytest.approx(STAGES_US["queue"], rel=0.1)
-    first, second = told["slowest"][:2]
+    first, second = shown["slowest"][:2]
     assert (first["sport"], first["number"]) == (10_007, 4)
     assert (second["sport"], second["number"]) == (10_011, 1)
     assert dict(first["stages"])["server"] > 50_000
     assert sum(us for _, us in first["stages"]) == pytest.approx(first["total_us"])
     assert second["connect"]["total_us"] == pytest.approx(90)
-    assert len(told["slowest"]) == 50
-    assert told["remarks"] == []
+    assert len(shown["slowest"]) == 50
+    assert shown["remarks"] == []
 
 
 def test_unanswered_requests_come_first_and_are_counted_separately(tmp_path: Path) -> None:
     traffic = Traffic(connections=50, slow={(7, 3): 50_000}, hung={3: 9_000, 9: 8_000})
-    told = data(made(tmp_path, joint(traffic), "--connections", "3")[1])
-    assert (told["exchanges"], told["outcomes"]["unanswered"]) == (500, 2)
-    stages = {stage[0]: stage for stage in told["stages"]}
+    shown = data(made(tmp_path, joint(traffic), "--connections", "3")[1])
+    assert (shown["exchanges"], shown["outcomes"]["unanswered"]) == (500, 2)
+    stages = {stage[0]: stage for stage in shown["stages"]}
     assert list(stages)[-2:] == ["total", "unanswered"]
     assert (stages["total"][1], stages["unanswered"][1]) == (500, 2)
-    first, second, third = told["slowest"][:3]
+    first, second, third = shown["slowest"][:3]
     assert [(one["sport"], one["outcome"]) for one in (first, second, third)] == [
         (10_003, "unanswered"),
         (10_009, "unanswered"),
@@ -73,8 +73,8 @@ def test_unanswered_requests_come_first_and_are_counted_separately(tmp_path: Pat
     assert (first["total_us"], first["waited_us"]) == (None, first["lasted_us"])
     assert first["waited_us"] > 9_000_000 / 1000
     # They are no points of the latency over time, and their connections stand first in the table.
-    assert sum(point[1] for point in told["timeline"]["series"]) == 500
-    assert [(row["sport"], row["unanswered"]) for row in told["table"]] == [
+    assert sum(point[1] for point in shown["timeline"]["series"]) == 500
+    assert [(row["sport"], row["unanswered"]) for row in shown["table"]] == [
         (10_003, 1),
         (10_009, 1),
         (10_007, 0),
@@ -84,8 +84,8 @@ def test_unanswered_requests_come_first_and_are_counted_separately(tmp_path: Pat
 def test_unanswered_request_waits_until_the_run_ends(tmp_path: Path) -> None:
     rows = [row for row in joint(Traffic(connections=2, hung={1: 0})) if row.point != "close"]
     until_ns = rows[-1].ts_ns + 60_000_000_000
-    told = data(made(tmp_path, iter(rows), until_ns=until_ns)[1])
-    first = told["slowest"][0]
+    shown = data(made(tmp_path, iter(rows), until_ns=until_ns)[1])
+    first = shown["slowest"][0]
     assert (first["sport"], first["outcome"], first["over_by"]) == (
         10_001,
         "unanswered",
@@ -93,7 +93,7 @@ def test_unanswered_request_waits_until_the_run_ends(tmp_path: Path) -> None:
     )
     assert first["waited_us"] == (until_ns - first["ts_ns"]) / 1000
     # The reply of the other connection was read long before.
-    assert {one["ended"] for one in told["slowest"][1:]} == {"turn", "idle"}
+    assert {one["ended"] for one in shown["slowest"][1:]} == {"turn", "idle"}
 
 
 def test_timeline_windows_cover_every_request(tmp_path: Path) -> None:
@@ -109,31 +109,33 @@ def test_timeline_windows_cover_every_request(tmp_path: Path) -> None:
 
 
 def test_connection_graph_has_the_bytes_sent(tmp_path: Path) -> None:
-    told = data(made(tmp_path, joint(Traffic(connections=3, exchanges=5)))[1])
-    assert len(told["courses"]) == 3
-    for row in told["table"]:
-        course = told["courses"][str(row["n"])]
+    shown = data(made(tmp_path, joint(Traffic(connections=3, exchanges=5)))[1])
+    assert len(shown["courses"]) == 3
+    for row in shown["table"]:
+        course = shown["courses"][str(row["n"])]
         points = [course["points"][n : n + FIELDS] for n in range(0, len(course["points"]), FIELDS)]
         assert course["every"] == 1
         assert len(points) == 5 * 12
         for direction, count in ((0, row["sent"]), (1, row["received"])):
-            ways = [point for point in points if point[1] % 2 == direction]
-            assert len(ways) == 5 * 6
-            assert min(point[2] for point in ways) == 0
-            assert max(point[2] + point[3] for point in ways) == count
-            kinds = [told["kinds"][point[1] >> 1] for point in ways[:6]]
+            one_way = [point for point in points if point[1] % 2 == direction]
+            assert len(one_way) == 5 * 6
+            assert min(point[2] for point in one_way) == 0
+            assert max(point[2] + point[3] for point in one_way) == count
+            kinds = [shown["kinds"][point[1] >> 1] for point in one_way[:6]]
             assert kinds == ["send", "nic_tx", "nic_rx", "rx_ip", "ready", "recv"]
 
 
 def test_omitted_items_are_remarked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "_MOST_POINTS_SHOWN", 500)
     slow = {(7, 3): 50_000}
-    told = data(made(tmp_path, joint(Traffic(connections=50, slow=slow)), "--connections", "20")[1])
-    assert len(told["table"]) == 20
-    assert told["table"][0]["sport"] == 10_007
-    assert sum(len(one["points"]) // FIELDS for one in told["courses"].values()) <= 500
-    assert any("20 of 50 connections" in words for words in told["remarks"])
-    assert any("packets are kept for 4 connections" in words for words in told["remarks"])
+    shown = data(
+        made(tmp_path, joint(Traffic(connections=50, slow=slow)), "--connections", "20")[1]
+    )
+    assert len(shown["table"]) == 20
+    assert shown["table"][0]["sport"] == 10_007
+    assert sum(len(one["points"]) // FIELDS for one in shown["courses"].values()) <= 500
+    assert any("20 of 50 connections" in words for words in shown["remarks"])
+    assert any("packets are kept for 4 connections" in words for words in shown["remarks"])
 
 
 def test_only_the_table_row_of_an_ended_connection_is_kept() -> None:
@@ -142,8 +144,8 @@ def test_only_the_table_row_of_an_ended_connection_is_kept() -> None:
     for at in range(0, len(rows), 500):
         story.write(rows[at : at + 500])
     story.close()
-    told = story.as_json("capture", [])
-    assert (told["connections"], len(told["table"]), len(told["slowest"])) == (200, 10, 5)
+    shown = story.as_json("capture", [])
+    assert (shown["connections"], len(shown["table"]), len(shown["slowest"])) == (200, 10, 5)
     assert len(story._slowest) == 5
     assert len(story._kept) == 10
     assert story._busy == {}
@@ -161,21 +163,21 @@ def test_points_beyond_the_limit_are_refused_and_remarked(
         story.write(rows[at : at + 100])
         most = max(most, story._courses._count)
     story.close()
-    told = story.as_json("capture", [])
-    assert told["exchanges"] == 500
+    shown = story.as_json("capture", [])
+    assert shown["exchanges"] == 500
     assert most == 100
-    assert any(course["short"] for course in told["courses"].values())
-    assert any("there was no room" in words for words in told["remarks"])
+    assert any(course["short"] for course in shown["courses"].values())
+    assert any("there was no room" in words for words in shown["remarks"])
 
 
 def test_long_connection_is_thinned_and_marked(tmp_path: Path) -> None:
-    told = data(made(tmp_path, joint(Traffic(connections=1, exchanges=200)))[1])
-    (course,) = told["courses"].values()
+    shown = data(made(tmp_path, joint(Traffic(connections=1, exchanges=200)))[1])
+    (course,) = shown["courses"].values()
     assert course["every"] == 8  # of 2,400 events
     assert len(course["points"]) // FIELDS < courses.MOST_POINTS
     times = course["points"][::FIELDS]
     assert times == sorted(times)
-    assert times[-1] > 0.9 * told["span_us"]
+    assert times[-1] > 0.9 * shown["span_us"]
 
 
 def test_reused_port_has_a_graph_of_its_own(tmp_path: Path) -> None:
@@ -183,14 +185,14 @@ def test_reused_port_has_a_graph_of_its_own(tmp_path: Path) -> None:
         *joint(Traffic(connections=1, exchanges=2)),
         *joint(Traffic(connections=1, exchanges=3, seed=9, began_ns=1_000_100_000_000)),
     ]
-    told = data(made(tmp_path, iter(rows))[1])
+    shown = data(made(tmp_path, iter(rows))[1])
     lengths = {
-        row["exchanges"]: len(told["courses"][str(row["n"])]["points"]) // FIELDS
-        for row in told["table"]
+        row["exchanges"]: len(shown["courses"][str(row["n"])]["points"]) // FIELDS
+        for row in shown["table"]
     }
     assert lengths == {2: 24, 3: 36}
-    for row in told["table"]:
-        points = told["courses"][str(row["n"])]["points"]
+    for row in shown["table"]:
+        points = shown["courses"][str(row["n"])]["points"]
         assert max(points[2::FIELDS]) < 3 * 1400
 
 
@@ -234,15 +236,15 @@ def test_faults_of_the_capture_are_remarked_on_the_page(tmp_path: Path) -> None:
 
 def test_wire_time_between_hosts_is_marked(tmp_path: Path) -> None:
     hosts = [{"merge": {"host": n, "name": f"host{n}", "bound_ns": 5000 * n}} for n in (0, 1)]
-    told = data(made(tmp_path, joint(Traffic(connections=2)), head=hosts)[1])
-    assert {stage[0] for stage in told["stages"] if stage[7]} == {"wire", "wire_back"}
-    assert {one["wire_bound_us"] for one in told["slowest"]} == {5}
-    assert any("± 5.0 µs" in words for words in told["remarks"])
+    shown = data(made(tmp_path, joint(Traffic(connections=2)), head=hosts)[1])
+    assert {stage[0] for stage in shown["stages"] if stage[7]} == {"wire", "wire_back"}
+    assert {one["wire_bound_us"] for one in shown["slowest"]} == {5}
+    assert any("± 5.0 µs" in words for words in shown["remarks"])
 
 
 def test_capture_without_connections_gives_a_page(tmp_path: Path) -> None:
-    told = data(made(tmp_path, iter(()))[1])
-    assert (told["exchanges"], told["table"], told["timeline"]["series"]) == (0, [], [])
+    shown = data(made(tmp_path, iter(()))[1])
+    assert (shown["exchanges"], shown["table"], shown["timeline"]["series"]) == (0, [], [])
 
 
 @pytest.mark.parametrize(

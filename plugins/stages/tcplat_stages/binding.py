@@ -8,8 +8,8 @@ from typing import Any
 from .chain import CONNECT_CALLED, HANDSHAKE_DONE
 from .connection import Connection, End
 from .directory import Directory, likeliest
-from .rows import NOBODY, Who, calls, listens, shared, syn_of
-from .stream import CLIENT, NOWHERE, SERVICE
+from .rows import NO_PROCESS, Process, calls, listens, shared, syn_of
+from .stream import CLIENT, NOT_SEEN, SERVICE
 
 _ROLES = {"tcp_client": CLIENT, "tcp_service": SERVICE, "client": CLIENT, "service": SERVICE}
 """Whose socket it is, by the probe, or by what tcp_stats says."""
@@ -41,7 +41,7 @@ class Binder:
         end = conn.ends[index]
         end.named = row.sport is not None
         _attach(end, row)
-        self._directory.socks[row.sock] = end
+        self._directory.by_sock[row.sock] = end
         return end
 
     def begin_anew(self, end: End, row: Any) -> End | None:
@@ -99,7 +99,7 @@ class Binder:
         conn.first_ns = min(own.first_ns, conn.first_ns)
         conn.began = conn.began or own.began
         conn.cut = conn.cut and own.cut
-        conn.heir = conn.heir or own.heir
+        conn.successor = conn.successor or own.successor
         self._directory.release(own)
         self._directory.remove(own)
         del own.ends[1 - end.index].conn  # as in Directory.finish()
@@ -153,20 +153,20 @@ def _attach(end: End, row: Any) -> None:
     # What was taken for this end's from packets, was not: of a router between, say.
     sends, receives = end.conn.flows[end.index], end.conn.flows[1 - end.index]
     if sends.tx_netns not in (None, row.netns):
-        sends.tx, sends.tx_dev = NOWHERE, None
+        sends.tx, sends.tx_dev = NOT_SEEN, None
     sends.tx_netns = row.netns
     if receives.rx_netns not in (None, row.netns):
-        receives.nic, receives.ip, receives.rx_if = NOWHERE, NOWHERE, None
+        receives.nic, receives.ip, receives.rx_if = NOT_SEEN, NOT_SEEN, None
     receives.rx_netns = row.netns
 
 
-def update_user(end: End, row: Any) -> Who:
+def update_user(end: End, row: Any) -> Process:
     """The process of a call, which may have its socket from another, or take another name."""
-    if row.pid is not None or end.who is NOBODY:
-        who = Who(row.pid, shared(row.comm))
-        if who != end.who:
-            end.who = who
-    return end.who
+    if row.pid is not None or end.process is NO_PROCESS:
+        process = Process(row.pid, shared(row.comm))
+        if process != end.process:
+            end.process = process
+    return end.process
 
 
 def _free(known: Sequence[Connection], index: int, netns: Any, syn: int) -> Connection | None:
@@ -192,7 +192,7 @@ def _free(known: Sequence[Connection], index: int, netns: Any, syn: int) -> Conn
 
 
 def set_syn(conn: Connection, syn: int) -> None:
-    """The number of the client's SYN; -1 where nobody tells."""
+    """The number of the client's SYN; -1 where no row tells."""
     flow = conn.flows[CLIENT]
     if syn >= 0 and flow.syn < 0:
         flow.syn = syn
@@ -204,7 +204,7 @@ def set_syn(conn: Connection, syn: int) -> None:
 def goes_again(end: End, row: Any) -> bool:
     """Whether a socket that is known does something with which a connection cannot go on."""
     if row.point == "connect":
-        # Its change of state may be told first, where both have the same instant.
+        # Its change of state may be reported first, where both have the same instant.
         return end.called or end.state != "TCP_SYN_SENT"
     if listens(row):
         return True

@@ -41,7 +41,7 @@ def note_reset(conn: Connection, index: int) -> None:
         and conn.stamps[CONNECTED] is None
         and conn.flows[SERVICE].begin < 0
     ):
-        conn.reset_why = "nobody listens there"
+        conn.reset_why = "no listener at that port"
     elif end.sock:
         if inbound.arrived() > known and not (index in conn.fins and end.closed_ns):
             conn.reset_why = "it closed with unread data"

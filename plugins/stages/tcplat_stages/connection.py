@@ -19,8 +19,8 @@ from .chain import (
     split,
 )
 from .exchange import ANSWERED, Exchange
-from .rows import NOBODY, Who, shared
-from .stream import CLIENT, MOST_URGENT, NOWHERE, SERVICE, Flow
+from .rows import NO_PROCESS, Process, shared
+from .stream import CLIENT, MOST_URGENT, NOT_SEEN, SERVICE, Flow
 
 STATS = ("srtt_us", "min_rtt_us", "rto_us", "retransmits", "bytes_acked", "bytes_received")
 """What probe tcp_stats tells of a socket that closes."""
@@ -44,7 +44,7 @@ class End:
 
     __slots__ = (
         *("called", "closed_ns", "conn", "index", "named", "netns", "sock"),
-        *("state", "stats", "streams", "who"),
+        *("state", "stats", "streams", "process"),
     )
 
     def __init__(self, conn: Connection, index: int) -> None:
@@ -55,11 +55,11 @@ class End:
         self.named = False
         """Its connection is known by its addresses."""
         self.called = False
-        """Its connect() was told."""
+        """Its connect() was reported."""
         self.state: str | None = None
-        """After the last change that was told."""
+        """After the last change that was reported."""
         self.netns: int | None = None
-        self.who = NOBODY
+        self.process = NO_PROCESS
         """The process that used it last: it may be another than before, or have another name."""
         self.closed_ns = 0
         self.streams = False
@@ -70,15 +70,15 @@ class End:
     @property
     def pid(self) -> int | None:
         """Of the process that used it last; None where no row names one."""
-        return self.who.pid
+        return self.process.pid
 
     @property
     def comm(self) -> str | None:
         """Name of the process that used it last."""
-        return self.who.comm
+        return self.process.comm
 
 
-NONE_WAIT: deque[Exchange] = deque(maxlen=0)
+NO_EXCHANGES: deque[Exchange] = deque(maxlen=0)
 """Of every connection of which no exchange has waited for its reply to come: an empty deque takes
 more than all else of it. It takes nothing in."""
 
@@ -104,7 +104,7 @@ class Connection:
         left_ns: When the client's kernel knew that the service had closed its side.
         doubtful: Another connection has the same addresses at the same time, in other network
             namespaces, and nothing tells which rows are whose: it is not joined.
-        ended: Why it is told of: closed, idle, given up, end of run.
+        ended: Why it is reported of: closed, idle, given up, end of run.
     """
 
     __slots__ = (
@@ -133,36 +133,36 @@ class Connection:
         "first_ns",
         "flows",
         "guessed",
-        "heir",
         "ip",
         "keys",
         "last_ns",
         "left_ns",
+        "left_out",
         "longest_ns",
         "missed",
         "number",
         "offset_ns",
         "outcomes",
         "over",
+        "packet_keys",
         "replaced",
         "replying",
+        "reported",
         "reset_by",
         "reset_ns",
         "reset_why",
         "service",
         "spans_loss",
         "stamps",
+        "successor",
         "syns",
         "think_ns",
         "thinks_from_ns",
         "thought_from_ns",
         "thought_ns",
-        "told",
         "torn",
         "unsure",
-        "untold",
         "waiting",
-        "ways",
     )
 
     def __init__(  # noqa: PLR0915 - its attributes, one by one
@@ -203,9 +203,9 @@ class Connection:
         """The read that it was counted from last, and the one before that."""
         self.outcomes: dict[str, int] = {}
         """How many exchanges of it had which outcome."""
-        self.told = 0
+        self.reported = 0
         """Exchanges of any outcome."""
-        self.untold = 0
+        self.left_out = 0
         """Exchanges of it that are left out: cut by the capture's beginning, of one instant, or
         under way where events were lost."""
         self.spans_loss = 0
@@ -223,26 +223,26 @@ class Connection:
         self.doubtful = False
         self.unsure = False
         """It was joined by addresses, and nothing else proves that it is one."""
-        self.heir = False
+        self.successor = False
         """Another connection had its addresses just before."""
         self.replaced = False
         """Another connection has its addresses by now; its sockets may not be closed yet."""
         self.cut = True
         """Its first exchange may have begun before we looked."""
         self.keys: list[tuple[Any, ...]] = []
-        self.ways: list[tuple[Any, ...]] = []
+        self.packet_keys: list[tuple[Any, ...]] = []
         """By which the joiner finds it: by addresses, and for packets."""
         self.answered = -1
         """Bytes of the client's stream before this position belong to exchanges that have begun."""
         self.ask_ns: int | None = None
-        """When the first byte that nobody has answered was sent."""
-        self.ask_by: Who | None = None
+        """When the first byte that is not answered was sent."""
+        self.ask_by: Process | None = None
         """By which process; None where no row tells."""
         self.ask_retransmits = 0
         self.ask_zeros = 0
         self.replying: Exchange | None = None
         """Its reply is being sent."""
-        self.waiting = NONE_WAIT
+        self.waiting = NO_EXCHANGES
         """Their replies are sent, and on their way."""
         self.came = -1
         """How far the client's stream had come when the reply that is being sent began."""
@@ -261,7 +261,7 @@ class Connection:
         return split(self.stamps[: CONNECTED + 1], CONNECT_STAGES[:CONNECTED])
 
     @property
-    def lives(self) -> bool:
+    def is_open(self) -> bool:
         """It is under way, as far as is known."""
         return not (self.over or self.replaced)
 
@@ -280,7 +280,7 @@ class Connection:
         if index is not None and self.ends[index].sock:
             return self.ends[index].netns == netns
         return any(end.sock and end.netns == netns for end in self.ends) or any(
-            key[0] == netns for key in self.ways
+            key[0] == netns for key in self.packet_keys
         )
 
     @property
@@ -290,7 +290,7 @@ class Connection:
 
     @property
     def retransmits(self) -> int:
-        """Of both ends: as the kernel counted them where it told, else as seen in packets."""
+        """Of both ends: the kernel's count where it is known, else as seen in packets."""
         return sum(self.retransmits_of(index) for index in (CLIENT, SERVICE))
 
     def retransmits_of(self, index: int) -> int:
@@ -313,7 +313,7 @@ class Connection:
             if furthest <= calls + MOST_URGENT:
                 furthest = calls  # the last ones were urgent
             return furthest - flow.begin - flow.beside
-        # Seen from its beginning on, by a probe that would have told of any byte.
+        # Seen from its beginning on, by a probe that would have reported of any byte.
         watched = flow.syn >= 0 or any(end.streams for end in self.ends)
         return 0 if self.began and watched else None
 
@@ -322,7 +322,7 @@ class Connection:
         """It has no socket, and no byte of its streams was seen: SYNs, and what answers them."""
         client, service = self.ends
         return not (client.sock or service.sock) and all(
-            flow.tx is flow.nic is flow.ip is NOWHERE for flow in self.flows
+            flow.tx is flow.nic is flow.ip is NOT_SEEN for flow in self.flows
         )
 
     @property
@@ -349,4 +349,4 @@ class Connection:
         return min(trips, default=None)
 
 
-Told = Exchange | Connection
+Finished = Exchange | Connection

@@ -40,20 +40,20 @@ class Directory:
 
     Attributes:
         conns: By number.
-        socks: By the number of a socket: the end that has it.
-        done: Sockets that are not closed, of connections that are told: what they still do is lost.
-        tuples: By addresses, the youngest last; of loopback by network namespace, too.
-        ways: By the network namespace and addresses of a packet: the connection and its direction.
+        by_sock: By the number of a socket: the end that has it.
+        done: Open sockets of connections that are reported: their later rows are ignored.
+        by_addresses: By addresses, the youngest last; of loopback by network namespace, too.
+        by_packet: By the namespace and addresses of a packet: the connection and direction.
         given_up: How many connections went for want of room.
         closed_windows: Streams whose sender has closed its own window.
     """
 
     def __init__(self, turns: Turns, losses: Losses, most: int) -> None:
         self.conns: dict[int, Connection] = {}
-        self.socks: dict[int, End] = {}
+        self.by_sock: dict[int, End] = {}
         self.done: dict[int, None] = {}
-        self.tuples: dict[Addresses, list[Connection]] = {}
-        self.ways: dict[Addresses, Way] = {}
+        self.by_addresses: dict[Addresses, list[Connection]] = {}
+        self.by_packet: dict[Addresses, Way] = {}
         self.given_up = 0
         self.closed_windows = 0
         self._turns = turns
@@ -93,7 +93,7 @@ class Directory:
             oldest = bare.pop(next(iter(bare)))
             if not oldest.bare:
                 continue
-            # Its packets have ended it: time would have told, a moment later.
+            # Its packets have ended it: time would have ended it a moment later.
             over = bool(oldest.closing_ns)
             self.given_up += not over
             self.finish(oldest, "closed" if over else "given up")
@@ -101,8 +101,8 @@ class Directory:
     def retire(self, end: End, ts_ns: int) -> None:
         """The socket has done with its connection; the other end's may not have."""
         end.closed_ns = ts_ns
-        if self.socks.get(end.sock) is end:
-            del self.socks[end.sock]
+        if self.by_sock.get(end.sock) is end:
+            del self.by_sock[end.sock]
         other = end.conn.ends[1 - end.index]
         if not other.sock or other.closed_ns:
             self.finish(end.conn, "closed")
@@ -141,12 +141,12 @@ class Directory:
 
     def find(self, netns: Any, client: Any, service: Any) -> Sequence[Connection]:
         """Return the connections by these addresses, the youngest last."""
-        return self.tuples.get(_key(netns, client, service), ())
+        return self.by_addresses.get(_key(netns, client, service), ())
 
     def register(self, conn: Connection, netns: Any) -> None:
         """A connection has its addresses, beside those that have them as well."""
         key = _key(netns, conn.client, conn.service)
-        self.tuples.setdefault(key, []).append(conn)
+        self.by_addresses.setdefault(key, []).append(conn)
         conn.keys.append(key)
 
     def displace(self, conn: Connection, netns: Any, index: int | None = None) -> None:
@@ -157,15 +157,15 @@ class Directory:
             netns: The namespace.
             index: The end whose socket is there; None where a packet is.
         """
-        known = self.tuples.get(_key(netns, conn.client, conn.service), ())
+        known = self.by_addresses.get(_key(netns, conn.client, conn.service), ())
         if len(known) < 2:  # noqa: PLR2004 - itself
             return
         for one in list(known):
             if one is conn or one.replaced:
                 continue
-            conn.heir = conn.heir or one.over
+            conn.successor = conn.successor or one.over
             if one.is_in(netns, index):
-                conn.heir = True
+                conn.successor = True
                 self.replace(one)
             elif not one.over:
                 self._doubt(one)
@@ -208,21 +208,21 @@ class Directory:
     def release(self, conn: Connection) -> None:
         """Its addresses are free for another connection."""
         for key in conn.keys:
-            known = self.tuples.get(key, [])
+            known = self.by_addresses.get(key, [])
             if conn in known:
                 known.remove(conn)
                 if not known:
-                    del self.tuples[key]
+                    del self.by_addresses[key]
         conn.keys = []
         self._leave_ways(conn)
 
     def _leave_ways(self, conn: Connection) -> None:
         """No packet finds it any more by where it is seen."""
-        for key in conn.ways:
-            way = self.ways.get(key)
+        for key in conn.packet_keys:
+            way = self.by_packet.get(key)
             if way is not None and way[0] is conn:
-                del self.ways[key]
-        conn.ways = []
+                del self.by_packet[key]
+        conn.packet_keys = []
 
     def turn(self, conn: Connection) -> None:
         """Which end is the client was guessed, and wrong."""
@@ -243,11 +243,11 @@ class Directory:
             self.register(conn, netns)
 
     def _let_go(self, end: End) -> None:
-        """Its connection is told. A socket that is not closed begins no other by what is left."""
+        """Forget the socket of a reported connection; an open one begins no other by late rows."""
         sock = end.sock
-        if not sock or self.socks.get(sock) is not end:
+        if not sock or self.by_sock.get(sock) is not end:
             return
-        del self.socks[sock]
+        del self.by_sock[sock]
         if end.conn.replaced:
             self.done[sock] = None
             if len(self.done) > _MOST_DONE:
@@ -257,7 +257,7 @@ class Directory:
 def likeliest(
     likely: list[Connection], known: Iterable[Connection], index: int | None, netns: Any
 ) -> Connection | None:
-    """Return the one of these that a row of a namespace is of; None where nobody can know.
+    """Return the one of these that a row of a namespace is of; None where no row tells.
 
     Args:
         likely: Those that it may be of.
@@ -271,7 +271,7 @@ def likeliest(
     if len(here) == 1:
         return here[0]
     # By the same addresses there may be another connection, in two other namespaces.
-    if len(likely) > 1 or sum(conn.lives for conn in known) > 1:
+    if len(likely) > 1 or sum(conn.is_open for conn in known) > 1:
         return None
     likely[0].unsure = True
     return likely[0]

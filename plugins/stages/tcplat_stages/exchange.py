@@ -9,7 +9,7 @@ from .stream import CLIENT, SERVICE
 
 if TYPE_CHECKING:
     from .connection import Connection, End
-    from .rows import Who
+    from .rows import Process
 
 ANSWERED, UNANSWERED, CUT, OPEN, ONE_WAY, UNKNOWN, PUSH = (
     "answered",
@@ -40,12 +40,12 @@ class Exchange:
         urgent: Bytes of the request and of the reply that are beside the stream.
         request: First byte of the request, and the one after its last; unwrapped.
         reply: Of the reply.
-        by: The process at each end, told by the rows of this exchange: which sent the request's
+        by: The process at each end, as the rows of this exchange have it: which sent the request's
             first byte, and the reply's; else the one that used the end last by then.
         stamps: Instants, see chain.MILESTONES.
         retransmits: Segments of it that were sent again, as seen in packets.
         zero_windows: How often one end closed its window meanwhile.
-        missed: Rows of it were lost: it is not told.
+        missed: Rows of it were lost: it is not reported.
         beyond: The client has read of its reply what the service was not seen to send.
         ended: How its end was known: ``turn``, ``closed``, ``idle``, ``given up``, ``end of run``.
     """
@@ -78,7 +78,7 @@ class Exchange:
         self.number = 0
         self.request_begin = self.request_end = -1
         self.reply_begin = self.reply_end = -1
-        self.by: list[Who | None] = [None, None]
+        self.by: list[Process | None] = [None, None]
         self.urgent = (0, 0)
         self.stamps: list[int | None] = [None] * len(MILESTONES)
         self.retransmits = 0
@@ -151,13 +151,13 @@ class Exchange:
         """Of the reply; 0 for a request without one."""
         return self.reply_end - self.reply_begin - self.urgent[SERVICE]
 
-    def who(self, index: int) -> Who:
+    def process(self, index: int) -> Process:
         """Return the process at an end; see `by`."""
-        return self.by[index] or self.conn.ends[index].who
+        return self.by[index] or self.conn.ends[index].process
 
     @property
     def end(self) -> End:
-        """The end that it is told for: the client's, if that is known, else the service's."""
-        client, service = self.who(CLIENT), self.who(SERVICE)
+        """The end that it is reported for: the client's, if that is known, else the service's."""
+        client, service = self.process(CLIENT), self.process(SERVICE)
         known = client.pid is not None or service.pid is None
         return self.conn.ends[CLIENT if known else SERVICE]

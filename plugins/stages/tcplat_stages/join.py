@@ -18,7 +18,7 @@ from typing import Any
 from tcplat_core import Loss
 
 from .binding import Binder, goes_again
-from .connection import Connection, Told
+from .connection import Connection, Finished
 from .directory import Directory
 from .losses import MOVES, PACKETS, STREAM, Losses
 from .packet_rows import PLAIN, PacketRows
@@ -66,7 +66,7 @@ class Joiner:
 
     @property
     def cut(self) -> int:
-        """Exchanges that were under way when the capture began: they are not told."""
+        """Exchanges that were under way when the capture began: they are not reported."""
         return self._turns.cut
 
     @property
@@ -76,22 +76,22 @@ class Joiner:
 
     @property
     def missed(self) -> int:
-        """Messages that were under way where rows were lost: they are not told."""
+        """Messages that were under way where rows were lost: they are not reported."""
         return self._turns.missed
 
-    def feed(self, rows: Sequence[Any]) -> list[Told]:  # noqa: C901, PLR0912, PLR0915 - one pass over a million rows
+    def feed(self, rows: Sequence[Any]) -> list[Finished]:  # noqa: C901, PLR0912, PLR0915 - one pass over a million rows
         """Take rows in order of time; what became complete by them.
 
         An exchange is complete when the next one's reply begins, when its connection
         is over, or when nothing moves any more. What comes out is a function of the
         rows alone, however they are divided into batches.
         """
-        told = self._turns.told = []
+        finished = self._turns.finished = []
         directory, binder, router = self.directory, self._binder, self._router
         losses, packets, watch = self._losses, self._packets, self.watch
         if self._pending and rows:
             self._add_losses(rows[0].ts_ns)
-        socks, ways, points = directory.socks, directory.ways, self._sockets.handlers
+        by_sock, by_packet, points = directory.by_sock, directory.by_packet, self._sockets.handlers
         for row in rows:
             ts_ns = row.ts_ns
             if ts_ns >= self._next_sweep_ns:
@@ -102,10 +102,10 @@ class Joiner:
             sock = row.sock
             if sock:
                 handler = points.get(point)
-                # A null says that nobody can know: then there is nothing to join by.
+                # A null is unknown: there is nothing to join by.
                 if handler is None or (point in STREAM and row.seq is None):
                     continue
-                end = socks.get(sock)
+                end = by_sock.get(sock)
                 if end is None or (point in MOVES and goes_again(end, row)):
                     end = binder.bind(row) if end is None else binder.begin_anew(end, row)
                     if end is None:
@@ -132,13 +132,13 @@ class Joiner:
                 ):
                     continue
                 key = (row.netns, row.saddr, row.sport, row.daddr, row.dport)
-                way = ways.get(key)
+                way = by_packet.get(key)
                 if way is None or (flags not in PLAIN and opens(flags) and is_new(way[0], row)):
                     way = router.route(row, key)
                     if way is None:
                         continue
                 conn, index = way
-                if conn.heir:
+                if conn.successor:
                     found = router.older(conn, index, row, flags)
                     if found is None:
                         continue
@@ -152,51 +152,51 @@ class Joiner:
                     watch(conn, row)
                 packets.take(conn, index, row, ts_ns, point, flags)
             losses.row_ns = ts_ns
-        return told
+        return finished
 
     def lost(self, loss: Loss) -> None:
         """Take a loss: its place is before the next row, and after what time has ended by then."""
         self._pending.append(loss)
 
     def _add_losses(self, ts_ns: int) -> None:
-        """Take the losses that were told since the last row; the next one is of `ts_ns`."""
+        """Take the losses that were reported since the last row; the next one is of `ts_ns`."""
         self._pass(ts_ns)
         for loss in self._pending:
             self._losses.add(loss)
         self._pending.clear()
 
-    def pass_time(self, ts_ns: int) -> list[Told]:
+    def pass_time(self, ts_ns: int) -> list[Finished]:
         """No row that is older than `ts_ns` comes any more; what is over by then.
 
-        It is what feed() would have told before the next row: where time passes without
-        rows, it is told sooner, and in the same order.
+        It is what feed() would have reported before the next row: where time passes without
+        rows, it is reported sooner, and in the same order.
         """
-        told = self._turns.told = []
+        finished = self._turns.finished = []
         self._pass(ts_ns)
-        return told
+        return finished
 
     def due_ns(self, ts_ns: int) -> int | None:
         """After pass_time(): when time alone will have something be over next; None for never."""
         due_ns = self._sweep(ts_ns - ts_ns % _STEP_NS)
         return None if due_ns is None else _step(due_ns)
 
-    def finish(self, until_ns: int = 0) -> list[Told]:
+    def finish(self, until_ns: int = 0) -> list[Finished]:
         """Return what is still open when the rows have ended.
 
         Args:
             until_ns: No row is missing up to this instant, see RunReport.until_ns; 0 if unknown.
         """
         turns = self._turns
-        told = turns.told = []
+        finished = turns.finished = []
         self._add_losses(until_ns)
         conns = list(self.directory.conns.values())
         turns.last_ns = max((turns.last_ns, until_ns, *(conn.last_ns for conn in conns)))
         for conn in conns:
             self.directory.finish(conn, "port reused" if conn.replaced else END_OF_RUN)
         turns.decide()
-        return told
+        return finished
 
-    def untold(self) -> list[str]:
+    def left_out(self) -> list[str]:
         """What was left out, in plain words; nothing if nothing was."""
         counts = (
             (self.cut, "that were under way when the capture began"),
@@ -223,7 +223,7 @@ class Joiner:
     def _sweep(self, now_ns: int) -> int | None:
         """Tell what has been silent for long.
 
-        What is told, and in which order, must not depend on how often this is called: so
+        What is reported, and in which order, must not depend on how often this is called: so
         `now_ns` is a whole step, and there is none between two calls at which something were over.
 
         Returns:

@@ -11,7 +11,7 @@ import msgspec
 
 from tcplat_core import Event, Loss, Merge, Output, RunReport, Sink, TcplatError
 
-from .connection import Told
+from .connection import Finished
 from .hosts import Hosts
 from .join import Joiner
 
@@ -24,7 +24,7 @@ _PATIENCE_S = 1.5
 
 @attrs.define(eq=False)
 class Joined(Sink):
-    """A sink of what many rows have told together.
+    """A sink of what many rows show together.
 
     Args:
         output: Where to.
@@ -46,26 +46,26 @@ class Joined(Sink):
     def write(self, batch: Sequence[Event]) -> None:
         """Take rows; tell of what is complete by them."""
         if self._gaps and batch:
-            self._tell_gaps(batch[0].ts_ns)
-        self.take(batch)
+            self._write_losses(batch[0].ts_ns)
+        self.feed(batch)
 
     def lost(self, loss: Loss) -> None:
         """A line at the place of the gap: before the next row, whatever is over by then."""
-        # It may have no time: told at once it would stand before or behind what silence ends.
+        # It may have no time: reported at once it would stand before or behind what silence ends.
         self._gaps.append(loss)
 
     def passed(self, ts_ns: int) -> None:
         """No older row comes any more: tell of what has been silent for long."""
-        self.tell(self.joiner.pass_time(ts_ns))
+        self.write_finished(self.joiner.pass_time(ts_ns))
 
-    def _tell_gaps(self, ts_ns: int) -> None:
+    def _write_losses(self, ts_ns: int) -> None:
         self.passed(ts_ns)
         for loss in self._gaps:
             self.joiner.lost(loss)
-            self.gap(loss)
+            self.write_loss(loss)
         self._gaps.clear()
 
-    def gap(self, loss: Loss) -> None:
+    def write_loss(self, loss: Loss) -> None:
         """Say that so many events were lost here."""
         if self.as_json:
             self.output.write(self.encoder.encode({"v": 1, "lost": attrs.asdict(loss)}) + b"\n")
@@ -87,7 +87,7 @@ class Joined(Sink):
             return
         self._closed = True
         self._patient_until_s = time.monotonic() + _PATIENCE_S
-        self._tell_gaps(report.until_ns)
+        self._write_losses(report.until_ns)
         try:
             self.finish(self.joiner.finish(report.until_ns))
         finally:
@@ -103,7 +103,7 @@ class Joined(Sink):
             if self._closed and self.output.stopping() and time.monotonic() > self._patient_until_s:
                 raise TcplatError(
                     f"{len(found) - at} of {len(found)} that were open when it was ended are not "
-                    f"told: it would have taken more than {_PATIENCE_S} s"
+                    f"reported: it would have taken more than {_PATIENCE_S} s"
                 )
             yield found[at : at + _PIECE]
 
@@ -112,14 +112,14 @@ class Joined(Sink):
         count = self.joiner.missed
         return self.encoder.encode({"v": 1, "spans_loss": count}) + b"\n" if count else b""
 
-    def take(self, batch: Sequence[Event]) -> None:
+    def feed(self, batch: Sequence[Event]) -> None:
         """Take rows."""
-        self.tell(self.joiner.feed(batch))
+        self.write_finished(self.joiner.feed(batch))
 
-    def tell(self, told: list[Told]) -> None:
+    def write_finished(self, finished: list[Finished]) -> None:
         """Write what is over."""
         raise NotImplementedError
 
-    def finish(self, told: list[Told]) -> None:
+    def finish(self, finished: list[Finished]) -> None:
         """Write what is left."""
         raise NotImplementedError

@@ -78,7 +78,7 @@ class Losses:
         self.count += 1
 
     def end(self, ts_ns: int) -> None:
-        """Rows that came while others were lost do not tell what these would have told."""
+        """Rows that came while others were lost do not show what these would have shown."""
         del self.ends[: bisect_right(self.ends, ts_ns)]
         self.count += 1
 

@@ -89,10 +89,10 @@ def _replied_unseen(conn: Connection, since_ns: int) -> bool:
     end, flow = conn.ends[SERVICE], conn.flows[SERVICE]
     if not end.streams:
         return False
-    told = max(flow.sent, flow.begin)
+    known = max(flow.sent, flow.begin)
     for reach in (flow.tx, flow.nic, flow.ip):
         at_ns = reach.log[-1][1] if reach.log else None
-        if reach.position > told >= 0 and at_ns is not None and at_ns > since_ns:
+        if reach.position > known >= 0 and at_ns is not None and at_ns > since_ns:
             return True
     if not conn.began:
         return False

@@ -11,7 +11,7 @@ from .connection import Connection
 from .directory import Directory
 from .losses import KINDS, PACKET_ROWS, resumes
 from .rows import device, opens, shared, whole
-from .stream import CLIENT, NOWHERE, SERVICE, Flow, Reach
+from .stream import CLIENT, NOT_SEEN, SERVICE, Flow, Reach
 from .turns import LONG, Turns, prune
 
 PLAIN = frozenset({"ACK", "PSH|ACK"})
@@ -86,7 +86,7 @@ class PacketRows:
             resumes(conn, kind, gap=alone and at > before >= 0)
         if point == "nic_tx":
             reach = flow.tx
-            if reach is NOWHERE:
+            if reach is NOT_SEEN:
                 reach = flow.tx = Reach()
             name = device(row)
             flow.tx_dev = flow.tx_dev or shared(name)
@@ -94,7 +94,7 @@ class PacketRows:
                 _again(conn, index, at)
         elif point == "nic_rx":
             reach = flow.nic
-            if reach is NOWHERE:
+            if reach is NOT_SEEN:
                 reach = flow.nic = Reach()
             flow.rx_if = flow.rx_if or shared(row.ifname)
             come = reach.arrive(at, finish, ts_ns, flow.begin)
@@ -102,7 +102,7 @@ class PacketRows:
                 _again(conn, index, at)
         else:
             reach = flow.ip
-            if reach is NOWHERE:
+            if reach is NOT_SEEN:
                 reach = flow.ip = Reach()
             reach.arrive(at, finish, ts_ns, flow.begin)
         if len(reach.log) > LONG:

@@ -50,12 +50,12 @@ class PacketRouter:
             if begins:
                 set_syn(conn, row.seq)
         if begins:
-            for one in [one for one in back if one.lives and one.is_in(row.netns)]:
+            for one in [one for one in back if one.is_open and one.is_in(row.netns)]:
                 self._directory.replace(one)
         self._directory.displace(conn, row.netns)
         key = _own_key(key, conn, index)
-        way = self._directory.ways[key] = (conn, index)
-        conn.ways.append(key)
+        way = self._directory.by_packet[key] = (conn, index)
+        conn.packet_keys.append(key)
         return way
 
     def older(self, conn: Connection, index: int, row: Any, flags: str) -> Connection | None:
@@ -92,7 +92,7 @@ def _of_syn(row: Any, known: Sequence[Connection]) -> Connection | None:
         flow = conn.flows[CLIENT]
         if flow.syn == row.seq and not conn.over:
             return conn
-        if conn.lives and flow.syn < 0 and flow.begin < 0:
+        if conn.is_open and flow.syn < 0 and flow.begin < 0:
             likely.append(conn)
     # In the namespace of its socket, or where that is the only one that has not begun.
     return likeliest(likely, likely, None, row.netns)
@@ -108,7 +108,7 @@ def _of_packet(
             if one.flows[CLIENT].syn == (ack - 1) & 0xFFFFFFFF and not one.over:
                 return one, SERVICE
     known = [*there, *back]
-    likely = [conn for conn in known if conn.lives]
+    likely = [conn for conn in known if conn.is_open]
     conn = likeliest(likely, known, None, row.netns)
     if conn is None and not likely:
         # The last packets of one that is over.

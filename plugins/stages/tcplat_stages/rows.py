@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 def real(row: Any, name: str) -> float | None:
     """A field that not every probe has; None where there is none, or where it is no number.
 
-    What the probe of somebody else calls so may be anything.
+    Another probe's field of that name may be anything.
     """
     value = getattr(row, name, None)
     return value if type(value) in (int, float) else None
@@ -29,14 +29,14 @@ def shared(text: _Text) -> _Text:
     return sys.intern(text) if type(text) is str else text
 
 
-class Who(NamedTuple):
+class Process(NamedTuple):
     """A process, as a row names it; null where nothing does."""
 
     pid: int | None
     comm: str | None
 
 
-NOBODY = Who(None, None)
+NO_PROCESS = Process(None, None)
 
 
 def opens(flags: str) -> bool:

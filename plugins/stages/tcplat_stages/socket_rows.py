@@ -12,7 +12,7 @@ from .connection import STATS, Connection, End
 from .directory import Directory
 from .losses import READS, resumes
 from .rows import real, shared, syn_of, whole
-from .stream import CLIENT, NOWHERE, SERVICE, Reach, caller, reached
+from .stream import CLIENT, NOT_SEEN, SERVICE, Reach, caller, reached
 from .turns import LONG, Turns, prune
 
 
@@ -77,22 +77,22 @@ class SocketRows:
             resumes(conn, 1 << index, gap=at != known >= 0)
         finish = at + count
         flow.send(at, finish, ts_ns)
-        who = end.who
-        if who.pid != row.pid or who.comm != row.comm:
-            who = update_user(end, row)
+        process = end.process
+        if process.pid != row.pid or process.comm != row.comm:
+            process = update_user(end, row)
         senders = flow.senders
-        if not senders or senders[-1][1] != who:
+        if not senders or senders[-1][1] != process:
             if senders:
-                senders.append((at, who))
+                senders.append((at, process))
             else:
-                flow.senders = [(at, who)]
+                flow.senders = [(at, process)]
         if index == SERVICE:
             self._turns.reply(conn, at, ts_ns)
         else:
             if conn.answered < 0:
                 conn.answered = at
             if conn.ask_ns is None and finish > conn.answered:
-                conn.ask_ns, conn.ask_by = ts_ns, who
+                conn.ask_ns, conn.ask_by = ts_ns, process
                 conn.thought_ns = 0
                 if not missed & (1 << CLIENT | 1 << READS + CLIENT):
                     _think(conn, ts_ns)
@@ -120,8 +120,8 @@ class SocketRows:
         if at != flow.read or conn.doubt is not None:
             self._skipped(conn, index, at)
         flow.take(finish, ts_ns)
-        who = end.who
-        if who.pid != row.pid or who.comm != row.comm:
+        process = end.process
+        if process.pid != row.pid or process.comm != row.comm:
             update_user(end, row)
         if index == CLIENT:
             if finish > flow.sent >= 0 and conn.replying and conn.ends[SERVICE].streams:
@@ -202,7 +202,7 @@ def _ready(end: End, row: Any, ts_ns: int) -> None:
     conn = end.conn
     flow = conn.flows[1 - end.index]
     ready = flow.ready
-    if ready is NOWHERE:
+    if ready is NOT_SEEN:
         ready = flow.ready = Reach()
     copied = flow.at(row.seq)
     flow.copied = max(flow.copied, copied)

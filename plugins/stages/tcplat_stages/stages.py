@@ -10,7 +10,7 @@ import attrs
 from tcplat_core import Event, Loss, columns, printable
 
 from .chain import STAGES, UNEXPLAINED
-from .connection import Told
+from .connection import Finished
 from .exchange import ANSWERED, OUTCOMES, Exchange
 from .histogram import Histogram
 from .hosts import crosses
@@ -27,7 +27,7 @@ Group = tuple[Any, ...]
 
 
 def _process(exchange: Exchange) -> Any:
-    return exchange.who(exchange.end.index).comm
+    return exchange.process(exchange.end.index).comm
 
 
 def _remote(exchange: Exchange) -> Any:
@@ -93,10 +93,10 @@ class Stages(Joined):
     """Unix time minus the rows' clock, as the last row has it."""
     _lost: int = attrs.field(default=0, init=False)
 
-    def take(self, batch: Sequence[Event]) -> None:
+    def feed(self, batch: Sequence[Event]) -> None:
         """Take rows; at the end of an interval, tell of it."""
         if not self.every_ns:
-            super().take(batch)
+            super().feed(batch)
             return
         rows = batch
         while (cut := self._end_in(rows)) is not None:
@@ -110,7 +110,7 @@ class Stages(Joined):
 
     def _take(self, rows: Sequence[Event]) -> None:
         """Take rows of one interval."""
-        super().take(rows)
+        super().feed(rows)
         if rows:
             self._offset_ns = rows[-1].time_ns - rows[-1].ts_ns
 
@@ -120,25 +120,25 @@ class Stages(Joined):
             self._end_intervals(ts_ns)
         super().passed(ts_ns)
 
-    def gap(self, loss: Loss) -> None:
+    def write_loss(self, loss: Loss) -> None:
         """Said with the figures; as JSON at the place of the gap."""
         self._lost += loss.count
         if self.as_json:
-            super().gap(loss)
+            super().write_loss(loss)
 
-    def finish(self, told: list[Told]) -> None:
+    def finish(self, finished: list[Finished]) -> None:
         """The figures of the whole run."""
-        self.tell(told)
+        self.write_finished(finished)
         self._add_up()
         self._write(self._all, "")
         if self.as_json:
             self.output.write(self.spans_loss())
 
-    def tell(self, told: list[Told]) -> None:
+    def write_finished(self, finished: list[Finished]) -> None:
         """Count what is over."""
         groupings = [GROUPINGS[name] for name in self.group_by]
         groups = self._now
-        for one in told:
+        for one in finished:
             if not isinstance(one, Exchange):
                 continue
             group = tuple([grouping(one) for grouping in groupings])
@@ -214,7 +214,7 @@ class Stages(Joined):
         if self._lost:
             lines.append(f"-- {self._lost} events were lost: figures of what was seen")
         if not when:
-            lines += [f"-- {words}" for words in self.joiner.untold()]
+            lines += [f"-- {words}" for words in self.joiner.left_out()]
         heads = [*(name.upper() for name in self.group_by), "STAGE", "COUNT"]
         heads += ["P50", "P90", "P99", "P99.9", "MAX"]
         cells = [

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-from .rows import Who
+from .rows import Process
 
 CLIENT, SERVICE = 0, 1
 """Numbers of the ends. Stream 0 flows from the client, stream 1 from the service."""
 
-Callers = list[tuple[int, Who]]
+Callers = list[tuple[int, Process]]
 """From which position on, and by which process: an entry wherever that is another one."""
 
 
-def caller(callers: Callers, position: int) -> Who | None:
+def caller(callers: Callers, position: int) -> Process | None:
     """Return the process that sent the byte at `position`; None where no row tells."""
     found = None
-    for begin, who in reversed(callers):
+    for begin, process in reversed(callers):
         if begin <= position:
-            found = who
+            found = process
             break
     return found
 
@@ -54,7 +54,7 @@ _MOST_LATE = 4_096
 
 
 def reached(log: Log, position: int) -> int | None:
-    """When a log has the stream up to `position`; None where nobody can know."""
+    """When a log has the stream up to `position`; None where no row tells."""
     index = bisect_left(log, (position,))
     return log[index][1] if index < len(log) else None
 
@@ -146,7 +146,7 @@ class Reach:
                 self.log = NO_LOG
 
 
-NOWHERE = Reach()
+NOT_SEEN = Reach()
 """Of every point where no byte of a stream was seen: the connections of a port scan have no
 other. It is read alone, and never moved."""
 NO_SENDERS: Callers = []
@@ -165,9 +165,9 @@ class Flow:
         senders: Which processes made them.
         last_send: Where the last one's bytes begin.
         fin: Where it ends: the FIN's number; -1 until a packet has it.
-        copied: How far its receiver had read when it was last told of more: by whatever call.
+        copied: How far its receiver had read when it was last notified of more: by whatever call.
         urgent: From where to where the rows of its calls left out urgent bytes, in exchanges
-            that are not told yet.
+            that are not reported yet.
         beside: How many such bytes there were.
         unseen: Some of it was read by calls that have no rows (splice() by tracepoint).
         tx: At the sender's device, in namespace tx_netns; device tx_dev is the first.
@@ -175,7 +175,7 @@ class Flow:
         ip: At the receiver's IP.
         ready: In the receiver's socket.
         read: How far the receiver's calls have come, the last of them at read_ns.
-        reads: End and instant of each of those calls; no instant of what no row told.
+        reads: End and instant of each of those calls; no instant of what no row reported.
         retransmits: Packets seen that carry what was sent before.
         zero_windows: How often the sender of this stream closed its own window.
         zero: It is closed.
@@ -219,7 +219,7 @@ class Flow:
         self.sends = self.reads = NO_LOG
         self.senders = NO_SENDERS
         self.read_ns = 0
-        self.tx = self.nic = self.ip = self.ready = NOWHERE
+        self.tx = self.nic = self.ip = self.ready = NOT_SEEN
         self.tx_netns: int | None = None
         self.tx_dev: str | None = None
         self.rx_netns: int | None = None

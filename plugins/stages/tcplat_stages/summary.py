@@ -9,7 +9,7 @@ import attrs
 from tcplat_core import printable
 
 from .chain import CONNECT_CALLED, CONNECTED, HANDSHAKE_DONE, SYN_RX
-from .connection import STATS, Connection, Told
+from .connection import STATS, Connection, Finished
 from .exchange import ANSWERED, OUTCOMES
 from .hosts import Hosts
 from .joined import Joined
@@ -23,13 +23,13 @@ _ENDS = ("client", "service")
 class Summary(Joined):
     """Connections as they end."""
 
-    def finish(self, told: list[Told]) -> None:
+    def finish(self, finished: list[Finished]) -> None:
         """Tell of those that were still open."""
-        self.tell(told)
+        self.write_finished(finished)
 
-    def tell(self, told: list[Told]) -> None:
+    def write_finished(self, finished: list[Finished]) -> None:
         """Tell of those that are over."""
-        found = [one for one in told if isinstance(one, Connection)]
+        found = [one for one in finished if isinstance(one, Connection)]
         for some in self.pieces(found):
             if self.as_json:
                 self.output.write(
@@ -59,8 +59,8 @@ def _us(ns: int | None) -> float | None:
     return None if ns is None else micros(ns)
 
 
-def _teller(conn: Connection) -> int:
-    """The end whose figures stand for the connection: the client's, if the kernel told them."""
+def _main_end(conn: Connection) -> int:
+    """The end whose figures stand for the connection: the client's, if the kernel reported them."""
     return CLIENT if conn.ends[CLIENT].stats or not conn.ends[SERVICE].stats else SERVICE
 
 
@@ -76,7 +76,7 @@ def as_json(conn: Connection, hosts: Hosts) -> dict[str, Any]:  # its fields, on
     ``wire_bound_us`` is there where two hosts' clocks stamped SYN, SYN-ACK and ACK.
     """
     bound_ns = hosts.wire_bound_ns(conn)
-    told = _figures(conn, _teller(conn))
+    figures = _figures(conn, _main_end(conn))
     connect, syn, synack, ack = _connect(conn)
     ends = {
         name: {
@@ -117,14 +117,14 @@ def as_json(conn: Connection, hosts: Hosts) -> dict[str, Any]:  # its fields, on
         "syn_retransmits": conn.syns,
         "exchanges": conn.exchanges,
         **{name: conn.outcomes.get(name, 0) for name in OUTCOMES if name != ANSWERED},
-        "untold": conn.untold,
+        "untold": conn.left_out,
         "spans_loss": conn.spans_loss,
         "think_us": micros(conn.think_ns),
         "bytes_to_service": conn.bytes_of(CLIENT),
         "bytes_to_client": conn.bytes_of(SERVICE),
-        "srtt_us": told["srtt_us"],
-        "min_rtt_us": told["min_rtt_us"],
-        "rto_us": told["rto_us"],
+        "srtt_us": figures["srtt_us"],
+        "min_rtt_us": figures["min_rtt_us"],
+        "rto_us": figures["rto_us"],
         "retransmits": conn.retransmits,
         "zero_windows": sum(flow.zero_windows for flow in conn.flows),
         "closed_first": _ENDS[conn.fins[0]] if conn.fins else None,

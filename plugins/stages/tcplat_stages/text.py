@@ -10,7 +10,7 @@ from tcplat_core import duration as seconds
 from .chain import Split
 from .connection import Connection
 from .exchange import Exchange
-from .rows import Who
+from .rows import Process
 from .stream import CLIENT, SERVICE
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -58,21 +58,21 @@ def address(end: tuple[str, int | None]) -> str:
     return f"[{host}]:{shown}" if ":" in host else f"{host}:{shown}"
 
 
-def _process(who: Who) -> str:
-    """Name and number of a process, in brackets; empty where nobody knows."""
-    if who.pid is None and who.comm is None:
+def _process(process: Process) -> str:
+    """Name and number of a process, in brackets; empty where it is unknown."""
+    if process.pid is None and process.comm is None:
         return ""
-    return f" ({who.comm or '?'} {who.pid if who.pid is not None else '?'})"
+    return f" ({process.comm or '?'} {process.pid if process.pid is not None else '?'})"
 
 
-def path(told: Connection | Exchange) -> str:
+def path(item: Connection | Exchange) -> str:
     """From whom to whom: of an exchange its own processes, of a connection the last ones."""
-    if isinstance(told, Exchange):
-        conn = told.conn
-        client, service = _process(told.who(CLIENT)), _process(told.who(SERVICE))
+    if isinstance(item, Exchange):
+        conn = item.conn
+        client, service = _process(item.process(CLIENT)), _process(item.process(SERVICE))
     else:
-        conn = told
-        client, service = (_process(end.who) for end in conn.ends)
+        conn = item
+        client, service = (_process(end.process) for end in conn.ends)
     guess = " (a guess)" if conn.guessed else ""
     return f"{address(conn.client)}{client} → {address(conn.service)}{service}{guess}"
 

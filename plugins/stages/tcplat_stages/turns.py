@@ -18,11 +18,11 @@ from .chain import (
     REQUEST_RX,
     REQUEST_TX,
 )
-from .connection import NONE_WAIT, Connection, Told
+from .connection import NO_EXCHANGES, Connection, Finished
 from .exchange import ANSWERED, OPEN, UNANSWERED, Exchange
 from .losses import ASKING_ROWS, READS, Losses, tear
 from .outcomes import judge_cut_short, judge_unanswered
-from .rows import NOBODY
+from .rows import NO_PROCESS
 from .stream import CLIENT, SERVICE, caller, reached
 
 END_OF_RUN = "end of run"
@@ -43,15 +43,15 @@ class Turns:
         losses: When rows were lost.
 
     Attributes:
-        told: What became complete.
+        finished: What became complete.
         last_ns: The latest instant of connections that are over; when all are, of all rows.
-        cut: Exchanges that were under way when the capture began: they are not told.
+        cut: Exchanges that were under way when the capture began: they are not reported.
         untimed: Messages of which only one instant is known.
-        missed: Messages that were under way where rows were lost: they are not told.
+        missed: Messages that were under way where rows were lost: they are not reported.
     """
 
     def __init__(self, losses: Losses) -> None:
-        self.told: list[Told] = []
+        self.finished: list[Finished] = []
         self.last_ns = 0
         self.cut = 0
         self.untimed = 0
@@ -65,7 +65,7 @@ class Turns:
     def replied(self, conn: Connection, at: int, finish: int) -> None:
         """Bytes of the service's stream are seen, behind the service."""
         flow = conn.flows[SERVICE]
-        # Where nobody watches its socket, this is how we learn that it replies.
+        # Where its socket is not watched, packets alone tell that it replies.
         if finish > flow.sent and not conn.ends[SERVICE].sock:
             # A packet may carry what was sent before along with what was not.
             at = max(at, flow.sent)
@@ -167,7 +167,7 @@ class Turns:
         exchange.reply_end = max(end, exchange.reply_begin)
         exchange.ended = why
         if conn.waiting or not has_come(conn, end):
-            if conn.waiting is NONE_WAIT:
+            if conn.waiting is NO_EXCHANGES:
                 conn.waiting = deque()
             conn.waiting.append(exchange)
             self.come(conn)
@@ -208,23 +208,23 @@ class Turns:
             or (conn.ends[CLIENT].sock and exchange.stamps[CLIENT_SENT] is None)
         ):
             self.cut += 1
-            conn.untold += 1
+            conn.left_out += 1
             return
         known = sum(at is not None for at in exchange.stamps)
         # What was not answered has waited until something ended it: one instant will do.
         if known < (1 if exchange.kind == "request" or exchange.over_ns is not None else 2):
             self.untimed += 1
-            conn.untold += 1
+            conn.left_out += 1
             return
         if self._losses.count and self._losses.spans(exchange):
             self.missed += 1
-            conn.untold += 1
+            conn.left_out += 1
             conn.spans_loss += 1
             return
-        # Whoever uses the connection afterwards, this exchange was not theirs.
-        exchange.by = [exchange.who(CLIENT), exchange.who(SERVICE)]
-        conn.told += 1
-        exchange.number = conn.told
+        # The processes of this exchange: others may use the connection later.
+        exchange.by = [exchange.process(CLIENT), exchange.process(SERVICE)]
+        conn.reported += 1
+        exchange.number = conn.reported
         outcome, outcomes = exchange.outcome, conn.outcomes
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
         if outcome == ANSWERED:
@@ -234,7 +234,7 @@ class Turns:
                 len(self._longest) < _MOST_SERVICES or conn.service in self._longest
             ):
                 self._longest[conn.service] = total_ns
-        self.told.append(exchange)
+        self.finished.append(exchange)
 
     def end(self, conn: Connection, why: str) -> None:
         """The connection is over: what was under way is complete by that, as far as it came."""
@@ -264,7 +264,7 @@ class Turns:
         conn.ended = why
         conn.over = True
         self.last_ns = max(self.last_ns, conn.last_ns)
-        self.told.append(conn)
+        self.finished.append(conn)
 
     def _stopped(self, conn: Connection, why: str) -> tuple[int, str]:
         """Until when a connection was followed, of which no end was seen."""
@@ -279,7 +279,7 @@ class Turns:
     def _decide(self, exchange: Exchange) -> None:
         """At the end of the run: it may yet be answered, or has waited longer than any that was."""
         conn, waited_ns = exchange.conn, exchange.waited_ns or 0
-        if not exchange.number:  # it is not told
+        if not exchange.number:  # it is not reported
             return
         if waited_ns < _PATIENT_NS or waited_ns <= self._longest.get(conn.service, 0):
             return
@@ -331,10 +331,10 @@ def _arrived(exchange: Exchange, end: int) -> None:
 
 
 def has_come(conn: Connection, end: int) -> bool:
-    """As far as anybody watches, the reply is there up to `end`."""
+    """Return whether the reply is there up to `end`, as far as any point tells."""
     flow = conn.flows[SERVICE]
     if conn.ends[CLIENT].sock:
-        # Of splice() there may be no rows: then nobody will ever know when it was read.
+        # Of splice() there may be no rows: then it is never known when it was read.
         return flow.read >= end or len(conn.waiting) > _LONGEST
     arrived = flow.arrived()
     if arrived >= 0:
@@ -355,7 +355,7 @@ def prune(conn: Connection, index: int) -> None:
         needed = min(needed, conn.doubt[0])
     flow.forget(needed)
     if len(flow.senders) > LONG:
-        flow.senders[: LONG // 2] = [(flow.senders[0][0], NOBODY)]
+        flow.senders[: LONG // 2] = [(flow.senders[0][0], NO_PROCESS)]
     for log in flow.logs():
         if len(log) > _LONGEST:
             # Every other one stays: an instant is then off by one of them, not by all.

@@ -10,7 +10,7 @@ import attrs
 from tcplat_core import printable
 
 from .chain import MILESTONES, STAGES, UNEXPLAINED, Split
-from .connection import Told
+from .connection import Finished
 from .exchange import CUT, FAILED, OPEN, UNANSWERED, UNKNOWN, Exchange
 from .hosts import Hosts, crosses
 from .joined import Joined
@@ -71,22 +71,22 @@ class Waterfall(Joined):
     _slowest: list[tuple[Rank, int, Exchange]] = attrs.field(factory=list, init=False)
     _count: int = attrs.field(default=0, init=False)
 
-    def finish(self, told: list[Told]) -> None:
+    def finish(self, finished: list[Finished]) -> None:
         """What was still open; the slowest."""
-        self.tell(told)
+        self.write_finished(finished)
         slowest = sorted(self._slowest, key=lambda one: one[:2], reverse=True)
         self._write([exchange for _, _, exchange in slowest])
         if self.as_json:
             self.output.write(self.spans_loss())
         else:
-            untold = [f"-- {words} --\n" for words in self.joiner.untold()]
-            self.output.write("".join(untold).encode())
+            left_out = [f"-- {words} --\n" for words in self.joiner.left_out()]
+            self.output.write("".join(left_out).encode())
 
-    def tell(self, told: list[Told]) -> None:
+    def write_finished(self, finished: list[Finished]) -> None:
         """Show the exchanges that are complete."""
         found = [
             one
-            for one in told
+            for one in finished
             if isinstance(one, Exchange) and (self.at_least is None or self.at_least.passes(one))
         ]
         if not self.slow:
@@ -120,7 +120,7 @@ def as_json(exchange: Exchange, hosts: Hosts | None = None) -> dict[str, Any]:
     conn = exchange.conn
     split = exchange.split
     end = exchange.end
-    who, service = exchange.who(end.index), exchange.who(SERVICE)
+    process, service = exchange.process(end.index), exchange.process(SERVICE)
     began_ns = exchange.began_ns
     handshake = _handshake(exchange)
     bound_ns = hosts.wire_bound_ns(conn) if hosts else None
@@ -132,8 +132,8 @@ def as_json(exchange: Exchange, hosts: Hosts | None = None) -> dict[str, Any]:
         "time_ns": began_ns + conn.offset_ns,
         "conn": conn.number,
         "number": exchange.number,
-        "pid": who.pid,
-        "comm": who.comm,
+        "pid": process.pid,
+        "comm": process.comm,
         "service_pid": service.pid,
         "service_comm": service.comm,
         "netns": end.netns,

@@ -72,7 +72,7 @@ class History:
     first: tuple[int, int] = (1_000, 5_000)
     netns: tuple[int, int] = NETNS
     ends: Sequence[tuple[str, int]] = ADDRESSES
-    socks: tuple[int, int] = (11, 22)
+    by_sock: tuple[int, int] = (11, 22)
     numbered: bool = False
     made: list[Row] = attrs.field(factory=list)
     sent: list[int] = attrs.field(factory=lambda: [0, 0])
@@ -101,7 +101,7 @@ class History:
             ts_ns,
             point,
             probe=SOCKETS[end],
-            sock=self.socks[end],
+            sock=self.by_sock[end],
             netns=self.netns[end],
             saddr=near[0],
             sport=near[1],

@@ -19,10 +19,10 @@ UNNAMED = {"sport": None, "state": "TCP_SYN_SENT"}
 
 def joined(rows: Sequence[Row]) -> tuple[list[Exchange], list[Connection]]:
     joiner = Joiner()
-    told = joiner.feed(rows) + joiner.finish()
+    finished = joiner.feed(rows) + joiner.finish()
     return (
-        [one for one in told if isinstance(one, Exchange)],
-        [one for one in told if isinstance(one, Connection)],
+        [one for one in finished if isinstance(one, Exchange)],
+        [one for one in finished if isinstance(one, Connection)],
     )
 
 
@@ -70,7 +70,7 @@ def test_each_connect_of_one_socket_is_a_separate_connection(without: tuple[str,
     assert [conn.handshake.total_ns for conn in connections][2] == 5_000
     if not without:
         assert [conn.duration_ns for conn in connections][:2] == [30, 30]
-        assert [conn.reset_why for conn in connections][:2] == ["nobody listens there"] * 2
+        assert [conn.reset_why for conn in connections][:2] == ["no listener at that port"] * 2
     (exchange,) = exchanges
     assert exchange.conn is connections[2]
     assert (exchange.request_bytes, exchange.reply_bytes) == (100, 200)
@@ -90,7 +90,7 @@ def disconnect(history: History, t: int) -> None:
 
 def test_disconnected_socket_may_connect_elsewhere() -> None:
     one = History()
-    other = History((7, 9), ends=(("10.0.0.1", 40_001), ("10.0.0.3", 81)), socks=(11, 44))
+    other = History((7, 9), ends=(("10.0.0.1", 40_001), ("10.0.0.3", 81)), by_sock=(11, 44))
     disconnect(one, talk(one, one.shake_hands() + 500) + 500)
     other.close(talk(other, other.shake_hands(100_000) + 500, asked=7, answered=9) + 500)
     exchanges, connections = joined(in_order(one, other))
@@ -131,7 +131,7 @@ def test_disconnected_socket_that_listens_is_no_longer_an_end() -> None:
 def test_open_socket_keeps_its_connection_when_addresses_are_reused(
     without: tuple[str, ...],
 ) -> None:
-    old, new = History((1_000, 5_000)), History((90_000, 95_000), socks=(33, 44))
+    old, new = History((1_000, 5_000)), History((90_000, 95_000), by_sock=(33, 44))
     over = talk(old, old.shake_hands() + 500)
     # The client aborts; the service has not read all, and learns of it much later.
     old.message(CLIENT, 30, [over + 100 + step for step in range(5)] + [over + 510_000])
@@ -167,7 +167,7 @@ def test_open_socket_keeps_its_connection_when_addresses_are_reused(
 
 
 def test_late_packets_do_not_end_the_next_connection() -> None:
-    old, new = History((1_000, 5_000)), History((90_000, 95_000), socks=(33, 44))
+    old, new = History((1_000, 5_000)), History((90_000, 95_000), by_sock=(33, 44))
     over = talk(old, old.shake_hands() + 500)
     old.socket(
         over + 10, CLIENT, "state", old_state="TCP_ESTABLISHED", state="TCP_CLOSE", desc="closed"
@@ -199,15 +199,15 @@ def test_late_packets_do_not_end_the_next_connection() -> None:
 
 
 def test_replaced_connection_is_emitted_once_silent() -> None:
-    old, new = History(), History((90_000, 95_000), socks=(33, 44))
+    old, new = History(), History((90_000, 95_000), by_sock=(33, 44))
     old.shake_hands()
     old.socket(20_000, CLIENT, "close", state="TCP_CLOSE")
     new.close(talk(new, new.shake_hands(100_000) + 500) + 500)
-    late = History(ends=(("10.0.0.9", 1), ADDRESSES[1]), socks=(55, 66))
+    late = History(ends=(("10.0.0.9", 1), ADDRESSES[1]), by_sock=(55, 66))
     late.shake_hands(30 * SECOND)
     joiner = Joiner()
-    told = [one for one in joiner.feed(in_order(old, new, late)) if isinstance(one, Connection)]
-    assert [(conn.ends[SERVICE].sock, conn.ended) for conn in told] == [
+    finished = [one for one in joiner.feed(in_order(old, new, late)) if isinstance(one, Connection)]
+    assert [(conn.ends[SERVICE].sock, conn.ended) for conn in finished] == [
         (44, "closed"),
         (22, "port reused"),
     ]
@@ -226,7 +226,7 @@ def test_reused_sequence_number_is_a_new_connection_after_the_end(
 ) -> None:
     rows: list[Row] = []
     for number in range(3):
-        history = History(socks=(11 + number * 100, 22 + number * 100), numbered=True)
+        history = History(by_sock=(11 + number * 100, 22 + number * 100), numbered=True)
         start = number * 4 * SECOND // 3 + 1_000
         history.close(talk(history, history.shake_hands(start) + 500) + 500)
         rows += history.rows(without)
@@ -248,7 +248,7 @@ def pair(
     history = History(
         first,
         netns=(NETNS, OTHERS)[number],
-        socks=((11, 22), (33, 44))[number],
+        by_sock=((11, 22), (33, 44))[number],
         numbered=numbered,
     )
     now = history.shake_hands(begins)
@@ -286,8 +286,8 @@ def test_namespace_pairs_with_equal_addresses_are_not_mixed(
     exchanges, connections = joined(rows)
     whole = {(11, 22), (33, 44)}
     for conn in connections:
-        socks = tuple(end.sock for end in conn.ends)
-        assert 0 in socks or socks in whole or conn.doubtful, (socks, conn)
+        by_sock = tuple(end.sock for end in conn.ends)
+        assert 0 in by_sock or by_sock in whole or conn.doubtful, (by_sock, conn)
     for one in exchanges:
         if one.conn.doubtful:
             continue
@@ -377,11 +377,11 @@ def renamed(rows: Sequence[Row], since_ns: int, end: int, pid: int, comm: str) -
 
 
 def names(one: Exchange) -> list[tuple[int | None, str | None]]:
-    return [(who.pid, who.comm) for who in (one.who(CLIENT), one.who(SERVICE))]
+    return [(process.pid, process.comm) for process in (one.process(CLIENT), one.process(SERVICE))]
 
 
 @pytest.mark.parametrize(
-    ("end", "pid", "comm", "told"),
+    ("end", "pid", "comm", "processes"),
     [
         (CLIENT, 100, "python3", [(100, "python3"), (101, "nginx")]),  # exec(), or prctl()
         (CLIENT, 300, "worker", [(300, "worker"), (101, "nginx")]),  # by SCM_RIGHTS, or fork()
@@ -390,7 +390,7 @@ def names(one: Exchange) -> list[tuple[int | None, str | None]]:
     ],
 )
 def test_exchange_names_the_process_of_its_own_rows(
-    end: int, pid: int, comm: str, told: list[tuple[int, str]]
+    end: int, pid: int, comm: str, processes: list[tuple[int, str]]
 ) -> None:
     history = History()
     first_over = talk(history, history.shake_hands() + 1_000)
@@ -401,8 +401,8 @@ def test_exchange_names_the_process_of_its_own_rows(
     (first, second), (conn,) = joined(rows)
     # Though the connection is emitted at the end, when another process has it.
     assert names(first) == [(100, "curl"), (101, "nginx")]
-    assert names(second) == told
-    assert [(one.pid, one.comm) for one in conn.ends] == told
+    assert names(second) == processes
+    assert [(one.pid, one.comm) for one in conn.ends] == processes
 
 
 def test_pipelined_requests_keep_their_sending_process() -> None:
@@ -447,14 +447,14 @@ def busy(step: Callable[[int], list[Row]], count: int) -> Joiner:
 
 def connects(number: int) -> list[Row]:
     """One more socket calls connect() with the same two addresses; none of them is closed."""
-    one = History(socks=(1_000 + number, 0))
+    one = History(by_sock=(1_000 + number, 0))
     one.socket(1_000 * number, CLIENT, "connect", state="TCP_SYN_SENT")
     return one.made
 
 
 def test_of_many_connections_by_the_same_addresses_a_few_are_remembered() -> None:
     joiner = busy(connects, 1_000)
-    (known,) = joiner.directory.tuples.values()
+    (known,) = joiner.directory.by_addresses.values()
     assert [conn.ends[CLIENT].sock for conn in known] == list(range(1_936, 2_000))
     assert joiner.given_up == 1_000 - 64
     assert len(joiner.directory.conns) == 64
@@ -462,11 +462,11 @@ def test_of_many_connections_by_the_same_addresses_a_few_are_remembered() -> Non
 
 def test_each_of_them_is_told_once() -> None:
     joiner = Joiner()
-    told = [one for number in range(1_000) for one in joiner.feed(connects(number))]
-    told += joiner.finish()
-    assert sorted(one.ends[CLIENT].sock for one in told if isinstance(one, Connection)) == list(
+    finished = [one for number in range(1_000) for one in joiner.feed(connects(number))]
+    finished += joiner.finish()
+    assert sorted(one.ends[CLIENT].sock for one in finished if isinstance(one, Connection)) == list(
         range(1_000, 2_000)
     )
-    assert [one.ended for one in told if isinstance(one, Connection)] == (
+    assert [one.ended for one in finished if isinstance(one, Connection)] == (
         ["given up"] * 936 + ["port reused"] * 63 + ["end of run"]
     )

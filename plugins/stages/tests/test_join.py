@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tcplat_stages.chain import ACCEPTED, HANDSHAKE_DONE, MILESTONES, STAGES
-from tcplat_stages.connection import NONE_WAIT, Connection
+from tcplat_stages.connection import NO_EXCHANGES, Connection
 from tcplat_stages.exchange import Exchange
 from tcplat_stages.join import Joiner
-from tcplat_stages.stream import NO_LOG, NO_SENDERS, NOWHERE
+from tcplat_stages.stream import NO_LOG, NO_SENDERS, NOT_SEEN
 
 from .history import CLIENT, NETNS, SERVICE, SOCKETS, History, Row
 
@@ -35,10 +35,10 @@ SECOND = 1_000_000_000
 
 def joined(rows: Sequence[Row], **how: Any) -> tuple[list[Exchange], list[Connection], Joiner]:
     joiner = Joiner(**how)
-    told = joiner.feed(rows) + joiner.finish()
+    finished = joiner.feed(rows) + joiner.finish()
     return (
-        [one for one in told if isinstance(one, Exchange)],
-        [one for one in told if isinstance(one, Connection)],
+        [one for one in finished if isinstance(one, Exchange)],
+        [one for one in finished if isinstance(one, Connection)],
         joiner,
     )
 
@@ -60,12 +60,12 @@ def of_turns(
     return history, truth
 
 
-def shape(told: Sequence[Exchange | Connection]) -> list[Any]:
+def shape(finished: Sequence[Exchange | Connection]) -> list[Any]:
     return [
         (one.number, one.stamps, one.retransmits, one.ended)
         if isinstance(one, Exchange)
         else (one.number, one.stamps, one.bytes_of(CLIENT), one.bytes_of(SERVICE), one.ended)
-        for one in told
+        for one in finished
     ]
 
 
@@ -163,13 +163,13 @@ def test_batch_boundaries_do_not_change_the_exchanges(
 ) -> None:
     rows = of_turns(turns, first, seed)[0].rows()
     at_once, in_parts = Joiner(), Joiner()
-    told = at_once.feed(rows) + at_once.finish()
+    finished = at_once.feed(rows) + at_once.finish()
     parts, rest = [], rows
     for size in sizes:
         parts += in_parts.feed(rest[:size])
         rest = rest[size:]
     parts += in_parts.feed(rest) + in_parts.finish()
-    assert shape(parts) == shape(told)
+    assert shape(parts) == shape(finished)
 
 
 def simple(history: History, now: int, *, asked: int = 100, answered: int = 200) -> int:
@@ -291,7 +291,7 @@ def test_refused_send_does_not_begin_a_request() -> None:
 
 
 def test_reused_port_is_a_new_connection() -> None:
-    one, other = History(), History((7, 7), socks=(33, 44))
+    one, other = History(), History((7, 7), by_sock=(33, 44))
     one.close(simple(one, one.shake_hands() + 500) + 500)
     later = simple(other, other.shake_hands(100_000) + 500)
     other.close(later + 500)
@@ -319,7 +319,7 @@ def test_syn_with_another_sequence_number_is_a_new_connection(flags: str) -> Non
 
 
 def test_connection_without_an_observed_end_ends_at_port_reuse() -> None:
-    one, other = History(), History((7, 7), socks=(33, 44))
+    one, other = History(), History((7, 7), by_sock=(33, 44))
     simple(one, one.shake_hands() + 500)
     simple(other, other.shake_hands(100_000) + 500)
     exchanges, connections, _ = joined(one.rows() + other.rows())
@@ -330,7 +330,7 @@ def test_connection_without_an_observed_end_ends_at_port_reuse() -> None:
 def test_equal_loopback_addresses_in_two_namespaces_are_two_connections() -> None:
     ends = [("127.0.0.1", 40_000), ("127.0.0.1", 80)]
     histories = [
-        History(netns=(number, number), ends=ends, socks=(number, number + 50), first=(number, 9))
+        History(netns=(number, number), ends=ends, by_sock=(number, number + 50), first=(number, 9))
         for number in (1, 2)
     ]
     for offset, history in enumerate(histories):
@@ -406,7 +406,7 @@ def test_retransmitted_syn_is_part_of_the_handshake() -> None:
 @pytest.mark.parametrize(
     ("state", "why"),
     [
-        ({"desc": "refused", "old_state": "TCP_SYN_SENT"}, "nobody listens there"),
+        ({"desc": "refused", "old_state": "TCP_SYN_SENT"}, "no listener at that port"),
         ({"desc": "ECONNRESET", "old_state": "TCP_ESTABLISHED"}, None),
     ],
 )
@@ -677,7 +677,7 @@ def test_packet_rows_without_a_device_are_joined() -> None:
 
 
 def test_idle_connection_ends_its_reply() -> None:
-    history, other = History(), History(ends=(("10.9.9.9", 1), ("10.9.9.8", 2)), socks=(5, 6))
+    history, other = History(), History(ends=(("10.9.9.9", 1), ("10.9.9.8", 2)), by_sock=(5, 6))
     over = simple(history, history.shake_hands() + 500)
     other.shake_hands(over + 11 * SECOND)
     joiner = Joiner()
@@ -689,8 +689,8 @@ def test_idle_connection_ends_its_reply() -> None:
     later = History()
     later.sent = [100, 200]
     simple(later, over + 12 * SECOND)
-    told = joiner.feed(later.rows()) + joiner.finish()
-    assert [one.total_ns for one in told if isinstance(one, Exchange)] == [11_000]
+    finished = joiner.feed(later.rows()) + joiner.finish()
+    assert [one.total_ns for one in finished if isinstance(one, Exchange)] == [11_000]
 
 
 def test_memory_is_bounded_and_evictions_are_counted() -> None:
@@ -698,7 +698,7 @@ def test_memory_is_bounded_and_evictions_are_counted() -> None:
     for number in range(100):
         history = History(
             ends=(("10.0.0.1", 1_000 + number), ("10.0.0.2", 80)),
-            socks=(number + 1, number + 1_000),
+            by_sock=(number + 1, number + 1_000),
         )
         simple(history, history.shake_hands(1_000 + 20_000 * number) + 100)
         rows += history.rows()
@@ -774,11 +774,11 @@ def test_unread_replies_are_emitted_eventually() -> None:
         ):
             at += 100
             history.socket(at, end, point, seq=history.seq(sender, number), bytes=1)
-    told = joiner.feed(history.rows())
+    finished = joiner.feed(history.rows())
     (conn,) = joiner.directory.conns.values()
-    assert len(told) + len(conn.waiting) == 16_999
-    assert 500 < len(told) < 700
-    assert {one.total_ns for one in told if isinstance(one, Exchange)} == {200}
+    assert len(finished) + len(conn.waiting) == 16_999
+    assert 500 < len(finished) < 700
+    assert {one.total_ns for one in finished if isinstance(one, Exchange)} == {200}
 
 
 def scan(count: int, *, answered: bool = False) -> list[Row]:
@@ -802,13 +802,13 @@ def test_port_scan_evicts_no_connection() -> None:
     rows = history.rows()
     before = [row for row in rows if row.ts_ns < SECOND]
     joiner = Joiner(most=64)
-    told = joiner.feed([*before, *scan(1_000), *rows[len(before) :]])
+    finished = joiner.feed([*before, *scan(1_000), *rows[len(before) :]])
     assert len(joiner.directory.conns) <= 1 + 64 // 4
     assert joiner.given_up == 1_000 - 64 // 4
-    told += joiner.finish()
-    (exchange,) = [one for one in told if isinstance(one, Exchange)]
+    finished += joiner.finish()
+    (exchange,) = [one for one in finished if isinstance(one, Exchange)]
     assert exchange.outcome == "answered"
-    assert len([one for one in told if isinstance(one, Connection)]) == 1_001
+    assert len([one for one in finished if isinstance(one, Connection)]) == 1_001
 
 
 def test_refused_port_scan_is_closed_and_not_evicted() -> None:
@@ -845,8 +845,8 @@ def test_shared_empty_objects_stay_empty() -> None:
     joined(scan(100, answered=True), most=8)
     assert not NO_LOG
     assert not NO_SENDERS
-    assert not NONE_WAIT
-    assert (NOWHERE.position, NOWHERE.log, NOWHERE.late) == (-1, [], None)
+    assert not NO_EXCHANGES
+    assert (NOT_SEEN.position, NOT_SEEN.log, NOT_SEEN.late) == (-1, [], None)
 
 
 def test_unfilled_sequence_hole_uses_bounded_memory() -> None:
@@ -866,13 +866,13 @@ def test_ended_connections_leave_no_entries() -> None:
     for number in range(50):
         history = History(
             ends=(("10.0.0.1", 1_000 + number), ("10.0.0.2", 80)),
-            socks=(number + 1, number + 1_000),
+            by_sock=(number + 1, number + 1_000),
         )
         history.close(simple(history, history.shake_hands(number * SECOND) + 100) + 100)
         joiner.feed(history.rows())
-        assert len(joiner.directory.tuples) + len(joiner.directory.ways) < 20
+        assert len(joiner.directory.by_addresses) + len(joiner.directory.by_packet) < 20
     assert not joiner.directory.conns
-    assert not joiner.directory.socks
+    assert not joiner.directory.by_sock
 
 
 def test_ended_connections_are_freed_without_the_garbage_collector() -> None:
@@ -887,7 +887,7 @@ def test_ended_connections_are_freed_without_the_garbage_collector() -> None:
         for number in range(50):
             history = History(
                 ends=(("10.0.0.1", 1_000 + number), ("10.0.0.2", 80)),
-                socks=(number + 1, number + 1_000),
+                by_sock=(number + 1, number + 1_000),
             )
             history.close(simple(history, history.shake_hands(number * SECOND) + 100) + 100)
             joiner.feed(history.rows())
@@ -901,7 +901,7 @@ def test_ended_connections_are_freed_without_the_garbage_collector() -> None:
 def test_replaced_connections_are_removed_safely() -> None:
     rows: list[Row] = []
     for number in range(4):
-        history = History(first=(1_000 * number, 5_000), socks=(number + 1, number + 99))
+        history = History(first=(1_000 * number, 5_000), by_sock=(number + 1, number + 99))
         simple(history, history.shake_hands(number * 5 * SECOND) + 100)
         rows += history.rows()
     exchanges, connections, _ = joined(rows)
@@ -961,7 +961,8 @@ def test_missing_rows_are_not_taken_for_urgent_bytes() -> None:
 def connection_of(number: int) -> Iterator[Any]:
     """As a capture has it: each row with texts of its own."""
     history = History(
-        ends=(("10.0.0.1", 1000 + number), ("10.0.0.2", 80)), socks=(2 * number + 1, 2 * number + 2)
+        ends=(("10.0.0.1", 1000 + number), ("10.0.0.2", 80)),
+        by_sock=(2 * number + 1, 2 * number + 2),
     )
     now = history.shake_hands(number * 1_000)
     at = [now + 1_000 * step for step in range(13)]

@@ -37,14 +37,14 @@ def lossy(
     kept = [row for row in rows if row.probe not in gone or not first_ns <= row.ts_ns < last_ns]
     told_ns = last_ns if told_ns is None else told_ns
     joiner = Joiner()
-    told = joiner.feed([row for row in kept if row.ts_ns < told_ns])
+    finished = joiner.feed([row for row in kept if row.ts_ns < told_ns])
     for probe in gone:
         joiner.lost(Loss(probe, "nic_tx" if probe == "dev_xmit" else "send", 1))
-    told += joiner.feed([row for row in kept if row.ts_ns >= told_ns])
-    told += joiner.finish()
+    finished += joiner.feed([row for row in kept if row.ts_ns >= told_ns])
+    finished += joiner.finish()
     return (
-        [one for one in told if isinstance(one, Exchange)],
-        [one for one in told if isinstance(one, Connection)],
+        [one for one in finished if isinstance(one, Exchange)],
+        [one for one in finished if isinstance(one, Connection)],
         joiner,
     )
 
@@ -69,14 +69,14 @@ def test_exchange_across_a_loss_is_neither_slow_nor_unanswered(
     # From the middle of the fourth of ten requests to the middle of another.
     history, begins = requests(10, pause_ns=GAP_NS)
     rows = history.rows(without)
-    told, (conn,), joiner = lossy(rows, begins[3] + offset_ns, begins[3 + missing] + 6_000)
-    assert {one.outcome for one in told} == {"answered"}
-    assert max(one.total_ns for one in told) <= TOTAL_NS
+    finished, (conn,), joiner = lossy(rows, begins[3] + offset_ns, begins[3 + missing] + 6_000)
+    assert {one.outcome for one in finished} == {"answered"}
+    assert max(one.total_ns for one in finished) <= TOTAL_NS
     assert joiner.missed >= 1
     assert conn.spans_loss == joiner.missed
-    assert sum(conn.outcomes.values()) == len(told) == conn.told
+    assert sum(conn.outcomes.values()) == len(finished) == conn.reported
     # All that was wholly seen, but for a neighbour of the loss.
-    assert len(told) >= 10 - missing - 3
+    assert len(finished) >= 10 - missing - 3
 
 
 @pytest.mark.parametrize("ring", ["tcp_client", "tcp_service"])
@@ -86,9 +86,9 @@ def test_full_ring_loses_rows_from_its_last_one_on(ring: str, late_ns: int) -> N
     # the end.
     history, begins = requests(40)
     first, last = begins[10] + 5_500, begins[30] + 5_500
-    told, (conn,), joiner = lossy(history.rows(), first, last + late_ns, [ring])
-    assert {one.outcome for one in told} == {"answered"}
-    assert max(one.total_ns for one in told) <= TOTAL_NS
+    finished, (conn,), joiner = lossy(history.rows(), first, last + late_ns, [ring])
+    assert {one.outcome for one in finished} == {"answered"}
+    assert max(one.total_ns for one in finished) <= TOTAL_NS
     assert joiner.missed >= 1
     assert "unanswered" not in conn.outcomes
 
@@ -100,7 +100,7 @@ def test_rows_during_a_loss_end_no_exchange(rings: Sequence[str], offset_ns: int
     history, begins = requests(40)
     gaps = [(begins[at] + offset_ns, begins[at + 9] + 6_000) for at in (3, 14, 25)]
     joiner = Joiner()
-    told = []
+    finished = []
     for row in history.rows():
         while gaps and row.ts_ns > gaps[0][0]:
             since_ns, until_ns = gaps.pop(0)
@@ -111,9 +111,9 @@ def test_rows_during_a_loss_end_no_exchange(rings: Sequence[str], offset_ns: int
         lost = row.ts_ns > begins[3] + offset_ns and row.probe in rings
         if lost and row.ts_ns <= told_until_ns and abs(row.ts_ns - middle_ns) > TOTAL_NS:
             continue
-        told += joiner.feed([row])
-    told += joiner.finish()
-    found = [one for one in told if isinstance(one, Exchange)]
+        finished += joiner.feed([row])
+    finished += joiner.finish()
+    found = [one for one in finished if isinstance(one, Exchange)]
     assert {one.outcome for one in found} == {"answered"}
     assert {one.total_ns for one in found} == {TOTAL_NS}
     assert 1 <= joiner.missed <= 36
@@ -125,11 +125,11 @@ def test_loss_applies_to_its_interval_and_not_its_position() -> None:
     history, begins = requests(10, pause_ns=SECOND)
     first, last = begins[3] + 5_500, begins[3] + 8_500
     joiner = Joiner()
-    told = joiner.feed([row for row in history.rows() if row.ts_ns <= last])
+    finished = joiner.feed([row for row in history.rows() if row.ts_ns <= last])
     joiner.lost(Loss("tcp_client", "send", 1, first, last))
-    told += joiner.feed([row for row in history.rows() if row.ts_ns > last])
-    told += joiner.finish()
-    assert sum(isinstance(one, Exchange) for one in told) == 9
+    finished += joiner.feed([row for row in history.rows() if row.ts_ns > last])
+    finished += joiner.finish()
+    assert sum(isinstance(one, Exchange) for one in finished) == 9
     assert joiner.missed == 1
 
 
@@ -137,29 +137,29 @@ def test_complete_exchanges_before_a_loss_are_kept() -> None:
     history, begins = requests(6, pause_ns=SECOND)
     # Nothing is lost of this connection: the loss falls into a pause.
     then = begins[3] - SECOND // 2
-    told, (conn,), joiner = lossy(history.rows(), then, then)
-    assert [one.total_ns for one in told] == [TOTAL_NS] * 6
+    finished, (conn,), joiner = lossy(history.rows(), then, then)
+    assert [one.total_ns for one in finished] == [TOTAL_NS] * 6
     assert (joiner.missed, conn.spans_loss, conn.outcomes) == (0, 0, {"answered": 6})
 
 
 def test_request_with_a_lost_end_is_not_open() -> None:
     history, begins = requests(3)
-    told, (conn,), joiner = lossy(history.rows(), begins[2] + 5_500, 10 * SECOND)
-    assert [one.outcome for one in told] == ["answered"] * 2
+    finished, (conn,), joiner = lossy(history.rows(), begins[2] + 5_500, 10 * SECOND)
+    assert [one.outcome for one in finished] == ["answered"] * 2
     assert (joiner.missed, conn.outcomes) == (1, {"answered": 2})
-    assert joiner.untold() == ["without 1 exchanges that were under way where events were lost"]
+    assert joiner.left_out() == ["without 1 exchanges that were under way where events were lost"]
 
 
 def test_losses_at_points_without_turns_have_no_effect() -> None:
     history, begins = requests(3)
     joiner = Joiner()
     rows = history.rows()
-    told = joiner.feed([row for row in rows if row.ts_ns < begins[1] + 5_500])
+    finished = joiner.feed([row for row in rows if row.ts_ns < begins[1] + 5_500])
     for point in ("stats", "retransmit", "accept", "rx_tcp"):
         joiner.lost(Loss("tcp_client", point, 1))
-    told += joiner.feed([row for row in rows if row.ts_ns >= begins[1] + 5_500])
-    told += joiner.finish()
-    assert sum(isinstance(one, Exchange) for one in told) == 3
+    finished += joiner.feed([row for row in rows if row.ts_ns >= begins[1] + 5_500])
+    finished += joiner.finish()
+    assert sum(isinstance(one, Exchange) for one in finished) == 3
     assert joiner.missed == 0
 
 
@@ -190,5 +190,5 @@ def test_every_sink_reports_omitted_exchanges_in_text_and_json(
         sink.write([row for row in rows if row.ts_ns >= cut])
         sink.close(RunReport(probes={}, duration_s=1.0))
     assert words in (tmp_path / "text").read_text()
-    told = [json.loads(line) for line in (tmp_path / "json").read_text().splitlines()]
-    assert [one["spans_loss"] for one in told if "spans_loss" in one] == [field]
+    finished = [json.loads(line) for line in (tmp_path / "json").read_text().splitlines()]
+    assert [one["spans_loss"] for one in finished if "spans_loss" in one] == [field]

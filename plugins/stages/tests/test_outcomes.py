@@ -351,7 +351,7 @@ def test_reply_after_the_client_gave_up_does_not_count() -> None:
 def test_pending_request_is_open_unless_it_waits_longest(
     waited_ns: int, answered_ns: int, outcome: str
 ) -> None:
-    history, other = History(), History(ends=(("10.9.9.9", 1), ("10.9.9.8", 2)), socks=(5, 6))
+    history, other = History(), History(ends=(("10.9.9.9", 1), ("10.9.9.8", 2)), by_sock=(5, 6))
     now = history.shake_hands() + 1_000
     history.message(CLIENT, 10, [now + step for step in range(6)])
     history.message(SERVICE, 10, [now + answered_ns - 5 + step for step in range(6)])
@@ -516,8 +516,8 @@ def test_unanswered_requests_rank_as_slowest(written: Any) -> None:
     ],
 )
 def test_latency_limit_includes_the_time_waited(written: Any, limit: str, found: list[str]) -> None:
-    told = objects(written("waterfall", hung(2).rows(), format="json", min_stage=limit))
-    assert [one["outcome"] for one in told] == found
+    finished = objects(written("waterfall", hung(2).rows(), format="json", min_stage=limit))
+    assert [one["outcome"] for one in finished] == found
 
 
 def test_stages_sink_counts_unanswered_requests_separately(written: Any) -> None:

@@ -103,10 +103,10 @@ def test_end_of_an_interrupted_run_takes_bounded_time(
 ) -> None:
     rows: list[Row] = []
     for number in range(1_000):
-        one = History(ends=(("10.0.0.1", 1 + number), ("10.0.0.2", 80)), socks=(3 + number, 0))
+        one = History(ends=(("10.0.0.1", 1 + number), ("10.0.0.2", 80)), by_sock=(3 + number, 0))
         one.socket(1_000 + number, CLIENT, "connect")
         rows += one.rows()
-    told, said = [], []
+    finished, said = [], []
     for ended, patience_s in ((False, -1), (True, 60), (True, -1)):
         monkeypatch.setattr("tcplat_stages.joined._PATIENCE_S", patience_s)
         path = tmp_path / "out"
@@ -119,8 +119,8 @@ def test_end_of_an_interrupted_run_takes_bounded_time(
             sink.close(REPORT)
         except TcplatError as error:
             said.append(str(error))
-        told.append(path.read_text().count("→ 10.0.0.2:80"))
-    assert told == [1_000, 1_000, 0]
+        finished.append(path.read_text().count("→ 10.0.0.2:80"))
+    assert finished == [1_000, 1_000, 0]
     assert [words.split(" that ")[0] for words in said] == ["1000 of 1000"]
 
 
@@ -258,9 +258,9 @@ def test_batch_boundaries_do_not_change_intervals_with_late_rows(
     rows = exchanges(200, 900, 100, 300, 400)
     for first in range(0, len(rows) - 1, 2):
         rows[first], rows[first + 1] = rows[first + 1], rows[first]
-    told = {written("stages", rows, size=size, every="1us") for size in (1, 2, 7, 1000)}
-    assert len(told) == 1
-    assert told.pop().count("-- until") > 2
+    finished = {written("stages", rows, size=size, every="1us") for size in (1, 2, 7, 1000)}
+    assert len(finished) == 1
+    assert finished.pop().count("-- until") > 2
 
 
 @pytest.mark.parametrize("name", ["waterfall", "summary", "stages"])
@@ -302,7 +302,7 @@ def test_number_of_groups_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     sink = Stages(None, ("remote",))  # type: ignore[arg-type] # nothing is written
     for number in range(10):
         history = History(
-            ends=(("10.0.0.1", 1_000), (f"10.0.1.{number}", 80)), socks=(number + 1, number + 99)
+            ends=(("10.0.0.1", 1_000), (f"10.0.1.{number}", 80)), by_sock=(number + 1, number + 99)
         )
         now = history.shake_hands(number * 1_000_000) + 1_000
         history.message(CLIENT, 1, [now + step for step in range(6)])

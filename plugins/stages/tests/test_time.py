@@ -48,7 +48,7 @@ def conversations(starts: list[int], seed: int) -> list[Row]:
     for number, start in enumerate(starts):
         history = History(
             ends=(("10.0.0.1", 40_000 + number), ("10.0.0.2", 80)),
-            socks=(100 + number, 200 + number),
+            by_sock=(100 + number, 200 + number),
         )
         now = history.shake_hands(start)
         for _ in range(random.randint(1, 3)):
@@ -138,11 +138,11 @@ def test_interval_ends_without_new_rows(tmp_path: Path) -> None:
     sink.passed(2 * SECOND - 1)
     assert not (tmp_path / "out").read_bytes()
     sink.passed(2 * SECOND)
-    told = (tmp_path / "out").read_text(encoding="utf-8").splitlines()
-    assert {'"until_ns":2000000000' in line for line in told} == {True}
+    finished = (tmp_path / "out").read_text(encoding="utf-8").splitlines()
+    assert {'"until_ns":2000000000' in line for line in finished} == {True}
     # And no more of those that follow, until there is something to tell.
     sink.passed(11 * SECOND)
-    assert (tmp_path / "out").read_text(encoding="utf-8").splitlines() == told
+    assert (tmp_path / "out").read_text(encoding="utf-8").splitlines() == finished
 
 
 def test_distant_time_costs_no_more_than_a_near_one(tmp_path: Path) -> None:
