@@ -374,6 +374,25 @@ def test_sink_failing_between_batches_is_switched_off_alone(sink: RecordingSink)
 # --- whatever a sink's code does
 
 
+LOSS = Loss("tcp_client", "send", 1)
+
+
+def everything(router: Router) -> None:
+    """Call whatever a run calls."""
+    sequencer = Sequencer(router, RowBuffer())
+    router.begin()
+    sequencer.buffer.feed(rows(1))
+    sequencer.flush()
+    router.lost(LOSS)
+    router.merged(Merge(0, "a"))
+    router.passed(1)
+    router.poll()
+    router.idle()
+    router.aggregates(Aggregates(ts_ns=1, time_ns=1, elapsed_s=1.0, distributions=[], final=True))
+    router.close(REPORT)
+    router.cancel()
+
+
 class SilentError(Exception):
     """Its own words fail, as a plugin's may."""
 
@@ -420,21 +439,11 @@ def test_any_exception_switches_off_its_sink_alone(
 ) -> None:
     good, last = RecordingSink(), RecordingSink()
     router = Router({"good": good, "bad": Raises(method, error), "last": last})
-    sequencer = Sequencer(router, RowBuffer())
-    loss = Loss("tcp_client", "send", 1)
-    sequencer.buffer.feed(rows(1))
-    sequencer.flush()
-    router.lost(loss)
-    router.merged(Merge(0, "a"))
-    router.passed(1)
-    router.poll()
-    router.idle()
-    router.aggregates(Aggregates(ts_ns=1, time_ns=1, elapsed_s=1.0, distributions=[], final=True))
-    router.close(REPORT)
+    everything(router)
     assert router.switched_off == {"bad": said}
     for sink in (good, last):
         assert times(sink.rows) == [1]
-        assert sink.stream[-1] == loss
+        assert sink.stream[-1] == LOSS
         assert sink.reports == [REPORT]
 
 
@@ -473,22 +482,6 @@ class Bare:
 
     def close(self, report: RunReport) -> None:
         self.calls.append(f"close {report.duration_s:g}")
-
-
-def everything(router: Router) -> None:
-    """Call whatever a run calls."""
-    sequencer = Sequencer(router, RowBuffer())
-    router.begin()
-    sequencer.buffer.feed(rows(1))
-    sequencer.flush()
-    router.lost(Loss("tcp_client", "send", 1))
-    router.merged(Merge(0, "a"))
-    router.passed(1)
-    router.poll()
-    router.idle()
-    router.aggregates(Aggregates(ts_ns=1, time_ns=1, elapsed_s=1.0, distributions=[], final=True))
-    router.close(REPORT)
-    router.cancel()
 
 
 def test_duck_typed_sink_needs_three_methods_alone() -> None:
