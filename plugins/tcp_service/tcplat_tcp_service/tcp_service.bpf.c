@@ -2,7 +2,8 @@
 /*
  * The accepting side of a TCP connection, from the packet to the process that reads it.
  *
- * One body per point; below it a thin handler per mechanism. fentry hands its
+ * One file, although it is long: the C of a probe is one text. One section per point, histograms
+ * first. One body per point; below it a thin handler per mechanism. fentry hands its
  * arguments over as raw tracepoints do, so that one handler often serves both.
  */
 #include <tcplat/event.bpf.h>
