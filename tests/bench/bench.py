@@ -1,4 +1,4 @@
-"""Every figure that tcplat promises, against a baseline or a peer of the same run.
+"""Every figure that tcplat promises, measured against a baseline or a peer in the same run.
 
     python -m tests.bench.bench [FIGURE ...]        BENCH_JSON=path for the same as JSON
 
@@ -35,7 +35,7 @@ TCPLAT = (sys.executable, "-I", "-m", "tcplat_core")
 REPEATS = 13
 BLOCK_S = 0.7
 MANY = 1000
-"""Programs that ran less often say little about their time."""
+"""The least number of runs of a program for a meaningful time."""
 
 
 @attrs.frozen
@@ -151,7 +151,7 @@ def cpu_s(pid: int) -> float:
 
 @contextmanager
 def program(name: str, *arguments: object) -> Iterator[tuple[int, Callable[[], dict[str, float]]]]:
-    """One of our C programs, waiting: its process id, and what lets it go and gives its figures."""
+    """Yield the pid of a waiting C program, and a function that runs it and returns its figures."""
     process = subprocess.Popen(
         [str(built(name)), *map(str, arguments)],
         stdin=subprocess.PIPE,
@@ -296,7 +296,7 @@ def on_all_cpus() -> Iterator[Figure]:
 
 
 SENDING = ("tcp_sendmsg_locked", "sock_send_length", "sock_recv_length")
-"""Where tcp_client listens to a connection that is used."""
+"""Where tcp_client attaches that an established connection passes."""
 RECEIVING = ("netif_receive_skb", "sk_data_ready", "sock_recv_length")
 """Where tcp_service measures how long bytes are on their way."""
 
@@ -501,7 +501,7 @@ def packets() -> Iterator[Figure]:
 
 
 def idle() -> Iterator[Figure]:
-    """B9: nothing happens."""
+    """B9: no events."""
     with Run.of("-p", str(os.getpid())) as run:
         time.sleep(1)
         began, before = time.monotonic(), cpu_s(run.process.pid)
@@ -560,6 +560,6 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    # Whoever ends it: what runs beside it has to end, too.
+    # However it ends, its child processes have to end, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""What tcplat is compared with: bcc's callback idiom on the same events, and bcc's own tools."""
+"""Peers of tcplat: bcc's callback idiom on the same events, and bcc's own tools."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the time goes while events come: in each program of ours, and in Python.
+"""Where the time goes while events come: in each BPF program of tcplat, and in Python.
 
     python -m tests.bench.profile [EVENTS_PER_S]
 

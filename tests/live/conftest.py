@@ -1,7 +1,7 @@
-"""Live tests: real TCP over `lo` and over networks of our own, seen through a real tcplat.
+"""Live tests: real TCP over `lo` and over namespaces of the test, seen through a real tcplat.
 
 Environment: TCPLAT_ATTACH names the mechanism (auto), TCPLAT_SLOW how many times slower
-this machine is than it might be (1), TCPLAT_REQUIRE_ROOT=1 forbids to skip for want of root,
+this machine is than the reference (1), TCPLAT_REQUIRE_ROOT=1 fails instead of skips without root,
 TCPLAT_LONG=1 lets the readers of test_socket.py read for a minute instead of 10 s.
 """
 
@@ -60,7 +60,7 @@ def _root() -> None:
 
 @pytest.fixture
 def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Says a figure at the end of the test run."""
+    """Print a figure at the end of the test run."""
     return request.config.stash[_FIGURES].append
 
 
@@ -126,7 +126,7 @@ def client(puppet: Callable[..., Puppet]) -> Puppet:
 
 @pytest.fixture(scope="session")
 def watched(_root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    """Two processes and a tcplat that watches them, for all tests that need no other."""
+    """Yield two processes and a tcplat that traces them, shared by all tests that need no other."""
     with ExitStack() as stack:
         client, stranded = Puppet.start(), Puppet.start(alone=True)
         stack.callback(client.end)
@@ -146,7 +146,7 @@ def watched(_root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[W
 
 @pytest.fixture
 def traffic(watched: Watched, server: Listener) -> Traffic:
-    """Return what the watched processes do with `server`."""
+    """Return the rows of the traced processes' connections to `server`."""
     return watched.to(server.port)
 
 
@@ -160,7 +160,7 @@ def stranded(puppet: Callable[..., Puppet]) -> Puppet:
 
 @pytest.fixture
 def pid_file(tmp_path: Path, stack: ExitStack) -> PidFile:
-    """For a command that tcplat starts and has to end."""
+    """Return a pid file for a command that tcplat starts and has to end."""
     one = PidFile(tmp_path / "pid")
     stack.callback(one.kill)
     return one

@@ -2,7 +2,7 @@
 
 Everything that is started here ends with this process, killed or not: puppets
 read standard input to its end, network namespaces go with the puppets in them,
-and what tcplat attaches hangs on its file descriptors.
+and what tcplat attaches lives as long as its file descriptors.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ T = TypeVar("T")
 Row = dict[str, Any]
 
 SLOW = float(os.environ.get("TCPLAT_SLOW", "1"))
-"""How much longer things may take here: 20 in a virtual machine without KVM."""
+"""The factor of all time limits: 20 in a virtual machine without KVM."""
 ATTACH = os.environ.get("TCPLAT_ATTACH", "auto")
 TCPLAT = (os.environ.get("TCPLAT") or str(Path(sys.executable).with_name("tcplat")),)
 
@@ -42,7 +42,7 @@ import asyncio, errno, mmap, os, select, signal, socket, struct, subprocess, sys
 
 
 def patience(seconds: float = 60) -> float:
-    """So long may something take that normally takes next to nothing."""
+    """Return the limit in s for something that normally takes next to no time."""
     return seconds * SLOW
 
 
@@ -50,7 +50,7 @@ def eventually(condition: Callable[[], T], what: str, seconds: float = 60) -> T:
     """Wait until the condition is true, and return its value."""
     deadline = time.monotonic() + patience(seconds)
     while True:
-        late = time.monotonic() > deadline  # asked before the last look: we may be what stalls
+        late = time.monotonic() > deadline  # before the last check: this process may have stalled
         value = condition()
         if value:
             return value
@@ -74,9 +74,9 @@ class Puppet:
     """A process that runs the Python it is sent.
 
     Args:
-        within: The puppet whose network namespace it lives in; None for the test's own.
-        alone: It gets a network namespace to itself, `lo` up.
-        numbered: It gets a PID namespace to itself, and its own /proc: there it is process 1.
+        within: The puppet that gives the network namespace; None for the test's own.
+        alone: It gets a new network namespace, `lo` up.
+        numbered: It gets a new PID namespace and its /proc: there it is process 1.
         pass_fds: File descriptors that it inherits.
     """
 
@@ -113,7 +113,7 @@ class Puppet:
         return self.process.pid
 
     def tell(self, code: str) -> None:
-        """Have it begin; answer() waits for the end."""
+        """Start the code; answer() waits for the end."""
         assert self.process.stdin
         self.process.stdin.write(json.dumps(code).encode() + b"\n")
         self.process.stdin.flush()
@@ -132,22 +132,22 @@ class Puppet:
         return answer["value"]
 
     def __call__(self, code: str) -> Any:
-        """Have it run the code; the value is that of the last line, if it is an expression."""
+        """Run the code; return the value of the last line, if it is an expression."""
         self.tell(code)
         return self.answer()
 
     def connect(self, to: Listener, name: str = "s") -> None:
-        """Connect a socket of its own, `name` in its world, to a listener of ours."""
+        """Connect a new socket, its variable `name`, to a listener of the test."""
         self(f"{name} = socket.create_connection({to.address!r})")
 
     def end(self) -> None:
-        """Let it run out of orders, and wait for its end."""
+        """Close its standard input, and wait for its end."""
         assert self.process.stdin
         assert self.process.stdout
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         try:
-            self.process.wait(patience(5))  # one that hangs is killed, and no harm done
+            self.process.wait(patience(5))  # one that hangs is killed
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -189,7 +189,7 @@ neigh add fd77::2 lladdr 02:00:00:00:77:02 dev hole0 nud permanent
 # --- the other end
 
 _PORTS: set[int] = set()
-"""Each is given to one test alone: many look at the rows of one run, by their port."""
+"""Each is used by one test alone: tests that share a run tell their rows apart by port."""
 
 
 def _bound(ip: int, host: str) -> socket.socket:
@@ -315,7 +315,7 @@ class Outcome:
 
 
 def check_mechanism(rows: Iterable[Row]) -> None:
-    """Each row is TCPLAT_ATTACH's, but where no function can tell."""
+    """Check that each row is of TCPLAT_ATTACH's mechanism, unless no function can observe it."""
     if ATTACH == "auto":
         return
     # The change to TCP_LISTEN is visible in one function alone, which is often inlined.
@@ -446,17 +446,17 @@ class Tcplat:
         return self._by_port.get(port, [])
 
     def wait_for(self, what: str, found: Callable[[list[Row]], bool]) -> list[Row]:
-        """Wait until its rows are such."""
+        """Wait until the condition holds for its rows."""
         eventually(lambda: found(self.rows()), what)
         return self.rows()
 
     def stop(self, number: int = signal.SIGINT) -> Outcome:
-        """Send it a signal and see how it ends."""
+        """Send it a signal; return its outcome."""
         self.process.send_signal(number)
         return self.wait()
 
     def wait(self, seconds: float = 60) -> Outcome:
-        """See how it ends."""
+        """Wait for its end; return its outcome."""
         stdout = b""
         if self.process.stdout:
             stdout, _ = self.process.communicate(timeout=patience(seconds))
@@ -469,7 +469,7 @@ class Tcplat:
         return outcome
 
     def kill(self) -> None:
-        """End it, whatever it does."""
+        """Kill it if it still runs."""
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
@@ -498,7 +498,7 @@ def changed_loader(folder: Path, change: str) -> tuple[str, ...]:
 
 @attrs.define(eq=False)
 class Watched:
-    """Processes that one tcplat watches for many tests: each looks at its own port's rows.
+    """Processes that one tcplat traces for many tests: each looks at the rows of its own port.
 
     Starting tcplat is most of what a test costs, above all in a virtual machine.
     """
@@ -531,7 +531,7 @@ class Traffic:
     port: int
 
     def wait_for(self, what: str, found: Callable[[list[Row]], bool]) -> list[Row]:
-        """Wait until the rows are such."""
+        """Wait until the condition holds for the rows."""
         eventually(lambda: found(self.watched.run.rows_to(self.port)), what)
         return list(self.watched.run.rows_to(self.port))
 
@@ -552,7 +552,7 @@ class PidFile:
         return ["sh", "-c", f'echo $$ > {self.path}; exec "$@"', "sh", *words]
 
     def pid(self) -> int:
-        """0 where it has not begun."""
+        """Return the pid; 0 where the command has not begun."""
         text = self.path.read_text() if self.path.exists() else ""
         return int(text) if text.endswith("\n") else 0
 
@@ -605,7 +605,7 @@ def reached(state: str, count: int = 1) -> Callable[[list[Row]], bool]:
 
 
 def gone(count: int = 1) -> Callable[[list[Row]], bool]:
-    """For wait_for(): so many sockets are gone."""
+    """For wait_for(): so many sockets are closed."""
     return lambda rows: len(at(rows, "close")) >= count
 
 

@@ -13,7 +13,7 @@ from .harness import Row, at
 Found = dict[str, Any]
 
 OFF = 0.032
-"""How far a percentile may be from the sample it stands for: half a bucket."""
+"""The largest relative error of a percentile: half a bucket."""
 
 
 def found(folder: Path, window: str = "run") -> list[Found]:
@@ -36,7 +36,7 @@ def nearest_rank(samples: Sequence[float], percent: float) -> float:
 
 
 def assert_agrees(histogram: Found, samples_us: Sequence[float], within_us: float = 0) -> None:
-    """Every percentile is that of the samples, to half a bucket and `within_us`."""
+    """Check that every percentile is that of the samples, to half a bucket and `within_us`."""
     assert histogram["count"] == len(samples_us)
     for name, percent in (("p50_us", 50), ("p90_us", 90), ("p99_us", 99), ("max_us", 100)):
         true = nearest_rank(samples_us, percent)
@@ -44,7 +44,7 @@ def assert_agrees(histogram: Found, samples_us: Sequence[float], within_us: floa
 
 
 def waits(rows: list[Row]) -> tuple[list[float], list[float]]:
-    """Of one connection's rows: rx_ip to ready, and ready to recv, of each new piece, in µs.
+    """Return rx_ip to ready, and ready to recv, of each new piece of one connection, in µs.
 
     A FIN wakes the reader as well, in another state: it is no byte.
     """

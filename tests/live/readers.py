@@ -24,7 +24,7 @@ _BUFFER = bytearray(1 << 20)
 
 @attrs.define
 class Reader:
-    """What one has got so far."""
+    """What one reader has received so far."""
 
     socket: socket.socket
     rows: int = 0
@@ -53,7 +53,7 @@ class Reader:
 def main() -> None:
     """Read until all have come to the end."""
     path, count = sys.argv[1], int(sys.argv[2])
-    os.nice(5)  # fifty programs on two cores: the traffic and tcplat are not to starve
+    os.nice(5)  # fifty programs on two cores: leave CPU time to the traffic and to tcplat
     poll, readers = select.epoll(), {}
     for _ in range(count):
         made = socket.socket(socket.AF_UNIX)

@@ -1,4 +1,4 @@
-"""Some capabilities instead of root: what works then works, and what does not is said."""
+"""Some capabilities instead of root: what works with them, and how the rest is reported."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def program() -> Iterator[Callable[[str], Sequence[str]]]:
         def with_rights(rights: str) -> Sequence[str]:
             options = (f"--{kind}=-all,{rights}" for kind in ("inh-caps", "ambient-caps"))
             ids = (f"--reuid={UID}", f"--regid={UID}", "--clear-groups")
-            # Where it lies no other user may be.
+            # Other users cannot enter the folder that it is in.
             return ("env", "-C", "/", "setpriv", *ids, *options, str(root / "venv/bin/tcplat"))
 
         command = [*with_rights(FEW), "plugins", "list"]
@@ -45,7 +45,7 @@ def program() -> Iterator[Callable[[str], Sequence[str]]]:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Where that user may write."""
+    """Yield a folder that the user can write to."""
     found = Path(tempfile.mkdtemp(prefix="tcplat-capable-", dir="/tmp"))
     shutil.chown(found, int(UID), int(UID))
     yield found
@@ -60,7 +60,7 @@ def test_older_socket_of_root_is_traced_with_capabilities(
     client: Puppet,
     server: Listener,
 ) -> None:
-    """A row of softirq, of a socket of root's that its process does not touch."""
+    """A row of softirq, of a socket that root owns and its process does not use."""
     client.connect(server)
     peer = server.accept()
     run = Tcplat.start(folder, "--port", str(server.port), program=program(rights)).wait_ready()
@@ -86,7 +86,7 @@ def test_accept_is_traced_or_its_missing_capability_is_named(
     client: Puppet,
     server: Listener,
 ) -> None:
-    """By tracepoint it needs tracefs, whose folder is root's alone."""
+    """By tracepoint it needs tracefs, which root alone can enter."""
     run = Tcplat.start(
         folder, "--port", str(server.port), probes=("tcp_service",), program=program(rights)
     ).wait_ready()

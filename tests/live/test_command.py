@@ -1,4 +1,4 @@
-"""tcplat run ... -- CMD: traced with its children, and otherwise as if tcplat were not there."""
+"""tcplat run ... -- CMD: traced with its children, and otherwise run as without tcplat."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_connections_of_the_command_are_traced_from_the_first_syn(
 
 
 def test_command_starts_once_everything_is_attached(start_tcplat: Start, tmp_path: Path) -> None:
-    """It is there before that, and waits: its very first row is the connect."""
+    """It is forked before that, and waits: its first row is the connect."""
     script = f"ls {tmp_path}/*.ready > {tmp_path}/seen"
     assert start_tcplat(command=["sh", "-c", script]).wait().returncode == 0
     assert ".ready" in (tmp_path / "seen").read_text()
@@ -148,7 +148,7 @@ thread.join()
 def test_command_and_pid_are_both_traced(
     start_tcplat: Start, client: Puppet, server: Listener, tmp_path: Path
 ) -> None:
-    """-p besides a command: both."""
+    """-p and a command: both are traced."""
     script = f"touch {tmp_path}/started; read line"
     run = start_tcplat("-p", str(client.pid), command=["sh", "-c", script], stdin=subprocess.PIPE)
     eventually((tmp_path / "started").exists, "the command had begun")
@@ -195,7 +195,7 @@ def test_command_is_stopped_with_the_run(start_tcplat: Start, pid_file: PidFile)
 
 
 def test_killed_session_leaves_no_waiting_command(start_tcplat: Start, tmp_path: Path) -> None:
-    """The command waits for a go that never comes: then it must not stay, nor run."""
+    """The command waits to be released; without its session it must end, and not run."""
     made = tmp_path / "made"
     run = start_tcplat(command=["touch", str(made)])
 
@@ -223,7 +223,7 @@ def test_command_has_the_privileges_of_tcplat(start_tcplat: Start) -> None:
     theirs = outcome.stdout.decode()
     for name in ("Uid:", "Gid:", "CapEff:", "CapBnd:", "NoNewPrivs:", "SigBlk:"):
         assert field(theirs, name) == field(mine, name)
-    # SIGPIPE is as a shell would have it.
+    # SIGPIPE has its default action, as under a shell.
     assert int(field(theirs, "SigIgn:").split()[1], 16) >> (signal.SIGPIPE - 1) & 1 == 0
 
 

@@ -81,7 +81,7 @@ def outcomes(spec: ProbeSpec) -> dict[str, Outcome]:
 
 def with_fault(code: str) -> dict[str, Outcome]:
     fault = PACKETS.source.replace("FAULT", code)
-    # A reserved record has to be submitted on every path, or the verifier says no.
+    # A reserved record has to be submitted on every path, or the verifier refuses the program.
     return outcomes(attrs.evolve(PACKETS, source=fault))
 
 

@@ -1,4 +1,4 @@
-"""How a connect goes: what it says when it completes, fails, is given up or never ends."""
+"""Rows of a connect that completes, fails, is abandoned or stays pending."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_second_connect_after_a_refusal_is_traced(watched: Watched, client: Pupp
         "refused",
         "connected",
     ]
-    # What it had for the first try does not stick to the second.
+    # State of the first attempt is not carried over to the second.
     (done,) = filter(completes, rows)
     assert done["sport"] == sport
     assert {(row["daddr"], row["dport"]) for row in rows} == {("127.0.0.1", port)}
@@ -184,7 +184,7 @@ def test_connect_elsewhere_after_a_refusal_is_traced(
 def test_reconnect_after_a_disconnect_is_traced(
     traffic: Traffic, client: Puppet, server: Listener
 ) -> None:
-    """connect(AF_UNSPEC) makes a socket as good as new."""
+    """connect(AF_UNSPEC) resets a socket to unconnected."""
     client.connect(server)
     client("""
 import ctypes
@@ -282,7 +282,7 @@ def test_connect_without_a_route_is_traced(to: str, watched: Watched) -> None:
 def test_connect_without_a_free_address_is_traced(
     traffic: Traffic, client: Puppet, server: Listener
 ) -> None:
-    """It gets as far as TCP_SYN_SENT, and no further."""
+    """The state reaches TCP_SYN_SENT, and no further."""
     # The same four numbers twice.
     code = client(f"""
 again = socket.socket()
@@ -367,7 +367,7 @@ def test_half_close_is_traced(traffic: Traffic, client: Puppet, server: Listener
         "recv",
         "close",
     ]
-    # Whatever the kernel has forgotten of it by the end: the ends are the same throughout.
+    # Whatever the kernel has cleared by the end: the addresses are the same throughout.
     assert len({(row["sport"], row["dport"], row["daddr"]) for row in rows[2:]}) == 1
 
 

@@ -243,7 +243,7 @@ def test_quiet_connection_is_emitted_live_as_in_a_replay(
     def shown() -> int:
         return live.read_text(encoding="utf-8").count("10 B, reply 20 B")
 
-    # The second request ended the first exchange; nothing but time ends the second.
+    # The second request ended the first exchange; the second ends by time alone.
     eventually(lambda: shown() == 2, "the last exchange was told")
     # Ten seconds of silence, and no more than one; this machine may be busy.
     assert 10 <= time.monotonic() - quiet < 11 * max(1, SLOW / 4)

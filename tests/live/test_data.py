@@ -1,4 +1,4 @@
-"""What is sent and received: how much, where in the stream, and what was not taken."""
+"""Bytes sent and received: how many, where in the stream, and what the kernel did not take."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def client(watched: Watched) -> Puppet:
 
 @attrs.define(eq=False)
 class Connected:
-    """A connection of a watched process: `s` over there, `peer` here."""
+    """A connection of a traced process: `s` in the puppet, `peer` here."""
 
     client: Puppet
     peer: socket.socket
@@ -107,7 +107,7 @@ def test_request_and_reply_have_a_row_each(connected: Connected) -> None:
 
 
 def test_seq_is_that_on_the_wire(connected: Connected) -> None:
-    """TCP_REPAIR tells what the kernel thinks of it."""
+    """TCP_REPAIR gives the kernel's own sequence number."""
     connected.client("s.sendall(b'x' * 100)")
     read_exactly(connected.peer, 100)
     connected.peer.sendall(b"y" * 30)
@@ -175,7 +175,7 @@ def test_many_small_sends_tile_the_stream(connected: Connected) -> None:
 
 
 def test_equal_sends_have_a_row_each(connected: Connected) -> None:
-    """The same number of bytes again and again is not the same send again."""
+    """Repeated sends of one size are separate sends."""
     connected.client("for _ in range(1000): s.send(b'x' * 7)")
     read_exactly(connected.peer, 7000)
     rows = connected.rows()
@@ -190,7 +190,7 @@ def test_ten_megabytes_from_a_blocking_client_are_complete(
     assert count() == MEGABYTES_10
     rows = connected.rows()
     assert total(rows, "send") - total(rows, "send_short") == MEGABYTES_10
-    # One call, one row, however often the kernel went round in it.
+    # One call, one row, however many segments the kernel made of it.
     assert len(at(rows, "send")) == 1
 
 
@@ -365,7 +365,7 @@ def test_send_of_zero_bytes_has_no_row(connected: Connected) -> None:
 
 
 def test_failed_send_after_a_reset_counts_no_bytes(connected: Connected) -> None:
-    """The first send after a reset fails: nothing of it was sent, and the books say so."""
+    """The first send after a reset fails: `send_short` cancels all its bytes."""
     connected.peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     connected.peer.close()
     connected.traffic.wait_for("it was reset", reached("CLOSE"))
@@ -476,7 +476,7 @@ for _ in range(1000):
 def test_concurrent_connections_keep_their_rows_apart(
     traffic: Traffic, client: Puppet, server: Listener
 ) -> None:
-    """Each thread with a socket of its own, all at the same time: no row in the wrong stream."""
+    """One socket per thread, all at the same time: no row is in the wrong stream."""
     client(f"""
 def work(number):
     with socket.create_connection({server.address!r}) as s:
@@ -501,7 +501,7 @@ for thread in threads:
 
 
 def test_urgent_byte_sent_is_outside_the_stream(connected: Connected) -> None:
-    """It has a sequence number, and is no byte of what the other end reads."""
+    """It has a sequence number, and is not among the bytes that the other end reads."""
     connected.client("""
 s.sendall(b"x" * 10)
 s.send(b"!", socket.MSG_OOB)
@@ -519,7 +519,7 @@ def test_urgent_byte_read_is_outside_the_stream(
     inline: bool,  # noqa: FBT001 - a parameter of the test
     connected: Connected,
 ) -> None:
-    """Unless the program wants it in its place."""
+    """Unless SO_OOBINLINE is set."""
     peer = connected.peer
     connected.client(f"""
 s.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, {int(inline)})
@@ -549,7 +549,7 @@ def read(count):
 
 
 def test_partial_urgent_send_counts_its_last_byte_as_urgent(connected: Connected) -> None:
-    """Of what was taken: it is beside the stream, and what was not taken was to be in it."""
+    """The last byte taken is urgent, outside the stream; the rest would have been in the stream."""
     taken = connected.client("""
 s.setblocking(False)
 taken = s.send(b"x" * 50_000_000, socket.MSG_OOB)

@@ -1,4 +1,4 @@
-"""How a run ends, what it leaves behind, and how quick it is while it lasts."""
+"""How a run ends, what it leaves behind, and its delay from event to output."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def connect_often(client: Puppet, server: Listener, times: int) -> None:
 
 
 def test_run_ends_after_its_duration(running_tcplat: Start) -> None:
-    """Never shorter; longer only where something else holds us up, so not every time."""
+    """Never shorter; longer on a busy machine, but not every time."""
     lasted: list[float] = []
     while len(lasted) < 5 and (not lasted or lasted[-1] >= 0.3 + 0.5 * SLOW):
         outcome = running_tcplat("--duration", "300ms").wait()
@@ -87,7 +87,7 @@ def test_sigint_sigterm_and_sighup_end_the_run_cleanly(
     outcome = run.stop(number)
     assert outcome.returncode == 0
     assert len(at(outcome.rows, "connect")) == 10
-    # The whole report is the whole last line.
+    # The last line is the complete report.
     data = run.path.read_bytes()
     assert data.endswith(b"\n")
     assert list(json.loads(data.splitlines()[-1])) == ["v", "report"]
@@ -126,7 +126,7 @@ def test_run_ends_when_head_exits(
     client: Puppet,
     server: Listener,
 ) -> None:
-    """`tcplat run | head -1` ends, also where nothing happens any more."""
+    """`tcplat run | head -1` ends, also without further events."""
     read, write = os.pipe()
     with subprocess.Popen(["head", "-1"], stdin=read, stdout=subprocess.PIPE) as head:
         os.close(read)
@@ -380,7 +380,7 @@ def test_idle_run_sleeps(running_tcplat: Start, client: Puppet) -> None:
     eventually(partial(is_asleep, run.pid), "it had nothing to do")
     began, before = time.monotonic(), sleeps(run.pid)
     eventually(lambda: sleeps(run.pid) > before + 2, "it looked around")
-    # Once a second, and what the scheduler adds.
+    # Once a second, and some by the scheduler.
     assert time.monotonic() - began > 1.5
 
 
@@ -396,7 +396,7 @@ def sleeps(pid: int) -> int:
     return int(line.split()[1])
 
 
-# Each instant of it is in a row of every probe; it goes on while the run ends.
+# Every probe has rows of this traffic, which goes on while the run ends.
 REQUESTS = """
 import threading
 going = True
@@ -430,7 +430,7 @@ def test_rows_of_all_hooks_end_within_40_ms(running_tcplat: Start, client: Puppe
     }
     steady = [ts_ns for point, ts_ns in last.items() if point[:4] in ("send", "recv", "read")]
     assert len(steady) == 5
-    # To take off the programs, one after the other, takes the kernel 0.1 s and more.
+    # Detaching the programs one after the other takes the kernel 0.1 s and more.
     assert max(steady) - min(steady) < 0.04e9 * SLOW
 
 
@@ -451,7 +451,7 @@ def test_lost_events_are_counted_exactly(
     assert dropped > 0
     assert sum(loss["count"] for loss in outcome.losses) == dropped
     assert {loss["probe"] for loss in outcome.losses} == {"tcp_client"}
-    # Exactly what happened is what is delivered or counted.
+    # Every event is delivered or counted as lost.
     hooks = outcome.report["probes"]["tcp_client"]["hooks"]
     (sends,) = (hook for hook in hooks if hook["point"] == "send" and hook["produced"])
     assert sends["produced"] == 20_000
@@ -492,7 +492,7 @@ def test_fail_on_loss_exits_with_5(running_tcplat: Start, client: Puppet, server
 def test_loss_and_count_together_add_up(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
-    """The books balance also where the run ends before the rows do."""
+    """The counters balance also where --count ends the run before all rows are read."""
     run = running_tcplat("-p", str(client.pid), "--ring-size", "4K", "--count", "50")
     burst(client, server, 20_000)
     outcome = run.wait()

@@ -1,4 +1,4 @@
-"""Each filter keeps what it names, whole, and nothing else."""
+"""Each filter keeps complete connections of what it names, and nothing else."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def exchange(client: Puppet, server: Listener) -> None:
 
 
 def fence(run: Tcplat, client: Puppet, server: Listener, count: int = 1) -> list[Row]:
-    """All rows, once a last connection is complete: `count` pass the filter."""
+    """Return all rows once a last connection is complete: `count` pass the filter."""
     exchange(client, server)
     return run.wait_for("the last connection was gone", gone(count))
 
@@ -241,7 +241,7 @@ def test_netns_filter_applies_to_rows_and_interfaces(
 def test_pid_filter_keeps_packets_of_its_connections(
     puppet: Callable[..., Puppet], running_tcplat: Callable[..., Tcplat]
 ) -> None:
-    """Packets know no process: those of a process are those of its connections."""
+    """Packets have no process: those of a process are the packets of its connections."""
     server, mine, other = puppet(), puppet(), puppet()
     port = free_port()
     server(_SERVE.format(port=port))

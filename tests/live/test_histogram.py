@@ -206,7 +206,7 @@ sent
     run.stop()
     queue = one(found(tmp_path), "ready_recv")
     assert queue["count"] == 20
-    # How long it took to be woken it cannot see itself.
+    # The reader itself cannot measure its wake-up delay.
     least = [(reading - woken) * 1e6 for woken, reading, _ in times]
     most = [(read - sent) * 1e6 for sent, (_, _, read) in zip(sent_at, times, strict=True)]
     assert min(least) >= 10_000
@@ -228,7 +228,7 @@ def test_partial_reads_are_measured_from_their_own_wake_up(
     client: Puppet,
     puppet: Callable[..., Puppet],
 ) -> None:
-    """Three messages in the queue, read by 50 bytes: each piece waited since its message came."""
+    """Three queued messages, read in 50-byte pieces: each has waited since its message came."""
     service = puppet()
     run = running_tcplat("-p", str(service.pid), probes=("tcp_service",), sinks=(sink,))
     port = listen(service)
@@ -270,7 +270,7 @@ def test_wake_ups_beyond_seven_are_counted_as_not_measured(
     client: Puppet,
     puppet: Callable[..., Puppet],
 ) -> None:
-    """Only seven wake-ups per socket are remembered; nothing is made up for the others."""
+    """Seven wake-ups per socket are stored; later ones are counted as not measured."""
     service = puppet()
     run = running_tcplat("-p", str(service.pid), probes=("tcp_service",), sinks=(sink,))
     port = listen(service)
@@ -282,7 +282,7 @@ def test_wake_ups_beyond_seven_are_counted_as_not_measured(
         client("s.send(b'x' * 100)")
         service(f"while len(peer.recv(4000, socket.MSG_PEEK)) < {number} * 100: pass")
     service("[len(peer.recv(100, socket.MSG_WAITALL)) for _ in range(20)]")
-    # Afterwards it is as if nothing had been.
+    # Afterwards the state is clean.
     client("s.send(b'x' * 100)")
     service("len(peer.recv(100, socket.MSG_WAITALL))")
     run.stop()
@@ -389,7 +389,7 @@ def test_socket_closed_during_attach_leaves_no_stale_state(
     client: Puppet,
     puppet: Callable[..., Puppet],
 ) -> None:
-    """The kernel uses its address again at once; with what was known of it, addresses are wrong."""
+    """The kernel reuses the address of a socket immediately; stale state would be wrong."""
     service = puppet()
     port = service("""
 def serve():

@@ -1,4 +1,4 @@
-"""Hosts that refuse: each refusal is named for what it is, by a run and by ``tcplat doctor``."""
+"""Hosts that refuse something: a run and ``tcplat doctor`` name the true reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers for keys: each key has one, whoever asks for it first, on however many CPUs at once."""
+"""Numbers for keys: each key has one, also when several CPUs request it concurrently."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def counted(program: Program) -> Counter[int]:
 
 def test_concurrent_cpus_give_each_key_one_number(program: Program) -> None:
     cpus = sorted(os.sched_getaffinity(0))
-    # Where all of them come with a key at the same instant, each takes a number for it.
+    # CPUs that request a key at the same instant each allocate a number for it.
     keys = KEYS // len(cpus)
     times = keys * TURNS // len(cpus)
     with ThreadPoolExecutor(len(cpus)) as pool:

@@ -1,4 +1,4 @@
-"""The same scripted traffic, the same rows: whatever the kernel and the mechanism.
+"""The same scripted traffic gives the same rows on every kernel, by every mechanism.
 
 One test per probe and IP version. `make test-vm` runs this file in each kernel
 with each mechanism and prints the matrix. A guest takes minutes to compile a probe, so that
@@ -71,7 +71,7 @@ class Seen:
         rows: Of both versions.
         histograms: Of both versions.
         port: Of a listener.
-        closed: Nothing listens there.
+        closed: A port without a listener.
     """
 
     rows: list[Row]

@@ -47,7 +47,7 @@ _PPM = 50
 
 
 def shifted(ts_ns: int) -> int:
-    """By a clock that is 3.7 s ahead and 50 ppm too fast."""
+    """Return the time by a clock that is 3.7 s ahead and 50 ppm too fast."""
     return ts_ns + _SHIFT_NS + ts_ns * _PPM // 1_000_000
 
 

@@ -1,4 +1,4 @@
-"""tcplat in namespaces of its own: the time is the host's, pids are those of its /proc."""
+"""tcplat in time and PID namespaces: the time is the host's, pids are those of its /proc."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ StartPuppet = Callable[..., Puppet]
 
 
 def stopped(run: Tcplat) -> Outcome:
-    """End it: unshare and nsenter do not hand signals on to what they have forked."""
+    """Kill it: unshare and nsenter do not forward signals to their children."""
     children = Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children")
     os.kill(int(children.read_text(encoding="ascii").split()[0]), signal.SIGINT)
     return run.wait()
@@ -61,7 +61,7 @@ def test_time_namespace_offset_is_corrected(
     client("s.sendall(b'x')")
     read_exactly(peer, 1)
     peer.close()
-    # By the clock of the namespace the row is to wait for long, or is long over.
+    # By the clock of the namespace, the row would be far in the future or in the past.
     run.wait_for("the peer's FIN was there", reached("CLOSE_WAIT"))
     after = (time.monotonic_ns(), time.time_ns())
     outcome = stopped(run)
@@ -161,7 +161,7 @@ def test_tcplat_runs_as_pid_1_of_a_pid_namespace(start_tcplat: Start, server: Li
 
 
 def test_proc_of_another_pid_namespace_is_refused(start_tcplat: Start) -> None:
-    """Where fork(2) gives other numbers than /proc has, a command could not be found by its own."""
+    """Where fork(2) and /proc differ in pids, a command could not be found by its pid."""
     needs("unshare")
     run = start_tcplat(program=("unshare", "--pid", "--fork", *TCPLAT), command=["true"])
     outcome = run.wait()

@@ -1,4 +1,4 @@
-"""Events come faster than sinks take them: the books stay exact, memory bounded, Ctrl-C works."""
+"""Events come faster than sinks take them: counters stay exact, memory bounded, Ctrl-C works."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def peak_mib(pid: int) -> float:
 
 
 def waited_s(pid: int) -> float:
-    """How long a process, which may be a zombie by now, has waited for a CPU that others had."""
+    """Return how long a process, which may be a zombie, has waited for a CPU, in s."""
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
 
 
@@ -49,7 +49,7 @@ def test_ctrl_c_ends_an_overloaded_run_and_every_loss_is_counted(
     server: Listener,
     measured: Callable[[str], None],
 ) -> None:
-    """Ctrl-C ends it within a second, at best: the floods go on meanwhile, and want both CPUs."""
+    """Ctrl-C ends it within a second, at best: the floods go on meanwhile on both CPUs."""
     for _ in range(3):
         took = end_a_flood(ring, running_tcplat, puppet, server, measured)
         if took <= SLOW:
@@ -64,7 +64,7 @@ def end_a_flood(
     server: Listener,
     measured: Callable[[str], None],
 ) -> float:
-    """Everything that holds each time, and how long Ctrl-C took, without waiting for a CPU."""
+    """Check what holds every time; return how long Ctrl-C took, without waits for a CPU."""
     floods = [puppet(), puppet()]
     run = running_tcplat(
         *("-p", ",".join(str(one.pid) for one in floods), "--ring-size", ring),

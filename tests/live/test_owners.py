@@ -88,7 +88,7 @@ def test_run_without_pid_filter_traces_every_process(
 def test_failed_recv_before_connect_does_not_hide_a_socket(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
-    """That it was, is remembered, by its address; connecting makes an end of it."""
+    """The negative cache holds the socket's address until it connects."""
     run = running_tcplat("-p", str(client.pid))
     errors = client(f"""
 errors = []
@@ -196,7 +196,7 @@ def test_unaccepted_older_connection_belongs_to_its_listener(
 def test_close_at_process_exit_belongs_to_the_process(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
-    """The kernel closes it on the way out, and that is still the process's doing."""
+    """The kernel closes it in exit(2), on behalf of the process."""
     client.connect(server)
     server.accept()
     run = running_tcplat("-p", str(client.pid))
@@ -259,7 +259,7 @@ def test_older_accepted_socket_is_not_a_client(running_tcplat: Start, client: Pu
 def test_socket_in_another_network_namespace_is_traced(
     running_tcplat: Start, puppet: StartPuppet
 ) -> None:
-    """Before and after the start of the run, both ends over there."""
+    """Before and after the start of the run; both ends are in the other namespace."""
     there = puppet(alone=True)
     server = puppet(within=there)
     port = server("l = socket.create_server(('127.0.0.1', 0)); l.getsockname()[1]")
@@ -410,7 +410,7 @@ def test_packets_for_traced_workers_are_kept_before_an_accept(
     service("for child in children: os.kill(child, signal.SIGKILL), os.waitpid(child, 0)")
 
 
-# A process that listens, and its child, which accepts when it is told to.
+# A process that listens, and its child, which accepts on command.
 DAEMON = """
 import ctypes
 def told(pipe):
@@ -468,7 +468,7 @@ def test_connection_of_an_orphaned_listener_has_no_owner_before_accept(
     assert {row["point"] for row in before} >= {"rx_ip", "rx_tcp", "state", "ready"}
     assert {row["pid"] for row in before} == ({parent, None} if waits else {None})
     assert [row["comm"] is None for row in before] == [row["pid"] is None for row in before]
-    # The second byte is no longer for the process that has gone.
+    # The second byte no longer belongs to the process that has ended.
     assert at(before, "ready")[-1]["pid"] is at(before, "rx_ip")[-1]["pid"] is None
     assert accept["pid"] == child
 
@@ -504,7 +504,7 @@ def assert_waits_for(rows: list[Row], sport: int, owner: Puppet | None) -> None:
 
 
 def ask(client: Puppet, port: int) -> int:
-    """Connect and send; the port that it comes from."""
+    """Connect and send; return the source port."""
     client(f"s = socket.create_connection(('127.0.0.1', {port})); s.sendall(b'x')")
     return int(client("s.getsockname()[1]"))
 
@@ -534,7 +534,7 @@ def test_last_process_of_a_reuseport_group_is_the_owner(
     rows = run.wait_for("it waited", waits(alone))
     assert_waits_for(rows, shared, None)
     assert_waits_for(rows, alone, stays)
-    # And with another one it is not known again.
+    # With a second such socket the owner is unknown again.
     join(leaves := puppet(), port)
     shared = ask(client, port)
     assert_waits_for(run.wait_for("it waited", waits(shared)), shared, None)
@@ -778,13 +778,13 @@ def test_run_ends_with_the_traced_process(
     outcome = run.wait(5)
     assert outcome.returncode == 0
     assert {row["pid"] for row in outcome.rows} == {one.pid, two.pid}
-    # What the kernel does for a process on its way out belongs to it as well.
+    # What the kernel does in a process's exit belongs to the process as well.
     for rows in by_sock(outcome.rows).values():
         assert story(rows)[:4] == ["connect", "SYN_SENT", "ESTABLISHED", "FIN_WAIT1"]
 
 
 def test_run_ends_with_a_zombie(running_tcplat: Start, client: Puppet) -> None:
-    """A zombie has ended, whether its parent cares or not."""
+    """A zombie has ended, whether its parent waits for it or not."""
     pid = client("""
 child = os.fork()
 if not child:
@@ -839,7 +839,7 @@ def test_hundreds_of_older_sockets_are_traced(
 def test_packets_of_a_reconnected_socket_are_found(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
-    """It has other addresses then, by which packets have to find it."""
+    """It then has other addresses, by which packets are assigned to it."""
     first, second = free_port(), server.port
     probe = f"xdp_port:iface=lo,port={first}+{second},dir=either"
     run = running_tcplat("-p", str(client.pid), probes=(probe,))
@@ -867,13 +867,13 @@ Loader._core = lambda self, core, point: (
     point.point != "destroy" and attach(self, core, point)
 )
 """
-"""As where the kernel runs no program at the end of a socket: its entry stays behind."""
+"""As on a kernel that runs no program at the end of a socket: its entry stays."""
 
 
 def test_socket_with_an_unseen_end_leaves_no_stale_state(
     tmp_path: Path, running_tcplat: Start, client: Puppet
 ) -> None:
-    """The kernel uses addresses again, of the client's as of the service's, nearly at once."""
+    """The kernel reuses the addresses of both sockets almost immediately."""
     program = changed_loader(tmp_path, NO_END)
     run = running_tcplat(probes=("tcp_client", "tcp_service"), program=program)
     port = client("""
@@ -956,7 +956,7 @@ rival
 def test_concurrent_callers_of_one_socket_keep_their_own_pids(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
-    """A call is its caller's, whoever else calls; a process and its name belong together."""
+    """A call belongs to its caller; pid and comm are of one process."""
     client(NAMED)
     client.connect(server)
     peer = server.accept()
@@ -978,7 +978,7 @@ def test_concurrent_callers_of_one_socket_keep_their_own_pids(
 def test_reused_addresses_do_not_mix_with_an_open_old_socket(
     running_tcplat: Start, client: Puppet, puppet: StartPuppet
 ) -> None:
-    """What becomes of the old socket is no concern of the connection that has its addresses now."""
+    """The end of the old socket does not affect the connection that now has its addresses."""
     service = puppet()
     port = listen(service)
     run = running_tcplat("--port", str(port), probes=("tcp_service",))
@@ -1014,7 +1014,7 @@ def again():
 def test_packets_of_an_older_socket_have_its_pid(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:
-    """Its addresses are known from the start, and still when it has been used."""
+    """Its addresses are known from the start, and stay known once it is used."""
     client.connect(server)
     peer = server.accept()
     probe = f"xdp_port:iface=lo,port={server.port},dir=either"
@@ -1055,7 +1055,7 @@ def test_two_services_at_one_port_keep_their_connections(
     client: Puppet,
     puppet: StartPuppet,
 ) -> None:
-    """Each at its address: a connection belongs to the right one before it is accepted."""
+    """Each at its own address: an unaccepted connection belongs to the right service."""
     services = puppet(), puppet()
     port = their_port
     both_families = (first, second) == ("0.0.0.0", "::")

@@ -38,7 +38,7 @@ def test_sockets_with_colliding_hashes_are_kept_apart(
     client: Puppet,
     puppet: Callable[..., Puppet],
 ) -> None:
-    """Twice: the one that had it goes, and another one gets it."""
+    """Twice: the socket in the array closes, and another one takes the entry."""
     service, rows_at = puppet(), tmp_path / "rows.jsonl"
     run = running_tcplat(
         probes=("tcp_client", "tcp_service"),

@@ -51,10 +51,10 @@ PLACES = (
     "LD_PRELOAD, LD_LIBRARY_PATH",
 )
 APART = ("PYTHONHOME", "PYTHONUSERBASE")
-"""Where Python heeds them, it does not come to other places: so they are planted by themselves."""
+"""Python that honours these never gets to other places: so they are planted separately."""
 C_TRAPS = ("current folder: header", "BCC_*", "CPATH, C_INCLUDE_PATH")
 DATA_TRAPS = ("TMPDIR", "XDG_CACHE_HOME")
-"""Folders in which nothing may be made with rights."""
+"""Folders in which nothing may be created with privileges."""
 TOOLS = (
     "bash bpftool cc clang env gcc git id ip ld ldconfig less modprobe mount objdump python "
     "python3 readlink sh tar tty uname unxz xz"
@@ -147,7 +147,7 @@ class Planted:
         return found
 
     def changes(self) -> list[str]:
-        """In which of the user's folders something was made, or removed, since the last time."""
+        """Return the user's folders in which files were created or removed since the last call."""
         found = []
         for name in ("temporary", "cache"):
             folder = self.root / name
@@ -453,11 +453,11 @@ being executed, are spared. There it must not get beyond what the user's caller 
 
 @attrs.frozen
 class Started:
-    """How it went, and what ran."""
+    """Outcome of a start, and what ran."""
 
     notes: list[Note]
     made: list[str]
-    """What a process with rights made in the user's folders."""
+    """What a privileged process created in the user's folders."""
 
 
 Start = Callable[[str, str, bool], Started]
@@ -498,13 +498,13 @@ def test_planted_code_never_runs_with_privileges(
 ) -> None:
     outcome = started(mode, command, place in APART)
     if place in C_TRAPS:
-        return  # it ended well, so that the compiler has met no #error
+        return  # it succeeded, so the compiler has met no #error
     if place in DATA_TRAPS:
         assert ("temporary" if place == "TMPDIR" else "cache") not in outcome.made
         return
     ran = [note.command for note in outcome.notes if note.place == place and note.privileged]
     if place == LIBRARY and mode in KEEPS_LIBRARIES:
-        # What started it had it already; what tcplat starts with rights has not.
+        # The process that started it had it already; what tcplat starts with privileges has not.
         ran = [one for one in ran if "tcplat_core" in one]
     assert ran == []
 

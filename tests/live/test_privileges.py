@@ -1,4 +1,4 @@
-"""Root is given up early, little stays in memory, and a process's name is only text."""
+"""Root is dropped early, memory stays small, and a process's name is printed as text."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_session_has_no_capability(running_tcplat: Start) -> None:
     for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
         assert int(own[name], 16) == 0, name
     assert own["NoNewPrivs"] == "1"
-    # The loader had them, and is gone.
+    # The loader had them, and has ended.
     assert Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text() == ""
 
 
@@ -184,7 +184,7 @@ def test_command_under_sudo_keeps_root(
 def test_command_under_sudo_is_stopped_with_the_run(
     readable: tuple[str, ...], start_tcplat: Start, public: Path, pid_file: PidFile
 ) -> None:
-    """The session is not root any more, the command is: a mere kill(2) is not allowed."""
+    """The session is no longer root, the command is: kill(2) would be refused."""
     outcome = start_tcplat(
         "--duration",
         "300ms",
@@ -215,9 +215,9 @@ def test_run_without_root_is_refused(readable: tuple[str, ...], public: Path) ->
 def test_modules_from_pythonpath_and_cwd_are_not_imported(
     running_tcplat: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither PYTHONPATH nor the current folder can slip one in.
+    """Neither PYTHONPATH nor the current folder can inject one.
 
-    But for `tcplat_core`: pip's script imports that before a line of ours runs.
+    `tcplat_core` is an exception: pip's script imports it before any line of tcplat runs.
     """
     trap = tmp_path / "trap"
     trap.mkdir()
@@ -315,7 +315,7 @@ def test_cold_start_is_fast_enough(start_tcplat: Start, measured: Callable[[str]
 
 
 def test_run_starts_without_a_cache(start_tcplat: Start) -> None:
-    """A cache that cannot be written is none, and no more than that."""
+    """A cache that cannot be written is not used."""
     needs("unshare", "mount")
     Path("/var/cache/tcplat").mkdir(mode=0o700, parents=True, exist_ok=True)
     script = 'mount -t tmpfs -o ro none /var/cache/tcplat && exec "$@"'

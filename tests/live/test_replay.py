@@ -1,4 +1,4 @@
-"""What was recorded and is replayed is what was seen live, also through a filter."""
+"""A replay gives what the live run gave, also through a filter."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def replayed(path: Path | str, *arguments: str) -> bytes:
 def alike(rows: Iterable[Row]) -> Counter[tuple[Any, ...]]:
     """Rows but for what two runs stamp and number differently.
 
-    Which thread used a socket last, one run may learn a moment before the other.
+    The thread that used a socket last may be known a moment earlier in one of the runs.
     """
     own = ("ts_ns", "time_ns", "sock", "tid", "connect_us", "accept_us", "call_us")
     return Counter(tuple((key, row[key]) for key in row if key not in own) for row in rows)
@@ -148,7 +148,7 @@ def test_packets_pass_the_filter_by_either_end(
             data = replayed(recording.path, *arguments, "--sink", "jsonl", "-q")
         packets.append(at(parse(data)[0], "nic_rx"))
     live, again = packets
-    # How many empty ACKs there are is the kernel's mood.
+    # The number of empty ACKs varies.
     for flag in ("SYN", "FIN"):
         assert flagged(live, flag) == flagged(again, flag) == 2 * 2 * 2
     assert carried(live, port) == carried(again, port)

@@ -346,7 +346,7 @@ s.sendall(b"0123456789")
     if {row["attach"] for row in rows} == {"tracepoint"}:  # it has no entry
         assert {row["call_us"] for row in rows} == {None}
         return
-    # The call is within what its caller measures; at best there is next to nothing else in it.
+    # The caller measures the call and, at best, next to nothing else.
     rest = [whole - row["call_us"] for whole, row in zip(took, rows, strict=True)]
     assert 0 <= min(rest) <= 0.1 * max(took) + 1000 * SLOW
 

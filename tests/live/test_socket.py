@@ -28,7 +28,7 @@ def test_fifty_readers_get_exact_counts_beside_a_silent_one(
     start_tcplat: Callable[..., Tcplat],
     measured: Callable[[str], None],
 ) -> None:
-    """All counts are exact at any rate; nothing is lost at one that the machine can take."""
+    """All counts are exact at any event rate; nothing is lost at a rate the machine can handle."""
     flood = tmp_path / "flood"
     source = _HERE.parent / "bench/flood.c"
     subprocess.run(["clang", "-O2", "-o", str(flood), str(source)], check=True)

@@ -161,7 +161,7 @@ class Measured:
     exchanges: list[dict[str, Any]]
 
     def least(self, stage: str) -> float:
-        """In the exchange that others' work disturbed least; a known delay is in each of them."""
+        """Take the least disturbed exchange; a known delay is in each of them."""
         return float(min(one["stages"][stage] for one in self.exchanges))
 
     @property
@@ -173,7 +173,7 @@ class Measured:
 def measure(
     road: Road, tmp_path: Path, running_tcplat: Callable[..., Tcplat]
 ) -> Callable[..., Measured]:
-    """Has the client ask the server so many times, and tcplat watch."""
+    """Trace while the client sends so many requests to the server."""
 
     def run(
         *,
@@ -476,7 +476,7 @@ def test_hanging_request_has_the_time_its_client_waited(
     running_tcplat: Callable[..., Tcplat],
 ) -> None:
     server, client, port = puppet(), puppet(), free_port()
-    # It answers what it is asked twice, and no third time.
+    # It answers two requests, and not the third.
     server(f"""
 listening = socket.create_server(("127.0.0.1", {port}))
 peers = []

@@ -1,4 +1,4 @@
-"""A thousand connections of curl to a real server, and tcpdump as the witness of the times."""
+"""A thousand connections of curl to a real server, with times checked against tcpdump."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ for thread in threads:
     for rows in socks.values():
         told = story(rows)
         assert told[:4] == ["connect", "SYN_SENT", "ESTABLISHED", "send"]
-        # Whether the peer's FIN or its answer's reader comes first is a matter of luck.
+        # The peer's FIN and the read of its answer may come in either order.
         assert sorted(told[4:7]) == ["CLOSE_WAIT", "recv", "recv"]
         assert told[7:] == ["LAST_ACK", "CLOSE", "close"]
         assert total(rows, "recv") == 100

@@ -11,7 +11,7 @@ from tcplat_core.run import privileges
 
 @pytest.fixture(autouse=True)
 def _still_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands that run in this very process must not take the other tests' rights away."""
+    """Keep commands that run in this process from dropping the privileges of other tests."""
     monkeypatch.setattr(privileges, "drop", lambda: None)
 
 

@@ -1,4 +1,4 @@
-"""What is drawn on a terminal while a capture is read, and that nothing of it stays."""
+"""The progress bar on a terminal while a capture is read, and its removal."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_interrupted_command_leaves_no_progress_bar(
                 sent = True
     os.close(main)
     assert sent
-    assert b"\x1b[?25l" not in shown  # never hidden, so that nothing has to bring it back
+    assert b"\x1b[?25l" not in shown  # the cursor is never hidden, so it need not be restored
     if number != signal.SIGKILL:
         assert b"%" not in shown.rpartition(b"\r\x1b[K")[2]
     if command != "replay" and number in (signal.SIGTERM, signal.SIGHUP):

@@ -230,7 +230,7 @@ def test_contradictory_types_give_a_one_line_error(
 
 
 def use(data: bytes) -> bool:
-    """Ask a BTF everything; only BtfError may come out. Return whether it was read."""
+    """Query everything of a BTF; it may raise BtfError alone. Return whether it was read."""
     try:
         btf = Btf.from_bytes(data)
     except BtfError:

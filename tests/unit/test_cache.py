@@ -190,7 +190,7 @@ def test_root_caches_in_var_and_users_in_their_home(monkeypatch: pytest.MonkeyPa
 
 
 def test_capabilities_without_root_disable_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the user's own folder, processes without them could put programs for us to load."""
+    """In the user's folder, processes without capabilities could plant programs."""
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     monkeypatch.setattr("tcplat_core.loader.cache.held", lambda: True)
     with pytest.raises(PermissionError, match="there is no cache"):

@@ -1,4 +1,4 @@
-"""What a user types, what it answers, and with which exit code."""
+"""The command line: options, messages and exit codes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 def one_sentence(out: str, err: str) -> str:
-    """Return the message after a user's mistake: nothing on stdout, one line on stderr."""
+    """Return the message of a usage error: nothing on stdout, one line on stderr."""
     assert out == ""
     assert re.fullmatch(r"tcplat: [^\n]+\n", err), err
     return err.removeprefix("tcplat: ").rstrip()
@@ -437,7 +437,7 @@ def test_both_ip_versions_together_filter_nothing(run: Run, loader: FakeLoader) 
 
 
 def whole(*arguments: str, stdout: int = subprocess.PIPE, files: str = "") -> tuple[int, str, str]:
-    """Exit status and what it says, of the whole program, which may open so many files."""
+    """Run the whole program with a limit of open files; return exit status, stdout, stderr."""
     ended = subprocess.run(
         ["sh", "-c", 'test -z "$0" || ulimit -n "$0"; exec "$@"', files, *PROGRAM, *arguments],
         stdout=stdout,
@@ -486,7 +486,7 @@ assert not libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0)
 assert not libc.prctl(SECCOMP, FILTER, ctypes.byref(Program(4, code)))
 os.execv(sys.argv[3], sys.argv[3:])
 """
-"""Has a system call refused, as a container's seccomp filter does."""
+"""Run a program whose system call is refused, as by the seccomp filter of a container."""
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the numbers are those of x86-64")
@@ -581,7 +581,7 @@ class Interrupts:
 
 
 def test_run_under_nohup_outlives_its_terminal() -> None:
-    """It only takes over what was not ignored; in a process of its own, for the sake of others."""
+    """Ignored signals stay ignored. In a process of its own: signals are process-wide."""
     text = """
 import signal
 from tcplat_core.run.signals import Signals
@@ -768,7 +768,7 @@ def test_reader_gone_before_the_run_ends_it_cleanly(
 
 
 def test_unexpected_exception_is_not_hidden(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what a user can cause is one sentence."""
+    """Only errors that a user can cause are one sentence."""
 
     def broken() -> None:
         raise ZeroDivisionError

@@ -1,4 +1,4 @@
-"""What the clock of the rows is, in a time namespace and out of one."""
+"""The clock of the rows, in a time namespace and outside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plugins bring commands; a broken one breaks itself alone."""
+"""Commands of plugins; a broken one affects no other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text that is compiled, the code that comes out of the cache, and which bcc is bcc."""
+"""The text that is compiled, the code from the cache, and which bcc package is used."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ TEXT = program_text(
 
 
 def test_call_of_a_kfunc_is_patched_and_a_helpers_is_not() -> None:
-    """Bcc compiles calls by number, as those of helpers; a helper's stays what it is."""
+    """Bcc compiles calls by number, as those of helpers; calls of helpers are unchanged."""
     instruction = struct.Struct("=BBhi")
     call = [0x85, 0, 0]
     code = instruction.pack(*call, compiling.KFUNC + 65475) + instruction.pack(*call, 5)
@@ -316,7 +316,7 @@ def test_bcc_of_another_user_is_refused_as_root(
 def test_compiling_restores_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The compiler changes into the kernel tree."""
+    """The compiler changes the working directory to the kernel tree."""
     monkeypatch.setenv("BCC_KERNEL_SOURCE", "/planted")
     here = os.getcwd()
     with kernel_source(tmp_path):

@@ -1,4 +1,4 @@
-"""The conformance kit: what comes with tcplat passes it, and each fault is called by its name."""
+"""The conformance kit: built-in plugins pass it, and each fault is named."""
 
 from __future__ import annotations
 
@@ -304,7 +304,7 @@ def test_fault_of_a_probe_is_named(change: dict[str, Any], check: str, sentence:
 
 
 def test_record_laid_out_differently_by_the_compiler_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if tcplat itself had it wrong: a declaration cannot make it so."""
+    """As if tcplat itself were wrong: no declaration of a plugin causes it."""
     from tcplat_core.event.record import Record  # noqa: PLC0415 - this test alone plays with it
 
     right = Record.c_struct
@@ -318,7 +318,7 @@ def test_record_laid_out_differently_by_the_compiler_fails(monkeypatch: pytest.M
 
 
 def test_check_that_cannot_run_is_not_passed() -> None:
-    """Whatever comes after a C that does not compile."""
+    """All checks behind C that does not compile."""
     found = outcome(attrs.evolve(GOOD, source="int tp_gone("), "programs")
     assert found == Outcome("programs", "not checked", "the C does not compile by tracepoint")
 
@@ -476,7 +476,7 @@ def test_exception_of_the_plugin_is_a_failed_check() -> None:
 
 
 class Unprintable(BaseException):
-    """Of a class that does not say what it is, either."""
+    """An exception whose str() fails."""
 
     def __str__(self) -> str:
         raise SystemExit(4)
@@ -760,7 +760,7 @@ def test_joining_sink_may_hold_rows_back() -> None:
 
 @attrs.define(eq=False)
 class Served:
-    """A sink without a fault: one line for each row to whoever reads, and has room for it."""
+    """A sink without a fault: one line for each row to every reader with room for it."""
 
     listening: socket.socket
     readers: list[socket.socket] = attrs.field(factory=list)
@@ -812,7 +812,7 @@ class CannotLetGo(Served):
 
 
 class SendsLater(Served):
-    """It greets at once, and has a buffer for rows."""
+    """It sends a greeting on connect, and buffers rows."""
 
     kept = b"hello\n"
 
@@ -990,7 +990,7 @@ def check(*arguments: str) -> Result:
 
 @pytest.fixture
 def unprivileged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is loaded or attached by these tests, whoever runs them."""
+    """Act as without root: these tests load and attach nothing."""
     monkeypatch.setattr("tcplat_core.testing.trial_process.as_root", lambda: None)
 
 
@@ -1054,7 +1054,7 @@ def test_unusable_choice_is_refused_in_one_sentence(
 
 
 def test_c_is_compiled_without_any_capability() -> None:
-    """All that bcc needs rights for is to create maps, and by then it has compiled."""
+    """Bcc needs privileges for creating maps alone, after it has compiled."""
     drop = ("setpriv", "--bounding-set=-all", "--inh-caps=-all") if os.geteuid() == 0 else ()
     tcplat = str(Path(sys.executable).with_name("tcplat"))
     port = secrets.randbelow(1 << 16) or 1

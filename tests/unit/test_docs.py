@@ -1,4 +1,4 @@
-"""The documents in docs/: what they show is run, and what is made from the code is up to date."""
+"""The documents in docs/: their examples are run, and generated pages are up to date."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ GENERATE = made_by_hand("tcplat_docs_generate")
 
 @pytest.fixture
 def folder(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the reader of a page stands: its project is made, and as good as installed."""
+    """Yield a folder with the project of a page, importable as if installed."""
     monkeypatch.chdir(tmp_path)
     if page in PROJECTS:
         kind, name = PROJECTS[page]
@@ -106,7 +106,7 @@ def folder(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 @pytest.mark.parametrize("page", list(GENERATE.MAKES))
 def test_generated_pages_are_up_to_date(page: str) -> None:
-    """Mended by `make docs`."""
+    """If this fails: `make docs`."""
     assert (DOCS / page).read_text(encoding="utf-8") == GENERATE.MAKES[page]()
 
 

@@ -1,4 +1,4 @@
-"""What ``tcplat doctor`` says of bcc and tracefs."""
+"""``tcplat doctor`` on bcc and tracefs."""
 
 from __future__ import annotations
 

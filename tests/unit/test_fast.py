@@ -1,4 +1,4 @@
-"""What C does with records is what Python does with them: the same lines, the same order."""
+"""records.c gives the same lines in the same order as the Python implementation."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_python_encodes_where_the_library_is_disabled(monkeypatch: pytest.Monkey
         library.cache_clear()
 
 
-def test_records_c_compiles_without_warnings() -> None:
+def test_compiler_gives_no_warning_for_records_c() -> None:
     source = FILE.with_name("records.c")
     for compiler in filter(shutil.which, ("gcc", "clang")):
         done = subprocess.run(

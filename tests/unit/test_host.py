@@ -1,4 +1,4 @@
-"""Which way a hook point takes, and what is said where it has none."""
+"""The mechanism that a hook point uses, and the reason where it has none."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_auto_takes_the_first_usable_way(host: Callable[[Way], str | None], take
 
 
 def test_cast_is_not_used_where_the_kernel_lacks_it() -> None:
-    """It came with 6.2."""
+    """bpf_rdonly_cast came with 6.2."""
     assert Host(facts={"bpf_rdonly_cast": None, "struct sock": (1, [])}).cast() == 0
 
 

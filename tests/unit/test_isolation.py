@@ -1,4 +1,4 @@
-"""What compiles with rights has nothing of its caller's, and leaves nothing behind."""
+"""The privileged compiler inherits nothing from its caller, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def eventually(condition: Callable[[], bool]) -> None:
     ],
 )
 def test_child_dies_with_its_parent_before_python_starts(start: str, tmp_path: Path) -> None:
-    """In the place of Python is a program that knows nothing of us."""
+    """Python is replaced by a program that does not watch its parent."""
     program = tmp_path / "python"
     program.write_text("#!/bin/sh\nexec sleep 60\n")
     program.chmod(0o755)
@@ -152,7 +152,7 @@ def test_child_dies_with_its_parent() -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether it is there, and no zombie that waits for another's init."""
+    """Return whether it exists and is not a zombie."""
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
@@ -243,7 +243,7 @@ def test_privileged_groups_of_the_caller_are_dropped(
 @pytest.mark.parametrize("name", ["SUDO_UID", "SUDO_GID"])
 @pytest.mark.skipif(os.geteuid() != 0, reason="for others the variable means nothing")
 def test_invalid_sudo_uid_or_gid_is_refused(name: str, value: str) -> None:
-    """To setresuid(2), -1 means that nothing is to change: so it is no number of a user."""
+    """To setresuid(2), -1 means no change: so it is not a uid."""
     done = subprocess.run(
         [sys.executable, "-I", "-m", "tcplat_core", "plugins", "list"],
         env={**os.environ, "SUDO_UID": "65534", name: value},

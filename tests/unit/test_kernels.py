@@ -1,6 +1,6 @@
-"""Every hook point, held against what the kernels' own BTF says of functions and tracepoints.
+"""Every hook point, checked against the functions and tracepoints in the BTF of each kernel.
 
-data/kernels.json has the facts; `python tests/vm/facts.py` makes it anew.
+data/kernels.json has the facts; `python tests/vm/facts.py` regenerates it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def version(kernel: str) -> tuple[int, ...]:
 
 @pytest.fixture
 def host(kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
-    """As if that kernel ran, with kprobes, fentry and system calls' tracepoints."""
+    """Return a host with that kernel, kprobes, fentry and tracepoints of system calls."""
     monkeypatch.setattr(host_module, "KPROBE_PMU", tmp_path)
     known = KERNELS[kernel]["facts"]
     return Host(
@@ -55,13 +55,13 @@ def test_kernels_json_has_every_booted_kernel() -> None:
 
 @every_kernel
 def test_kernels_json_has_every_hook(kernel: str) -> None:
-    """Else: python tests/vm/facts.py."""
+    """If this fails: python tests/vm/facts.py."""
     asked = {name for name in NAMES if not name.startswith(SYSCALLS)}
     assert asked == set(KERNELS[kernel]["facts"])
 
 
 def test_every_hook_names_the_arguments_it_reads() -> None:
-    """What is not named is not checked. Returns have none, and neither have system calls."""
+    """Unnamed arguments are not checked. Returns and system calls have none."""
     for name, point in POINTS:
         for hook in hooks(point):
             bare = hook.mechanism == "kretprobe" or hook.func.startswith(SYSCALLS)
@@ -71,7 +71,7 @@ def test_every_hook_names_the_arguments_it_reads() -> None:
 
 @every_kernel
 def test_every_function_signature_of_each_kernel_is_supported(host: Host, kernel: str) -> None:
-    """By one of the signatures that are listed: an unknown one would close the way."""
+    """By one of the listed signatures: an unknown one would make the mechanism unusable."""
     known = KERNELS[kernel]["facts"]
     refusals: dict[tuple[str, str, str], list[str | None]] = {}
     for name, point in POINTS:

@@ -1,4 +1,4 @@
-"""What is taken for a network namespace, and what is not."""
+"""What is accepted as a network namespace, and what is refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_unknown_namespace_is_named(text: str) -> None:
     params=["/etc/passwd", "/dev/null", "/dev/tty", "/usr", "..", "/proc/self/ns/pid", "FIFO"]
 )
 def other(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Something that is there, and no network namespace."""
+    """Return an existing file that is not a network namespace."""
     if request.param == "FIFO":
         os.mkfifo(tmp_path / "fifo")
         return str(tmp_path / "fifo")

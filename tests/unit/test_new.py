@@ -43,7 +43,7 @@ def test_new_project_is_lint_clean_and_consistently_named(
     project, *files = create(kind, name, tmp_path)
     assert project.name == f"tcplat-{name.replace('_', '-')}"
     assert not any("skeleton" in f"{file} {file.read_text()}" for file in files)
-    # By its own rules, and by ours.
+    # By the project's rules, and by those of this repository.
     for how in ((), ("--config", ROOT / "pyproject.toml")):
         checked = run("ruff", "check", "--no-cache", *how, ".", cwd=project)
         assert checked.returncode == 0, checked.stdout
@@ -196,7 +196,7 @@ def test_new_project_is_not_writable_by_others(tmp_path: Path) -> None:
 def test_full_disk_leaves_no_partial_project(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would be in the way of the next attempt."""
+    """A partial project would make the next attempt fail."""
     written = 0
 
     def full(text: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""No other user's link, file or pipe turns a path of ours into another."""
+"""Links, files and pipes of other users cannot redirect an output path."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ Give = Callable[[Path], None]
 
 @pytest.fixture
 def give() -> Give:
-    """Has a file, link or folder belong to another user."""
+    """Give a file, link or folder to another user."""
 
     def to_another(path: Path) -> None:
         if os.geteuid() == 0:
@@ -415,7 +415,7 @@ def on_a_full_disk(kind: str, how: str, size: int) -> list[str]:
 
 
 def test_pipe_receives_whole_lines() -> None:
-    """Whenever the run is ended, no half line is in it."""
+    """Whenever the run ends, the pipe has no partial line."""
     reader, writer = os.pipe()
     output = Output(writer, lambda: True)
     lines = b"".join(b"%d %s\n" % (number, b"x" * (number % 900)) for number in range(2000))

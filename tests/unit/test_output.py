@@ -1,4 +1,4 @@
-"""Whole writes to files and pipes, that neither a dead nor a sleeping reader can hold for ever."""
+"""Whole writes to files and pipes; neither a closed nor a stalled reader blocks for ever."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def test_dual_stack_socket_with_an_ipv4_peer_has_mapped_addresses(stack: ExitSta
 
 
 def test_unconnected_socket_is_not_found(stack: ExitStack) -> None:
-    """Neither bound nor connected: sock_diag does not know it, nor has it anything to tell."""
+    """Neither bound nor connected: sock_diag does not list it."""
     sock = stack.enter_context(socket.socket())
     assert cookie(sock) not in found()
 
@@ -126,7 +126,7 @@ def test_udp_is_not_tcp(stack: ExitStack) -> None:
 
 
 def test_each_of_many_sockets_is_found_once(stack: ExitStack) -> None:
-    """More than one netlink message holds."""
+    """More than fit into one netlink message."""
     listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=512))
     clients = [
         stack.enter_context(socket.create_connection(listener.getsockname())) for _ in range(400)
@@ -170,7 +170,7 @@ print(int.from_bytes(cookie, sys.byteorder), netns, flush=True)
 
 @pytest.mark.skipif(not shutil.which("unshare"), reason="util-linux's unshare is not installed")
 def test_a_socket_in_another_network_namespace_is_found() -> None:
-    """The namespace is the child's alone: it is gone when the child is, whatever happens here."""
+    """The namespace belongs to the child alone, and goes with it even if this test fails."""
     with child(LISTENS, command=("unshare", "--net")) as (pid, said):
         number, netns = map(int, said.split())
         seed = found()[number]
@@ -277,7 +277,7 @@ def test_unreadable_fds_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         seeds = [seed for seed in owners.find(hidden) if seed.lport == port]
         peer.close()
         client.close()
-    # Accepted they are, whoever holds them.
+    # They are accepted, whichever process holds them.
     assert {(seed.role, seed.pid, seed.waiting) for seed in seeds} == {
         (owners.LISTENER, 0, False),
         (owners.SERVER, 0, False),

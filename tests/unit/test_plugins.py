@@ -207,7 +207,7 @@ def test_hook_wrapper_does_not_change_another_plugin(install: Install) -> None:
 
 
 def test_broken_plugin_offers_nothing(install: Install) -> None:
-    """It fails at its second sink: the first one is not half there."""
+    """It fails at its second sink: the first one is not registered either."""
     install(BROKEN["raises_in_hook"][0], "half")
     assert load_new().sinks == {}
 
@@ -283,7 +283,7 @@ def test_request_for_an_unknown_plugin_lists_the_known_ones(install: Install) ->
 
 
 def test_two_plugins_of_one_name_are_both_refused(install: Install) -> None:
-    """Which of the two it would be is chance."""
+    """The choice between the two would be arbitrary."""
     install(GOOD, "a_first")
     install("@hookimpl\ndef tcplat_register_probes(): yield probe('retransmits')", "b_second")
     plugins = load_new()

@@ -1,4 +1,4 @@
-"""What every probe that comes with tcplat must hold to, whatever kernel it meets."""
+"""What every built-in probe must satisfy on any kernel."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_every_hook_number_in_c_is_of_a_reporting_hook(spec: ProbeSpec) -> None:
     used = set(re.findall(r"\bHOOK_(\w+)", with_headers(spec.source)))
     known = {hook.program for _, hook in reporting(spec.points)}
     assert used <= known
-    # A hook that reports says which one it was.
+    # A reporting hook has its number in its records.
     assert known <= used
 
 

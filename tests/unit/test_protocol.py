@@ -1,4 +1,4 @@
-"""Requests and answers cross from session to loader and back whole, file descriptors included."""
+"""Requests and answers pass between session and loader complete, file descriptors included."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_dead_loader_gives_no_answer(ends: Ends) -> None:
 
 
 def test_every_fd_arrives_at_its_place(ends: Ends) -> None:
-    """Each is a pipe: what is written into the answer's fd says which one it was."""
+    """Each is a pipe: what is written into the received fd identifies it."""
     session, loader = ends
     pipes = [os.pipe() for _ in range(12)]
     gate, ring, books, link, program, counts, more, ring2, books2, *held = (

@@ -1,4 +1,4 @@
-"""Captures: what was recorded comes back as it was; what is damaged is left out, and said."""
+"""Captures: recorded rows are replayed unchanged; damaged ones are skipped and reported."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def encoded(item: object, form: str = "jsonl") -> bytes:
 
 @attrs.define
 class Played:
-    """What became of a capture."""
+    """The result of a replay."""
 
     sink: RecordingSink
     said: list[str]
@@ -108,7 +108,7 @@ class Played:
 
 @pytest.fixture
 def replay(tmp_path: Path) -> Callable[..., Played]:
-    """Replays these bytes to a sink that remembers."""
+    """Replay these bytes to a recording sink."""
 
     def call(data: bytes, **how: Any) -> Played:
         path = tmp_path / "capture"

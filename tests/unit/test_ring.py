@@ -1,4 +1,4 @@
-"""The ring is drained in order, whole records only; the books add up."""
+"""The ring is drained in order, whole records only; the counters add up."""
 
 from __future__ import annotations
 

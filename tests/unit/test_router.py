@@ -1,4 +1,4 @@
-"""Rows of all probes, in order of time, to every sink that can take them."""
+"""Rows of all probes go to every sink in time order; failing sinks are switched off."""
 
 from __future__ import annotations
 
@@ -394,7 +394,7 @@ def everything(router: Router) -> None:
 
 
 class SilentError(Exception):
-    """Its own words fail, as a plugin's may."""
+    """Its str() raises, as a plugin's may."""
 
     def __str__(self) -> str:
         raise ValueError("in __str__")
@@ -411,7 +411,7 @@ RAISED = [
 
 @pytest.fixture
 def taken_over() -> Iterator[None]:
-    """SIGINT is the run's, as in `run` and `replay`: no KeyboardInterrupt is the user's."""
+    """Handle SIGINT as `run` and `replay` do: no KeyboardInterrupt comes from the user."""
     before = signal.signal(signal.SIGINT, lambda _number, _frame: None)
     yield
     signal.signal(signal.SIGINT, before)

@@ -1,4 +1,4 @@
-"""The event: its record, its decoder, its JSON, and what may stand in a text."""
+"""The event: its record, its decoder, its JSON, and the escaping of texts."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def decode_one(event: type[Event] = Event, **members: int | bytes | str) -> Any:
 
 @pytest.mark.parametrize("event", [Event, Retransmit, Everything])
 def test_record_has_no_padding(event: type[Event]) -> None:
-    """Member after member; that the compiler sees it so as well is asserted in C, below."""
+    """By the sizes of members; the compiler's layout is asserted in C, below."""
     sizes = {f"{sign}{8 * size}": size for sign in "us" for size in (1, 2, 4, 8)}
     sizes |= {"char": 1, "bool": 1}
     record = Record(event)
@@ -241,7 +241,7 @@ def test_every_combination_of_flags_is_spelled_out() -> None:
 
 
 def test_decoder_keeps_order_and_count_when_its_memo_overflows() -> None:
-    """It remembers 65,536 answers of each function, then starts afresh."""
+    """It caches 65,536 results of each function, then starts afresh."""
     raw = [make_record(ts_ns=number, daddr=number.to_bytes(16, "big")) for number in range(70_000)]
     rows = decode(*raw)
     assert [row.ts_ns for row in rows] == list(range(70_000))

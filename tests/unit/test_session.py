@@ -1,4 +1,4 @@
-"""A whole run, on a kernel side that is played: rings, books and a loader in memory."""
+"""A whole run on a simulated kernel side: rings, counters and a loader in memory."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ def test_loss_has_the_interval_it_happened_in(play: Play) -> None:
                 while probe.emit("tp_send", ts_ns=(now_ns := kernel_ns())):
                     fitted_ns = now_ns
                 lost_ns.append((fitted_ns, now_ns))
-                # It had room when the other had none.
+                # It had space when the other ring was full.
                 other.emit("tp_send", ts_ns=kernel_ns())
 
     sink = Overflows()

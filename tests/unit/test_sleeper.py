@@ -1,4 +1,4 @@
-"""How the session waits while nothing comes."""
+"""How the session waits while no records come."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LONG_S = 60.0
 
 
 class Gate:
-    """Memory in the place of tcplat_gate, and a pipe in that of a ring."""
+    """Memory instead of tcplat_gate, and a pipe instead of a ring."""
 
     def __init__(self) -> None:
         self.fd = os.memfd_create("gate")

@@ -1,4 +1,4 @@
-"""Closed standard input, output and error: commands do what they do with /dev/null there."""
+"""Closed standard input, output and error: commands behave as with /dev/null."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_closed_stdin_or_stdout_that_is_needed_is_reported(capture: Path) -> Non
 
 
 def test_read_only_dev_null_as_stdout_is_reported_as_closed(capture: Path) -> None:
-    """As after the program was executed anew: what was closed is /dev/null then."""
+    """As after a second exec(2): closed descriptors are /dev/null then."""
     with open(os.devnull, "rb") as unwritable:  # noqa: PTH123 - there is no path to speak of
         ran = subprocess.run(
             [sys.executable, "-I", "-m", "tcplat_core", "replay", str(capture)],
@@ -178,7 +178,7 @@ def opened_once_read(pipe: Path, reader: subprocess.Popen[bytes]) -> int:
 
 
 def test_command_inherits_the_original_signal_mask() -> None:
-    """As it would without tcplat before it; in a process of its own, for the sake of others."""
+    """As without tcplat. In a process of its own: the signal mask is inherited."""
     text = """
 import signal, sys
 from tcplat_core.run import signals

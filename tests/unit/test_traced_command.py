@@ -1,4 +1,4 @@
-"""The command behind ``--``: it waits for its start, and its status is ours."""
+"""The command behind ``--``: it waits to be released, and its status is passed on."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_death_by_a_signal_becomes_status_128_plus_its_number(
 def test_command_waits_until_it_is_released(fork: Fork, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     command = fork("touch", str(mark))
-    # It sleeps in read(2) on the gate: that is as far as it gets by itself.
+    # It sleeps in read(2) on the gate until it is released.
     while state(command) != "S":
         assert not mark.exists()
     assert not command.ended()

@@ -90,7 +90,7 @@ class Kernel:
     suite: str
 
     def matches(self, package: str) -> bool:
-        """Tells whether a package is this kernel."""
+        """Return whether a package is this kernel."""
         return fnmatch.fnmatchcase(package, self.pattern) and not any(
             flavour in package for flavour in UNWANTED_FLAVOURS
         )
@@ -237,14 +237,14 @@ class Cache:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Lets one process at a time fetch."""
+        """Let one process at a time fetch."""
         self.root.mkdir(parents=True, exist_ok=True)
         with (self.root / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def fetch(self, kernels: Sequence[Kernel], *, update: bool = False) -> dict[str, Path]:
-        """Sees to it that kernels are unpacked in the cache.
+        """Unpack kernels into the cache where they are missing.
 
         Args:
             kernels: Which ones.
@@ -263,7 +263,7 @@ class Cache:
             return {kernel.name: tree for kernel in kernels if (tree := self.find(kernel))}
 
     def headers(self, kernel: Kernel) -> Path:
-        """Sees to it that a kernel's headers are in the cache.
+        """Unpack a kernel's headers into the cache where they are missing.
 
         Returns:
             One tree, as programs that compile for a kernel want it; bcc's own tools are told of
@@ -361,7 +361,7 @@ class Cache:
 
 
 def unpack_image(image: Path, target: Path) -> None:
-    """Unpacks a kernel image, which takes the guest up to three seconds at every boot.
+    """Unpack a kernel image, which takes the guest up to three seconds at every boot.
 
     Args:
         image: The compressed kernel, in x86's boot format.
@@ -661,7 +661,7 @@ class Guest:
     timed_out: bool = False
 
     def kill(self) -> None:
-        """Kills qemu, and what it may have started."""
+        """Kill qemu, and what it may have started."""
         # Once waited for, the number could be another process's.
         if self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
@@ -774,7 +774,7 @@ def console_tail(run: Path) -> list[str]:
 
 
 def say(text: str) -> None:
-    """Tells the user something; the standard output is the command's."""
+    """Print a message to stderr; the standard output is the command's."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 

@@ -1,4 +1,4 @@
-"""The harness itself, without any virtual machine: qemu is a shell script here."""
+"""The harness itself, without any virtual machine: qemu is replaced by a shell script."""
 
 from __future__ import annotations
 

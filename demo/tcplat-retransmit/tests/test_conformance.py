@@ -1,4 +1,4 @@
-"""The probe keeps what tcplat asks of a probe: one test for each check."""
+"""The probe conforms to what tcplat requires of a probe: one test for each check."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The words of the probe, and how it learns the kernel's HZ."""
+"""Descriptions of the probe, and how it finds the kernel's HZ."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_hz_follows_from_the_length_of_a_tick(hz: int, monkeypatch: pytest.Monke
 def test_high_resolution_coarse_clock_gives_no_hz(
     tick_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Better no RTO than a wrong one."""
+    """No RTO is better than a wrong one."""
     monkeypatch.setattr(time, "clock_getres", lambda _: tick_s)
     assert kernel_hz() is None
     assert "RETRANSMIT_HZ" not in defines({"min_rto_us": 0})

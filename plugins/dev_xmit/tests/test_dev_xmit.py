@@ -1,4 +1,4 @@
-"""Options, words and the record: no root needed."""
+"""dev_xmit: options, descriptions and the record; no root needed."""
 
 from __future__ import annotations
 

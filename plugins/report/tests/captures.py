@@ -1,4 +1,4 @@
-"""Captures made up, of two hosts: what their probes would have written, and what is true of it."""
+"""Synthetic captures of two hosts, with the true times of every exchange."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tcplat_core.registry.find import Plugins
 
 EPOCH_NS = 1_700_000_000_000_000_000
 NETNS = (4_026_531_840, 4_026_531_840)
-"""The same number on both hosts, as that of a first namespace often is."""
+"""Equal on both hosts, as the number of a first namespace often is."""
 STAGES_US = {
     "client_send": 15,
     "wire": 40,
@@ -113,7 +113,7 @@ class Traffic:
         near, far = ("10.0.0.1", 10_000 + number % 50_000), ("10.0.0.2", 80)
         first = (chance.randrange(2**32), chance.randrange(2**32))
         sent = [0, 0]
-        socks = (ts_ns, ts_ns)  # the two hosts number alike
+        socks = (ts_ns, ts_ns)  # both hosts count their sockets from the same number
 
         def row(at: int, probe: str, point: str, host: int, sender: int, **more: Any) -> Event:
             packet = point in ("nic_tx", "nic_rx", "rx_ip")

@@ -1,4 +1,4 @@
-"""tcplat diff: what changed is found, and what did not change is not."""
+"""tcplat diff: changes are found, and noise is not reported."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def lognormal(seed: int, count: int = 2000, factor: float = 1.0) -> list[float]:
 
 
 def in_bursts(seed: int, count: int = 2000) -> list[float]:
-    """Half of the time all is slow; slow and fast times last 50 requests, on average."""
+    """Half of the requests are slow; slow and fast bursts last 50 requests, on average."""
     chance = Random(seed)  # noqa: S311 - made-up traffic
     values, slow = [], False
     for _ in range(count):

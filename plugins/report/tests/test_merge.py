@@ -1,4 +1,4 @@
-"""tcplat merge: two hosts' captures become one, by bounds that hold."""
+"""tcplat merge: two hosts' captures become one, with true bounds of the clock offset."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_stdin_is_refused_as_a_capture() -> None:
 def test_true_offset_is_within_the_bounds_at_every_packet(
     seed: int, ppm: int, shift: int, gap_us: int, one_way_us: tuple[int, int]
 ) -> None:
-    """Whatever the ways take, in whichever direction, however seldom packets are."""
+    """Whatever the delays in each direction, however rare the packets."""
     chance = Random(seed)  # noqa: S311 - made-up traffic
 
     def clock(ts_ns: int) -> int:

@@ -1,4 +1,4 @@
-"""A million events, as the program takes them: in seconds, and in little memory.
+"""A million events: limits of time and memory.
 
 An eighth of them, in an eighth of the time, unless TCPLAT_LONG=1.
 """
@@ -67,7 +67,7 @@ class Cost:
 
 
 def cost(*arguments: str) -> Cost:
-    """Of a Python with these arguments."""
+    """Measure a Python with these arguments."""
     command = [sys.executable, "-I", *arguments]
     run = subprocess.run(
         [sys.executable, "-I", "-c", _MEASURE, *command], check=True, stdout=subprocess.PIPE
@@ -77,13 +77,13 @@ def cost(*arguments: str) -> Cost:
 
 @pytest.fixture(scope="module")
 def slower(capture: Path) -> float:
-    """So many times as long as where the limits were set takes what is no work of ours."""
+    """Return how much slower this machine is than the one on which the limits were set."""
     read = "import json, sys\nfor line in open(sys.argv[1], 'rb'): json.loads(line)"
     return max(1.0, min(cost("-c", read, str(capture)).cpu_s for _ in range(2)) / _PLAIN_S / _SHARE)
 
 
 def cheapest(*arguments: str, within_s: float) -> Cost:
-    """Of several runs, as long as it takes too long: others use the machine, too."""
+    """Return the cheapest of several runs: other processes use the machine, too."""
     costs: list[Cost] = []
     while len(costs) < _TRIES and (not costs or costs[-1].cpu_s > within_s):
         costs.append(cost("-I", "-m", "tcplat_core", *arguments))

@@ -1,4 +1,4 @@
-"""tcplat report: the page has what the capture tells, and no more than it has room for."""
+"""tcplat report: the page has the figures of the capture, within its size limits."""
 
 from __future__ import annotations
 

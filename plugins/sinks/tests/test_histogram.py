@@ -1,4 +1,4 @@
-"""What the sink `histogram` writes of what the kernel has counted."""
+"""Output of the sink `histogram`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON lines: rows, losses in their place, and the books at the end."""
+"""JSON lines: rows, losses at their place, and the report at the end."""
 
 from __future__ import annotations
 

@@ -263,7 +263,7 @@ def test_losses_of_the_run_reach_a_slow_reader(bench: Bench) -> None:
     lost = [one["lost"] for one in maps if "lost" in one]
     assert sum(one["count"] for one in lost) == 200 * LOSS.count
     assert len(lost) < 200
-    # Each says of all that it stands for when that was.
+    # Each has the interval of all losses that it stands for.
     assert [one["since_ns"] for one in lost] == [1, *(one["until_ns"] + 51 for one in lost[:-1])]
     assert lost[-1]["until_ns"] == 19_950
 
@@ -333,7 +333,7 @@ def test_rows_and_gaps_add_up_in_any_order(steps: list[int | str]) -> None:
 
 
 def drain(reader: Subscriber, theirs: socket.socket, unpacker: Any) -> None:
-    """Read until nothing waits any more."""
+    """Read until no data is pending."""
     reader.send()
     while True:
         try:
@@ -394,7 +394,7 @@ def test_half_closed_reader_gets_every_row(bench: Bench) -> None:
 
 
 def test_tcp_keepalive_drops_a_dead_peer_after_a_minute(bench: Bench) -> None:
-    """By the kernel: it is asked whether it will."""
+    """By the kernel: the test checks the socket options."""
     sink = bench.sink(tcp=f"127.0.0.1:{free_port()}")
     assert sink.listening
     bench.client(sink.listening.getsockname())

@@ -1,4 +1,4 @@
-"""What every sink that comes with tcplat must do."""
+"""What every built-in sink must do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table: columns that line up, numbers that are whole, and nothing that a terminal obeys."""
+"""The table: aligned columns, whole numbers, and no control characters."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def test_numbers_are_never_cut(write: Write, width: int) -> None:
 @pytest.mark.parametrize("width", [120, 130])
 @pytest.mark.parametrize("connect_us", [14_000, 3_000_000, 127_000_000])
 def test_connect_time_is_never_cut(write: Write, width: int, connect_us: int) -> None:
-    """A SYN that has to be sent again makes it long."""
+    """A retransmitted SYN makes it long."""
     rows = [
         make_event(**V6, comm="a name of 15 b", func="sock:inet_sock_set_state"),
         make_event(connect_us=connect_us),

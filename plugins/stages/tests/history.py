@@ -1,4 +1,4 @@
-"""Histories of connections: the rows that probes would make of them, and what truly happened."""
+"""Synthetic connections: the rows that probes would make of them, and the true times."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ class History:
             arrivals.append((comes, first, last))
             self.packet(comes, "nic_rx", end, begin + first, last - first)
         for comes, first, last in arrivals:
-            # What came last comes last, everywhere.
+            # The order of arrival is kept everywhere.
             later = ip if comes == nic else min(comes + (ip - nic), ip)
             self.packet(later, "rx_ip", end, begin + first, last - first)
         # Readers of a part: as far as the stream was whole.

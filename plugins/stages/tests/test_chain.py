@@ -1,4 +1,4 @@
-"""Stages add up, whatever is known."""
+"""Stages add up, whichever instants are known."""
 
 from __future__ import annotations
 

@@ -211,7 +211,7 @@ def test_replaced_connection_is_emitted_once_silent() -> None:
         (44, "closed"),
         (22, "port reused"),
     ]
-    # What its socket does after that is no connection of its own.
+    # Later rows of its socket make no new connection.
     old.socket(40 * SECOND, SERVICE, "recv", seq=old.seq(CLIENT, 0), bytes=0)
     old.socket(41 * SECOND, SERVICE, "close", state="TCP_CLOSE")
     assert joiner.feed(old.made[-2:]) == []
@@ -330,7 +330,7 @@ def test_reset_in_reply_to_a_timed_out_connection_is_not_the_reason() -> None:
     now = talk(history, history.shake_hands() + 500) + 500
     history.socket(now, CLIENT, "send", seq=history.seq(CLIENT, 100), bytes=10)
     history.socket(now + 1, CLIENT, "state", **TIMED_OUT)
-    # The service goes on as if nothing had been, and there is no socket any more.
+    # The service keeps sending although the client's socket is gone.
     history.packet(now + 2, "nic_tx", SERVICE, 200, 5)
     history.packet(now + 3, "nic_tx", CLIENT, 110, flags="RST")
     history.socket(now + 4, SERVICE, "state", **RESET)
@@ -370,7 +370,7 @@ def test_reset_before_the_timeout_is_the_reason() -> None:
 
 
 def renamed(rows: Sequence[Row], since_ns: int, end: int, pid: int, comm: str) -> None:
-    """From an instant on, what an end's socket does is another process's doing."""
+    """From an instant on, another process uses the socket of an end."""
     for row in rows:
         if row.ts_ns >= since_ns and row.sock == (11, 22)[end]:
             row.pid, row.comm = pid, comm

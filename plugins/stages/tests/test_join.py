@@ -1,4 +1,4 @@
-"""Rows joined to exchanges: by bytes, whatever the packets do."""
+"""Rows are joined to exchanges by byte ranges, whatever the segmentation."""
 
 from __future__ import annotations
 
@@ -959,7 +959,7 @@ def test_missing_rows_are_not_taken_for_urgent_bytes() -> None:
 
 
 def connection_of(number: int) -> Iterator[Any]:
-    """As a capture has it: each row with texts of its own."""
+    """As in a capture: texts are not shared between rows."""
     history = History(
         ends=(("10.0.0.1", 1000 + number), ("10.0.0.2", 80)),
         by_sock=(2 * number + 1, 2 * number + 2),

@@ -1,4 +1,4 @@
-"""What became of a request: answered, or not, or not yet; and what is counted as what."""
+"""The outcome of a request: answered, unanswered, open, cut; and how each is counted."""
 
 from __future__ import annotations
 
@@ -401,7 +401,7 @@ def test_request_read_without_a_row_is_paired(
 
 
 def _with_copied(history: History) -> None:
-    """Wake-ups tell what is unread, from the first such byte on."""
+    """Wake-ups give the first unread byte."""
     read = [history.seq(end, 0) for end in (CLIENT, SERVICE)]
     for row in history.rows():
         peer = SERVICE if row.probe == "tcp_client" else CLIENT
@@ -584,7 +584,7 @@ def test_outcomes_agree_with_the_counts() -> None:
 def test_connection_without_call_rows_has_no_missing_reply(
     tells: str, written: Callable[..., str]
 ) -> None:
-    """As MPTCP has it: states and packets of a subflow have rows, its calls have none."""
+    """As with MPTCP: states and packets of a subflow have rows, its calls have none."""
     history = History()
     now = one_answered(history)
     history.socket(now + SECOND - 2, SERVICE, "stats", bytes_acked=202 if tells == "acked" else 2)

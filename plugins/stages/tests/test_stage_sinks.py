@@ -1,4 +1,4 @@
-"""What the sinks write."""
+"""Output of the sinks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The words of the connecting side, and where it listens."""
+"""tcp_client: descriptions, hook points and their arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The words of the accepting side, and where it listens."""
+"""tcp_service: descriptions, hook points and their arguments."""
 
 from __future__ import annotations
 

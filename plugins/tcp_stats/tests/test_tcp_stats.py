@@ -1,4 +1,4 @@
-"""The record and the words: no root needed."""
+"""tcp_stats: the record and the descriptions; no root needed."""
 
 from __future__ import annotations
 

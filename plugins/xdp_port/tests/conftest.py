@@ -34,7 +34,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @pytest.fixture
 def measured(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
-    """Says a figure at the end of the test run."""
+    """Print a figure at the end of the test run."""
     return lambda figure: record_property("xdp_port", figure)
 
 

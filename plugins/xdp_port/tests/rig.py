@@ -44,7 +44,7 @@ _ROOM = 1 << 17
 
 @attrs.define(eq=False)
 class Runner:
-    """Gives one program frames to judge."""
+    """Run one program on frames."""
 
     program: int
     _in: bytearray = attrs.field(factory=lambda: bytearray(_ROOM), init=False)

@@ -142,7 +142,7 @@ _TELLING += bytes([0x81, 0x88, 0xA8, 0x91, 0x08, 0x86, 0xDD, 43, 44, 50, 51, 59,
 
 
 def mutated(templates: list[bytes], count: int, seed: int) -> Iterator[bytes]:
-    """Frames that are nearly right."""
+    """Frames that are nearly valid."""
     random_ = random.Random(seed)  # noqa: S311 - the same frames each time
     pick, below, bits = random_.choice, random_.randrange, random_.getrandbits
     for _ in range(count):
