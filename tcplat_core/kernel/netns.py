@@ -24,11 +24,16 @@ _NS_GET_NSTYPE = 0xB703
 _CLONE_NEWNET = 0x40000000
 
 
+def of_process(process: int | str = "self") -> Path:
+    """Return where the network namespace of a process is."""
+    return Path(f"/proc/{process}/ns/net")
+
+
 def path(text: str) -> Path:
     """Where the namespace is that a name of ``ip netns``, a process id or a path means."""
     if "/" in text:
         return Path(text)
-    return Path(f"/proc/{text}/ns/net") if text.isdecimal() else NAMED / text
+    return of_process(text) if text.isdecimal() else NAMED / text
 
 
 @contextlib.contextmanager
@@ -114,7 +119,7 @@ def inside(netns: str) -> Iterator[None]:
         yield
         return
     with contextlib.ExitStack() as stack:
-        home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        home = os.open(of_process(), os.O_RDONLY | os.O_CLOEXEC)
         stack.callback(os.close, home)
         try:
             setns(stack.enter_context(opened(netns)))

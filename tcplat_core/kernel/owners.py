@@ -20,7 +20,7 @@ from pathlib import Path
 
 import attrs
 
-from .netns import setns
+from .netns import of_process, setns
 from .rights import lacking
 
 CLIENT, SERVER, LISTENER = 1, 2, 3
@@ -245,14 +245,14 @@ def _held(pid: int) -> Iterator[int]:
 
 def _namespaces(pids: Iterable[int], hidden: Hidden) -> Iterator[tuple[int, list[_Diag]]]:
     """Each network namespace and its sockets, ours first."""
-    ours = os.stat("/proc/self/ns/net").st_ino
+    ours = of_process().stat().st_ino
     seen = {ours}
     yield ours, list(_dump())
-    home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    home = os.open(of_process(), os.O_RDONLY | os.O_CLOEXEC)
     try:
         for pid in pids:
             with contextlib.suppress(OSError):
-                there = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+                there = os.open(of_process(pid), os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     inode = os.fstat(there).st_ino
                     if inode in seen:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from tcplat_core.errors import CannotRunError, UsageError
-from tcplat_core.kernel import bpf, netdev
+from tcplat_core.kernel import bpf, fdinfo, netdev
 from tcplat_core.kernel.netdev import Interface
 from tcplat_core.plugin.hookpoints import Interfaces
 
@@ -154,12 +154,11 @@ def _holders(link: int) -> list[str]:
         with contextlib.suppress(OSError):  # it has ended
             for fd in os.listdir(process / "fd"):
                 target = os.readlink(process / "fd" / fd)
-                if target.startswith("anon_inode:") and "link" in target:
-                    info = (process / "fdinfo" / fd).read_text(encoding="ascii")
-                    if re.search(rf"^link_id:\s+{link}$", info, re.MULTILINE):
-                        comm = (process / "comm").read_text(encoding="utf-8", errors="replace")
-                        found.append(f"{comm.strip()} (pid {process.name})")
-                        break
+                is_link = target.startswith("anon_inode:") and "link" in target
+                if is_link and fdinfo.number(fd, "link_id", process.name) == link:
+                    comm = (process / "comm").read_text(encoding="utf-8", errors="replace")
+                    found.append(f"{comm.strip()} (pid {process.name})")
+                    break
     return found
 
 

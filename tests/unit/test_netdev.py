@@ -43,6 +43,17 @@ def test_own_namespace_needs_no_root() -> None:
         assert os.stat("/proc/self/ns/net").st_ino == before
 
 
+def test_fdinfo_tells_numbers_of_any_process() -> None:
+    fd = os.pidfd_open(os.getpid())
+    try:
+        assert fdinfo.number(fd, "Pid") == os.getpid()
+        assert fdinfo.number(fd, "Pid", str(os.getpid())) == os.getpid()
+        assert fdinfo.number(fd, "link_id") is None
+    finally:
+        os.close(fd)
+    assert fdinfo.number(fd, "Pid") is None
+
+
 def test_xdp_link_without_interface_alone_is_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
