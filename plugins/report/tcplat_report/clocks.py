@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import attrs
 from tcplat_stages.rows import whole
@@ -33,6 +33,9 @@ _UNSURE_NS = 1_000_000_000
 _HALF = 1 << 31
 _WHOLE = 1 << 32
 _PACKETS = frozenset({"nic_tx", "nic_rx", "rx_ip"})
+_BEGINNINGS = frozenset({"syn", "syn acked"})
+"""Kinds of numbers that begin a connection."""
+_ACKS = frozenset({"acked", "syn acked"})
 
 Key = tuple[Any, ...]
 
@@ -200,13 +203,26 @@ def _spread(bounds: list[int | None], times: list[int]) -> list[int]:
 
 
 class _Progress:
-    """How far one direction of a connection has come at one host."""
+    """How far one direction of a connection has come at one host, unwrapped; -1 for unknown."""
 
     __slots__ = ("acked", "position", "since")
 
     def __init__(self, since: int) -> None:
         self.position = self.acked = -1
         self.since = since
+
+    def reached(self, kind: str) -> int:
+        """Return how far its bytes, or what it acknowledges, have come."""
+        return self.acked if kind in _ACKS else self.position
+
+
+class _Sight(NamedTuple):
+    """Where and when a number was new, and how far that was, unwrapped."""
+
+    ts_ns: int
+    netns: Any
+    progress: _Progress
+    at: int
 
 
 class PacketMatcher:
@@ -224,98 +240,96 @@ class PacketMatcher:
 
     def __init__(self) -> None:
         self.corridor = Corridor()
-        self._ways: dict[Key, _Progress] = {}
-        self._left: dict[Key, tuple[int, Any]] = {}
-        """Number -> when, and in which namespace."""
-        self._arrived: dict[Key, tuple[int, Any]] = {}
+        self._progress: dict[Key, _Progress] = {}
+        self._left: dict[Key, _Sight] = {}
+        self._arrived: dict[Key, _Sight] = {}
         self._peers: dict[Key, Any] = {}
         """Host, its namespace and a connection's ends there -> the other host's namespace."""
         self.forgotten = 0
 
     def feed(self, host: int, rows: Iterable[Any]) -> None:
         """Rows of one host, in order of time."""
-        progress = self._ways
         for row in rows:
             point = row.point
             if point not in _PACKETS or row.sock or row.seq is None or row.bytes is None:
                 continue
             leaves = point == "nic_tx"
             flags = row.flags or ""
-            ts_ns = row.ts_ns
-            netns = row.netns
+            ts_ns, netns = row.ts_ns, row.netns
             ends = (row.saddr, row.sport, row.daddr, row.dport)
-            way_key = (leaves, host, netns, *ends)
-            way = progress.get(way_key)
-            if way is None or "SYN" in flags:
-                # Where the beginning was missed, what seems new may have been sent before.
-                since = ts_ns if "SYN" in flags else ts_ns + _UNSURE_NS
-                if way is None or (row.seq + 1) % _WHOLE != way.position:
-                    way = progress[way_key] = _Progress(since)
-                    if len(progress) > _MOST_WAITING:
-                        del progress[next(iter(progress))]
+            begins = "SYN" in flags
+            progress = self._progress_of((leaves, host, netns, *ends), row, begins=begins)
             matched = False
             # The number that begins a connection is no other's, but may be that of another's data.
-            new = "SYN" in flags
-            byte, acked = ("syn", "syn acked") if new else ("byte", "acked")
-            end = row.seq + row.bytes + ("SYN" in flags) + ("FIN" in flags)
-            if end != row.seq and (found := _newer(end % _WHOLE, way.position)):
-                way.position = found - 1
-                if ts_ns >= way.since:
-                    matched = self._match(leaves, host, netns, ts_ns, (*ends, byte, found), new)
+            byte, acked = ("syn", "syn acked") if begins else ("byte", "acked")
+            end = row.seq + row.bytes + begins + ("FIN" in flags)
+            if end != row.seq and (at := _advanced(end % _WHOLE, progress.position)) >= 0:
+                progress.position = at
+                if ts_ns >= progress.since:
+                    sight = _Sight(ts_ns, netns, progress, at)
+                    matched = self._match(host, sight, (leaves, *ends, byte, at % _WHOLE))
             ack = whole(row, "ack")
-            if ack is not None and "ACK" in flags and (found := _newer(ack, way.acked)):
-                way.acked = found - 1
-                if ts_ns >= way.since:
-                    matched |= self._match(leaves, host, netns, ts_ns, (*ends, acked, found), new)
+            if ack is not None and "ACK" in flags and (at := _advanced(ack, progress.acked)) >= 0:
+                progress.acked = at
+                if ts_ns >= progress.since:
+                    sight = _Sight(ts_ns, netns, progress, at)
+                    matched |= self._match(host, sight, (leaves, *ends, acked, at % _WHOLE))
             self.corridor.packets += matched
 
-    def _match(
-        self,
-        leaves: bool,  # noqa: FBT001 - a fact
-        host: int,
-        netns: Any,
-        ts_ns: int,
-        key: Key,
-        new: bool,  # noqa: FBT001 - as above
-    ) -> bool:
-        """A packet's number, new at this point. It goes from `host` if it leaves, else to it.
+    def _progress_of(self, key: Key, row: Any, *, begins: bool) -> _Progress:
+        """Return the progress of a packet's direction there; a new one where a SYN begins it."""
+        known = self._progress.get(key)
+        if known is not None and (
+            not begins or (known.position >= 0 and (row.seq + 1 - known.position) % _WHOLE == 0)
+        ):
+            return known
+        # Where the beginning was missed, what seems new may have been sent before.
+        found = self._progress[key] = _Progress(row.ts_ns + (0 if begins else _UNSURE_NS))
+        if len(self._progress) > _MOST_WAITING:
+            del self._progress[next(iter(self._progress))]
+        return found
+
+    def _match(self, host: int, sight: _Sight, key: Key) -> bool:
+        """Take a number that is new at a host.
 
         Args:
-            leaves: It does.
-            host: Where it was seen.
-            netns: In which network namespace there.
-            ts_ns: When.
-            key: The packet's ends, and the number.
-            new: It begins a connection.
+            host: Which one.
+            sight: When, and in which network namespace there.
+            key: Whether the packet leaves there, or arrives; its ends, the kind of number, and it.
 
         Returns:
             Whether the other host has seen it before.
         """
+        leaves, kind = key[0], key[5]
         sender = host if leaves else 1 - host
-        key = (sender, *key)
+        key = (sender, *key[1:])
         here, there = (self._left, self._arrived) if leaves else (self._arrived, self._left)
+        for sights in (here, there):
+            old = sights.get(key)
+            if old is not None and old.progress.reached(kind) - old.at >= _HALF:
+                del sights[key]  # numbers wrap: this one was passed 2 GiB ago
         other = there.get(key)
-        if other is None or not self._are_peers(host, netns, other[1], key, new):
+        if other is None or not self._are_peers(host, sight.netns, other.netns, key):
             if key not in here:
-                here[key] = (ts_ns, netns)
+                here[key] = sight
                 if len(here) > _MOST_WAITING:
                     del here[next(iter(here))]
                     self.forgotten += 1
             return False
         del there[key]
-        left, arrived = (ts_ns, other[0]) if leaves else (other[0], ts_ns)
+        left, arrived = (sight, other) if leaves else (other, sight)
         if sender == 0:
-            self.corridor.at_most(arrived, arrived - left)
+            self.corridor.at_most(arrived.ts_ns, arrived.ts_ns - left.ts_ns)
         else:
-            self.corridor.at_least(left, left - arrived)
+            self.corridor.at_least(left.ts_ns, left.ts_ns - arrived.ts_ns)
         return True
 
-    def _are_peers(self, host: int, netns: Any, other: Any, key: Key, new: bool) -> bool:  # noqa: FBT001 - as above
+    def _are_peers(self, host: int, netns: Any, other: Any, key: Key) -> bool:
         """Whether a connection goes from a namespace here to that one there, as far as is known."""
         ends = frozenset((key[1:3], key[3:5]))
         mine, theirs = (host, netns, ends), (1 - host, other, ends)
         peers = self._peers
-        if not new:
+        if key[5] not in _BEGINNINGS:
             known = peers.get(mine, other), peers.get(theirs, netns)
             if known != (other, netns):
                 return False
@@ -326,11 +340,12 @@ class PacketMatcher:
         return True
 
 
-def _newer(number: int, known: int) -> int:
-    """1 more than the number, if it is beyond the known one (modulo 2^32); else 0."""
-    if known >= 0 and not 0 < (number - known) % _WHOLE < _HALF:
-        return 0
-    return number + 1
+def _advanced(number: int, known: int) -> int:
+    """Return a number unwrapped, if it is beyond the known position (modulo 2^32); else -1."""
+    if known < 0:
+        return number
+    ahead = (number - known) % _WHOLE
+    return known + ahead if 0 < ahead < _HALF else -1
 
 
 def together(

@@ -294,6 +294,25 @@ def test_retransmitted_merged_or_split_segments_do_not_mislead() -> None:
     assert min(highs.values()) >= 0
 
 
+def test_numbers_that_wrap_are_not_those_of_4_gib_before() -> None:
+    # Each packet takes 50 µs by either clock; B sees it as two halves.
+    packet = Packets()
+    packet(0, "nic_tx", 0, 0, 99, 0, flags="SYN", ack=None)
+    packet(1, "nic_rx", 0, 50_000, 99, 0, flags="SYN", ack=None)
+    size, at, seq = 1 << 29, 0, 100
+    for number in range(12):
+        at += 1_000_000
+        # In the second 4 GiB, A's packets end where B's halves ended in the first.
+        count = size // 2 if number == 8 else size
+        packet(0, "nic_tx", 0, at, seq % 2**32, count)
+        for half in (0, count // 2):
+            packet(1, "nic_rx", 0, at + 50_000, (seq + half) % 2**32, count // 2)
+        seq += count
+    corridor = packet.sightings.corridor
+    assert corridor.packets == 14  # SYN, data, and one acknowledgement
+    assert all(50_000 <= high < 1_000_000 for high in corridor.highs.values())
+
+
 @pytest.mark.parametrize("begun", [True, False])
 def test_connections_of_several_namespaces_with_equal_ends_are_not_mixed(*, begun: bool) -> None:
     """The second pair's numbers are those of the first, 10 ms before. B's clock is A's."""
