@@ -19,6 +19,7 @@ from tcplat_core.plugin import histogram as histograms
 from tcplat_core.plugin.histogram import (
     BUCKETS,
     CELLS,
+    MOST_GROUPS,
     SUB_BITS,
     TOP_BITS,
     Aggregation,
@@ -148,6 +149,12 @@ def test_interval_counts_are_the_difference_of_two_readings() -> None:
 
 
 # --- what a sink may ask for
+
+
+def test_aggregation_of_too_many_groups_is_refused() -> None:
+    assert Aggregation("process", MOST_GROUPS, 1).numbers == MOST_GROUPS
+    with pytest.raises(ValueError, match="groups"):
+        Aggregation("process", MOST_GROUPS + 1, 1)
 
 
 def test_every_cpu_has_a_stripe_while_memory_allows() -> None:
