@@ -144,7 +144,7 @@ def full_device(subject: Subject) -> None:
     ran = try_sink(subject, _everything, "/dev/full")
     if not ran.error:
         raise Fault(
-            "its output is on a full device, and nobody hears of it: let write() and close() "
+            "its output is on a full device, and no error is raised: let write() and close() "
             "raise what the operating system says"
         )
     _check_is_error(ran.error)

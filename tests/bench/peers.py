@@ -134,11 +134,11 @@ def idiom(pid: int, out: Path) -> None:
         print("ready", flush=True)
         done = threading.Event()
 
-        def until_told() -> None:
+        def until_stdin_ends() -> None:
             sys.stdin.read()
             done.set()
 
-        threading.Thread(target=until_told, daemon=True).start()
+        threading.Thread(target=until_stdin_ends, daemon=True).start()
         while not done.is_set():
             module.ring_buffer_consume()
             time.sleep(0.003)

@@ -55,7 +55,7 @@ def eventually(condition: Callable[[], T], what: str, seconds: float = 60) -> T:
         if value:
             return value
         if late:
-            pytest.fail(f"in vain waited {patience(seconds):.0f} s until {what}")
+            pytest.fail(f"timeout after {patience(seconds):.0f} s, waiting until {what}")
         time.sleep(0.002 * SLOW)
 
 

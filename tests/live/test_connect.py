@@ -55,7 +55,7 @@ def assert_took_from_connect_on(rows: list[Row], done: Row) -> None:
 
 
 @pytest.mark.parametrize("ip", [4, 6])
-def test_a_connection_from_connect_to_close(
+def test_connection_is_traced_from_connect_to_close(
     ip: int, watched: Watched, client: Puppet, listener: Callable[..., Listener]
 ) -> None:
     server = listener(ip)

@@ -59,7 +59,7 @@ s.close()
 """
 
 
-def told(path: Path, sink: str) -> list[dict[str, Any]]:
+def replayed(path: Path, sink: str) -> list[dict[str, Any]]:
     """Return what a replay makes of a capture."""
     ended = subprocess.run(
         [*TCPLAT, "replay", str(path), "--sink", f"{sink}:format=json"],
@@ -108,7 +108,7 @@ def test_namespace_pairs_with_equal_addresses_are_not_mixed(
         (*(one.pid if known else None for one, known in zip(pair, watched, strict=True)), number)
         for number, pair in enumerate(pairs)
     }
-    exchanges = [one for one in told(tcplat.path, "waterfall") if one["kind"] == "exchange"]
+    exchanges = [one for one in replayed(tcplat.path, "waterfall") if one["kind"] == "exchange"]
     seen = Counter(
         (
             one["pid"] if watched[0] else None,
@@ -119,7 +119,7 @@ def test_namespace_pairs_with_equal_addresses_are_not_mixed(
         for one in exchanges
     )
     assert seen == {(*pids, number, number): 10 for *pids, number in right}
-    connections = [one for one in told(tcplat.path, "summary") if "conn" in one]
+    connections = [one for one in replayed(tcplat.path, "summary") if "conn" in one]
     assert len(connections) == 2
     assert {
         (one["client"]["pid"], one["service"]["pid"], one["bytes_to_service"] // 10 - 100)
@@ -155,7 +155,7 @@ def test_each_connect_of_one_socket_is_a_separate_connection(
     client("s.recv(40, socket.MSG_WAITALL); s.close()")
     tcplat.wait_for("all closed", lambda rows: len(at(rows, "close")) == 3)
     assert tcplat.stop().returncode == 0
-    connections = [one for one in told(tcplat.path, "summary") if "conn" in one]
+    connections = [one for one in replayed(tcplat.path, "summary") if "conn" in one]
     connections.sort(key=lambda one: one["ts_ns"])
     assert [one["error"] for one in connections] == ["refused", "refused", "ECONNRESET", None]
     assert [one["reset_by"] for one in connections] == ["service", "service", "client", None]
@@ -211,7 +211,9 @@ def test_timeout_is_not_a_reset(
     there("c.close(); a.close()")
     tcplat.wait_for("closed", lambda rows: bool(at(rows, "close")))
     assert tcplat.stop().returncode == 0
-    conn = next(one for one in told(tcplat.path, "summary") if one["client"]["pid"] == there.pid)
+    conn = next(
+        one for one in replayed(tcplat.path, "summary") if one["client"]["pid"] == there.pid
+    )
     assert (conn["error"], conn["reset_by"], conn["reset_why"]) == ("timed out", None, None)
 
 
@@ -244,7 +246,7 @@ def test_quiet_connection_is_emitted_live_as_in_a_replay(
         return live.read_text(encoding="utf-8").count("10 B, reply 20 B")
 
     # The second request ended the first exchange; the second ends by time alone.
-    eventually(lambda: shown() == 2, "the last exchange was told")
+    eventually(lambda: shown() == 2, "the last exchange was emitted")
     # Ten seconds of silence, and no more than one; this machine may be busy.
     assert 10 <= time.monotonic() - quiet < 11 * max(1, SLOW / 4)
     eventually(lambda: stages.read_text().count("-- until") == 2, "its interval ended")

@@ -243,7 +243,7 @@ def test_kill_at_any_instant_leaves_nothing(
     def start() -> subprocess.Popen[bytes]:
         # A filter or a port that no run has had: no cache spares the compiler.
         new = f"{1 << 30 | int.from_bytes(os.urandom(4), 'big')}ns"
-        port = 1 + random.randrange((1 << 16) - 1)  # noqa: S311 - nobody's secret
+        port = 1 + random.randrange((1 << 16) - 1)  # noqa: S311 - not a secret
         words = [word.format(new=new, port=port) for word in KILLED[what]]
         return subprocess.Popen(
             [*TCPLAT, *words],

@@ -148,7 +148,7 @@ def test_poll_that_raises_is_reported_once_and_the_run_continues(
 ) -> None:
     run = start("broken").wait_ready()
     what = "broken: its maps are no longer read: ZeroDivisionError"
-    eventually(lambda: what in run.errors.read_text(), "it was said")
+    eventually(lambda: what in run.errors.read_text(), "the message was printed")
     outcome = run.stop()
     assert outcome.returncode == 0
     assert outcome.stderr.count("not read any more") == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .harness import TCPLAT, Puppet, Row, Tcplat, eventually, network
-from .test_stages import told
+from .test_stages import objects_in
 
 _PORT = 9999
 _NEAR, _FAR = "10.82.0.1", "10.82.0.2"
@@ -75,7 +75,7 @@ def tcplat(*arguments: str) -> str:
 def waterfall(capture: Path, out: Path) -> dict[tuple[int, int], Row]:
     """Exchanges by the client's port and their number."""
     tcplat("replay", str(capture), "--sink", f"waterfall:format=json,path={out}", "-q")
-    return {(one["sport"], one["number"]): one for one in told(out)}
+    return {(one["sport"], one["number"]): one for one in objects_in(out)}
 
 
 def test_captures_with_two_clocks_are_merged(
@@ -121,7 +121,7 @@ def test_captures_with_two_clocks_are_merged(
     heads = [value["merge"] for value in map(json.loads, out.read_text().splitlines()[:2])]
     host = heads[1]
     first_ns = min(row["ts_ns"] for row in rows)
-    # Where in the run the offset is told for, matters by 50 ppm of its length.
+    # Where in the run the offset is taken for, matters by 50 ppm of its length.
     slack_ns = (rows[-1]["ts_ns"] - first_ns) * _PPM // 1_000_000
     assert abs(host["offset_ns"] - (shifted(first_ns) - first_ns)) <= host["bound_ns"] + slack_ns
     assert abs(host["drift_ppm"] - _PPM) <= host["drift_bound_ppm"]

@@ -413,7 +413,7 @@ def test_packets_for_traced_workers_are_kept_before_an_accept(
 # A process that listens, and its child, which accepts on command.
 DAEMON = """
 import ctypes
-def told(pipe):
+def wait_for_byte(pipe):
     return os.read(pipe[0], 1)
 port, end, accept = os.pipe(), os.pipe(), os.pipe()
 parent = os.fork()
@@ -423,9 +423,9 @@ if not parent:
     child = os.fork()
     if child:
         os.write(port[1], b"%d %d" % (listener.getsockname()[1], child))
-        told(end)
+        wait_for_byte(end)
         os._exit(0)
-    told(accept)
+    wait_for_byte(accept)
     peer, _ = listener.accept()
     peer.sendall(peer.recv(10))
     os._exit(0)

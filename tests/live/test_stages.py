@@ -117,7 +117,7 @@ def inside(there: Puppet, *command: str) -> str:
     return subprocess.run([*enter, *command], check=True, capture_output=True, text=True).stdout
 
 
-def told(path: Path) -> list[dict[str, Any]]:
+def objects_in(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -199,9 +199,9 @@ def measure(
         )
         road.client.tell(_ASK.format(**where, **sizes, times=times, pause=pause))
         road.client.answer()
-        eventually(lambda: len(told(path)) >= times, "all exchanges were told")
+        eventually(lambda: len(objects_in(path)) >= times, "all exchanges were emitted")
         assert tcplat.stop().returncode == 0
-        exchanges = told(path)
+        exchanges = objects_in(path)
         assert len(exchanges) == times
         check_sums(exchanges)
         assert {one["pid"] for one in exchanges} == {road.client.pid}
@@ -272,7 +272,7 @@ def test_dev_xmit_rows_agree_with_tcpdump(
             _ASK.format(host=SERVER, port=PORT, asked=size, answered=size, times=3, pause=0)
         )
         road.client.answer()
-        run.wait_for("the ACK of the last FIN left", _has_said_its_last)
+        run.wait_for("the ACK of the last FIN left", _has_acknowledged_the_last_fin)
         rows = run.stop().rows
         ours = _left(rows, "")
         eventually(lambda: seen.count() >= len(ours), "tcpdump saw as many")
@@ -294,8 +294,8 @@ def _left(rows: list[Row], flag: str) -> list[Row]:
     return [row for row in rows if row["dev"] == "ca" and flag in row["flags"]]
 
 
-def _has_said_its_last(rows: list[Row]) -> bool:
-    """Wait until the client has sent its FIN and acknowledged the server's."""
+def _has_acknowledged_the_last_fin(rows: list[Row]) -> bool:
+    """Return whether the client has sent its FIN and acknowledged the server's."""
     ours = _left(rows, "")
     return bool(_left(ours, "FIN")) and ours[-1]["flags"] == "ACK"
 
@@ -366,10 +366,10 @@ def test_stages_of_10000_requests_add_up_and_agree_with_curl(
             sinks=(f"waterfall:format=json,path={waterfall}", f"jsonl:path={capture}"),
         )
         theirs = curls(tmp_path, port, requests, keep_alive=keep_alive)
-        eventually(lambda: waterfall.read_bytes().count(b"\n") >= requests, "all were told")
+        eventually(lambda: waterfall.read_bytes().count(b"\n") >= requests, "all were emitted")
         outcome = run.stop()
     assert "0 lost" in outcome.stderr
-    ours = told(waterfall)
+    ours = objects_in(waterfall)
     assert len(ours) == len(theirs) == requests
     check_sums(ours)
     assert {one["kind"] for one in ours} == {"exchange"}
@@ -456,9 +456,9 @@ def test_requests_read_by_splice_are_paired(
         asking = {"host": "127.0.0.1", "port": port, **sizes, "times": times, "pause": 0.1}
         client.tell(_ASK.format(**asking))
         client.answer()
-        eventually(lambda: len(told(path)) >= times, "all exchanges were told")
+        eventually(lambda: len(objects_in(path)) >= times, "all exchanges were emitted")
         assert tcplat.stop().returncode == 0
-    exchanges = told(path)
+    exchanges = objects_in(path)
     check_sums(exchanges)
     assert [(one["outcome"], one["request_bytes"], one["reply_bytes"]) for one in exchanges] == [
         ("answered", *sizes.values())
@@ -512,7 +512,7 @@ left = time.monotonic_ns()
     client.answer()
     server("peers[0].close()")
     assert tcplat.stop().returncode == 0
-    (slowest,) = told(path)
+    (slowest,) = objects_in(path)
     assert (slowest["outcome"], slowest["total_us"]) == ("unanswered", None)
     assert slowest["over_by"] == "closed by the client"
     began, sent, leaving, left = (client(name) for name in ("began", "sent", "leaving", "left"))
@@ -587,7 +587,7 @@ listening = socket.create_server(({SERVER!r}, {PORT}))
         eventually(lambda: _tshark(seen, "tcp.flags.reset == 1"), "tcpdump has written all")
         witness = _retransmissions(seen)
     run.stop()
-    (conn,) = told(path)
+    (conn,) = objects_in(path)
     client, service = conn["client"], conn["service"]
     assert (conn["bytes_to_service"], conn["bytes_to_client"]) == (asked, answered)
     assert client["retransmits"] == shown["retrans"] > 0
@@ -657,9 +657,9 @@ s.close()
 try: socket.create_connection(({SERVER!r}, {PORT + 1}))
 except ConnectionRefusedError: pass
 """)
-    eventually(lambda: path.exists() and len(told(path)) >= 3, "all were told")
+    eventually(lambda: path.exists() and len(objects_in(path)) >= 3, "all were emitted")
     run.stop()
-    unread, aborted, refused = sorted(told(path), key=lambda conn: int(conn["ts_ns"]))
+    unread, aborted, refused = sorted(objects_in(path), key=lambda conn: int(conn["ts_ns"]))
     assert (unread["reset_by"], unread["reset_why"]) == ("service", "it closed with unread data")
     assert (aborted["reset_by"], aborted["reset_why"]) == ("client", "it aborted")
     assert (refused["reset_by"], refused["reset_why"]) == ("service", "no listener at that port")

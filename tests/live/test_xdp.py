@@ -462,7 +462,7 @@ def test_run_continues_when_one_of_two_interfaces_goes(
     client, island = pair
     run = running_tcplat(probes=[probe(island, "vb+lo")])
     network(client, script="link delete va")
-    eventually(lambda: "gone" in run.errors.read_text(), "it was said")
+    eventually(lambda: "gone" in run.errors.read_text(), "the message was printed")
     talk(island, "127.0.0.1")
     run.wait_for("the other still sees", lambda rows: len(rows) > 5)
     outcome = run.stop()
@@ -476,7 +476,7 @@ def test_run_continues_for_another_probe_when_the_interface_goes(
     client, island = pair
     run = running_tcplat(probes=["tcp_client", probe(island, "vb")])
     network(client, script="link delete va")
-    eventually(lambda: "gone" in run.errors.read_text(), "it was said")
+    eventually(lambda: "gone" in run.errors.read_text(), "the message was printed")
     talk(island, "127.0.0.1")
     run.wait_for("the other still sees", lambda rows: len(rows) > 5)
     outcome = run.stop()

@@ -21,5 +21,5 @@ def test_numbers_are_aligned_to_the_right() -> None:
     ]
 
 
-def test_no_rows_are_no_lines() -> None:
+def test_empty_table_has_no_lines() -> None:
     assert list(columns([])) == []

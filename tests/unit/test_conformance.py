@@ -672,7 +672,7 @@ SINK_FAULTS: dict[str, tuple[Any, str, str]] = {
     "it swallows a failing write": (
         SwallowsErrors,
         "full device",
-        "its output is on a full device, and nobody hears of it",
+        "its output is on a full device, and no error is raised",
     ),
     "it ends the process": (
         ExitsOnError,

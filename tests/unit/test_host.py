@@ -122,7 +122,7 @@ def test_optional_point_may_lack_the_requested_mechanism() -> None:
     assert choice.missing == {"extra": "it does not support kprobe"}
 
 
-def test_a_point_without_any_way_is_missing() -> None:
+def test_point_without_any_mechanism_is_missing() -> None:
     choice = choose([HookPoint("never", (), optional=True)], "auto", closed(), "p")
     assert choice.missing == {"never": "it does not support auto"}
 

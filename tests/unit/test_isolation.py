@@ -93,7 +93,7 @@ def test_deleted_working_directory_is_not_an_error(tmp_path: Path) -> None:
 
 
 def test_ignored_and_blocked_signals_are_not_inherited() -> None:
-    def deafen() -> None:
+    def ignore_and_block() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -102,7 +102,7 @@ def test_ignored_and_blocked_signals_are_not_inherited() -> None:
         "status = Path('/proc/self/status').read_text()\n"
         "print(*(int(status.split(f'Sig{name}:')[1].split()[0], 16) for name in ('Blk', 'Ign')))"
     )
-    blocked, ignored = map(int, output(python(code, preexec_fn=deafen)).split())
+    blocked, ignored = map(int, output(python(code, preexec_fn=ignore_and_block)).split())
     # The C library keeps 32 and 33 for itself: their inherited state cannot be changed.
     ours = sum(1 << number - 1 for number in signal.valid_signals())
     assert (blocked & ours, ignored & ours) == (

@@ -365,7 +365,7 @@ def test_an_entry_point_without_a_distribution_has_no_version(install: Install) 
     assert {(one.version, one.distribution) for one in found} == {("?", "?")}
 
 
-def test_the_order_of_installation_does_not_matter(install: Install) -> None:
+def test_installation_order_does_not_matter(install: Install) -> None:
     install(GOOD, "good")
     install(BROKEN["import_error"][0], "bad")
     entries = [entry for entry in entry_points(group=GROUP) if entry.name in ("good", "bad")]

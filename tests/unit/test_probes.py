@@ -145,7 +145,7 @@ def test_every_row_has_a_printable_description(spec: ProbeSpec) -> None:
         assert words.isprintable()
 
 
-def test_each_old_name_stands_for_a_function_that_there_is() -> None:
+def test_each_old_c_name_is_an_alias_of_an_existing_function() -> None:
     folder = files("tcplat_core").joinpath("include", "tcplat")
     old = folder.joinpath("old_names.bpf.h").read_text(encoding="utf-8")
     names = re.findall(r"^#define (\w+) (\w+)$", old, re.MULTILINE)

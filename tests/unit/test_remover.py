@@ -23,7 +23,9 @@ with passing_folder() as folder:
 """
 
 
-def test_it_is_removed_behind_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_is_removed_at_the_end_of_the_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with passing_folder() as folder:
         assert folder.parent == tmp_path
@@ -32,7 +34,7 @@ def test_it_is_removed_behind_the_block(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_it_is_removed_when_its_process_is_killed(tmp_path: Path) -> None:
+def test_folder_is_removed_when_its_process_is_killed(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", PROGRAM],
         stdin=subprocess.PIPE,
@@ -53,7 +55,7 @@ def test_it_is_removed_when_its_process_is_killed(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_lives_on_with_the_pipe_does_not_keep_it() -> None:
+def test_surviving_child_does_not_keep_the_folder() -> None:
     wait, go = os.pipe()
     with passing_folder() as folder:
         child = os.fork()

@@ -218,6 +218,6 @@ def test_modules_classes_and_functions_are_short(
     assert {part.name for part in found if part.lines > MOST_LINES[part.kind]} == LONG
 
 
-def test_what_is_longer_says_why() -> None:
+def test_longer_parts_have_a_reason() -> None:
     silent = [part.name for part in parts() if part.name in LONG and "#" not in part.head]
     assert silent == []

@@ -452,7 +452,7 @@ def connects(number: int) -> list[Row]:
     return one.made
 
 
-def test_of_many_connections_by_the_same_addresses_a_few_are_remembered() -> None:
+def test_most_recent_64_connections_of_a_four_tuple_are_kept() -> None:
     joiner = busy(connects, 1_000)
     (known,) = joiner.directory.by_addresses.values()
     assert [conn.ends[CLIENT].sock for conn in known] == list(range(1_936, 2_000))
@@ -460,7 +460,7 @@ def test_of_many_connections_by_the_same_addresses_a_few_are_remembered() -> Non
     assert len(joiner.directory.conns) == 64
 
 
-def test_each_of_them_is_told_once() -> None:
+def test_each_evicted_connection_is_emitted_once() -> None:
     joiner = Joiner()
     finished = [one for number in range(1_000) for one in joiner.feed(connects(number))]
     finished += joiner.finish()

@@ -544,7 +544,7 @@ def test_exchange_begins_with_its_first_stage() -> None:
     assert (exchange.began_ns, exchange.total_ns) == (1_000_000, 2_000_000)
 
 
-def test_a_wrong_guess_is_mended_for_the_end_that_closed_and_for_the_reset() -> None:
+def test_wrong_role_guess_is_corrected_for_close_and_reset() -> None:
     history = History(ends=(("10.0.0.1", 80), ("10.0.0.2", 40_000)))
     history.packet(1_000, "nic_rx", CLIENT, 0, 10)
     history.packet(2_000, "nic_rx", CLIENT, 10, flags="FIN|ACK")
@@ -623,7 +623,7 @@ def test_byte_counts_survive_a_lost_send_row() -> None:
     assert conn.bytes_of(CLIENT) == 1_500
 
 
-def test_a_client_that_asks_before_it_has_read_the_reply_does_not_think() -> None:
+def test_next_request_before_the_reply_is_read_adds_no_think_time() -> None:
     history = History()
     now = simple(history, history.shake_hands())
     asked = history.sent[CLIENT]

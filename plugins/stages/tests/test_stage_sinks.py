@@ -333,7 +333,7 @@ def test_each_sink_names_the_current_program_after_exec(written: Callable[..., s
     assert (conn["comm"], conn["client"]["comm"]) == ("python3", "python3")
 
 
-def test_a_figure_that_the_kernel_has_not_measured_is_not_shown(
+def test_unmeasured_kernel_figure_is_not_shown(
     written: Callable[..., str],
 ) -> None:
     history = History()
