@@ -6,6 +6,8 @@ from array import array
 from typing import Any
 
 from tcplat_stages.connection import Connection
+from tcplat_stages.rows import device
+from tcplat_stages.stream import CLIENT, SERVICE
 
 KINDS = ("send", "nic_tx", "nic_rx", "rx_ip", "ready", "recv", "again")
 """Points of the graph; `again` is a `nic_tx` of bytes that had left before."""
@@ -45,7 +47,7 @@ class Course:
         """Sequence number and position of the furthest byte, per direction."""
         self._furthest = [0, 0]
 
-    def add(self, row: Any, direction: int, code: int) -> int:
+    def add(self, row: Any, direction: int, code: int, *, passes_by: bool = False) -> int:
         """Note a row; how many points there are more by it."""
         seq, count = row.seq, row.bytes
         last = self._last[direction]
@@ -54,6 +56,8 @@ class Course:
             self._last[direction] = (seq, position)
         if code == _LEAVES:
             if position + count <= self._furthest[direction]:
+                if passes_by:
+                    return 0  # it has left already, by the stream's own device
                 code = _AGAIN
             else:
                 self._furthest[direction] = position + count
@@ -69,6 +73,12 @@ class Course:
         for at in range(0, len(points), 2 * FIELDS):
             self.points.extend(points[at : at + FIELDS])
         return 1 - (len(points) - len(self.points)) // FIELDS
+
+
+def _passes_by(conn: Connection, row: Any, source: tuple[str, int | None]) -> bool:
+    """Return whether a packet leaves by another device than its stream: a bridge, a veth."""
+    flow = conn.flows[CLIENT if source == conn.client else SERVICE]
+    return flow.tx_netns not in (None, row.netns) or flow.tx_dev not in (None, device(row))
 
 
 class Courses:
@@ -95,7 +105,8 @@ class Courses:
         if course is None:
             course = self._courses[conn.number] = Course(near)
         direction = (near != course.near) ^ (row.point in _OF_THE_OTHER)
-        self._count += course.add(row, direction, code)
+        passes_by = code == _LEAVES and _passes_by(conn, row, near)
+        self._count += course.add(row, direction, code, passes_by=passes_by)
 
     def take(self, conn: Connection) -> Course | None:
         """What is noted of a connection that is over."""

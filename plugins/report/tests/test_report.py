@@ -81,6 +81,22 @@ def test_unanswered_requests_come_first_and_are_counted_separately(tmp_path: Pat
     ]
 
 
+@pytest.mark.parametrize("other", [{"dev": "br0"}, {"dev": "br0", "netns": 7}])
+def test_packet_at_a_second_device_is_no_retransmission(
+    tmp_path: Path, other: dict[str, Any]
+) -> None:
+    rows = []
+    for row in joint(Traffic(connections=1, exchanges=5)):
+        rows.append(row)
+        if row.point == "nic_tx":
+            values = {name: getattr(row, name) for name in row.__struct_fields__}
+            rows.append(type(row)(**values | {"ts_ns": row.ts_ns + 1} | other))
+    shown = data(made(tmp_path, iter(rows))[1])
+    (course,) = shown["courses"].values()
+    kinds = [shown["kinds"][code >> 1] for code in course["points"][1::FIELDS]]
+    assert (kinds.count("nic_tx"), kinds.count("again")) == (10, 0)
+
+
 def test_unanswered_request_waits_until_the_run_ends(tmp_path: Path) -> None:
     rows = [row for row in joint(Traffic(connections=2, hung={1: 0})) if row.point != "close"]
     until_ns = rows[-1].ts_ns + 60_000_000_000
