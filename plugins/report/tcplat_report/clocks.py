@@ -41,7 +41,7 @@ Key = tuple[Any, ...]
 
 
 def drift(ns: int) -> int:
-    """How much an offset may change (ns) in so long."""
+    """Return how much an offset may change (ns) in so long."""
     return -(-abs(ns) * DRIFT_PPM // _MILLION)
 
 
@@ -110,7 +110,7 @@ class Corridor:
         self.packets = 0
 
     def at_most(self, ts_ns: int, offset: int) -> None:
-        """A packet to B, that arrived at `ts_ns`."""
+        """Take the upper bound by a packet to B, that arrived at `ts_ns`."""
         self.counts[0] += 1
         window, off = self._place(ts_ns)
         offset += off
@@ -121,7 +121,7 @@ class Corridor:
                 self._widen()
 
     def at_least(self, ts_ns: int, offset: int) -> None:
-        """A packet from B, that left at `ts_ns`."""
+        """Take the lower bound by a packet from B, that left at `ts_ns`."""
         self.counts[1] += 1
         window, off = self._place(ts_ns)
         offset -= off
@@ -139,7 +139,7 @@ class Corridor:
         return window * self.window_ns + self.window_ns // 2
 
     def _widen(self) -> None:
-        """Windows twice as long."""
+        """Make windows twice as long."""
         far = drift(self.window_ns // 2)
         self.window_ns *= 2
         highs, lows = self.highs, self.lows
@@ -152,7 +152,7 @@ class Corridor:
             self.lows[new] = max(offset - far, self.lows.get(new, offset - far))
 
     def offset(self) -> Offset:
-        """The tightest bounds that all packets together give.
+        """Return the tightest bounds that all packets together give.
 
         Raises:
             UnboundedError: One direction is missing, or the packets contradict each other.
@@ -248,7 +248,7 @@ class PacketMatcher:
         self.forgotten = 0
 
     def feed(self, host: int, rows: Iterable[Any]) -> None:
-        """Rows of one host, in order of time."""
+        """Take rows of one host, in order of time."""
         for row in rows:
             point = row.point
             if point not in _PACKETS or row.sock or row.seq is None or row.bytes is None:

@@ -11,7 +11,7 @@ from tcplat_core import Loss, Reader
 
 
 def finished(reader: Reader, joiner: Joiner) -> Iterator[Finished]:
-    """Exchanges and connections of a capture, as they are complete."""
+    """Yield exchanges and connections of a capture, as they are complete."""
     for item in reader.items():
         if isinstance(item, Loss):
             joiner.lost(item)
@@ -21,7 +21,7 @@ def finished(reader: Reader, joiner: Joiner) -> Iterator[Finished]:
 
 
 def remarks(reader: Reader, joiner: Joiner) -> Iterator[str]:
-    """What a reader of the figures has to know."""
+    """Yield sentences that a reader of the figures has to know."""
     yield from reader.remarks()
     for count, what in (
         (joiner.cut, "requests were under way when the capture began, and are left out"),

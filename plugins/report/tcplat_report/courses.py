@@ -48,7 +48,7 @@ class Course:
         self._furthest = [0, 0]
 
     def add(self, row: Any, direction: int, code: int, *, passes_by: bool = False) -> int:
-        """Note a row; how many points there are more by it."""
+        """Note a row; return by how many points the graph grew."""
         seq, count = row.seq, row.bytes
         last = self._last[direction]
         position = 0 if last is None else last[1] + (seq - last[0] + _HALF) % _WHOLE - _HALF
@@ -109,7 +109,7 @@ class Courses:
         self._count += course.add(row, direction, code, passes_by=passes_by)
 
     def take(self, conn: Connection) -> Course | None:
-        """What is noted of a connection that is over."""
+        """Return what is noted of a connection that is over, and forget it."""
         course = self._courses.pop(conn.number, None)
         if course is not None:
             self._count -= len(course.points) // FIELDS

@@ -43,7 +43,7 @@ class Collected:
 
 
 def collect(reader: Reader, group_by: Sequence[str]) -> Collected:
-    """A capture's durations and outcomes."""
+    """Return a capture's durations and outcomes."""
     joiner = Joiner()
     groupings = [GROUPINGS[name] for name in group_by]
     found: dict[Key, Sample] = {}

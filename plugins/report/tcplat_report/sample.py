@@ -75,7 +75,7 @@ class Quantiles:
         self._ranks = list(accumulate(count for _, count in buckets))
 
     def value(self, share: float) -> int:
-        """The least duration (ns) that so great a share does not exceed."""
+        """Return the least duration (ns) that so great a share does not exceed."""
         return self._values[bisect_left(self._ranks, share * self.count - 1e-9)]
 
     def independent(self, share: float) -> float:
@@ -101,7 +101,7 @@ class Quantiles:
         return self.count / effect
 
     def draw(self, share: float, chance: random.Random) -> list[int]:
-        """The percentile of so many resamples."""
+        """Return the percentile of each of DRAWS resamples."""
         n = max(self.independent(share), 1.0)
         alpha, beta = n * share, n * (1 - share) + 1
         top = len(self._values) - 1

@@ -101,7 +101,7 @@ class Outcomes:
             self.samples.setdefault((group, name), Sample()).add(int(outcome == name))
 
     def settle(self, spoke: set[Service]) -> int:
-        """Count requests to services that did speak, elsewhere or later; how many are left out."""
+        """Count requests to services that sent a byte later; return how many are left out."""
         left_out = 0
         for (group, outcome, service), count in self.mute.items():
             if service in spoke:

@@ -23,7 +23,7 @@ class Binder:
         self._directory = directory
 
     def bind(self, row: Any) -> End | None:
-        """A socket that has not been seen before, or that begins another connection."""
+        """Return the end of a new socket, or of one that begins another connection."""
         if row.sock in self._directory.done and not calls(row):
             if row.point == "close":
                 del self._directory.done[row.sock]
@@ -45,12 +45,12 @@ class Binder:
         return end
 
     def begin_anew(self, end: End, row: Any) -> End | None:
-        """The socket calls connect() or listen() once more: what it was before is over for it."""
+        """End what a socket was that calls connect() or listen() again, and bind it anew."""
         self._directory.retire(end, end.conn.last_ns)
         return self.bind(row)
 
     def _connection_of(self, row: Any, index: int) -> Connection:
-        """The connection of a socket: known by its packets or its other end, or new."""
+        """Return the connection of a socket: known by its packets or its other end, or new."""
         near, far = (row.saddr, row.sport), (row.daddr, row.dport)
         client, service = (near, far) if index == CLIENT else (far, near)
         syn = syn_of(row)
@@ -73,7 +73,7 @@ class Binder:
         return conn
 
     def learn_port(self, end: End, row: Any) -> None:
-        """The source port is chosen. Its packets may have been there before this row."""
+        """Note the chosen source port, and join what its packets have shown before."""
         own = end.conn
         end.named = True
         own.client = (shared(row.saddr), row.sport)
@@ -89,7 +89,7 @@ class Binder:
         set_syn(end.conn, syn)
 
     def _merge(self, end: End, conn: Connection, row: Any) -> None:
-        """Of an end's connection only the call is known; all else of it is known as `conn`."""
+        """Join an end of which only the call is known to `conn`, which has all else."""
         own = end.conn
         conn.ends = (end, conn.ends[SERVICE]) if end.index == CLIENT else (conn.ends[CLIENT], end)
         end.conn = conn
@@ -106,7 +106,7 @@ class Binder:
         _attach(end, row)
 
     def identify(self, end: End, row: Any, syn: int) -> None:
-        """A row tells the number of the client's SYN: which connection it is, for sure."""
+        """Find the right connection by the number of the client's SYN."""
         conn = end.conn
         begin = conn.flows[CLIENT].syn
         if begin == syn:
@@ -126,7 +126,7 @@ class Binder:
         set_syn(end.conn, syn)
 
     def _part(self, end: End, row: Any) -> None:
-        """What was joined to an end's call is another connection's, by the same addresses."""
+        """Part an end from what is another connection's, by the same addresses."""
         conn = end.conn
         own = self._directory.new(row, turned=end.index == SERVICE)
         other = End(conn, end.index)
@@ -161,7 +161,7 @@ def _attach(end: End, row: Any) -> None:
 
 
 def update_user(end: End, row: Any) -> Process:
-    """The process of a call, which may have its socket from another, or take another name."""
+    """Return the process of a call, and note it as the end's: it may have changed."""
     if row.pid is not None or end.process is NO_PROCESS:
         process = Process(row.pid, shared(row.comm))
         if process != end.process:
@@ -192,7 +192,7 @@ def _free(known: Sequence[Connection], index: int, netns: Any, syn: int) -> Conn
 
 
 def set_syn(conn: Connection, syn: int) -> None:
-    """The number of the client's SYN; -1 where no row tells."""
+    """Note the number of the client's SYN, unless it is -1 (unknown) or known."""
     flow = conn.flows[CLIENT]
     if syn >= 0 and flow.syn < 0:
         flow.syn = syn
@@ -202,7 +202,7 @@ def set_syn(conn: Connection, syn: int) -> None:
 
 
 def goes_again(end: End, row: Any) -> bool:
-    """Whether a socket that is known does something with which a connection cannot go on."""
+    """Return whether a row of a known socket begins another connection."""
     if row.point == "connect":
         # Its change of state may be reported first, where both have the same instant.
         return end.called or end.state != "TCP_SYN_SENT"

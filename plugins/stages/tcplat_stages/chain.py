@@ -122,7 +122,7 @@ def split(stamps: Sequence[int | None], stages: tuple[str, ...] = STAGES) -> Spl
 
 @functools.cache
 def _names(stages: tuple[str, ...]) -> dict[tuple[int, int], str]:
-    """From one instant to another -> the stages between, joined."""
+    """Return the names of the stages between any two instants."""
     count = len(stages) + 1
     return {
         (first, last): "+".join(stages[first:last])
@@ -132,7 +132,7 @@ def _names(stages: tuple[str, ...]) -> dict[tuple[int, int], str]:
 
 
 def _consistent(known: list[tuple[int, int]], wrong: list[int]) -> list[tuple[int, int]]:
-    """The longest part that is in order, with both ends if those are. Of equals, the earlier one.
+    """Return the longest part in order, with both ends if those are; of equals, the earlier.
 
     How long it lasted in all is what matters most, and what the ends say.
 

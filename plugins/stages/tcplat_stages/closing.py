@@ -8,7 +8,7 @@ from .stream import SERVICE
 
 
 def note_failure(conn: Connection, index: int, error: str, ts_ns: int) -> None:
-    """An end's socket fails. What failed first is why; all else follows from it."""
+    """Note that an end's socket failed, unless something failed before."""
     if error == "ECONNRESET":
         note_reset(conn, 1 - index)
     elif error == "refused":
@@ -21,14 +21,14 @@ def note_failure(conn: Connection, index: int, error: str, ts_ns: int) -> None:
 
 
 def note_fin(conn: Connection, index: int) -> None:
-    """An end has closed its side, as its connection's latest row tells."""
+    """Note that an end has closed its side, by the connection's latest row."""
     if index not in conn.fins:
         conn.fins.append(index)
         conn.fin_ns[index] = conn.last_ns
 
 
 def note_reset(conn: Connection, index: int) -> None:
-    """An end resets the connection; not where it had failed already."""
+    """Note that an end reset the connection, unless it had failed already."""
     if conn.reset_by is not None or conn.error is not None:
         return
     conn.reset_by, conn.reset_ns = index, conn.last_ns

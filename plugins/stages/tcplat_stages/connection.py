@@ -271,7 +271,7 @@ class Connection:
         return self.stamps[CONNECTED] is not None or self.stamps[HANDSHAKE_DONE] is not None
 
     def is_in(self, netns: int | None, index: int | None = None) -> bool:
-        """Whether a network namespace is known to be an end's, or on the way.
+        """Return whether a network namespace is known to be an end's, or on the way.
 
         Args:
             netns: The namespace.
@@ -294,14 +294,14 @@ class Connection:
         return sum(self.retransmits_of(index) for index in (CLIENT, SERVICE))
 
     def retransmits_of(self, index: int) -> int:
-        """Segments that an end sent again; its SYNs count."""
+        """Return the number of segments that an end sent again, including SYNs."""
         stats = self.ends[index].stats
         if stats is not None and stats["retransmits"] is not None:
             return stats["retransmits"]
         return self.flows[index].retransmits + (self.syns if index == CLIENT else 0)
 
     def bytes_of(self, index: int) -> int | None:
-        """Bytes that an end sent, as far as any point tells; None where none does.
+        """Return the bytes that an end sent, as far as any point tells; None where none does.
 
         Those of its stream: urgent ones are beside it, where rows of calls tell.
         """

@@ -76,14 +76,14 @@ class Directory:
         return conn
 
     def _make_room(self) -> None:
-        """Of the connections that were silent for longest, have a sixteenth go."""
+        """Give up a sixteenth of the connections: those that were silent for longest."""
         count = max(1, self._most // 16)
         for conn in heapq.nsmallest(count, self.conns.values(), key=_LAST_NS):
             self.given_up += 1
             self.finish(conn, "given up")
 
     def keep_bare(self, conn: Connection) -> None:
-        """A packet has begun it: while it stays without a socket and data, it is one of few.
+        """Limit the connections that have neither a socket nor data.
 
         A port scan has nothing else, and so many that they would displace all connections.
         """
@@ -99,7 +99,7 @@ class Directory:
             self.finish(oldest, "closed" if over else "given up")
 
     def retire(self, end: End, ts_ns: int) -> None:
-        """The socket has done with its connection; the other end's may not have."""
+        """Note that an end's socket is done; finish the connection if the other one is."""
         end.closed_ns = ts_ns
         if self.by_sock.get(end.sock) is end:
             del self.by_sock[end.sock]
@@ -108,7 +108,7 @@ class Directory:
             self.finish(end.conn, "closed")
 
     def finish(self, conn: Connection, why: str) -> None:
-        """The connection is over, or is not followed any longer."""
+        """End a connection, or the following of it."""
         self._turns.end(conn, why)
         self.remove(conn)
         for one in conn.ends:
@@ -124,7 +124,7 @@ class Directory:
             flow.drop_logs()
 
     def remove(self, conn: Connection) -> None:
-        """The connection is none any more: it is over, or is part of another."""
+        """Remove a connection that is over, or became part of another."""
         del self.conns[conn.number]
         self._bare.pop(conn.number, None)
 
@@ -144,13 +144,13 @@ class Directory:
         return self.by_addresses.get(_key(netns, client, service), ())
 
     def register(self, conn: Connection, netns: Any) -> None:
-        """A connection has its addresses, beside those that have them as well."""
+        """Add a connection to those that have its addresses."""
         key = _key(netns, conn.client, conn.service)
         self.by_addresses.setdefault(key, []).append(conn)
         conn.keys.append(key)
 
     def displace(self, conn: Connection, netns: Any, index: int | None = None) -> None:
-        """In one namespace one connection has these addresses: this one, from now on.
+        """Replace other connections by the same addresses in the same namespace.
 
         Args:
             conn: The connection.
@@ -187,7 +187,7 @@ class Directory:
             self.release(oldest)
 
     def _doubt(self, conn: Connection) -> None:
-        """Another connection has its addresses at the same time, elsewhere."""
+        """Note that another connection has the same addresses at the same time, elsewhere."""
         if conn.flows[CLIENT].syn < 0 or conn.unsure:
             conn.doubtful = True
         if conn.unsure:
@@ -196,7 +196,7 @@ class Directory:
             self.release(conn)
 
     def replace(self, conn: Connection) -> None:
-        """Another connection has its addresses. Its sockets may live on, and read what came."""
+        """Replace a connection; its sockets may still be open, and read what came."""
         conn.replaced = True
         if not conn.over and any(end.sock and not end.closed_ns for end in conn.ends):
             self._leave_ways(conn)
@@ -206,7 +206,7 @@ class Directory:
         self.release(conn)
 
     def release(self, conn: Connection) -> None:
-        """Its addresses are free for another connection."""
+        """Remove a connection from those that have its addresses."""
         for key in conn.keys:
             known = self.by_addresses.get(key, [])
             if conn in known:
@@ -217,7 +217,7 @@ class Directory:
         self._leave_ways(conn)
 
     def _leave_ways(self, conn: Connection) -> None:
-        """No packet finds it any more by where it is seen."""
+        """Remove the packet keys of a connection."""
         for key in conn.packet_keys:
             way = self.by_packet.get(key)
             if way is not None and way[0] is conn:
@@ -225,7 +225,7 @@ class Directory:
         conn.packet_keys = []
 
     def turn(self, conn: Connection) -> None:
-        """Which end is the client was guessed, and wrong."""
+        """Swap client and service, which were guessed wrong."""
         namespaces = {key[0] for key in conn.keys}
         self.release(conn)
         conn.client, conn.service = conn.service, conn.client
@@ -282,5 +282,5 @@ def _key(netns: Any, client: Any, service: Any) -> Addresses:
 
 
 def _is_loopback(address: str, other: str) -> bool:
-    """Both ends are in one namespace, and every namespace has the same addresses."""
+    """Return whether both ends are in one namespace: each one has these addresses."""
     return address == other or address.startswith("127.") or address == "::1"

@@ -48,12 +48,12 @@ class Histogram:
         self.sum_ns += other.sum_ns
 
     def buckets(self) -> Iterator[tuple[int, int]]:
-        """Middle (ns) and count of each bucket, in order."""
+        """Yield the middle (ns) and count of each bucket, in order."""
         for bucket in sorted(self.counts):
             yield _middle(bucket), self.counts[bucket]
 
     def percentile(self, percent: float) -> int:
-        """The least duration (ns) that so many percent do not exceed; 0 where there are none."""
+        """Return the least duration (ns) that so many percent do not exceed; 0 without any."""
         # Of integers: 99.9 % of 41,000 is 40,959, and by floats a little more.
         rank = -(-self.count * round(percent * 1000) // 100_000)
         for middle, count in self.buckets():

@@ -22,7 +22,7 @@ class Hosts:
         self.bounds[merge.host] = merge.bound_ns
 
     def wire_bound_ns(self, conn: Connection) -> int | None:
-        """How far its wire times may be wrong; None where one clock stamped both ends."""
+        """Return how far its wire times may be wrong; None where one clock stamped both ends."""
         if not self.bounds:
             return None
         ends = [
@@ -35,10 +35,10 @@ class Hosts:
         return sum(self.bounds.get(host, 0) for host in ends)
 
     def worst_ns(self) -> int | None:
-        """For any two hosts; None where there is one alone."""
+        """Return the bound for any two hosts; None where there is only one."""
         return sum(sorted(self.bounds.values())[-2:]) if self.bounds else None
 
 
 def crosses(stage: str) -> bool:
-    """Whether a stage begins by one host's clock and ends by another's."""
+    """Return whether a stage begins by one host's clock and ends by another's."""
     return len(_WIRES & set(stage.split("+"))) == 1

@@ -80,7 +80,7 @@ class Joiner:
         return self._turns.missed
 
     def feed(self, rows: Sequence[Any]) -> list[Finished]:  # noqa: C901, PLR0912, PLR0915 - one pass over a million rows
-        """Take rows in order of time; what became complete by them.
+        """Take rows in order of time, and return what became complete by them.
 
         An exchange is complete when the next one's reply begins, when its connection
         is over, or when nothing moves any more. What comes out is a function of the
@@ -166,7 +166,7 @@ class Joiner:
         self._pending.clear()
 
     def pass_time(self, ts_ns: int) -> list[Finished]:
-        """No row that is older than `ts_ns` comes any more; what is over by then.
+        """Return what is over by `ts_ns`: no older row comes any more.
 
         It is what feed() would have reported before the next row: where time passes without
         rows, it is reported sooner, and in the same order.
@@ -176,7 +176,7 @@ class Joiner:
         return finished
 
     def due_ns(self, ts_ns: int) -> int | None:
-        """After pass_time(): when time alone will have something be over next; None for never."""
+        """Return when time alone will end something next, after pass_time(); None for never."""
         due_ns = self._sweep(ts_ns - ts_ns % _STEP_NS)
         return None if due_ns is None else _step(due_ns)
 
@@ -197,7 +197,7 @@ class Joiner:
         return finished
 
     def left_out(self) -> list[str]:
-        """What was left out, in plain words; nothing if nothing was."""
+        """Return sentences about what was left out."""
         counts = (
             (self.cut, "that were under way when the capture began"),
             (self.untimed, "of which one instant alone is known"),
@@ -209,7 +209,7 @@ class Joiner:
         return found
 
     def _pass(self, ts_ns: int) -> None:
-        """Each step of the time up to now at which something may be over, one after the other."""
+        """Sweep at each step up to now at which something may be over, in order."""
         at = self._next_sweep_ns
         while at <= ts_ns:
             due_ns = self._sweep(at)
@@ -247,7 +247,7 @@ class Joiner:
         return min(due, default=None)
 
     def _silent(self, conn: Connection) -> tuple[int | None, str]:
-        """When silence will end a connection, or its reply, and what it is called then."""
+        """Return when silence will end a connection, or its reply, and what to call that."""
         if conn.replaced:
             return conn.last_ns + self._idle_ns + 1, "port reused"
         if conn.closing_ns and not conn.ends[CLIENT].sock and not conn.ends[SERVICE].sock:
@@ -257,7 +257,7 @@ class Joiner:
         return None, ""
 
     def _end_idle(self, conn: Connection) -> None:
-        """Nothing has moved for long: a reply that has come is taken to be complete."""
+        """Complete the reply of a connection that was silent for long, if it has come."""
         reply = conn.flows[SERVICE]
         if conn.replying is not None and has_come(conn, reply.sent):
             if conn.ends[SERVICE].sock:
@@ -266,5 +266,5 @@ class Joiner:
 
 
 def _step(ts_ns: int) -> int:
-    """The first whole step that is not before."""
+    """Return the first whole step that is not before an instant."""
     return -(-ts_ns // _STEP_NS) * _STEP_NS

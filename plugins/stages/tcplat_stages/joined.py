@@ -50,12 +50,12 @@ class Joined(Sink):
         self.feed(batch)
 
     def lost(self, loss: Loss) -> None:
-        """A line at the place of the gap: before the next row, whatever is over by then."""
+        """Keep a loss for its place: before the next row, after what is over by then."""
         # It may have no time: reported at once it would stand before or behind what silence ends.
         self._gaps.append(loss)
 
     def passed(self, ts_ns: int) -> None:
-        """No older row comes any more: tell of what has been silent for long."""
+        """Write what has been silent for long: no row before `ts_ns` comes any more."""
         self.write_finished(self.joiner.pass_time(ts_ns))
 
     def _write_losses(self, ts_ns: int) -> None:
@@ -74,7 +74,7 @@ class Joined(Sink):
             self.output.write(text.encode())
 
     def merged(self, merge: Merge) -> None:
-        """The rows are of several hosts: times between these are right within a bound."""
+        """Note a host of a merged capture, and how wrong its times may be."""
         self.hosts.learn(merge)
 
     def idle(self) -> None:
@@ -82,7 +82,7 @@ class Joined(Sink):
         self.output.look()
 
     def close(self, report: RunReport) -> None:
-        """Tell of what was still open. Again it does nothing."""
+        """Write what was still open. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -94,7 +94,7 @@ class Joined(Sink):
             self.output.close()
 
     def pieces(self, found: Sequence[T]) -> Iterator[Sequence[T]]:
-        """A few at a time of what is to be written.
+        """Yield a few at a time of what is to be written.
 
         Raises:
             TcplatError: At the end of a run that the user wants to end, it takes too long.
@@ -108,7 +108,7 @@ class Joined(Sink):
             yield found[at : at + _PIECE]
 
     def spans_loss(self) -> bytes:
-        """How many messages are left out because events were lost, as a line of JSON, if any."""
+        """Return how many messages span lost events, as a line of JSON; empty for none."""
         count = self.joiner.missed
         return self.encoder.encode({"v": 1, "spans_loss": count}) + b"\n" if count else b""
 

@@ -78,12 +78,12 @@ class Losses:
         self.count += 1
 
     def end(self, ts_ns: int) -> None:
-        """Rows that came while others were lost do not show what these would have shown."""
+        """End the gaps that are over at an instant: later rows are whole."""
         del self.ends[: bisect_right(self.ends, ts_ns)]
         self.count += 1
 
     def mark(self, conn: Connection) -> None:
-        """Rows of a connection may be lost between its last one and the next."""
+        """Note that rows of a connection may be lost between its last one and the next."""
         conn.breaks = self.count
         conn.missed = _ALL_ROWS
         for index, flow in enumerate(conn.flows):
@@ -91,7 +91,7 @@ class Losses:
                 conn.missed &= ~(1 << READS + 1 - index)
 
     def spans(self, exchange: Exchange) -> bool:
-        """Rows were lost between its first instant and its last, as far as these are known."""
+        """Return whether rows were lost between its first instant and its last known one."""
         if exchange.missed:
             return True
         known = [at for at in exchange.stamps if at is not None]
@@ -111,7 +111,7 @@ class Losses:
 
 
 def resumes(conn: Connection, kind: int, *, gap: bool) -> None:
-    """The first row of its kind behind a loss; `gap` says that bytes have passed in between.
+    """Take the first row of a kind behind a loss; `gap`: bytes have passed in between.
 
     Then turns may have passed, too: where the reply before ended is not known, nor where
     what is under way began.
@@ -124,7 +124,7 @@ def resumes(conn: Connection, kind: int, *, gap: bool) -> None:
 
 
 def tear(conn: Connection) -> None:
-    """What is replied, or on its way to the client, was not seen whole."""
+    """Mark what is replied, or on its way to the client, as not seen whole."""
     for exchange in conn.waiting:
         exchange.missed = True
     if conn.replying is not None:

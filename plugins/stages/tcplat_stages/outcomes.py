@@ -15,7 +15,7 @@ _LONGEST_PARTING_NS = 50_000_000
 
 
 def judge_cut_short(exchange: Exchange, stopped: tuple[int, str]) -> None:
-    """Its connection ends while its reply is sent, or on its way: was it answered?"""
+    """Set the outcome of an exchange whose connection ends before its reply has come."""
     conn = exchange.conn
     if exchange.kind == "push":
         return
@@ -36,12 +36,12 @@ def judge_cut_short(exchange: Exchange, stopped: tuple[int, str]) -> None:
 
 
 def _was_read(exchange: Exchange) -> bool:
-    """The client got a byte of the reply, as far as its calls tell."""
+    """Return whether the client got a byte of the reply, as far as its calls tell."""
     return exchange.conn.flows[SERVICE].read > exchange.reply_begin
 
 
 def _has_come_whole(conn: Connection, exchange: Exchange) -> bool:
-    """Nothing says that some of the reply did not come to the client."""
+    """Return whether nothing says that some of the reply did not come to the client."""
     flow, end = conn.flows[SERVICE], exchange.reply_end
     if not conn.ends[CLIENT].streams:
         return not 0 <= flow.arrived() < end
@@ -52,7 +52,7 @@ def _has_come_whole(conn: Connection, exchange: Exchange) -> bool:
 
 
 def judge_unanswered(exchange: Exchange, stopped: tuple[int, str]) -> None:
-    """A request that no byte of a reply followed: what is it?"""
+    """Set the outcome of a request that no byte of a reply followed."""
     conn, stamps = exchange.conn, exchange.stamps
     began_ns = next((at for at in stamps if at is not None), None)
     if began_ns is None:
@@ -82,7 +82,7 @@ def judge_unanswered(exchange: Exchange, stopped: tuple[int, str]) -> None:
 
 
 def _replied_unseen(conn: Connection, since_ns: int) -> bool:
-    """Whether the service sent, since an instant, what no row of its calls tells.
+    """Return whether the service sent, since an instant, what no row of its calls tells.
 
     Of MPTCP there are no such rows: the calls are another socket's. Rows may be lost, too.
     """
@@ -114,7 +114,7 @@ def _replied_unseen(conn: Connection, since_ns: int) -> bool:
 
 
 def _parted(exchange: Exchange, last_ns: int) -> bool:
-    """Whether a last message was a farewell: the client closed for itself, right behind it.
+    """Return whether the client closed on its own, right behind a last message.
 
     A service that reads a farewell closes as well, and its FIN may be there first: on a busy
     host the client has not come to its close() yet. Who waits for a reply reads the end of
@@ -144,7 +144,7 @@ def _parted(exchange: Exchange, last_ns: int) -> bool:
 
 
 def _by_itself(conn: Connection) -> bool:
-    """The client closed its socket without having seen that the service had closed its side."""
+    """Return whether the client closed before it knew that the service had closed."""
     left_ns, gone_ns = conn.fin_ns
     if conn.eof_ns:
         return False  # before it closed; or it closed its side alone, and went on waiting
@@ -156,12 +156,12 @@ def _by_itself(conn: Connection) -> bool:
 
 
 def _sees_reads(conn: Connection) -> bool:
-    """Whatever the client reads, its rows tell: also the end of the service's stream."""
+    """Return whether rows tell all that the client reads, including the end of the stream."""
     return conn.ends[CLIENT].streams and not conn.flows[SERVICE].unseen
 
 
 def _client_left(conn: Connection) -> tuple[int, str] | None:
-    """When the client closed its socket, or aborted; None where it only closed its side."""
+    """Return when the client closed its socket, or aborted; None if only its side."""
     found = []
     if conn.reset_by == CLIENT:
         found.append((conn.reset_ns, "reset by the client"))
@@ -172,7 +172,7 @@ def _client_left(conn: Connection) -> tuple[int, str] | None:
 
 
 def _over_at(conn: Connection) -> tuple[int, str] | None:
-    """What ended the waiting on a connection first, and when; None where nothing did."""
+    """Return what ended the waiting on a connection first, and when; None if nothing did."""
     found = []
     left = _client_left(conn)
     if left is not None:

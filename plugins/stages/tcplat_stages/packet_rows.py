@@ -56,7 +56,7 @@ class PacketRows:
             self._data(conn, index, row, ts_ns, at, at + count)
 
     def _acked(self, conn: Connection, index: int, ack: int) -> None:
-        """What an end acknowledges has come to it, whether or not its rows have."""
+        """Note that what an end acknowledges has come to it."""
         flow = conn.flows[1 - index]
         if flow.ref < 0:
             return
@@ -72,7 +72,7 @@ class PacketRows:
     def _data(  # noqa: C901, PLR0912 - three points, each with the same few steps
         self, conn: Connection, index: int, row: Any, ts_ns: int, at: int, finish: int
     ) -> None:
-        """A packet's payload, from `at` to `finish`."""
+        """Take a packet's payload, from `at` to `finish`."""
         flow = conn.flows[index]
         point = row.point
         if flow.begin < 0:
@@ -173,7 +173,7 @@ def _syn(conn: Connection, index: int, row: Any, ts_ns: int, point: str, flags: 
 
 
 def _again(conn: Connection, index: int, at: int) -> None:
-    """Bytes from `at` on are sent once more."""
+    """Count a retransmission of bytes from `at` on."""
     conn.flows[index].retransmits += 1
     under_way = [*conn.waiting, *([conn.replying] if conn.replying else ())]
     for exchange in under_way:

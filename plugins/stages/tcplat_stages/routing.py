@@ -19,7 +19,7 @@ class PacketRouter:
         self._directory = directory
 
     def route(self, row: Any, key: Addresses) -> Way | None:
-        """Connection and direction of a packet that comes by this way for the first time."""
+        """Return the connection and direction of a packet whose key is new."""
         source, target = (row.saddr, row.sport), (row.daddr, row.dport)
         flags = row.flags or ""
         begins = opens(flags)
@@ -78,7 +78,7 @@ class PacketRouter:
 
 
 def is_new(conn: Connection, row: Any) -> bool:
-    """A SYN begins another connection by the same addresses."""
+    """Return whether a SYN begins another connection by the same addresses."""
     if conn.over:
         return True
     flow = conn.flows[CLIENT]
@@ -86,7 +86,7 @@ def is_new(conn: Connection, row: Any) -> bool:
 
 
 def _of_syn(row: Any, known: Sequence[Connection]) -> Connection | None:
-    """The connection that a SYN begins, if anything is known of it."""
+    """Return the connection that a SYN begins, if anything is known of it."""
     likely = []
     for conn in reversed(known):
         flow = conn.flows[CLIENT]
@@ -101,7 +101,7 @@ def _of_syn(row: Any, known: Sequence[Connection]) -> Connection | None:
 def _of_packet(
     row: Any, there: Sequence[Connection], back: Sequence[Connection], flags: str
 ) -> tuple[Connection | None, int]:
-    """The connection of a packet that does not begin one, and its direction."""
+    """Return the connection of a packet that does not begin one, and its direction."""
     ack = whole(row, "ack")
     if "SYN" in flags and ack is not None:
         for one in back:
@@ -117,7 +117,7 @@ def _of_packet(
 
 
 def _before(seq: int, other: int) -> bool:
-    """Whether a sequence number comes before another."""
+    """Return whether a sequence number comes before another."""
     return bool((seq - other) & 0x80000000)
 
 

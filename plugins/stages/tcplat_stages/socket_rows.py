@@ -133,7 +133,7 @@ class SocketRows:
             prune(conn, 1 - index)
 
     def _skipped(self, conn: Connection, index: int, at: int) -> None:
-        """An end reads from `at` on: of what it had not read before, a row was missing."""
+        """Note that rows of reads are missing before `at`."""
         flow = conn.flows[1 - index]
         if not conn.ends[1 - index].streams:
             flow.skip_urgent(flow.read, at)
@@ -173,7 +173,7 @@ def _accept(end: End, row: Any, ts_ns: int) -> None:
 
 
 def _send_short(end: End, row: Any, ts_ns: int) -> None:  # noqa: ARG001 - as all of them
-    """The last call's bytes end where this row's begin."""
+    """Correct the last call: its bytes end where this row's begin."""
     conn = end.conn
     flow = conn.flows[end.index]
     at = flow.at(row.seq)

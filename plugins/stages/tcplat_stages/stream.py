@@ -54,7 +54,7 @@ _MOST_LATE = 4_096
 
 
 def reached(log: Log, position: int) -> int | None:
-    """When a log has the stream up to `position`; None where no row tells."""
+    """Return when a log has the stream up to `position`; None where no row tells."""
     index = bisect_left(log, (position,))
     return log[index][1] if index < len(log) else None
 
@@ -114,7 +114,7 @@ class Reach:
         return True
 
     def _keep(self, at: int, finish: int) -> None:
-        """Bytes that came too early."""
+        """Keep bytes that came before what precedes them."""
         if self.late is None:
             self.late = []
         self.late.append((at, finish))
@@ -228,7 +228,7 @@ class Flow:
         self.zero = False
 
     def at(self, seq: int) -> int:
-        """A sequence number, unwrapped."""
+        """Return a sequence number, unwrapped."""
         ref = self.ref
         if ref < 0:
             self.ref = seq + (1 << 32)
@@ -239,7 +239,7 @@ class Flow:
         return at
 
     def send(self, at: int, finish: int, ts_ns: int) -> None:
-        """The sender calls, for bytes from `at` to `finish`."""
+        """Note a call of the sender, for bytes from `at` to `finish`."""
         self.sends = added(self.sends, finish, ts_ns)
         self.last_send = at
         if at > self.sent:
@@ -247,7 +247,7 @@ class Flow:
         self.sent = max(self.sent, finish)
 
     def take(self, finish: int, ts_ns: int) -> None:
-        """The receiver has read up to `finish`: it has come, whether or not its rows have."""
+        """Note that the receiver has read up to `finish`: all of that has come."""
         self.note_read(finish, ts_ns)
         self.read, self.read_ns = finish, ts_ns
         if 0 <= self.nic.position < finish:
@@ -287,7 +287,7 @@ class Flow:
         return found
 
     def arrived(self) -> int:
-        """How far it has come at the receiver's host."""
+        """Return how far it has come at the receiver's host."""
         return max(self.ip.position, self.nic.position)
 
     def forget(self, position: int) -> None:
@@ -305,5 +305,5 @@ class Flow:
         self.ready.forget(position)
 
     def logs(self) -> tuple[Log, ...]:
-        """All that grows with the stream."""
+        """Return all that grows with the stream."""
         return (self.sends, self.reads, self.tx.log, self.nic.log, self.ip.log, self.ready.log)

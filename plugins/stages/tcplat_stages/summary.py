@@ -71,7 +71,7 @@ def _figures(conn: Connection, index: int) -> dict[str, Any]:
 
 
 def as_json(conn: Connection, hosts: Hosts) -> dict[str, Any]:  # its fields, one by one
-    """A connection as one object; times in µs.
+    """Return a connection as one object; times in µs.
 
     ``wire_bound_us`` is there where two hosts' clocks stamped SYN, SYN-ACK and ACK.
     """
@@ -137,7 +137,7 @@ def as_json(conn: Connection, hosts: Hosts) -> dict[str, Any]:  # its fields, on
 
 
 def block(conn: Connection, hosts: Hosts) -> str:
-    """A connection in a few lines."""
+    """Return a connection in a few lines."""
     bound_ns = hosts.wire_bound_ns(conn)
     bound = "" if bound_ns is None else f" ± {duration(bound_ns)}"
     began = moment(conn.first_ns + conn.offset_ns)

@@ -19,12 +19,12 @@ _FEW = 4
 
 
 def micros(ns: int) -> float:
-    """As JSON has it: µs, exact to the nanosecond."""
+    """Return µs, exact to the nanosecond."""
     return ns / 1000
 
 
 def duration(ns: int) -> str:
-    """Three digits or more, and the unit that suits."""
+    """Return a duration with three digits or more and its unit."""
     if ns < 1_000_000:  # noqa: PLR2004 - a millisecond
         return f"{ns / 1000:.1f} µs"
     if ns < 1_000_000_000:  # noqa: PLR2004 - a second
@@ -33,7 +33,7 @@ def duration(ns: int) -> str:
 
 
 def nanos(text: str) -> int:
-    """A time with its unit, ``1ms``, as ns.
+    """Return a time with its unit, ``1ms``, as ns.
 
     Raises:
         ValueError: It is none, or has no unit: 10 might be meant as ms, or as percent.
@@ -45,7 +45,7 @@ def nanos(text: str) -> int:
 
 
 def moment(time_ns: int) -> str:
-    """Unix time as a reader has it, UTC, with microseconds."""
+    """Return Unix time as text, UTC, with microseconds."""
     seconds, nanos = divmod(time_ns, 1_000_000_000)
     time = dt.datetime.fromtimestamp(seconds, dt.UTC)
     return f"{time:%Y-%m-%d %H:%M:%S}.{nanos // 1000:06d}Z"

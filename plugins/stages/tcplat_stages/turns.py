@@ -63,7 +63,7 @@ class Turns:
         """Requests that the end of the run cuts short."""
 
     def replied(self, conn: Connection, at: int, finish: int) -> None:
-        """Bytes of the service's stream are seen, behind the service."""
+        """Take bytes of the service's stream that are seen behind the service."""
         flow = conn.flows[SERVICE]
         # Where its socket is not watched, packets alone tell that it replies.
         if finish > flow.sent and not conn.ends[SERVICE].sock:
@@ -75,7 +75,7 @@ class Turns:
             self.come(conn)
 
     def reply(self, conn: Connection, at: int, ts_ns: int | None) -> None:
-        """The service sends from `at` on. It answers what it has read and not answered before."""
+        """Take a send of the service from `at` on: it answers what was read and not answered."""
         watched = conn.ends[SERVICE].sock
         if watched and conn.flows[CLIENT].copied > conn.answered:
             self.settle(conn)
@@ -101,7 +101,7 @@ class Turns:
                 conn.doubt = (at, ts_ns, came)
 
     def _answer(self, conn: Connection, at: int, ts_ns: int | None, asked: int) -> None:
-        """A reply to all up to `asked` begins at `at`."""
+        """Begin a reply to all up to `asked`, at `at`."""
         request, old = conn.flows[CLIENT], conn.replying
         if old is not None and old.reply_begin < at:
             self.end_reply(old, at, "turn")
@@ -145,7 +145,7 @@ class Turns:
             flow.forget(copied + 1)
 
     def _begin(self, conn: Connection, kind: str, end: int) -> Exchange:
-        """An exchange, and what is known of its request's way."""
+        """Return a new exchange, with what is known of its request."""
         exchange = Exchange(conn, kind)
         if conn.breaks != self._losses.count:
             self._losses.mark(conn)
@@ -161,7 +161,7 @@ class Turns:
         return exchange
 
     def end_reply(self, exchange: Exchange, end: int, why: str) -> None:
-        """The reply that is being sent ends at `end`."""
+        """End the reply that is being sent, at `end`."""
         conn = exchange.conn
         conn.replying = None
         exchange.reply_end = max(end, exchange.reply_begin)
@@ -237,7 +237,7 @@ class Turns:
         self.finished.append(exchange)
 
     def end(self, conn: Connection, why: str) -> None:
-        """The connection is over: what was under way is complete by that, as far as it came."""
+        """Complete what was under way on a connection that is over, as far as it came."""
         if conn.ends[SERVICE].sock:
             self.settle(conn, why)
         replying, reply = conn.replying, conn.flows[SERVICE]
@@ -297,7 +297,7 @@ def _ask_from(conn: Connection, asked: int) -> None:
 
 
 def queued_up_to(conn: Connection) -> int:
-    """How far the client's stream has come to the service's socket; -1 if it is not known."""
+    """Return how far the client's stream has come to the service's socket; -1 if unknown."""
     flow = conn.flows[CLIENT]
     arrived = flow.arrived()
     if arrived >= 0:
@@ -310,7 +310,7 @@ def queued_up_to(conn: Connection) -> int:
 
 
 def read_up_to(conn: Connection) -> int:
-    """How far the service has read; where its socket is not watched, how far it can have."""
+    """Return how far the service has read; if its socket is not watched, can have read."""
     flow = conn.flows[CLIENT]
     if conn.ends[SERVICE].sock:
         return flow.read
@@ -343,7 +343,7 @@ def has_come(conn: Connection, end: int) -> bool:
 
 
 def prune(conn: Connection, index: int) -> None:
-    """A message of many packets: forget the instants that no longer can be its last byte's."""
+    """Forget the instants of a long message that cannot be its last byte's any more."""
     flow = conn.flows[index]
     if index == CLIENT:
         needed = max(read_up_to(conn), conn.answered)

@@ -26,7 +26,7 @@ Rank = tuple[bool, int]
 
 
 def rank(exchange: Exchange) -> Rank:
-    """How slow it is: never is slower than ever; then by the time it took, or waited."""
+    """Return how slow it is: failed ones first, then by the time it took, or waited."""
     return exchange.outcome in FAILED, exchange.lasted_ns
 
 
@@ -113,7 +113,7 @@ class Waterfall(Joined):
 
 
 def as_json(exchange: Exchange, hosts: Hosts | None = None) -> dict[str, Any]:
-    """An exchange as one object; times in µs, exact to the nanosecond.
+    """Return an exchange as one object; times in µs, exact to the nanosecond.
 
     ``wire_bound_us`` is there where two hosts' clocks stamped the two ends of the wire.
     """
@@ -172,7 +172,7 @@ def _handshake(exchange: Exchange) -> Split | None:
 
 
 def block(exchange: Exchange, width: int, hosts: Hosts | None = None) -> str:
-    """An exchange as a picture."""
+    """Return an exchange as a picture."""
     conn = exchange.conn
     bound_ns = hosts.wire_bound_ns(conn) if hosts else None
     split = exchange.split
