@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
@@ -175,9 +176,14 @@ class Loader:
 
     def _attach_core(self, core: _Module) -> None:
         """Attach the core's own programs, but for the last one: they know the filters first."""
+        wanted = self.request.filter
+        for index, word in wanted.port_words().items():
+            bpf.map_update(self._shared["tcplat_ports"], index, word)
+        for network in wanted.network_keys():
+            bpf.map_update(self._shared["tcplat_networks"], network, b"\1")
         # Before the names of what runs already are read.
         self._core(core, RENAME)
-        pids = self.request.filter.pids
+        pids = wanted.pids
         if pids is not None:
             for pid in pids:
                 bpf.map_update(self._shared["tcplat_pids"], _u32(pid), _u32(1))
@@ -213,6 +219,7 @@ class Loader:
             compiled = Compiled.unpack(known)
         sizes = dict.fromkeys(("tcplat_socks", "tcplat_seeds", "tcplat_flows"), room)
         sizes["tcplat_listeners"] = sizes["tcplat_listening"] = room // 2
+        sizes["tcplat_networks"] = len(self.request.filter.networks)
         sizes["events"] = self.request.ring_bytes
         fds = []
         for one in compiled.maps:
@@ -277,10 +284,7 @@ class Loader:
                 link = bpf.attach_kprobe(program, hook.func, at_return=at_return)
             self._fds.append(link)
         except bpf.RefusedError as error:
-            # To the log: --debug shows it.
-            sys.stderr.write(f"{hook.program}:\n{error.log}\n")
-            reason = f"the verifier refused {hook.program} ({error.strerror}); --debug shows why"
-            raise WayClosedError(way, reason) from error
+            raise WayClosedError(way, _refusal(hook.program, error)) from error
         except OSError as error:
             if error.errno in TOO_MANY_FILES:
                 raise
@@ -308,10 +312,7 @@ class Loader:
                 try:
                     program = xdp.load(name, module.code(name))
                 except bpf.RefusedError as error:
-                    sys.stderr.write(f"{name}:\n{error.log}\n")
-                    raise CannotRunError(
-                        f"the verifier refused {name} ({error.strerror}); --debug shows why"
-                    ) from error
+                    raise CannotRunError(_refusal(name, error)) from error
                 self._fds.append(program)
                 for interface in chosen:
                     one = xdp.attach(program, interface, wanted.mode, probe.name)
@@ -341,6 +342,15 @@ class Loader:
             os.close(fd)
         self._fds.clear()
         self._shared.clear()
+
+
+def _refusal(program: str, error: bpf.RefusedError) -> str:
+    """Write the verifier's words to the log, which --debug shows, and return the sentence."""
+    sys.stderr.write(f"{program}:\n{error.log}\n")
+    why = error.strerror
+    if error.errno == errno.E2BIG:
+        why = "it is too complex for this kernel: more instructions or paths than it checks"
+    return f"the verifier refused {program} ({why}); --debug shows more"
 
 
 @attrs.frozen

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
@@ -13,6 +15,16 @@ from tcplat_core.errors import UsageError
 
 MAPPED = 0xFFFF << 32
 """::ffff:0:0/96, as a number."""
+_MOST_COMPARED = 4
+"""Ports or networks of one list that are compared one by one. Each comparison is a branch, and
+branches multiply in the verifier; a longer list is looked up in a map."""
+_PORT_WORDS = 1 << 16 >> 6
+"""Words of tcplat_ports that one list has: a bit for each port."""
+
+# Layouts of include/tcplat/filter.bpf.h.
+_WORD = struct.Struct("=Q")
+_INDEX = struct.Struct("=I")
+_NETWORK = struct.Struct("=I16s")
 
 
 @attrs.frozen(kw_only=True)
@@ -69,16 +81,42 @@ class Filter:
         if self.cgroup:
             defines["TCPLAT_FILTER_CGROUP"] = f"{self.cgroup_id}ULL"
             defines["TCPLAT_FILTER_CGROUP_LEVEL"] = _level(self.cgroup)
+        if any(_is_long(ports) for ports in self._port_lists):
+            defines["TCPLAT_FILTER_PORTS"] = len(self._port_lists) * _PORT_WORDS
+        if _is_long(self.networks):
+            defines["TCPLAT_FILTER_NETWORKS"] = 1
         defines["TCPLAT_FILTER_ADDRS(a)"] = self._addrs_test()
         return defines
 
+    @property
+    def _port_lists(self) -> tuple[tuple[int, ...], ...]:
+        return self.ports, self.lports, self.rports
+
+    def port_words(self) -> dict[bytes, bytes]:
+        """Return the entries of tcplat_ports: a bit for each port of the long lists."""
+        words: dict[int, int] = {}
+        for number, ports in enumerate(self._port_lists):
+            for port in ports if _is_long(ports) else ():
+                at = number * _PORT_WORDS + (port >> 6)
+                words[at] = words.get(at, 0) | 1 << (port & 63)
+        return {_INDEX.pack(at): _WORD.pack(word) for at, word in words.items()}
+
+    def network_keys(self) -> set[bytes]:
+        """Return the keys of tcplat_networks; none if the list is short."""
+        keys = set()
+        for network in self.networks if _is_long(self.networks) else ():
+            address, mask = network_and_mask(network)
+            keys.add(_NETWORK.pack(mask.bit_count(), (address & mask).to_bytes(16, "big")))
+        return keys
+
     def _addrs_test(self) -> str:
-        both = [f"((a)->sport == {port} || (a)->dport == {port})" for port in self.ports]
         tests = [
-            both,
-            [f"(a)->sport == {port}" for port in self.lports],
-            [f"(a)->dport == {port}" for port in self.rports],
-            [_network_test(network) for network in self.networks],
+            _ports_test(0, self.ports, ("sport", "dport")),
+            _ports_test(1, self.lports, ("sport",)),
+            _ports_test(2, self.rports, ("dport",)),
+            ["tcplat_in_networks(a)"]
+            if _is_long(self.networks)
+            else [_network_test(network) for network in self.networks],
             [f"(a)->netns == {self.netns}U"] if self.netns else [],
             [f"(a)->ip == {self.ip}"] if self.ip else [],
         ]
@@ -99,11 +137,22 @@ class Filter:
         return not self.cgroup or _in_cgroup(pid, self.cgroup)
 
 
+def _is_long(wanted: Sequence[object]) -> bool:
+    return len(wanted) > _MOST_COMPARED
+
+
+def _ports_test(number: int, ports: Sequence[int], sides: Sequence[str]) -> list[str]:
+    """Return conditions, any of which is enough; `number`: of the list, in tcplat_ports."""
+    if _is_long(ports):
+        return [f"tcplat_has_port({number * _PORT_WORDS}, (a)->{side})" for side in sides]
+    return [f"(a)->{side} == {port}" for port in ports for side in sides]
+
+
 def _comm_test(pattern: str) -> str:
     letters = os.fsencode(pattern)
     # Without a star the NUL behind the name has to match as well.
     exact = letters[:-1] if letters.endswith(b"*") else (letters + b"\0")[:16]
-    return " && ".join(f"(u8)(comm)[{at}] == {byte}" for at, byte in enumerate(exact)) or "1"
+    return _bytes_test("(comm)", exact.ljust(16, b"\0"), (b"\xff" * len(exact)).ljust(16, b"\0"))
 
 
 def _level(path: str) -> int:
@@ -120,21 +169,22 @@ def network_and_mask(text: str) -> tuple[int, int]:
 
 
 def _network_test(text: str) -> str:
-    address, mask = network_and_mask(text)
-    tests = []
-    for side in ("saddr", "daddr"):
-        halves = [
-            f"(((const u64 *)(a)->{side})[{half}] & {_half(mask, half)}) == {_half(address, half)}"
-            for half in (0, 1)
-        ]
-        tests.append(f"({' && '.join(halves)})")
-    return f"({' || '.join(tests)})"
+    address, mask = (number.to_bytes(16, "big") for number in network_and_mask(text))
+    return " || ".join(_bytes_test(f"(a)->{side}", address, mask) for side in ("saddr", "daddr"))
 
 
-def _half(number: int, half: int) -> str:
-    """Eight of the sixteen bytes, as a number that this machine's memory order makes of them."""
-    data = number.to_bytes(16, "big")[8 * half : 8 * half + 8]
-    return f"0x{int.from_bytes(data, 'little'):x}ULL"
+def _bytes_test(at: str, value: bytes, mask: bytes) -> str:
+    """Return a condition on the 16 bytes at `at`: one branch, whatever the mask."""
+    halves = []
+    for half in (0, 1):
+        # As this machine's memory order makes numbers of eight bytes.
+        wanted, counts = (
+            int.from_bytes(data[8 * half : 8 * half + 8], "little") for data in (value, mask)
+        )
+        if counts:
+            word = f"((const u64 *){at})[{half}]"
+            halves.append(f"(({word} & 0x{counts:x}ULL) ^ 0x{wanted & counts:x}ULL)")
+    return f"!({' | '.join(halves)})" if halves else "1"
 
 
 def _in_cgroup(pid: int, path: str) -> bool:

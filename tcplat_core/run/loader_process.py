@@ -26,6 +26,9 @@ from .privileges import SYSTEM_PATH
 if TYPE_CHECKING:
     from tcplat_core.loader.protocol import Answer, Request
 
+_MOST_LETTERS = 300
+"""Of the loader's last words that a sentence repeats."""
+
 
 @attrs.define(eq=False)
 class LoaderProcess:
@@ -84,12 +87,21 @@ class LoaderProcess:
         answer = receive_answer(self.answers)
         self.process.wait()
         if answer is None:
-            answer = Refusal(f"the loader died (status {self.process.returncode})", 1)
+            answer = Refusal(self._died(), 1)
         if isinstance(answer, Refusal):
             error = _ERRORS.get(answer.exit_code, TcplatError)(answer.sentence)
             error.add_note(answer.log)
             raise error
         return answer
+
+    def _died(self) -> str:
+        """Return a sentence with the last line that it printed.
+
+        LLVM, which compiles in the loader, ends its process at an error.
+        """
+        lines = [line.strip() for line in self.output().splitlines() if line.strip()]
+        last = f": {lines[-1][:_MOST_LETTERS]}" if lines else ""
+        return f"the loader died (status {self.process.returncode}){last}"
 
     def output(self) -> str:
         """Return what libbcc, clang and the verifier printed."""

@@ -283,3 +283,35 @@ def test_debug_shows_the_c_and_trace_lines(
     assert "struct tcplat_event {" in stderr
     assert "_Static_assert(sizeof(struct tcplat_event)" in stderr
     assert f"belongs to pid {client.pid}, wanted 1" in stderr
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 64])
+def test_lists_of_any_length_load_in_every_probe(
+    count: int, start_tcplat: Callable[..., Tcplat]
+) -> None:
+    ports = range(1, 65536, 65535 // count)[:count]
+    listed = ",".join(map(str, ports))
+    plugins = "+".join(map(str, ports[:32]))
+    packets = [f"dev_xmit:port={plugins}", f"xdp_port:iface=lo,port={plugins}"]
+    filters = [
+        *("--port", listed, "--lport", listed, "--rport", listed),
+        *("--netns", str(os.getpid()), "-4"),
+        *("--comm", "fifteen letters", "-p", str(os.getpid())),
+        *(word for one in range(count) for word in ("--addr", f"10.{one}.0.0/16")),
+    ]
+    probes = ["tcp_client", "tcp_service", "tcp_stats", *packets]
+    outcome = start_tcplat("--dry-run", *filters, probes=probes).wait()
+    assert outcome.returncode == 0, outcome.stderr
+
+
+def test_the_rows_of_long_lists_are_those_of_short_ones(
+    client: Puppet, listener: Callable[..., Listener], running_tcplat: Callable[..., Tcplat]
+) -> None:
+    one, other = listener(), listener()
+    ports = ",".join(str(port) for port in (*range(20, 40), one.port) if port != other.port)
+    networks = [word for number in range(8) for word in ("--addr", f"10.{number}.0.0/16")]
+    run = running_tcplat("--port", ports, *networks, "--addr", "127.0.0.0/8")
+    exchange(client, other)
+    rows = fence(run, client, one)
+    assert {row["dport"] for row in rows} == {one.port}
+    assert whole(rows, 1)

@@ -6,7 +6,9 @@ import ipaddress
 import os
 import random
 import re
+import struct
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,8 @@ def packed(address: str) -> bytes:
 
 def evaluate(expression: str | int, **names: Any) -> bool:
     """Evaluate a C condition of the kinds that filters are made of."""
-    python = re.sub(r"\(\(const u64 \*\)\(a\)->(\w+)\)\[(\d)\]", r"half(a.\1, \2)", str(expression))
-    python = python.replace("(a)->", "a.").replace("(u8)(comm)", "comm")
+    python = re.sub(r"\(\(const u64 \*\)([^[]+)\)\[(\d)\]", r"half(\1, \2)", str(expression))
+    python = python.replace("(a)->", "a.").replace("!(", "not (")
     python = re.sub(r"\b(0x[0-9a-f]+|\d+)(ULL|U)\b", r"\1", python)
     python = python.replace("&&", "and").replace("||", "or")
 
@@ -53,7 +55,25 @@ def evaluate(expression: str | int, **names: Any) -> bool:
 
 
 def passes(wanted: Filter, addrs: Addrs) -> bool:
-    return evaluate(wanted.defines()["TCPLAT_FILTER_ADDRS(a)"], a=addrs)
+    words, keys = wanted.port_words(), wanted.network_keys()
+
+    def has_port(place: int, port: int) -> bool:
+        """Read tcplat_ports as filter.bpf.h does."""
+        word = words.get(struct.pack("=I", place + (port >> 6)), bytes(8))
+        return bool(struct.unpack("=Q", word)[0] >> (port & 63) & 1)
+
+    def in_networks(addrs: Addrs) -> bool:
+        """Look up tcplat_networks: the longest prefix first."""
+        sides = [int.from_bytes(side, "big") for side in (addrs.saddr, addrs.daddr)]
+        cut = [
+            (bits, side >> (128 - bits) << (128 - bits)) for bits in range(129) for side in sides
+        ]
+        return any(
+            struct.pack("=I16s", bits, side.to_bytes(16, "big")) in keys for bits, side in cut
+        )
+
+    test = wanted.defines()["TCPLAT_FILTER_ADDRS(a)"]
+    return evaluate(test, a=addrs, tcplat_has_port=has_port, tcplat_in_networks=in_networks)
 
 
 def comm_passes(pattern: str, comm: str) -> bool:
@@ -62,6 +82,37 @@ def comm_passes(pattern: str, comm: str) -> bool:
 
 
 # --- addresses and ports, in the kernel
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 64, 1000])
+@pytest.mark.parametrize(
+    ("wanting", "local", "remote"),
+    [
+        (lambda listed: Filter(ports=listed), True, True),
+        (lambda listed: Filter(lports=listed), True, False),
+        (lambda listed: Filter(rports=listed), False, True),
+    ],
+)
+def test_a_list_of_ports_of_any_length_has_each_and_no_other(
+    wanting: Callable[[tuple[int, ...]], Filter], count: int, *, local: bool, remote: bool
+) -> None:
+    listed = tuple(range(2, 65536, 65533 // count))[:count]
+    wanted = wanting(listed)
+    for port in {*listed, *(one + 1 for one in listed), 65535}:
+        assert passes(wanted, Addrs(sport=port, dport=1)) == (local and port in listed)
+        assert passes(wanted, Addrs(sport=1, dport=port)) == (remote and port in listed)
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 64])
+def test_a_list_of_networks_of_any_length_has_each_and_no_other(count: int) -> None:
+    listed = tuple(f"10.{one}.128.0/17" for one in range(count - 1))
+    wanted = Filter(networks=(*listed, "fe80::/10"))
+    for one in range(count + 1):
+        for host, expected in ((f"10.{one}.200.1", one < count - 1), (f"10.{one}.1.1", False)):
+            assert passes(wanted, Addrs(saddr=packed(host))) == expected
+            assert passes(wanted, Addrs(daddr=packed(host))) == expected
+    assert passes(wanted, Addrs(daddr=packed("febf::1")))
+    assert not passes(wanted, Addrs(daddr=packed("fec0::1")))
 
 
 def test_empty_filter_passes_everything() -> None:
@@ -164,7 +215,7 @@ def test_comm_pattern_matches_in_the_kernel_as_in_python(
 
 def test_comm_pattern_puts_no_text_into_the_c() -> None:
     test = str(Filter(comm='a"\\\n;*').defines()["TCPLAT_FILTER_COMM(comm)"])
-    assert re.fullmatch(r"[\d\s()\[\]=&u8com]+", test)
+    assert re.fullmatch(r"(?:const u64|comm|0x[\da-f]+ULL|[\d\s()\[\]*&|^!])+", test)
 
 
 def test_pid_filter_passes_its_processes_alone() -> None:

@@ -765,6 +765,14 @@ def test_dead_loader_is_an_error_with_its_status(loader: Loaders) -> None:
         process.ask(REQUEST, never)
 
 
+def test_what_a_loader_printed_last_is_told_where_it_dies(loader: Loaders) -> None:
+    printed = "import sys; sys.stdin.read(); print('C text'); "
+    process, theirs = loader(printed + "sys.stdout.flush(); sys.exit('LLVM ERROR: no more\\n')")
+    theirs.close()
+    with pytest.raises(TcplatError, match=r"the loader died \(status 1\): LLVM ERROR: no more$"):
+        process.ask(REQUEST, never)
+
+
 @pytest.mark.parametrize(
     ("exit_code", "error"),
     [(1, TcplatError), (2, UsageError), (3, CannotRunError), (4, PluginError), (77, TcplatError)],

@@ -133,6 +133,44 @@ static __always_inline bool tcplat_wanted_task(const char *comm)
 	return tcplat_wanted_name(comm) && tcplat_wanted_caller();
 }
 
+#ifdef TCPLAT_FILTER_PORTS
+/*
+ * Port >> 6, behind the place where its list begins -> a bit for each of 64 ports.
+ *
+ * Lists of ports that are too long for comparisons. Filled by the loader.
+ */
+BPF_TABLE("array", u32, u64, tcplat_ports, TCPLAT_FILTER_PORTS);
+
+static __always_inline bool tcplat_has_port(u32 list, u16 port)
+{
+	u32 at = list + (port >> 6);
+	u64 *ports = tcplat_ports.lookup(&at);
+
+	return ports && *ports >> (port & 63) & 1;
+}
+#endif
+
+#ifdef TCPLAT_FILTER_NETWORKS
+struct tcplat_network {
+	u32 bits; /* how many of the address count */
+	u8 addr[16];
+};
+
+/* Network -> 1: a list that is too long for comparisons. Filled and sized by the loader. */
+BPF_F_TABLE("lpm_trie", struct tcplat_network, u8, tcplat_networks, 1, BPF_F_NO_PREALLOC);
+
+static __always_inline bool tcplat_in_networks(const struct tcplat_addrs *a)
+{
+	struct tcplat_network network = {.bits = 128};
+
+	__builtin_memcpy(network.addr, a->saddr, 16);
+	if (tcplat_networks.lookup(&network))
+		return true;
+	__builtin_memcpy(network.addr, a->daddr, 16);
+	return tcplat_networks.lookup(&network) != NULL;
+}
+#endif
+
 /* Local end first. A source port that is not chosen yet is 0, and no filter names port 0. */
 static __always_inline bool tcplat_wanted_addrs(const struct tcplat_addrs *a)
 {
