@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from tcplat_stages.stages import GROUPINGS
-from tcplat_stages.text import duration, micros
+from tcplat_stages.text import duration
 
-from tcplat_core import columns
+from tcplat_core import columns, micros
 
 from .changes import CONFIDENCE, Change
 from .condition import Compared, Condition

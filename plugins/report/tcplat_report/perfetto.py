@@ -19,10 +19,10 @@ from tcplat_stages.exchange import Exchange
 from tcplat_stages.hosts import Hosts
 from tcplat_stages.rows import Process
 from tcplat_stages.stream import CLIENT, SERVICE
-from tcplat_stages.text import address, micros
+from tcplat_stages.text import address
 from tcplat_stages.waterfall import WAITING
 
-from tcplat_core import HOST_BITS, Merge
+from tcplat_core import HOST_BITS, Merge, micros
 
 _MADE_UP = 1 << 22
 """Kernel process numbers are smaller."""

@@ -16,10 +16,10 @@ from tcplat_stages.hosts import Hosts, crosses
 from tcplat_stages.join import Joiner
 from tcplat_stages.stages import order, samples
 from tcplat_stages.stream import CLIENT, SERVICE
-from tcplat_stages.text import duration, micros
+from tcplat_stages.text import duration
 from tcplat_stages.waterfall import Rank, as_json, rank
 
-from tcplat_core import Event, Loss, Merge, Reader, say, whole_file
+from tcplat_core import Event, Loss, Merge, Reader, micros, say, whole_file
 
 from .common import remarks
 from .courses import FIELDS, KINDS, MOST_POINTS, Course, Courses

@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from tcplat_core import Event, Loss, columns, printable
+from tcplat_core import Event, Loss, columns, micros, printable
 
 from .chain import STAGES, UNEXPLAINED
 from .connection import Finished
@@ -16,7 +16,7 @@ from .histogram import Histogram
 from .hosts import crosses
 from .joined import Joined
 from .stream import CLIENT
-from .text import duration, micros, moment
+from .text import duration, moment
 
 TOTAL = "total"
 PERCENTILES = ((50.0, "p50"), (90.0, "p90"), (99.0, "p99"), (99.9, "p99_9"))

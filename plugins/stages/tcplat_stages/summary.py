@@ -6,7 +6,7 @@ from typing import Any
 
 import attrs
 
-from tcplat_core import printable
+from tcplat_core import micros, printable
 
 from .chain import CONNECT_CALLED, CONNECTED, HANDSHAKE_DONE, SYN_RX
 from .connection import STATS, Connection, Finished
@@ -14,7 +14,7 @@ from .exchange import ANSWERED, OUTCOMES
 from .hosts import Hosts
 from .joined import Joined
 from .stream import CLIENT, SERVICE
-from .text import duration, micros, moment, path, stages_json
+from .text import duration, moment, path, stages_json
 
 _ENDS = ("client", "service")
 

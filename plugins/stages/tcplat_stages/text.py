@@ -6,6 +6,7 @@ import datetime as dt
 from collections.abc import Mapping
 
 from tcplat_core import duration as seconds
+from tcplat_core import micros
 
 from .chain import Split
 from .connection import Connection
@@ -16,11 +17,6 @@ from .stream import CLIENT, SERVICE
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _FEW = 4
 """So many stages in one are named by the first and the last."""
-
-
-def micros(ns: int) -> float:
-    """Return µs, exact to the nanosecond."""
-    return ns / 1000
 
 
 def duration(ns: int) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from tcplat_core import printable
+from tcplat_core import micros, printable
 
 from .chain import MILESTONES, STAGES, UNEXPLAINED, Split
 from .connection import Finished
@@ -15,7 +15,7 @@ from .exchange import CUT, FAILED, OPEN, UNANSWERED, UNKNOWN, Exchange
 from .hosts import Hosts, crosses
 from .joined import Joined
 from .stream import SERVICE
-from .text import bar, duration, micros, moment, nanos, path, stage, stages_json
+from .text import bar, duration, moment, nanos, path, stage, stages_json
 
 TOTAL = "total"
 WAITING = "waiting"
