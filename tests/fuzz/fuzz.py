@@ -46,10 +46,10 @@ from .mutate import FOLDER, mutant, seeds
 CPU_S = 2.0
 MOST_BYTES = 200 << 20
 _REAL_EVERY = 500
-"""One in so many goes through a process of its own as well."""
+"""One capture in so many is also read by a separate process."""
 _SMALLER_S = 20.0
 _STUCK_S = 120.0
-"""A worker that tells nothing for so long is stuck where no signal is heard."""
+"""A worker without output for so many seconds hangs where signals are not handled."""
 CONTROLS = re.compile(
     rb"[\x00-\x09\x0b-\x1f\x7f]|\xc2[\x80-\x9f]|\xe2\x80[\x8e\x8f\xa8-\xae]|\xe2\x81[\xa6-\xa9]"
 )
@@ -102,7 +102,7 @@ def ways(number: int, path: str, base: str, page: str, reader: str) -> Iterator[
 
 
 class _HangError(BaseException):
-    """It took too much CPU."""
+    """A command took too much CPU time."""
 
 
 def _out_of_time(*_: object) -> NoReturn:
@@ -126,7 +126,7 @@ class Failure:
 
 @attrs.define(eq=False)
 class Worker:
-    """Commands in this very process: a start costs more than all else."""
+    """Commands in this process: starting one costs more than all else."""
 
     folder: Path
     output: int = attrs.field(init=False)
@@ -137,7 +137,7 @@ class Worker:
         self.output = os.memfd_create("output")
         os.dup2(self.output, 1)
         os.dup2(self.output, 2)
-        # What a command does once in its life would be done a million times here.
+        # What a command does once per process would be done a million times here.
         found, entries = Plugins.load(), commands._entries()
         Plugins.load = lambda *_: found  # type: ignore[method-assign]
         commands._entries = lambda: entries
@@ -225,7 +225,7 @@ def _in_page(data: bytes) -> str:
 
 
 def in_a_process(data: bytes, number: int, folder: Path) -> Iterator[Failure]:
-    """Yield the same with the whole program, as a user starts it."""
+    """Yield what goes wrong with the whole program, as a user starts it."""
     path, page = folder / "real", folder / "page"
     path.write_bytes(data)
     base = str(FOLDER / "corpus" / "ipv4.jsonl")
@@ -330,7 +330,7 @@ def _peak_bytes() -> int:
 
 @attrs.define
 class Tally:
-    """What became of all of them."""
+    """The results of all workers."""
 
     done: int = 0
     failed: int = 0
@@ -350,7 +350,7 @@ class Tally:
 
 
 def fuzz(seed: int, count: int, seconds: float, jobs: int) -> Tally:
-    """So many captures, or for so long."""
+    """Try so many captures, or for so long."""
     tally, end = Tally(), time.monotonic() + seconds
     pipes: dict[int, tuple[int, bytes]] = {}
     parent = os.getpid()
@@ -413,7 +413,7 @@ def again(paths: Iterable[Path]) -> list[Failure]:
 
 
 def main() -> int:
-    """Fuzz, or try again what is kept."""
+    """Fuzz, or try the stored captures again."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

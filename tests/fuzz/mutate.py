@@ -1,8 +1,8 @@
 """Hostile captures, made from captures of real runs.
 
-A grammar of our own, and no library: what hypothesis and atheris bring (values by type, coverage
-as a guide) finds where a parser goes wrong, and these parsers are msgspec's and msgpack's. What is
-ours is what the values mean, so nearly all inputs have to be lines that get as far as that: rows
+Its own grammar instead of a library: what hypothesis and atheris bring (values by type, coverage
+as a guide) finds faults of parsers, and these parsers are msgspec's and msgpack's. What tcplat adds
+is the meaning of the values, so nearly all inputs have to be lines that get as far as that: rows
 of connections that belong together, changed in one or two places. Each input follows from a seed
 and a number, and takes half a millisecond to make.
 """
@@ -109,7 +109,7 @@ def _value(random: Random, old: Any = None) -> Any:
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
-    """Each container in it, with each key or index."""
+    """Yield each container in a value, with each key or index."""
     found: list[tuple[Any, Any]] = []
     items: Any = ()
     if isinstance(value, dict):
@@ -137,7 +137,7 @@ def _replace(values: list[Value], random: Random) -> None:
 
 
 def _replace_everywhere(values: list[Value], random: Random) -> None:
-    """One field of all rows: what one place takes, another may not."""
+    """Change one field of all rows: what one place accepts, another may not."""
     key = random.choice(sorted(_COMMON))
     new, same = _value(random), random.random() < 0.5
     for at, value in enumerate(values):

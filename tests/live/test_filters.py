@@ -304,7 +304,7 @@ def test_lists_of_any_length_load_in_every_probe(
     assert outcome.returncode == 0, outcome.stderr
 
 
-def test_the_rows_of_long_lists_are_those_of_short_ones(
+def test_long_lists_give_the_same_rows_as_short_ones(
     client: Puppet, listener: Callable[..., Listener], running_tcplat: Callable[..., Tcplat]
 ) -> None:
     one, other = listener(), listener()

@@ -93,7 +93,7 @@ def comm_passes(pattern: str, comm: str) -> bool:
         (lambda listed: Filter(rports=listed), False, True),
     ],
 )
-def test_a_list_of_ports_of_any_length_has_each_and_no_other(
+def test_port_list_of_any_length_matches_exactly(
     wanting: Callable[[tuple[int, ...]], Filter], count: int, *, local: bool, remote: bool
 ) -> None:
     listed = tuple(range(2, 65536, 65533 // count))[:count]
@@ -104,7 +104,7 @@ def test_a_list_of_ports_of_any_length_has_each_and_no_other(
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 64])
-def test_a_list_of_networks_of_any_length_has_each_and_no_other(count: int) -> None:
+def test_network_list_of_any_length_matches_exactly(count: int) -> None:
     listed = tuple(f"10.{one}.128.0/17" for one in range(count - 1))
     wanted = Filter(networks=(*listed, "fe80::/10"))
     for one in range(count + 1):

@@ -765,7 +765,7 @@ def test_dead_loader_is_an_error_with_its_status(loader: Loaders) -> None:
         process.ask(REQUEST, never)
 
 
-def test_what_a_loader_printed_last_is_told_where_it_dies(loader: Loaders) -> None:
+def test_error_of_a_dead_loader_has_its_last_output(loader: Loaders) -> None:
     printed = "import sys; sys.stdin.read(); print('C text'); "
     process, theirs = loader(printed + "sys.stdout.flush(); sys.exit('LLVM ERROR: no more\\n')")
     theirs.close()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes down what each kernel's BTF says of the hooks that tcplat's probes name.
+"""Write what each kernel's BTF says of the hooks that tcplat's probes name.
 
     python tests/vm/facts.py        # makes tests/unit/data/kernels.json
 

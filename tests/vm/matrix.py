@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Runs the scripted traffic in each kernel with each mechanism, and prints the matrix.
+"""Run the scripted traffic in each kernel with each mechanism, and print the matrix.
 
     python tests/vm/matrix.py [--kernel 6.1] [--timeout 1500] [--jobs 2]
 
-Exit status 0 when every cell is ok; what pytest says of the others stands above.
+Exit status 0 when every cell is ok; pytest's output for the others is above the matrix.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MECHANISMS = ("kprobe", "fentry")
 COLUMNS = ("tcp_client", "tcp_service", "xdp_port", "tcp_stats", "histograms")
 VERSIONS = (4, 6)
 OTHERS = ("tests/live/test_filters.py::test_cgroup_filter_includes_descendants",)
-"""What also differs between kernels, and is no cell."""
+"""Tests that also differ between kernels, without a cell of the matrix."""
 SLOW = 20
 """How much slower than the machine a guest without KVM may be."""
 
