@@ -140,6 +140,9 @@ class FiredBy:
     program: str = ""
 
 
+_FAILURES = {errno.ECONNREFUSED: "refused", errno.ETIMEDOUT: "timed out"}
+
+
 @attrs.frozen
 class Moment:
     """What the description of a row may depend on.
@@ -166,6 +169,11 @@ class Moment:
     def error(self) -> str:
         """The symbolic name of `err`: ``ECONNREFUSED``."""
         return errno.errorcode.get(self.err, f"errno {self.err}")
+
+    @property
+    def failure(self) -> str:
+        """`err` in the words that all probes have for it: ``refused``, ``timed out``, ``EPIPE``."""
+        return _FAILURES.get(self.err, self.error)
 
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]

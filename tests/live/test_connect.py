@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import subprocess
 from collections.abc import Callable
 
 import pytest
@@ -24,6 +25,7 @@ from .harness import (
     completes,
     free_port,
     gone,
+    needs,
     reached,
     read_to_end,
     story,
@@ -391,3 +393,52 @@ def test_accepted_connections_have_no_tcp_client_rows(watched: Watched, client: 
         sport = other.getsockname()[1]
     assert watched.to(sport).rows() == []
     assert watched.to(port).rows() == []
+
+
+_REJECTING = """
+add table inet wall
+add chain inet wall input {{ type filter hook input priority 0; }}
+add rule inet wall input tcp dport {port} reject with icmpx {by}
+"""
+_CALLS = """
+results = []
+for blocking in (True, False):
+    s = socket.socket({family})
+    s.setblocking(blocking)
+    got = s.connect_ex(({address!r}, {port}))
+    if got == errno.EINPROGRESS:
+        waiting = select.poll()
+        waiting.register(s, select.POLLOUT)
+        waiting.poll()
+        got = s.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    s.close()
+    results.append(errno.errorcode[got])
+"""
+
+
+@pytest.mark.parametrize("ip", [4, 6])
+@pytest.mark.parametrize(
+    ("by", "error"), [("admin-prohibited", None), ("port-unreachable", "refused")]
+)
+def test_connect_that_icmp_ends_has_the_errno_that_the_program_got(
+    ip: int,
+    by: str,
+    error: str | None,
+    puppet: Callable[..., Puppet],
+    running_tcplat: Callable[..., Tcplat],
+) -> None:
+    """Where connect() does not block, the kernel keeps the error elsewhere."""
+    needs("nft")
+    client, port = puppet(alone=True), 7701
+    subprocess.run(
+        ["nsenter", f"--net=/proc/{client.pid}/ns/net", "nft", "-f", "-"],
+        input=_REJECTING.format(port=port, by=by).encode(),
+        check=True,
+    )
+    run = running_tcplat("-p", str(client.pid), probes=("tcp_client", "tcp_stats"))
+    client(_CALLS.format(family=int(FAMILY[ip]), address=LOCAL[ip], port=port))
+    got = client("results")
+    rows = run.wait_for("both were gone", gone(2))
+    for point in ("state", "stats"):
+        told = [row["desc"] for row in at(rows, point) if row["state"] == "TCP_CLOSE"]
+        assert told == ([error] * 2 if error else got)

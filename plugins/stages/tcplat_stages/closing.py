@@ -11,8 +11,6 @@ def note_failure(conn: Connection, index: int, error: str, ts_ns: int) -> None:
     """Note that an end's socket failed, unless something failed before."""
     if error == "ECONNRESET":
         note_reset(conn, 1 - index)
-    elif error == "refused":
-        note_reset(conn, SERVICE)
     elif conn.reset_by == index:
         # A socket that gives up says so to the other end, by a RST that leaves before this row.
         conn.reset_by = conn.reset_why = None

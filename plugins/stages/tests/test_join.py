@@ -404,24 +404,36 @@ def test_retransmitted_syn_is_part_of_the_handshake() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "why"),
-    [
-        ({"desc": "refused", "old_state": "TCP_SYN_SENT"}, "no listener at that port"),
-        ({"desc": "ECONNRESET", "old_state": "TCP_ESTABLISHED"}, None),
-    ],
+    ("flags", "reset_by", "why"),
+    [("RST|ACK", SERVICE, "no listener at that port"), (None, None, None)],
 )
-def test_reset_sender_follows_from_the_socket_that_got_the_error(
-    state: Any, why: str | None
+def test_refused_connect_is_a_reset_if_the_rst_was_seen(
+    flags: str | None, reset_by: int | None, why: str | None
 ) -> None:
+    """An ICMP error refuses a connect as well: then no end has reset it."""
     history = History()
     history.socket(1_000, CLIENT, "connect", sport=None, state="TCP_SYN_SENT")
     history.packet(1_100, "nic_tx", CLIENT, -1, flags="SYN")
-    if why is None:
-        history.socket(1_200, CLIENT, "state", old_state="TCP_SYN_SENT", connect_us=1.0)
-    history.socket(2_000, CLIENT, "state", **{"state": "TCP_CLOSE", **state})
+    if flags:
+        ack = history.seq(CLIENT, 0)
+        history.packet(1_900, "nic_tx", SERVICE, 0, flags=flags, seq=0, ack=ack)
+    failed = {"desc": "refused", "old_state": "TCP_SYN_SENT", "state": "TCP_CLOSE"}
+    history.socket(2_000, CLIENT, "state", **failed)
     history.socket(2_100, CLIENT, "close", state="TCP_CLOSE")
     _, (conn,), _ = joined(history.rows())
-    assert (conn.reset_by, conn.reset_why, conn.error) == (SERVICE, why, state["desc"])
+    assert (conn.reset_by, conn.reset_why, conn.error) == (reset_by, why, "refused")
+
+
+def test_reset_sender_follows_from_the_socket_that_got_the_error() -> None:
+    history = History()
+    history.socket(1_000, CLIENT, "connect", sport=None, state="TCP_SYN_SENT")
+    history.packet(1_100, "nic_tx", CLIENT, -1, flags="SYN")
+    history.socket(1_200, CLIENT, "state", old_state="TCP_SYN_SENT", connect_us=1.0)
+    failed = {"desc": "ECONNRESET", "old_state": "TCP_ESTABLISHED", "state": "TCP_CLOSE"}
+    history.socket(2_000, CLIENT, "state", **failed)
+    history.socket(2_100, CLIENT, "close", state="TCP_CLOSE")
+    _, (conn,), _ = joined(history.rows())
+    assert (conn.reset_by, conn.reset_why, conn.error) == (SERVICE, None, "ECONNRESET")
 
 
 def test_close_with_unread_data_is_the_reset_reason() -> None:

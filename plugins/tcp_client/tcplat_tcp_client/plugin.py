@@ -70,8 +70,6 @@ HISTOGRAMS = (
     Histogram("connect_failed", "connect(): SYN to failure", ("connect", "state")),
 )
 
-_FAILED = {"ECONNREFUSED": "refused", "ETIMEDOUT": "timed out"}
-
 _REACHED = {
     "TCP_SYN_SENT": "sending SYN",
     "TCP_ESTABLISHED": "connected",
@@ -87,10 +85,10 @@ _REACHED = {
 def describe(moment: Moment) -> str:
     """Describe a row in 15 letters at most: the table's column is no wider."""
     if moment.point == "connect":
-        return _failure(moment) if moment.err else "SYN goes out"
+        return moment.failure if moment.err else "SYN goes out"
     if moment.point == "state":
         if moment.state == "TCP_CLOSE" and moment.err:
-            return _failure(moment)
+            return moment.failure
         if moment.state == "TCP_CLOSE" and moment.old_state == "TCP_SYN_SENT":
             return "given up"
         return _REACHED.get(moment.state or "", "new state")
@@ -101,10 +99,6 @@ def describe(moment: Moment) -> str:
         "send_short": "not all taken",
         "close": "socket gone",
     }[moment.point]
-
-
-def _failure(moment: Moment) -> str:
-    return _FAILED.get(moment.error, moment.error)
 
 
 @hookimpl

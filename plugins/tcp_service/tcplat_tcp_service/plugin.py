@@ -202,7 +202,7 @@ def describe(moment: Moment) -> str:
         if moment.old_state is None:
             return "segment handled"
         if moment.state == "TCP_CLOSE" and moment.err:
-            return moment.error
+            return moment.failure
         return _REACHED.get(moment.state or "", "new state")
     if moment.point == "recv":
         return "end of stream" if moment.empty else "message read"

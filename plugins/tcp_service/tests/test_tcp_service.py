@@ -42,6 +42,7 @@ def test_tcp_service_is_registered() -> None:
         (words("state", "TCP_CLOSE_WAIT", "TCP_ESTABLISHED"), "client sent FIN"),
         (words("state", "TCP_CLOSE", "TCP_LAST_ACK"), "closed"),
         (words("state", "TCP_CLOSE", "TCP_ESTABLISHED", errno.ECONNRESET), "ECONNRESET"),
+        (words("state", "TCP_CLOSE", "TCP_ESTABLISHED", errno.ETIMEDOUT), "timed out"),
         (words("state", "TCP_SYN_RECV", None), "segment handled"),
         (words("state", None, "TCP_ESTABLISHED"), "new state"),
         (words("accept"), "accepted"),

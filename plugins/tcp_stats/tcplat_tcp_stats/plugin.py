@@ -45,7 +45,7 @@ class StatsEvent(Event, gc=False):
 
 def describe(moment: Moment) -> str:
     """Describe a row."""
-    return moment.error if moment.err else "closed"
+    return moment.failure if moment.err else "closed"
 
 
 @hookimpl

@@ -43,6 +43,8 @@ def test_end_of_a_connection_is_described() -> None:
     assert describe(Moment("stats", "TCP_CLOSE", "TCP_LAST_ACK", 0, None)) == "closed"
     error = Moment("stats", "TCP_CLOSE", "TCP_ESTABLISHED", errno.ECONNRESET, None)
     assert describe(error) == "ECONNRESET"
+    for number, words in ((errno.ECONNREFUSED, "refused"), (errno.ETIMEDOUT, "timed out")):
+        assert describe(Moment("stats", "TCP_CLOSE", "TCP_SYN_SENT", number, None)) == words
 
 
 def test_every_mechanism_serves_the_point() -> None:

@@ -50,6 +50,23 @@ static __always_inline void tcplat_add_seq(struct tcplat_event *e, u32 seq, u32 
 	e->has |= TCPLAT_HAS_SEQ | TCPLAT_HAS_BYTES;
 }
 
+/*
+ * The errno that ended a connect, where sk_err has none: an ICMP error that came during a system
+ * call on the socket is kept in sk_err_soft (tcp_v4_err()), which getsockopt(SO_ERROR) clears. The
+ * error queue has it until the socket is destroyed (5.9, 45af29ca761c).
+ */
+static __always_inline u32 tcplat_soft_error(const struct sock *sk)
+{
+	const struct sk_buff *skb = tcplat_get(sk, sk_error_queue.prev);
+	const struct sock_exterr_skb *report;
+	u32 err = tcplat_get(sk, sk_err_soft);
+
+	if (err || (u64)skb == tcplat_key(sk) + __builtin_offsetof(struct sock, sk_error_queue))
+		return err;
+	report = (const struct sock_exterr_skb *)((u64)skb + __builtin_offsetof(struct sk_buff, cb));
+	return tcplat_get(report, ee.ee_errno);
+}
+
 /* A change of state; `s` is the socket's entry. */
 static __always_inline struct tcplat_event *
 tcplat_make_state(const struct sock *sk, struct tcplat_sock *s, int old, int new, u8 hook, u64 now)
@@ -60,8 +77,11 @@ tcplat_make_state(const struct sock *sk, struct tcplat_sock *s, int old, int new
 		return NULL;
 	e->old_state = old;
 	e->state = new;
-	if (new == TCP_CLOSE)
+	if (new == TCP_CLOSE) {
 		e->err = tcplat_get(sk, sk_err);
+		if (!e->err && old == TCP_SYN_SENT)
+			e->err = tcplat_soft_error(sk);
+	}
 	return e;
 }
 
