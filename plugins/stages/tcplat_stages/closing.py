@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from .chain import CONNECTED
-from .connection import Connection
-from .stream import SERVICE
+from .connection import Connection, End
+from .stream import CLIENT, SERVICE
+
+_RESET = ("ECONNRESET", "EPIPE")
+"""What a socket fails with that accepts a RST: the second where the other end had closed."""
+
+_LAST = frozenset({"TCP_FIN_WAIT1", "TCP_FIN_WAIT2", "TCP_LAST_ACK", "TCP_CLOSING"})
+"""States from which a socket that closes in order is closed."""
+_ORDERLY = frozenset({*_LAST, "TCP_CLOSE_WAIT"})
 
 
 def note_failure(conn: Connection, index: int, error: str, ts_ns: int) -> None:
     """Note that an end's socket failed, unless something failed before."""
-    if error == "ECONNRESET":
+    if error in _RESET:
         note_reset(conn, 1 - index)
+        conn.reset_seen = None
     elif conn.reset_by == index:
         # A socket that gives up says so to the other end, by a RST that leaves before this row.
         conn.reset_by = conn.reset_why = None
@@ -23,6 +31,51 @@ def note_fin(conn: Connection, index: int) -> None:
     if index not in conn.fins:
         conn.fins.append(index)
         conn.fin_ns[index] = conn.last_ns
+
+
+def note_rst(conn: Connection, index: int) -> None:
+    """Note a packet by which an end resets the connection; see take_back()."""
+    if conn.reset_by is None and conn.error is None:
+        note_reset(conn, index)
+        conn.reset_seen = (conn.flows[CLIENT].furthest, conn.flows[SERVICE].furthest)
+        conn.went_on = 0
+
+
+def note_bytes(conn: Connection, index: int, finish: int) -> None:
+    """Note new bytes of an end; after a RST, those of both ends show that it was ignored."""
+    if conn.reset_seen is not None and finish > conn.reset_seen[index] >= 0:
+        conn.went_on |= 1 << index
+        if conn.went_on == 1 << CLIENT | 1 << SERVICE:
+            take_back(conn)
+
+
+def take_back(conn: Connection) -> None:
+    """Forget the RST that was seen: the connection goes on, so it was ignored."""
+    if conn.reset_seen is None:
+        return
+    conn.reset_seen = conn.reset_by = conn.reset_why = None
+    conn.reset_ns = 0
+    if len(conn.fins) < 2:  # noqa: PLR2004 - both ends
+        conn.closing_ns = 0
+
+
+def note_change(conn: Connection, old: str, new: str, desc: str) -> None:
+    """Note a change of state: a socket that closes in order was not reset, nor did it abort."""
+    if new in _ORDERLY or (new == "TCP_CLOSE" and old in _LAST and desc == "closed"):
+        take_back(conn)
+
+
+def settle_rst(conn: Connection) -> None:
+    """Forget, at the end of a connection, a RST of which the open socket has no row."""
+    if conn.reset_seen is None or conn.reset_by is None or conn.missed:
+        return
+    sender, receiver = conn.ends[conn.reset_by], conn.ends[1 - conn.reset_by]
+    if receiver.streams and receiver.state and not _gone(receiver) and not _gone(sender):
+        take_back(conn)
+
+
+def _gone(end: End) -> bool:
+    return end.state == "TCP_CLOSE" or bool(end.closed_ns)
 
 
 def note_reset(conn: Connection, index: int) -> None:

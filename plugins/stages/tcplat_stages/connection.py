@@ -150,6 +150,7 @@ class Connection:
         "reported",
         "reset_by",
         "reset_ns",
+        "reset_seen",
         "reset_why",
         "service",
         "spans_loss",
@@ -163,6 +164,7 @@ class Connection:
         "torn",
         "unsure",
         "waiting",
+        "went_on",
     )
 
     def __init__(  # noqa: PLR0915 - its attributes, one by one
@@ -190,6 +192,10 @@ class Connection:
         self.error: str | None = None
         self.reset_by: int | None = None
         self.reset_why: str | None = None
+        self.reset_seen: tuple[int, int] | None = None
+        """How far the streams had come when a RST was seen that no socket's row confirms."""
+        self.went_on = 0
+        """Bits, one for each end that has sent more since."""
         self.fins: list[int] = []
         self.fin_ns = [0, 0]
         self.reset_ns = self.error_ns = self.eof_ns = self.left_ns = 0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from .acceptable import may_reset
 from .binding import set_syn
 from .chain import SYN_RX, SYN_TX, SYNACK_RX, SYNACK_TX
-from .closing import note_fin, note_reset
+from .closing import note_bytes, note_fin, note_rst
 from .connection import Connection
 from .directory import Directory
 from .losses import KINDS, PACKET_ROWS, resumes
@@ -77,6 +78,8 @@ class PacketRows:
         point = row.point
         if flow.begin < 0:
             flow.begin = at
+        if conn.closing_ns:
+            note_bytes(conn, index, finish)
         if conn.missed:
             number = KINDS.index(point)
             before = (flow.tx, flow.nic, flow.ip)[number].position
@@ -124,8 +127,9 @@ class PacketRows:
             note_fin(conn, index)
             if len(conn.fins) > 1:
                 conn.closing_ns = ts_ns
-        if "RST" in flags:
-            note_reset(conn, index)
+            note_bytes(conn, index, flow.fin + 1)
+        if "RST" in flags and may_reset(conn, index, row):
+            note_rst(conn, index)
             conn.closing_ns = ts_ns
 
     def _window(self, conn: Connection, flow: Flow, row: Any, flags: str) -> None:

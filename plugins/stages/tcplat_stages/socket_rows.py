@@ -7,13 +7,16 @@ from typing import Any
 
 from .binding import Binder, update_user
 from .chain import ACCEPTED, CONNECT_CALLED, CONNECTED, HANDSHAKE_DONE
-from .closing import note_failure, note_fin
+from .closing import note_change, note_failure, note_fin, take_back
 from .connection import STATS, Connection, End
 from .directory import Directory
 from .losses import READS, resumes
 from .rows import real, shared, syn_of, whole
 from .stream import CLIENT, NOT_SEEN, SERVICE, Reach, caller, reached
 from .turns import LONG, Turns, prune
+
+_OPEN = frozenset({"TCP_ESTABLISHED", "TCP_CLOSE_WAIT"})
+"""States in which a program may send."""
 
 
 class SocketRows:
@@ -50,6 +53,7 @@ class SocketRows:
         conn = end.conn
         if row.connect_us is not None:
             conn.connect_us = row.connect_us
+        note_change(conn, old, new, row.desc)
         if new == "TCP_ESTABLISHED":
             conn.began, conn.cut = True, False
             conn.stamps[CONNECTED if end.index == CLIENT else HANDSHAKE_DONE] = ts_ns
@@ -63,7 +67,7 @@ class SocketRows:
         elif new == "TCP_CLOSE" and row.desc != "closed":
             note_failure(conn, end.index, row.desc, ts_ns)
 
-    def _send(self, end: End, row: Any, ts_ns: int) -> None:  # noqa: C901 - called for each send
+    def _send(self, end: End, row: Any, ts_ns: int) -> None:  # noqa: C901, PLR0912 - called for each send
         conn = end.conn
         index = end.index
         flow = conn.flows[index]
@@ -76,6 +80,8 @@ class SocketRows:
             known = flow.sent if flow.sent >= 0 else flow.begin
             resumes(conn, 1 << index, gap=at != known >= 0)
         finish = at + count
+        if conn.reset_by is not None and row.state in _OPEN:
+            take_back(conn)
         flow.send(at, finish, ts_ns)
         process = end.process
         if process.pid != row.pid or process.comm != row.comm:

@@ -238,6 +238,19 @@ class Flow:
             self.ref = at
         return at
 
+    def near(self, seq: int) -> int:
+        """A sequence number of a packet that may not be of this stream, unwrapped.
+
+        Unlike at(), it does not unwrap later numbers by this one. Some number must be known.
+        """
+        return self.ref + ((seq - self.ref + 0x80000000) & 0xFFFFFFFF) - 0x80000000
+
+    @property
+    def furthest(self) -> int:
+        """How far the stream is known to go, its FIN included; -1 for unknown."""
+        fin = self.fin + 1 if self.fin >= 0 else -1
+        return max(self.begin, self.sent, self.tx.position, self.arrived(), self.read, fin)
+
     def send(self, at: int, finish: int, ts_ns: int) -> None:
         """Note a call of the sender, for bytes from `at` to `finish`."""
         self.sends = added(self.sends, finish, ts_ns)

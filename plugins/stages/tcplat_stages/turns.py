@@ -18,6 +18,7 @@ from .chain import (
     REQUEST_RX,
     REQUEST_TX,
 )
+from .closing import settle_rst
 from .connection import NO_EXCHANGES, Connection, Finished
 from .exchange import ANSWERED, OPEN, UNANSWERED, Exchange
 from .losses import ASKING_ROWS, READS, Losses, tear
@@ -238,6 +239,7 @@ class Turns:
 
     def end(self, conn: Connection, why: str) -> None:
         """Complete what was under way on a connection that is over, as far as it came."""
+        settle_rst(conn)
         if conn.ends[SERVICE].sock:
             self.settle(conn, why)
         replying, reply = conn.replying, conn.flows[SERVICE]

@@ -1,0 +1,153 @@
+"""Packets that the kernel ignores: they must not change what is said of the connection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tcplat_stages.connection import Connection
+from tcplat_stages.exchange import Exchange
+from tcplat_stages.join import Joiner
+
+from .history import CLIENT, SERVICE, History, Row
+
+SECOND = 1_000_000_000
+CALLS = ("state", "accept", "send", "recv", "ready", "close")
+SOCKETS = ("tcp_client", *(f"tcp_service/{point}" for point in CALLS))
+PROBES = ("tcp_client", "tcp_service", "dev_xmit", "xdp_port")
+RESET = {"old_state": "TCP_ESTABLISHED", "state": "TCP_CLOSE", "desc": "ECONNRESET"}
+ends = st.sampled_from([CLIENT, SERVICE])
+some_probes = st.sets(st.sampled_from(PROBES), max_size=len(PROBES) - 1)
+
+
+def joined(rows: Sequence[Row]) -> tuple[list[Exchange], list[Connection]]:
+    joiner = Joiner()
+    told = joiner.feed(rows) + joiner.finish()
+    return (
+        [one for one in told if isinstance(one, Exchange)],
+        [one for one in told if isinstance(one, Connection)],
+    )
+
+
+def talk(history: History, now: int, *, asked: int = 300, answered: int = 500) -> int:
+    """Add a request and a reply, 1 µs for each stage; return when it is over."""
+    at = [now + 1_000 * step for step in range(12)]
+    history.message(CLIENT, asked, at[:6])
+    history.message(SERVICE, answered, at[6:])
+    return at[-1] + 1_000
+
+
+def inject(history: History, now: int, end: int, byte: int, count: int = 0, **more: Any) -> None:
+    """Add a packet that claims to be of an end; on `lo` it is seen at each point."""
+    for step, point in enumerate(("nic_tx", "nic_rx", "rx_ip")):
+        history.packet(now + step, point, end, byte, count, **more)
+
+
+def story(connections: Sequence[Connection]) -> list[Any]:
+    """What is said of each connection, apart from how long it lasted."""
+    return [
+        (
+            *(conn.reset_by, conn.reset_why, conn.error, conn.ended, tuple(conn.fins)),
+            *(conn.bytes_of(index) for index in (CLIENT, SERVICE)),
+            *(conn.flows[index].retransmits for index in (CLIENT, SERVICE)),
+            tuple(sorted(conn.outcomes.items())),
+        )
+        for conn in connections
+    ]
+
+
+# --- RST
+
+
+@given(ends, st.integers(-(2**31), 2**31 - 1), some_probes)
+@settings(deadline=None)
+def test_a_reset_whose_number_is_not_the_next_one_is_none(
+    end: int, off: int, without: set[str]
+) -> None:
+    plain, attacked = History(), History()
+    for history in (plain, attacked):
+        now = talk(history, talk(history, history.shake_hands() + 1_000))
+        if history is attacked and off:
+            inject(history, now, end, history.sent[end] + off, flags="RST")
+        history.close(talk(history, now + 10_000) + 1_000)
+    assert story(joined(attacked.rows(without))[1]) == story(joined(plain.rows(without))[1])
+
+
+@given(ends, some_probes)
+def test_a_reset_with_the_next_number_is_one(end: int, without: set[str]) -> None:
+    history = History()
+    now = talk(history, history.shake_hands() + 1_000)
+    closed = {"state": "TCP_CLOSE", "desc": "closed"}
+    history.socket(now, end, "state", old_state="TCP_ESTABLISHED", **closed)
+    inject(history, now + 1, end, history.sent[end], flags="RST|ACK")
+    history.socket(now + 10, 1 - end, "state", **RESET)
+    history.socket(now + 11, 1 - end, "close", state="TCP_CLOSE")
+    history.socket(now + 12, end, "close", state="TCP_CLOSE")
+    rows = history.rows(without)
+    told = any(row.flags == "RST|ACK" or row.desc == "ECONNRESET" for row in rows)
+    _, (conn,) = joined(rows)
+    assert conn.reset_by == (end if told else None)
+
+
+@pytest.mark.parametrize("without", [(), ("tcp_client",), SOCKETS])
+@pytest.mark.parametrize("end", [CLIENT, SERVICE])
+def test_a_reset_after_which_both_ends_go_on_was_ignored(
+    end: int, without: tuple[str, ...]
+) -> None:
+    history = History()
+    now = talk(history, history.shake_hands() + 1_000)
+    # Its number is right, and its checksum is not: nothing in the row tells.
+    inject(history, now, end, history.sent[end], flags="RST")
+    history.close(talk(history, now + 10_000) + 1_000)
+    exchanges, (conn,) = joined(history.rows(without))
+    assert (conn.reset_by, conn.reset_why) == (None, None)
+    assert conn.fins == [CLIENT, SERVICE]
+    assert [one.outcome for one in exchanges] == ["answered", "answered"]
+
+
+def test_a_socket_that_is_open_at_the_end_was_not_reset() -> None:
+    history = History()
+    now = talk(history, history.shake_hands() + 1_000)
+    inject(history, now, CLIENT, history.sent[CLIENT], flags="RST")
+    _, (conn,) = joined(history.rows())
+    assert (conn.reset_by, conn.ended) == (None, "end of run")
+    # Where no socket is watched, nothing tells that it was ignored.
+    _, (conn,) = joined(history.rows(SOCKETS))
+    assert conn.reset_by == CLIENT
+
+
+def test_a_socket_that_fails_was_reset_though_the_number_of_the_packet_looks_wrong() -> None:
+    history = History()
+    now = talk(history, history.shake_hands() + 1_000)
+    inject(history, now, CLIENT, history.sent[CLIENT] + 77, flags="RST")
+    history.socket(now + 10, SERVICE, "state", **RESET)
+    history.socket(now + 11, SERVICE, "close", state="TCP_CLOSE")
+    _, (conn,) = joined(history.rows())
+    assert conn.reset_by == CLIENT
+
+
+@pytest.mark.parametrize("after", ["tx", "rx"])
+def test_a_reset_that_comes_before_the_last_bytes_is_one(after: str) -> None:
+    history = History()
+    now = talk(history, history.shake_hands() + 1_000)
+    history.packet(now, "nic_tx", CLIENT, history.sent[CLIENT], 50)
+    history.packet(now + 1, "nic_tx", CLIENT, history.sent[CLIENT] + 50, flags="RST|ACK")
+    if after == "rx":
+        # Bytes before them are lost: their end is acknowledged by SACK.
+        history.packet(now + 2, "nic_rx", CLIENT, history.sent[CLIENT] + 20, 30)
+        history.packet(now + 3, "nic_rx", CLIENT, history.sent[CLIENT] + 50, flags="RST|ACK")
+    without = ("tcp_client", "tcp_service", *(("dev_xmit",) if after == "rx" else ()))
+    _, (conn,) = joined(history.rows(without))
+    assert conn.reset_by == CLIENT
+
+
+def test_a_reset_in_a_capture_that_begins_behind_all_bytes_is_believed() -> None:
+    history = History()
+    history.sent = [1_000, 2_000]
+    history.packet(1_000, "nic_tx", SERVICE, 2_000, 10)
+    history.packet(2_000, "nic_tx", CLIENT, 1_500, flags="RST|ACK")
+    _, (conn,) = joined(history.rows())
+    assert conn.reset_by == CLIENT
