@@ -1,6 +1,6 @@
 """Compiles tcplat_core/deliver/fast/records.c when the package is built or installed.
 
-Without a C compiler tcplat works as well, only slower: then nothing is made, and that is said.
+Without a C compiler nothing is built, a warning is shown, and tcplat works, only slower.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class CustomBuildHook(BuildHookInterface):
     """Called by hatchling."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 - its signature
-        """Compile, and have a wheel say what machine it is for."""
+        """Compile, and tag the wheel with the platform."""
         root = Path(self.root)
         compiler = next(
             filter(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang")), None
@@ -43,6 +43,6 @@ class CustomBuildHook(BuildHookInterface):
             return
         build_data["artifacts"].append(str(TARGET))
         build_data["pure_python"] = False
-        # Any Python will do: the library knows nothing of it.
+        # The library does not use Python's API: it works with any Python.
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["tag"] = f"py{sys.version_info.major}-none-{platform}"

@@ -16,9 +16,10 @@ from .run.standard import keep_taken
 
 
 def start() -> NoReturn:
-    """For the script tcplat, which starts Python with -I, whoever calls it.
+    """Run the script tcplat, which starts Python with -I for every user.
 
-    A user without rights gets PYTHONPATH and packages below his home after all.
+    A process without rights is restarted without -I, so that PYTHONPATH and the user's own
+    packages work.
     """
     keep_taken()
     if not _held() and _differs():
@@ -59,7 +60,7 @@ def _held() -> bool:
 
 
 def _differs() -> bool:
-    """Whether -I keeps anything from this user."""
+    """Return whether -I hides any packages or settings from this user."""
     return (
         any(name.startswith("PYTHON") for name in os.environ)
         or Path(site.getusersitepackages()).is_dir()

@@ -15,7 +15,7 @@ TOO_MANY_FILES = {
     number: f"{os.strerror(number).lower()}: raise the limit (ulimit -n)"
     for number in (errno.EMFILE, errno.ENFILE)
 }
-"""errno -> what is wrong, and what mends it."""
+"""errno -> cause and remedy."""
 
 
 class TcplatError(Exception):
@@ -53,7 +53,7 @@ class ReaderGoneError(Exception):
 
 
 class TerminatedError(BaseException):
-    """SIGTERM or SIGHUP came: everything is left as an exception leaves it."""
+    """SIGTERM or SIGHUP arrived; raised by the handler, so that every `finally` runs."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -61,58 +61,58 @@ class TerminatedError(BaseException):
 
 
 def is_the_users(error: BaseException) -> bool:
-    """Whether a signal of the user's is behind it, and not the plugin in whose code it was raised.
+    """Return whether a signal from the user caused it, not the plugin code that raised it.
 
-    `run` and `replay` take SIGINT over: a KeyboardInterrupt is the plugin's own there.
+    `run` and `replay` handle SIGINT themselves: there a plugin itself raised a KeyboardInterrupt.
     """
     if isinstance(error, KeyboardInterrupt):
         return signal.getsignal(signal.SIGINT) == signal.default_int_handler
     return isinstance(error, TerminatedError)
 
 
-def words(error: BaseException) -> str:
+def message(error: BaseException) -> str:
     """Return the message of an exception, or its class if it has none.
 
-    Of one that is no error, such as SystemExit, the class comes first: what it says is no
-    sentence. A plugin may have made the class: its __str__() may raise whatever it likes.
+    For a BaseException that is no Exception, such as SystemExit, the class comes first: its text
+    is no sentence. The class may be a plugin's, whose __str__() can raise anything.
     """
     name = type(error).__name__
     try:
-        said = str(error)
+        text = str(error)
     except BaseException as another:
         if is_the_users(another):
             raise
-        said = ""
+        text = ""
     if isinstance(error, Exception):
-        return said or name
-    return f"{name}: {said}" if said else name
+        return text or name
+    return f"{name}: {text}" if text else name
 
 
 def named(error: BaseException) -> str:
     """Return the class of an exception and the first line of its message."""
-    (line,) = words(error).splitlines()[:1] or [""]
+    (line,) = message(error).splitlines()[:1] or [""]
     return _with_class(error, line)
 
 
 def in_a_line(error: BaseException) -> str:
     """Return the class of an exception and its whole message."""
-    return _with_class(error, " ".join(words(error).split()))
+    return _with_class(error, " ".join(message(error).split()))
 
 
-def _with_class(error: BaseException, said: str) -> str:
+def _with_class(error: BaseException, text: str) -> str:
     name = type(error).__name__
-    return said if said == name or said.startswith(f"{name}: ") else f"{name}: {said}"
+    return text if text == name or text.startswith(f"{name}: ") else f"{name}: {text}"
 
 
 @contextlib.contextmanager
-def blaming(whose: str) -> Iterator[None]:
-    """Have what a plugin's code raises be told as the plugin's fault, and as one sentence.
+def blaming(code: str) -> Iterator[None]:
+    """Turn an exception of a plugin's code into a PluginError of one sentence.
 
     Args:
-        whose: Whose code runs in this block, and which: ``sink x: its factory``.
+        code: The plugin's code that runs in this block: ``sink x: its factory``.
 
     Raises:
-        PluginError: It raised something that is not meant for the user.
+        PluginError: The code raised something else than a TcplatError or ReaderGoneError.
     """
     try:
         yield
@@ -121,29 +121,29 @@ def blaming(whose: str) -> Iterator[None]:
     except BaseException as error:
         if is_the_users(error):
             raise
-        raise PluginError(f"{whose} failed: {named(error)}") from error
+        raise PluginError(f"{code} failed: {named(error)}") from error
 
 
 REFUSED = (errno.EPERM, errno.EACCES, errno.ENOSYS)
-"""errno of a system call that is not to be had: where no file is named, of a filter."""
+"""errno of a refused system call; without a file name, a filter or security module refused."""
 
 
 def refused(call: str, number: int) -> CannotRunError:
-    """Of a system call that a filter refuses: which it is, and what mends it."""
-    words = os.strerror(number).lower()
+    """Return an error for a system call that a filter refuses, with the remedy."""
+    reason = os.strerror(number).lower()
     why = "a seccomp filter or a security module is in force"
     if number == errno.ENOSYS:
         why = "this kernel lacks it, or a seccomp filter hides it"
     return CannotRunError(
-        f"{call}() is refused here ({words}): {why}; "
+        f"{call}() is refused here ({reason}): {why}; "
         "allow it (docker, podman: --security-opt seccomp=unconfined)"
     )
 
 
 def _call(error: OSError) -> str:
-    """Return the C function that an error came from, as far as the source tells it.
+    """Return the C function that raised an error, read from the source line that called it.
 
-    No traceback has it: it ends with the frame in Python, and the place in it.
+    A traceback ends with the Python frame, and does not name the C function.
     """
     frame = error.__traceback__
     while frame and frame.tb_next:
@@ -152,7 +152,7 @@ def _call(error: OSError) -> str:
         return "a system call"
     code = frame.tb_frame.f_code
     place = next(itertools.islice(code.co_positions(), frame.tb_lasti // 2, None), None)
-    import linecache  # noqa: PLC0415 - takes long, and is seldom needed
+    import linecache  # noqa: PLC0415 - slow to import, seldom needed
 
     line, _, column, _ = place or (None, None, None, None)
     source = linecache.getline(code.co_filename, line or 0).encode()[column or 0 :].decode()
@@ -161,7 +161,7 @@ def _call(error: OSError) -> str:
 
 
 def of_system_call(error: OSError) -> TcplatError:
-    """Return an error that says in a sentence what is wrong and, if known, what mends it."""
+    """Return an error that gives the cause in one sentence and, if known, the remedy."""
     if error.errno in TOO_MANY_FILES:
         return TcplatError(TOO_MANY_FILES[error.errno])
     if error.errno in REFUSED and error.filename is None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import attrs
 
-from tcplat_core.errors import ReaderGoneError, TcplatError, is_the_users, words
+from tcplat_core.errors import ReaderGoneError, TcplatError, is_the_users, message
 from tcplat_core.event.fields import Event
 from tcplat_core.event.terminal import printable
 from tcplat_core.plugin.histogram import Aggregates
@@ -87,7 +87,7 @@ class Router:
             except BaseException as error:
                 if is_the_users(error):
                     raise
-                raise TcplatError(f"a sink cannot begin: {words(error)}") from error
+                raise TcplatError(f"a sink cannot begin: {message(error)}") from error
 
     def cancel(self) -> None:
         """Have the sinks take back what others see of them: there was no run, or it broke off."""
@@ -159,5 +159,5 @@ class Router:
             # SystemExit and the like, too: one sink must not stop the others.
             if is_the_users(error):
                 raise
-            self.switched_off[printable(name)] = printable(words(error))
+            self.switched_off[printable(name)] = printable(message(error))
             del self.sinks[name]

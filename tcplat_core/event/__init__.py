@@ -1,1 +1,1 @@
-"""One row of what was seen: its fields, its record in C, its texts, its clock."""
+"""One row: its fields, its record in C, its texts, its clock."""

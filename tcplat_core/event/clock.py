@@ -1,9 +1,9 @@
 """The clock of the rows: CLOCK_MONOTONIC, as the kernel's handlers read it.
 
-bpf_ktime_get_ns() knows no time namespaces (time_namespaces(7), Linux 5.6): in one, what
-clock_gettime(2) says is ahead of it, or behind, by an offset of days for a restored container.
-What is compared with the time of rows is read here. Python's own `time.monotonic()` is for how long
-something takes, and for deadlines of ours.
+bpf_ktime_get_ns() ignores time namespaces (time_namespaces(7), Linux 5.6). Inside one,
+clock_gettime(2) differs from it by the namespace's offset: days, in a restored container.
+Times that are compared with rows' times are read here; `time.monotonic()` is for durations and
+deadlines.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pathlib import Path
 from tcplat_core.errors import CannotRunError
 
 _INITIAL = "time:[4026531834]"
-"""The first time namespace: PROC_TIME_INIT_INO in linux/proc_ns.h."""
+"""The initial time namespace: PROC_TIME_INIT_INO in linux/proc_ns.h."""
 
 
-@functools.cache  # it is for life: a process cannot enter another
+@functools.cache  # constant: setns(2) changes the time namespace of children only
 def ahead_ns() -> int:
     """Return by how much this process's CLOCK_MONOTONIC is ahead of the kernel's, in ns.
 
     Raises:
-        CannotRunError: It is not to be known: this process's children are in another time
-            namespace, and it is not in the first.
+        CannotRunError: Unknown: this process is not in the initial time namespace, and its
+            children are in another one.
     """
     try:
         own = os.readlink("/proc/self/ns/time")
@@ -33,9 +33,9 @@ def ahead_ns() -> int:
             return 0
         childrens = os.readlink("/proc/self/ns/time_for_children")
         lines = Path("/proc/self/timens_offsets").read_text(encoding="ascii").splitlines()
-    except OSError:  # before 5.6, or without CONFIG_TIME_NS, or without /proc: there is none
+    except OSError:  # before 5.6, or without CONFIG_TIME_NS, or without /proc: no time namespaces
         return 0
-    # The file is about the children's: unshare(2) puts them into a new one.
+    # timens_offsets describes the children's namespace: unshare(2) puts them into a new one.
     if own != childrens:
         raise CannotRunError(
             "the offset of this time namespace cannot be known, because children are put into "
@@ -46,12 +46,12 @@ def ahead_ns() -> int:
 
 
 def kernel_ns() -> int:
-    """Return the time now, as a row's `ts_ns` would have it."""
+    """Return the current time on the clock of a row's `ts_ns`, ns."""
     return time.clock_gettime_ns(time.CLOCK_MONOTONIC) - ahead_ns()
 
 
 def clock_offset_ns() -> int:
-    """Return Unix time minus the rows' clock, from the most exact of five readings."""
+    """Return Unix time minus the rows' clock, ns, from the most exact of five readings."""
     best = None
     for _ in range(5):
         before = kernel_ns()

@@ -2,7 +2,7 @@
 
 A field of :class:`Event` is annotated with where its value comes from:
 :class:`Wire` (a member of the record that the kernel fills), :class:`FromHook`
-(follows from which hook fired) or :class:`Made` (worked out at decode time).
+(depends on the hook alone) or :class:`Made` (computed at decode time).
 msgspec makes the class, because it encodes its own structs an order of
 magnitude faster than attrs objects or dicts (D11, docs/design/event.md).
 """
@@ -45,7 +45,7 @@ C_TYPES = {
 """C type -> its letter in :mod:`struct`, and its size. Arrays are of u8 or char."""
 
 _UNITS = ("ns", "us", "ms", "s", "bytes")
-"""How the name of a field may end; it is then the unit."""
+"""Endings of field names that are the unit."""
 
 
 def _checked_type(_: object, __: object, c_type: str) -> None:
@@ -104,7 +104,7 @@ class Wire:
 
     @property
     def converter(self) -> Callable[[Any], Any] | None:
-        """What turns the raw value into the field's, where `to` leaves it to the type."""
+        """The function from the raw value to the field's: `to`, or the default of the C type."""
         if self.c_type.startswith("char") and self.to is None:
             return name if self.nullable else text
         if "[" in self.c_type and self.nullable and self.to is not None:
@@ -115,7 +115,7 @@ class Wire:
 
 @attrs.frozen
 class FromHook:
-    """Follows from which hook fired: an attribute of :class:`FiredBy`."""
+    """A value that depends on the hook alone: an attribute of :class:`FiredBy`."""
 
     attribute: str
     doc: str
@@ -123,7 +123,7 @@ class FromHook:
 
 @attrs.frozen
 class Made:
-    """Worked out at decode time."""
+    """A value that is computed at decode time."""
 
     by: str
     doc: str
@@ -131,7 +131,7 @@ class Made:
 
 @attrs.frozen
 class FiredBy:
-    """What the number in a record's `hook` member stands for."""
+    """The hook that a record's `hook` member identifies."""
 
     point: str
     func: str
@@ -177,17 +177,17 @@ class Moment:
 
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
-"""A number of a capture that is no less than 0, and fits wherever numbers are kept."""
+"""A whole number of a capture, not negative, within a signed 64-bit integer."""
 Number = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
-"""One that may be less."""
+"""A whole number of a capture, within a signed 64-bit integer."""
 Positive = Annotated[float, msgspec.Meta(ge=0, le=float(1 << 63))]
-"""A duration, say: no less than 0, neither infinite nor no number."""
+"""A finite float that is not negative, such as a duration."""
 Real = Annotated[float, msgspec.Meta(ge=-float(1 << 63), le=float(1 << 63))]
-"""The same for what may be less."""
+"""A finite float."""
 
 
 class Event(msgspec.Struct, gc=False):
-    """One row, as sinks get it and as JSONL has it. Immutable by convention."""
+    """One row, as sinks receive it and as JSONL contains it. Immutable by convention."""
 
     v: Annotated[int, Made("SCHEMA_VERSION", "schema version")]
     ts_ns: Annotated[Count, Wire("u64", "when, CLOCK_MONOTONIC, ns since boot")]
@@ -297,8 +297,7 @@ def row(event: type[Event], **values: Any) -> Event:
 
     Args:
         event: Its class.
-        values: Of its fields; what is not given is null or, where it cannot be, the zero
-            of its kind.
+        values: Values of its fields. Other fields are null or, where that is not allowed, zero.
 
     Raises:
         TypeError: There is no such field.
@@ -313,32 +312,32 @@ def row(event: type[Event], **values: Any) -> Event:
 
 @functools.lru_cache(maxsize=1024)
 def _hints(event: type[Event], *, include_extras: bool = False) -> Mapping[str, Any]:
-    """Return the types of a class's fields; cached, since to evaluate them takes a millisecond."""
+    """Return the types of a class's fields; cached, because evaluating them takes 1 ms."""
     own = inspect.get_annotations(event)
-    # Classes that are made of a capture's rows may be many, and have no texts.
+    # A capture can define many classes; their annotations are no strings and need no evaluation.
     if event.__bases__ == (Event,) and not any(isinstance(hint, str) for hint in own.values()):
         return {**_hints(Event, include_extras=include_extras), **own}
     return typing.get_type_hints(event, include_extras=include_extras)
 
 
 def sources(event: type[Event]) -> Iterator[tuple[str, Wire | FromHook | Made | None]]:
-    """Each field and where its value comes from; None where that is not said."""
+    """Yield each field and its source; None for a field without a declared source."""
     hints = _hints(event, include_extras=True)
     for field in event.__struct_fields__:
-        said = getattr(hints[field], "__metadata__", ())
-        found = next((one for one in said if isinstance(one, Wire | FromHook | Made)), None)
+        metadata = getattr(hints[field], "__metadata__", ())
+        found = next((one for one in metadata if isinstance(one, Wire | FromHook | Made)), None)
         yield field, found if isinstance(found, Wire | FromHook | Made) else None
 
 
-@functools.cache  # it evaluates the text of every annotation, and is asked for each new socket
+@functools.cache  # evaluates every annotation, and is called for each new socket
 def declared(event: type[Event]) -> tuple[tuple[str, Wire | FromHook | Made], ...]:
-    """Return the same of a class of a plugin, with errors in words for its author."""
+    """Return each field that has a source, and the source."""
     return tuple((field, source) for field, source in sources(event) if source)
 
 
 @attrs.frozen
 class Field:
-    """What a field of a row is.
+    """Description of one field of a row.
 
     Args:
         name: Name in Python and in JSON.
@@ -399,7 +398,7 @@ def _column(field: str, source: Wire | FromHook | Made | None) -> str:
 
 
 def wires(event: type[Event]) -> dict[str, tuple[str, Wire]]:
-    """Member of the record -> the field that it fills, and how."""
+    """Return member of the record -> the field that it fills, and its source."""
     return {
         source.member or field: (field, source)
         for field, source in declared(event)
@@ -408,18 +407,18 @@ def wires(event: type[Event]) -> dict[str, tuple[str, Wire]]:
 
 
 def parts_of(hint: Any) -> tuple[Any, ...]:
-    """``int | None`` as its parts."""
+    """Return the parts of a union such as ``int | None``."""
     return typing.get_args(hint) or (hint,)
 
 
 def latencies(event: type[Event]) -> list[str]:
-    """Return the fields that ``--min-latency`` looks at."""
+    """Return the fields to which ``--min-latency`` applies."""
     return [
         field for field, source in sources(event) if isinstance(source, Wire) and source.latency
     ]
 
 
 def split_array(c_type: str) -> tuple[str, int]:
-    """Return a C type and how many: ``u8[16]`` is ``u8`` and 16."""
+    """Return the element type and count of a C type: ``u8[16]`` is ``u8`` and 16."""
     base, _, count = c_type.rstrip("]").partition("[")
     return base, int(count or 1)

@@ -28,7 +28,7 @@ _HAS = {"seq": 1, "bytes": 2, "flags": 4}
 
 
 class _Memo(dict[Any, Any]):
-    """Remembers what a pure function gave, and starts afresh when it holds 16,384 answers."""
+    """Caches the results of a pure function; cleared when it holds 16,384 of them."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ _HIDDEN = (
     Wire("u16", "an errno, 0 if none", member="err", block="kind"),
     Wire("u32", "interface index of a packet", member="ifindex", block="kind"),
 )
-"""Members that reach the row only in translation."""
+"""Members that no field has as they are; fields are computed from them."""
 
 
 @attrs.frozen
@@ -55,9 +55,10 @@ class Reading:
     """How the fields of one probe's rows follow from its records.
 
     Args:
-        names: What the expressions use, but for the members of a record.
-        values: An expression for each field: what a block's reader gives is named _FIELD.
-        blocks: What follows from a block alone: its names, and what makes their values.
+        names: Globals of the expressions; the members of the record are their locals.
+        values: An expression for each field; a value from a block's reader is named _FIELD.
+        blocks: Block -> names of the values that depend on it alone, and the function that
+            computes them.
     """
 
     names: Mapping[str, Any]
@@ -76,16 +77,16 @@ class Record:
     members: tuple[tuple[str, str], ...] = attrs.field(init=False)
     """Name and C type, padding included."""
     packing: struct.Struct = attrs.field(init=False)
-    """Of all members: to make a record by hand."""
+    """Format of all members; packs a record."""
     layout: struct.Struct = attrs.field(init=False)
-    """To read one: the two blocks, as bytes, and the other members."""
+    """Format to read a record: the two blocks, as bytes, and the other members."""
 
     @members.default
     def _members(self) -> tuple[tuple[str, str], ...]:
         return (*self._block("socket"), *self._block("kind"), *self._block(""))
 
     def _block(self, block: str) -> list[tuple[str, str]]:
-        """Name and C type of a block's members, as they lie; the last pads it."""
+        """Return names and C types of a block's members, in order; the last is padding."""
         wires = [
             (source.member or name, source.c_type)
             for name, source in declared(self.event)
@@ -123,7 +124,7 @@ class Record:
         for member, c_type in self.members:
             base, count = split_array(c_type)
             array = f"[{count}]" if "[" in c_type else ""
-            # Without it the compiler copies an address byte by byte.
+            # Without `aligned` the compiler copies an address byte by byte.
             aligned = " __attribute__((aligned(8)))" if count > 1 and count % 8 == 0 else ""
             lines.append(f"\t{base} {member}{array}{aligned};")
             asserts.append(
@@ -143,7 +144,7 @@ class Record:
     ) -> Reading:
         """How the fields of one probe's rows follow from its records."""
         has = has_bits(self.event)
-        # Capitals: fields have none, so that theirs cannot clash with these.
+        # In capitals, which fields never are: no clash.
         names: dict[str, Any] = {
             "EVENT": self.event,
             "PROBE": probe,
@@ -165,8 +166,12 @@ class Record:
             if block:
                 of_block[block][f"_{field}"] = made
             values.append(f"_{field}" if block else made)
-        # What the kind means for this very row, the row itself has to say.
-        of_block["kind"] |= {"_has": "has", "_full": f"{_WORDS}[0]", "_empty": f"{_WORDS}[1]"}
+        # Also depend on other members of the row, so that they are chosen per row.
+        of_block["kind"] |= {
+            "_has": "has",
+            "_full": f"{_DESCRIPTIONS}[0]",
+            "_empty": f"{_DESCRIPTIONS}[1]",
+        }
         blocks = {
             block: (tuple(made_of), self._reader(block, made_of.values(), names))
             for block, made_of in of_block.items()
@@ -178,9 +183,9 @@ class Record:
     ) -> Callable[[Iterable[tuple[Any, ...]], int], list[Event]]:
         """Return a function from unpacked records and clock offset (ns) to rows.
 
-        A comprehension written for this very schema: at half a million events a
-        second a loop over field descriptions is what would cost most. The values
-        that follow from a block are worked out once and remembered, see :class:`Wire`.
+        The function is a comprehension generated for this schema: at half a million events a
+        second, a loop over field descriptions would be the largest cost. Values that depend on a
+        block alone are computed once per value of the block and cached, see :class:`Wire`.
         """
         reading = self.reading(probe, hooks, ifname)
         names = dict(reading.names)
@@ -195,7 +200,7 @@ class Record:
             f"        for {', '.join(of_socket)} in (OF_SOCKET[SOCKET],)\n"
             f"        for {', '.join(of_kind)} in (OF_KIND[KIND],)]\n"
         )
-        exec(source_text, names)  # noqa: S102 - made above from the schema alone
+        exec(source_text, names)  # noqa: S102 - generated from the schema alone
         return typing.cast(
             "Callable[[Iterable[tuple[Any, ...]], int], list[Event]]", names["DECODE"]
         )
@@ -210,20 +215,20 @@ class Record:
         source_text = (
             f"def READ(RAW):\n    {members} = UNPACK(RAW)\n    return {', '.join(expressions)}\n"
         )
-        exec(source_text, scope)  # noqa: S102 - made from the schema alone
+        exec(source_text, scope)  # noqa: S102 - generated from the schema alone
         return typing.cast("Callable[[bytes], tuple[Any, ...]]", scope["READ"])
 
     def block_size(self, block: str) -> int:
-        """Bytes of a block."""
+        """Return the size of a block in bytes."""
         return _size(self._block(block))
 
     def offset(self, member: str) -> int:
-        """Where a member begins, in bytes."""
+        """Return the offset of a member in bytes."""
         before = itertools.takewhile(lambda one: one[0] != member, self.members)
         return _size(before)
 
     def code(self, member: str) -> str:
-        """Its letter, and how many, in :mod:`struct`."""
+        """Return a member's format in :mod:`struct`."""
         return _code(dict(self.members)[member])
 
     def _packing(self, block: str) -> struct.Struct:
@@ -234,10 +239,10 @@ _MADE = {
     "desc": "_full if bytes else _empty",
     "ifname": "IFNAME(ifindex) if ifindex else None",
 }
-"""How a value is made that :class:`Made` does not say in Python itself."""
+"""`by` of :class:`Made` -> expression, where `by` is not one itself."""
 _MADE_OF = {"ifname": "kind"}
-"""From which block."""
-_WORDS = "DESCRIBED(HOOKS[hook], has, err, state, old_state, flags)"
+"""`by` of :class:`Made` -> the block on which it depends."""
+_DESCRIPTIONS = "DESCRIBED(HOOKS[hook], has, err, state, old_state, flags)"
 
 
 def _described(
@@ -262,7 +267,7 @@ def _described(
 
 
 def has_bits(event: type[Event]) -> dict[str, int]:
-    """Bits of the record's `has`: Event's own, and after them those of a subclass."""
+    """Return the bits of the record's `has` by field: Event's first, then the subclass's."""
     fields = [name for name, source in declared(event) if isinstance(source, Wire) and source.has]
     return {name: 1 << bit for bit, name in enumerate(fields)}
 

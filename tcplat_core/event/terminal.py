@@ -1,8 +1,8 @@
-"""Texts from elsewhere, such that a terminal may have them.
+"""Makes untrusted texts safe to print on a terminal.
 
-Names of processes, of files and of hosts, arguments, what a plugin says of itself, the words of an
-exception: whoever chose them, a terminal would obey what controls it. What tcplat prints of
-them goes through here. Needs nothing, so that a refusal is quick.
+Names of processes, files and hosts, arguments, plugins' descriptions and exception messages may
+contain control sequences, which a terminal would execute. tcplat prints all of them through this
+module. It imports only os and sys, so that a refusal is quick.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def printable(plain: str) -> str:
 
 
 def escaped(char: str) -> str:
-    """One character, or its escape; a backslash has one, too."""
+    """Return a character, or its escape if it is unprintable or a backslash."""
     if char.isprintable() and char != "\\":
         return char
-    if "\udc80" <= char <= "\udcff":  # a byte that is no UTF-8, by surrogateescape
+    if "\udc80" <= char <= "\udcff":  # a byte that is not UTF-8, by surrogateescape
         return f"\\x{ord(char) - 0xDC00:02x}"
     if "\x80" <= char <= "\xff":  # \x80 is the byte, \u0080 the character
         return f"\\u{ord(char):04x}"
@@ -35,7 +35,7 @@ def escaped(char: str) -> str:
 
 
 def lines(plain: str) -> str:
-    """Text of several lines: their ends stay, and tabs are spaces."""
+    """Escape a text of several lines: keep line ends, expand tabs to spaces."""
     return "\n".join(map(printable, plain.expandtabs().split("\n")))
 
 
@@ -47,10 +47,10 @@ def say(sentence: str) -> None:
 def write(text: str) -> None:
     """Write lines to stderr, escaped for a terminal.
 
-    Where that fails (its reader has gone, a full disk), stderr is /dev/null from then on: a
-    message that cannot be shown must not end the work that it is about.
+    If that fails (closed pipe, full disk), stderr becomes /dev/null: a message that cannot be
+    shown must not end the run.
     """
-    import click  # noqa: PLC0415 - the loader has nothing to say by itself
+    import click  # noqa: PLC0415 - the loader prints nothing itself
 
     if sys.stderr is None:
         return

@@ -1,4 +1,4 @@
-"""What a record's bytes and numbers are called: texts that are safe to print."""
+"""Converts a record's bytes and numbers to texts that are safe to print."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ TCP_FLAGS = ("FIN", "SYN", "RST", "PSH", "ACK", "URG", "ECE", "CWR")
 
 
 def text(raw: bytes) -> str:
-    r"""Bytes from the kernel as text that is safe to print.
+    r"""Convert bytes from the kernel to text that is safe to print.
 
-    Ends at the first NUL. What is not UTF-8, and every character that does not
-    print (control, bidirectional, private: `str.isprintable`), becomes an
+    The text ends at the first NUL. Bytes that are not UTF-8 and unprintable
+    characters (control, bidirectional, private: `str.isprintable`) become an
     escape such as ``\x1b``; so does the backslash itself. A process can choose
-    its name freely (prctl PR_SET_NAME), a terminal obeys it.
+    any name (prctl PR_SET_NAME), and a terminal would execute control sequences in it.
     """
-    # surrogateescape keeps each byte that is no UTF-8 apart, as U+DC00 + byte.
+    # surrogateescape maps each byte that is not UTF-8 to U+DC00 + byte.
     plain = raw.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
     if plain.isprintable() and "\\" not in plain:
         return plain
@@ -51,8 +51,8 @@ def cleaned(value: Any, depth: int = _DEEPEST) -> Any:
     """Return a value of a line or report with every text escaped for a terminal.
 
     Raises:
-        ValueError: It holds what no line of ours does: values nested deeply, numbers beyond 64
-            bits or infinite, two keys that are the same.
+        ValueError: tcplat does not write such a value: nested too deeply, a number beyond 64
+            bits or not finite, or two equal keys.
     """
     if isinstance(value, str):
         return printable(value)
@@ -69,18 +69,18 @@ def cleaned(value: Any, depth: int = _DEEPEST) -> Any:
         if len(clean) < len(value):
             raise ValueError("two keys in it are the same, or a key is no text")
         return clean
-    # Neither holds of what is no number.
+    # NaN fails both comparisons.
     if value is not None and not (isinstance(value, int | float) and LEAST <= value <= MOST):
         raise ValueError("a number in it is beyond 64 bits, or it is none")
     return value
 
 
 LEAST, MOST = -(1 << 63), (1 << 64) - 1
-"""Of a number with 64 bits, signed or not."""
+"""Bounds of a number of 64 bits, signed or unsigned."""
 
 
 def name(raw: bytes) -> str | None:
-    """Return a process's name; None for none."""
+    """Return a process's name; None if it is empty."""
     return text(raw) or None
 
 
@@ -101,7 +101,7 @@ def address(raw: bytes) -> str:
 
 
 def flags(raw: int) -> str:
-    """TCP flags of a packet: ``SYN|ACK``."""
+    """Return the TCP flags of a packet as text: ``SYN|ACK``."""
     return "|".join(name for bit, name in enumerate(TCP_FLAGS) if raw >> bit & 1)
 
 
@@ -116,7 +116,7 @@ def columns(
     """Yield rows of cells as lines of aligned columns, without spaces at their ends.
 
     Args:
-        rows: All of one length; a head is the first of them.
+        rows: All of one length; a heading is the first of them.
         right: Indexes of the columns that are aligned to the right, such as numbers.
         gap: Number of spaces between two columns.
     """

@@ -20,10 +20,10 @@ INSTALL = "apt install python3-bpfcc (Fedora: dnf install python3-bcc)"
 def find_bcc() -> Path:
     """Return the folder of the system's bcc package, for any Python.
 
-    Only folders that root alone can write count: what is found runs as root.
+    Only folders that root alone can write are accepted, because the code runs as root.
 
     Raises:
-        CannotRunError: There is none; the sentence tells PyPI's bcc apart.
+        CannotRunError: Not found; the message says so if PyPI's bcc is there instead.
     """
     unsafe = ""
     for folder in SYSTEM_FOLDERS:
@@ -117,5 +117,5 @@ DEFINED_TAGS = frozenset(
 later kernels' uapi added).
 
 The loader's come first, so a second definition under the same name would not compile: one that is
-asked for is left to bcc, one that another type holds gets a new name.
+requested by name is left to bcc, one that another type contains gets a new name.
 """

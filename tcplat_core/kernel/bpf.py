@@ -1,7 +1,7 @@
 """The few bpf(2) calls that a cached program needs: maps, programs, attaching.
 
-bcc can load only what it has compiled in the same process, and compiling is nine
-tenths of a start. Layouts: union bpf_attr in include/uapi/linux/bpf.h and struct
+bcc can load only what it has compiled in the same process, and compiling takes
+nine tenths of the start. Layouts: union bpf_attr in include/uapi/linux/bpf.h and struct
 perf_event_attr in include/uapi/linux/perf_event.h.
 """
 
@@ -62,15 +62,13 @@ class ProgramType(IntEnum):
 
 
 class AttachType(IntEnum):
-    """enum bpf_attach_type; for TRACING programs."""
+    """enum bpf_attach_type; for TRACING programs. attach.py finds the member by mechanism."""
 
     NONE = 0
     FENTRY = 24
     FEXIT = 25
 
 
-RINGBUF = 27
-"""BPF_MAP_TYPE_RINGBUF."""
 ARRAY = 2
 """BPF_MAP_TYPE_ARRAY."""
 MMAPABLE = 1 << 10
@@ -79,16 +77,16 @@ MMAPABLE = 1 << 10
 INSTRUCTION = struct.Struct("=BBhi")
 """struct bpf_insn: code, source and destination register, offset, immediate."""
 CALL, PSEUDO_KFUNC_CALL = 0x85, 2
-"""BPF_JMP | BPF_CALL, and what its source register says where no helper is called."""
+"""BPF_JMP | BPF_CALL, and the value of its source register for a call of a kfunc."""
 RETURN_0 = bytes.fromhex("b7000000000000009500000000000000")
 """r0 = 0; exit."""
 
 XDP_HAS_FRAGS = 1 << 5
-"""BPF_F_XDP_HAS_FRAGS, for programs: packets in several buffers are welcome (5.18)."""
+"""BPF_F_XDP_HAS_FRAGS, for programs: they accept packets in several buffers (5.18)."""
 
 
 class RefusedError(OSError):
-    """The verifier refused a program; `log` holds its words."""
+    """The verifier refused a program; `log` is its log."""
 
     def __init__(self, number: int, log: str) -> None:
         super().__init__(number, os.strerror(number))
@@ -96,10 +94,10 @@ class RefusedError(OSError):
 
 
 def refuse_other_machines() -> None:
-    """Raise where tcplat does not know the machine's system calls and registers.
+    """Refuse a machine whose system call numbers and registers tcplat does not know.
 
     Raises:
-        CannotRunError: The sentence names the machines that are supported.
+        CannotRunError: The message names the supported machines.
     """
     machine = platform.machine()
     if machine not in _SYSCALLS:
@@ -125,15 +123,15 @@ def _pointer(data: bytes | ctypes.Array[ctypes.c_char]) -> int:
 
 
 def lift_memory_limit() -> None:
-    """Before 5.11 maps counted as locked memory."""
+    """Raise RLIMIT_MEMLOCK: before 5.11, maps counted as locked memory."""
     try:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY,) * 2)
     except (ValueError, OSError):
-        return  # a newer kernel does not care, an older one will say so itself
+        return  # not needed since 5.11; before, map_create() fails with EPERM
 
 
 def map_create(name: str, kind: int, key: int, value: int, entries: int, flags: int) -> int:
-    """Create a map and return its fd: sizes in bytes; of a ring buffer `entries` is its size."""
+    """Create a map and return its fd. Sizes are in bytes; `entries` of a ring is its size."""
     attr = struct.pack("=7I16s", kind, key, value, entries, flags, 0, 0, name.encode()[:15])
     return _bpf(_MAP_CREATE, attr)
 
@@ -160,7 +158,7 @@ def map_update_many(fd: int, pairs: Sequence[tuple[bytes, bytes]]) -> None:
 
 
 def map_insert_many(fd: int, pairs: Iterable[tuple[bytes, bytes]]) -> None:
-    """Make entries where there are none: a batch, which would be quicker, replaces what is there.
+    """Create entries, and keep existing ones. Not a batch, which would replace those.
 
     Raises:
         OSError: E2BIG: the map is full.
@@ -182,11 +180,11 @@ def program_load(
     """Load a program and return its fd.
 
     Args:
-        name: At most 15 letters are kept.
+        name: At most 15 characters are kept.
         kind: Its type.
         code: Instructions, with the fds of maps filled in.
         attach_type: For TRACING.
-        attach_btf_id: The function that a TRACING program is for.
+        attach_btf_id: BTF id of the function that a TRACING program is attached to.
         flags: BPF_F_*.
 
     Raises:
@@ -219,7 +217,7 @@ def program_load(
     except OSError as error:
         if error.errno in TOO_MANY_FILES:
             raise
-        # Once more, to hear why.
+        # Again with a log, to report the reason.
         log = ctypes.create_string_buffer(_LOG_SIZE)
         try:
             return load(1, log)
@@ -235,7 +233,7 @@ def attach_raw_tracepoint(program: int, tracepoint: str | None) -> int:
 
 
 def attach_xdp(program: int, ifindex: int, flags: int) -> int:
-    """Attach and return a link's fd. `ifindex` is of the current network namespace; since 5.9."""
+    """Attach (since 5.9) in the current network namespace, and return the link's fd."""
     return _bpf(_LINK_CREATE, struct.pack("=4I", program, ifindex, _XDP, flags))
 
 
@@ -250,12 +248,12 @@ def program_name(number: int) -> str:
 
 
 def program_type(fd: int) -> int:
-    """Of enum bpf_prog_type."""
+    """Return a program's type, of enum bpf_prog_type."""
     return int(struct.unpack_from("=I", _info(fd))[0])
 
 
 def identity(fd: int) -> tuple[str, int]:
-    """Kind (prog, map, link) and id of what a fd stands for; id 0 where it has none."""
+    """Return kind (prog, map, link) and id of a BPF object; id 0 for other descriptors."""
     kind = os.readlink(f"/proc/self/fd/{fd}").removeprefix("anon_inode:").strip("[]")
     kind = kind.removeprefix("bpf-").removeprefix("bpf_").replace("raw-tracepoint", "link")
     if kind not in _GET_FD_BY_ID:
@@ -265,7 +263,7 @@ def identity(fd: int) -> tuple[str, int]:
 
 
 def exists(kind: str, number: int) -> bool:
-    """Whether the kernel has a prog, map or link of this id."""
+    """Return whether the kernel has a prog, map or link of this id."""
     try:
         os.close(_bpf(_GET_FD_BY_ID[kind], struct.pack("=4I", number, 0, 0, 0)))
     except OSError as error:
@@ -313,7 +311,7 @@ def try_bpf() -> None:
     """Create a map and load a program that does nothing.
 
     Raises:
-        CannotRunError: The kernel refuses; the sentence names what may have refused.
+        CannotRunError: The kernel refuses; the message names the likely cause.
     """
     try:
         os.close(map_create("tcplat_try", ARRAY, 4, 4, 1, 0))
@@ -341,10 +339,10 @@ def _refused_by(number: int) -> str:
 
 
 def test_run(program: int, frame: bytes) -> tuple[int, bytes]:
-    """Give an XDP program one frame: its verdict, and what it made of the frame.
+    """Run an XDP program on one frame, and return its verdict and the resulting frame.
 
     Raises:
-        OSError: The kernel does not take the frame.
+        OSError: The kernel refuses the frame.
     """
     out = ctypes.create_string_buffer(_MOST_FRAME)
     # union bpf_attr, the struct named test: prog_fd, retval, data_size_in and _out, data_in,
@@ -368,16 +366,16 @@ TRACEFS_MOUNT = "mount -t tracefs tracefs /sys/kernel/tracing"
 
 
 def tracefs() -> Path | None:
-    """Return where the kernel's list of tracepoints can be read; None where it cannot."""
+    """Return the folder of tracefs if its events can be read, else None."""
     folders = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
-    # By the effective ids: what the real uid alone may, says nothing of its capabilities.
+    # With effective ids: access(2) by the real uid ignores capabilities.
     return next(
         (one for one in folders if os.access(one / "events", os.R_OK, effective_ids=True)), None
     )
 
 
 def tracefs_missing() -> tuple[str, str]:
-    """Return why tracefs() is None, and what mends it."""
+    """Return why tracefs() is None, and the remedy."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
             _, folder, kind = line.split()[:3]
@@ -401,7 +399,7 @@ def attach_kprobe(program: int, function: str, *, at_return: bool) -> int:
     Through the kprobe PMU, which came with 4.17 (e12f03d7031a).
     """
     kind = int((_KPROBE_PMU / "type").read_text())
-    # format/retprobe says which bit of config makes it a kretprobe: "config:0".
+    # format/retprobe is the bit of config that makes it a kretprobe: "config:0".
     bit = int((_KPROBE_PMU / "format" / "retprobe").read_text().strip().rpartition(":")[2])
     name = ctypes.create_string_buffer(function.encode())
     # type, size, config, sample_period, sample_type, read_format, flags, wakeup, bp_type,

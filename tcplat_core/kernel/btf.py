@@ -1,8 +1,8 @@
 """Reads BTF, the kernel's description of its own types.
 
-The format is documented in the kernel's Documentation/bpf/btf.rst. One pass notes where each type
-starts; everything else is read when it is asked for, because a kernel has 130,000 types and a
-program wants thirty.
+The format is documented in the kernel's Documentation/bpf/btf.rst. One pass records where each type
+starts; everything else is read on demand, because a kernel has 130,000 types and a program needs
+thirty.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ VMLINUX = Path("/sys/kernel/btf/vmlinux")
 
 _MAGIC = 0xEB9F
 _HEADER = struct.Struct("=HBBIIIII")
-# No real chain of typedefs or nested anonymous structs comes near this; a damaged one may circle.
+# No real chain of typedefs or nested anonymous structs comes near this; a damaged one may loop.
 MAX_DEPTH = 64
 
 
 class BtfError(Exception):
-    """The BTF is damaged, or does not have what was asked for; the message is one sentence."""
+    """The BTF is damaged, or lacks the requested type; the message is one sentence."""
 
 
 class BtfKind(IntEnum):
@@ -58,7 +58,7 @@ RECORDS = frozenset({BtfKind.STRUCT, BtfKind.UNION})
 ENUMS = frozenset({BtfKind.ENUM, BtfKind.ENUM64})
 _SIZED = RECORDS | ENUMS | {BtfKind.INT, BtfKind.FLOAT, BtfKind.DATASEC}
 
-# How many 4-byte words a type of each kind takes: its head and, for each of its entries, some more.
+# 4-byte words of a type by kind: of its head, and of each of its entries.
 _UNKNOWN = 1 << 40
 _HEAD = [3] * len(BtfKind) + [_UNKNOWN] * (32 - len(BtfKind))
 _HEAD[BtfKind.VOID] = _UNKNOWN
@@ -77,7 +77,7 @@ class Type(NamedTuple):
     typedef, qualifier, function or variable refers to, else 0; `flag` is BTF's kind_flag and
     `entries` the number of members, arguments or constants.
 
-    A NamedTuple, because thousands are made and it is the cheapest to make.
+    A NamedTuple, because it is the cheapest to create, and thousands are created.
     """
 
     id: int
@@ -195,7 +195,7 @@ class Btf:
             if record.flag:
                 offset, bits = offset & 0xFFFFFF, offset >> 24
             elif (base := self.resolve(type_id)).kind == BtfKind.INT:
-                # Without kind_flag the integer itself says that it is a bit-field.
+                # Without kind_flag the integer type itself encodes the width of a bit-field.
                 encoding = self.int_encoding(base)
                 if encoding & 0xFF != base.size * 8 or encoding >> 16 & 0xFF:
                     offset, bits = offset + (encoding >> 16 & 0xFF), encoding & 0xFF
@@ -266,14 +266,6 @@ class Btf:
             factor *= count
         raise BtfError(f"BTF type {type_id} has no size")
 
-    def sizeof(self, name: str) -> int:
-        """Return the size of a struct or union in bytes.
-
-        Raises:
-            BtfError: There is no struct or union of this name.
-        """
-        return self.type(self.record(name)).size
-
     def locate(self, record_id: int, path: str) -> Member | None:
         """Find a member by its dotted path, looking through anonymous structs and unions.
 
@@ -291,26 +283,9 @@ class Btf:
         return member._replace(bit_offset=offset) if member else None
 
     def has_member(self, name: str, path: str) -> bool:
-        """Say whether this kernel has this struct or union, and in it this member."""
+        """Return whether the kernel has this member of this struct or union."""
         record_id = self.find(name, BtfKind.STRUCT, BtfKind.UNION)
         return record_id is not None and self.locate(record_id, path) is not None
-
-    def member_offset(self, name: str, path: str) -> int:
-        """Return a member's offset in bytes, as `offsetof(struct name, path)`.
-
-        Raises:
-            BtfError: There is no such struct or member, or the member is a bit-field.
-        """
-        member = self.locate(self.record(name), path)
-        if member is None:
-            raise BtfError(f"this kernel's {name} has no member {path}")
-        if member.bits or member.bit_offset % 8:
-            raise BtfError(f"{name}.{path} is a bit-field and has no offset in bytes")
-        return member.bit_offset // 8
-
-    def has_func(self, name: str) -> bool:
-        """Say whether BTF knows a kernel function of this name."""
-        return self.find(name, BtfKind.FUNC) is not None
 
     def func_args(self, name: str) -> list[tuple[str, str]]:
         """Return the name and the C type of each argument of a kernel function.
@@ -327,7 +302,7 @@ class Btf:
         return [(arg, self._param_text(type_id)) for arg, type_id in self.params(proto)]
 
     def tracepoint_args(self, name: str) -> list[str] | None:
-        """Return the C types of a raw tracepoint's arguments, or None if the kernel has it not.
+        """Return the C types of a raw tracepoint's arguments; None if there is no such one.
 
         The kernel leaves a typedef `btf_trace_<name>` for each tracepoint; its first argument is
         the tracer's own context, which a raw tracepoint program does not see.
@@ -337,7 +312,7 @@ class Btf:
             return None
         proto = self.type(self.type(self.type(typedef).target).target)
         if proto.kind != BtfKind.FUNC_PROTO:
-            raise BtfError(f"BTF typedef btf_trace_{name} is no pointer to a function")
+            raise BtfError(f"BTF typedef btf_trace_{name} is not a pointer to a function")
         return [self._param_text(type_id) for _, type_id in self.params(proto)[1:]]
 
     def type_text(self, type_id: int, declarator: str = "", depth: int = 0) -> str:
@@ -372,16 +347,16 @@ class Btf:
     def _param_text(self, type_id: int) -> str:
         return self.type_text(type_id) if type_id else "..."
 
-    def _member(self, record_id: int, name: str, seen: set[int]) -> Member | None:
+    def _member(self, record_id: int, name: str, visited: set[int]) -> Member | None:
         record = self.resolve(record_id)
         if record.kind not in RECORDS:
             return None
         for member in self.members(record):
             if member.name == name:
                 return member
-            if not member.name and member.type_id not in seen:
-                seen.add(member.type_id)
-                if inner := self._member(member.type_id, name, seen):
+            if not member.name and member.type_id not in visited:
+                visited.add(member.type_id)
+                if inner := self._member(member.type_id, name, visited):
                     return inner._replace(bit_offset=inner.bit_offset + member.bit_offset)
         return None
 
@@ -420,7 +395,7 @@ def _scan(words: array[int]) -> tuple[list[int], dict[int, int]]:
     """
     starts = [0]
     index: dict[int, int] = {}
-    # Local names: this loop runs 130,000 times and is most of the time to start.
+    # Local names are faster: this loop runs 130,000 times and dominates the start.
     append, remember, head, entry = starts.append, index.setdefault, _HEAD, _ENTRY
     at, end, type_id = 0, len(words), 1
     try:

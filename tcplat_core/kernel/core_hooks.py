@@ -1,4 +1,4 @@
-"""Where the core's own programs (include/tcplat/core.bpf.h) listen."""
+"""Hook points of the core's own programs (include/tcplat/core.bpf.h)."""
 
 from __future__ import annotations
 
@@ -54,4 +54,4 @@ USE = HookPoint(
     optional=True,
 )
 CORE = (DESTROY, EXIT, FORK, RENAME, STATE, QUEUE, USE)
-"""Where the core's own programs (core.bpf.h) listen."""
+"""All of them; tests/vm/facts.py checks them against other kernels' BTF."""

@@ -1,4 +1,4 @@
-"""What /proc/PID/fdinfo says of programs and links: of our own it needs no rights."""
+"""Reads /proc/PID/fdinfo of programs and links; for own descriptors that needs no rights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def is_cut(link_fd: int) -> bool:
-    """Return whether the interface of an XDP link has gone. Needs no rights, nor its namespace."""
+    """Return whether the interface of an XDP link is gone, from any network namespace."""
     return number(link_fd, "ifindex") == 0
 
 
@@ -17,16 +17,16 @@ def misses(program_fd: int) -> int:
 
 
 def number(fd: int | str, key: str, process: str = "self") -> int | None:
-    """Return a number that fdinfo tells; None where it does not, or cannot be read.
+    """Return a number of fdinfo; None if the key is absent or the file cannot be read.
 
     Args:
         fd: Number of the file descriptor.
-        key: As the line begins, without the colon.
-        process: Its id.
+        key: The key, without the colon.
+        process: Its pid, or ``self``.
     """
     try:
         info = Path(f"/proc/{process}/fdinfo/{fd}").read_text(encoding="ascii")
-    except OSError:  # before 5.14 not for a process that has given up root
+    except OSError:  # before 5.14, unreadable to a process that has dropped root
         return None
     found = re.search(rf"^{key}:\s+(\d+)$", info, re.MULTILINE)
     return int(found[1]) if found else None

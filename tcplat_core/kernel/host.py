@@ -1,4 +1,4 @@
-"""What this kernel offers to listen at, and which of a hook point's ways it allows."""
+"""The hooks that this kernel offers, and the choice of a way for each hook point."""
 
 from __future__ import annotations
 
@@ -36,28 +36,28 @@ class Host:
     """The running kernel.
 
     Args:
-        facts: What the BTF said before: hook -> its BTF id and the names (functions)
-            or types (tracepoints) of its arguments, None for a hook that it does
-            not have; see fact(). Grows; worth keeping per kernel.
+        facts: Cached BTF lookups: hook -> its BTF id and the names (functions) or types
+            (tracepoints) of its arguments, None for a hook that the kernel does not have; see
+            fact(). Lookups add to it; the loader caches it per kernel.
     """
 
     facts: dict[str, tuple[int, list[str]] | None] = attrs.field(factory=dict)
     _btf: Btf | None = None
     _fentry: str | None = None
-    """Why not, empty if it works; None before it was tried."""
+    """Why fentry does not work; empty if it does, None if not tested yet."""
     _cast: int | None = None
-    """0 if it does not work; None before it was tried."""
+    """See cast(); None if not tested yet."""
     _syscalls: frozenset[str] | None = None
-    """All tracepoints of that group; None before look()."""
+    """All tracepoints of the group `syscalls`; None before read_as_root()."""
     _no_syscalls: str = ""
-    """Why one of that group is missing; empty before look()."""
+    """Why a tracepoint of that group is missing; empty before read_as_root()."""
 
     @property
     def btf(self) -> Btf:
         """Types, functions and tracepoints; read when first asked for, which takes 80 ms.
 
         Raises:
-            CannotRunError: The kernel has none.
+            CannotRunError: The kernel has no BTF.
         """
         if self._btf is None:
             try:
@@ -69,8 +69,8 @@ class Host:
                 ) from error
         return self._btf
 
-    def look(self) -> None:
-        """Learn what only root can see, so that it can be asked for without."""
+    def read_as_root(self) -> None:
+        """Read and keep the facts that only root can read, before root is dropped."""
         folder = bpf.tracefs()
         events = folder / "events" / "syscalls" if folder else None
         names = os.listdir(events) if events and events.is_dir() else []
@@ -79,7 +79,7 @@ class Host:
         self.mechanism("fentry")
 
     def mechanism(self, name: str) -> str | None:
-        """None if the mechanism works here, else why not."""
+        """Return why the mechanism does not work here; None if it works."""
         if name == "kprobe" and not KPROBE_PMU.exists():
             return "this kernel has no kprobes (CONFIG_KPROBE_EVENTS)"
         if name == "fentry":
@@ -89,7 +89,7 @@ class Host:
         return None
 
     def _try_fentry(self) -> str:
-        """Load, and throw away, a program that does nothing: no file tells whether that works."""
+        """Test fentry by loading an empty program: no file shows whether it works."""
         found = self.fact("tcp_sendmsg", is_tracepoint=False)
         if found is None:
             return "this kernel has no function tcp_sendmsg"
@@ -111,7 +111,7 @@ class Host:
         return ""
 
     def cast(self) -> int:
-        """BTF id of bpf_rdonly_cast(); 0 before 6.2 (a35b9af4ec2c), and where nothing is jitted."""
+        """Return the BTF id of bpf_rdonly_cast(); 0 before 6.2 (a35b9af4ec2c) or without JIT."""
         if self._cast is None:
             self._cast = self._try_cast()
         return self._cast
@@ -133,7 +133,7 @@ class Host:
         return found[0]
 
     def hook(self, hook: Hook) -> str | None:
-        """None if the kernel has what the hook wants, else what is different."""
+        """Return why the kernel cannot serve the hook; None if it can."""
         if hook.mechanism == "xdp":
             return None
         if hook.func.startswith(SYSCALLS):
@@ -148,24 +148,24 @@ class Host:
             kind = "tracepoint" if is_tracepoint else "function"
             return f"this kernel has no {kind} {hook.func}"
         args = found[1]
-        wanted = list(map(_unqualified, hook.args))
-        # By fexit the result stands behind the last argument: there must be no other.
-        looked_at = args if hook.mechanism == "fexit" else args[: len(wanted)]
-        if wanted and wanted != list(map(_unqualified, looked_at)):
+        expected = list(map(_unqualified, hook.args))
+        # In a fexit program the result follows the last argument: the count must match.
+        compared = args if hook.mechanism == "fexit" else args[: len(expected)]
+        if expected and expected != list(map(_unqualified, compared)):
             return f"{hook.func} takes ({', '.join(args)}) here, not ({', '.join(hook.args)})"
         return None
 
     def fact(self, func: str, *, is_tracepoint: bool) -> tuple[int, list[str]] | None:
-        """BTF id and arguments of a hook; None if the kernel does not have it.
+        """Return BTF id and arguments of a hook; None if the kernel does not have it.
 
-        Also of ``struct sock``, and of ``struct sock.sk_err``, where a member is wanted.
+        `func` may also be a struct, ``struct sock``, or a member of one, ``struct sock.sk_err``.
         """
         if func not in self.facts:
             self.facts[func] = self._look_up(func, is_tracepoint)
         return self.facts[func]
 
     def btf_id(self, func: str) -> int:
-        """Of a function that hook() has found."""
+        """Return the BTF id of a function; 0 if there is none."""
         found = self.fact(func, is_tracepoint=False)
         return found[0] if found else 0
 
@@ -185,12 +185,12 @@ class Host:
         return number, [name for name, _ in self.btf.func_args(func)]
 
     def way(self, way: Way) -> str | None:
-        """None if the way is open, else why it is not."""
+        """Return why the way cannot be used; None if it can."""
         return self.mechanism(way.mechanism) or next(filter(None, map(self.hook, way.hooks)), None)
 
 
 def _unqualified(argument: str) -> str:
-    """Return an argument's type without const: tcp:tcp_probe got one by 6.16."""
+    """Return an argument's type without const: tcp:tcp_probe has one since 6.16 or earlier."""
     return argument.replace("const ", "")
 
 
@@ -207,7 +207,7 @@ def syscall_id(func: str) -> int | None:
 
 @attrs.frozen
 class Choice:
-    """Which way each point takes.
+    """The way chosen for each hook point.
 
     Args:
         taken: Point -> way.
@@ -224,23 +224,23 @@ def choose(
     why_not: Callable[[Way], str | None],
     probe: str,
 ) -> Choice:
-    """Take for each point the first way that is open, in the probe's own order.
+    """Choose for each hook point the first way that can be used, in the probe's order.
 
     Args:
-        points: The probe's.
+        points: The probe's hook points.
         attach: auto, or the mechanism that is mandatory.
-        why_not: Says what closes a way; None for an open one.
-        probe: For the error.
+        why_not: Returns why a way cannot be used; None if it can.
+        probe: Its name, for the error.
 
     Raises:
-        CannotRunError: A point that the probe needs has no open way.
+        CannotRunError: A point that the probe needs has no usable way.
     """
     taken: dict[str, Way] = {}
     missing: dict[str, str] = {}
     for point in points:
         reasons = []
         for way in point.ways:
-            # Packets have no other way: --attach is about functions.
+            # XDP has no alternative: --attach applies to functions only.
             if attach not in ("auto", way.mechanism) and way.mechanism != "xdp":
                 continue
             reason = why_not(way)

@@ -1,4 +1,4 @@
-"""Network interfaces: what there is in a network namespace, and what listens there already."""
+"""Network interfaces of a network namespace, and the XDP programs attached to them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Interface:
     """One interface.
 
     Args:
-        index: Its number in its network namespace.
+        index: Its index in its network namespace.
         name: Its name there.
-        is_up: Whether it is (IFF_UP).
-        has_carrier: Whether it is up and its link, too (IFF_LOWER_UP).
+        is_up: Whether it is up (IFF_UP).
+        has_carrier: Whether its link is up too (IFF_LOWER_UP).
         is_ethernet: Whether its frames begin with an Ethernet header.
         xdp: XDP programs on it: mode -> id.
     """
@@ -40,8 +40,8 @@ class Interface:
 
 
 def interfaces() -> list[Interface]:
-    """All interfaces of the network namespace that this thread is in."""
-    # Here and not at the top: it takes a tenth of a second, and few runs need it.
+    """Return all interfaces of this thread's network namespace."""
+    # Imported here: it takes 0.1 s, and few runs need it.
     from pyroute2 import IPRoute  # noqa: PLC0415
 
     with IPRoute() as route:

@@ -1,4 +1,4 @@
-"""Network namespaces, as a user names them."""
+"""Network namespaces: by name, process id or path."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ NAMED = Path("/run/netns")
 _NSFS_MAGIC = 0x6E736673
 """linux/magic.h: f_type of statfs(2)."""
 _STATFS_BYTES = 256
-"""More than struct statfs has anywhere; f_type is its first long."""
+"""More than struct statfs has on any machine; f_type is its first long."""
 _NS_GET_NSTYPE = 0xB703
 """linux/nsfs.h, since 4.11: the CLONE_NEW... of a namespace."""
 _CLONE_NEWNET = 0x40000000
 
 
 def of_process(process: int | str = "self") -> Path:
-    """Return where the network namespace of a process is."""
+    """Return the path of a process's network namespace."""
     return Path(f"/proc/{process}/ns/net")
 
 
 def path(text: str) -> Path:
-    """Where the namespace is that a name of ``ip netns``, a process id or a path means."""
+    """Return the path of a namespace, given a name of ``ip netns``, a process id or a path."""
     if "/" in text:
         return Path(text)
     return of_process(text) if text.isdecimal() else NAMED / text
@@ -38,17 +38,18 @@ def path(text: str) -> Path:
 
 @contextlib.contextmanager
 def opened(text: str) -> Iterator[int]:
-    """Open a network namespace, and give its file descriptor.
+    """Open a network namespace, and yield its file descriptor.
 
     Args:
         text: A name of ``ip netns``, a process id or a path.
 
     Raises:
-        OSError: Nothing is there, or it cannot be opened.
-        UsageError: What is there is something else.
+        OSError: It does not exist, or cannot be opened.
+        UsageError: It is not a network namespace.
     """
     place = path(text)
-    # Before it is opened: a FIFO or a device may wait, or act. Namespaces are regular files.
+    # Checked before opening, which may block (FIFO) or have effects (device).
+    # Namespaces are regular files.
     fd = -1
     if stat.S_ISREG(place.stat().st_mode):
         fd = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
@@ -65,7 +66,7 @@ def opened(text: str) -> Iterator[int]:
 
 
 def inode(text: str) -> int:
-    """Return the inode's number, by which rows and programs know the namespace.
+    """Return the inode number, which identifies the namespace in rows and programs.
 
     Raises:
         UsageError: There is no such namespace.
@@ -80,7 +81,7 @@ def inode(text: str) -> int:
 
 
 def _is_netns(fd: int) -> bool:
-    # os.statvfs() leaves the type out. An ioctl of this number may mean anything elsewhere.
+    # os.statvfs() has no f_type. On other file systems this ioctl number may mean anything.
     libc, raw = ctypes.CDLL(None, use_errno=True), ctypes.create_string_buffer(_STATFS_BYTES)
     if libc.fstatfs(fd, raw):
         return False
@@ -91,15 +92,18 @@ def _is_netns(fd: int) -> bool:
 
 
 _MOST_PIDS = 1 << 22
-"""No process has a higher number; inodes of namespaces begin at 0xF0000000."""
+"""PID_MAX_LIMIT; inodes of namespaces begin at 0xF0000000, above it."""
 _MOST_INODE = (1 << 32) - 1
 
 
 def netns_recorded(text: str) -> int:
-    """Return that number for rows of before: it will do itself, the namespace may be gone.
+    """Return the inode number of a namespace in a capture; it need not exist any more.
+
+    Args:
+        text: The inode number itself, or as for inode().
 
     Raises:
-        UsageError: It is no number, and there is no such namespace.
+        UsageError: It is no inode number, and there is no such namespace.
     """
     number = decimal(text, _MOST_INODE)
     return number if number and number > _MOST_PIDS else inode(text)
@@ -107,13 +111,13 @@ def netns_recorded(text: str) -> int:
 
 @contextlib.contextmanager
 def inside(netns: str) -> Iterator[None]:
-    """Have this thread live in a network namespace for a while.
+    """Move this thread into a network namespace for the duration of the block.
 
     Args:
         netns: A name of ``ip netns``, a path or a process id; empty to stay.
 
     Raises:
-        UsageError: There is none of that name.
+        UsageError: There is no such namespace.
     """
     if not netns:
         yield

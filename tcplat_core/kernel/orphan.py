@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, however that ends."""
+"""Ends a child process when its parent ends, even by SIGKILL."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def end_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends; end now if it has.
+    """Have the kernel kill this process when its parent ends; exit now if it has ended.
 
-    For a child behind fork(2), and as `preexec_fn`: what exec(2) starts keeps it, unless it
-    gains rights thereby. Python takes tenths of a second to start: to ask there is too late.
+    Call it in a child after fork(2), or as `preexec_fn`: the setting survives exec(2), unless that
+    raises privileges. The new Python would call it too late: it takes tenths of a second to start.
 
     Args:
-        parent: Its pid. It may have died before we could ask.
+        parent: Its pid. It may have ended before this call.
     """
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:

@@ -1,12 +1,12 @@
-"""Which process owns which TCP socket that is older than the run.
+"""Finds the owning process of each TCP socket that is older than the run.
 
-The kernel has no list of that. sock_diag names each socket's inode and cookie,
+The kernel has no such list. sock_diag names each socket's inode and cookie,
 /proc/PID/fd names the inodes that a process holds; joined, they say which cookie
-belongs to which process. The loader hands it to the programs in the kernel,
-which know a socket's cookie.
+belongs to which process. The loader passes the result to the BPF programs,
+which can read a socket's cookie.
 
-Own netlink code instead of pyroute2's, which takes 100 µs per socket: a host
-with 100,000 of them would wait for ten seconds.
+This is own netlink code, because pyroute2 takes 100 µs per socket: 10 s on a
+host with 100,000 sockets.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ IPV4, IPV6, BOTH = 4, 6, 0
 
 _LISTEN = 10
 _OPEN = (1, 8)
-"""ESTABLISHED and CLOSE_WAIT: one that no process holds any more has closed its side."""
+"""ESTABLISHED and CLOSE_WAIT. An orphaned socket has no inode either, but is in other states."""
 _WITH_A_SOCKET = 0xFFF & ~(1 << 6)
-"""inet_diag states: all but TIME_WAIT, which is no socket any more, and NEW_SYN_RECV (12)."""
+"""inet_diag states: all but TIME_WAIT and NEW_SYN_RECV (12), which are no full sockets."""
 _MAPPED = bytes(10) + b"\xff\xff"
 _SKV6ONLY = 11
 """INET_DIAG_SKV6ONLY, an attribute of listening sockets."""
@@ -51,19 +51,19 @@ class Seed:
     """One socket.
 
     Args:
-        cookie: The kernel's own number of it.
+        cookie: The kernel's identifier of the socket (SO_COOKIE).
         role: CLIENT, SERVER or LISTENER.
-        pid: Its owner; 0 where no process holds it.
+        pid: Its owner; 0 if no process holds it.
         comm: The owner's name.
         others: Pids and names of the other processes that hold it.
-        waiting: No process has accepted it yet.
+        waiting: It is in the accept queue.
         netns: Inode of its network namespace.
         local: Its address, 16 bytes; IPv4 is mapped.
-        remote: The other end's.
+        remote: Address of the peer.
         lport: Its port.
-        rport: The other end's.
-        ip: What it speaks: 4 or 6; BOTH for one that listens at the wildcard address of both.
-        device: Index of the only interface that it hears; 0 where it hears all.
+        rport: Port of the peer.
+        ip: 4 or 6; BOTH for a listener at the wildcard address of both.
+        device: Index of the interface that it is bound to; 0 for all.
     """
 
     cookie: int
@@ -82,17 +82,17 @@ class Seed:
 
     @property
     def accepted_at(self) -> list[Place]:
-        """Where what accepted it may listen, in the order in which the kernel looks."""
+        """Where its listener may be bound, in the kernel's lookup order."""
         return _accepted_at(self.ip, self.local, self.lport)
 
     @property
     def listens_at(self) -> Place:
-        """Where it listens, if it does."""
+        """Where it is bound, if it is a listener."""
         return self.ip, self.local, self.lport
 
 
 Place = tuple[int, bytes, int]
-"""What it speaks (4, 6 or BOTH), its address and its port."""
+"""IP version (4, 6 or BOTH), address and port."""
 
 
 def _accepted_at(ip: int, local: bytes, port: int) -> list[Place]:
@@ -122,12 +122,12 @@ class _Holder:
 
 @attrs.define
 class Hidden:
-    """What find() had no right to see.
+    """What find() could not read for lack of rights.
 
     Args:
-        processes: Whose file descriptors could not be read.
-        sockets: How many have a process, which could not be found.
-        namespaces: Network namespaces that could not be entered.
+        processes: Number of processes whose file descriptors could not be read.
+        sockets: Number of sockets that have a process, which was not found.
+        namespaces: Number of network namespaces that could not be entered.
     """
 
     processes: int = 0
@@ -135,25 +135,25 @@ class Hidden:
     namespaces: int = 0
 
     def sentences(self, *, mendable: bool = False) -> list[str]:
-        """Return what is missing for it, and what mends it.
+        """Return a sentence for each kind: what is missing, and the capability that gives it.
 
         Args:
-            mendable: Nothing of what the host keeps from root as well.
+            mendable: Leave out what the host refuses to root as well.
         """
-        said = []
+        causes = []
         if self.processes and self.sockets:
             fds = (
                 f"TCP sockets older than the run whose process is not known: {self.sockets}; their "
                 "rows have no pid, and -p, --comm and --cgroup leave them out, until it uses them: "
                 f"/proc/PID/fd cannot be read (of {self.processes})"
             )
-            said.append((fds, lacking("CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH")))
+            causes.append((fds, lacking("CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH")))
         if self.namespaces:
             entered = (
                 f"network namespaces that cannot be entered: {self.namespaces}; sockets in them "
                 "that are older than the run have no rows before they connect anew"
             )
-            said.append((entered, lacking("CAP_SYS_ADMIN")))
+            causes.append((entered, lacking("CAP_SYS_ADMIN")))
         return [
             f"{what}; "
             + (
@@ -161,22 +161,22 @@ class Hidden:
                 if missing
                 else "the host refuses it to root as well"
             )
-            for what, missing in said
+            for what, missing in causes
             if missing or not mendable
         ]
 
 
 def find(hidden: Hidden | None = None) -> list[Seed]:
-    """All TCP sockets of all network namespaces that some process lives in.
+    """Return all TCP sockets of all network namespaces that have a process.
 
-    Needs the rights of root, or some of them: `hidden` is told what was not to be seen. A socket
-    that several processes hold belongs to the one with the lowest pid until one of them uses it.
-    A socket at whose local address and port another listens counts as accepted.
+    Needs root's rights; what could not be read is counted in `hidden`. A socket that several
+    processes hold belongs to the one with the lowest pid until one of them uses it. A socket
+    counts as accepted if a listener is bound to its local address and port.
     """
     hidden = hidden or Hidden()
     holders: dict[int, _Holder] = {}
-    everyone = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
-    for pid in everyone:
+    pids = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+    for pid in pids:
         try:
             comm = Path(f"/proc/{pid}/comm").read_bytes().rstrip(b"\n")
             for inode in _held(pid):
@@ -185,22 +185,22 @@ def find(hidden: Hidden | None = None) -> list[Seed]:
                     holder.others.append((pid, comm))
         except PermissionError:
             hidden.processes += 1
-        except OSError:  # it ended while we looked
+        except OSError:  # it has ended meanwhile
             continue
-    # With hidepid=2 other users' processes are not even there.
+    # With hidepid=2, /proc does not list other users' processes at all.
     if not Path("/proc/1").exists():
         hidden.processes += 1
-    nobody = _Holder(0, b"")
+    no_process = _Holder(0, b"")
     seeds = []
-    for netns, diags in _namespaces(everyone, hidden):
+    for netns, diags in _namespaces(pids, hidden):
         listening = {(diag.ip, diag.local, diag.lport) for diag in diags if diag.state == _LISTEN}
         for diag in diags:
             places = _accepted_at(diag.ip, diag.local, diag.lport)
             role = CLIENT if listening.isdisjoint(places) else SERVER
             if diag.state == _LISTEN:
                 role = LISTENER
-            holder = holders.get(diag.inode, nobody)
-            hidden.sockets += bool(diag.inode) and holder is nobody
+            holder = holders.get(diag.inode, no_process)
+            hidden.sockets += bool(diag.inode) and holder is no_process
             seeds.append(
                 Seed(
                     diag.cookie,
@@ -208,7 +208,7 @@ def find(hidden: Hidden | None = None) -> list[Seed]:
                     holder.pid,
                     holder.comm,
                     tuple(holder.others),
-                    # What was accepted has an inode, whoever holds it.
+                    # An accepted socket has an inode.
                     not diag.inode and role == SERVER and diag.state in _OPEN,
                     netns,
                     diag.local,
@@ -223,12 +223,12 @@ def find(hidden: Hidden | None = None) -> list[Seed]:
 
 
 def is_ending(pid: int) -> bool:
-    """Whether a process has ended, or has begun to."""
+    """Return whether a process has ended or is exiting."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
         return True
-    # Behind the name, which may hold anything: state, five numbers, and the flags.
+    # After the name, which may contain anything: state, five numbers, flags.
     return bool(int(stat.rpartition(b")")[2].split()[6]) & _PF_EXITING)
 
 
@@ -244,10 +244,10 @@ def _held(pid: int) -> Iterator[int]:
 
 
 def _namespaces(pids: Iterable[int], hidden: Hidden) -> Iterator[tuple[int, list[_Diag]]]:
-    """Each network namespace and its sockets, ours first."""
-    ours = of_process().stat().st_ino
-    seen = {ours}
-    yield ours, list(_dump())
+    """Yield each network namespace and its sockets, this process's first."""
+    own = of_process().stat().st_ino
+    done = {own}
+    yield own, list(_dump())
     home = os.open(of_process(), os.O_RDONLY | os.O_CLOEXEC)
     try:
         for pid in pids:
@@ -255,9 +255,9 @@ def _namespaces(pids: Iterable[int], hidden: Hidden) -> Iterator[tuple[int, list
                 there = os.open(of_process(pid), os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     inode = os.fstat(there).st_ino
-                    if inode in seen:
+                    if inode in done:
                         continue
-                    seen.add(inode)
+                    done.add(inode)
                     try:
                         setns(there)
                     except PermissionError:
@@ -275,7 +275,7 @@ def _namespaces(pids: Iterable[int], hidden: Hidden) -> Iterator[tuple[int, list
 
 
 def _dump() -> Iterator[_Diag]:
-    """TCP sockets of the current network namespace (inet_diag_msg, linux/inet_diag.h)."""
+    """Yield TCP sockets of the current network namespace (inet_diag_msg, linux/inet_diag.h)."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4) as diag:  # NETLINK_SOCK_DIAG
         diag.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         for family in (socket.AF_INET, socket.AF_INET6):
@@ -309,7 +309,7 @@ def _answers(diag: socket.socket) -> Iterator[_Diag]:
             (inode,) = struct.unpack_from("=I", data, at + 68)
             (device,) = struct.unpack_from("=I", data, at + 40)
             ip = IPV4 if local.startswith(_MAPPED) else IPV6
-            # Before it is bound to an address, a socket of IPv6 takes IPv4 as well.
+            # An IPv6 listener at the wildcard address accepts IPv4 too, unless IPV6_V6ONLY is set.
             if data[at + 1] == _LISTEN and not any(local):
                 ip = IPV6 if _is_v6only(data[at + 72 : offset + length]) else BOTH
             yield _Diag(data[at + 1], inode, cookie, local, remote, lport, rport, ip, device)
@@ -317,7 +317,7 @@ def _answers(diag: socket.socket) -> Iterator[_Diag]:
 
 
 def _is_v6only(attributes: bytes) -> bool:
-    """Whether a listening socket of IPv6 takes IPv6 alone."""
+    """Return whether IPV6_V6ONLY is set on a listener."""
     at = 0
     while at + _ATTRIBUTE.size <= len(attributes):
         length, kind = _ATTRIBUTE.unpack_from(attributes, at)

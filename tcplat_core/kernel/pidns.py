@@ -1,4 +1,4 @@
-"""Which PID namespace the numbers of processes are from: that of /proc, as ps(1) and -p have it."""
+"""The PID namespace of all process ids in rows and options: that of /proc, as in ps(1)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from tcplat_core.errors import CannotRunError
 
 _INITIAL = 4026531836
-"""The inode of the first one: PROC_PID_INIT_INO in linux/proc_ns.h."""
+"""Inode of the initial PID namespace: PROC_PID_INIT_INO in linux/proc_ns.h."""
 _NOT_OURS = (
     "/proc shows the processes of another PID namespace than tcplat runs in: "
     "mount -t proc proc /proc (unshare --mount-proc does)"
@@ -15,15 +15,15 @@ _NOT_OURS = (
 
 
 def shown() -> tuple[int, int] | None:
-    """Return inode and device (as the kernel has it) of the namespace that /proc shows.
+    """Return inode and device (kernel encoding) of the PID namespace that /proc shows.
 
-    None for the first one, and where the kernel has none.
+    None for the initial one, and if the kernel has no PID namespaces.
 
     Raises:
-        CannotRunError: It cannot be known.
+        CannotRunError: Unknown.
     """
     try:
-        # Of each procfs the process 1 is the first of its namespace.
+        # In each procfs, process 1 is the init of its namespace.
         found = os.stat("/proc/1/ns/pid")
     except PermissionError:  # CAP_SYS_PTRACE
         if _number() != os.getpid():
@@ -37,17 +37,17 @@ def shown() -> tuple[int, int] | None:
 
 
 def require_ours() -> None:
-    """Make sure that a number from fork(2) or getpid(2) is that of the same process in /proc.
+    """Check that a pid from fork(2) or getpid(2) is the pid of the same process in /proc.
 
     Raises:
-        CannotRunError: It is another's.
+        CannotRunError: /proc shows another PID namespace.
     """
     if _number() not in (None, os.getpid()):
         raise CannotRunError(_NOT_OURS)
 
 
 def _number() -> int | None:
-    """Return our number in /proc; None where there is none."""
+    """Return our pid in /proc; None if /proc does not list us."""
     try:
         return int(os.readlink("/proc/self"))
     except (OSError, ValueError):

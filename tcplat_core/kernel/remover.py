@@ -1,4 +1,4 @@
-"""Folders that go with the process that made them, however that ends."""
+"""Removes folders when the process that made them ends, even by SIGKILL."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ import attrs
 
 @attrs.frozen
 class Remover:
-    """A child that removes folders when this process has ended, or says so.
+    """A child process that removes folders when this process ends, or on close().
 
-    It waits for the end of a pipe, which comes when the last process dies that can write to it,
-    or for a byte.
+    It waits for a byte in a pipe, or for its end of file, which comes when the last process that
+    holds the write end has ended.
     """
 
     _pipe: int
@@ -29,10 +29,10 @@ class Remover:
 
     @classmethod
     def start(cls, paths: Sequence[Path]) -> Self:
-        """Fork it. The folders need not exist yet: so there is no moment at which one would stay.
+        """Fork the child. Call it before the folders exist, so that none can be left behind.
 
         Raises:
-            OSError: There are too many files or processes.
+            OSError: Too many open files or processes.
         """
         wait, pipe = os.pipe()
         for stream in (sys.stdout, sys.stderr):
@@ -45,16 +45,16 @@ class Remover:
         return cls(pipe, pid)
 
     def close(self) -> None:
-        """Have them removed now, and wait until they are."""
+        """Remove the folders now, and wait until that is done."""
         with contextlib.suppress(BrokenPipeError):  # the child was killed
-            os.write(self._pipe, b".")  # another process may have the pipe, too, and live on
+            os.write(self._pipe, b".")  # another process may hold the write end, too
         os.close(self._pipe)
         os.waitpid(self._pid, 0)
 
 
 @contextlib.contextmanager
 def passing_folder() -> Iterator[Path]:
-    """Give a new temporary folder, which is removed behind the block or with this process."""
+    """Yield a new temporary folder; it is removed after the block or with this process."""
     path = Path(tempfile.gettempdir(), f"tcplat-{secrets.token_hex(8)}")
     remover = Remover.start([path])
     try:
@@ -65,7 +65,7 @@ def passing_folder() -> Iterator[Path]:
 
 
 def _remove_at_end(wait: int, paths: Sequence[Path]) -> None:
-    """In the child: hold nothing open but the pipe, so that no reader waits for us."""
+    """Run in the child: keep only the pipe open, so that no pipe's reader waits for us."""
     try:
         os.dup2(wait, 0)
         for fd in os.listdir("/proc/self/fd"):

@@ -1,4 +1,4 @@
-"""Which rights this process has."""
+"""Capabilities of this process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tcplat_core.errors import NEEDS_ROOT, CannotRunError, refused
 
 
 def refuse_without_capabilities() -> None:
-    """Say what is missing before the kernel says EPERM.
+    """Raise if a capability is missing, before the kernel answers EPERM.
 
     Raises:
         CannotRunError: Not allowed to load programs.
@@ -38,7 +38,7 @@ _NUMBERS = {
 def lacking(*names: str) -> list[str]:
     """Return those of these capabilities that are not effective in this process.
 
-    From /proc, unlike capabilities(): what asks here cannot work without it, and says so.
+    Reads /proc, unlike capabilities(): all callers need /proc anyway.
     """
     status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
     effective = int(status.split("CapEff:")[1].split()[0], 16)
@@ -52,13 +52,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def held() -> bool:
-    """Whether this process may do more than other processes of its user: root, or capabilities."""
+    """Return whether this process is root or has capabilities."""
     effective, permitted, _ = capabilities()
     return 0 in os.getresuid() or bool(effective | permitted)
 
 
 def capabilities() -> tuple[int, int, int]:
-    """Effective, permitted and inheritable ones of this thread."""
+    """Return the effective, permitted and inheritable capabilities of this thread."""
     data = ctypes.create_string_buffer(CAPABILITIES.size)
     if _libc.capget(struct.pack("=Ii", CAP_VERSION_3, 0), data):
         raise refused("capget", ctypes.get_errno())

@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from tcplat_core.errors import PluginError, UsageError, blaming, words
+from tcplat_core.errors import PluginError, UsageError, blaming, message
 
 from .hookpoints import checked_name
 
@@ -219,6 +219,6 @@ def read_options(owner: str, declared: Sequence[Option], given: Mapping[str, str
                 values[option.name] = option.convert(given[option.name])
             except ValueError as error:
                 raise UsageError(
-                    f"{owner}: option {option.name}={given[option.name]!r}: {words(error)}"
+                    f"{owner}: option {option.name}={given[option.name]!r}: {message(error)}"
                 ) from error
     return values

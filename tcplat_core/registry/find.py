@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import attrs
 import pluggy
 
-from tcplat_core.errors import PluginError, TerminatedError, named, words
+from tcplat_core.errors import PluginError, TerminatedError, message, named
 from tcplat_core.plugin import hookspecs
 from tcplat_core.plugin.specs import ProbeSpec, SinkSpec
 
@@ -227,7 +227,7 @@ def _stdout_is_stderr() -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """One line that says what is wrong."""
-    return words(error) if isinstance(error, PluginError) else named(error)
+    return message(error) if isinstance(error, PluginError) else named(error)
 
 
 def _called(hook: pluggy.HookCaller, plugin: object) -> Iterator[Any]:

@@ -41,7 +41,7 @@ class HostView:
         except CannotRunError:
             return view
         view.as_root = True
-        view.host.look()
+        view.host.read_as_root()
         return view
 
     def point(self, point: HookPoint) -> dict[str, Any]:

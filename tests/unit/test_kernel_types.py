@@ -104,7 +104,7 @@ def assert_same_layout(ours: Btf, kernels: Btf, name: str) -> None:
     made = layout(ours, ours.record(name))
     wanted = layout(kernels, kernels.record(name))
     assert wanted == {key: at for key, at in made.items() if not key.startswith("__tcplat_pad")}
-    assert ours.sizeof(name) == kernels.sizeof(name)
+    assert ours.size_of(ours.record(name)) == kernels.size_of(kernels.record(name))
 
 
 @needs_clang
@@ -188,7 +188,7 @@ def test_trimmed_struct_keeps_its_member_offsets(small: Btf) -> None:
     made = layout(ours := btf_of(header, ["outer"]), ours.record("outer"))
     kept = {key: at for key, at in made.items() if not key.startswith("__tcplat_pad")}
     assert kept == {"saddr": (160, 0), "bits": (640, 0), "flexible": (2816, 0)}
-    assert ours.sizeof("outer") == 384
+    assert ours.size_of(ours.record("outer")) == 384
     assert "struct aligned" not in header
 
 
