@@ -40,6 +40,9 @@ class Exchange:
         urgent: Bytes of the request and of the reply that are beside the stream.
         request: First byte of the request, and the one after its last; unwrapped.
         reply: Of the reply.
+        replied_ns: When its first byte was sent, or first seen; 0 without a reply.
+        parted: The client had left before that, with a farewell: instants of the request up to the
+            pause before it, and the farewell.
         by: The process at each end, as the rows of this exchange have it: which sent the request's
             first byte, and the reply's; else the one that used the end last by then.
         stamps: Instants, see chain.MILESTONES.
@@ -62,6 +65,8 @@ class Exchange:
         "outcome",
         "over_by",
         "over_ns",
+        "parted",
+        "replied_ns",
         "reply_begin",
         "reply_end",
         "request_begin",
@@ -78,6 +83,8 @@ class Exchange:
         self.number = 0
         self.request_begin = self.request_end = -1
         self.reply_begin = self.reply_end = -1
+        self.replied_ns = 0
+        self.parted: tuple[list[int | None], Exchange] | None = None
         self.by: list[Process | None] = [None, None]
         self.urgent = (0, 0)
         self.stamps: list[int | None] = [None] * len(MILESTONES)

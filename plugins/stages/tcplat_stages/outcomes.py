@@ -1,17 +1,78 @@
-"""What ended without a reply, or before the end of one: was it answered (D69, D70)?"""
+"""What ended without a reply, or before the end of one: was it answered (D69, D70, D117)?"""
 
 from __future__ import annotations
 
-from .chain import ACCEPTED, HANDSHAKE_DONE, REPLY_SENT, REQUEST_READ
+from itertools import pairwise
+from typing import NamedTuple
+
+from .chain import ACCEPTED, HANDSHAKE_DONE, REQUEST_READ
 from .connection import Connection
 from .exchange import CUT, ONE_WAY, OPEN, UNANSWERED, UNKNOWN, Exchange
-from .stream import CLIENT, SERVICE, reached
+from .stream import CLIENT, SERVICE, Flow, Log, reached
 
 _NAMES = ("client", "service")
 _PARTING_NS = 5_000_000
 """On a busy host a program may take so long from its farewell to its close()."""
 _LONGEST_PARTING_NS = 50_000_000
 """Within so long of a farewell both ends have closed: a request that hangs takes longer."""
+_LONGEST_FAREWELL = 512
+"""Bytes: TLS's alert takes 31, with an HTTP/2 GOAWAY or a QUIT before it, less than 200."""
+
+
+class Pause(NamedTuple):
+    """Where a client stopped sending, had no reply, and went on with a short message.
+
+    Args:
+        at: Position of the first byte after the pause.
+        resumed_ns: When it was sent, by the first point that shows it.
+        farewell: The client went right after it: it is a message of its own.
+    """
+
+    at: int
+    resumed_ns: int
+    farewell: bool
+
+
+def pause_in(conn: Connection, end: int) -> Pause | None:
+    """Find the longest pause before a short last part of what the client sent.
+
+    Args:
+        conn: A connection.
+        end: Where the bytes end that were not answered.
+
+    Returns:
+        None if they are one message, or if nothing shows when a part of them was sent.
+    """
+    flow, begin = conn.flows[CLIENT], conn.answered
+    log, least_ns = _sent_when(conn, flow)
+    left = _client_left(conn)
+    left_ns = left[0] if left else None
+    found: tuple[int, Pause] | None = None
+    for (at, before_ns), (_, after_ns) in pairwise(log):
+        if not begin < at < end <= at + _LONGEST_FAREWELL or before_ns is None or after_ns is None:
+            continue
+        # What waits for room in the sender's buffer or in its queueing discipline has not paused.
+        stopped_ns = max(before_ns, reached(flow.tx.log, at) or 0)
+        pause_ns = after_ns - stopped_ns
+        if pause_ns < least_ns or (found and pause_ns <= found[0]):
+            continue
+        if left_ns is not None and _went_at_once(conn, before_ns, reached(flow.reads, at)):
+            continue  # on a busy host: both parts are the farewell
+        stayed_ns = None if left_ns is None else left_ns - after_ns
+        patience_ns = max(_LONGEST_PARTING_NS, conn.patience_ns)
+        farewell = stayed_ns is not None and stayed_ns < min(pause_ns, patience_ns)
+        found = pause_ns, Pause(at, after_ns, farewell)
+    return found[1] if found else None
+
+
+def _sent_when(conn: Connection, flow: Flow) -> tuple[Log, int]:
+    """Return by which log a pause of the client shows best, and how long (ns) one is at least."""
+    if flow.sends:
+        return flow.sends, conn.patience_ns
+    # Nagle's algorithm and a delayed ACK, or a small congestion window, space packets too.
+    least_ns = max(_LONGEST_PARTING_NS, 2 * conn.patience_ns)
+    logs = (flow.tx.log, flow.nic.log, flow.ip.log, flow.ready.log, flow.reads)
+    return next((log for log in logs if log), flow.sends), least_ns
 
 
 def judge_cut_short(exchange: Exchange, stopped: tuple[int, str]) -> None:
@@ -20,9 +81,8 @@ def judge_cut_short(exchange: Exchange, stopped: tuple[int, str]) -> None:
     if exchange.kind == "push":
         return
     left = _client_left(conn)
-    sent_ns = exchange.stamps[REPLY_SENT]
     came = _has_come_whole(conn, exchange)
-    if left and sent_ns is not None and left[0] < sent_ns and not _was_read(exchange):
+    if left and left[0] < exchange.replied_ns and _was_refused(exchange):
         exchange.outcome = UNANSWERED
         exchange.over_ns, exchange.over_by = left
     elif not came:
@@ -35,9 +95,19 @@ def judge_cut_short(exchange: Exchange, stopped: tuple[int, str]) -> None:
             exchange.over_ns, exchange.over_by = over
 
 
-def _was_read(exchange: Exchange) -> bool:
-    """Return whether the client got a byte of the reply, as far as its calls tell."""
-    return exchange.conn.flows[SERVICE].read > exchange.reply_begin
+def _was_refused(exchange: Exchange) -> bool:
+    """Return whether no byte of a reply, which came after the client's FIN, was read.
+
+    Where its reads have no rows, a RST tells: a kernel without a reader answers data by one, at
+    once. A client that has only closed its side goes on reading.
+    """
+    conn = exchange.conn
+    if conn.flows[SERVICE].read > exchange.reply_begin:
+        return False
+    if _sees_reads(conn):
+        return True
+    at_once_ns = max(_PARTING_NS, 2 * conn.patience_ns)
+    return conn.reset_by == CLIENT and conn.reset_ns - exchange.replied_ns < at_once_ns
 
 
 def _has_come_whole(conn: Connection, exchange: Exchange) -> bool:
@@ -51,8 +121,16 @@ def _has_come_whole(conn: Connection, exchange: Exchange) -> bool:
     return (flow.read < 0 or flow.unseen) and flow.arrived() >= end
 
 
-def judge_unanswered(exchange: Exchange, stopped: tuple[int, str]) -> None:
-    """Set the outcome of a request that no byte of a reply followed."""
+def judge_unanswered(
+    exchange: Exchange, stopped: tuple[int, str], resumed_ns: int | None = None
+) -> None:
+    """Set the outcome of a request that no byte of a reply followed.
+
+    Args:
+        exchange: The request.
+        stopped: Until when its connection was followed, and why not for longer.
+        resumed_ns: When the client sent its farewell, if it sent one after a pause.
+    """
     conn, stamps = exchange.conn, exchange.stamps
     began_ns = next((at for at in stamps if at is not None), None)
     if began_ns is None:
@@ -71,13 +149,16 @@ def judge_unanswered(exchange: Exchange, stopped: tuple[int, str]) -> None:
         exchange.over_ns, exchange.over_by = stopped
     elif (
         (left and left == over and left[0] - last_ns < patience_ns)
-        or _parted(exchange, last_ns)
+        or _went_at_once(conn, last_ns, stamps[REQUEST_READ])
         or (gone_ns and gone_ns < began_ns)
     ):
         # It left at once; or the service had closed its side before, and could not answer.
         exchange.outcome = ONE_WAY
     else:
         exchange.outcome = UNANSWERED
+        # A service that reads a farewell closes too: the client has given up before.
+        if left and resumed_ns is not None and over[0] > resumed_ns:
+            over = left
         exchange.over_ns, exchange.over_by = over
 
 
@@ -113,7 +194,7 @@ def _replied_unseen(conn: Connection, since_ns: int) -> bool:
     )
 
 
-def _parted(exchange: Exchange, last_ns: int) -> bool:
+def _went_at_once(conn: Connection, last_ns: int, read_ns: int | None) -> bool:
     """Return whether the client closed on its own, right behind a last message.
 
     A service that reads a farewell closes as well, and its FIN may be there first: on a busy
@@ -121,10 +202,10 @@ def _parted(exchange: Exchange, last_ns: int) -> bool:
     the service's stream before it closes.
 
     Args:
-        exchange: A request without a reply.
+        conn: Whose last message it is.
         last_ns: When its last byte was sent.
+        read_ns: When the service read that; None where it did not, or no row tells.
     """
-    conn = exchange.conn
     left_ns, gone_ns = conn.fin_ns
     if conn.reset_by is not None or conn.error or not left_ns or not _by_itself(conn):
         return False
@@ -132,7 +213,7 @@ def _parted(exchange: Exchange, last_ns: int) -> bool:
         return True
     # Later: only where both ends close in order, the service has read it, and has answered
     # before.
-    unread = conn.ends[SERVICE].streams and exchange.stamps[REQUEST_READ] is None
+    unread = conn.ends[SERVICE].streams and read_ns is None
     if not gone_ns or not conn.longest_ns or unread:
         return False
     if gone_ns < left_ns and _sees_reads(conn):

@@ -20,9 +20,9 @@ from .chain import (
 )
 from .closing import settle_rst
 from .connection import NO_EXCHANGES, Connection, Finished
-from .exchange import ANSWERED, OPEN, UNANSWERED, Exchange
+from .exchange import ANSWERED, ONE_WAY, OPEN, UNANSWERED, Exchange
 from .losses import ASKING_ROWS, READS, Losses, tear
-from .outcomes import judge_cut_short, judge_unanswered
+from .outcomes import judge_cut_short, judge_unanswered, pause_in
 from .rows import NO_PROCESS
 from .stream import CLIENT, SERVICE, caller, reached
 
@@ -109,7 +109,14 @@ class Turns:
         exchange = self._begin(conn, "exchange", asked)
         exchange.reply_begin = at
         exchange.stamps[REPLY_SENT] = ts_ns
+        exchange.replied_ns = conn.last_ns if ts_ns is None else ts_ns
         exchange.by[SERVICE] = caller(conn.flows[SERVICE].senders, at)
+        pause = pause_in(conn, asked) if conn.fin_ns[CLIENT] else None
+        if pause is not None and pause.farewell:
+            whole = exchange.stamps.copy()
+            _arrived(exchange, pause.at)
+            exchange.parted = exchange.stamps, self._farewell(conn, pause.at, asked)
+            exchange.stamps = whole
         _ask_from(conn, asked)
         request.forget(asked + 1)
         conn.replying = exchange
@@ -161,6 +168,13 @@ class Turns:
         exchange.zero_windows, conn.ask_zeros = conn.ask_zeros, 0
         return exchange
 
+    def _farewell(self, conn: Connection, at: int, end: int) -> Exchange:
+        """Begin the message of a client that awaits no reply to it, and leaves."""
+        _ask_from(conn, at)
+        exchange = self._begin(conn, "request", end)
+        exchange.outcome = ONE_WAY
+        return exchange
+
     def end_reply(self, exchange: Exchange, end: int, why: str) -> None:
         """End the reply that is being sent, at `end`."""
         conn = exchange.conn
@@ -194,7 +208,15 @@ class Turns:
         flow.forget(end + 1)
         if why:
             judge_cut_short(exchange, self._stopped(conn, why))
+        farewell = None
+        if exchange.parted is not None and exchange.outcome == UNANSWERED:
+            instants, farewell = exchange.parted
+            exchange.stamps[: REQUEST_READ + 1] = instants[: REQUEST_READ + 1]
+            exchange.request_end = farewell.request_begin
+            farewell.ended = why
         self._tell(exchange)
+        if farewell is not None:
+            self._tell(farewell)
 
     def _tell(self, exchange: Exchange) -> None:
         conn = exchange.conn
@@ -257,16 +279,38 @@ class Turns:
         if end < 0:  # what came counts, whether or not the service has read it
             end = max(request.read, read_up_to(conn), queued_up_to(conn))
         if end > conn.answered >= 0:
-            exchange = self._begin(conn, "request", end)
-            exchange.ended = why
-            judge_unanswered(exchange, self._stopped(conn, why))
-            if exchange.outcome == OPEN and why == END_OF_RUN:
-                self._undecided.append(exchange)
-            self._tell(exchange)
+            self._end_request(conn, end, why)
         conn.ended = why
         conn.over = True
         self.last_ns = max(self.last_ns, conn.last_ns)
         self.finished.append(conn)
+
+    def _end_request(self, conn: Connection, end: int, why: str) -> None:
+        """Report what the client sent up to `end`, and what nothing answers any more."""
+        stopped = self._stopped(conn, why)
+        pause = pause_in(conn, end)
+        exchange = self._begin(conn, "request", end)
+        exchange.ended = why
+        farewell = None
+        if pause is not None and pause.farewell:
+            exchange.request_end = pause.at
+            _arrived(exchange, pause.at)
+            judge_unanswered(exchange, stopped, pause.resumed_ns)
+            if exchange.outcome == UNANSWERED:
+                farewell = self._farewell(conn, pause.at, end)
+                farewell.ended = why
+            else:
+                exchange.request_end = end
+                _arrived(exchange, end)
+        if farewell is None:
+            judge_unanswered(exchange, stopped)
+        if pause is not None and exchange.over_ns is not None:
+            _arrived(exchange, pause.at)  # it has waited during the pause
+        if exchange.outcome == OPEN and why == END_OF_RUN:
+            self._undecided.append(exchange)
+        self._tell(exchange)
+        if farewell is not None:
+            self._tell(farewell)
 
     def _stopped(self, conn: Connection, why: str) -> tuple[int, str]:
         """Until when a connection was followed, of which no end was seen."""

@@ -600,3 +600,163 @@ def test_connection_without_call_rows_has_no_missing_reply(
     assert "no row tells of a reply" in written("waterfall", rows)
     assert "1 of unknown outcome" in written("summary", rows)
     assert objects(written("summary", rows, format="json"))[0]["unanswered"] == 0
+
+
+# --- a farewell behind a request that hangs
+
+
+def _hung_then(
+    pause_ns: int = SECOND,
+    *,
+    farewell: int = 31,
+    stays_ns: int = 60 * US,
+    sends: int = 1,
+) -> History:
+    """Add an exchange, a request, after a pause so many more bytes, and the client's close()."""
+    history = History()
+    now = one_answered(history) + 1_000
+    ask(history, now, 80)
+    now += pause_ns
+    for _ in range(sends):
+        ask(history, now, farewell // sends)
+        now += 10_000
+    history.close(now - 10_000 + stays_ns)
+    return history
+
+
+@pytest.mark.parametrize(
+    "watched",
+    [
+        PROBES,
+        ("tcp_client",),
+        ("tcp_service",),
+        ("tcp_client", "dev_xmit"),
+        ("dev_xmit",),
+        ("xdp_port",),
+        ("dev_xmit", "xdp_port"),
+    ],
+)
+@pytest.mark.parametrize("sends", [1, 2])
+def test_a_farewell_does_not_hide_the_request_that_hung_before_it(
+    watched: tuple[str, ...], sends: int
+) -> None:
+    rows = _hung_then(farewell=32, sends=sends).rows(set(PROBES) - set(watched))
+    exchanges, (conn,), _ = joined(rows)
+    assert [(one.outcome, one.request_bytes) for one in exchanges] == [
+        ("answered", 100),
+        ("unanswered", 80),
+        ("one_way", 32),
+    ]
+    hung_one = exchanges[1]
+    assert hung_one.over_by == "closed by the client"
+    assert hung_one.waited_ns == pytest.approx(SECOND, abs=MS)
+    # Its stages end with its own bytes: the pause is in none of them.
+    assert hung_one.split.total_ns < MS
+    assert conn.outcomes == {"answered": 1, "unanswered": 1, "one_way": 1}
+
+
+@pytest.mark.parametrize(
+    ("how", "found"),
+    [
+        # TLS records of one flight, and a farewell right behind the last request.
+        ({"pause_ns": 10 * US}, ["one_way"]),
+        ({"pause_ns": 900 * US}, ["one_way"]),
+        # A body that follows its head after a pause is too long for a farewell.
+        ({"farewell": 5_000}, ["one_way"]),
+        ({"farewell": 5_000, "stays_ns": WAIT}, ["unanswered"]),
+        # The client comes late to its close().
+        ({"stays_ns": 20 * MS}, ["unanswered", "one_way"]),
+        # It waits for an answer to the last part, too.
+        ({"stays_ns": 500 * MS}, ["unanswered"]),
+        ({"stays_ns": WAIT}, ["unanswered"]),
+    ],
+)
+def test_a_farewell_is_a_short_message_after_a_pause_and_right_before_the_end(
+    how: dict[str, Any], found: list[str]
+) -> None:
+    assert [one[0] for one in outcomes(_hung_then(**how).rows())] == ["answered", *found]
+
+
+def test_a_pause_is_no_stage_of_a_request_that_waited_meanwhile() -> None:
+    # A client that sends QUIT, and waits for an answer to that, too.
+    (_, waited), _, _ = joined(_hung_then(farewell=6, stays_ns=500 * MS).rows())
+    assert (waited.outcome, waited.request_bytes) == ("unanswered", 86)
+    assert waited.waited_ns == SECOND + 500 * MS
+    assert waited.split.total_ns == 5_000
+
+
+def test_a_farewell_after_the_service_has_closed_is_no_part_of_the_request() -> None:
+    history = History()
+    now = one_answered(history) + 1_000
+    ask(history, now)
+    gone = now + SECOND
+    history.socket(gone, SERVICE, "state", old_state="TCP_ESTABLISHED", state="TCP_FIN_WAIT1")
+    history.socket(gone + 9, CLIENT, "state", old_state="TCP_ESTABLISHED", state="TCP_CLOSE_WAIT")
+    history.socket(gone + 20, CLIENT, "recv", seq=history.seq(SERVICE, 200), bytes=0)
+    history.socket(gone + 30, CLIENT, "send", seq=history.seq(CLIENT, 150), bytes=31)
+    history.socket(gone + 40, CLIENT, "state", old_state="TCP_CLOSE_WAIT", state="TCP_LAST_ACK")
+    history.socket(gone + 50, CLIENT, "close", state="TCP_CLOSE")
+    history.socket(gone + 50, SERVICE, "close", state="TCP_CLOSE")
+    (_, crashed, farewell), _, _ = joined(history.rows())
+    assert (crashed.outcome, crashed.waited_ns, crashed.over_by) == (
+        *("unanswered", SECOND, "closed by the service"),
+    )
+    assert (farewell.outcome, farewell.request_bytes) == ("one_way", 31)
+
+
+def test_a_reply_to_request_and_farewell_comes_too_late_for_both() -> None:
+    history = History()
+    now = one_answered(history) + 1_000
+    ask(history, now)
+    ask(history, now + SECOND, 31)
+    left = now + SECOND + 60_000
+    history.socket(left, CLIENT, "state", old_state="TCP_ESTABLISHED", state="TCP_FIN_WAIT1")
+    late = left + SECOND
+    history.socket(late, SERVICE, "send", seq=history.seq(SERVICE, 200), bytes=10)
+    history.packet(late + 5, "nic_tx", SERVICE, 200, 10)
+    history.packet(late + 9, "nic_tx", CLIENT, 182, flags="RST")
+    history.socket(late + 10, CLIENT, "close", state="TCP_CLOSE")
+    history.socket(late + 20, SERVICE, "close", state="TCP_CLOSE")
+    (_, late_one, farewell), _, _ = joined(history.rows())
+    assert (late_one.outcome, late_one.request_bytes) == ("unanswered", 50)
+    assert late_one.waited_ns == SECOND + 60_000
+    assert dict(late_one.split.stages)["client_send"] == 1_000
+    assert (farewell.outcome, farewell.request_bytes) == ("one_way", 31)
+
+
+# --- a reply after the client's FIN, where its reads have no rows
+
+
+@pytest.mark.parametrize("watched", [("dev_xmit",), ("dev_xmit", "tcp_service"), ("tcp_service",)])
+@pytest.mark.parametrize("refused", [True, False])
+def test_a_reset_in_answer_to_a_late_reply_tells_that_it_was_not_read(
+    watched: tuple[str, ...], *, refused: bool
+) -> None:
+    """Without it the client has only closed its side, and reads the reply."""
+    history = History()
+    now = one_answered(history) + 1_000
+    ask(history, now)
+    left, late = now + SECOND, now + 2 * SECOND
+    history.packet(left, "nic_tx", CLIENT, 150, flags="FIN|ACK")
+    history.socket(left, SERVICE, "state", old_state="TCP_ESTABLISHED", state="TCP_CLOSE_WAIT")
+    history.socket(late, SERVICE, "send", seq=history.seq(SERVICE, 200), bytes=10)
+    history.packet(late, "nic_tx", SERVICE, 200, 10)
+    if refused:
+        history.packet(late + 50_000, "nic_tx", CLIENT, 151, flags="RST")
+        history.socket(
+            *(late + 50_000, SERVICE, "state"),
+            old_state="TCP_CLOSE_WAIT",
+            state="TCP_CLOSE",
+            desc="ECONNRESET",
+        )
+    else:
+        history.packet(late + MS, "nic_tx", SERVICE, 210, flags="FIN|ACK")
+    history.socket(late + 2 * MS, SERVICE, "close", state="TCP_CLOSE")
+    rows = history.rows({"tcp_client", *set(PROBES) - set(watched)})
+    exchanges, _, _ = joined(rows)
+    last = exchanges[-1]
+    if refused:
+        assert (last.outcome, last.over_by) == ("unanswered", "closed by the client")
+        assert last.waited_ns == pytest.approx(SECOND, abs=MS)
+    else:
+        assert (last.outcome, last.reply_bytes) == ("answered", 10)
