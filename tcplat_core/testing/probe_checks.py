@@ -130,7 +130,7 @@ def _check_names(spec: ProbeSpec) -> None:
 
 
 def _constants(subject: Subject) -> None:
-    """What the options become in C is C, and XDP programs know their interfaces."""
+    """Check that options become valid C, and that XDP programs have interfaces."""
     request = request_of(subject)
     for name, value in request.defines.items():
         if not re.fullmatch(r"[A-Za-z_]\w*(\([\w, ]*\))?", name):
@@ -238,7 +238,7 @@ def _round_trip(subject: Subject) -> None:
 def _check_kept(
     own: Mapping[str, tuple[str, Wire]], member: str, value: Any, row: Event, has: int
 ) -> None:
-    """A field that is the raw value still is that."""
+    """Check that a field without a conversion has the raw value."""
     if member not in own:
         return
     field, wire = own[member]

@@ -44,7 +44,7 @@ def checks_of(subject: Subject) -> dict[str, Check]:
 
 
 def _compiled(subject: Subject, mechanism: str, *, counting: bool = False) -> dict[str, Any]:
-    """The answer of the trial where each point goes by this mechanism, as far as it can.
+    """Return the trial's answer with this mechanism for each point that has it.
 
     Args:
         subject: The probe.
@@ -97,12 +97,12 @@ _COUNTED = Aggregation("process", groups=16, every_s=math.inf)
 
 
 def _compiles_counting(subject: Subject) -> None:
-    """The C compiles where a sink asks for its histograms."""
+    """Check that the C compiles with its histograms."""
     _compiles(ways_of(subject)[0], subject, counting=True)
 
 
 def _compiles(mechanism: str, subject: Subject, *, counting: bool = False) -> None:
-    """The C compiles, and lays the record out as Python reads it."""
+    """Check that the C compiles, and lays the record out as Python reads it."""
     answer = _compiled(subject, mechanism, counting=counting)
     if "refusal" not in answer:
         return
@@ -156,7 +156,7 @@ def _programs(subject: Subject) -> None:
 
 
 def _attached(subject: Subject) -> dict[str, Any]:
-    """The answer of the process that may load programs."""
+    """Return the answer of the process that may load programs."""
     if "attached" not in subject.known:
         request = request_of(subject)
         if request.interfaces and request.interfaces.netns:
@@ -172,7 +172,7 @@ def _attached(subject: Subject) -> dict[str, Any]:
 
 
 def _attaches(subject: Subject) -> None:
-    """The kernel takes its programs, on this host."""
+    """Check that this host's kernel accepts its programs."""
     answer = _attached(subject)
     if "refusal" in answer:
         raise Fault(f"{answer['refusal']}")

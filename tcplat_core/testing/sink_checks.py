@@ -46,7 +46,7 @@ def checks_of(_: Subject) -> dict[str, Check]:
 
 
 def _methods(subject: Subject) -> None:
-    """It has write(), lost() and close(), and each takes what a run hands it."""
+    """Check that write(), lost() and close() exist and accept the arguments of a run."""
     assert isinstance(subject.spec, SinkSpec)  # noqa: S101 - checks() has looked
     needed = ["write", "lost", *(["aggregates"] if subject.spec.aggregate else []), "close"]
 
@@ -73,7 +73,7 @@ def _methods(subject: Subject) -> None:
 
 
 def _batches(subject: Subject) -> None:
-    """It takes rows of several probes, own fields and all, in batches of any size."""
+    """Check that it accepts rows of several probes, with own fields, in batches of any size."""
 
     def play(sink: Sink) -> None:
         sink.write(stream(1))
@@ -106,7 +106,7 @@ def _in_batches_of(size: int) -> Callable[[Sink], None]:
 
 
 def _empty_batch(subject: Subject) -> None:
-    """A batch without rows is one."""
+    """Check that it accepts an empty batch."""
 
     def play(sink: Sink) -> None:
         sink.write([])
@@ -141,7 +141,7 @@ def _nulls(subject: Subject) -> None:
 
 
 def _losses_and_report(subject: Subject) -> None:
-    """It is told of losses at any place, of hosts before the rows, and of how the run went."""
+    """Check that it accepts losses anywhere, hosts before the rows, and the final report."""
 
     def play(sink: Sink) -> None:
         for host in range(2):
@@ -157,7 +157,7 @@ def _losses_and_report(subject: Subject) -> None:
 
 
 def _close_twice(subject: Subject) -> None:
-    """A second close() does no harm."""
+    """Check that close() is idempotent."""
 
     def play(sink: Sink) -> str:
         sink.write(stream(3))
@@ -176,7 +176,7 @@ def _close_twice(subject: Subject) -> None:
 
 
 def _bounded_memory(subject: Subject) -> None:
-    """A million events go through it, and its memory does not grow, whoever does not read."""
+    """Check that memory does not grow over a million events, even without a reader."""
 
     def play(sink: Sink) -> int:
         spare_the_collector()  # as in a run

@@ -77,7 +77,7 @@ def _output_with(subject: Subject, odd: Callable[[int], str]) -> bytes:
 
 
 def _marks(name: str, byte: int) -> tuple[str, str]:
-    """What stands before and behind an odd byte."""
+    """Return what stands before and after an odd byte."""
     return f"{name[0]}{byte}{name[0]}", f"{name[0].upper()}{byte}{name[0].upper()}"
 
 
@@ -102,7 +102,7 @@ def _control(output: bytes) -> Counter[str] | None:
 
 
 def flushes(subject: Subject) -> None:
-    """What it has written when write() returns is whole, and nothing is held back."""
+    """Check that write() returns with whole lines written and nothing buffered."""
     soon = _SOON_S if at_socket(subject) else 0
 
     def play(sink: Sink) -> list[int]:
@@ -136,7 +136,7 @@ def flushes(subject: Subject) -> None:
 
 
 def full_device(subject: Subject) -> None:
-    """What it could not write it does not keep to itself."""
+    """Check that it reports what it could not write."""
     if at_socket(subject):
         raise NotChecked("it writes to a socket, not to a device")
     if is_silent(subject):

@@ -43,7 +43,7 @@ LOSS = Loss("tcp_client", "send", 2)
 
 
 def stream(count: int, start: int = 0) -> list[Event]:
-    """Connections of ten rows each: begun, used, and gone."""
+    """Yield connections of ten rows each: opened, used, closed."""
     story = (
         *(("connect", "TCP_SYN_SENT", None), ("state", "TCP_ESTABLISHED", "TCP_SYN_SENT")),
         *(("send", "TCP_ESTABLISHED", None), ("recv", "TCP_ESTABLISHED", None)) * 2,
@@ -71,7 +71,7 @@ def stream(count: int, start: int = 0) -> list[Event]:
 
 
 def counted(samples: int, comms: Sequence[str] = ("curl",), *, final: bool = True) -> Aggregates:
-    """What the kernel has counted of each process: so many durations of a millisecond."""
+    """Return aggregates per process: this many durations of a millisecond."""
     counts = [0] * BUCKETS
     counts[bucket(1_000_000)] = samples
     return Aggregates(

@@ -52,7 +52,7 @@ def at_socket(subject: Subject) -> bool:
 
 @contextlib.contextmanager
 def one_reads(path: str) -> Iterator[None]:
-    """What he gets is written to standard output, all of it by the end."""
+    """Copy what the reader gets to standard output, all of it by the end."""
     with socket.socket(socket.AF_UNIX) as made:
         made.connect(path)
         reader = threading.Thread(target=_copy, args=(made,), daemon=True)
@@ -199,7 +199,7 @@ class _Marked:
 
 
 def _made(spec: SinkSpec, options: Options, info: RunInfo, folder: str) -> Sink:
-    """The sink, made and begun as a run does it, where a relative path lands in the folder."""
+    """Make and begin the sink as a run does; a relative path lands in the folder."""
     os.chdir(folder)
     with held_back() as outputs, _the_sinks():
         sink = as_sink(cast("SinkLike", _Marked(spec.factory(options, info))))

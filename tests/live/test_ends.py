@@ -219,7 +219,7 @@ def folders(pid: int) -> list[Path]:
 
 
 def remains(pid: int, there: Sequence[int], programs: Sequence[int], folder: Path) -> list[str]:
-    """What is left of a tcplat that was killed: helpers, programs, folders."""
+    """Return what is left of a killed tcplat: helpers, programs, folders."""
     return [
         *(f"process {one}" for one in there if alive(one)),
         *(f"program {one}" for one in loaded(programs)),

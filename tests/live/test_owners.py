@@ -495,7 +495,7 @@ def before_accept(rows: list[Row], sport: int) -> list[Row]:
 
 
 def assert_waits_for(rows: list[Row], sport: int, owner: Puppet | None) -> None:
-    """The owner of a connection before it is accepted."""
+    """Return the owner of a connection before it is accepted."""
     waiting = before_accept(rows, sport)
     assert {row["point"] for row in waiting} >= {"rx_ip", "rx_tcp", "state", "ready"}
     pid = owner and owner.pid

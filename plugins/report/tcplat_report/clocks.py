@@ -68,7 +68,7 @@ class Offset:
     packets: int
 
     def at(self, ts_ns: int) -> int:
-        """The middle between the bounds: it changes by less than DRIFT_PPM, so order stays."""
+        """Return the middle of the bounds: it drifts by less than DRIFT_PPM, so order stays."""
         place = bisect_right(self.times, ts_ns)
         if place == 0 or place == len(self.times):
             place = min(place, len(self.times) - 1)

@@ -70,7 +70,7 @@ def _points_interval(change: Share) -> str:
 
 
 def _share_cells(one: Share) -> list[str]:
-    """A line: COUNT is with that outcome, BASE and NEW their shares of the requests."""
+    """Return a line: COUNT requests with that outcome, BASE and NEW their shares."""
     base, new = ("-" if share is None else f"{share:.2%}" for share in one.shares)
     change = "-" if one.change is None else _points(one.change)
     note = f"too little data: {one.too_little}" if one.too_little else "*" if one.certain else ""

@@ -76,7 +76,7 @@ class Condition:
         )
 
     def met_by(self, change: Compared) -> bool:
-        """The whole interval lies beyond the limit; of a number, it is beyond."""
+        """Return whether the whole interval, or a number, is beyond the limit."""
         if isinstance(change, Share):
             return self._met_by_share(change)
         interval = change.interval_ns if self.share is None else change.interval

@@ -63,7 +63,7 @@ def join_captures(first: str, second: str, output: str, *, quiet: bool) -> None:
 
 
 def words(host: Merge, first: Merge) -> str:
-    """What is known of a host's clock."""
+    """Describe a host's clock."""
     return (
         f"the clock of {host.name} is {host.offset_ns / 1e9:+.9f} s from that of {first.name}, "
         f"± {host.bound_ns / 1000:.1f} µs, and drifts by {host.drift_ppm:+.1f} "
@@ -73,7 +73,7 @@ def words(host: Merge, first: Merge) -> str:
 
 
 def _hosts(readers: list[Reader], offset: Offset) -> tuple[list[Merge], list[Merge]]:
-    """The hosts of A and those of B, by their new numbers; each may have been merged itself."""
+    """Return the hosts of A and B by new numbers; each capture may have been merged itself."""
     own, others = (reader.merges or [Merge(0, reader.name)] for reader in readers)
     base = max(host.host for host in own) + 1
     joined = [
@@ -108,7 +108,7 @@ class _Shift:
     unix_ns: int
 
     def __call__(self, row: Event) -> Event:
-        """The row, by A's clock; what both hosts number alike is told apart."""
+        """Return the row by A's clock, with numbers that are unique over both hosts."""
         row.ts_ns -= self.offset.at(row.ts_ns)
         row.time_ns = row.ts_ns + self.unix_ns
         if row.netns is not None:
@@ -118,7 +118,7 @@ class _Shift:
         return row
 
     def loss(self, loss: Loss) -> Loss:
-        """The loss, by A's clock, as far as it says when it was."""
+        """Return the loss by A's clock; times that it lacks stay unknown."""
         since_ns, until_ns = self.instant(loss.since_ns), self.instant(loss.until_ns)
         return attrs.evolve(loss, since_ns=since_ns, until_ns=until_ns)
 

@@ -14,7 +14,7 @@ _ESCAPES = str.maketrans(
 
 
 def page(title: str, data: str) -> bytes:
-    """The whole page.
+    """Return the whole page.
 
     Its policy allows the one script that is in it, by its hash, and no request at all.
 

@@ -61,7 +61,7 @@ class Trace:
     _lines: list[bytes] = attrs.field(factory=list, init=False)
 
     def merged(self, merge: Merge) -> None:
-        """A host of the capture."""
+        """Add a host of the capture."""
         self._hosts.learn(merge)
         self._names[merge.host] = merge.name
 
@@ -163,7 +163,7 @@ class Trace:
         about: dict[str, Any],
         over_ns: int = 0,
     ) -> tuple[int, int]:
-        """A slice, and one for each stage within, and for what it waited then; where it stands."""
+        """Write a slice, and one for each stage and wait in it; return where it is."""
         begin_ns, end_ns = chain[0][1], max(chain[-1][1], over_ns)
         pid, tid = self._lane(conn, end, process, begin_ns, end_ns)
 
@@ -245,7 +245,7 @@ class Trace:
 
 
 def _chain(stamps: Sequence[int | None], left_out: Sequence[int]) -> Chain:
-    """The instants that are known and in order."""
+    """Return the instants that are known and in order."""
     return [
         (number, at)
         for number, at in enumerate(stamps)

@@ -43,7 +43,7 @@ class Timeline:
         self._low = self._high = 0
 
     def add(self, ts_ns: int, ns: int) -> None:
-        """An exchange that began at `ts_ns`."""
+        """Count an exchange that began at `ts_ns`."""
         window = ts_ns // self.window_ns
         if not self.windows:
             self._low = self._high = window
@@ -150,12 +150,12 @@ class Story:
         self._take(self.joiner.feed(rows))
 
     def merged(self, merge: Merge) -> None:
-        """The capture is of several hosts."""
+        """Note that the capture has several hosts."""
         self.hosts.learn(merge)
         self.merges.append(merge)
 
     def close(self, until_ns: int = 0) -> None:
-        """The capture has ended; it is complete up to `until_ns`, 0 if unknown."""
+        """Note that the capture has ended; it is complete up to `until_ns`, 0 if unknown."""
         self._take(self.joiner.finish(until_ns))
 
     def _take(self, finished: list[Finished]) -> None:
@@ -247,7 +247,7 @@ class Story:
         }
 
     def as_json(self, name: str, words: list[str]) -> dict[str, Any]:
-        """What the page draws. Times are µs, from the capture's first row."""
+        """Return what the page draws. Times are µs from the capture's first row."""
         kept = sorted(self._kept, key=lambda one: one[:2], reverse=True)
         courses: dict[int, Any] = {}
         room = _MOST_POINTS_SHOWN

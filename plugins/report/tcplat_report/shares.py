@@ -146,7 +146,7 @@ def _share(group: tuple[Any, ...], name: str, pair: Sequence[Sample]) -> Share:
 
 
 def _wilson(p: float, n: float) -> tuple[float, float, float]:
-    """A share, and the interval in which it lies."""
+    """Return a share and its confidence interval."""
     middle = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
     return p, max(middle - half, 0.0), min(middle + half, 1.0)

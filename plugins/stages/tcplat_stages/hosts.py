@@ -18,7 +18,7 @@ class Hosts:
     bounds: dict[int, int] = attrs.field(factory=dict)
 
     def learn(self, merge: Merge) -> None:
-        """A host of the capture."""
+        """Add a host of the capture."""
         self.bounds[merge.host] = merge.bound_ns
 
     def wire_bound_ns(self, conn: Connection) -> int | None:

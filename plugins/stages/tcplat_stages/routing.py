@@ -122,7 +122,7 @@ def _before(seq: int, other: int) -> bool:
 
 
 def _own_key(key: Addresses, conn: Connection, index: int) -> Addresses:
-    """The key of a packet's way, of the connection's own texts and numbers where they are the same.
+    """Return the key of a packet's addresses; shares the connection's own objects if equal.
 
     Those of a row are others, which would stay in memory as long as the key does.
     """

@@ -127,7 +127,7 @@ class Stages(Joined):
             super().write_loss(loss)
 
     def finish(self, finished: list[Finished]) -> None:
-        """The figures of the whole run."""
+        """Write the figures of the whole run."""
         self.write_finished(finished)
         self._add_up()
         self._write(self._all, "")
@@ -168,7 +168,7 @@ class Stages(Joined):
             self._next_ns -= self._next_ns % self.every_ns
 
     def _end_in(self, rows: Sequence[Event]) -> int | None:
-        """The first row of the next interval: a late one may follow it, and be its batch's last."""
+        """Return the first row of the next interval; a late row may follow it in its batch."""
         return next((i for i, row in enumerate(rows) if row.ts_ns >= self._next_ns), None)
 
     def _add_up(self) -> None:

@@ -239,7 +239,7 @@ class Flow:
         return at
 
     def near(self, seq: int) -> int:
-        """A sequence number of a packet that may not be of this stream, unwrapped.
+        """Unwrap the sequence number of a packet that may not belong to this stream.
 
         Unlike at(), it does not unwrap later numbers by this one. Some number must be known.
         """

@@ -60,12 +60,12 @@ def _us(ns: int | None) -> float | None:
 
 
 def _main_end(conn: Connection) -> int:
-    """The end whose figures stand for the connection: the client's, if the kernel reported them."""
+    """Return the end that stands for the connection: the client's, if the kernel reported it."""
     return CLIENT if conn.ends[CLIENT].stats or not conn.ends[SERVICE].stats else SERVICE
 
 
 def _figures(conn: Connection, index: int) -> dict[str, Any]:
-    """What the kernel counted for an end; null where it did not tell."""
+    """Return what the kernel counted for an end; null if it reported nothing."""
     stats = conn.ends[index].stats or {}
     return {name: stats.get(name) for name in STATS}
 
@@ -184,7 +184,7 @@ def _many(count: int, what: str) -> str:
 
 
 def _outcomes(conn: Connection) -> list[str]:
-    """What there was besides exchanges."""
+    """Return what there was besides exchanges."""
     words = {
         "unanswered": "unanswered",
         "cut": "cut off",

@@ -74,13 +74,13 @@ def path(item: Connection | Exchange) -> str:
 
 
 def stage(name: str) -> str:
-    """A stage's name; of many in one the first and the last."""
+    """Return a stage's name; of merged stages the first and the last."""
     parts = name.split("+")
     return name if len(parts) < _FEW else f"{parts[0]}…{parts[-1]}"
 
 
 def bar(before_ns: int, ns: int, whole_ns: int, width: int) -> str:
-    """A part of the whole, at its place."""
+    """Return the bar of a part, at its place in the whole."""
     if not whole_ns or width <= 0:
         return ""
     first = before_ns * width * 8 // whole_ns

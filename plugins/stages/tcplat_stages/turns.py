@@ -195,7 +195,7 @@ class Turns:
             self._complete(conn.waiting.popleft())
 
     def _complete(self, exchange: Exchange, why: str = "") -> None:
-        """The way of the reply is known as far as it ever will be; `why` the connection ends."""
+        """Emit the exchange, as no further instants can arrive; `why` the connection ends."""
         conn = exchange.conn
         flow = conn.flows[SERVICE]
         end = exchange.reply_end
@@ -335,7 +335,7 @@ class Turns:
 
 
 def _ask_from(conn: Connection, asked: int) -> None:
-    """What comes behind `asked` is another request."""
+    """Begin another request behind `asked`."""
     conn.answered = asked
     request = conn.flows[CLIENT]
     conn.ask_ns = reached(request.sends, asked + 1)

@@ -37,7 +37,7 @@ class AtLeast:
     limits: tuple[tuple[str, int], ...]
 
     def passes(self, exchange: Exchange) -> bool:
-        """A stage that is one with others counts as a whole: it may have taken so long.
+        """Return whether a stage took that long; merged stages count as a whole.
 
         So may each stage in which a request was that waited in vain, and its total is no less.
         """
@@ -72,7 +72,7 @@ class Waterfall(Joined):
     _count: int = attrs.field(default=0, init=False)
 
     def finish(self, finished: list[Finished]) -> None:
-        """What was still open; the slowest."""
+        """Write what was still open, and the slowest."""
         self.write_finished(finished)
         slowest = sorted(self._slowest, key=lambda one: one[:2], reverse=True)
         self._write([exchange for _, _, exchange in slowest])

@@ -47,7 +47,7 @@ def inject(history: History, now: int, end: int, byte: int, count: int = 0, **mo
 
 
 def story(connections: Sequence[Connection]) -> list[Any]:
-    """What is said of each connection, apart from how long it lasted."""
+    """Return what is reported of each connection, without its duration."""
     return [
         (
             *(conn.reset_by, conn.reset_why, conn.error, conn.ended, tuple(conn.fins)),
