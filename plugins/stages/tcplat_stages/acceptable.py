@@ -1,4 +1,4 @@
-"""Which packets their receiver cannot have accepted (D110)."""
+"""Which packets their receiver cannot have accepted (D118)."""
 
 from __future__ import annotations
 
