@@ -113,34 +113,34 @@ class Router:
 
     def merged(self, merge: Merge) -> None:
         """Tell the sinks that want to know that the rows are of several hosts."""
-        self._have("merged", merge)
+        self._call_own("merged", merge)
 
     def idle(self) -> None:
         """Let sinks notice that their reader has gone, also while nothing happens."""
-        self._have("idle")
+        self._call_own("idle")
 
     @property
-    def tells_time(self) -> bool:
+    def reports_time(self) -> bool:
         """Some sink wants to know that time passes while nothing comes."""
         return any(name in self.sinks for name in self._those_with["passed"])
 
     def passed(self, ts_ns: int) -> None:
         """No row that is older comes any more. Only where nothing waits."""
-        self._have("passed", ts_ns)
+        self._call_own("passed", ts_ns)
 
     def poll(self) -> None:
         """Let sinks serve their readers, also while nothing happens."""
-        self._have("poll")
+        self._call_own("poll")
 
     def aggregates(self, them: Aggregates) -> None:
         """Show the sinks that asked for it what the kernel has counted."""
-        self._have("aggregates", them)
+        self._call_own("aggregates", them)
 
     def close(self, report: RunReport) -> None:
         """End every sink, those that were switched off before excepted."""
         self._each("close", report)
 
-    def _have(self, method: str, *arguments: object) -> None:
+    def _call_own(self, method: str, *arguments: object) -> None:
         for name in self._those_with[method]:
             if name in self.sinks:
                 self._call(name, method, *arguments)

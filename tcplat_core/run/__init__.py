@@ -1,1 +1,1 @@
-"""One run from start to end, without root: what is asked of the loader, and what ends it."""
+"""One run from start to end, without root: the loader's request and answer, and the end."""

@@ -16,11 +16,11 @@ def _counted(found: Sequence[Distribution]) -> dict[str, Counted]:
     """Return the books of each histogram."""
     books = {}
     for name in dict.fromkeys(one.histogram.name for one in found):
-        ours = [one for one in found if one.histogram.name == name]
+        groups = [one for one in found if one.histogram.name == name]
         books[name] = Counted(
-            samples=sum(one.count for one in ours),
-            unmeasured=sum(one.unmeasured for one in ours),
-            rest=sum(one.count + one.unmeasured for one in ours if one.group.rest),
+            samples=sum(one.count for one in groups),
+            unmeasured=sum(one.unmeasured for one in groups),
+            rest=sum(one.count + one.unmeasured for one in groups if one.group.rest),
         )
     return books
 
@@ -37,7 +37,7 @@ def report_of(runs: Sequence[ProbeRun], sequencer: Sequencer, duration_s: float)
         ):
             if fired.program not in run.loaded.programs:
                 continue
-            # Where two hooks share point and func, which of them a row is from does not matter.
+            # If two hooks share point and func, either may account for a row.
             lacking = undelivered[run.spec.name, fired.point, fired.func]
             delivered = max(0, consumed[number] - lacking)
             undelivered[run.spec.name, fired.point, fired.func] -= consumed[number] - delivered
@@ -70,7 +70,7 @@ def report_of(runs: Sequence[ProbeRun], sequencer: Sequencer, duration_s: float)
 
 
 def _uncounted(run: ProbeRun) -> dict[str, str]:
-    """Histogram -> why this host does not have it."""
+    """Return histogram -> why this host does not have it."""
     reasons = {
         one.name: one.missing(run.loaded.taken, run.loaded.missing) for one in run.spec.histograms
     }

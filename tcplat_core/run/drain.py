@@ -1,4 +1,4 @@
-"""From the rings to the sequencer, one helping after the other."""
+"""Moves records from the rings to the sequencer, in bounded batches."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from .pace import POLL_S
 from .probe_run import ProbeRun
 
 SETTLE_S = 0.5
-"""How long the last records may take after everything is detached: Ctrl-C has a second in all."""
+"""Time limit for the last records after detaching; a run must end within 1 s of Ctrl-C."""
 
 HELPING = 8
-"""Batches taken from one ring before the sinks get their turn: bounds memory under overload."""
+"""Batches taken from one ring before rows are delivered: bounds memory under overload."""
 _GUARD_NS = 1_000_000
-"""Records in a ring are in order but for interrupts, which take less than this."""
+"""Records in a ring are out of order by at most the length of an interrupt, which is shorter."""
 
 
 @attrs.define(eq=False)
 class Clock:
-    """Unix time minus CLOCK_MONOTONIC, measured anew each second: NTP may slew one of them."""
+    """Unix time minus CLOCK_MONOTONIC, measured again each second: NTP may slew one of them."""
 
     _offset_ns: int = 0
     _until: float = 0
 
     def offset_ns(self) -> int:
-        """By now."""
+        """Return the current offset, ns."""
         now = time.monotonic()
         if now >= self._until:
             self._offset_ns, self._until = clock_offset_ns(), now + 1
@@ -46,7 +46,7 @@ class Drain:
     """Takes records out of the rings.
 
     Args:
-        runs: The probes; the buffer of the sequencer takes from their rings, in this order.
+        runs: The probes, in the order of the sources of the sequencer's buffer.
         sequencer: Where rows and losses go.
     """
 
@@ -55,7 +55,7 @@ class Drain:
     _clock: Clock = attrs.field(factory=Clock, init=False)
 
     def rest(self) -> None:
-        """After detaching: take what handlers have reserved, and wait for what is not submitted."""
+        """Take all records after detaching; wait for those reserved and not submitted yet."""
         deadline = time.monotonic() + SETTLE_S
         while not self.sequencer.router.done:
             horizon_ns = self.take(FOREVER)
@@ -69,24 +69,24 @@ class Drain:
             time.sleep(0 if horizon_ns < FOREVER else POLL_S)
 
     def deliver(self, settled_ns: int) -> bool:
-        """Take one helping of each ring, and deliver what is older than `settled_ns`.
+        """Take at most HELPING batches of each ring, and deliver rows older than `settled_ns`.
 
         Returns:
-            Whether that was all; False where a ring held more than one helping.
+            Whether the rings were emptied.
         """
         horizon_ns = self.take(settled_ns)
         self.sequencer.flush(horizon_ns)
         return horizon_ns >= settled_ns
 
     def take(self, horizon_ns: int) -> int:
-        """Take one helping of each ring.
+        """Take at most HELPING batches of each ring.
 
-        Losses are counted before a ring is drained: until then it was full, and everything
-        behind its last record is missing. So it is known from which instant on.
+        Losses are counted before a ring is drained. Until then it was full, and every event after
+        its last record is missing, which gives the beginning of the loss.
 
         Returns:
-            Up to which instant the rows are complete: `horizon_ns`, or earlier where a ring held
-            more than one helping.
+            The instant up to which the rows are complete: `horizon_ns`, or earlier if a ring held
+            more.
         """
         offset_ns = self._clock.offset_ns()
         for source, run in enumerate(self.runs):
@@ -117,7 +117,7 @@ class Drain:
 def show_counted(
     runs: Sequence[ProbeRun], router: Router, began: float, *, final: bool = False
 ) -> None:
-    """Show the sinks that asked for it what the kernel has counted."""
+    """Pass the kernel's histograms to the sinks that use them."""
     counters = [run.counters for run in runs if run.counters]
     if not counters:
         return

@@ -1,7 +1,7 @@
-"""The gate of the programs: wakes the session when something comes, and is shut at the end.
+"""The map tcplat_gate: tells handlers whether to wake the session, and stops them at the end.
 
-A handler that wakes somebody costs the traced process some 5 us. So it does that only for a
-sleeper, once: while records come, nobody sleeps, and the session looks at the rings by itself.
+A wake-up by a handler costs the traced process 5 us. So a handler wakes the session only if it
+sleeps, and only once: while records come, the session polls the rings instead of sleeping.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ OPEN, ASLEEP = 0, 2
 
 @attrs.define(eq=False)
 class Sleeper:
-    """The one who waits for a run's records.
+    """Waits for records of a run, and closes its gate.
 
     Args:
-        gate_fd: Of tcplat_gate, an array of u32 with BPF_F_MMAPABLE.
-        ring_fds: Of the rings.
+        gate_fd: fd of tcplat_gate, an array of u32 with BPF_F_MMAPABLE.
+        ring_fds: fds of the rings.
     """
 
     gate_fd: int
@@ -35,21 +35,21 @@ class Sleeper:
         self._gate = memoryview(self._map).cast("I")
 
     def sleep(self, seconds: float, also: Sequence[int] = ()) -> None:
-        """Until a record comes, at most so long; or until one of the fds `also` is readable."""
+        """Sleep up to `seconds`, until a record comes or one of the fds `also` is readable."""
         poll = select.poll()
         for fd in (*self.ring_fds, *also):
             poll.register(fd, select.POLLIN)
         self._gate[ASLEEP] = 1
-        # It looks at the rings once it is on their wait queues (ringbuf_map_poll_kern()): what
-        # came before anybody could know that we sleep is not overlooked.
+        # poll(2) joins the rings' wait queues before it checks them (ringbuf_map_poll_kern()), so a
+        # record submitted before ASLEEP was set is not missed.
         poll.poll(max(0.0, seconds) * 1000)
         self._gate[ASLEEP] = 0
 
     def shut(self) -> None:
-        """No program makes a record or counts from here on.
+        """Stop all programs from making records and counting.
 
-        They are detached one after the other, which takes a tenth of a second or two: rows of those
-        that go last would be of requests that the others had not seen.
+        Detaching is sequential and takes 0.1 to 0.2 s: without this, the programs detached last
+        would report requests that the others had missed.
         """
         self._gate[OPEN] = 0
 

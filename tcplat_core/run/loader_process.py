@@ -1,7 +1,7 @@
-"""The loader, as the session sees it.
+"""Starts the loader and talks to it, from the session's side.
 
-Started before the session imports what it needs itself, which takes as long as the loader's
-own start: so this file imports next to nothing.
+The loader starts before the session's own imports, which take as long as its start. So this
+module imports almost nothing.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from .privileges import SYSTEM_PATH
 if TYPE_CHECKING:
     from tcplat_core.loader.protocol import Answer, Request
 
-_MOST_LETTERS = 300
-"""Of the loader's last words that a sentence repeats."""
+_MOST_CHARACTERS = 300
+"""Characters of the loader's last line of output that an error message repeats."""
 
 
 @attrs.define(eq=False)
@@ -40,21 +40,21 @@ class LoaderProcess:
 
     @classmethod
     def start(cls) -> Self:
-        """Start it while we are still root; it waits for the request."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # libbcc and clang print on standard output, too: it must not be ours.
+        """Start it before root is dropped; it waits for the request."""
+        own, childs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # libbcc and clang also print on standard output, which is reserved for sinks here.
         log = os.fdopen(os.memfd_create("tcplat-log"), "w+b")
         try:
             process = subprocess.Popen(
                 [
                     *(sys.executable, "-I", "-m", "tcplat_core.loader"),
-                    *(str(os.getpid()), str(theirs.fileno())),
+                    *(str(os.getpid()), str(childs.fileno())),
                 ],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                pass_fds=[theirs.fileno()],
-                # bcc hands much of its environment on to a shell and to the compiler.
+                pass_fds=[childs.fileno()],
+                # bcc passes much of its environment on to a shell and to the compiler.
                 env={"PATH": SYSTEM_PATH, "LC_ALL": "C"},
                 cwd="/",
                 # Ctrl-C is for the session, which then stops the loader itself.
@@ -62,18 +62,18 @@ class LoaderProcess:
                 preexec_fn=functools.partial(end_with, os.getpid()),  # noqa: PLW1509 - one thread
             )
         except PermissionError as error:
-            if error.filename is None:  # not of execve(2): a filter's
+            if error.filename is None:  # not from execve(2): a seccomp filter
                 raise
-            # This user may read his way to what runs already, and not start it anew.
+            # The interpreter is readable but not executable for this user.
             raise CannotRunError(NEEDS_ROOT) from error
-        theirs.close()
-        return cls(process, ours, log)
+        childs.close()
+        return cls(process, own, log)
 
     def ask(self, request: Request, stopping: Callable[[], bool]) -> Answer | None:
         """Return the loader's answer; None if the user stops first.
 
         Raises:
-            TcplatError: It refuses; the class tells the exit code.
+            TcplatError: The loader refuses; the class has its exit code.
         """
         from tcplat_core.loader.protocol import Refusal, receive_answer  # noqa: PLC0415 - see the top
 
@@ -95,12 +95,12 @@ class LoaderProcess:
         return answer
 
     def _died(self) -> str:
-        """Return a sentence with the last line that it printed.
+        """Return a message with the last line that the loader printed.
 
-        LLVM, which compiles in the loader, ends its process at an error.
+        LLVM compiles in the loader's process, and may abort it at an error.
         """
         lines = [line.strip() for line in self.output().splitlines() if line.strip()]
-        last = f": {lines[-1][:_MOST_LETTERS]}" if lines else ""
+        last = f": {lines[-1][:_MOST_CHARACTERS]}" if lines else ""
         return f"the loader died (status {self.process.returncode}){last}"
 
     def output(self) -> str:
@@ -109,10 +109,10 @@ class LoaderProcess:
         return self.log.read().decode(errors="backslashreplace")
 
     def close(self) -> None:
-        """Stop it, wherever it is.
+        """Stop the loader.
 
-        It is root's, and we are not any more: then it ends by itself, as soon as it
-        has nobody to answer to.
+        If root was dropped, this process cannot kill it: it then ends by itself, when its sockets
+        are closed.
         """
         if self.process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):

@@ -1,4 +1,4 @@
-"""How often a run looks at what, and how long it waits."""
+"""Intervals of a run: when it polls rings, checks processes and serves sinks."""
 
 from __future__ import annotations
 
@@ -7,116 +7,119 @@ import math
 import attrs
 
 HOLD_S = 0.003
-"""How long a row waits, unless told otherwise, for an older one that may still turn up."""
+"""Default time that a row is held back for an older one, s."""
 POLL_S = 0.003
-"""Between two looks at the rings while events come. Handlers never wake us: that costs 5 µs."""
+"""Poll interval of the rings while events come; a wake-up by a handler would cost 5 µs."""
 BUSY_POLL_S = 0.01
-"""The same where a look brings MANY rows: to wake up costs as much as a hundred of them."""
+"""Poll interval after MANY rows: a wake-up costs as much as a hundred rows."""
 MANY = 300
 IDLE_POLL_S = 0.02
-"""The same, at most, where nobody may sleep: a ring of 8 MiB takes 2.9 M events per second so long.
+"""Longest poll interval: a ring of 8 MiB holds the events of 20 ms at 2.9 M events per second.
 
-Elsewhere it is from here on that the session sleeps until a record wakes it.
+Instead of a longer one, the session sleeps until a record wakes it, if it may.
 """
-PATIENCE = 0.03
-"""How fast that grows: by so much of the time since something came."""
-LOOK_S = 1.0
-"""Between two looks at whether interfaces are still there."""
-GLANCE_S = 0.1
-"""Between two looks at whether what is traced still lives."""
+IDLE_BACKOFF = 0.03
+"""The poll interval grows by 3 % of the time since the last row."""
+INTERFACE_CHECK_S = 1.0
+"""Interval of the checks that interfaces still exist."""
+TRACEE_CHECK_S = 0.1
+"""Interval of the checks that the traced processes are alive."""
 TICK_S = 0.25
-"""How often sinks are told that time passes while nothing comes."""
+"""Interval at which sinks receive the time while no rows come."""
 LATE_S = 0.1
-"""So late a row may come that was stamped before; by then, it is told that none is missing."""
+"""Age at which an instant is reported to sinks as complete: no older row comes any more."""
 LINGER_S = 0.1
-"""How long the run outlives what it traces: closing handshakes go on without the process."""
+"""Time from the end of the traced processes to the end of the run: the kernel still closes
+connections after the process has ended."""
 
 
 @attrs.define(eq=False)
 class Pace:
-    """When the session does what: a policy of instants alone, in seconds of one clock.
+    """When each activity of a session is due. Pure arithmetic, in seconds of one clock.
 
     Args:
         began: When the run began.
         duration_s: End after so long; 0 for no limit.
-        show_s: Interval between two looks at what the kernel counts.
-        telling: Some sink wants to know that time passes.
+        show_s: Interval at which the kernel's histograms are shown.
+        reports_time: Some sink receives the time while no rows come.
     """
 
     began: float
     duration_s: float = 0
     show_s: float = math.inf
-    telling: bool = False
+    reports_time: bool = False
     end: float = attrs.field(init=False)
     """When the run ends."""
-    _look: float = attrs.field(default=-math.inf, init=False)
-    _glance: float = attrs.field(default=-math.inf, init=False)
-    _show: float = attrs.field(init=False)
-    _tick: float = attrs.field(init=False)
-    _came: float = attrs.field(init=False)
-    """When a row came last."""
+    _next_interfaces: float = attrs.field(default=-math.inf, init=False)
+    _next_tracees: float = attrs.field(default=-math.inf, init=False)
+    _next_histograms: float = attrs.field(init=False)
+    _next_time: float = attrs.field(init=False)
+    _last_row: float = attrs.field(init=False)
+    """When the last row came."""
 
     def __attrs_post_init__(self) -> None:
         self.end = self.began + self.duration_s if self.duration_s else math.inf
-        self._show = self.began + self.show_s
-        self._tick = -math.inf if self.telling else math.inf
-        self._came = self.began
+        self._next_histograms = self.began + self.show_s
+        self._next_time = -math.inf if self.reports_time else math.inf
+        self._last_row = self.began
 
-    def looks(self, now: float) -> bool:
-        """Return whether interfaces and maps are due, every LOOK_S."""
-        due = now >= self._look
+    def interfaces_due(self, now: float) -> bool:
+        """Return whether interfaces and maps are to be checked, every INTERFACE_CHECK_S."""
+        due = now >= self._next_interfaces
         if due:
-            self._look = now + LOOK_S
+            self._next_interfaces = now + INTERFACE_CHECK_S
         return due
 
-    def glances(self, now: float) -> bool:
-        """Return whether what is traced is due, every GLANCE_S and after each sleep."""
-        due = now >= self._glance
+    def tracees_due(self, now: float) -> bool:
+        """Return whether processes are to be checked, every TRACEE_CHECK_S and after each sleep."""
+        due = now >= self._next_tracees
         if due:
-            self._glance = now + GLANCE_S
+            self._next_tracees = now + TRACEE_CHECK_S
         return due
 
-    def shows(self, now: float) -> bool:
-        """Return whether what the kernel counts is due; an interval that was missed is skipped."""
-        due = now >= self._show
+    def histograms_due(self, now: float) -> bool:
+        """Return whether histograms are to be shown; a missed interval is skipped."""
+        due = now >= self._next_histograms
         if due:
-            self._show += self.show_s * ((now - self._show) // self.show_s + 1)
+            self._next_histograms += self.show_s * (
+                (now - self._next_histograms) // self.show_s + 1
+            )
         return due
 
-    def tells(self, now: float) -> bool:
-        """Return whether sinks are due to be told that time passes, every TICK_S."""
-        due = now >= self._tick
+    def time_due(self, now: float) -> bool:
+        """Return whether sinks are to receive the time, every TICK_S."""
+        due = now >= self._next_time
         if due:
-            self._tick = now + TICK_S
+            self._next_time = now + TICK_S
         return due
 
     def traced_ended(self, now: float) -> None:
-        """Have the run end soon: what it traces has ended."""
+        """End the run LINGER_S from now, because the traced processes have ended."""
         self.end = min(self.end, now + LINGER_S)
 
     def pause_s(self, now: float, rows: int | None) -> float:
-        """Return how long to wait before the next look at the rings.
+        """Return how long to wait before the rings are polled again, s.
 
         Args:
-            now: When the rings were looked at.
+            now: When the rings were polled.
             rows: Number of rows delivered; None if the rings were empty and nothing was delivered.
         """
         if rows is None:
-            return POLL_S + PATIENCE * (now - self._came)
-        self._came = now
+            return POLL_S + IDLE_BACKOFF * (now - self._last_row)
+        self._last_row = now
         return POLL_S if rows < MANY else BUSY_POLL_S
 
     def nap_s(self, now: float, pause_s: float) -> float:
-        """Return how long to wait where the session may not sleep until a record comes."""
+        """Return how long to pause, s, if the session may not sleep until a record comes."""
         return max(0.0, min(pause_s, IDLE_POLL_S, self.end - now))
 
     def sleep_s(self, now: float, *, pending: bool) -> float:
-        """Return how long to sleep at most, until a record comes; then glances() is due.
+        """Return how long to sleep at most, s, for a record; afterwards tracees_due() is true.
 
         Args:
             now: When the session falls asleep.
-            pending: Something waits for its reader, and is tried again every GLANCE_S.
+            pending: The ready file is a pipe without a reader, and is retried every TRACEE_CHECK_S.
         """
-        self._glance = -math.inf
-        until = min(self._look, self._show, self._tick, self.end)
-        return max(0.0, min(until - now, GLANCE_S if pending else math.inf))
+        self._next_tracees = -math.inf
+        until = min(self._next_interfaces, self._next_histograms, self._next_time, self.end)
+        return max(0.0, min(until - now, TRACEE_CHECK_S if pending else math.inf))

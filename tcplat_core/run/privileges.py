@@ -1,4 +1,4 @@
-"""Rights beyond a user's own, uid 0 or capabilities: who has them, and how they are given up.
+"""Drops root and capabilities.
 
 No third-party Python runs with them, and output files belong to the user.
 """
@@ -18,15 +18,15 @@ from tcplat_core.plugin.numbers import decimal
 _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_GET_NO_NEW_PRIVS = 24, 38, 39
 _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 _NO_UID = (1 << 32) - 1
-"""(uid_t)-1: to setresuid(2) it means that nothing is to change."""
+"""(uid_t)-1: means "no change" to setresuid(2)."""
 
 SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
-"""Where programs are looked for with rights: only root can write there."""
+"""PATH while this process has rights: only root can write there."""
 _HARMLESS = ("SUDO_UID", "SUDO_GID", "SUDO_USER", "COLUMNS", "TCPLAT_PURE")
-"""Variables that are read before the rights are given up, and name no file."""
+"""Variables that are read before rights are dropped, and name no file."""
 
 _ABOUT_OUTPUT = ("TERM", "LINES", "NO_COLOR", "LANG", "LC_ALL", "LC_CTYPE", "LC_MESSAGES")
-"""Variables that name no code (LOCPATH does, where a locale is looked up)."""
+"""Variables that name no code (LOCPATH does: the C library loads locales from it)."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _given: dict[str, str] | None = None
@@ -35,10 +35,10 @@ _dropped = False
 
 
 def hide_environment() -> None:
-    """Keep from everything that runs with rights what another user may have put into variables.
+    """Remove variables that another user may have set, as long as this process has rights.
 
-    Libraries look there for files and programs (click for `bash`, ctypes for `gcc`).
-    drop() gives it back.
+    Libraries find files and programs through them (click `bash`, ctypes `gcc`).
+    drop() restores them.
     """
     global _given  # noqa: PLW0603 - like os.environ, there is one per process
     if _given is not None:
@@ -55,15 +55,15 @@ def environment() -> Mapping[str, str]:
 
 
 def drop() -> None:
-    """Become the user behind sudo; without one, keep the uid and give up every capability.
+    """Become the user behind sudo; without one, keep the uid and drop every capability.
 
-    An identity that cannot read the Python installation (a pyenv below /root)
-    would fail at the next import: then the uid is kept as well, and of an environment that
-    another user may have written only what names no code is given back. Does nothing for
-    a process that has no more rights than its user. Irrevocable and idempotent.
+    The uid is also kept if that user cannot read the Python installation (a pyenv below /root):
+    the next import would fail. If the uid is kept, and another user may have set the environment,
+    only variables that name no code are restored. Does nothing for a process that has no more
+    rights than its user. Irrevocable and idempotent.
 
     Raises:
-        CannotRunError: Some right would be left.
+        CannotRunError: A right could not be dropped.
     """
     global _dropped  # noqa: PLW0603 - see _given
     if _dropped:
@@ -92,9 +92,9 @@ def _restore_environment() -> None:
 
 
 def _another_users_environment() -> bool:
-    """Return whether another user may have written the environment of this root process.
+    """Return whether another user may have set the environment of this root process.
 
-    As `sudo -E` leaves it, or `su -m`: libraries would run what it names (OPENSSL_CONF) with
+    `sudo -E` and `su -m` keep it. Libraries would load code that it names (OPENSSL_CONF) with
     uid 0, which can write root's files without any capability.
     """
     given = _given if _given is not None else os.environ
@@ -111,7 +111,7 @@ def _give_up_capabilities() -> None:
     for capability in range(64):
         _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
     _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
-    # Also after setresuid(2): securebits may have kept them, and inheritable ones it keeps anyway.
+    # Also after setresuid(2), which keeps inheritable ones, and with securebits all.
     header = struct.pack("=Ii", CAP_VERSION_3, 0)
     if _libc.capset(header, bytes(CAPABILITIES.size)):
         raise refused("capset", ctypes.get_errno())
@@ -119,19 +119,19 @@ def _give_up_capabilities() -> None:
 
 
 def _check() -> None:
-    """Look at what is left, instead of trusting that each call did what it should."""
+    """Read what is left: the calls above may fail without an error."""
     if any(capabilities()) or _libc.prctl(_PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) != 1:
         raise CannotRunError("this kernel does not let tcplat give up its capabilities")
 
 
 def _user_behind_sudo() -> tuple[int, int, list[int]] | None:
-    """Uid, gid and groups of SUDO_UID; None where there is none whom we can become.
+    """Return uid, gid and groups of SUDO_UID; None if there is no such user to become.
 
-    Where root's environment is another user's, that user has chosen the variables, too: they can
-    name nobody with root's rights, and no group that the user is not in.
+    Another user may have set the variables. So uid 0 and groups of which the user is no member
+    are not accepted.
 
     Raises:
-        CannotRunError: SUDO_UID or SUDO_GID is no number of a user or group.
+        CannotRunError: SUDO_UID or SUDO_GID is not a valid number.
     """
     uid, given = _number("SUDO_UID"), _number("SUDO_GID")
     if not uid:

@@ -1,4 +1,4 @@
-"""One loaded probe: its ring, its books, its maps, and what is asked of the loader."""
+"""One loaded probe: its ring, its books, its maps, and the request to the loader."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tcplat_core.plugin.specs import Loss, ProbeSpec
 
 @attrs.define(eq=False)
 class ProbeRun:
-    """One loaded probe: its ring, its books, and how to read them."""
+    """One loaded probe: its ring and books, and the functions that read them."""
 
     spec: ProbeSpec
     hooks: Sequence[FiredBy]
@@ -38,26 +38,26 @@ class ProbeRun:
     books: Books
     decode: Callable[[Any, int], list[Event]]
     codec: Codec | None
-    """Of deliver/fast/records.c, where that is to be had."""
+    """Codec of deliver/fast/records.c; None without it."""
     loaded: LoadedProbe
-    said_lost: list[int]
+    reported_lost: list[int]
     silent: dict[str, str]
     """Interface -> why no rows come from it, or no more."""
     maps: Maps
-    """What poll() reads."""
+    """The maps that poll() reads."""
     counters: Counters | None
-    """What the kernel counts for a sink."""
+    """The kernel's histograms, if a sink uses them."""
     polled: Counter[str] = attrs.field(factory=Counter)
     """Rows that poll() made, by point."""
     poll_error: str = ""
     _counted_ns: int = attrs.field(default=0, init=False)
-    """What was lost before this instant has been told."""
+    """Losses before this instant have been reported."""
     _undrained: bool = attrs.field(default=True, init=False)
-    """Nothing was drained since then: a ring that was full once is full still."""
+    """The ring was not drained since then: if it was full, it is full still."""
 
     @classmethod
     def open(cls, spec: ProbeSpec, loaded: LoadedProbe, request: Request, cpus: int) -> Self:
-        """Map what the loader handed over."""
+        """Map the loader's file descriptors."""
         hooks = [attrs.evolve(one, describe=_guarded(one.describe)) for one in fired_by(spec)]
         record = Record(spec.event)
         reading = (spec.name, hooks, _ifname(loaded))
@@ -81,18 +81,18 @@ class ProbeRun:
 
     @property
     def source(self) -> RingSource:
-        """Its ring, for the reorder buffer."""
+        """The ring, for the reorder buffer."""
         return RingSource(self.spec.name, self.ring, self.decode, self.codec)
 
     def poll(self) -> list[Event]:
-        """Rows that the probe's Python side makes of its maps."""
+        """Return the rows that the probe makes of its maps; if that raises, make none any more."""
         if self.spec.poll is None or self.poll_error:
             return []
         try:
             rows = list(self.spec.poll(self.maps) or ())
             _check_rows(rows, self.spec.event)
         except BaseException as error:
-            # A plugin's, SystemExit too: the run goes on without it.
+            # Also SystemExit: the run continues without this poll().
             if is_the_users(error):
                 raise
             self.poll_error = printable(named(error))
@@ -102,7 +102,7 @@ class ProbeRun:
 
     @property
     def deaf(self) -> bool:
-        """It listened on interfaces alone, and all of them are gone."""
+        """Whether all its hooks are XDP programs, and all their interfaces are gone."""
         names = {one.name for one in self.loaded.interfaces}
         return set(self.loaded.taken.values()) == {"xdp"} and names <= self.silent.keys()
 
@@ -120,35 +120,35 @@ class ProbeRun:
         return {func: count for func, count in counts.items() if count}
 
     def losses(self) -> list[Loss]:
-        """Return what was lost since the last call, and between which instants."""
+        """Return the losses since the last call, each with its beginning and end."""
         now_ns = kernel_ns()
         full_ns = self.ring.full_since_ns() if self._undrained else 0
         since_ns, self._counted_ns, self._undrained = self._counted_ns, now_ns, True
-        if self.books.dropped() == sum(self.said_lost):
+        if self.books.dropped() == sum(self.reported_lost):
             return []
         counts = [dropped for _, dropped in self.books.read()]
         place = max(since_ns, full_ns), kernel_ns()
         found = [
-            Loss(self.spec.name, fired.point, count - said, *place)
-            for fired, count, said in zip(self.hooks, counts, self.said_lost, strict=True)
-            if count > said
+            Loss(self.spec.name, fired.point, count - reported, *place)
+            for fired, count, reported in zip(self.hooks, counts, self.reported_lost, strict=True)
+            if count > reported
         ]
-        self.said_lost = counts
+        self.reported_lost = counts
         return found
 
     def lost_none(self, now_ns: int) -> bool:
-        """Whether the ring, which is empty, shows that nothing was lost up to an instant."""
+        """Return whether the empty ring proves that nothing was lost before an instant."""
         if self._undrained:
             self._counted_ns = now_ns
         return self._undrained
 
     def drained(self) -> None:
-        """Note that the ring may have been full since losses were counted, and is so no more."""
+        """Note a drain: the ring may have been full since losses were counted, but is not now."""
         self._undrained = False
 
     def settled(self) -> bool:
-        """Whether all that was produced is either dropped or here, and nothing is on its way."""
-        # A record is counted after its place in the ring was taken, and before it is submitted.
+        """Return whether every produced record was either dropped or taken."""
+        # A record is counted after it was reserved in the ring, and before it is submitted.
         if self.ring.pending():
             return False
         return sum(made - lost for made, lost in self.books.read()) == self.ring.taken.total()
@@ -173,11 +173,11 @@ def _check_rows(rows: Sequence[object], event: type[Event]) -> None:
 
 
 _ATTACH = {"kretprobe": "kprobe", "fexit": "fentry"}
-"""What a row calls the hooks that are named otherwise."""
+"""Mechanism of a hook -> `attach` of its rows, where they differ."""
 
 
 def fired_by(spec: ProbeSpec) -> list[FiredBy]:
-    """Return what each hook number in a record stands for: hooks that report, over all ways."""
+    """Return the hooks that make rows, of all ways, by their number in a record."""
     return [
         FiredBy(
             point,
@@ -191,24 +191,24 @@ def fired_by(spec: ProbeSpec) -> list[FiredBy]:
 
 
 def _guarded(describe: Callable[[Moment], str]) -> Callable[[Moment], str]:
-    """Describe the same, with the reason if describe() raises: the row is delivered anyway."""
+    """Wrap describe(): if it raises, the description is the error, and the row is delivered."""
 
     def described(moment: Moment) -> str:
         try:
-            said: object = describe(moment)
+            text: object = describe(moment)
         except BaseException as error:
             if is_the_users(error):
                 raise
             return f"{moment.point} (describe() failed: {named(error)})"
-        if isinstance(said, str):
-            return said
-        return f"{moment.point} (describe() gave a {type(said).__name__})"
+        if isinstance(text, str):
+            return text
+        return f"{moment.point} (describe() gave a {type(text).__name__})"
 
     return described
 
 
 POLLED = ("poll", "map")
-"""What stands for function and mechanism in rows that poll() makes."""
+"""`func` and `attach` of rows that poll() makes."""
 
 
 def _maps(spec: ProbeSpec, loaded: LoadedProbe) -> Maps:
@@ -248,13 +248,13 @@ def probe_request(
     events: bool = True,
     aggregation: Aggregation | None = None,
 ) -> ProbeRequest:
-    """Return what the loader needs of a probe.
+    """Return the request for one probe.
 
     Args:
         spec: The probe.
         options: Its options.
-        events: Some sink wants rows.
-        aggregation: What some sink wants counted.
+        events: Some sink uses rows.
+        aggregation: The histograms that some sink uses.
     """
     needed = {point for histogram in spec.histograms for point in histogram.points}
     maps = {one.name: one.size for one in spec.maps}
@@ -278,7 +278,7 @@ def probe_request(
 
 
 def _ifname(loaded: LoadedProbe) -> Callable[[int], str]:
-    """Return the names of interfaces: only the loader knows those of other network namespaces."""
+    """Return a function from ifindex to name; the loader knows other network namespaces' names."""
     names = {one.index: one.name for one in loaded.interfaces}
 
     def ifname(index: int) -> str:

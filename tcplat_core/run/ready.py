@@ -1,4 +1,4 @@
-"""The ready file: made once everything is attached."""
+"""The ready file: created when everything is attached."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ _WHAT = "the ready file "
 
 @attrs.define(eq=False)
 class ReadyFile:
-    """A file that comes to be, whole, when the run is ready; or a pipe that is told then.
+    """A file that is created atomically when the run is ready, or a pipe that is written then.
 
     Args:
         path: As the user wrote it.
     """
 
     path: str
-    told: bool = attrs.field(default=False, init=False)
+    written: bool = attrs.field(default=False, init=False)
 
     def check(self) -> None:
-        """Find out whether it can be written, without making it.
-
-        Raises:
-            UsageError: It cannot.
-        """
-        with in_words(self.path, _WHAT), contextlib.closing(find(self.path)) as place:
-            place.check(replacing=True)
-
-    def tell(self) -> None:
-        """Write our process id. A pipe that has no reader yet is left for the next call.
+        """Check that it can be written, without creating it.
 
         Raises:
             UsageError: It cannot be written.
         """
-        words = f"{os.getpid()}\n".encode()
+        with in_words(self.path, _WHAT), contextlib.closing(find(self.path)) as place:
+            place.check(replacing=True)
+
+    def write(self) -> None:
+        """Write our pid. If a pipe has no reader yet, do nothing: call it again later.
+
+        Raises:
+            UsageError: It cannot be written.
+        """
+        line = f"{os.getpid()}\n".encode()
         with in_words(self.path, _WHAT):
             with contextlib.closing(find(self.path)) as place:
                 found = place.status()
@@ -52,12 +52,12 @@ class ReadyFile:
                             return
                         raise
                     os.set_blocking(fd, False)
-                    # It has room for so little, or its reader has gone again.
+                    # A pipe that was written before may be full, or its reader gone.
                     with contextlib.suppress(BrokenPipeError, BlockingIOError):
-                        os.write(fd, words)
+                        os.write(fd, line)
                     os.close(fd)
-                    self.told = True
+                    self.written = True
                     return
             with whole_file(self.path) as file:
-                file.write(words)
-        self.told = True
+                file.write(line)
+        self.written = True

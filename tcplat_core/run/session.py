@@ -1,4 +1,4 @@
-"""One run from start to end: loader, rings, router, sinks, and the books at the end."""
+"""One run from start to end: loader, rings, router, sinks, and the report."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ class Session:
     """One run.
 
     Args:
-        loader: Started before root was given up.
-        probes: With their options.
-        sinks: By name, opened.
-        request: Everything but the probes.
+        loader: Started before root was dropped.
+        probes: The probes and their options.
+        sinks: Open sinks, by name.
+        request: The request to the loader, without the probes.
         duration_s: End after so long; 0 for no limit.
         count: End after so many rows; 0 for no limit.
-        ready_file: Made once everything is attached.
-        hold_s: How long a row waits for an older one that may still turn up.
+        ready_file: Created when everything is attached.
+        hold_s: How long a row is held back for an older one, s.
         dry: Attach, and end at once.
-        trace: Where our programs' own lines come from.
-        command: Let go then; the run ends with it.
-        outputs: Files of the sinks that are to be made or emptied then, and not before.
-        say: Tells the user what happens meanwhile.
+        trace: The kernel's trace_pipe, for --debug.
+        command: Started when everything is attached; the run ends with it.
+        outputs: Files of the sinks, created or truncated when everything is attached.
+        say: Prints a message to the user.
     """
 
     loader: LoaderProcess
@@ -76,10 +76,10 @@ class Session:
         return ReadyFile(self.ready_file) if self.ready_file else None
 
     def run(self) -> RunReport:
-        """Run until something ends it.
+        """Run to the end, and return the report.
 
         Raises:
-            TcplatError: It could not start, or a probe's ring is not readable.
+            TcplatError: The run could not start, or a ring holds an invalid record.
         """
         router = Router(self.sinks, self.count, self.outputs)
         try:
@@ -135,13 +135,13 @@ class Session:
             if self._watched:
                 stack.callback(self._watched.close)
             pace = self._pace(router)
-            self._say_silent(runs)
+            self._report_silent(runs)
             if not self.dry:
                 router.begin()
                 self._begin()
                 self._loop(drain, sleeper, pace)
             sleeper.shut()
-            self._look_at_interfaces(runs)
+            self._check_interfaces(runs)
             held.close()
             if self.trace:
                 self.trace.relay(self.say)
@@ -163,11 +163,11 @@ class Session:
             time.monotonic(),
             self.duration_s,
             wanted.every_s if wanted else math.inf,
-            telling=router.tells_time,
+            reports_time=router.reports_time,
         )
 
-    def _say_silent(self, runs: Sequence[ProbeRun]) -> None:
-        """Say through which interfaces no packet can come for now."""
+    def _report_silent(self, runs: Sequence[ProbeRun]) -> None:
+        """Report interfaces that cannot receive packets at the moment."""
         for run in runs:
             for one in run.loaded.interfaces:
                 if one.silent:
@@ -175,7 +175,7 @@ class Session:
 
     def _begin(self) -> None:
         if self._ready:
-            self._ready.tell()
+            self._ready.write()
         if self.command:
             self.command.go()
 
@@ -184,24 +184,24 @@ class Session:
         previous_ns = 0
         while not (self.signals.stopping() or router.done):
             now_ns, now = kernel_ns(), time.monotonic()
-            looking = pace.looks(now)
-            if looking:
-                self._look(drain, pace, now)
-            if pace.shows(now):
+            checking = pace.interfaces_due(now)
+            if checking:
+                self._check_each_second(drain, pace, now)
+            if pace.histograms_due(now):
                 show_counted(drain.runs, router, pace.began)
-            if pace.glances(now):
-                self._glance(pace, now)
+            if pace.tracees_due(now):
+                self._check_often(pace, now)
             if now >= pace.end:
                 return
             coming, had = drain.pending(), router.total
-            if coming or looking or sequencer.waiting:
+            if coming or checking or sequencer.waiting:
                 settled_ns = min(previous_ns, now_ns - int(self.hold_s * 1e9))
                 if not drain.deliver(settled_ns):
                     router.poll()
                     continue
             router.poll()
             quiet = not (coming or sequencer.waiting)
-            if quiet and pace.tells(now):
+            if quiet and pace.time_due(now):
                 router.passed(now_ns - int(LATE_S * 1e9))
             previous_ns = now_ns
             rows = router.total - had
@@ -209,39 +209,39 @@ class Session:
             if pause_s < IDLE_POLL_S or sequencer.waiting or router.serves or self.trace:
                 time.sleep(pace.nap_s(now, pause_s))
             else:
-                sleeper.sleep(pace.sleep_s(now, pending=self._untold), self._others())
+                sleeper.sleep(pace.sleep_s(now, pending=self._ready_pending), self._others())
 
     @property
-    def _untold(self) -> bool:
-        """Whether the ready file is a pipe that has no reader yet."""
-        return self._ready is not None and not self._ready.told
+    def _ready_pending(self) -> bool:
+        """Return whether the ready file is a pipe that has no reader yet."""
+        return self._ready is not None and not self._ready.written
 
-    def _look(self, drain: Drain, pace: Pace, now: float) -> None:
-        """Do what is due once a second."""
-        if self._look_at_interfaces(drain.runs) and not self.command:
+    def _check_each_second(self, drain: Drain, pace: Pace, now: float) -> None:
+        """Do what is due every INTERFACE_CHECK_S."""
+        if self._check_interfaces(drain.runs) and not self.command:
             pace.end = now
         self._poll(drain)
         drain.sequencer.router.idle()
 
-    def _glance(self, pace: Pace, now: float) -> None:
-        """Do what is due several times a second."""
+    def _check_often(self, pace: Pace, now: float) -> None:
+        """Do what is due every TRACEE_CHECK_S."""
         if pace.end == math.inf and self._traced_ended():
             pace.traced_ended(now)
-        if self._ready and self._untold:
-            self._ready.tell()
+        if self._ready and self._ready_pending:
+            self._ready.write()
         if self.trace:
             self.trace.relay(self.say)
 
     def _poll(self, drain: Drain) -> None:
-        """Have the probes' Python sides look at their maps, if anybody wants their rows."""
+        """Call poll() of the probes, if some sink uses rows."""
         for run in drain.runs if self.request.events else ():
             working = not run.poll_error
             drain.sequencer.buffer.feed(run.poll())
             if working and run.poll_error:
                 self.say(f"{run.spec.name}: its maps are no longer read: {run.poll_error}")
 
-    def _look_at_interfaces(self, runs: Sequence[ProbeRun]) -> bool:
-        """Say which interfaces have gone; whether there is nothing left to listen to."""
+    def _check_interfaces(self, runs: Sequence[ProbeRun]) -> bool:
+        """Report interfaces that are gone; return whether no probe has any hook left."""
         for run in runs:
             for one in run.loaded.interfaces:
                 if one.name not in run.silent and is_cut(one.link_fd):
@@ -252,7 +252,7 @@ class Session:
         return all(run.deaf for run in runs)
 
     def _others(self) -> list[int]:
-        """Return the fds that wake the loop beside the rings: a signal, the end of the tracee."""
+        """Return the fds, besides the rings, that end a sleep: a signal, the end of the tracee."""
         fds = (self.signals.fd, self._watched.fd() if self._watched else None)
         return [fd for fd in fds if fd is not None]
 
@@ -264,7 +264,7 @@ class Session:
 
 @attrs.define(eq=False)
 class _Fds:
-    """File descriptors that are closed once, on the way or at the end."""
+    """File descriptors that are closed once: close() is idempotent."""
 
     fds: list[int]
 

@@ -1,7 +1,7 @@
-"""Standard input, output and error that are closed (``2>&-``): their numbers stay taken.
+"""Opens /dev/null for a closed standard input, output or error (``2>&-``).
 
-The next file that is opened would get the number, and with it whatever is said on standard
-error: our own output, or what a command writes that we start.
+Otherwise the next file opened would get the number 0, 1 or 2, and receive our messages or the
+output of a command that we start.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ import os
 import sys
 
 _STAND_INS = ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_WRONLY))
-"""Each with the mode in which it does not work: who reads or writes it is told. But for
-standard error: there is nowhere to tell it."""
+"""Standard input and output get the wrong mode, so that their use fails visibly. Writes to
+standard error succeed: there is no place to report a failure."""
 
 
 def keep_taken() -> None:
-    """Have /dev/null in place of what is closed. To be called before anything is opened.
+    """Open /dev/null in place of closed descriptors. Call it before any file is opened.
 
-    A standard output or input that cannot be used is None in `sys` from then on, as Python has it
-    where it was closed; also after this process was executed anew, with the stand-ins.
+    `sys.stdin` and `sys.stdout` become None if they cannot be used, as Python sets them for closed
+    ones; also after execve(2) of this process, which inherits the replacements.
     """
     for fd, mode in _STAND_INS:
         try:
             fcntl.fcntl(fd, fcntl.F_GETFD)
         except OSError:
-            # The least number that is free is this one: those below are taken by now.
+            # open(2) returns the lowest free number, which is this one.
             os.set_inheritable(os.open(os.devnull, mode), True)
     if sys.stdin is not None and _mode(0) == os.O_WRONLY:
         sys.stdin = None

@@ -1,4 +1,4 @@
-"""What our programs print with tcplat_debug(), for --debug."""
+"""Reads the output of tcplat_debug(), for --debug."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TracePipe:
 
     @classmethod
     def open(cls) -> Self | None:
-        """As root; None where tracefs is not mounted or not readable."""
+        """Open it, as root; None if tracefs is not mounted or not readable."""
         folder = tracefs()
         if folder is None:
             return None
@@ -32,11 +32,11 @@ class TracePipe:
         return None
 
     def relay(self, say: Callable[[str], None]) -> None:
-        """Say what our own programs have printed since the last time."""
+        """Pass the lines of our programs since the last call to `say`."""
         with contextlib.suppress(BlockingIOError):
             while data := os.read(self.fd, 1 << 16):
                 *lines, self._rest = (self._rest + data.decode(errors="replace")).split("\n")
                 for line in lines:
-                    _, mark, words = line.partition(_MARK)
+                    _, mark, text = line.partition(_MARK)
                     if mark:
-                        say(words)
+                        say(text)

@@ -1,4 +1,4 @@
-"""The command behind ``--``: started stopped, let go once everything is attached."""
+"""The command after ``--``: forked early, executed when everything is attached."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from . import privileges, signals
 
 @attrs.define(eq=False)
 class TracedCommand:
-    """A child that waits for :meth:`go` before it becomes the command.
+    """A child that waits for :meth:`go` before it executes the command.
 
-    It is forked before tcplat gives up root, and runs as tcplat was started: what
-    ``sudo tcplat run -- CMD`` traces is what ``sudo CMD`` would do.
+    It is forked before tcplat drops root, and keeps tcplat's original rights:
+    ``sudo tcplat run -- CMD`` runs CMD as ``sudo CMD`` does.
     """
 
     pid: int
@@ -29,7 +29,7 @@ class TracedCommand:
     status: int | None = None
     """The shell's exit status (128 + signal), once it has ended."""
     stopped: bool = False
-    """It was we who ended it."""
+    """Whether stop() ended it."""
 
     @classmethod
     def fork(cls, arguments: Sequence[str]) -> TracedCommand:
@@ -38,7 +38,7 @@ class TracedCommand:
         Raises:
             UsageError: There is no such program.
         """
-        # As tcplat was started: what is hidden from us is not hidden from the command.
+        # The original environment: variables hidden from tcplat are not hidden from the command.
         environment = privileges.environment()
         path = shutil.which(arguments[0], path=environment.get("PATH"))
         if path is None:
@@ -51,7 +51,7 @@ class TracedCommand:
         try:
             os.close(gate)
             if os.read(wait, 1) == b"!":
-                # Python ignores these, and an ignored signal stays so across exec.
+                # Python ignores these, and execve(2) keeps ignored signals ignored.
                 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
                 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
                 signals.block_again()
@@ -63,14 +63,14 @@ class TracedCommand:
             os._exit(127)
 
     def go(self) -> None:
-        """Let it run."""
-        with contextlib.suppress(BrokenPipeError):  # somebody has killed it
+        """Execute the command."""
+        with contextlib.suppress(BrokenPipeError):  # the child was killed
             os.write(self._gate, b"!")
         os.close(self._gate)
         self._gate = -1
 
     def ended(self) -> bool:
-        """Whether it has ended; never waits."""
+        """Return whether it has ended, without waiting."""
         if self.status is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -79,7 +79,7 @@ class TracedCommand:
         return self.status is not None
 
     def stop(self) -> None:
-        """End it: unstarted it goes by itself, started it gets SIGTERM and is waited for."""
+        """End it and wait: before go() it exits by itself, after go() it gets SIGTERM."""
         if self._gate >= 0:
             os.close(self._gate)
             self._gate = -1
@@ -96,15 +96,14 @@ class TracedCommand:
 
 
 def _fork_ender(pid: int, gate: int) -> int:
-    """Start a process that keeps the rights to end the command: this one gives them up.
+    """Fork a process that keeps the right to signal the command, which this one drops.
 
     Returns:
-        A pipe. A byte in it sends SIGTERM; closing it lets the command be. Plugins can write
-        to it as well, also when the command has ended and its pid is another process's: so
-        what is signalled is the process itself, by a pidfd.
+        A pipe. A byte in it sends SIGTERM; closing it does nothing. Plugins could write to it
+        too, even after the command's pid was reused: so the signal goes to a pidfd.
     """
     wait, ender = os.pipe()
-    # Here, where the command cannot have ended unnoticed: we have not waited for it.
+    # Opened here, where the pid cannot have been reused: the child was not waited for.
     process = os.pidfd_open(pid)
     if os.fork():
         os.close(wait)

@@ -1,4 +1,4 @@
-"""The processes that are traced: whether they still live."""
+"""Watches the traced processes for their end."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import attrs
 
 @attrs.define(eq=False)
 class Watched:
-    """Processes that are traced; of one that still lives a pidfd is held (pidfd_open(2))."""
+    """The traced processes; a pidfd is held for one that is alive (pidfd_open(2))."""
 
     pids: list[int]
     _fd: int | None = attrs.field(default=None, init=False)
 
     def ended(self) -> bool:
-        """Whether all of them have, even if nobody has waited for them yet."""
+        """Return whether all have ended; zombies count as ended."""
         return self.fd() is None
 
     def fd(self) -> int | None:
@@ -36,7 +36,7 @@ class Watched:
             self.close()
 
     def close(self) -> None:
-        """Let go of it. Again it does nothing."""
+        """Close the pidfd. Idempotent."""
         if self._fd is not None:
             os.close(self._fd)
         self._fd = None

@@ -40,7 +40,7 @@ def by_whole_file(path: Path | str) -> None:
 def by_ready_file(path: Path | str) -> None:
     ready = ReadyFile(str(path))
     ready.check()
-    ready.tell()
+    ready.write()
 
 
 WRITERS = (by_output, by_whole_file, by_ready_file)
@@ -354,11 +354,11 @@ def test_ready_pipe_is_written_once_a_reader_opens_it(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     ready = ReadyFile(str(pipe))
     ready.check()
-    ready.tell()
-    assert not ready.told
+    ready.write()
+    assert not ready.written
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    ready.tell()
-    assert ready.told
+    ready.write()
+    assert ready.written
     assert int(os.read(reader, 100)) == os.getpid()
     os.close(reader)
 

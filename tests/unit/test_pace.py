@@ -8,13 +8,13 @@ import pytest
 
 from tcplat_core.run.pace import (
     BUSY_POLL_S,
-    GLANCE_S,
     IDLE_POLL_S,
+    INTERFACE_CHECK_S,
     LINGER_S,
-    LOOK_S,
     MANY,
     POLL_S,
     TICK_S,
+    TRACEE_CHECK_S,
     Pace,
 )
 
@@ -23,12 +23,14 @@ BEGAN = 1000.0
 
 def test_interfaces_are_checked_at_the_start_and_every_second() -> None:
     pace = Pace(BEGAN)
-    assert [s for s in (0, 0.5, 0.99, LOOK_S, 1.5) if pace.looks(BEGAN + s)] == [0, LOOK_S]
+    assert [
+        s for s in (0, 0.5, 0.99, INTERFACE_CHECK_S, 1.5) if pace.interfaces_due(BEGAN + s)
+    ] == [0, INTERFACE_CHECK_S]
 
 
 def test_traced_processes_are_checked_ten_times_a_second() -> None:
     pace = Pace(BEGAN)
-    assert [pace.glances(BEGAN + s) for s in (0, 0.05, GLANCE_S, 0.15)] == [
+    assert [pace.tracees_due(BEGAN + s) for s in (0, 0.05, TRACEE_CHECK_S, 0.15)] == [
         True,
         False,
         True,
@@ -38,25 +40,27 @@ def test_traced_processes_are_checked_ten_times_a_second() -> None:
 
 def test_traced_processes_are_checked_after_each_sleep() -> None:
     pace = Pace(BEGAN)
-    assert pace.glances(BEGAN)
+    assert pace.tracees_due(BEGAN)
     pace.sleep_s(BEGAN, pending=False)
-    assert pace.glances(BEGAN)
+    assert pace.tracees_due(BEGAN)
 
 
 def test_interval_counts_keep_their_grid_and_skip_missed_ones() -> None:
     pace = Pace(BEGAN, show_s=2)
-    shown = [s for s in (0, 1.9, 2.1, 3.9, 4, 9, 9.9, 10) if pace.shows(BEGAN + s)]
+    shown = [s for s in (0, 1.9, 2.1, 3.9, 4, 9, 9.9, 10) if pace.histograms_due(BEGAN + s)]
     assert shown == [2.1, 4, 9, 10]
 
 
 def test_interval_counts_without_a_sink_are_never_due() -> None:
-    assert not Pace(BEGAN).shows(BEGAN + 1e9)
+    assert not Pace(BEGAN).histograms_due(BEGAN + 1e9)
 
 
-@pytest.mark.parametrize(("telling", "told"), [(True, [0, TICK_S, 0.6]), (False, [])])
-def test_sinks_receive_the_time_four_times_a_second(told: list[float], *, telling: bool) -> None:
-    pace = Pace(BEGAN, telling=telling)
-    assert [s for s in (0, 0.2, TICK_S, 0.4, 0.6) if pace.tells(BEGAN + s)] == told
+@pytest.mark.parametrize(("reports_time", "times"), [(True, [0, TICK_S, 0.6]), (False, [])])
+def test_sinks_receive_the_time_four_times_a_second(
+    times: list[float], *, reports_time: bool
+) -> None:
+    pace = Pace(BEGAN, reports_time=reports_time)
+    assert [s for s in (0, 0.2, TICK_S, 0.4, 0.6) if pace.time_due(BEGAN + s)] == times
 
 
 def test_a_run_without_a_duration_does_not_end() -> None:
@@ -103,23 +107,23 @@ def test_a_nap_is_short_and_no_longer_than_the_run() -> None:
 @pytest.mark.parametrize(
     ("given", "pending", "most_s"),
     [
-        ({}, False, LOOK_S),
-        ({}, True, GLANCE_S),
+        ({}, False, INTERFACE_CHECK_S),
+        ({}, True, TRACEE_CHECK_S),
         ({"duration_s": 0.5}, False, 0.5),
         ({"show_s": 0.3}, False, 0.3),
-        ({"telling": True}, False, TICK_S),
+        ({"reports_time": True}, False, TICK_S),
     ],
 )
 def test_a_sleep_ends_when_the_next_thing_is_due(
     given: dict[str, float], most_s: float, *, pending: bool
 ) -> None:
     pace = Pace(BEGAN, **given)  # type: ignore[arg-type] # one of them is a bool
-    pace.looks(BEGAN)
-    pace.tells(BEGAN)
+    pace.interfaces_due(BEGAN)
+    pace.time_due(BEGAN)
     assert pace.sleep_s(BEGAN, pending=pending) == pytest.approx(most_s)
 
 
 def test_a_sleep_is_never_negative() -> None:
     pace = Pace(BEGAN, 1)
-    pace.looks(BEGAN)
+    pace.interfaces_due(BEGAN)
     assert pace.sleep_s(BEGAN + 5, pending=False) == 0

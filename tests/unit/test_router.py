@@ -491,7 +491,7 @@ def test_duck_typed_sink_needs_three_methods_alone() -> None:
     assert sink.calls == ["write 1", "lost 1", "close 1"]
     assert router.switched_off == {}
     assert not router.serves
-    assert not router.tells_time
+    assert not router.reports_time
 
 
 @pytest.mark.parametrize(
@@ -501,14 +501,14 @@ def test_duck_typed_sink_is_called_for_methods_it_has(method: str) -> None:
     calls: list[object] = []
     router = Router({"it": Bare(**{method: lambda *_: calls.append(method)})})
     assert router.serves == (method == "poll")
-    assert router.tells_time == (method == "passed")
+    assert router.reports_time == (method == "passed")
     everything(router)
     assert calls == [method]
 
 
 def test_sink_without_readers_lets_the_session_sleep() -> None:
     assert not Router({"it": RecordingSink()}).serves
-    assert not Router({"it": RecordingSink()}).tells_time
+    assert not Router({"it": RecordingSink()}).reports_time
 
 
 @pytest.mark.parametrize("method", ["write", "lost", "close"])
