@@ -291,7 +291,7 @@ class Connection:
 
     @property
     def duration_ns(self) -> int:
-        """From its first row to its last."""
+        """From its first row to its last, or to the end of the run if it was still open then."""
         return self.last_ns - self.first_ns
 
     @property

@@ -280,6 +280,8 @@ class Turns:
             end = max(request.read, read_up_to(conn), queued_up_to(conn))
         if end > conn.answered >= 0:
             self._end_request(conn, end, why)
+        if why == END_OF_RUN and not (conn.closing_ns or conn.error or conn.reset_by is not None):
+            conn.last_ns = self.last_ns  # it lasts as long as what waits on it
         conn.ended = why
         conn.over = True
         self.last_ns = max(self.last_ns, conn.last_ns)

@@ -102,6 +102,22 @@ def test_exchanges_ended_by_time_are_emitted_live_as_in_a_replay(
     assert (folder / "live").read_bytes() == (folder / "replay").read_bytes()
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_open_connection_lasts_until_the_run_ends(tmp_path: Path, *, closed: bool) -> None:
+    history = History()
+    now = simple(history, history.shake_hands(SECOND) + 500) + 500
+    if closed:
+        history.close(now)
+    rows = history.rows({"tcp_client", "tcp_service"})
+    sink = opened(tmp_path / "out", "summary", {"format": "json"})
+    sink.write(rows)
+    sink.close(report(rows[-1].ts_ns + SECOND // 2))
+    (line,) = (tmp_path / "out").read_text(encoding="utf-8").splitlines()
+    # The last row that counts is the service's FIN: an ACK without data does not.
+    last_ns = now + 50 if closed else rows[-1].ts_ns + SECOND // 2
+    assert json.loads(line)["duration_us"] == pytest.approx((last_ns - rows[0].ts_ns) / 1_000)
+
+
 @pytest.mark.parametrize(("waited_s", "outcome"), [(60, "unanswered"), (0.5, "open")])
 def test_unanswered_request_waits_until_the_run_ends(
     tmp_path: Path, waited_s: float, outcome: str
