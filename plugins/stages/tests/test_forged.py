@@ -64,7 +64,7 @@ def story(connections: Sequence[Connection]) -> list[Any]:
 
 @given(ends, st.integers(-(2**31), 2**31 - 1), some_probes)
 @settings(deadline=None)
-def test_a_reset_whose_number_is_not_the_next_one_is_none(
+def test_reset_with_a_wrong_sequence_number_is_ignored(
     end: int, off: int, without: set[str]
 ) -> None:
     plain, attacked = History(), History()
@@ -77,7 +77,7 @@ def test_a_reset_whose_number_is_not_the_next_one_is_none(
 
 
 @given(ends, some_probes)
-def test_a_reset_with_the_next_number_is_one(end: int, without: set[str]) -> None:
+def test_reset_with_the_next_sequence_number_counts(end: int, without: set[str]) -> None:
     history = History()
     now = talk(history, history.shake_hands() + 1_000)
     closed = {"state": "TCP_CLOSE", "desc": "closed"}
@@ -94,9 +94,7 @@ def test_a_reset_with_the_next_number_is_one(end: int, without: set[str]) -> Non
 
 @pytest.mark.parametrize("without", [(), ("tcp_client",), SOCKETS])
 @pytest.mark.parametrize("end", [CLIENT, SERVICE])
-def test_a_reset_after_which_both_ends_go_on_was_ignored(
-    end: int, without: tuple[str, ...]
-) -> None:
+def test_reset_followed_by_traffic_was_ignored(end: int, without: tuple[str, ...]) -> None:
     history = History()
     now = talk(history, history.shake_hands() + 1_000)
     # Its number is right, and its checksum is not: nothing in the row tells.
@@ -108,7 +106,7 @@ def test_a_reset_after_which_both_ends_go_on_was_ignored(
     assert [one.outcome for one in exchanges] == ["answered", "answered"]
 
 
-def test_a_socket_that_is_open_at_the_end_was_not_reset() -> None:
+def test_socket_open_at_the_end_was_not_reset() -> None:
     history = History()
     now = talk(history, history.shake_hands() + 1_000)
     inject(history, now, CLIENT, history.sent[CLIENT], flags="RST")
@@ -119,7 +117,7 @@ def test_a_socket_that_is_open_at_the_end_was_not_reset() -> None:
     assert conn.reset_by == CLIENT
 
 
-def test_a_socket_that_fails_was_reset_though_the_number_of_the_packet_looks_wrong() -> None:
+def test_socket_error_confirms_a_reset_with_a_wrong_number() -> None:
     history = History()
     now = talk(history, history.shake_hands() + 1_000)
     inject(history, now, CLIENT, history.sent[CLIENT] + 77, flags="RST")
@@ -130,7 +128,7 @@ def test_a_socket_that_fails_was_reset_though_the_number_of_the_packet_looks_wro
 
 
 @pytest.mark.parametrize("after", ["tx", "rx"])
-def test_a_reset_that_comes_before_the_last_bytes_is_one(after: str) -> None:
+def test_reset_before_the_last_bytes_counts(after: str) -> None:
     history = History()
     now = talk(history, history.shake_hands() + 1_000)
     history.packet(now, "nic_tx", CLIENT, history.sent[CLIENT], 50)
@@ -144,7 +142,7 @@ def test_a_reset_that_comes_before_the_last_bytes_is_one(after: str) -> None:
     assert conn.reset_by == CLIENT
 
 
-def test_a_reset_in_a_capture_that_begins_behind_all_bytes_is_believed() -> None:
+def test_reset_in_a_capture_begun_after_all_data_counts() -> None:
     history = History()
     history.sent = [1_000, 2_000]
     history.packet(1_000, "nic_tx", SERVICE, 2_000, 10)

@@ -637,7 +637,7 @@ def _hung_then(
     ],
 )
 @pytest.mark.parametrize("sends", [1, 2])
-def test_a_farewell_does_not_hide_the_request_that_hung_before_it(
+def test_farewell_does_not_hide_an_earlier_hanging_request(
     watched: tuple[str, ...], sends: int
 ) -> None:
     rows = _hung_then(farewell=32, sends=sends).rows(set(PROBES) - set(watched))
@@ -671,13 +671,13 @@ def test_a_farewell_does_not_hide_the_request_that_hung_before_it(
         ({"stays_ns": WAIT}, ["unanswered"]),
     ],
 )
-def test_a_farewell_is_a_short_message_after_a_pause_and_right_before_the_end(
+def test_farewell_is_short_and_between_a_pause_and_the_end(
     how: dict[str, Any], found: list[str]
 ) -> None:
     assert [one[0] for one in outcomes(_hung_then(**how).rows())] == ["answered", *found]
 
 
-def test_a_pause_is_no_stage_of_a_request_that_waited_meanwhile() -> None:
+def test_pause_is_not_a_stage_of_a_waiting_request() -> None:
     # A client that sends QUIT, and waits for an answer to that, too.
     (_, waited), _, _ = joined(_hung_then(farewell=6, stays_ns=500 * MS).rows())
     assert (waited.outcome, waited.request_bytes) == ("unanswered", 86)
@@ -685,7 +685,7 @@ def test_a_pause_is_no_stage_of_a_request_that_waited_meanwhile() -> None:
     assert waited.split.total_ns == 5_000
 
 
-def test_a_farewell_after_the_service_has_closed_is_no_part_of_the_request() -> None:
+def test_farewell_after_the_services_fin_is_not_part_of_the_request() -> None:
     history = History()
     now = one_answered(history) + 1_000
     ask(history, now)
@@ -704,7 +704,7 @@ def test_a_farewell_after_the_service_has_closed_is_no_part_of_the_request() -> 
     assert (farewell.outcome, farewell.request_bytes) == ("one_way", 31)
 
 
-def test_a_reply_to_request_and_farewell_comes_too_late_for_both() -> None:
+def test_late_reply_answers_neither_request_nor_farewell() -> None:
     history = History()
     now = one_answered(history) + 1_000
     ask(history, now)
@@ -729,7 +729,7 @@ def test_a_reply_to_request_and_farewell_comes_too_late_for_both() -> None:
 
 @pytest.mark.parametrize("watched", [("dev_xmit",), ("dev_xmit", "tcp_service"), ("tcp_service",)])
 @pytest.mark.parametrize("refused", [True, False])
-def test_a_reset_in_answer_to_a_late_reply_tells_that_it_was_not_read(
+def test_reset_in_answer_to_a_late_reply_means_it_was_not_read(
     watched: tuple[str, ...], *, refused: bool
 ) -> None:
     """Without it the client has only closed its side, and reads the reply."""
