@@ -1,1 +1,1 @@
-"""From the ring to the sinks: records drained, put in order, handed over."""
+"""From the rings to the sinks: drains records, orders them, delivers rows."""

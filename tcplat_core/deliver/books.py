@@ -1,4 +1,4 @@
-"""Maps a probe's books: what the kernel side counted."""
+"""Maps a probe's books: the event counts of its BPF programs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tcplat_core.kernel.layout import books_hooks, books_slots
 
 @attrs.define(eq=False)
 class Books:
-    """What the kernel side counted: per CPU and per hook, produced and of these dropped.
+    """Event counts per CPU and hook: produced, and how many of these were dropped.
 
     Args:
-        fd: Of the probe's `books`, an array of u64 with BPF_F_MMAPABLE.
+        fd: fd of the probe's `books`, an array of u64 with BPF_F_MMAPABLE.
         cpus: Possible CPUs.
         hooks: Hooks of the probe.
     """
@@ -42,15 +42,15 @@ class Books:
         ]
 
     def dropped(self) -> int:
-        """Of all hooks."""
+        """Return the dropped events of all hooks."""
         return sum(self._slots[1::2])
 
     def untracked(self) -> int:
-        """How often a socket was not tracked, because the socket table was full."""
+        """Return how often a socket was not tracked, because the socket table was full."""
         return int(self._all[len(self._slots)])
 
     def close(self) -> None:
-        """Unmap. The fd stays the caller's."""
+        """Unmap. The caller closes the fd."""
         self._slots.release()
         self._all.release()
         self._map.close()

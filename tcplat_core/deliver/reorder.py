@@ -1,7 +1,7 @@
-"""Where rows wait for older ones that may still come: in Python here, in C in fast/records.py.
+"""Reorder buffers, which order rows by time: in Python here, in C in fast/records.py.
 
-A handler stamps its record before it submits it, and may be interrupted in between. So a row
-leaves in order of time, and only when no older one can follow.
+A handler reads the clock before it submits its record, and may be interrupted in between. So
+rows are held until no older one can follow, and leave in order of time.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from .fast.codec import Codec
 
 FOREVER = 1 << 63
-"""No instant is as late, ns."""
+"""Later than any timestamp, ns."""
 BY_TIME = operator.attrgetter("ts_ns")
 
 
 @attrs.frozen
 class RingSource:
-    """A ring, and how its records become rows.
+    """A ring, and the functions that turn its records into rows.
 
     Args:
-        name: Of the probe.
-        ring: It stays the caller's, and must be there until the buffer is closed.
-        decode: Makes rows of unpacked records and of Unix time minus CLOCK_MONOTONIC, ns.
+        name: Name of the probe.
+        ring: The caller closes it, after the buffer.
+        decode: Turns unpacked records and Unix time minus CLOCK_MONOTONIC, ns, into rows.
         codec: The same for deliver/fast/records.c; None without it.
     """
 
@@ -43,7 +43,7 @@ class RingSource:
 
 
 class ReorderBuffer(Protocol):
-    """Takes rows as they come, and lets them go in order of time."""
+    """Takes rows in any order, and returns them in order of time."""
 
     def take(self, source: int, most: int, offset_ns: int) -> int:
         """Take at most `most` records out of the ring of a source.
@@ -51,24 +51,24 @@ class ReorderBuffer(Protocol):
         Args:
             source: Index of the ring.
             most: Number of records.
-            offset_ns: Unix time minus CLOCK_MONOTONIC.
+            offset_ns: Unix time minus CLOCK_MONOTONIC, ns.
 
         Returns:
-            The time of the last one if there were `most`; else 0.
+            The time of the last record, ns, if there were `most`; else 0.
 
         Raises:
-            ForeignRecordError: A record of another size.
+            RecordSizeError: A record of another size.
         """
 
     def feed(self, rows: Sequence[Event]) -> None:
-        """Take rows that come from no ring: those of poll()."""
+        """Take rows that come from no ring, but from poll()."""
 
     @property
     def waiting(self) -> bool:
-        """Whether a row is in here."""
+        """Whether the buffer holds a row."""
 
     def leave(self, before_ns: int) -> Sequence[Event]:
-        """Return the rows that are older, in order of time; they are in here no more."""
+        """Remove and return the rows older than `before_ns`, in order of time."""
 
     def close(self) -> None:
         """Release memory. Idempotent."""
@@ -76,10 +76,10 @@ class ReorderBuffer(Protocol):
 
 @attrs.define(eq=False)
 class RowBuffer:
-    """The one in Python: records become rows as soon as they are taken.
+    """The implementation in Python: records become rows as soon as they are taken.
 
     Args:
-        sources: The rings to take from.
+        sources: The rings.
     """
 
     sources: Sequence[RingSource] = ()

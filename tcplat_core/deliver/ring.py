@@ -2,7 +2,7 @@
 
 Layout of the mapping (kernel/bpf/ringbuf.c): a page with the consumer's position,
 a page with the producer's, then the data, mapped twice in a row so that no record
-is ever torn by the wrap. A record is u32 length, u32 offset, then the payload,
+is split at the end. A record is u32 length, u32 offset, then the payload,
 rounded up to 8 bytes.
 """
 
@@ -25,10 +25,10 @@ _DISCARD = 1 << 30
 _HEADER = 8
 _U64 = struct.Struct("=Q")
 BATCH = 1024
-"""Records per batch: more of them at once would only keep the garbage collector busy."""
+"""Records per batch: larger ones only cost more garbage collection."""
 
 
-class ForeignRecordError(TcplatError):
+class RecordSizeError(TcplatError):
     """The ring holds a record that the schema does not describe."""
 
 
@@ -39,11 +39,11 @@ class Ring:
     Reading needs neither root nor bpf(2): only the map's fd.
 
     Args:
-        fd: Of a BPF_MAP_TYPE_RINGBUF, or a file of the same layout.
+        fd: fd of a BPF_MAP_TYPE_RINGBUF, or a file of the same layout.
         size: Bytes of data; a power of two.
         layout: The record, without the ring's own header.
-        tag_at: Where in the record the byte stands by which `taken` counts.
-        ts_at: Where the u64 stands that says when it was.
+        tag_at: Offset in the record of the byte by which `taken` counts.
+        ts_at: Offset of the u64 timestamp.
     """
 
     fd: int
@@ -52,7 +52,7 @@ class Ring:
     tag_at: int = 0
     ts_at: int = 0
     by_c: Iterable[int] = attrs.field(default=(), init=False)
-    """Records that were taken by deliver/fast/records.c, by that byte."""
+    """Number of records taken by deliver/fast/records.c, by the byte at `tag_at`."""
     _taken: Counter[int] = attrs.field(factory=Counter, init=False)
     _consumer: mmap.mmap = attrs.field(init=False)
     _rest: mmap.mmap = attrs.field(init=False)
@@ -74,24 +74,23 @@ class Ring:
         self._words = self._data.cast("I")
         self._stride = _HEADER + self.layout.size + -self.layout.size % 8
         pad = self._stride - _HEADER - self.layout.size
-        # The header is skipped here: drain() has looked at it before.
+        # The header is skipped here: drain() has checked it.
         self._record = struct.Struct(f"={_HEADER}x{self.layout.format.removeprefix('=')}{pad}x")
 
     def drain(self, most: int = sys.maxsize) -> Iterator[list[tuple[Any, ...]]]:
-        """Yield batches of committed records, oldest first, up to what was there at the call.
+        """Yield batches of committed records, oldest first, of those in the ring at the call.
 
-        Each batch is a copy: its space in the ring is free when the caller gets it.
-        Stops early at a record that a handler has reserved and not yet submitted:
-        it will be there next time.
+        Each batch is a copy: its space in the ring is already released.
+        Stops early at a record that is reserved and not submitted yet; the next call yields it.
 
         Args:
             most: Number of records to stop at.
 
         Raises:
-            ForeignRecordError: A record of another size.
+            RecordSizeError: A record of another size.
         """
-        # One aligned 8-byte load each. On x86 loads are not reordered with loads;
-        # elsewhere the interpreter's own work between them has to do.
+        # One aligned 8-byte load each. x86 does not reorder loads; on other machines nothing but
+        # the interpreter's work between them orders them.
         end = self._produced[0]
         here = self._position[0]
         while here < end and most:
@@ -101,7 +100,7 @@ class Ring:
                 start // 4 : (start + count * self._stride) // 4 : self._stride // 4
             ]
             lengths = words.tolist()
-            if not count:  # the producer is ahead by less than a record of ours
+            if not count:  # less than one record of this size is there
                 self._committed(self._words[start // 4 : start // 4 + 1].tolist())
             count = self._committed(lengths)
             if not count:
@@ -116,7 +115,7 @@ class Ring:
                 kept = [not length & _DISCARD for length in lengths]
                 records = list(itertools.compress(records, kept))
                 tags = bytes(itertools.compress(tags, kept))
-            # A column at a time: to look at each record would cost as much as to unpack it.
+            # A column at a time: a loop over the records would cost as much as unpacking them.
             for tag in set(tags):
                 self._taken[tag] += tags.count(tag)
             here += count * self._stride
@@ -126,24 +125,24 @@ class Ring:
 
     @property
     def taken(self) -> Counter[int]:
-        """Records that were taken out of it, by the byte at `tag_at`."""
+        """Number of records taken out of the ring, by the byte at `tag_at`."""
         return self._taken + Counter(dict(enumerate(self.by_c)))
 
     def pending(self) -> bool:
-        """Whether there is more to drain."""
+        """Return whether the ring holds records."""
         return self._produced[0] != self._position[0]
 
     @property
     def crowded(self) -> bool:
-        """So full that there may be no room left before all of it is drained."""
+        """Half full or more: the ring may be full before all of it is drained."""
         return self._used() * 2 >= self.size
 
     def full_since_ns(self) -> int:
-        """When the last record was for which there was room; 0 where there is room, or unknown.
+        """Return the time of the last record, ns, if the ring is full; 0 if not, or unknown.
 
-        From then on each one was dropped: nothing gets in until something is drained.
+        Every later event was dropped: no record fits until some are drained.
         """
-        # As bpf_ringbuf_reserve() asks.
+        # The condition of bpf_ringbuf_reserve().
         if self._used() + self._stride < self.size:
             return 0
         start = self._produced[0] - self._stride & self.size - 1
@@ -156,20 +155,20 @@ class Ring:
         return self._produced[0] - self._position[0]
 
     def _committed(self, lengths: list[int]) -> int:
-        """How many of the records, from the first on, are complete."""
+        """Return how many of the records are complete, from the first on."""
         if lengths.count(self.layout.size) == len(lengths):
             return len(lengths)
         for index, length in enumerate(lengths):
             if length & _BUSY:
                 return index
             if length & ~_DISCARD != self.layout.size:
-                raise ForeignRecordError(
+                raise RecordSizeError(
                     f"a record of {length & ~_DISCARD} bytes where {self.layout.size} were expected"
                 )
         return len(lengths)
 
     def close(self) -> None:
-        """Unmap. The fd stays the caller's."""
+        """Unmap. The caller closes the fd."""
         for view in (self._position, self._produced, self._words, self._data):
             view.release()
         self._consumer.close()

@@ -1,4 +1,4 @@
-"""Hands rows to the sinks in batches, and goes on without a sink that fails."""
+"""Delivers rows to the sinks in batches; switches off a sink that fails."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from .sinks import OPTIONAL, as_sinks, cancel, has_its_own
 
 
 def spare_the_collector() -> None:
-    """Have Python's collector of cycles come seldom, where rows by the million go through.
+    """Make Python's cyclic garbage collection rare, for runs with millions of rows.
 
-    Rows are in no cycle, and it would walk through every batch of them. What a sink
-    keeps in cycles may stay for long, so it should not.
+    Rows are in no cycles, and a collection would traverse every batch. A sink's own cyclic
+    objects may stay in memory for long, so a sink should avoid them.
     """
     gc.set_threshold(100_000, 50, 50)
 
 
 @attrs.define(eq=False)
 class Router:
-    """Everything downstream of the rings: needs no kernel and no root.
+    """Everything downstream of the rings; needs no kernel and no root.
 
     Args:
-        sinks: By the name the user gave them.
+        sinks: By the name that the user gave them.
         limit: End after so many rows; 0 for no limit.
-        outputs: Files of the sinks that are to be made or emptied when it begins.
+        outputs: Files of the sinks that begin() creates or truncates.
     """
 
     sinks: dict[str, Sink] = attrs.field(converter=as_sinks)
@@ -51,7 +51,7 @@ class Router:
     reader_gone: bool = False
     _last_ns: int = attrs.field(default=0, init=False)
     _those_with: Mapping[str, Sequence[str]] = attrs.field(init=False)
-    """Method -> the sinks that have one of their own."""
+    """Method -> the sinks that override it."""
 
     @_those_with.default
     def _sorted(self) -> Mapping[str, Sequence[str]]:
@@ -62,19 +62,19 @@ class Router:
 
     @property
     def done(self) -> bool:
-        """The limit is reached, or nobody is left to write to."""
+        """Whether the limit is reached, or no sink is left."""
         return self.reader_gone or not self.sinks or (0 < self.limit <= self.total)
 
     @property
     def serves(self) -> bool:
-        """Some sink has readers that it serves in poll()."""
+        """Whether some sink has readers that it serves in poll()."""
         return any(name in self.sinks for name in self._those_with["poll"])
 
     def begin(self) -> None:
-        """Have the sinks make what others see of them: the first rows are about to come.
+        """Have the sinks create their files and sockets, before the first rows.
 
         Raises:
-            TcplatError: One of them cannot.
+            TcplatError: A sink failed.
         """
         both: tuple[Output | Sink, ...] = (*self.outputs, *self.sinks.values())
         for one in both:
@@ -90,11 +90,11 @@ class Router:
                 raise TcplatError(f"a sink cannot begin: {message(error)}") from error
 
     def cancel(self) -> None:
-        """Have the sinks take back what others see of them: there was no run, or it broke off."""
+        """Have the sinks remove their files and sockets: there was no run, or it failed."""
         cancel(self.sinks.values(), self.outputs)
 
     def deliver(self, ready: Sequence[Event]) -> None:
-        """Hand over rows that are in order already."""
+        """Deliver rows, which must be in order of time."""
         first_ns, last_ns = (
             (ready.first_ns, ready.last_ns)
             if isinstance(ready, Records)
@@ -104,40 +104,40 @@ class Router:
             self.late += bisect.bisect_left(ready, self._last_ns, key=BY_TIME)
         self._last_ns = max(self._last_ns, last_ns)
         self.total += len(ready)
-        # A list that one sink changes would be another batch to the next.
+        # Not a list: one sink could change it before the next sink gets it.
         self._each("write", ready if isinstance(ready, Records) else tuple(ready))
 
     def lost(self, loss: Loss) -> None:
-        """Say that events were lost, behind what was delivered so far."""
+        """Report lost events, after the rows delivered so far."""
         self._each("lost", loss)
 
     def merged(self, merge: Merge) -> None:
-        """Tell the sinks that want to know that the rows are of several hosts."""
+        """Tell the sinks that the rows come from several hosts."""
         self._call_own("merged", merge)
 
     def idle(self) -> None:
-        """Let sinks notice that their reader has gone, also while nothing happens."""
+        """Let sinks check whether their reader is gone, while no rows come."""
         self._call_own("idle")
 
     @property
     def reports_time(self) -> bool:
-        """Some sink wants to know that time passes while nothing comes."""
+        """Whether some sink receives the time while no rows come."""
         return any(name in self.sinks for name in self._those_with["passed"])
 
     def passed(self, ts_ns: int) -> None:
-        """No row that is older comes any more. Only where nothing waits."""
+        """Tell sinks that no row older than `ts_ns` follows. No row may be held back."""
         self._call_own("passed", ts_ns)
 
     def poll(self) -> None:
-        """Let sinks serve their readers, also while nothing happens."""
+        """Let sinks serve their readers, also while no rows come."""
         self._call_own("poll")
 
     def aggregates(self, them: Aggregates) -> None:
-        """Show the sinks that asked for it what the kernel has counted."""
+        """Pass the kernel's histograms to the sinks that use them."""
         self._call_own("aggregates", them)
 
     def close(self, report: RunReport) -> None:
-        """End every sink, those that were switched off before excepted."""
+        """Close every sink that was not switched off."""
         self._each("close", report)
 
     def _call_own(self, method: str, *arguments: object) -> None:
@@ -156,7 +156,7 @@ class Router:
             self.reader_gone = True
             del self.sinks[name]
         except BaseException as error:
-            # SystemExit and the like, too: one sink must not stop the others.
+            # Also SystemExit: one sink must not stop the others.
             if is_the_users(error):
                 raise
             self.switched_off[printable(name)] = printable(message(error))

@@ -1,4 +1,4 @@
-"""Rows and losses of all probes, on their way to the router in order of time."""
+"""Merges rows and losses of all probes in order of time."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ _HOOK = operator.attrgetter("probe", "point", "func")
 
 @attrs.define(eq=False)
 class Sequencer:
-    """Between the rings and the router.
+    """Delivers rows and losses to the router in order of time.
 
     Args:
-        router: Gets rows in order, with each loss at its place.
-        buffer: Where rows wait for older ones.
+        router: Receives rows and losses.
+        buffer: Holds rows until no older one can follow.
     """
 
     router: Router
     buffer: ReorderBuffer
     undelivered: Counter[tuple[str, str, str]] = attrs.field(factory=Counter, init=False)
-    """Rows that reach no sink, by probe, point and func: behind the limit, or with no sink left."""
+    """Rows that reach no sink, by probe, point and func: beyond the limit, or without a sink."""
     _losses: list[Loss] = attrs.field(factory=list, init=False)
-    """Those that wait for their place, in order."""
+    """Losses not reported yet, in order of their beginning."""
 
     @property
     def waiting(self) -> bool:
-        """Whether something is here that was not delivered yet."""
+        """Whether a row or loss is held that was not delivered yet."""
         return bool(self._losses or self.buffer.waiting)
 
     def lose(self, loss: Loss) -> None:
-        """Take a loss: its place is behind the last row that is not younger than its beginning."""
+        """Take a loss; it is reported after the last row not younger than its beginning."""
         bisect.insort(self._losses, loss, key=_SINCE)
 
     def flush(self, before_ns: int = FOREVER) -> None:
-        """Deliver what is older than `before_ns`; everything if it is not given."""
+        """Deliver rows and losses older than `before_ns`; default: all."""
         while self._losses and self._losses[0].since_ns < before_ns:
             loss = self._losses.pop(0)
             self._flush_rows(loss.since_ns + 1)

@@ -1,4 +1,4 @@
-"""Sinks as the router calls them: with all methods, derived from Sink or not."""
+"""Adapts sinks to the router: each gets all methods, derived from Sink or not."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tcplat_core.plugin.report import RunReport
 from tcplat_core.plugin.specs import Loss, Sink, SinkLike
 
 OPTIONAL = ("begin", "merged", "aggregates", "idle", "poll", "passed", "cancel")
-"""Methods that do nothing unless a sink has its own."""
+"""Methods that do nothing unless a sink overrides them."""
 
 
 class Adapted(Sink):
-    """A sink whose class is not derived from Sink: methods that it lacks do nothing."""
+    """Wraps a sink whose class is not derived from Sink; missing methods do nothing."""
 
     def __init__(self, sink: SinkLike) -> None:
         """Look up the methods that it has."""
@@ -40,7 +40,7 @@ class Adapted(Sink):
 
 
 def _looked_up(sink: SinkLike, name: str) -> Any:
-    """Return what a sink has of a name, or None; where that fails, a method that fails so."""
+    """Return a sink's attribute, or None; if access raises, a method that raises the same."""
     try:
         return getattr(sink, name, None)
     except BaseException as error:
@@ -55,17 +55,17 @@ def _looked_up(sink: SinkLike, name: str) -> Any:
 
 
 def as_sink(sink: SinkLike) -> Sink:
-    """Return a sink that has all methods; itself where its class is derived from Sink."""
+    """Return a sink with all methods: itself if its class is derived from Sink."""
     return sink if isinstance(sink, Sink) else Adapted(sink)
 
 
 def as_sinks(sinks: Mapping[str, SinkLike]) -> dict[str, Sink]:
-    """Return the same by name."""
+    """Return the sinks with all methods, by name."""
     return {name: as_sink(sink) for name, sink in sinks.items()}
 
 
 def has_its_own(sink: Sink, method: str) -> bool:
-    """Return whether a method does something, and need not be called where it does not."""
+    """Return whether a sink overrides a method, so that it must be called."""
     inherited = getattr(type(sink), method) is getattr(Sink, method)
     return not inherited or method in getattr(sink, "__dict__", ())
 
@@ -73,7 +73,7 @@ def has_its_own(sink: Sink, method: str) -> bool:
 def cancel(sinks: Iterable[Sink], outputs: Iterable[Output]) -> None:
     """Cancel sinks and close outputs: there was no run, or it ended with an error."""
     for sink in sinks:
-        # What made us stop is what the user has to hear of.
+        # Suppressed: the user must see the error that ended the run.
         try:
             sink.cancel()
         except BaseException as error:
@@ -84,7 +84,7 @@ def cancel(sinks: Iterable[Sink], outputs: Iterable[Output]) -> None:
 
 
 class ReaderGoneSink(Sink):
-    """A sink whose reader had gone before the run began: ends it as one that leaves later."""
+    """A sink whose reader was gone before the run began: ends the run like a later EPIPE."""
 
     def begin(self) -> None:
         """End the run."""

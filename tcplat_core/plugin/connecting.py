@@ -1,7 +1,7 @@
-"""Connects to a socket within a bounded time, and gives up when the user wants to end.
+"""Connects to a socket with a timeout, and stops when the user ends the run.
 
-connect(2) to a unix socket whose queue is full waits for as long as it is full, begins anew after a
-signal (PEP 475), and with a handler in between tells EINVAL of a socket that is connected already.
+A blocking connect(2) to a unix socket whose queue is full waits without limit. Python restarts it
+after a signal (PEP 475), and may then raise EINVAL for a socket that is connected already.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable
 
 LIMIT_S = 10.0
-"""So long an address may keep us waiting."""
+"""Default timeout for each address."""
 _AGAIN_S = 0.02
-"""Until the next attempt where the queue is full: nothing tells when there is room."""
-_LOOK_MS = 100
-"""Between two looks at whether the user wants to end."""
+"""Interval of the attempts if the queue is full: poll(2) does not report when it is not."""
+_STOP_CHECK_MS = 100
+"""Interval at which `stopping` is checked."""
 
 
 def connect(
@@ -74,7 +74,7 @@ def _reach(
             time.sleep(_AGAIN_S)
             number = made.connect_ex(address)  # type: ignore[arg-type] # see above
         elif number == errno.EINPROGRESS:
-            if poll.poll(_LOOK_MS):
+            if poll.poll(_STOP_CHECK_MS):
                 number = made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         else:
             raise OSError(number, os.strerror(number))

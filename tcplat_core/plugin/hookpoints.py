@@ -20,7 +20,7 @@ SKIPPED_FUNCS = frozenset(
         *("tcp_child_process", "tcp_rcv_state_process", "sock_def_readable"),
     }
 )
-"""What runs in softirq, so that its kprobe may be skipped, and no tracepoint can stand in."""
+"""Functions that run in softirq, so that a kprobe may be skipped, without a tracepoint instead."""
 
 
 def checked_name(_: object, attribute: attrs.Attribute[str], value: str) -> None:
@@ -143,7 +143,7 @@ def fexit(func: str, program: str, *args: str, quiet: bool = False) -> Hook:
 
 
 def reporting(points: Iterable[HookPoint]) -> list[tuple[str, Hook]]:
-    """Point and hook of each program that makes rows: the index is the record's `hook`."""
+    """Return point and hook of each program that makes rows; the index is the record's `hook`."""
     found: dict[str, tuple[str, Hook]] = {}
     for point in points:
         for way in point.ways:

@@ -1,9 +1,9 @@
 """BPF maps that the Python side of a probe reads: arrays, mapped, because that needs no rights.
 
-When probes are attached, root is gone. Before 5.19 (c8644cd0efe7) bpf(2) then refuses even
-to look a key up where kernel.unprivileged_bpf_disabled is set, as on Debian and Ubuntu. An
-array with BPF_F_MMAPABLE (5.5) is mapped through its fd, which asks for nothing, and costs
-no call per entry. Hashes cannot be mapped: include/tcplat/keyed.bpf.h counts by key in arrays.
+Root is dropped when probes are attached. Before 5.19 (c8644cd0efe7) bpf(2) then refuses even
+lookups if kernel.unprivileged_bpf_disabled is set, as on Debian and Ubuntu. An array with
+BPF_F_MMAPABLE (5.5) is mapped through its fd, which needs no rights, and no call per entry.
+Hashes cannot be mapped: include/tcplat/keyed.bpf.h counts by key in arrays.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tcplat_core.event.fields import Event
 
 
 def mapped(fd: int, size: int) -> mmap.mmap:
-    """Map an array of this many bytes, to read."""
+    """Map an array of `size` bytes for reading."""
     return mmap.mmap(fd, size + -size % mmap.PAGESIZE, prot=mmap.PROT_READ)
 
 
@@ -41,7 +41,7 @@ class ReadableMap:
 
     @property
     def size(self) -> int:
-        """Bytes of an entry."""
+        """Size of an entry in bytes."""
         return struct.calcsize(self.layout)
 
 
@@ -74,7 +74,7 @@ class MapView(Sequence[tuple[Any, ...]]):
         return self.layout.unpack_from(self._memory, index % self.entries * self._stride)
 
     def close(self) -> None:
-        """Unmap. The fd stays the caller's."""
+        """Unmap. The caller closes the fd."""
         self._memory.close()
 
 

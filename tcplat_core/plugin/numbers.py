@@ -1,10 +1,10 @@
-"""Decimal numbers in texts of a user's: options, variables of the environment."""
+"""Decimal numbers in options and environment variables."""
 
 from __future__ import annotations
 
 
 def decimal(text: str, most: int) -> int | None:
-    """Return the number that a text is, or None if it is none from 0 to `most`.
+    """Return the number in a text; None if it is not a decimal number from 0 to `most`.
 
     The length is compared first: int() raises at more than 4,300 digits
     (sys.set_int_max_str_digits), and takes quadratic time before that.

@@ -1,4 +1,4 @@
-"""What an option of a probe or sink may be: each kind turns a text into a value."""
+"""Options of probes and sinks, and the kinds that convert their texts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def integer(least: int | None = None, most: int | None = None) -> Kind:
     words += f" to {most}" if most is not None else ""
 
     def convert(text: str) -> int:
-        # More digits have no bound that they could keep, and int() raises at 4,300.
+        # No bound has more digits, and int() raises at 4,300.
         if not re.fullmatch(r"-?[0-9]{1,40}", text):
             raise ValueError(f"it must be {words}")
         value = int(text)
@@ -158,7 +158,7 @@ class Option:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The words to choose from; none where anything may stand."""
+        """All values, if there are only a few; else empty."""
         return self.convert.choices if isinstance(self.convert, Kind) else ()
 
 
@@ -173,10 +173,10 @@ def example(name: str, options: Sequence[Option]) -> str:
 
 
 def parse_choice(text: str) -> tuple[str, dict[str, str]]:
-    """``name:key=value,key=value`` as name and raw options.
+    """Split ``name:key=value,key=value`` into the name and the texts of options.
 
     Raises:
-        UsageError: It is not of that form.
+        UsageError: The text has another form.
     """
     name, _, rest = text.partition(":")
     given: dict[str, str] = {}

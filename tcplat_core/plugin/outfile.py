@@ -1,11 +1,10 @@
-"""Where output may go: no other user's link, file or pipe turns a path into another.
+"""Safe output paths: no other user's link, file or pipe can redirect them.
 
-A folder that others can write to may hold anything by the time that a path is used: a symbolic
-link to a file of ours, a second name of one (hard link), a file or pipe that somebody reads. So a
-path is followed component by component, each folder held by a file descriptor; in such a folder
-only links of ours are followed, only files of ours are written, and what is made is made
-exclusively. Elsewhere nobody but us and root could have put it there, and a path means what it
-always means. The same holds for every user: root has more to lose, not more to do.
+In a folder that other users can write to, a path may lead to a symbolic link or hard link to a
+file of ours, or to another user's file or pipe. So a path is resolved component by component, each
+folder held by a file descriptor. In such a folder only this user's and root's links are followed,
+only their files are written, and new files are created with O_EXCL. In other folders only this
+user and root can create entries, and paths are resolved as usual. The rules are the same for root.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from tcplat_core.errors import UsageError
 
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-# Without O_NONBLOCK a FIFO that nobody reads would keep us here, deaf to Ctrl-C.
+# Without O_NONBLOCK the open of a FIFO without a reader blocks, and Ctrl-C does not end it.
 _WRITE = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 _MOST_LINKS = 40
-"""As the kernel has it (MAXSYMLINKS)."""
+"""MAXSYMLINKS of the kernel."""
 _ATTEMPTS = 16
-"""What is made and removed again while we look keeps us no longer than that."""
+"""Retries if a file is created or removed between the check and the open."""
 MODE = 0o644
-"""Of a file that is made, less the umask."""
+"""Mode of a new file, before the umask."""
 
 
 @attrs.define(eq=False)
@@ -113,9 +112,9 @@ class Place:
         with in_words(self.path):
             found = self.status()
             in_place = found and (self.magic or not (replacing and stat.S_ISREG(found.st_mode)))
-            target, wanted = (self.name, os.W_OK) if in_place else (".", os.W_OK | os.X_OK)
-            # What is no magic link has been looked at, and is no link: it makes no difference.
-            if not os.access(target, wanted, dir_fd=self.folder, effective_ids=True):
+            target, access = (self.name, os.W_OK) if in_place else (".", os.W_OK | os.X_OK)
+            # os.access() follows links; what is not a magic link is no link here.
+            if not os.access(target, access, dir_fd=self.folder, effective_ids=True):
                 read_only = os.statvfs(self.folder).f_flag & os.ST_RDONLY
                 number = errno.EROFS if read_only else errno.EACCES
                 raise OSError(number, os.strerror(number))
@@ -135,7 +134,7 @@ class Place:
                 flags = _WRITE & ~os.O_NOFOLLOW if self.magic else _WRITE
                 fd = os.open(self.name, flags, dir_fd=self.folder)
                 try:
-                    # What was opened, not what was looked at.
+                    # Judge the opened file: the entry may have been replaced since status().
                     self.judge(os.fstat(fd))
                 except BaseException:
                     os.close(fd)
@@ -163,12 +162,12 @@ class Place:
             return
         owners = {os.geteuid(), 0}
         if not folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            owners.add(folder.st_uid)  # that user alone can put anything there, and was named
+            owners.add(folder.st_uid)  # only that user can create files there
         kind = "a file"
         if not stat.S_ISREG(found.st_mode):
             kind = "a pipe" if stat.S_ISFIFO(found.st_mode) else "no file"
             if os.geteuid() == 0:
-                # Who calls sudo may hand over a pipe of theirs; into a file root does not write.
+                # The user behind sudo may pass a pipe; root does not write to that user's files.
                 with suppress(ValueError):
                     owners.add(int(os.environ.get("SUDO_UID", "")))
         if found.st_uid not in owners:
@@ -212,14 +211,14 @@ class Place:
 
 
 def is_shared(folder: os.stat_result) -> bool:
-    """Whether others than root and this user can put things into a folder."""
+    """Return whether users other than root and this one can create files in a folder."""
     return folder.st_uid not in (0, os.geteuid()) or bool(
         folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     )
 
 
 def _can_be_exchanged(folder: os.stat_result, found: os.stat_result) -> bool:
-    """Whether others can put something else in the place of what is in a folder."""
+    """Return whether other users can replace an entry of a folder."""
     trusted = (0, os.geteuid())
     if not is_shared(folder):
         return False
@@ -231,9 +230,9 @@ def find(path: str, *, follow: bool = True) -> Place:
     """Follow a path, as Place.find() does.
 
     Raises:
-        UsageError: A link of another user is on the way.
+        UsageError: The path has a link of another user.
         OSError: There is no such folder, or the path ends with one.
-        ValueError: No path can be like this.
+        ValueError: The path is invalid.
     """
     walk = _Walk(path, follow)
     try:
@@ -245,13 +244,13 @@ def find(path: str, *, follow: bool = True) -> Place:
 
 @attrs.define(eq=False)
 class _Walk:
-    """A way along a path, that holds one folder at a time."""
+    """Resolves a path; holds one folder open at a time."""
 
     path: str
     follow: bool
     folder: int = attrs.field(init=False)
     plain: bool = attrs.field(default=True, init=False)
-    """So far: see Place."""
+    """See Place; of the folders so far."""
     _todo: deque[str] = attrs.field(factory=deque, init=False)
     _links: int = attrs.field(default=0, init=False)
 
@@ -259,7 +258,7 @@ class _Walk:
         self.folder = os.open("/" if self.path.startswith("/") else ".", _FOLDER)
 
     def place(self) -> Place:
-        """Go all the way."""
+        """Resolve the whole path."""
         if not self.path:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         self._todo += self.path.split("/")
@@ -270,12 +269,12 @@ class _Walk:
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             if part in ("", "."):
                 continue
-            magic = self._look_at(part, last=last)
+            magic = self._enter(part, last=last)
             if magic is not None:
                 return Place(self.path, self.folder, part, magic, self.plain)
 
-    def _look_at(self, part: str, *, last: bool) -> bool | None:
-        """Go into a folder or along a link; where this is the end, whether it is a magic link."""
+    def _enter(self, part: str, *, last: bool) -> bool | None:
+        """Enter a folder or follow a link; at the end, return whether it is a magic link."""
         try:
             fd = os.open(part, _LOOK, dir_fd=self.folder)
         except FileNotFoundError:
@@ -291,7 +290,7 @@ class _Walk:
                 elif last:
                     return True
                 else:
-                    # Such a link is none by its text, and the kernel alone makes them.
+                    # A magic link: the kernel resolves it, and its text is no path.
                     self._go(os.open(part, _FOLDER, dir_fd=self.folder))
                 return None
             if last:
@@ -309,7 +308,7 @@ class _Walk:
     def _follow(self, part: str, fd: int, found: os.stat_result) -> None:
         if is_shared(os.fstat(self.folder)):
             self.plain = False
-            # Others can give a link of ours a second name, at a place of their choice.
+            # Another user can create a hard link to a symbolic link of ours.
             if found.st_uid not in (0, os.geteuid()) or found.st_nlink > 1:
                 who = f"a symbolic link of another user (uid {found.st_uid})"
                 raise _refused(self.path, f"{who}: {part}" if self._todo else who)
@@ -342,11 +341,11 @@ def _refused(path: str, what: str) -> UsageError:
 
 @contextmanager
 def in_words(path: str, what: str = "") -> Iterator[None]:
-    """Say in a sentence what the operating system has against a path.
+    """Turn an operating system error about a path into a sentence.
 
     Args:
-        path: As the user wrote it.
-        what: What it is, with a blank behind it.
+        path: The path, as the user wrote it.
+        what: What the file is, with a trailing blank.
 
     Raises:
         UsageError: Instead of an OSError or a ValueError.
@@ -398,10 +397,10 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _beside(place: Place, old: os.stat_result | None) -> Iterator[BinaryIO]:
-    """Make a file beside the place, which is moved there at the end."""
-    # As long as a name may be, also where the other is: 255 bytes.
+    """Create a file in the same folder, and rename it to the place after the block."""
+    # At most 255 bytes, even for a long name.
     name = f".{os.fsdecode(os.fsencode(place.name)[:200])}.{os.urandom(6).hex()}"
-    # Who opened it with more rights than the old file gives could read what is written later.
+    # 0600 at first: a process that opened it with wider rights could read all later writes.
     with in_words(place.path):
         fd = place.create(name, 0o600 if old else 0o666)
     try:

@@ -1,7 +1,7 @@
-"""A file, or standard output, for sinks: whole writes that Ctrl-C can end, and no half lines.
+"""Output of sinks to a file or standard output: complete writes, which Ctrl-C can interrupt.
 
-A file is emptied or made once the run has begun, and not before: a start that is refused
-leaves what was there.
+A file is created or truncated only when the run begins: a start that fails leaves an existing
+file unchanged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .numbers import decimal
 
 _PIPE_BUF = select.PIPE_BUF
 _MOST_COLUMNS = 1 << 16
-"""poll(2) calls a pipe writable when this much fits, so that such a write does not block."""
+"""poll(2) reports a pipe as writable if this much fits, so that such a write does not block."""
 
 
 _held_back: ContextVar[list[Output] | None] = ContextVar("_held_back", default=None)
@@ -32,7 +32,7 @@ _held_back: ContextVar[list[Output] | None] = ContextVar("_held_back", default=N
 
 @contextlib.contextmanager
 def held_back() -> Iterator[list[Output]]:
-    """Have what is opened in this block touch no file before its begin() is called.
+    """Postpone creating and truncating files opened in this block until their begin().
 
     Yields:
         The outputs, as they are opened.
@@ -63,14 +63,14 @@ class Output:
     _may_block: bool = attrs.field(default=False, init=False)
     _owned: bool = attrs.field(default=False, init=False)
     _place: outfile.Place | None = attrs.field(default=None, init=False)
-    """Of a file that is not made or emptied yet."""
+    """Place of a file that is not created or truncated yet."""
     _early: bytearray = attrs.field(factory=bytearray, init=False)
-    """What was written before that."""
+    """Data written before begin()."""
 
     def __attrs_post_init__(self) -> None:
-        self._look_at_fd()
+        self._check_fd()
 
-    def _look_at_fd(self) -> None:
+    def _check_fd(self) -> None:
         self._may_block = self.fd >= 0 and not stat.S_ISREG(os.fstat(self.fd).st_mode)
 
     @classmethod
@@ -94,7 +94,7 @@ class Output:
             with outfile.in_words(path):
                 found = place.check()
                 if found and not stat.S_ISREG(found.st_mode):
-                    # A pipe's reader would take a second opening for the end of the first.
+                    # Opened only once: if it were closed in between, the reader would see EOF.
                     output = cls(place.open(), stopping, lines)
                     output._owned = True
                     return output
@@ -114,7 +114,7 @@ class Output:
         """Create or truncate the file, if that was postponed. Idempotent.
 
         Raises:
-            UsageError: It cannot be written any more.
+            UsageError: The file can no longer be written.
         """
         if self._place is None:
             return
@@ -122,7 +122,7 @@ class Output:
         with contextlib.closing(place), outfile.in_words(place.path):
             self.fd = place.open()
             self._owned = True
-            self._look_at_fd()
+            self._check_fd()
             if not self._may_block:
                 os.ftruncate(self.fd, 0)
         if self._early:
@@ -162,7 +162,7 @@ class Output:
             raise TcplatError(f"writing failed: {os.strerror(error.errno or errno.EIO)}") from error
 
     def _piece(self, rest: memoryview) -> memoryview:
-        """Return what a pipe takes at once: whole lines, if one is not longer than that."""
+        """Return a piece that fits into a pipe: whole lines, unless one line is longer."""
         piece = rest[:_PIPE_BUF]
         if self.lines and len(rest) > _PIPE_BUF:
             end = bytes(piece).rfind(b"\n") + 1
@@ -170,14 +170,14 @@ class Output:
         return piece
 
     def _take_back(self, written: memoryview) -> None:
-        """Cut off the half of a line, or of a write, that a failed write has left in a file."""
+        """Truncate a partial line, or partial write, that a failed write left in a file."""
         end = bytes(written).rfind(b"\n") + 1 if self.lines else 0
         surplus = len(written) - end
         if self._may_block or not surplus:
             return
         with contextlib.suppress(OSError):
             at = os.lseek(self.fd, 0, os.SEEK_CUR)
-            # Behind what another process has written meanwhile there is nothing of ours.
+            # Not if another process has appended: then the partial line is not at the end.
             if os.fstat(self.fd).st_size == at:
                 os.ftruncate(self.fd, at - surplus)
                 os.lseek(self.fd, at - surplus, os.SEEK_SET)
@@ -192,7 +192,7 @@ class Output:
             return
         poll = select.poll()
         poll.register(self.fd, 0)
-        # Of a pipe POLLERR tells it, of a socket POLLHUP.
+        # A closed reader is POLLERR for a pipe, POLLHUP for a socket.
         if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
             raise ReaderGoneError
 

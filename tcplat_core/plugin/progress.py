@@ -1,7 +1,7 @@
-"""How far the reading of a capture is: a line on stderr that leaves nothing behind.
+"""A progress bar on stderr for reading a capture; it is erased at the end.
 
-The line is click's; it is drawn here, because click hides the cursor until its own end, and a
-terminal stays so where that does not come: Ctrl-C, SIGKILL, an error.
+click formats the line, and this module draws it: click itself hides the cursor until it has
+finished, and after Ctrl-C, SIGKILL or an error the cursor would stay hidden.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _EVERY_S = 0.1
 
 
 class Measured(Protocol):
-    """What is read.
+    """An input whose progress is shown.
 
     Attributes:
-        name: As the user calls it.
-        size: Bytes in all; 0 where that is not known.
-        consumed: Bytes so far.
+        name: The name that the user gave.
+        size: Size in bytes; 0 if unknown.
+        consumed: Bytes read so far.
     """
 
     name: str
@@ -33,16 +33,16 @@ class Measured(Protocol):
 
 
 _drawn: set[Bar] = set()
-"""Those that stand on the terminal."""
+"""Bars that are on the terminal now."""
 
 
 @attrs.define(eq=False)
 class Bar:
-    """How far it is, once a second has passed.
+    """A progress bar, drawn from _AFTER_S on.
 
     Args:
-        source: Its size must be known.
-        shown: Whether stderr is a terminal, and the user wants to see it.
+        source: The input; without a size nothing is drawn.
+        shown: Whether stderr is a terminal, and the bar is wanted.
     """
 
     source: Measured
@@ -50,10 +50,10 @@ class Bar:
     _next: float = attrs.field(init=False, factory=lambda: time.monotonic() + _AFTER_S)
     _bar: Any = attrs.field(init=False, default=None)
     _in_the_way: bool = attrs.field(init=False, default=False)
-    """It is drawn on the terminal that standard output is, too."""
+    """It is drawn, and standard output is a terminal too."""
 
     def update(self) -> None:
-        """Draw it, not too often."""
+        """Draw it, at most every _EVERY_S."""
         now = time.monotonic()
         if not self.shown or not self.source.size or now < self._next:
             return
@@ -65,19 +65,19 @@ class Bar:
         self._bar.make_step(self.source.consumed - self._bar.pos)
         line = self._bar.format_progress_line()
         surplus = len(line) - (_terminal_width() - 1)
-        if surplus > 0:  # a line that is wider than the terminal could not be wiped away
+        if surplus > 0:  # a line wider than the terminal could not be erased
             line = line[min(surplus, len(self.source.name)) :][: _terminal_width() - 1]
         _drawn.add(self)  # before: Ctrl-C may come at any time
         click.echo(f"\r{line}\x1b[K", nl=False, err=True)
         self._in_the_way = sys.stdout is not None and sys.stdout.isatty()
 
     def hide(self) -> None:
-        """Make room for rows, if they come to the same terminal."""
+        """Erase it before rows, if standard output is a terminal."""
         if self._in_the_way:
             self.close()
 
     def close(self) -> None:
-        """Wipe it away. Again it does nothing."""
+        """Erase it. Idempotent."""
         if self in _drawn:
             click.echo("\r\x1b[K", nl=False, err=True)
             _drawn.discard(self)
@@ -85,7 +85,7 @@ class Bar:
 
 
 def wipe() -> None:
-    """Wipe away what is drawn, however its reading has ended."""
+    """Erase all bars."""
     for bar in list(_drawn):
         bar.close()
 

@@ -1,4 +1,4 @@
-"""How a run went: the books of hooks, probes and the whole run."""
+"""The report of a run: event counts of hooks, probes and the whole run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tcplat_core.event.text import cleaned
 
 @attrs.frozen
 class HookReport:
-    """The books of one hook: produced = delivered + dropped + unread."""
+    """The event counts of one hook: produced = delivered + dropped + unread."""
 
     point: str
     func: str
@@ -26,18 +26,18 @@ class HookReport:
 
     @property
     def unread(self) -> int:
-        """Left in the ring because the run ended (``--count``)."""
+        """Events left in the ring because the run ended (``--count``)."""
         return self.produced - self.dropped - self.delivered
 
 
 @attrs.frozen(kw_only=True)
 class Counted:
-    """The books of one histogram, over all groups.
+    """The counts of one histogram, over all groups.
 
     Args:
         samples: Durations in it.
-        unmeasured: Durations whose length could not be known.
-        rest: Of both, those that came when all groups were taken.
+        unmeasured: Durations whose length is unknown.
+        rest: Those of both that came when all groups were in use.
     """
 
     samples: Count
@@ -47,7 +47,7 @@ class Counted:
 
 @attrs.frozen(kw_only=True)
 class ProbeReport:
-    """The books of one probe."""
+    """The event counts of one probe."""
 
     hooks: tuple[HookReport, ...]
     missing: Mapping[str, str] = attrs.field(factory=dict)
@@ -58,18 +58,18 @@ class ProbeReport:
     """Interface with an XDP program of ours -> native or generic."""
     skipped: Mapping[str, Count] = attrs.field(factory=dict)
     """Function or tracepoint -> how often the kernel did not run our program there, because
-    it was interrupted by itself: so many rows, at most, are missing. Kernels since 5.12 count
+    it interrupted itself: at most this many rows are missing. Kernels since 5.12 count
     it for fentry and tracepoints, since 6.7 for kprobes."""
     silent: Mapping[str, str] = attrs.field(factory=dict)
-    """Interface -> why no rows come from it, or no more."""
+    """Interface -> why no rows come from it, or no more rows."""
     deaf: bool = False
-    """It listened on interfaces alone, and all of them are gone."""
+    """The probe has only XDP programs, and all their interfaces are gone."""
     counted: Mapping[str, Counted] | None = None
-    """Histogram -> its books; None where no sink asked for any."""
+    """Histogram -> its counts; None if no sink uses histograms."""
     uncounted: Mapping[str, str] = attrs.field(factory=dict)
     """Histogram -> why this host does not have it."""
     poll_error: str = ""
-    """Why its poll() is not called any more."""
+    """Why poll() is no longer called; empty if it is."""
 
     @property
     def delivered(self) -> int:
@@ -78,7 +78,7 @@ class ProbeReport:
 
     @property
     def dropped(self) -> int:
-        """Events for which the ring had no room."""
+        """Events dropped because the ring was full."""
         return sum(hook.dropped for hook in self.hooks)
 
 
@@ -89,31 +89,31 @@ class RunReport:
     probes: Mapping[str, ProbeReport]
     duration_s: Positive
     late: Count = 0
-    """Rows that came after a younger one was delivered."""
+    """Rows that came after a younger row was delivered."""
     switched_off: Mapping[str, str] = attrs.field(factory=dict)
     """Sink -> why it was switched off."""
     until_ns: int = 0
-    """Up to this instant (CLOCK_MONOTONIC) all rows are there; 0 where that is not known."""
+    """All rows up to this instant (CLOCK_MONOTONIC, ns) are present; 0 if unknown."""
     incomplete: str = ""
-    """Why these are not the books of the whole run; empty where they are."""
+    """Why the counts do not cover the whole run; empty if they do."""
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
         """Return the inverse of as_json().
 
         Raises:
-            ValueError: It is no report.
+            ValueError: The value is not a report.
         """
         report = msgspec.convert(_with_field_names(value), cls)
-        for told, found in ((value, report), *_of_probes(value, report)):
+        for stated, found in ((value, report), *_of_probes(value, report)):
             for name in ("delivered", "dropped"):
-                if told.get(name, getattr(found, name)) != getattr(found, name):
+                if stated.get(name, getattr(found, name)) != getattr(found, name):
                     raise ValueError(f"{name} is not the sum of what its hooks have")
         return report
 
     def as_json(self) -> dict[str, Any]:
         """Return the last line of a capture: ``{"v":2,"report":...}``."""
-        told: dict[str, Any] = cleaned(
+        line: dict[str, Any] = cleaned(
             {
                 "delivered": self.delivered,
                 "dropped": self.dropped,
@@ -140,11 +140,11 @@ class RunReport:
                 **({"incomplete": self.incomplete} if self.incomplete else {}),
             }
         )
-        return told
+        return line
 
     @property
     def deaf(self) -> bool:
-        """The run ended because there was nothing left to listen to."""
+        """Whether the run ended because all interfaces of all probes were gone."""
         return bool(self.probes) and all(probe.deaf for probe in self.probes.values())
 
     @property
@@ -167,7 +167,7 @@ def _of_probes(
 
 
 _COUNTED, _UNCOUNTED = "histograms", "no_histograms"
-"""JSON keys of two fields of a probe's report, which have other names here."""
+"""JSON keys of the fields `counted` and `uncounted`."""
 _FIELDS = {_COUNTED: "counted", _UNCOUNTED: "uncounted"}
 
 
@@ -189,7 +189,7 @@ _OURS = frozenset(_FIELDS.values())
 
 
 def _extras(probe: ProbeReport) -> dict[str, Any]:
-    """Return the entries that only few reports have."""
+    """Return the entries that are written only if they have a value."""
     extras: dict[str, Any] = {}
     if probe.counted is not None:
         extras[_COUNTED] = {name: attrs.asdict(one) for name, one in probe.counted.items()}

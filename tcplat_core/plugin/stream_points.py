@@ -80,7 +80,7 @@ _CLOSE = HookPoint(
 
 
 def _returns(name: str, args: tuple[str, ...], version: str = "", *, timed: bool) -> list[Hook]:
-    """Hooks by fentry at the return of a function, and at its entry if it is timed."""
+    """Return fentry hooks at the return of a function, and at its entry if it is timed."""
     entry = [fenter(name, f"fe_{name}{version}", *args, quiet=True)] if timed else []
     return [*entry, fexit(name, f"fx_{name}{version}", *args)]
 
@@ -97,7 +97,7 @@ def _by_kprobe(entry: str, args: tuple[str, ...]) -> Way:
 def stream_points(*, timed: bool = False) -> dict[str, HookPoint]:
     """Return the hook points ``send``, ``send_short``, ``recv`` and ``close``, by name.
 
-    ``<tcplat/handlers.bpf.h>`` has their handlers, and says what it wants to be defined.
+    ``<tcplat/handlers.bpf.h>`` has their handlers, and documents what must be defined.
 
     Args:
         timed: Also enter ``recv`` by fentry, to know how long it took. The probe has the handlers

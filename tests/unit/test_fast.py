@@ -21,7 +21,7 @@ from tcplat_core.deliver.fast.codec import Codec
 from tcplat_core.deliver.fast.library import FILE, library
 from tcplat_core.deliver.fast.records import RecordBuffer, Records, reorder_buffer
 from tcplat_core.deliver.reorder import FOREVER, ReorderBuffer, RingSource, RowBuffer
-from tcplat_core.deliver.ring import ForeignRecordError, Ring
+from tcplat_core.deliver.ring import RecordSizeError, Ring
 from tcplat_core.event.fields import Event, FiredBy, Made, Moment, Wire
 from tcplat_core.event.record import Record
 from tcplat_core.event.text import micros
@@ -378,7 +378,7 @@ def test_records_are_counted_by_their_hook(buffers: Callable[..., Made_]) -> Non
 def test_record_of_another_size_raises_foreignrecorderror(buffers: Callable[..., Made_]) -> None:
     buffer, (fake,), _ = buffers(Event)
     fake.feed([at(1), b"x" * 16])
-    with pytest.raises(ForeignRecordError):
+    with pytest.raises(RecordSizeError):
         buffer.take(0, 10, 0)
 
 

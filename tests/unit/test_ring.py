@@ -12,7 +12,7 @@ from contextlib import ExitStack
 import pytest
 
 from tcplat_core.deliver.books import Books
-from tcplat_core.deliver.ring import BATCH, ForeignRecordError, Ring
+from tcplat_core.deliver.ring import BATCH, RecordSizeError, Ring
 from tcplat_core.kernel.layout import books_slots, possible_cpus
 from tcplat_core.testing import FakeBooks, FakeRing
 
@@ -181,7 +181,7 @@ def test_ring_of_discarded_records_is_empty(pair: Pair) -> None:
 def test_a_record_of_another_size_is_refused(pair: Pair, size: int) -> None:
     fake, ring = pair
     fake.feed([bytes(size)] * 10)
-    with pytest.raises(ForeignRecordError, match=f"of {size} bytes where 12"):
+    with pytest.raises(RecordSizeError, match=f"of {size} bytes where 12"):
         list(ring.drain())
     assert fake.consumed == 0
 
@@ -189,7 +189,7 @@ def test_a_record_of_another_size_is_refused(pair: Pair, size: int) -> None:
 def test_a_single_shorter_record_is_refused(pair: Pair) -> None:
     fake, ring = pair
     fake.feed([bytes(4)])
-    with pytest.raises(ForeignRecordError, match="of 4 bytes where 12"):
+    with pytest.raises(RecordSizeError, match="of 4 bytes where 12"):
         list(ring.drain())
 
 
@@ -198,7 +198,7 @@ def test_a_discarded_record_of_another_size_is_refused(pair: Pair) -> None:
     position = fake.reserve(bytes(20))
     assert position is not None
     fake.discard(position)
-    with pytest.raises(ForeignRecordError):
+    with pytest.raises(RecordSizeError):
         list(ring.drain())
 
 

@@ -1,1 +1,1 @@
-"""What is written in C, because Python is too slow for it; without a compiler Python does it."""
+"""The C implementation of reordering and JSON lines; without a compiler Python does it."""

@@ -1,4 +1,4 @@
-"""How records of one probe become JSON lines: the schema, as records.c wants it."""
+"""Translates a probe's schema for records.c, which turns records into JSON lines."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ _json = msgspec.json.Encoder()
 
 @attrs.define
 class _Block:
-    """Bytes of a record that mean the same wherever they are the same."""
+    """A part of a record whose texts depend on its bytes alone, and are cached."""
 
     at: int
     size: int
     read: Callable[[bytes], Sequence[Any]]
     texts: list[list[bytes | int]] = attrs.field(factory=list)
-    """Each made of literal text and of values: indices of what read() gives."""
+    """Each is made of literal text and of values, given as indices of the result of read()."""
 
 
 @attrs.define
 class _Plan:
-    """The parts of a line, as they are put together."""
+    """The parts of a line, in order."""
 
     record: Record
     blocks: list[_Block] = attrs.field(factory=list)
     ops: list[Op] = attrs.field(factory=list)
 
     def text(self, block: int, *parts: bytes | int) -> None:
-        """Literal text, or values of a block; joined to what stands before, if it can be."""
+        """Add literal text or values of a block, merged with the part before if possible."""
         last = self.ops[-1] if self.ops else None
         texts = self.blocks[block].texts
         literal = all(isinstance(part, bytes) for part in parts)
@@ -56,7 +56,7 @@ class _Plan:
         self.ops.append(Op(kind=TEXT, block=block, text=len(texts) - 1))
 
     def number(self, kind: int, member: str, width: int, **how: int) -> None:
-        """Return a number of the record."""
+        """Add a number of the record."""
         self.ops.append(Op(kind=kind, width=width, at=self.record.offset(member), **how))
 
 
@@ -66,10 +66,10 @@ class Codec:
 
     Args:
         size: Bytes of a record.
-        ts_at: Where in it the time stands.
+        ts_at: Offset of the timestamp.
         decode: Unpacked records and the clock's offset (ns) -> rows.
-        layout: Unpacks records for it.
-        handle: Of records.c.
+        layout: Format of records for `decode`.
+        handle: Pointer of records.c.
     """
 
     size: int
@@ -87,7 +87,7 @@ class Codec:
         hooks: Sequence[FiredBy],
         ifname: Callable[[int], str | None],
     ) -> Self | None:
-        """Of a probe; None where there is no records.c, or the event has what it cannot write."""
+        """Return the codec of a probe; None without records.c, or for a field it cannot write."""
         records_c = library()
         plan = _plan(record, probe, hooks, ifname)
         if records_c is None or plan is None:
@@ -117,7 +117,7 @@ class Codec:
         return codec
 
     def learn(self, which: int, record: bytes) -> None:
-        """Tell records.c what a block of this record means."""
+        """Pass the texts of a block of this record to records.c."""
         block = self._blocks[which]
         value = record[block.at : block.at + block.size]
         values = block.read(value)
@@ -134,7 +134,7 @@ class Codec:
             raise MemoryError
 
     def line(self, record: bytes, offset_ns: int) -> bytes:
-        """One record, by Python."""
+        """Return the line of one record, made in Python."""
         return _json.encode_lines(self.decode(self.layout.iter_unpack(record), offset_ns))
 
 
@@ -181,7 +181,7 @@ def _number(plan: _Plan, field: str, source: Wire, has: int) -> None:
         kind = MICROS if source.converter else SIGNED if source.c_type[0] == "s" else INTEGER
         plan.number(kind, member, width, nullable=source.nullable, has=has)
         return
-    # Whatever else it is, it is remembered by its bytes.
+    # Any other member is cached by its bytes.
     convert = source.converter
     nullable = source.nullable and "[" not in source.c_type
     code = struct.Struct(f"={plan.record.code(member)}")
@@ -199,7 +199,7 @@ def _number(plan: _Plan, field: str, source: Wire, has: int) -> None:
 
 
 def _made(plan: _Plan, source: Made, probe: str, kind: dict[str, int]) -> bool:
-    """Work it out; return whether it could be planned."""
+    """Add a computed field; return whether records.c can write it."""
     match source.by:
         case "SCHEMA_VERSION":
             plan.text(_KIND, b"%d" % SCHEMA_VERSION)

@@ -1,4 +1,4 @@
-"""records.c, as Python calls it."""
+"""Bindings to records.c."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 FILE = Path(__file__).with_name("librecords.so")
-"""Made by hatch_build.py when the package is installed, where there is a C compiler."""
+"""Built by hatch_build.py at installation, if there is a C compiler."""
 
 TEXT, CHOICE, INTEGER, SIGNED, INSTANT, MICROS = range(6)
 """`enum kind`."""
 DONE, FULL, UNKNOWN, CANNOT = range(4)
 """`enum status`."""
-FOREIGN = -1
+WRONG_SIZE = -1
 """A record of another size."""
 
 
@@ -86,12 +86,12 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(c_void_p, c_uint64, POINTER(Progress)),
     ),
 }
-"""Function -> what it returns, and its arguments."""
+"""Function -> its result type and argument types."""
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the functions of records.c; None where they were not built, or TCPLAT_PURE is set."""
+    """Return the functions of records.c; None if it was not built, or TCPLAT_PURE is set."""
     if os.environ.get("TCPLAT_PURE") or not FILE.exists():
         return None
     loaded = ctypes.CDLL(str(FILE))

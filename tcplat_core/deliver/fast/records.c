@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 /*
- * Records of rings put in order, and written as JSON lines: what Python is too slow for.
+ * Orders records of rings by time, and writes them as JSON lines. Python is too slow for both.
  *
- * It knows neither Python nor the schema. Python says what a line is made of (struct op),
- * and what the blocks of a record mean in JSON, once for each value of a block.
+ * It uses neither Python's API nor the schema. Python passes the parts of a line (struct op) and,
+ * once for each value of a block, the block's texts in JSON.
  */
 #include <stdbool.h>
 #include <stdint.h>
@@ -39,20 +39,20 @@ static u64 load(const u8 *at, u32 width)
 	}
 }
 
-/* --- the waiting room: records that an older one may still follow */
+/* --- the reorder buffer: records that an older one may still follow */
 
 struct entry {
 	u64 ts_ns;
 	u32 at;     /* in `data` */
-	u32 source; /* whose record it is: index of its codec */
+	u32 source; /* index of its codec */
 };
 
 struct room {
-	struct entry *entries; /* by age, the oldest first */
+	struct entry *entries; /* the oldest first */
 	u64 count, most;
 	u8 *data;
 	u64 used, bytes;
-	u8 *left; /* what room_leave() gives */
+	u8 *left; /* the result of room_leave() */
 	u64 left_bytes;
 };
 
@@ -95,9 +95,10 @@ static bool make_room(struct room *room, u32 size)
 }
 
 /*
- * What stands from `from` on takes its place among the rest, those of the same instant behind it.
+ * Merges the entries from `from` on into those before; the sort is stable.
  *
- * One ring's records are out of order only where a handler was interrupted: few, and by few places.
+ * Records of one ring are out of order only if a handler was interrupted: few, and by few places,
+ * so that an insertion sort is enough for them.
  */
 static bool put_in_order(struct room *room, u64 from)
 {
@@ -131,7 +132,7 @@ static bool put_in_order(struct room *room, u64 from)
 	return true;
 }
 
-/* A ring as the kernel maps it (kernel/bpf/ringbuf.c), and how its records look. */
+/* A mapped ring (kernel/bpf/ringbuf.c), and the layout of its records. */
 struct ring {
 	u64 *consumer;
 	u64 *producer;
@@ -179,13 +180,13 @@ const u64 *ring_taken(const struct ring *ring)
 
 #define BUSY (1u << 31)
 #define DISCARD (1u << 30)
-#define FOREIGN (-1)
+#define WRONG_SIZE (-1)
 #define NO_MEMORY (-2)
 
 /*
- * At most `most` committed records into the room, their place in the ring free again.
- * When the last of so many was, 0 where that was all; FOREIGN for a record of another
- * size, NO_MEMORY.
+ * Moves at most `most` committed records from the ring into the room.
+ * Returns the time of the last one if there were `most`, else 0; WRONG_SIZE for a record of
+ * another size; NO_MEMORY.
  */
 s64 room_take(struct room *room, struct ring *ring, u32 most)
 {
@@ -201,7 +202,7 @@ s64 room_take(struct room *room, struct ring *ring, u32 most)
 		if (length & BUSY)
 			break;
 		if ((length & ~DISCARD) != ring->record) {
-			result = FOREIGN;
+			result = WRONG_SIZE;
 			break;
 		}
 		if (!(length & DISCARD)) {
@@ -230,13 +231,13 @@ s64 room_take(struct room *room, struct ring *ring, u32 most)
 	return put_in_order(room, from) ? result : NO_MEMORY;
 }
 
-/* Of the oldest record; 0 where there is none. */
+/* Time of the oldest record; 0 if the room is empty. */
 u64 room_oldest_ns(const struct room *room)
 {
 	return room->count ? room->entries[0].ts_ns : 0;
 }
 
-/* What left has left gaps: the rest moves to a buffer of its own. Without memory the gaps stay. */
+/* Copies the remaining records to a new buffer without gaps. Without memory the gaps stay. */
 static void close_gaps(struct room *room, const u32 *sizes)
 {
 	u8 *data = malloc(room->bytes);
@@ -257,14 +258,14 @@ static void close_gaps(struct room *room, const u32 *sizes)
 	room->used = used;
 }
 
-/* Records that have left; the memory is the room's, until the next time. */
+/* Records taken out by room_leave(); valid until its next call. */
 struct left {
 	u64 count, bytes, first_ns, last_ns;
 	const u8 *records; /* one after the other */
-	const u8 *sources; /* of which source each is */
+	const u8 *sources; /* index of the source of each */
 };
 
-/* Those that are older than an instant leave, the oldest first. `sizes`: of a source's records. */
+/* Takes out the records older than `before_ns`, oldest first. `sizes`: record size by source. */
 int room_leave(struct room *room, u64 before_ns, const u32 *sizes, struct left *left)
 {
 	u64 count = room->count, bytes = 0;
@@ -316,17 +317,17 @@ enum kind { TEXT, CHOICE, INTEGER, SIGNED, INSTANT, MICROS };
 /*
  * A part of a line.
  *
- * TEXT, CHOICE: text `text` of what the record's block `block` means; CHOICE: `other` instead
- * where the u32 at `at` is 0. INTEGER, SIGNED, MICROS: the number of `width` bytes at `at`; ns
- * as us. INSTANT: the same plus the offset of the clock. `has`: null where the record's `has`
- * lacks that bit; `nullable`: null where it is 0.
+ * TEXT, CHOICE: the text `text` of the record's block `block`; CHOICE: `other` instead if
+ * the u32 at `at` is 0. INTEGER, SIGNED, MICROS: the number of `width` bytes at `at`; ns
+ * as us. INSTANT: the same plus the offset of the clock. `has`: null if the record's `has`
+ * lacks that bit; `nullable`: null if it is 0.
  */
 struct op {
 	u8 kind, width, nullable, has;
 	u32 at, block, text, other;
 };
 
-/* What a block's bytes mean, for each value that was seen. */
+/* The texts of a block, cached by the block's bytes. */
 struct block {
 	u32 at, size, texts;
 	u32 count;
@@ -338,7 +339,7 @@ struct text {
 	u32 at, length; /* from the first of these structs on */
 };
 
-/* Texts are copied by so much at a time: behind each there is as much that may be read. */
+/* Texts are copied in steps of this size; the bytes after each text may be read that far. */
 #define STEP 32
 
 #define MEANINGS 16384
@@ -408,7 +409,7 @@ void codec_free(struct codec *codec)
 	free(codec);
 }
 
-/* Where a block's value is, or belongs, among the slots. */
+/* The slot of a block's value, or the free slot for it. */
 static u32 *slot_of(const struct block *block, const u8 *value)
 {
 	u64 hash = block->size;
@@ -428,7 +429,7 @@ static u32 *slot_of(const struct block *block, const u8 *value)
 	}
 }
 
-/* Remember what a value of a block means: its texts, and where each of them ends. */
+/* Caches the texts of a value of a block; `ends` are the ends of the texts. */
 int codec_learn(struct codec *codec, u32 which, const u8 *value, const u8 *texts, const u32 *ends)
 {
 	struct block *block = &codec->block[which];
@@ -473,7 +474,7 @@ static void put_eight(u8 *to, u64 digits)
 	memcpy(to, &digits, 8);
 }
 
-/* At most 20 digits. Up to LONGEST_NUMBER bytes are written over. */
+/* Writes at most 20 digits; overwrites up to LONGEST_NUMBER bytes. */
 static u8 *put_number(u8 *to, u64 number)
 {
 	u32 parts[2], more = 0;
@@ -484,7 +485,7 @@ static u8 *put_number(u8 *to, u64 number)
 		number /= 100000000;
 	}
 	top = digits_of(number);
-	/* What is in front of the first digit is shifted out; 0 has one, too. */
+	/* Shifts leading zeros out; 0 keeps one digit. */
 	number = number ? __builtin_ctzll(top) / 8 : 7;
 	put_eight(to, top >> 8 * number);
 	to += 8 - number;
@@ -514,7 +515,7 @@ static u8 *put_micros(u8 *to, u64 ns)
 
 enum status { DONE, FULL, UNKNOWN, CANNOT };
 
-/* How far lines() has come. */
+/* Progress of lines(). */
 struct progress {
 	u64 next; /* record */
 	u64 at;   /* its bytes */
@@ -592,8 +593,8 @@ null:
 }
 
 /*
- * Records as lines, from where `progress` is: DONE, or why not all. FULL: `out` is. UNKNOWN: a
- * block's value has to be learnt first. CANNOT: the next record is one for Python.
+ * Writes records as lines, from `progress` on. Returns DONE, or why it stopped. FULL: `out` is
+ * full. UNKNOWN: call codec_learn() for a block's value first. CANNOT: Python must write the next.
  */
 int lines(struct codec *const *codecs, const u8 *records, const u8 *sources, u64 count,
 	  s64 offset_ns, u8 *out, u64 size, struct progress *progress)

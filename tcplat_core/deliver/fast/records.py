@@ -1,4 +1,4 @@
-"""Records that wait for their turn, and batches of them that become rows only when asked."""
+"""The reorder buffer in C, and batches of records that become rows on demand."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import attrs
 import msgspec
 
 from tcplat_core.deliver.reorder import BY_TIME, ReorderBuffer, RingSource, RowBuffer
-from tcplat_core.deliver.ring import ForeignRecordError, Ring
+from tcplat_core.deliver.ring import RecordSizeError, Ring
 from tcplat_core.errors import TcplatError
 from tcplat_core.event.fields import Event
 
 from .codec import Codec
-from .library import CANNOT, DONE, FOREIGN, FULL, UNKNOWN, Left, Progress, library
+from .library import CANNOT, DONE, FULL, UNKNOWN, WRONG_SIZE, Left, Progress, library
 
 NO_MEMORY = "there is no memory for more records"
 PIECE = 1 << 17
-"""Bytes of text that are made at a time: what stays in the cache until it is written."""
+"""Bytes of text per write: few enough to stay in the CPU's cache until written."""
 
 
 @attrs.define(eq=False)
 class Records(Sequence[Event]):
-    """A batch of rows, in order of time; each is made when somebody looks at it.
+    """A batch of rows in order of time; the rows are made at the first access.
 
     Args:
         codecs: How to read the records of each source.
         records: Their bytes, one after the other.
-        sources: Of which source each is.
-        offset_ns: Unix time minus CLOCK_MONOTONIC.
-        first_ns: When the first was.
-        last_ns: When the last was.
+        sources: Index of the source of each record.
+        offset_ns: Unix time minus CLOCK_MONOTONIC, ns.
+        first_ns: Time of the first row.
+        last_ns: Time of the last row.
     """
 
     codecs: Sequence[Codec]
@@ -58,7 +58,7 @@ class Records(Sequence[Event]):
         return iter(self._all())
 
     def rows(self) -> list[Event]:
-        """All of them, made; the list is the caller's, the batch stays as it is."""
+        """Return all rows as a new list."""
         return list(self._all())
 
     def _all(self) -> tuple[Event, ...]:
@@ -87,9 +87,9 @@ class Records(Sequence[Event]):
             yield next(made[source])
 
     def json_lines(self, write: Callable[[memoryview | bytes], None]) -> None:
-        """Hand the rows as JSON lines to `write`, in pieces of whole lines.
+        """Pass the rows as JSON lines to `write`, in pieces of whole lines.
 
-        A piece is to be used at once: its memory is that of the next.
+        A piece is valid only until `write` returns: its memory is reused.
         """
         lines = _lines()
         handles = (ctypes.c_void_p * len(self.codecs))(*(codec.handle for codec in self.codecs))
@@ -106,7 +106,7 @@ class Records(Sequence[Event]):
             if progress.written:
                 write(memoryview(out)[: progress.written].cast("B"))
             elif status == FULL:
-                status = CANNOT  # one line is longer than a piece
+                status = CANNOT  # a line is longer than a piece
             progress.written = 0
             if status == DONE:
                 return
@@ -137,19 +137,19 @@ def _text() -> tuple[Any, int]:
 
 @attrs.define(eq=False)
 class RecordBuffer:
-    """The reorder buffer in C: a record becomes a row only when a sink looks at it.
+    """The reorder buffer in C: a record becomes a row only when a sink reads it.
 
     Args:
-        rings: By source. They stay the caller's, and have to be there until close().
-        codecs: By source.
+        rings: The ring of each source. The caller closes them, after close().
+        codecs: The codec of each source.
     """
 
     rings: Sequence[Ring]
     codecs: Sequence[Codec]
     _offset_ns: int = attrs.field(default=0, init=False)
-    """Unix time minus CLOCK_MONOTONIC, when it was measured last."""
+    """The last measured Unix time minus CLOCK_MONOTONIC, ns."""
     _rows: RowBuffer = attrs.field(factory=RowBuffer, init=False)
-    """Rows that come from no ring."""
+    """Holds rows that come from no ring, but from poll()."""
     _library: ctypes.CDLL = attrs.field(init=False)
     _handle: int = attrs.field(init=False)
     _rings: list[int] = attrs.field(init=False)
@@ -164,7 +164,7 @@ class RecordBuffer:
         sizes = [codec.size for codec in self.codecs]
         self._sizes = (ctypes.c_uint32 * len(sizes))(*sizes)
         for source, (ring, codec) in enumerate(zip(self.rings, self.codecs, strict=True)):
-            # A mapping of its own: ctypes cannot point into one that is read-only in Python.
+            # A separate mapping: ctypes cannot point into a mapping that is read-only in Python.
             handle = records_c.ring_map(
                 *(ring.fd, ring.size, codec.size, codec.ts_at, ring.tag_at, source)
             )
@@ -174,7 +174,7 @@ class RecordBuffer:
             ring.by_c = (ctypes.c_uint64 * 256).from_address(records_c.ring_taken(handle))
 
     def close(self) -> None:
-        """Unmap the rings, and let go of what waits. Again it does nothing."""
+        """Unmap the rings, and drop the records held back. Idempotent."""
         for ring, handle in zip(self.rings, self._rings, strict=False):
             ring.by_c = list(ring.by_c)
             self._library.ring_unmap(handle)
@@ -187,8 +187,8 @@ class RecordBuffer:
         """See :meth:`ReorderBuffer.take`."""
         self._offset_ns = offset_ns
         last_ns = self._library.room_take(self._handle, self._rings[source], most)
-        if last_ns == FOREIGN:
-            raise ForeignRecordError(f"a record that has not {self.codecs[source].size} bytes")
+        if last_ns == WRONG_SIZE:
+            raise RecordSizeError(f"a record that has not {self.codecs[source].size} bytes")
         if last_ns < 0:
             raise TcplatError(NO_MEMORY)
         return int(last_ns)
@@ -226,7 +226,7 @@ class RecordBuffer:
 
 
 def reorder_buffer(sources: Sequence[RingSource]) -> ReorderBuffer:
-    """Return the buffer in C; the one in Python where a source has no codec for C."""
+    """Return the buffer in C, or the one in Python if a source has no codec for C."""
     codecs = [one.codec for one in sources if one.codec]
     if len(codecs) < len(sources):
         return RowBuffer(sources)
