@@ -4,9 +4,54 @@ from __future__ import annotations
 
 from typing import Any
 
-from .connection import Connection
+from tcplat_core import HOST_BITS
+
+from .connection import Connection, End
 from .rows import whole
-from .stream import CLIENT, MOST_URGENT, SERVICE
+from .stream import CLIENT, MOST_URGENT, SERVICE, Flow
+
+_LARGEST_SCALE = 14
+"""A window is shifted by so many bits at most (RFC 7323); rows do not have the scale."""
+_LARGEST_WINDOW = 0xFFFF
+_MOST_STRAYS = 16
+"""Rows of packets beyond the window, with none inside it: the stream is there by now."""
+
+
+def is_stray(conn: Connection, index: int, row: Any) -> bool:
+    """Whether a packet with data or a FIN lies beyond any window of its receiver.
+
+    Bytes that no row shows may lie in between: where rows were lost, or many such packets come in
+    a row, the stream goes on there.
+    """
+    flow = conn.flows[index]
+    ref = flow.ref
+    if ref < 0:
+        return False
+    ahead = ((row.seq - ref + 0x80000000) & 0xFFFFFFFF) - 0x80000000
+    window = conn.flows[1 - index].widest or _LARGEST_WINDOW
+    if ahead <= window << _LARGEST_SCALE or conn.missed:
+        flow.strays = 0
+        return False
+    flow.strays += 1
+    return flow.strays <= _MOST_STRAYS
+
+
+def disown(end: End, flow: Flow, at: int) -> None:
+    """Take back bytes from `at` on that were seen before the call that sends them.
+
+    Hosts of a merged capture have clocks of their own: there, bytes may seem to come too soon.
+    """
+    for reach, netns in (
+        (flow.tx, flow.tx_netns),
+        (flow.nic, flow.rx_netns),
+        (flow.ip, flow.rx_netns),
+    ):
+        if (
+            netns is not None
+            and end.netns is not None
+            and netns >> HOST_BITS == end.netns >> HOST_BITS
+        ):
+            reach.cut(at)
 
 
 def may_reset(conn: Connection, index: int, row: Any) -> bool:

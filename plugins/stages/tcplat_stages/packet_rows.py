@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .acceptable import may_reset
+from .acceptable import is_stray, may_reset
 from .binding import set_syn
 from .chain import SYN_RX, SYN_TX, SYNACK_RX, SYNACK_TX
 from .closing import note_bytes, note_fin, note_rst
@@ -26,11 +26,14 @@ class PacketRows:
         self._directory = directory
         self._turns = turns
 
-    def take(
+    def take(  # noqa: C901 - called for each packet
         self, conn: Connection, index: int, row: Any, ts_ns: int, point: str, flags: str
     ) -> None:
         """Take a packet of a connection, sent by the end `index`."""
         flow = conn.flows[index]
+        count = row.bytes
+        if (count or "FIN" in flags) and is_stray(conn, index, row):
+            return
         netns = row.netns
         leaves = point == "nic_tx"
         # Elsewhere it is on its way only: a bridge, a router, the other end of a veth.
@@ -47,7 +50,8 @@ class PacketRows:
             self._flags(conn, index, row, ts_ns, point, flags)
         if point != "rx_ip" and (leaves or flow.tx_netns is None):
             self._window(conn, flow, row, flags)
-        count = row.bytes
+        elif not flow.widest and "SYN" not in flags:
+            flow.widest = whole(row, "window") or 0
         if count:
             # A SYN has a number of its own, before that of the first byte.
             at = flow.at(row.seq + 1 if "SYN" in flags else row.seq)
@@ -137,6 +141,8 @@ class PacketRows:
         if window is None or "RST" in flags:
             return
         if window:
+            if window > flow.widest and "SYN" not in flags:
+                flow.widest = window
             if flow.zero:
                 flow.zero = False
                 self._directory.closed_windows -= 1

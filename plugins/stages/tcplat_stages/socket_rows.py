@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .acceptable import disown
 from .binding import Binder, update_user
 from .chain import ACCEPTED, CONNECT_CALLED, CONNECTED, HANDSHAKE_DONE
 from .closing import note_change, note_failure, note_fin, take_back
@@ -82,6 +83,8 @@ class SocketRows:
         finish = at + count
         if conn.reset_by is not None and row.state in _OPEN:
             take_back(conn)
+        if flow.tx.position > at or flow.nic.position > at or flow.ip.position > at:
+            disown(end, flow, at)
         flow.send(at, finish, ts_ns)
         process = end.process
         if process.pid != row.pid or process.comm != row.comm:

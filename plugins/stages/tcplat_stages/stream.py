@@ -137,6 +137,15 @@ class Reach:
         self.late = late
         return finish
 
+    def cut(self, position: int) -> None:
+        """Take back bytes from `position` on: they had not been sent when they were seen."""
+        if self.position <= position:
+            return
+        self.position = position
+        self.log = [one for one in self.log if one[0] <= position] or NO_LOG
+        if self.late:
+            self.late = [one for one in self.late if one[1] <= position]
+
     def forget(self, position: int) -> None:
         """Drop what only tells of bytes before `position`."""
         log = self.log
@@ -179,6 +188,8 @@ class Flow:
         retransmits: Packets seen that carry what was sent before.
         zero_windows: How often the sender of this stream closed its own window.
         zero: It is closed.
+        widest: The largest window, unscaled, that the sender of this stream advertised.
+        strays: Packets in a row that lie beyond the window.
     """
 
     __slots__ = (
@@ -200,12 +211,14 @@ class Flow:
         "senders",
         "sends",
         "sent",
+        "strays",
         "syn",
         "tx",
         "tx_dev",
         "tx_netns",
         "unseen",
         "urgent",
+        "widest",
         "zero",
         "zero_windows",
     )
@@ -225,6 +238,7 @@ class Flow:
         self.rx_netns: int | None = None
         self.rx_if: str | None = None
         self.retransmits = self.zero_windows = 0
+        self.widest = self.strays = 0
         self.zero = False
 
     def at(self, seq: int) -> int:

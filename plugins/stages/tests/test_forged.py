@@ -149,3 +149,51 @@ def test_reset_in_a_capture_begun_after_all_data_counts() -> None:
     history.packet(2_000, "nic_tx", CLIENT, 1_500, flags="RST|ACK")
     _, (conn,) = joined(history.rows())
     assert conn.reset_by == CLIENT
+
+
+# --- bytes
+
+
+@given(
+    ends,
+    st.sampled_from([2**24, 2**30, 2**31 - 2**20]),
+    st.sampled_from(["PSH|ACK", "FIN|ACK"]),
+    some_probes,
+)
+@settings(deadline=None)
+def test_bytes_beyond_the_window_are_none_of_the_stream(
+    end: int, off: int, flags: str, without: set[str]
+) -> None:
+    if without >= {"dev_xmit", "xdp_port"}:
+        off = max(off, 2**30)  # rows of IP have no window: it may be the largest
+    plain, attacked = History(), History()
+    for history in (plain, attacked):
+        now = talk(history, talk(history, history.shake_hands() + 1_000))
+        if history is attacked:
+            inject(history, now, end, history.sent[end] + off, 100, flags=flags)
+        history.close(talk(history, now + 10_000) + 1_000)
+    assert story(joined(attacked.rows(without))[1]) == story(joined(plain.rows(without))[1])
+
+
+@pytest.mark.parametrize("end", [CLIENT, SERVICE])
+def test_bytes_that_were_seen_before_their_send_are_not_its_bytes(end: int) -> None:
+    plain, attacked = History(), History()
+    for history in (plain, attacked):
+        now = talk(history, talk(history, history.shake_hands() + 1_000))
+        if history is attacked:
+            inject(history, now, end, history.sent[end], 900)
+        history.close(talk(history, now + 10_000) + 1_000)
+    (told, expected) = (joined(one.rows()) for one in (attacked, plain))
+    assert story(told[1]) == story(expected[1])
+    assert [one.stamps for one in told[0]] == [one.stamps for one in expected[0]]
+
+
+def test_a_stream_that_goes_on_far_away_is_followed() -> None:
+    history = History()
+    now = talk(history, history.shake_hands() + 1_000)
+    history.sent[CLIENT] += 2**30
+    for number in range(100):
+        history.packet(now + number, "nic_tx", CLIENT, history.sent[CLIENT], 100)
+        history.sent[CLIENT] += 100
+    _, (conn,) = joined(history.rows(SOCKETS))
+    assert conn.bytes_of(CLIENT) == 300 + 2**30 + 10_000
