@@ -1,4 +1,4 @@
-"""Loads and attaches what was compiled. All it opens are file descriptors: closing detaches."""
+"""Loads and attaches compiled programs. Everything is held by fds: closing them detaches."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _PROGRAM_TYPES = {
 
 
 class WayClosedError(Exception):
-    """The kernel refused at the last moment what looked possible."""
+    """The kernel refused a way that Host had reported as usable."""
 
     def __init__(self, way: Way, reason: str) -> None:
         super().__init__(reason)
@@ -50,7 +50,7 @@ class Loader:
 
     Args:
         request: What to load.
-        cache: Programs and facts from before.
+        cache: Cached programs and kernel facts.
     """
 
     request: Request
@@ -58,9 +58,9 @@ class Loader:
     _host: Host = attrs.field(init=False)
     _closed: dict[Way, str] = attrs.field(factory=dict, init=False)
     _fds: list[int] = attrs.field(factory=list, init=False)
-    """All that was opened, to be closed should another way be tried."""
+    """All open fds, which are closed before another way is tried."""
     _shared: dict[str, int] = attrs.field(factory=dict, init=False)
-    """Maps that the probes have in common: name -> fd."""
+    """Maps shared by all probes: name -> fd."""
 
     def __attrs_post_init__(self) -> None:
         known = self.cache.read(f"{identity()}.facts")
@@ -70,7 +70,7 @@ class Loader:
         """Compile, load, attach, seed the owners, open the gate.
 
         Raises:
-            CannotRunError: A point that a probe needs is not to be had here.
+            CannotRunError: A point that a probe needs has no usable way.
             PluginError: A probe's C does not compile.
         """
         known = len(self._host.facts)
@@ -90,25 +90,25 @@ class Loader:
 
     @property
     def _follows_packets(self) -> bool:
-        """Whether packets have to be told apart by process."""
-        xdp_wanted = any(probe.interfaces is not None for probe in self.request.probes)
-        return xdp_wanted and self.request.filter.by_task
+        """Whether packets must be filtered by process."""
+        has_xdp = any(probe.interfaces is not None for probe in self.request.probes)
+        return has_xdp and self.request.filter.by_task
 
     @property
     def _reads_cgroups(self) -> bool:
-        """Whether a cgroup's ancestors are read in its struct: see filter.bpf.h."""
+        """Whether a cgroup's ancestors are read from its struct: see filter.bpf.h."""
         return bool(self.request.filter.cgroup) and bool(
             self._host.fact("struct cgroup.ancestor_ids", is_tracepoint=False)
         )
 
     @functools.cached_property
     def _pidns(self) -> tuple[int, int] | None:
-        """Whose numbers processes have, if not the first PID namespace's."""
+        """Inode and device of the PID namespace that /proc shows; None for the initial one."""
         return pidns.shown()
 
     @property
     def _tracks(self) -> bool:
-        """Whether the core has to learn the owners itself."""
+        """Whether the core's own programs must track socket owners."""
         return self._follows_packets or any(probe.track for probe in self.request.probes)
 
     def _why_not(self, way: Way) -> str | None:
@@ -123,8 +123,8 @@ class Loader:
         core = modules[0]
         isolation.refuse_orphan()
         self._attach_core(core)
-        # A socket that ends while the probes are attached one by one must not leave its entry
-        # to the next one at its address. Nobody listens yet: its last row is not missed.
+        # Attached early: a socket that ends while probes are attached must not leave its entry
+        # to the next socket at its address. The gate is still closed, so no row is missed.
         before = len(self._fds)
         self._core(core, DESTROY)
         early = self._fds[before:]
@@ -137,15 +137,15 @@ class Loader:
             }
             for module, choice in zip(modules, choices, strict=True)
         ]
-        # Last, so that on one tracepoint it runs after the probes' own handlers.
+        # Attached last, so that it runs after the probes' handlers of the same tracepoint.
         self._core(core, DESTROY)
         for fd in early:
             self._fds.remove(fd)
             os.close(fd)
-        # From here on new sockets are seen; now the older ones.
+        # New sockets are tracked from here on; now seed the older ones.
         hidden = owners.Hidden()
         seeding.fill(self._shared, owners.find(hidden), self.request.filter, room)
-        # Some network cards lose their link for a moment: no other way may close after this.
+        # Last, because some network cards lose their link for a moment: it must happen only once.
         listening = [
             self._listen(probe, module, choice)
             for probe, module, choice in zip(self.request.probes, modules, choices, strict=True)
@@ -168,26 +168,26 @@ class Loader:
             )
         }
         gate = self._shared["tcplat_gate"]
-        handed = {gate, *(fd for probe in probes.values() for fd in probe.fds)}
-        holding = tuple(fd for fd in self._fds if fd not in handed)
-        # What the host keeps from root as well, doctor says.
-        said = tuple(hidden.sentences(mendable=True))
-        return Answer(probes=probes, gate_fd=gate, holding=holding, hidden=said)
+        passed = {gate, *(fd for probe in probes.values() for fd in probe.fds)}
+        holding = tuple(fd for fd in self._fds if fd not in passed)
+        # What the host refuses to root as well is reported by doctor only.
+        sentences = tuple(hidden.sentences(mendable=True))
+        return Answer(probes=probes, gate_fd=gate, holding=holding, hidden=sentences)
 
     def _attach_core(self, core: _Module) -> None:
-        """Attach the core's own programs, but for the last one: they know the filters first."""
-        wanted = self.request.filter
-        for index, word in wanted.port_words().items():
+        """Fill the filter maps, and attach the core's own programs except the last."""
+        filter_ = self.request.filter
+        for index, word in filter_.port_words().items():
             bpf.map_update(self._shared["tcplat_ports"], index, word)
-        for network in wanted.network_keys():
+        for network in filter_.network_keys():
             bpf.map_update(self._shared["tcplat_networks"], network, b"\1")
-        # Before the names of what runs already are read.
+        # Before the names of running processes are read.
         self._core(core, RENAME)
-        pids = wanted.pids
+        pids = filter_.pids
         if pids is not None:
             for pid in pids:
                 bpf.map_update(self._shared["tcplat_pids"], _u32(pid), _u32(1))
-        # Before it is read who listens.
+        # Before the listeners are read.
         self._core(core, EXIT)
         if self._tracks:
             self._core(core, STATE)
@@ -295,7 +295,7 @@ class Loader:
     def _listen(
         self, probe: ProbeRequest, module: _Module, choice: Choice
     ) -> tuple[list[Attached], dict[str, str]]:
-        """Put the probe's XDP programs on its interfaces."""
+        """Attach the probe's XDP programs to its interfaces."""
         hooks = [hook for way in choice.taken.values() for hook in way.hooks]
         programs = [hook.program for hook in hooks if hook.mechanism == "xdp"]
         if not programs:
@@ -303,11 +303,11 @@ class Loader:
         if probe.interfaces is None:
             raise PluginError(f"probe {probe.name} has XDP programs and names no interfaces")
         attached = []
-        wanted = attrs.evolve(
+        interfaces = attrs.evolve(
             probe.interfaces, netns=probe.interfaces.netns or self.request.filter.netns_at
         )
-        with netns.inside(wanted.netns):
-            chosen, skipped = xdp.choose(wanted, probe.name)
+        with netns.inside(interfaces.netns):
+            chosen, skipped = xdp.choose(interfaces, probe.name)
             for name in programs:
                 try:
                     program = xdp.load(name, module.code(name))
@@ -315,13 +315,13 @@ class Loader:
                     raise CannotRunError(_refusal(name, error)) from error
                 self._fds.append(program)
                 for interface in chosen:
-                    one = xdp.attach(program, interface, wanted.mode, probe.name)
+                    one = xdp.attach(program, interface, interfaces.mode, probe.name)
                     self._fds.append(one.link_fd)
                     attached.append(one)
         return attached, skipped
 
     def _core(self, module: _Module, point: HookPoint) -> None:
-        """One of the core's own hook points, by a tracepoint or by what --attach allows."""
+        """Attach one of the core's own hook points, by a tracepoint or as --attach allows."""
         reasons = []
         for way in point.ways:
             if self.request.attach not in ("auto", way.mechanism) and way.mechanism != "tracepoint":
@@ -345,7 +345,7 @@ class Loader:
 
 
 def _refusal(program: str, error: bpf.RefusedError) -> str:
-    """Write the verifier's words to the log, which --debug shows, and return the sentence."""
+    """Write the verifier's log to stderr, which --debug shows, and return the message."""
     sys.stderr.write(f"{program}:\n{error.log}\n")
     why = error.strerror
     if error.errno == errno.E2BIG:
@@ -371,7 +371,7 @@ def _readable(probe: ProbeRequest, module: _Module) -> dict[str, LoadedMap]:
     """Return the maps that the session will map: only arrays can be mapped.
 
     Raises:
-        PluginError: There is no such map, it is none of that kind, or of another size.
+        PluginError: There is no such map, or it is of another kind or size.
     """
     maps = {one.name: (one, fd) for one, fd in zip(module.compiled.maps, module.fds, strict=True)}
     found = {}
@@ -395,7 +395,7 @@ def _readable(probe: ProbeRequest, module: _Module) -> dict[str, LoadedMap]:
 
 
 def _listened(probe: ProbeRequest) -> tuple[HookPoint, ...]:
-    """Return the hook points that are wanted."""
+    """Return the hook points to attach."""
     if probe.listen is None:
         return probe.points
     return tuple(point for point in probe.points if point.point in probe.listen)
@@ -406,7 +406,7 @@ def _u32(value: int) -> bytes:
 
 
 def _room_for_sockets() -> int:
-    """Entries for tcplat_socks: twice what is open on the whole host, 65,536 at least."""
+    """Return the entries for tcplat_socks: over twice the host's open sockets, at least 65,536."""
     words = Path("/proc/net/sockstat").read_text(encoding="ascii").split()
     # "TCP: inuse 4 orphan 0 tw 0 alloc 6 mem 1": alloc alone counts every namespace, and IPv6.
     allocated = int(words[words.index("alloc", words.index("TCP:")) + 1])

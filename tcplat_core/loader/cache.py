@@ -1,7 +1,7 @@
-"""What this kernel and this compiler have answered before.
+"""Caches compiled programs, and facts about this kernel and compiler.
 
-The content gets compiled and run by the kernel, so it is used only from folders
-that nobody but us can write to. All of it may be deleted at any time.
+The kernel runs the content, so only folders that no other user can write to are used.
+All files may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from tcplat_core.kernel.rights import held
 from .isolation import scratch
 
 ENTRIES = 64
-"""Files kept; the oldest go first."""
+"""Number of files kept; the oldest are deleted first."""
 _SUFFIXES = (".program", ".types", ".facts", ".listing")
-"""Of all files. The folder may have been chosen by the user: what is called otherwise stays."""
+"""Suffixes of all files. Other files stay: the user may have chosen the folder."""
 
 
 @attrs.frozen
 class Cache:
-    """Small msgpack files by name. Without a folder it remembers nothing.
+    """Small msgpack files by name. Without a folder nothing is cached.
 
-    A file ends in a hash of the rest: a machine that loses power can leave half of one.
+    A file ends with a hash of the rest, because a power failure can leave half of one.
     """
 
     root: Path | None
 
     @classmethod
     def open(cls, root: Path | None = None) -> Cache:
-        """Return this user's cache, or one that keeps nothing if no folder is safe."""
+        """Return this user's cache, or an empty one without a folder if no folder is safe."""
         try:
             folder = root or default_root()
             own_folder(folder)
-        except (OSError, RuntimeError):  # RuntimeError: there is no home
+        except (OSError, RuntimeError):  # RuntimeError: no home directory
             return cls(None)
         return cls(folder)
 
     def read(self, name: str) -> Any:
-        """Return what write() was given, or None."""
+        """Return the value given to write(), or None."""
         if self.root is None:
             return None
         try:
@@ -64,7 +64,7 @@ class Cache:
             return None
 
     def write(self, name: str, value: Any) -> None:
-        """Remember it, if that is possible; safe against another start at the same time."""
+        """Store a value if possible; safe against concurrent starts."""
         if self.root is None:
             return
         body = msgpack.packb(value)
@@ -80,31 +80,31 @@ class Cache:
             self._prune()
 
     def _prune(self) -> None:
-        assert self.root is not None  # noqa: S101 - write() has looked
-        ours = [path for path in self.root.iterdir() if path.suffix in _SUFFIXES]
-        for old in sorted(ours, key=lambda path: path.lstat().st_mtime, reverse=True)[ENTRIES:]:
+        assert self.root is not None  # noqa: S101 - write() has checked
+        files = [path for path in self.root.iterdir() if path.suffix in _SUFFIXES]
+        for old in sorted(files, key=lambda path: path.lstat().st_mtime, reverse=True)[ENTRIES:]:
             old.unlink(missing_ok=True)
 
 
 @functools.cache
 def identity() -> str:
-    """Return what no two builds of the kernel have in common, and no two of our own versions.
+    """Return a hash that differs between builds of the kernel and versions of tcplat.
 
-    What an older version has written must not be read by a newer one.
+    A newer version must not read files of an older one.
     """
     rooms = (Path(__file__).parent, Path(__file__).parents[1] / "kernel")
-    ours = [path.read_bytes() for room in rooms for path in sorted(room.glob("*.py"))]
+    code = [path.read_bytes() for room in rooms for path in sorted(room.glob("*.py"))]
     notes = b""
     with contextlib.suppress(OSError):
-        notes = Path("/sys/kernel/notes").read_bytes()  # holds the build-id
+        notes = Path("/sys/kernel/notes").read_bytes()  # contains the build-id
     notes = notes or VMLINUX.read_bytes()
     uname = os.uname()
     names = (uname.release, uname.version, uname.machine)
-    return digest(notes, *(name.encode() for name in names), *ours)
+    return digest(notes, *(name.encode() for name in names), *code)
 
 
 def digest(*parts: bytes) -> str:
-    """Return a hash of these texts, in this order."""
+    """Return a hash of these byte strings, in this order."""
     total = hashlib.blake2b(digest_size=16)
     for part in parts:
         total.update(len(part).to_bytes(8, "little"))
@@ -116,7 +116,7 @@ def _read_own(path: Path) -> bytes:
     """Return the content of a file that only this user can write to.
 
     Raises:
-        OSError: It cannot be read, or is another user's.
+        OSError: It cannot be read, or another user can write it.
     """
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW)) as file:
         status = os.fstat(file.fileno())
@@ -126,11 +126,11 @@ def _read_own(path: Path) -> bytes:
 
 
 def default_root() -> Path:
-    """Return where the cache is unless somebody says otherwise.
+    """Return the default folder of the cache.
 
     Raises:
-        PermissionError: Not root, and with capabilities: a folder of this user's is one that
-            processes without them can write to as well.
+        PermissionError: Not root, but with capabilities: processes of this user without them
+            could write to a folder of this user.
     """
     if os.geteuid() == 0:
         return Path("/var/cache/tcplat")
@@ -141,11 +141,11 @@ def default_root() -> Path:
 
 
 def check_own(folder: Path) -> None:
-    """Check that a folder is one, and that nobody but us and root can write to it.
+    """Check that a path is a folder to which only this user and root can write.
 
     Raises:
         PermissionError: It is not.
-        FileNotFoundError: There is none.
+        FileNotFoundError: It does not exist.
     """
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or not _is_ours(status):
@@ -160,7 +160,7 @@ def _is_ours(status: os.stat_result) -> bool:
 
 
 def _check_above(folder: Path) -> None:
-    """Check that no other user can put another folder in place of one in here."""
+    """Check that no other user can replace a subfolder."""
     status = folder.stat()
     others = stat.S_IWOTH | (stat.S_IWGRP if status.st_gid else 0)
     if status.st_uid not in (0, os.geteuid()) or (
@@ -170,7 +170,7 @@ def _check_above(folder: Path) -> None:
 
 
 def own_folder(folder: Path) -> None:
-    """Make a folder, and its parents, with mode 0700 where missing, and check it."""
+    """Create a folder and missing parents with mode 0700, and check it."""
     if not folder.parent.exists():
         own_folder(folder.parent)
     with contextlib.suppress(FileExistsError):

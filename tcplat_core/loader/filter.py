@@ -1,4 +1,4 @@
-"""Who and what is wanted: constants that are compiled into the programs."""
+"""Filters by process, address and time, which are compiled into the programs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST_COMPARED = 4
 """Ports or networks of one list that are compared one by one. Each comparison is a branch, and
 branches multiply in the verifier; a longer list is looked up in a map."""
 _PORT_WORDS = 1 << 16 >> 6
-"""Words of tcplat_ports that one list has: a bit for each port."""
+"""64-bit words of tcplat_ports per list: a bit for each port."""
 
 # Layouts of include/tcplat/filter.bpf.h.
 _WORD = struct.Struct("=Q")
@@ -29,22 +29,22 @@ _NETWORK = struct.Struct("=I16s")
 
 @attrs.frozen(kw_only=True)
 class Filter:
-    """All of these must hold; within one, any.
+    """The filters of a run: all must match; within a list, any element.
 
     Args:
-        pids: Processes; None for all.
-        comm: A process's name, or its beginning and ``*``.
+        pids: Process ids; None for all.
+        comm: A process's name, or a prefix and ``*``.
         cgroup: Path below the cgroup2 mount, ``/system.slice/nginx.service``; its id
             (the folder's inode) and depth come with it.
         cgroup_id: See cgroup.
-        ports: Either side's.
-        lports: The local side's.
-        rports: The remote side's.
-        networks: Either side's address, CIDR.
+        ports: Ports of either side.
+        lports: Local ports.
+        rports: Remote ports.
+        networks: Networks (CIDR) of either side's address.
         netns: Inode of a network namespace.
-        netns_at: What the user called it; XDP programs go there unless told otherwise.
+        netns_at: Its name as the user gave it; by default XDP programs are attached there.
         ip: 4 or 6.
-        min_ns: Rows that carry a duration need at least so much.
+        min_ns: Minimum duration, ns, of rows that have one.
     """
 
     pids: tuple[int, ...] | None = None
@@ -62,7 +62,7 @@ class Filter:
 
     @property
     def by_task(self) -> bool:
-        """Whether it matters which process owns a socket."""
+        """Whether a filter depends on the process that owns a socket."""
         return self.pids is not None or bool(self.comm) or bool(self.cgroup)
 
     def and_pid(self, pid: int) -> Filter:
@@ -70,7 +70,7 @@ class Filter:
         return attrs.evolve(self, pids=(*(self.pids or ()), pid))
 
     def defines(self) -> dict[str, int | str]:
-        """C constants for include/tcplat/filter.bpf.h."""
+        """Return the C constants for include/tcplat/filter.bpf.h."""
         defines: dict[str, int | str] = {"TCPLAT_MIN_NS": self.min_ns}
         if self.by_task:
             defines["TCPLAT_FILTER_TASK"] = 1
@@ -123,7 +123,7 @@ class Filter:
         return " && ".join(f"({' || '.join(any_of)})" for any_of in tests if any_of) or "1"
 
     def wants(self, pid: int, comm: bytes) -> bool:
-        """Whether the owner of an older socket passes; pid 0 is nobody."""
+        """Return whether the owner of an older socket passes; pid 0 is no process."""
         if not self.by_task:
             return True
         if not pid or (self.pids is not None and pid not in self.pids):
@@ -142,16 +142,16 @@ def _is_long(wanted: Sequence[object]) -> bool:
 
 
 def _ports_test(number: int, ports: Sequence[int], sides: Sequence[str]) -> list[str]:
-    """Return conditions, any of which is enough; `number`: of the list, in tcplat_ports."""
+    """Return alternative conditions; `number` is the index of the list in tcplat_ports."""
     if _is_long(ports):
         return [f"tcplat_has_port({number * _PORT_WORDS}, (a)->{side})" for side in sides]
     return [f"(a)->{side} == {port}" for port in ports for side in sides]
 
 
 def _comm_test(pattern: str) -> str:
-    letters = os.fsencode(pattern)
-    # Without a star the NUL behind the name has to match as well.
-    exact = letters[:-1] if letters.endswith(b"*") else (letters + b"\0")[:16]
+    name = os.fsencode(pattern)
+    # Without a star the NUL after the name must match too.
+    exact = name[:-1] if name.endswith(b"*") else (name + b"\0")[:16]
     return _bytes_test("(comm)", exact.ljust(16, b"\0"), (b"\xff" * len(exact)).ljust(16, b"\0"))
 
 
@@ -160,7 +160,7 @@ def _level(path: str) -> int:
 
 
 def network_and_mask(text: str) -> tuple[int, int]:
-    """Address and mask, of 16 bytes."""
+    """Return address and mask of a network, as numbers of 16 bytes."""
     network = ipaddress.ip_network(text, strict=False)
     address, mask = int(network.network_address), int(network.netmask)
     if network.version == 4:  # noqa: PLR2004 - IPv4
@@ -177,7 +177,7 @@ def _bytes_test(at: str, value: bytes, mask: bytes) -> str:
     """Return a condition on the 16 bytes at `at`: one branch, whatever the mask."""
     halves = []
     for half in (0, 1):
-        # As this machine's memory order makes numbers of eight bytes.
+        # Little-endian, as both supported machines are.
         wanted, counts = (
             int.from_bytes(data[8 * half : 8 * half + 8], "little") for data in (value, mask)
         )
@@ -200,7 +200,7 @@ def cgroup_path(text: str) -> str:
     """Return the kernel's path of a folder below the cgroup2 mount.
 
     Raises:
-        UsageError: It is no folder there.
+        UsageError: It is not a folder below a cgroup2 mount.
     """
     folder = Path(text).resolve()
     for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():

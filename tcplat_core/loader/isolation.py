@@ -1,8 +1,7 @@
-"""What a process with rights works in: nothing of its caller's, and nothing that outlives it.
+"""Isolates the loader from its caller: folder, TMPDIR, limits, masks and personality.
 
-The compiler takes headers from the current folder, temporary files go where TMPDIR says, and
-limits, masks and personality are inherited: all of that is the choice of whoever starts tcplat,
-who need not be root.
+The compiler reads headers from the current folder, temporary files go to TMPDIR, and limits, masks
+and personality are inherited. The user who starts tcplat chooses all of them, and need not be root.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from tcplat_core.kernel.remover import Remover
 
 _PER_LINUX = 0
 _PREFIX = "tcplat-work-"
-"""Then comes the pid of whoever asked for us."""
+"""Followed by the pid of the parent."""
 _TEMPORARY = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"), Path("/run"))  # noqa: S108 - see below
-"""Not tempfile's choice: that asks TMPDIR first, and the current folder last. All may write there,
-but the folder's name is random, and its mode 0700 from the start."""
+"""Not tempfile's choice, which is TMPDIR first, and the current folder last. All users may write
+there, but the work folder's name is random, and its mode is 0700 from the start."""
 _STALE_S = 3600.0
-"""No start takes so long: a folder of this age is left of a machine that lost power."""
+"""No start takes this long: an older folder remained after a power failure."""
 _ROOM_BYTES = 1 << 20
-"""The kernel's types as C, and what goes into the cache, are less."""
+"""More than the kernel's types as C and the cache files together."""
 _LIMITS = (
     resource.RLIMIT_AS,
     resource.RLIMIT_CPU,
@@ -43,10 +42,10 @@ _LIMITS = (
     resource.RLIMIT_FSIZE,
     resource.RLIMIT_STACK,
 )
-"""Those under which a compiler fails halfway. The number of files stays the caller's: a run
-needs as many as the loader, and says so."""
-_OURS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ)
-"""What cannot be set, and what Python itself ignores."""
+"""Limits under which a compiler fails halfway. RLIMIT_NOFILE is kept: the session needs as many
+files as the loader, and reports it."""
+_KEPT = (signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ)
+"""Signals that cannot be set, or that Python itself ignores."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _parent = 0
@@ -54,17 +53,17 @@ _work: Path | None = None
 
 
 def begin(parent: int) -> None:
-    """Leave behind what was inherited, and end with the process that asked for us.
+    """Reset the inherited state, and have this process end with its parent.
 
     Args:
-        parent: Its pid. It may have died before we could ask the kernel to tell us.
+        parent: Pid of the parent. It may have ended already.
     """
     global _parent  # noqa: PLW0603 - a process has one
     _parent = parent
     end_with(parent)
     os.chdir("/")
     os.umask(0o077)
-    for number in signal.valid_signals() - {*_OURS}:
+    for number in signal.valid_signals() - {*_KEPT}:
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -79,30 +78,30 @@ def begin(parent: int) -> None:
 
 
 def orphaned() -> bool:
-    """Whether the process that asked for us has died. No process has asked in a test."""
+    """Return whether the parent has ended; False if begin() was not called."""
     return _parent != 0 and os.getppid() != _parent
 
 
 def refuse_orphan() -> None:
-    """Attach nothing that no session would read.
+    """Refuse to attach programs if the session has ended.
 
     Raises:
-        TcplatError: The session has died.
+        TcplatError: It has ended.
     """
     if orphaned():
         raise TcplatError("the session has ended")
 
 
 def scratch(root: Path) -> Path:
-    """Where to write what is then renamed into `root`: the work folder, if it is in there."""
+    """Return a folder for files that are then renamed into `root`: the work folder if inside."""
     return _work if _work and _work.parent == root else root
 
 
 @attrs.define(eq=False)
 class WorkFolder:
-    """A folder for this process alone, current folder and TMPDIR; gone with it, even if killed.
+    """A private folder, used as current folder and TMPDIR.
 
-    A child removes it.
+    A child process removes it when this process ends, even by SIGKILL.
     """
 
     path: Path
@@ -110,13 +109,13 @@ class WorkFolder:
 
     @classmethod
     def enter(cls, parent: Path | None) -> Self:
-        """Make it, and go there.
+        """Create it, and make it the current folder.
 
         Args:
             parent: A folder that no other user can write to; None for the system's temporary one.
 
         Raises:
-            CannotRunError: There is no place to write at.
+            CannotRunError: No folder is writable.
         """
         global _work  # noqa: PLW0603 - a process has one
         name = f"{_PREFIX}{_parent}-{secrets.token_hex(8)}"
@@ -131,7 +130,7 @@ class WorkFolder:
         return work
 
     def close(self) -> None:
-        """Remove it, and be alone again."""
+        """Remove it, and wait for the child."""
         os.chdir("/")
         self._remover.close()
 
@@ -154,7 +153,7 @@ def _made(paths: Sequence[Path]) -> Path:
 
 
 def _check_room(file: Path) -> None:
-    """Check that what a start writes fits: in a full folder mkdir(2) may well succeed."""
+    """Check that there is space for _ROOM_BYTES: in a full file system mkdir(2) may succeed."""
     fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.posix_fallocate(fd, 0, _ROOM_BYTES)

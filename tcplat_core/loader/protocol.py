@@ -1,4 +1,4 @@
-"""What the session asks of the loader, and what it answers: msgpack over pipe and socket."""
+"""Request and answer between session and loader: msgpack over pipe and socket."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tcplat_core.plugin.hookpoints import Hook, HookPoint, Interfaces, Way
 from .filter import Filter
 
 MAX_FDS = 253
-"""SCM_MAX_FD of the kernel: so many fds go with one message."""
+"""SCM_MAX_FD of the kernel: most fds in one message."""
 
 
 def _packed(value: Any) -> bytes:
@@ -31,12 +31,12 @@ def _unpacked(data: bytes) -> Any:
 
 @attrs.frozen(kw_only=True)
 class ProbeRequest:
-    """One probe, as C text and data. No Python of the plugin's crosses over.
+    """One probe, as C text and data. The plugin's Python code is not passed.
 
     Args:
-        listen: The points that are wanted; None for all.
-        maps: What the session wants to map, and the size that it expects an entry to have.
-        histograms: Their names, in the order of their numbers.
+        listen: The points to attach; None for all.
+        maps: Maps that the session reads -> expected size of an entry, bytes.
+        histograms: Names, in the order of their numbers.
     """
 
     name: str
@@ -51,22 +51,22 @@ class ProbeRequest:
     maps: Mapping[str, int] = attrs.field(factory=dict)
     histograms: tuple[str, ...] = ()
     track: bool = False
-    """The core is to learn who owns each socket."""
+    """Track the owner of each socket."""
 
 
 @attrs.frozen(kw_only=True)
 class Request:
-    """What to load.
+    """The probes to load, and how.
 
     Args:
-        probes: In the order in which they are attached.
-        attach: auto, or the one mechanism that may be used.
-        filter: Who and what is wanted.
-        follow: Their children, too.
+        probes: In the order of attaching.
+        attach: auto, or the only mechanism to use.
+        filter: The filters.
+        follow: Also trace children of the traced processes.
         debug: Compile tcplat_debug() in, and log the C as it is compiled.
         ring_bytes: Size of each probe's ring: a power of two.
-        events: Some sink wants rows.
-        aggregation: What is to be counted in the kernel.
+        events: Some sink uses rows.
+        aggregation: Histograms to be made in the kernel; None for none.
     """
 
     probes: tuple[ProbeRequest, ...]
@@ -79,7 +79,7 @@ class Request:
     aggregation: Aggregation | None = None
 
     def pack(self) -> bytes:
-        """For the loader's standard input."""
+        """Return the message for the loader's standard input."""
         return _packed(attrs.asdict(self))
 
     @classmethod
@@ -127,14 +127,14 @@ def _probe(raw: dict[str, Any]) -> ProbeRequest:
 
 @attrs.frozen(kw_only=True)
 class Attached:
-    """An interface with an XDP program of ours on it.
+    """An interface with an XDP program of ours.
 
     Args:
-        name: The interface's.
-        index: What it is called in records.
+        name: Name of the interface.
+        index: Its ifindex, as in records.
         mode: native or generic.
-        link_fd: Closing it detaches; the session's to close.
-        silent: Why no packet comes through it for now; empty if packets can.
+        link_fd: fd of the link; the session closes it to detach.
+        silent: Why it cannot receive packets at the moment; empty if it can.
     """
 
     name: str
@@ -146,7 +146,7 @@ class Attached:
 
 @attrs.frozen
 class LoadedMap:
-    """A map that the session asked for: its fd, and how many entries it has."""
+    """A map that the session reads: its fd and number of entries."""
 
     fd: int
     entries: int
@@ -154,28 +154,28 @@ class LoadedMap:
 
 @attrs.frozen(kw_only=True)
 class LoadedProbe:
-    """What the session needs of one loaded probe. The fds are the session's to close."""
+    """One loaded probe. The session closes the fds."""
 
     ring_fd: int
     books_fd: int
     taken: Mapping[str, str]
     """Point -> mechanism."""
     programs: tuple[str, ...]
-    """What is attached."""
+    """Names of the attached programs."""
     missing: Mapping[str, str]
     """Point -> why it is not served."""
     interfaces: tuple[Attached, ...] = ()
     skipped: Mapping[str, str] = attrs.field(factory=dict)
-    """Interface -> why it was left out."""
+    """Interface -> why it was skipped."""
     program_fds: Mapping[str, int] = attrs.field(factory=dict)
-    """Program -> its fd: the kernel counts there how often it did not run it."""
+    """Program -> its fd, whose fdinfo has the number of skipped runs."""
 
     maps: Mapping[str, LoadedMap] = attrs.field(factory=dict)
-    """What the session asked for."""
+    """The maps that the session reads."""
 
     @property
     def fds(self) -> list[int]:
-        """All its fds, in the order in which they cross over."""
+        """All its fds, in the order of the message."""
         links = (one.link_fd for one in self.interfaces)
         maps = (one.fd for one in self.maps.values())
         return [self.ring_fd, self.books_fd, *links, *self.program_fds.values(), *maps]
@@ -183,26 +183,26 @@ class LoadedProbe:
 
 @attrs.frozen(kw_only=True)
 class Answer:
-    """All is attached: what to read from, and what to hold open."""
+    """The answer when everything is attached: the fds to read from and to hold open."""
 
     probes: Mapping[str, LoadedProbe]
     gate_fd: int
-    """Of tcplat_gate, which the probes have in common."""
+    """fd of tcplat_gate, which all probes share."""
     holding: tuple[int, ...]
     """Links and maps: when the last copy is closed, the kernel detaches."""
     hidden: tuple[str, ...] = ()
-    """What of older sockets could not be seen, and what mends it."""
+    """Sentences about older sockets that could not be read, with the remedy."""
 
     @property
     def fds(self) -> list[int]:
-        """All of them, in the order in which they cross over."""
+        """All fds, in the order of the message."""
         probes = (fd for probe in self.probes.values() for fd in probe.fds)
         return [self.gate_fd, *probes, *self.holding]
 
 
 @attrs.frozen
 class Refusal:
-    """It cannot be done: a sentence, an exit code, and what the compiler or verifier said."""
+    """The loader failed: a message, an exit code, and the log of the compiler or verifier."""
 
     sentence: str
     exit_code: int
@@ -210,7 +210,7 @@ class Refusal:
 
 
 def send_answer(to: socket.socket, answer: Answer | Refusal) -> None:
-    """From the loader to the session; fds go along in the order of the message."""
+    """Send an answer from the loader to the session, with the fds in the order of the message."""
     if isinstance(answer, Refusal):
         to.sendall(_packed({"refusal": attrs.asdict(answer)}))
         return
@@ -224,35 +224,37 @@ def send_answer(to: socket.socket, answer: Answer | Refusal) -> None:
 
 
 def receive_answer(source: socket.socket) -> Answer | Refusal | None:
-    """In the session. None where the loader died without an answer."""
+    """Receive the answer in the session; None if the loader ended without one."""
     data, fds, _, _ = socket.recv_fds(source, 1 << 20, MAX_FDS)
     for fd in fds:
-        # A program that a sink starts must not keep ours attached. (MSG_CMSG_CLOEXEC would
-        # do, but recv_fds() forgets the flags it is given, up to Python 3.13 at least.)
+        # A process that a sink starts must not keep programs attached. (MSG_CMSG_CLOEXEC would
+        # do, but recv_fds() ignores its flags, up to Python 3.13 at least.)
         os.set_inheritable(fd, False)
     if not data:
         return None
     raw = _unpacked(data)
     if "refusal" in raw:
         return Refusal(**raw["refusal"])
-    ours = iter(fds)
-    gate_fd = next(ours)
+    received = iter(fds)
+    gate_fd = next(received)
     probes = {
         name: LoadedProbe(
             **{
                 **probe,
-                "ring_fd": next(ours),
-                "books_fd": next(ours),
+                "ring_fd": next(received),
+                "books_fd": next(received),
                 "interfaces": tuple(
-                    Attached(**{**one, "link_fd": next(ours)}) for one in probe["interfaces"]
+                    Attached(**{**one, "link_fd": next(received)}) for one in probe["interfaces"]
                 ),
-                "program_fds": {name: next(ours) for name in probe["program_fds"]},
+                "program_fds": {name: next(received) for name in probe["program_fds"]},
                 "maps": {
-                    name: LoadedMap(next(ours), one["entries"])
+                    name: LoadedMap(next(received), one["entries"])
                     for name, one in probe["maps"].items()
                 },
             }
         )
         for name, probe in raw["probes"].items()
     }
-    return Answer(probes=probes, gate_fd=gate_fd, holding=tuple(ours), hidden=tuple(raw["hidden"]))
+    return Answer(
+        probes=probes, gate_fd=gate_fd, holding=tuple(received), hidden=tuple(raw["hidden"])
+    )

@@ -1,4 +1,4 @@
-"""Tells the programs in the kernel about the sockets that were there before them."""
+"""Enters sockets that are older than the run into the maps of the BPF programs."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _MAPPED = bytes(10) + b"\xff\xff"
 
 
 _Owner = tuple[int, int, int, bytes]
-"""Process, 0 where it is not known; whether it is wanted, and would be by any name; its name."""
+"""Pid, 0 if unknown; whether it passes the filter, and would under any name; its name."""
 _Wants = Callable[[int, bytes], bool]
 
 
 def fill(maps: Mapping[str, int], seeds: Sequence[Seed], wanted: Filter, room: int) -> None:
     """Enter the sockets into tcplat_seeds, tcplat_flows, tcplat_listeners and tcplat_served.
 
-    And the processes that listen into tcplat_listening and tcplat_services.
+    The processes that listen go into tcplat_listening and tcplat_services.
 
     Args:
         maps: Name -> fd.
         seeds: The sockets.
-        wanted: Whose sockets are wanted.
-        room: Entries that the maps have.
+        wanted: The filter.
+        room: Capacity of the maps, in entries.
     """
     wants = functools.cache(wanted.wants)  # a process may hold 100,000 sockets
     asks = functools.cache(attrs.evolve(wanted, comm="").wants)
@@ -55,7 +55,7 @@ def fill(maps: Mapping[str, int], seeds: Sequence[Seed], wanted: Filter, room: i
     for seed in seeds:
         comm = seed.comm[:15]
         owner = (seed.pid, int(wants(seed.pid, comm)), int(asks(seed.pid, b"")), comm)
-        if seed.waiting:  # it is its listener's
+        if seed.waiting:  # it belongs to its listener's process
             found = (listeners.get(_port(seed.netns, place)) for place in seed.accepted_at)
             owner = next((one.owner for one in found if one), owner)
             if served[seed.lport] == _SERVED_BY_DEVICE:
@@ -76,7 +76,7 @@ def fill(maps: Mapping[str, int], seeds: Sequence[Seed], wanted: Filter, room: i
             key = _SERVED_BY.pack(seed.pid, seed.lport)
             services[key] = _SERVICE.pack(wants(seed.pid, comm), asks(seed.pid, b""), comm)
     bpf.map_update_many(maps["tcplat_seeds"], list(by_cookie.items())[:room])
-    # One that began since our programs are attached is known, and found by its entry.
+    # Keeps existing entries: a flow that began after attaching is already in the map.
     bpf.map_insert_many(maps["tcplat_flows"], list(flows.items())[:room])
     _enter_listening(maps["tcplat_listening"], {one.pid for one in seeds if one.role == LISTENER})
     bpf.map_update_many(maps["tcplat_services"], list(services.items()))
@@ -93,7 +93,7 @@ def _enter_listening(fd: int, pids: Iterable[int]) -> None:
     pids = sorted(pid for pid in pids if pid)
     keys = {pid: struct.pack("=I", pid | _OLDER) for pid in pids}
     bpf.map_update_many(fd, [(key, bytes(8)) for key in keys.values()])
-    # Of one that ended before it was entered, tcplat_on_exit has not deleted anything.
+    # tcplat_on_exit ran before the entry existed if the process has ended meanwhile.
     for pid in pids:
         if is_ending(pid):
             bpf.map_delete(fd, keys[pid])
@@ -106,11 +106,11 @@ def _port(netns: int, place: Place) -> bytes:
 
 @attrs.define
 class _Listener:
-    """Who accepts at a port.
+    """The listeners of a port.
 
     Args:
-        owner: Its process, or none where there are several.
-        pids: Of the sockets that listen there, one each.
+        owner: The process; pid 0 if there are several.
+        pids: The pid of each socket that listens there.
         inherited: Several processes hold one of these sockets.
     """
 
@@ -126,7 +126,7 @@ class _Listener:
 
 
 def _listeners(seeds: Sequence[Seed], wants: _Wants, asks: _Wants) -> dict[bytes, _Listener]:
-    """Who accepts at each port."""
+    """Return the listeners by port."""
     found: dict[bytes, _Listener] = {}
     for seed in seeds:
         if seed.role != LISTENER:

@@ -1,4 +1,4 @@
-"""Puts the C of a probe together: constants, headers, its own text. Needs no rights."""
+"""Assembles the C of a probe: constants, headers, its own text. Needs no rights."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ CORE_TYPES = (
 """Kernel types that the shared headers use."""
 
 CGROUP_TYPES = ("task_struct:cgroups", "css_set:dfl_cgrp", "cgroup:level,ancestor_ids")
-"""And with TCPLAT_READ_CGROUPS."""
+"""Further types with TCPLAT_READ_CGROUPS."""
 
 PIDNS_TYPES = ("task_struct:thread_pid,pid", "pid:level,numbers", "upid", "pid_namespace:ns")
-"""And with TCPLAT_PIDNS."""
+"""Further types with TCPLAT_PIDNS."""
 
 ALWAYS = ("event.bpf.h", "filter.bpf.h", "owner.bpf.h")
-"""Headers that every probe gets: the shared maps are in them."""
+"""Headers in every probe: they define the shared maps."""
 _INCLUDE = re.compile(
     r"^[ \t]*#[ \t]*include[ \t]+<tcplat/([a-z_]+\.bpf\.h)>"
     r"(?:[ \t]*/\* as ([a-z]+) \*/)?[ \t\r]*$",
@@ -53,14 +53,14 @@ _KEYED_NAMES = {
     "TCPLAT_KEY": "TCPLAT_KEY_{}",
     "TCPLAT_KEYS": "TCPLAT_KEYS_{}",
 }
-"""What <tcplat/keyed.bpf.h> defines or wants defined, and its names where it is included `as`.
+"""Names in <tcplat/keyed.bpf.h> -> their names if it is included `as`.
 
 bcc rewrites no map call in a macro, so that a macro cannot give a map its name.
 """
 
 
 def core_defines(points: Sequence[HookPoint], wanted: Filter) -> dict[str, int | str]:
-    """Return the constants that the shared headers are compiled for."""
+    """Return the constants of the shared headers."""
     hooks, cpus = len(reporting(points)), possible_cpus()
     return {
         "TCPLAT_HOOKS": books_hooks(hooks),
@@ -75,7 +75,7 @@ def program_text(
 ) -> str:
     """Return the whole C text of a probe, with headers and the core's own programs pasted in.
 
-    bcc rewrites map calls in the main file only, so a header cannot stay one.
+    bcc rewrites map calls in the main file only, so headers are pasted.
 
     Args:
         probe: Its C and its record.
@@ -106,13 +106,13 @@ def program_text(
 
 
 def with_headers(source: str) -> str:
-    """Return the C of a probe behind the headers that it includes, without those of all probes."""
+    """Return the C of a probe after the headers that it includes, except ALWAYS."""
     names = [(found[1], found[2]) for found in _INCLUDE.finditer(source) if found[1] not in ALWAYS]
     return "\n".join([*(_header(*one) for one in names), source])
 
 
 def _header(name: str, own: str | None = None) -> str:
-    """Return the text of a header and those that it includes; `own`: under names of its own."""
+    """Return the text of a header and its includes; `own` is the name after `as`, if any."""
     try:
         text = files("tcplat_core").joinpath("include", "tcplat", name).read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -125,7 +125,7 @@ def _header(name: str, own: str | None = None) -> str:
     if own:
         if name != _KEYED:
             raise PluginError(f"<tcplat/{name}> cannot be included as {own}: <tcplat/{_KEYED}> can")
-        for word, named in _KEYED_NAMES.items():
-            text = re.sub(rf"\b{word}\b", named.format(own), text)
+        for name_there, pattern in _KEYED_NAMES.items():
+            text = re.sub(rf"\b{name_there}\b", pattern.format(own), text)
 
     return f'#line 1 "tcplat/{name}"\n{_INCLUDE.sub(pasted, text)}\n'

@@ -1,4 +1,4 @@
-"""Puts XDP programs on interfaces by bpf_link, and never in the place of somebody else's."""
+"""Attaches XDP programs to interfaces by bpf_link; never replaces another program."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _FLAGS = {"native": 1 << 2, "generic": 1 << 1}
 _OLDEST = (5, 9)
 """The first kernel with XDP links (aa8d3a716b59)."""
 _MOST = MAX_FDS - 100
-"""Each interface takes one of the fds that go to the session in one message."""
+"""Each interface uses one of the fds in the message to the session."""
 
 
 def load(name: str, code: bytes) -> int:
-    """Load the program and return its fd. It takes packets in several buffers where the kernel can.
+    """Load a program and return its fd, with support for packets in several buffers if possible.
 
     Raises:
         bpf.RefusedError: The verifier refused it; or OSError.
@@ -39,18 +39,18 @@ def load(name: str, code: bytes) -> int:
 
 
 def choose(wanted: Interfaces, probe: str) -> tuple[list[Interface], dict[str, str]]:
-    """Which interfaces of the current network namespace are meant.
+    """Select interfaces of the current network namespace.
 
     Args:
-        wanted: What the probe asks for.
-        probe: For the error.
+        wanted: The probe's selection.
+        probe: Its name, for the error.
 
     Returns:
-        These, and interface -> why it is not among them.
+        The interfaces, and interface -> why it was skipped.
 
     Raises:
-        UsageError: There is no such interface, or too many.
-        CannotRunError: It carries no Ethernet frames.
+        UsageError: There is no such interface, or there are too many.
+        CannotRunError: A named interface carries no Ethernet frames.
     """
     have = {interface.name: interface for interface in netdev.interfaces()}
     where = f" in network namespace {wanted.netns}" if wanted.netns else ""
@@ -73,16 +73,16 @@ _NOT_ETHERNET = "it carries no Ethernet frames"
 
 
 def attach(program: int, interface: Interface, mode: str, probe: str) -> Attached:
-    """Put the program on an interface of the current network namespace.
+    """Attach a program to an interface of the current network namespace.
 
     Args:
-        program: Its fd.
-        interface: Where to.
+        program: fd of the program.
+        interface: The interface.
         mode: auto, native or generic.
-        probe: For the error.
+        probe: Its name, for the error.
 
     Raises:
-        CannotRunError: There is a program already, or the kernel refuses.
+        CannotRunError: The interface has a program already, or the kernel refuses.
     """
     refusals = []
     for candidate in ("native", "generic") if mode == "auto" else (mode,):
@@ -118,11 +118,11 @@ def _silent(interface: Interface) -> str:
 
 
 _OFF = {"native": "xdpdrv", "generic": "xdpgeneric", "offloaded": "xdpoffload"}
-"""What `ip link set dev NAME` calls a mode: plain `xdp` is native where the driver can."""
+"""Mode -> its name for `ip link set dev NAME`, where plain `xdp` means native if supported."""
 
 
 def _taken(interface: Interface) -> str:
-    """Say which program is there, what holds it, and what takes it off."""
+    """Return which program is attached, what holds it, and how to detach it."""
     name = interface.name
     if not interface.xdp:
         return f"{name}: a device above or below it has an XDP program already"
@@ -142,7 +142,7 @@ def _taken(interface: Interface) -> str:
 def _mend(interface: str, mode: str, link: int | None) -> str:
     if link is None:
         return f"to remove it: ip link set dev {interface} {_OFF[mode]} off"
-    # A program on a link is not removed by netlink: the link's fds and pins hold it.
+    # Netlink cannot detach a program on a link: the link's fds and pins hold it.
     by = ", ".join(_holders(link)) or "a pin in a bpffs"
     return f"link {link}, held by {by}, keeps it: end that, or: bpftool link detach id {link}"
 
@@ -164,6 +164,6 @@ def _holders(link: int) -> list[str]:
 
 def _program(number: int) -> str:
     name = ""
-    with contextlib.suppress(OSError):  # it has gone, or we may not ask
+    with contextlib.suppress(OSError):  # it is gone, or may not be read
         name = bpf.program_name(number)
     return f"{name} id {number}".lstrip()
