@@ -18,13 +18,15 @@ class PacketRouter:
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
 
-    def route(self, row: Any, key: Addresses) -> Way | None:
+    def route(self, row: Any, key: Addresses) -> Way | None:  # noqa: C901 - case by case
         """Return the connection and direction of a packet whose key is new."""
         source, target = (row.saddr, row.sport), (row.daddr, row.dport)
         flags = row.flags or ""
         begins = opens(flags)
         there = self._directory.find(row.netns, source, target)
         back = self._directory.find(row.netns, target, source)
+        if begins and any(_is_open(conn, row) for conn in there):
+            return None  # its sender has no socket to send it from: it is forged
         if begins:
             conn, index = _of_syn(row, there), CLIENT
         else:
@@ -83,6 +85,18 @@ def is_new(conn: Connection, row: Any) -> bool:
         return True
     flow = conn.flows[CLIENT]
     return flow.syn != row.seq and (flow.syn >= 0 or flow.begin >= 0)
+
+
+def _is_open(conn: Connection, row: Any) -> bool:
+    """Whether the client's socket is open: no other can send the SYN of a row."""
+    end = conn.ends[CLIENT]
+    return (
+        end.state in ("TCP_ESTABLISHED", "TCP_CLOSE_WAIT")
+        and end.streams
+        and end.netns == row.netns
+        and not (end.closed_ns or conn.over or conn.replaced or conn.missed)
+        and conn.flows[CLIENT].syn not in (-1, row.seq)
+    )
 
 
 def _of_syn(row: Any, known: Sequence[Connection]) -> Connection | None:

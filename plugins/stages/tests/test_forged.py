@@ -197,3 +197,22 @@ def test_a_stream_that_goes_on_far_away_is_followed() -> None:
         history.sent[CLIENT] += 100
     _, (conn,) = joined(history.rows(SOCKETS))
     assert conn.bytes_of(CLIENT) == 300 + 2**30 + 10_000
+
+
+# --- SYN
+
+
+@pytest.mark.parametrize("without", [(), ("tcp_service",), ("dev_xmit",), ("xdp_port", "rx_ip")])
+def test_a_syn_while_the_client_is_connected_begins_no_connection(
+    without: tuple[str, ...],
+) -> None:
+    netns = (7, 7)  # on lo: the SYN is seen where the client's socket is
+    plain, attacked = History(netns=netns), History(netns=netns)
+    for history in (plain, attacked):
+        now = talk(history, history.shake_hands() + 1_000)
+        if history is attacked:
+            inject(history, now, CLIENT, 2**30, flags="SYN", ack=None)
+        history.close(talk(history, now + 10_000) + 1_000)
+    told, expected = (joined(one.rows(without))[1] for one in (attacked, plain))
+    assert story(told) == story(expected)
+    assert [conn.syns for conn in told] == [0]
