@@ -11,6 +11,10 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 NEEDS_ROOT = "loading BPF programs needs root: run it with sudo"
+NEEDS_CAPABILITIES = (
+    "loading BPF programs needs CAP_BPF and CAP_PERFMON, which this root lacks: give the container "
+    "these capabilities, or run it on the host"
+)
 TOO_MANY_FILES = {
     number: f"{os.strerror(number).lower()}: raise the limit (ulimit -n)"
     for number in (errno.EMFILE, errno.ENFILE)

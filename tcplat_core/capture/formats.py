@@ -84,12 +84,12 @@ class Jsonl:
         """The beginning of a line."""
         self._data = b""
         self._lines: deque[bytes | Damage] = deque()
-        self._skipping = self._damaged = self._ended = False
+        self._skipping = self._damaged = self._ended = self._cut = False
 
     @property
     def torn(self) -> bool:
         """It is at the end, where a newline should be."""
-        return self._ended and not self._lines
+        return self._cut and not self._lines
 
     def feed(self, chunk: bytes) -> None:
         """Take more bytes."""
@@ -115,6 +115,7 @@ class Jsonl:
         """Take the rest as a line."""
         self._ended = True
         if self._rest:
+            self._cut = True
             self._lines.append(bytes(self._rest))
 
     def take_all(self) -> tuple[list[bytes], bytes] | None:

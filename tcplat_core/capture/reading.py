@@ -92,7 +92,7 @@ class Reader:
         finally:
             self._bar.close()
         if not self._capture.read:
-            raise TcplatError(f"{self.name} is not a tcplat capture")
+            raise TcplatError(self._capture.refusal(self.name))
 
     def batches(self) -> Iterator[list[Event]]:
         """Give batches of rows only."""
@@ -123,7 +123,6 @@ class Reader:
                     "a run did not end, or the capture lacks its beginning or end"
                 )
         if self._capture.left_out:
-            noun = self._capture.noun
-            yield f"{self.name}: {self._capture.left_out} {noun}(s) are damaged and were skipped"
+            yield self._capture.skipped(self.name)
         if not self._capture.ended:
             yield f"{self.name} is truncated: its run was killed, or the file was cut off"

@@ -30,7 +30,7 @@ _LOOK_S = 1.0
 
 RowsByHook = Counter[tuple[str, str, str, str]]
 """Rows by probe, point, func and attach."""
-UNREAD = "more rows were in the run and were not read here"
+UNREAD = "of the run's rows are not in what was read (damaged, or cut off)"
 """Behind a number of rows of a probe."""
 
 
@@ -137,7 +137,7 @@ class Replay:
 
     def _end(self) -> RunReport:
         if self.whole and not self.capture.read:
-            raise TcplatError(f"{self.source.name} is not a tcplat capture")
+            raise TcplatError(self.capture.refusal(self.source.name))
         report = self.report()
         if self._begun:
             self.router.close(report)
@@ -206,18 +206,18 @@ class Replay:
 
     def summary(self, report: RunReport) -> Iterator[str]:
         """Yield warnings about a capture: damage, losses, a missing end."""
-        left_out, noun = self.capture.left_out, self.capture.noun
-        if left_out == 1:
-            yield f"1 {noun} of {self.source.name} was skipped"
-        elif left_out:
-            yield f"{left_out} {noun}s of {self.source.name} were skipped"
+        if self.capture.left_out:
+            yield self.capture.skipped(self.source.name)
         if self.gaps:
-            yield f"{self.gaps} rows were skipped, because this reader was too slow"
+            yield f"{self.gaps} rows were missed, because this reader was too slow"
         seen = [*self.delivered, *self.filtered, *self.lost]
         for place, what, names in ((0, "probe", self.probes), (1, "point", self.points)):
             for name in names:
                 if self.whole and all(hook[place] != name for hook in seen):
-                    yield f"there is no row of {what} {name} in {self.source.name}"
+                    there = ", ".join(dict.fromkeys(hook[place] for hook in seen)) or "none"
+                    yield f"{self.source.name} has no row of {what} {name}; it has {there}"
+        if self.whole and self.filtered and not self.delivered:
+            yield f"no row passed the filters ({self.filtered.total()} read)"
         if self.whole and not self.capture.ended:
             yield f"{self.source.name} is truncated: its run was killed, or the file was cut off"
         elif self.whole and report.incomplete:

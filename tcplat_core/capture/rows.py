@@ -87,6 +87,8 @@ class Capture:
     read: int = attrs.field(default=0, init=False)
     """Rows, losses, hosts, headers and reports."""
     left_out: int = attrs.field(default=0, init=False)
+    newer: str = attrs.field(default="", init=False)
+    """The schema of a line that a newer tcplat has written."""
     noun: str = attrs.field(default="line", init=False)
     _number: int = attrs.field(default=0, init=False)
     _format: Format | None = attrs.field(default=None, init=False)
@@ -240,6 +242,8 @@ class Capture:
         if value["v"] not in READABLE or value["v"] is True:
             version = printable(str(value["v"])[:20])
             readable = " and ".join(map(str, READABLE))
+            if type(value["v"]) is int and value["v"] > max(READABLE):
+                self.newer = version
             raise _ForeignError(f"its schema is {version!r}, and this tcplat reads {readable}")
         try:
             item = self._item(form, cleaned(value), len(frame))
@@ -313,6 +317,22 @@ class Capture:
             made = cast("type[Event]", msgspec.defstruct("Event", fields, bases=(Event,)))
             self._classes[probe, *extra] = made
         return made
+
+    def skipped(self, name: str) -> str:
+        """Return a sentence about the damaged lines or maps of the capture of this name."""
+        count = f"1 {self.noun}" if self.left_out == 1 else f"{self.left_out} {self.noun}s"
+        verb = "was" if self.left_out == 1 else "were"
+        listed = f" (the first {_SAID} are listed)" if self.left_out > _SAID else ""
+        return f"{count} of {name} {verb} skipped{listed}"
+
+    def refusal(self, name: str) -> str:
+        """Return why nothing of a file could be read as a capture."""
+        if self.newer:
+            readable = " and ".join(map(str, READABLE))
+            return f"{name} has schema {self.newer}; this tcplat reads {readable}: upgrade tcplat"
+        if not self.left_out:
+            return f"{name} is empty"
+        return f"{name} is not a tcplat capture, or holds no whole row"
 
     def _leave_out(self, number: int, reason: str) -> None:
         self.left_out += 1

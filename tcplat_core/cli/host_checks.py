@@ -132,7 +132,7 @@ def _tracefs() -> Check:
     folder = tracefs()
     if folder:
         # Their system calls have a table of their own, for which no tracepoint of one call fires.
-        silent = "; accept by tracepoint, of 32-bit programs and by io_uring: at the first use"
+        silent = "; accept by 32-bit programs and io_uring is seen at the first recv or send"
         return Check("tracefs", True, str(folder) + silent)
     what, mend = tracefs_missing()
     return Check("tracefs", None, what, f"needed for accept rows by tracepoint: {mend}")
@@ -173,9 +173,9 @@ def _bcc() -> Check:
 
 def _fast() -> Check:
     if library():
-        return Check("C", True, "JSON lines are written in C")
+        return Check("fast JSON", True, "JSON lines are written in C")
     mend = "install a C compiler, then reinstall tcplat"
-    return Check("C", None, "JSON lines are written in Python, four times as slow", mend)
+    return Check("fast JSON", None, "JSON lines are written in Python, four times as slow", mend)
 
 
 def _privileges() -> Check:
@@ -208,9 +208,9 @@ def _owners(view: HostView) -> Check:
     reasons = [view.why_not(way) for way in USE.ways]
     if None in reasons:
         seen = described(USE.ways[reasons.index(None)])
-        return Check("owners", True, f"by {seen}, also for probes that see packets only")
+        return Check("owners", True, f"known by {seen}, for packets as well")
     reason = "; ".join(dict.fromkeys(filter(None, reasons)))
-    found = f"for probes that see packets only, a connection stays its listener's: {reason}"
+    found = f"packets keep the listener's process as owner after accept: {reason}"
     return Check("owners", None, found, "run as root on a kernel with kprobes, or on 6.3 or newer")
 
 
@@ -220,14 +220,12 @@ def _older() -> Check:
     try:
         found = owners.find(hidden)
     except OSError as error:
-        return Check(
-            "sockets", None, f"owners of sockets older than a run are not known: {error.strerror}"
-        )
+        return Check("sockets", None, f"owners of existing sockets are unknown: {error.strerror}")
     if said := hidden.sentences():
         return Check(
-            "sockets", None, "not of all sockets that are older than a run", "; ".join(said)
+            "sockets", None, "owners of some existing sockets are unknown", "; ".join(said)
         )
-    return Check("sockets", True, f"{len(found)} are there, and their processes can be known")
+    return Check("sockets", True, f"owners of all {len(found)} existing sockets are known")
 
 
 def as_json(checks: list[Check], probes: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,6 +247,7 @@ def healthy(checks: list[Check], probes: Mapping[str, Any]) -> bool:
 def as_text(checks: list[Check], probes: Mapping[str, Any]) -> str:
     """For a reader."""
     words = {True: "ok", False: "FAIL", None: "-"}
+    tried = not any(check.name == "privileges" and check.ok is False for check in checks)
     lines = [f"{words[check.ok]:5}{check.name:12}{check.found}" for check in checks]
     for name, probe in probes.items():
         for word, key in (("FAIL", "cannot"), ("-", "unknown")):
@@ -256,8 +255,11 @@ def as_text(checks: list[Check], probes: Mapping[str, Any]) -> str:
                 lines.append(f"{word:5}{name:12}{probe[key]}")
         if "takes" not in probe:
             continue
-        lines.append(f"ok   {name:12}auto takes")
+        takes = "auto takes" if tried else "auto would take, not tested"
+        lines.append(f"{'ok' if tried else '-':5}{name:12}{takes}")
         lines += [f"{'':17}{point:12}{way}" for point, way in probe["takes"].items()]
         lines += [f"{'':17}{point:12}no: {why}" for point, why in probe["missing"].items()]
     lines += [f"{check.name}: {check.mend}" for check in checks if check.mend]
+    if any(line.startswith("-") for line in lines):
+        lines.append("(-: missing or not tested, and not needed by every run)")
     return "\n".join(lines)

@@ -43,7 +43,12 @@ def main() -> NoReturn:
         terminal.write(error.format_message())
         sys.exit(UsageError.exit_code)
     except click.ClickException as error:
-        terminal.say(f"{error.format_message()} (tcplat --help)")
+        command = (
+            error.ctx.command_path
+            if isinstance(error, click.UsageError) and error.ctx
+            else "tcplat"
+        )
+        terminal.say(f"{error.format_message()} ({command} --help)")
         sys.exit(UsageError.exit_code)
     except MemoryError:
         terminal.say("out of memory: raise the limit (ulimit -v, or memory.max of the cgroup)")

@@ -43,9 +43,10 @@ if TYPE_CHECKING:
 @COUNT
 @QUIET
 def replay(capture: str, **arguments: Any) -> None:
-    """Send the rows of a capture to sinks: JSON lines or msgpack, from a file, pipe or socket.
+    """Send the rows of a capture to sinks.
 
-    Needs no root and no BPF. Damaged lines are skipped, counted and reported.
+    A capture is JSON lines or msgpack, from a file, pipe or socket. Needs no root and no
+    BPF. Damaged lines are skipped and counted; the first three are listed.
     """
     from tcplat_core.kernel.netns import netns_recorded  # noqa: PLC0415 - see __init__.py
 

@@ -91,7 +91,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Show the C code, the output of compiler and verifier, and what the programs print.",
 )
-@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND [ARGUMENT]...]")
 def run(**arguments: Any) -> None:
     """Attach probes and send their rows to sinks.
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Duration(click.ParamType[float]):
-    """A time: 5, 500ms, 30s, 2m or 1h, as seconds."""
+    """A time: 5 (seconds), 500ms, 30s, 2m or 1h, as seconds."""
 
     name = "time"
 
@@ -35,7 +35,11 @@ class Duration(click.ParamType[float]):
         except ValueError:
             seconds = 0
         if not seconds:
-            self.fail(f"{value!r} is not a time; write 5, 500ms, 30s, 2m or 1h", param, ctx)
+            self.fail(
+                f"{value!r} is not a time above 0; write 5 (seconds), 500ms, 30s, 2m or 1h",
+                param,
+                ctx,
+            )
         return seconds
 
 
@@ -106,7 +110,8 @@ _FILTER_OPTIONS = (
         "--min-latency",
         type=Duration(),
         default=0.0,
-        help="Skip rows with a shorter duration.",
+        help="Skip rows with a shorter duration; rows without one stay. For slow requests: "
+        "--sink waterfall:min_stage=total:1s.",
     ),
 )
 """What `run` has the kernel leave out, and `replay` leaves out itself."""
@@ -142,7 +147,8 @@ def _numbers(texts: Sequence[str], option: str, top: int) -> tuple[int, ...]:
     for text in ",".join(texts).replace("+", ",").split(",") if texts else ():
         number = decimal(text, top)
         if not number:
-            raise UsageError(f"{option} {text!r} is not a number from 1 to {top}")
+            hint = "; for names: --comm NAME, or -p $(pgrep -d, NAME)" if option == "-p" else ""
+            raise UsageError(f"{option} {text!r} is not a number from 1 to {top}{hint}")
         numbers.append(number)
     return tuple(numbers)
 

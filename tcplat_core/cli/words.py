@@ -44,17 +44,17 @@ def summary(
 ) -> None:
     """Report what was delivered, lost and missing."""
     for name, probe in report.probes.items():
-        for words in _probe_summary(probe, unread):
+        for words in _probe_summary(probe, unread, complete=not report.incomplete):
             terminal.say(f"{name}: {words}")
     if report.late:
         terminal.say(f"{report.late} rows came out of order")
 
 
-def _probe_summary(probe: ProbeReport, unread_words: str) -> Iterator[str]:
+def _probe_summary(probe: ProbeReport, unread_words: str, *, complete: bool) -> Iterator[str]:
     if probe.counted is not None:
         yield from _counted_summary(probe.counted)
     if probe.counted is None or probe.delivered or probe.dropped:
-        yield _rows_summary(probe)
+        yield _rows_summary(probe, complete=complete)
     for what, reason in {**probe.uncounted, **_rows_missing(probe)}.items():
         yield f"no {what}: {reason}"
     for interface, reason in probe.silent.items():
@@ -69,7 +69,7 @@ def _probe_summary(probe: ProbeReport, unread_words: str) -> Iterator[str]:
         names = ", ".join(sorted(funcs))
         yield f"rows of {names} may be missing: the kernel skips a kprobe that interrupts another"
     for func, count in probe.skipped.items():
-        yield f"{count} times the kernel skipped {func}: so many rows may be missing"
+        yield f"the kernel skipped {func} {count} times: as many rows may be missing"
     unread = sum(hook.unread for hook in probe.hooks)
     if unread:
         yield f"{unread} {unread_words}"
@@ -79,12 +79,13 @@ def _rows_missing(probe: ProbeReport) -> dict[str, str]:
     return {f"{point} rows": reason for point, reason in probe.missing.items()}
 
 
-def _rows_summary(probe: ProbeReport) -> str:
+def _rows_summary(probe: ProbeReport, *, complete: bool) -> str:
     by_point: dict[str, int] = {}
     for hook in probe.hooks:
         by_point[hook.point] = by_point.get(hook.point, 0) + hook.delivered
     points = ", ".join(f"{point} {n}" for point, n in by_point.items())
-    return f"{probe.delivered} rows, {probe.dropped} lost ({points})"
+    lost = f"{probe.dropped} lost" if complete else f"{probe.dropped} known to be lost"
+    return f"{probe.delivered} rows, {lost} ({points})"
 
 
 def _counted_summary(counted: Mapping[str, Counted]) -> Iterator[str]:

@@ -143,15 +143,15 @@ class Hidden:
         causes = []
         if self.processes and self.sockets:
             fds = (
-                f"TCP sockets older than the run whose process is not known: {self.sockets}; their "
-                "rows have no pid, and -p, --comm and --cgroup leave them out, until it uses them: "
-                f"/proc/PID/fd cannot be read (of {self.processes})"
+                f"TCP sockets older than the run whose process is unknown: {self.sockets}; until "
+                "it uses them, their rows have no pid, and -p, --comm and --cgroup leave them out; "
+                f"/proc/PID/fd of {self.processes} processes cannot be read"
             )
             causes.append((fds, lacking("CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH")))
         if self.namespaces:
             entered = (
                 f"network namespaces that cannot be entered: {self.namespaces}; sockets in them "
-                "that are older than the run have no rows before they connect anew"
+                "that are older than the run have no rows until they connect again"
             )
             causes.append((entered, lacking("CAP_SYS_ADMIN")))
         return [

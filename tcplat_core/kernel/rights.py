@@ -7,7 +7,7 @@ import os
 import struct
 from pathlib import Path
 
-from tcplat_core.errors import NEEDS_ROOT, CannotRunError, refused
+from tcplat_core.errors import NEEDS_CAPABILITIES, NEEDS_ROOT, CannotRunError, refused
 
 
 def refuse_without_capabilities() -> None:
@@ -17,7 +17,7 @@ def refuse_without_capabilities() -> None:
         CannotRunError: Not allowed to load programs.
     """
     if not may_load():
-        raise CannotRunError(NEEDS_ROOT)
+        raise CannotRunError(NEEDS_ROOT if os.geteuid() else NEEDS_CAPABILITIES)
 
 
 def may_load() -> bool:

@@ -183,7 +183,9 @@ def parse_choice(text: str) -> tuple[str, dict[str, str]]:
     for item in filter(None, rest.split(",")):
         key, equals, value = item.partition("=")
         if not equals:
-            raise UsageError(f"{text!r}: {item!r} is not of the form key=value")
+            raise UsageError(
+                f"{text!r}: {item!r} is not of the form key=value; several values are joined by +"
+            )
         if key in given:
             raise UsageError(f"{text!r}: {key}= is given twice")
         given[key] = value

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -101,7 +102,10 @@ class LoaderProcess:
         """
         lines = [line.strip() for line in self.output().splitlines() if line.strip()]
         last = f": {lines[-1][:_MOST_CHARACTERS]}" if lines else ""
-        return f"the loader died (status {self.process.returncode}){last}"
+        status = self.process.returncode
+        if status == -signal.SIGKILL:
+            return f"the loader was killed (SIGKILL), perhaps for lack of memory: see dmesg{last}"
+        return f"the loader died (status {status}){last}"
 
     def output(self) -> str:
         """Return what libbcc, clang and the verifier printed."""

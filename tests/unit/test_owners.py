@@ -248,7 +248,7 @@ def test_unidentified_sockets_and_namespaces_are_reported(monkeypatch: pytest.Mo
     monkeypatch.setattr(owners, "lacking", lambda *names: list(names))
     assert owners.Hidden().sentences() == owners.Hidden(processes=3).sentences() == []
     fds, entered = owners.Hidden(processes=3, sockets=2, namespaces=1).sentences(mendable=True)
-    assert "whose process is not known: 2;" in fds
+    assert "whose process is unknown: 2;" in fds
     assert fds.endswith("it needs CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH")
     assert entered.endswith("it needs CAP_SYS_ADMIN")
 

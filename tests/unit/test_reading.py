@@ -70,8 +70,8 @@ def test_truncated_capture_is_reported(tmp_path: Path) -> None:
     ("delivered", "produced", "said"),
     [
         (10, 10, None),
-        (17, 17, "{}: 7 more rows were in the run and were not read here"),
-        (10, 12, "{}: 2 more rows were in the run and were not read here"),
+        (17, 17, "{}: 7 of the run's rows are not in what was read"),
+        (10, 12, "{}: 2 of the run's rows are not in what was read"),
         (4, 4, "6 rows are not in its books: a run did not end, or the capture lacks its"),
     ],
 )
@@ -95,12 +95,12 @@ def test_report_with_wrong_sums_is_damaged(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b'{"delivered":10', b'{"delivered":5', 1))
     reader = Reader.open(str(path), quiet=True)
     list(reader.items())
-    assert any("1 line(s) are damaged" in sentence for sentence in reader.remarks())
+    assert any(sentence.startswith("1 line of ") for sentence in reader.remarks())
 
 
 def test_file_that_is_not_a_capture_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("hello\n")
-    with pytest.raises(TcplatError, match="is not a tcplat capture"):
+    with pytest.raises(TcplatError, match=r"is not a tcplat capture|is empty"):
         list(Reader.open(str(tmp_path / "x"), quiet=True).items())
 
 
@@ -124,7 +124,7 @@ def test_damaged_host_is_skipped(tmp_path: Path) -> None:
         0
     ]
     assert reader.rows == len(rows)
-    assert any("1 line(s) are damaged" in sentence for sentence in reader.remarks())
+    assert any(sentence.startswith("1 line of ") for sentence in reader.remarks())
 
 
 @pytest.mark.parametrize("quiet", [False, True])

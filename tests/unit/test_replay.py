@@ -342,9 +342,24 @@ def test_truncated_last_line_is_reported_and_the_rest_replayed(replay: Replayed)
     assert found.report.incomplete.startswith("counted from the rows: ")
 
 
+def test_damaged_last_line_with_a_newline_is_not_cut_off(replay: Replayed) -> None:
+    found = replay(GOOD + b"junk\n")
+    assert found.said[0] == "line 10 was skipped: it is damaged, or not part of a capture"
+
+
+def test_capture_of_a_newer_schema_says_so(replay: Replayed) -> None:
+    with pytest.raises(TcplatError, match="has schema 99; this tcplat reads 1 and 2: upgrade"):
+        replay(b'{"v":99,"ts_ns":1}\n')
+
+
+def test_filter_that_nothing_passes_is_reported(replay: Replayed) -> None:
+    found = replay(GOOD, wanted=Filter(comm="nosuch"))
+    assert "no row passed the filters (8 read)" in found.said
+
+
 @pytest.mark.parametrize("bad", [b"", b"x", b"hello\nworld\n", bytes(1000), b"\xff" * 2_000_000])
 def test_file_that_is_not_a_capture_is_one_sentence(replay: Replayed, bad: bytes) -> None:
-    with pytest.raises(TcplatError, match="is not a tcplat capture"):
+    with pytest.raises(TcplatError, match=r"is not a tcplat capture|is empty"):
         replay(bad)
 
 
@@ -490,7 +505,7 @@ def test_count_limits_the_replayed_rows(replay: Replayed) -> None:
         ("tcp:127.0.0.1:99999", 2, "is not of the form tcp:HOST:PORT"),
         ("/proc/self/mem", 1, "reading /proc/self/mem failed: Input/output error"),
         ("tcp:127.0.0.1:1", 2, "cannot read tcp:127.0.0.1:1: Connection refused"),
-        ("/dev/null", 1, "/dev/null is not a tcplat capture"),
+        ("/dev/null", 1, "/dev/null is empty"),
         ("/dev/null --sink tabel", 4, "there is no sink named 'tabel'"),
         ("/dev/null --sink histogram", 2, "--sink stages has percentiles of a capture"),
         ("/dev/null --port 0", 2, "port '0' is not a number from 1 to 65535"),
@@ -524,7 +539,7 @@ def test_skipped_lines_are_reported_and_exit_code_stays_0() -> None:
 def test_probe_name_without_rows_is_reported() -> None:
     done = tcplat("replay", "-", "--probe", "tcp_cleint", "--point", "nic_rx", input=GOOD)
     assert (done.returncode, done.stdout) == (0, b"")
-    assert b"there is no row of probe tcp_cleint in standard input\n" in done.stderr
+    assert b"standard input has no row of probe tcp_cleint; it has tcp_client, " in done.stderr
     assert b"nic_rx in" not in done.stderr
 
 

@@ -73,7 +73,13 @@ def report(
     show_default=True,
     help="A table, or one JSON object per line.",
 )
-@click.option("--seed", type=int, default=1, show_default=True, help="Seed of the random numbers.")
+@click.option(
+    "--seed",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Random seed: the same seed gives the same intervals.",
+)
 @_QUIET
 def diff(
     base: str,
@@ -85,9 +91,10 @@ def diff(
     *,
     quiet: bool,
 ) -> None:
-    """Show what changed between two captures, stage by stage, with confidence intervals.
+    """Compare two captures, stage by stage.
 
-    Exits with status 1 if a --fail-on is met. Too little data is reported and never fails.
+    Each change has a 99 % confidence interval; * marks those that do not contain 0. Exits
+    with status 1 if a --fail-on is met. Too little data is reported, and passes.
     """
     from .diff import compare  # noqa: PLC0415 - see the top
 

@@ -35,7 +35,7 @@ def verdict(condition: Condition, found: Sequence[Compared]) -> tuple[bool, str]
     short = [one for one in mine if one.too_little and condition.count is None]
     if short:
         whose = "; ".join(f"{_whose(one)}{one.too_little}" for one in short)
-        return False, f"{condition.text}: too little data to judge: {whose}"
+        return False, f"{condition.text}: not judged, so it passes: too little data: {whose}"
     return False, f"{condition.text}: not met: {'; '.join(_whose(o) + _interval(o) for o in mine)}"
 
 

@@ -65,9 +65,9 @@ def join_captures(first: str, second: str, output: str, *, quiet: bool) -> None:
 def words(host: Merge, first: Merge) -> str:
     """Describe a host's clock."""
     return (
-        f"the clock of {host.name} is {host.offset_ns / 1e9:+.9f} s from that of {first.name}, "
-        f"± {host.bound_ns / 1000:.1f} µs, and drifts by {host.drift_ppm:+.1f} "
-        f"± {host.drift_bound_ppm:.1f} ppm, by {host.packets} packets: "
+        f"clock of {host.name}: {host.offset_ns / 1e9:+.9f} s from that of {first.name}, "
+        f"± {host.bound_ns / 1000:.1f} µs, drift {host.drift_ppm:+.1f} "
+        f"± {host.drift_bound_ppm:.1f} ppm (from {host.packets} packets); "
         "wire times are right within that bound"
     )
 

@@ -237,8 +237,8 @@ def test_rows_missing_from_the_report_are_remarked(tmp_path: Path) -> None:
     head = [json.loads(report)]
     result, page = made(tmp_path, iter(rows[:-7]), head=head, end=False)
     words = " ".join(data(page)["remarks"])
-    assert words.count("more rows were in the run and were not read here") > 0
-    assert "more rows were in the run" in result.stderr
+    assert words.count("of the run's rows are not in what was read") > 0
+    assert "of the run's rows are not in what was read" in result.stderr
 
 
 def test_faults_of_the_capture_are_remarked_on_the_page(tmp_path: Path) -> None:

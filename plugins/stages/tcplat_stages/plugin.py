@@ -133,7 +133,7 @@ def tcplat_register_sinks() -> Iterator[SinkSpec]:
             ),
             Option(
                 name="every",
-                help="also so often, by the rows' time: 10s; else at the end alone",
+                help="report at this interval of the rows' time, as 10s; default: only at the end",
                 convert=duration,
                 default=0.0,
             ),

@@ -262,5 +262,7 @@ def parse_at_least(text: str) -> AtLeast:
                 f"there is no stage {name!r}; it must be one of {', '.join(STAGES)}, "
                 f"{TOTAL}, {UNANSWERED}, {CUT}, {OPEN}"
             )
+        if not least:
+            raise ValueError(f"{name} has no time; write {name}:1ms")
         limits.append((name, nanos(least)))
     return AtLeast(tuple(limits))
