@@ -636,7 +636,7 @@ def test_reset_has_sender_and_reason(
     path = tmp_path / "summary"
     run = running_tcplat(
         *("--addr", f"{SERVER}/32"),
-        probes=[probe.format(port=PORT) for probe in _ALL_PROBES],
+        probes=[probe.format(port=f"{PORT}+{PORT + 1}") for probe in _ALL_PROBES],
         sinks=(f"summary:format=json,path={path}", f"jsonl:path={tmp_path / 'rows.jsonl'}"),
     )
     # A service that closes without having read.
