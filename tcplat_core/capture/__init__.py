@@ -1,1 +1,1 @@
-"""A run that was recorded: bytes, rows, filters, sinks. Needs neither root nor a kernel."""
+"""Reads and replays captures. Needs neither root nor a kernel."""

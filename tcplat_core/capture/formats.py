@@ -1,7 +1,7 @@
-"""What JSON lines and msgpack maps do not have in common: how a capture's bytes become frames.
+"""Splits the bytes of a capture into frames: JSON lines or msgpack maps.
 
-Whoever wrote a capture may mean harm. So each byte is looked at a bounded number of times, in
-however small pieces it comes, and no more is kept than one frame may have.
+A capture may be hostile. So each byte is examined a bounded number of times, however small the
+pieces in which it comes, and no more than the largest frame is kept.
 """
 
 from __future__ import annotations
@@ -18,45 +18,45 @@ import msgspec
 from tcplat_core.event.fields import SCHEMA_VERSION, Event
 
 LONGEST = 1 << 20
-"""Bytes: a longer line, or map, is none of ours."""
+"""Most bytes of a line or map; tcplat writes no longer one."""
 
 
 @attrs.frozen
 class Damage:
-    """What is no frame, and why not."""
+    """Bytes that are not a frame, and the reason."""
 
     reason: str = "it is damaged, or not part of a capture"
 
 
 class Format(Protocol):
-    """Bytes go in; frames, each a line or a map, come out.
+    """Turns bytes into frames: lines or maps.
 
-    What take_all() gave may be given back, to be looked at frame by frame: where one proves to be
-    none of ours, reject() lets what begins within it come to light.
+    The frames of take_all() can be given back and taken one by one. If one of them is not part of a
+    capture, reject() makes frames that begin inside it available.
     """
 
     noun: str
     head: re.Pattern[bytes]
-    """Of a row as we write it, up to its probe."""
+    """The beginning of a row as tcplat writes it, up to the probe."""
 
     @property
     def torn(self) -> bool:
-        """What take() gave is the last thing, and it has no end."""
+        """Whether the frame from take() is the last, and is cut short."""
 
     def feed(self, chunk: bytes) -> None:
-        """Take more bytes; all frames before them were taken."""
+        """Add bytes; all frames before them must have been taken."""
 
     def end(self) -> None:
-        """There are no more bytes."""
+        """Note the end of the bytes."""
 
     def take_all(self) -> tuple[list[bytes], bytes] | None:
-        """All frames that are whole, and the bytes that they are; None if not all is frames."""
+        """Return all whole frames, and their bytes; None if other bytes are between them."""
 
     def give_back(self) -> None:
-        """Undo take_all(): its frames will be taken one by one."""
+        """Undo take_all(), to take its frames one by one."""
 
     def take(self) -> bytes | Damage | None:
-        """Return the next frame, or bytes that are none; None until more bytes come."""
+        """Return the next frame, or Damage; None if more bytes are needed."""
 
     def reject(self) -> None:
         """Note that the frame from take() is not part of a capture."""
@@ -144,15 +144,15 @@ class Jsonl:
 
 
 START = re.compile(rb"(?:[\x80-\x8f]|\xde..|\xdf....)\xa1v", re.DOTALL)
-"""How each map of ours begins: with its version."""
+"""The beginning of each map that tcplat writes: its version."""
 _SPLIT = 6
-"""Bytes of it that a chunk may end with."""
+"""Most bytes of START that may be at the end of a chunk."""
 _FIRST_STEP, _STEP = 1 << 8, 1 << 14
-"""Bytes that are handed to the unpacker at once, and again: it copies them."""
+"""Bytes per feed of the unpacker, first and later; small, because it copies them."""
 _CREDIT = 8 << 20
 _PER_BYTE = 8
-"""Where a frame is none of ours, bytes are looked at again: so many of a whole capture, and
-so many more for each byte of it. Beyond that, what such a frame has swallowed stays lost."""
+"""Limit of bytes that are examined again inside rejected frames: a base, and a number per byte of
+the capture. Beyond it, frames inside a rejected frame are lost."""
 
 
 class Msgpack:
@@ -173,21 +173,21 @@ class Msgpack:
         self.value = msgspec.msgpack.Decoder().decode
         self._data = bytearray()
         self._begin = 0
-        """Of what take() or take_all() gave last."""
+        """Begin of the last frame or frames taken."""
         self._at = 0
-        """Behind it."""
+        """End of the last frame taken."""
         self._credit = _CREDIT
-        self._rubbish = self._said = False
-        """What stood before `_at` is no map; that was said."""
+        self._damaged = self._damaged_before = False
+        """The bytes before `_at` are damaged, and that was reported; the same before take_all()."""
         self._ended = self._failed = False
-        self._origin = self._fed = self._seen = 0
-        """Where the unpacker began, how far it was given the data, and has looked at it."""
+        self._origin = self._fed = self._scanned = 0
+        """Offsets where the unpacker began, how far it was fed, and how far it has read."""
         self._step = _FIRST_STEP
         self._restart()
 
     @property
     def torn(self) -> bool:
-        """It is at the end of all."""
+        """Whether the last frame ends with the data."""
         return self._ended and self._at >= len(self._data)
 
     def feed(self, chunk: bytes) -> None:
@@ -201,12 +201,12 @@ class Msgpack:
         self._credit = min(_CREDIT * 4, self._credit + _PER_BYTE * len(chunk))
 
     def end(self) -> None:
-        """Take the rest as it is."""
+        """Note that no more bytes come."""
         self._ended = True
 
     def take_all(self) -> tuple[list[bytes], bytes] | None:
-        """All maps that are whole, if nothing is between them."""
-        begin, self._said = self._at, self._rubbish
+        """Return all whole maps; None if other bytes are between them."""
+        begin, self._damaged_before = self._at, self._damaged
         frames = []
         while (frame := self.take()) is not None:
             if isinstance(frame, Damage):
@@ -218,39 +218,39 @@ class Msgpack:
 
     def give_back(self) -> None:
         """Put the maps back, so that they are taken again."""
-        self._at, self._rubbish = self._begin, self._said
+        self._at, self._damaged = self._begin, self._damaged_before
         self._restart()
 
     def take(self) -> bytes | Damage | None:
         """Return the next map, or the damaged bytes before it."""
         while self._at < len(self._data):
-            self._begin, said = self._at, self._rubbish
+            self._begin, reported = self._at, self._damaged
             if not START.match(self._data, self._at):
-                if not self._skip_rubbish():
+                if not self._skip_damage():
                     return None
             elif self._whole():
                 self._at = self._origin + self._unpacker.tell()
-                self._rubbish = False
+                self._damaged = False
                 return bytes(self._data[self._begin : self._at])
             elif not self._failed:
                 return None
             else:
-                self._look_within(self._seen)
-            self._rubbish = True
-            if not said:
+                self._continue_within(self._scanned)
+            self._damaged = True
+            if not reported:
                 return Damage()
         return None
 
     def reject(self) -> None:
         """Continue within the map that take() returned."""
         end = self._at
-        self._look_within(end)
-        self._rubbish = self._at < end
+        self._continue_within(end)
+        self._damaged = self._at < end
 
-    def _skip_rubbish(self) -> bool:
-        """Go to where the next map begins; False until more bytes come."""
+    def _skip_damage(self) -> bool:
+        """Skip to the next START; return False if more bytes are needed."""
         found = START.search(self._data, self._at)
-        # A beginning may be cut in two.
+        # START may be split between chunks.
         stop = found.start() if found else len(self._data) - (0 if self._ended else _SPLIT)
         if stop <= self._at:
             return False
@@ -259,11 +259,11 @@ class Msgpack:
         return True
 
     def _whole(self) -> bool:
-        """Whether the unpacker gets to the end of a map; `_failed` if it never will."""
+        """Return whether a map is complete; `_failed` is set if it never will be."""
         self._failed = True
         try:
             while True:
-                self._seen = self._fed
+                self._scanned = self._fed
                 try:
                     self._unpacker.skip()
                 except msgpack.OutOfData:
@@ -278,11 +278,11 @@ class Msgpack:
                 else:
                     return True
         except (ValueError, msgpack.UnpackException):
-            self._seen = self._origin + self._unpacker.tell()
+            self._scanned = self._origin + self._unpacker.tell()
             return False
 
-    def _look_within(self, stop: int) -> None:
-        """Skip what is before `stop`, damaged or cut off; continue within it or behind it."""
+    def _continue_within(self, stop: int) -> None:
+        """Skip damaged bytes before `stop`; continue at a START inside them, or at `stop`."""
         found = START.search(self._data, self._begin + 1, stop + _SPLIT)
         at = stop
         if found and found.start() < stop:
@@ -290,13 +290,13 @@ class Msgpack:
             if again <= self._credit:
                 self._credit -= again
                 at = found.start()
-        elif self._failed and not (found or self._ended):  # a beginning may be cut in two
+        elif self._failed and not (found or self._ended):  # START may be split
             at = min(stop, max(self._begin + 1, len(self._data) - _SPLIT))
         self._at = at
         self._restart()
 
     def _restart(self) -> None:
-        """Have an unpacker for what stands at `_at`."""
+        """Create an unpacker for the data at `_at`."""
         self._origin = self._fed = self._at
         self._step = _FIRST_STEP
         self._unpacker: Any = msgpack.Unpacker(max_buffer_size=LONGEST * 4, strict_map_key=False)
@@ -307,12 +307,12 @@ class Msgpack:
         return msgspec.msgpack.Decoder(event).decode
 
     def encode(self, rows: Sequence[Event]) -> bytes:
-        """One map after the other."""
+        """Return the rows as maps, as the sink msgpack writes them."""
         return b"".join(map(self._encode_one, rows))
 
 
 def format_of(data: bytes) -> Format:
-    """By how it begins or, where that is damaged, by whose rows begin more often in it."""
+    """Return the format: by the beginning or, if that is damaged, by the more common row start."""
     if data.startswith(b'{"v":'):
         return Jsonl()
     if START.match(data) or len(START.findall(data)) > data.count(b'{"v":'):

@@ -1,4 +1,4 @@
-"""A capture, as a command reads it: row by row, with a bar and with words about what is amiss."""
+"""Reads a capture for a command: rows, a progress bar, and warnings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Reader:
 
     Attributes:
         rows: Number of rows read so far.
-        lost: Number of lost events, as the capture has them.
+        lost: Number of lost events recorded in the capture.
         merges: Hosts of a merged capture.
     """
 
@@ -40,7 +40,7 @@ class Reader:
     merges: list[Merge] = attrs.field(factory=list, init=False)
     _read: RowsByHook = attrs.field(factory=Counter, init=False)
     _whole: bool = attrs.field(default=False, init=False)
-    """It was read to its end."""
+    """Whether it was read to its end."""
 
     @classmethod
     def open(cls, where: str, *, quiet: bool = False, again: bool = False) -> Reader:
@@ -71,10 +71,10 @@ class Reader:
         return self._source.name
 
     def items(self) -> Iterator[list[Event] | Loss | Merge]:
-        """Give batches of rows, and the losses and hosts between them.
+        """Yield batches of rows, and the losses and hosts between them.
 
         Raises:
-            TcplatError: It has nothing that can be read.
+            TcplatError: It contains nothing readable.
         """
         try:
             for item in self._capture.items(self._source.chunks()):
@@ -95,12 +95,12 @@ class Reader:
             raise TcplatError(self._capture.refusal(self.name))
 
     def batches(self) -> Iterator[list[Event]]:
-        """Give batches of rows only."""
+        """Yield batches of rows only."""
         return (item for item in self.items() if isinstance(item, list))
 
     @property
     def report(self) -> RunReport:
-        """The report of the capture; if it has none, an empty one with the reason."""
+        """Return the report of the capture; if it has none, an empty one with the reason."""
         report = RunReport(probes={}, duration_s=0)
         for one in self._capture.reports:
             report = add_reports(report, one) if report.probes else one
@@ -109,7 +109,7 @@ class Reader:
         return report
 
     def remarks(self) -> Iterator[str]:
-        """Give sentences about losses and missing rows; call it when everything is read."""
+        """Yield warnings about losses and missing rows; call it when everything is read."""
         lost = max(self.lost, self.report.dropped)
         if lost:
             yield f"{self.name}: {lost} events were lost in the run: the figures lack them"

@@ -1,4 +1,4 @@
-"""One replay from start to end: a capture, filters, sinks, and the books of what was replayed."""
+"""One replay from start to end: a capture, filters, sinks, and the report of it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from .source import Source
 
 _HOOK = operator.attrgetter("probe", "point", "func", "attach")
 _TIME = operator.attrgetter("ts_ns")
-_LOOK_S = 1.0
-"""Between two looks at whether the sinks' readers are still there."""
+_READER_CHECK_S = 1.0
+"""Interval of the checks that the sinks' readers are there."""
 
 RowsByHook = Counter[tuple[str, str, str, str]]
 """Rows by probe, point, func and attach."""
@@ -39,16 +39,16 @@ class Replay:
     """One replay.
 
     Args:
-        source: Where the capture comes from.
-        capture: What makes rows of it.
-        sinks: By name, opened.
-        wanted: Which rows.
-        probes: Of these alone; of all if empty.
-        points: Of these alone; of all if empty.
+        source: The bytes of the capture.
+        capture: The decoder of the bytes.
+        sinks: Open sinks, by name.
+        wanted: Filter for rows.
+        probes: Only rows of these probes; of all if empty.
+        points: Only rows of these points; of all if empty.
         count: End after so many rows; 0 for no limit.
-        stopping: Whether the user wants to end.
-        bar: How far it is.
-        outputs: Files of the sinks that are to be made or emptied once something was read.
+        stopping: Returns whether the user has ended the replay.
+        bar: The progress bar.
+        outputs: Files of the sinks, created or truncated once something was read.
     """
 
     source: Source
@@ -69,16 +69,16 @@ class Replay:
     router: Router = attrs.field(init=False)
     delivered: RowsByHook = attrs.field(factory=Counter, init=False)
     filtered: RowsByHook = attrs.field(factory=Counter, init=False)
-    """Rows that were read, and did not pass."""
+    """Rows that did not pass the filter."""
     lost: Counter[tuple[str, str]] = attrs.field(factory=Counter, init=False)
-    """As the capture tells it, by probe and point."""
+    """Lost events that the capture records, by probe and point."""
     gaps: int = attrs.field(default=0, init=False)
-    """Rows that a socket's sink kept from us."""
+    """Rows that the msgpack sink did not send to its slow reader."""
     late: int = attrs.field(default=0, init=False)
     whole: bool = attrs.field(default=False, init=False)
-    """The capture was read to its end."""
+    """Whether the capture was read to its end."""
     _begun: bool = attrs.field(default=False, init=False)
-    """The sinks have."""
+    """Whether the sinks have begun."""
     _first_ns: int = attrs.field(default=-1, init=False)
     _last_ns: int = attrs.field(default=0, init=False)
     _filter: RowFilter = attrs.field(init=False)
@@ -93,7 +93,7 @@ class Replay:
         """Replay until the capture, the limit or the user ends it.
 
         Raises:
-            TcplatError: There is nothing in it that could be read.
+            TcplatError: It contains nothing readable.
         """
         try:
             self._check_outputs()
@@ -106,9 +106,9 @@ class Replay:
             self.bar.close()
 
     def _read(self) -> None:
-        # Whose the packets are that stand in one batch, may stand in the next.
+        # The owner of packets in one batch may only be known from the next.
         waiting: deque[list[Event] | Loss | Merge] = deque()
-        look = time.monotonic() + _LOOK_S
+        next_check = time.monotonic() + _READER_CHECK_S
         for item in self.capture.items(self.source.chunks()):
             if self.stopping():
                 break
@@ -124,8 +124,8 @@ class Replay:
             if item is None or not self.wanted.by_task:
                 self._deliver(waiting)
             self.router.poll()
-            if self._begun and (item is None or time.monotonic() >= look):
-                look = time.monotonic() + _LOOK_S
+            if self._begun and (item is None or time.monotonic() >= next_check):
+                next_check = time.monotonic() + _READER_CHECK_S
                 self.router.idle()
             if self.router.done:
                 break
@@ -151,7 +151,7 @@ class Replay:
             raise UsageError(f"{self.source.name} is the input: a sink must write to another file")
 
     def _begin(self) -> None:
-        """Have the sinks begin, once it is certain that this is a capture."""
+        """Let the sinks begin, once a capture was recognized."""
         if not self._begun and self.capture.read:
             self._begun = True
             self.router.begin()
@@ -164,7 +164,7 @@ class Replay:
                 continue
             if isinstance(item, Loss):
                 if self._is_chosen(item.probe, item.point):
-                    if (item.probe, item.point) == GAP:  # not lost to the run
+                    if (item.probe, item.point) == GAP:  # rows that the run had delivered
                         self.gaps += item.count
                     else:
                         self.lost[item.probe, item.point] += item.count
@@ -224,7 +224,7 @@ class Replay:
             yield f"{self.source.name}: the books are {report.incomplete}"
 
     def report(self) -> RunReport:
-        """Return the run's books for the rows that were replayed; counted if the capture has none.
+        """Return the run's report for the replayed rows; without a report, from counting.
 
         `delivered` is what the sinks of this replay were given. Rows that a filter
         left out are taken from `produced`, as if the kernel had not made them; what
@@ -265,16 +265,16 @@ class Replay:
 
 
 def count_hooks(rows: Sequence[Event]) -> RowsByHook:
-    """Return how many of some rows are of which hook."""
+    """Return the number of rows of each hook."""
     return Counter(map(_HOOK, rows))
 
 
 def compare(report: RunReport, read: RowsByHook) -> tuple[dict[str, int], int]:
-    """Return by how much the rows of a capture that was read are not what its books say.
+    """Return by how much the rows of a capture differ from its report.
 
     Args:
-        report: Its books.
-        read: Its rows, all of them.
+        report: The report.
+        read: All rows of the capture, by hook.
 
     Returns:
         Rows by probe that were in the run, and were not read; rows that are in no books.
@@ -294,7 +294,7 @@ def _adjusted(
     filtered: RowsByHook,
     lost: Counter[tuple[str, str]],
 ) -> HookReport:
-    """Return a hook's books for its replayed rows; removes these from what was counted."""
+    """Return a hook's report for its replayed rows; remove these from the counters."""
     key = (probe, hook.point, hook.func, hook.attach)
     got = min(delivered[key], hook.delivered)
     left = min(filtered[key], hook.delivered - got)
@@ -305,14 +305,14 @@ def _adjusted(
 
 
 def _counted(delivered: RowsByHook, lost: Counter[tuple[str, str]]) -> RunReport:
-    """Books of rows and losses that no report speaks of."""
+    """Return a report of rows and losses that are in no report."""
     hooks: dict[str, list[HookReport]] = {}
     for (probe, point, func, attach), count in delivered.items():
         row = HookReport(point, func, attach, count, 0, count)
         hooks.setdefault(probe, []).append(row)
     for (probe, point), count in lost.items():
         of_probe = hooks.setdefault(probe, [])
-        # Which of the point's hooks it was, a loss does not tell.
+        # A loss does not name the hook of the point.
         known = next((hook for hook in of_probe if hook.point == point), None)
         if known:
             of_probe.remove(known)

@@ -1,4 +1,4 @@
-"""A filter for rows that were recorded without it."""
+"""Filters rows of a capture as the kernel would have filtered them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tcplat_core.event.text import text
 from tcplat_core.loader.filter import MAPPED, Filter, network_and_mask
 
 _MOST_OWNERS = 1 << 18
-"""Connections whose owner is remembered for the sake of their packets."""
+"""Most connections whose owner is kept, to filter their packets."""
 
 
 @attrs.define(eq=False)
@@ -28,21 +28,21 @@ class RowFilter:
 
     wanted: Filter
     _owners: dict[tuple[object, ...], bool] = attrs.field(factory=dict, init=False)
-    """Namespace and addresses, local first -> whether the owner is wanted."""
+    """Namespace and addresses, local first -> whether the owner passes."""
     _inside: dict[str, bool] = attrs.field(factory=dict, init=False)
     """Address -> whether it is in one of the networks."""
     _latencies: dict[type[Event], list[str]] = attrs.field(factory=dict, init=False)
     _networks: list[tuple[int, int]] = attrs.field(init=False)
 
     _pattern: str = attrs.field(init=False)
-    """`comm` as rows carry it: escaped."""
+    """`comm` of the filter, escaped as in rows."""
 
     def __attrs_post_init__(self) -> None:
         self._networks = list(map(network_and_mask, self.wanted.networks))
         self._pattern = text(os.fsencode(self.wanted.comm.removesuffix("*")))
 
     def learn(self, rows: Iterable[Event]) -> None:
-        """Remember whose the connections are."""
+        """Record the owners of connections, for their packets."""
         for row in rows:
             if row.sock and row.sport and row.dport:
                 ends = (row.netns, row.saddr, row.sport, row.daddr, row.dport)
@@ -51,7 +51,7 @@ class RowFilter:
                 self._owners[ends] = self._wants_owner(row)
 
     def passes(self, row: Event) -> bool:
-        """Whether it is wanted."""
+        """Return whether a row passes."""
         wanted = self.wanted
         if (wanted.ip and row.ip != wanted.ip) or (wanted.netns and row.netns != wanted.netns):
             return False
@@ -101,7 +101,7 @@ class RowFilter:
 
     def _wants_owner(self, row: Event) -> bool:
         wanted = self.wanted
-        # A process outside the PID namespace of the run has a name and no number.
+        # A process outside the run's PID namespace has a name and no pid.
         if not row.pid and (wanted.pids is not None or not row.comm):
             return False
         if wanted.pids is not None and row.pid not in wanted.pids:

@@ -25,52 +25,52 @@ from tcplat_core.plugin.specs import Loss, Merge
 from .formats import Damage, Format, format_of
 
 _LONGEST_TEXT = 4 * LARGEST_RECORD
-"""No member of a record is longer once it is escaped."""
+"""Most characters of a text: no member of a record is longer when escaped."""
 _LONGEST_PLAIN = 1 << 12
-"""Bytes of a row: a longer one is looked at more closely."""
+"""Most bytes of a row for fast decoding; a longer one is checked in full."""
 _MOST_CLASSES = 256
 _MOST_FIELDS = 1024
-"""Probes that are not installed may bring so many sets of fields, and of so many fields; the
-rest is foreign."""
+"""Most sets of fields of probes that are not installed, and most fields of a set; rows beyond that
+are left out."""
 _MOST_PROBES = 1 << 12
-"""Of so many the rows are read fast."""
+"""Most probes whose rows are decoded fast."""
 _MOST_HOSTS = 1 << 10
 _MOST_HOOKS = 1 << 10
-"""That rows and losses name: for each there are books."""
+"""Most hooks that rows and losses name: counts are kept for each."""
 _MOST_REPORTED = 16 << 20
-"""Bytes of reports, which are kept until the end."""
+"""Most bytes of reports, which are kept until the end."""
 _MOST_EVENTS = (1 << 63) - 1
-"""That all reports and losses together count: what is added up has room in 64 bits."""
+"""Most events in all reports and losses together: sums fit into 64 bits."""
 _LOOK_EVERY = 256
-"""Frames that are left out without a pause."""
+"""Frames left out before control returns to the caller."""
 _SAID = 3
-"""So many of what is left out are reported one by one."""
+"""Frames left out that are reported one by one; later ones are only counted."""
 _BEGINNING = 64
-"""Bytes that tell JSON lines from msgpack; no row is so short."""
+"""Bytes needed to tell JSON lines from msgpack; no row is shorter."""
 
 GAP = ("msgpack", "reader")
-"""Probe and point of the loss that stands for rows which a socket's sink kept from its reader."""
+"""Probe and point of the loss that stands for rows that the msgpack sink did not send."""
 
 
 _OWN = int | float | str | bool | None
-"""What a field of a probe may be."""
+"""Types of the values of a probe's own fields."""
 _ABSENT = {
     field: None
     for field, source in declared(Event)
     if isinstance(source, Wire) and source.since > READABLE[0]
 }
-"""What a row may lack, because an older version did not have it."""
+"""Fields that rows of older versions lack."""
 _HOOK = operator.attrgetter("probe", "point", "func", "attach")
 _TEXTS = operator.attrgetter(*(field.name for field in fields() if "str" in field.type))
 
 
-class _ForeignError(Exception):
-    """A line is none of ours; says why."""
+class _InvalidFrameError(Exception):
+    """A frame is not part of a capture; the message is the reason."""
 
 
 @attrs.define(eq=False)
 class Capture:
-    """A capture, while it is read.
+    """Decodes a capture.
 
     Args:
         events: The row's class of each installed probe, by name. Rows of other
@@ -81,9 +81,9 @@ class Capture:
     events: Mapping[str, type[Event]]
     say: Callable[[str], None] = lambda _: None
     reports: list[RunReport] = attrs.field(factory=list, init=False)
-    """One, unless captures stand behind each other in one file."""
+    """One, or several if captures were concatenated."""
     ended: bool = attrs.field(default=False, init=False)
-    """The last thing read was a report."""
+    """Whether the last frame was a report."""
     read: int = attrs.field(default=0, init=False)
     """Rows, losses, hosts, headers and reports."""
     left_out: int = attrs.field(default=0, init=False)
@@ -93,23 +93,22 @@ class Capture:
     _number: int = attrs.field(default=0, init=False)
     _format: Format | None = attrs.field(default=None, init=False)
     _known: dict[bytes, Callable[[bytes], Event]] = attrs.field(factory=dict, init=False)
-    """Probe -> decoder for its rows as they were last."""
+    """Probe -> decoder for its rows, of the latest set of fields."""
     _decoders: dict[type[Event], Callable[[bytes], Event]] = attrs.field(factory=dict, init=False)
     _own: dict[type[Event], list[str]] = attrs.field(factory=dict, init=False)
     """Names of the fields that a class adds to the common ones."""
     _numeric: set[type[Event]] = attrs.field(factory=set, init=False)
-    """Classes that add no texts to them."""
+    """Classes whose own fields are not texts."""
     _kept: Counter[str] = attrs.field(factory=Counter, init=False)
-    """So much of what stays in memory was read."""
+    """Amounts of data kept in memory, by kind."""
     _classes: dict[tuple[str, ...], type[Event]] = attrs.field(factory=dict, init=False)
     _hooks: set[tuple[str, ...]] = attrs.field(factory=set, init=False)
-    """Of rows, and probe and point of losses."""
+    """Hooks of rows, and probe and point of losses."""
 
     def items(self, chunks: Iterator[bytes]) -> Iterator[list[Event] | Loss | Merge | None]:
-        """Batches of rows, losses and hosts, in place; None where nothing comes for a while.
+        """Yield batches of rows, losses and hosts in order; None if nothing comes for a while.
 
-        A batch may be empty: so much that is none of ours was looked at, and it is time to look
-        at something else.
+        A batch is empty after many frames that were left out, so that the caller is not blocked.
         """
         self._format, begun = None, b""
         for chunk in chunks:
@@ -176,10 +175,10 @@ class Capture:
             self._number += 1
             try:
                 if isinstance(frame, Damage):
-                    raise _ForeignError(frame.reason)  # noqa: TRY301 - one place says it
+                    raise _InvalidFrameError(frame.reason)  # noqa: TRY301 - one place says it
                 # An empty line is nothing.
                 item = self._one(form, frame) if frame.strip() else None
-            except _ForeignError as error:
+            except _InvalidFrameError as error:
                 if not isinstance(frame, Damage):
                     form.reject()
                 self._leave_out(self._number, "it is cut off" if form.torn else str(error))
@@ -190,16 +189,16 @@ class Capture:
                 yield item
 
     def _plain(self, form: Format, frames: Sequence[bytes], data: bytes) -> list[Event] | None:
-        """Rows where there is nothing but rows, each as we write it; else None."""
+        """Return the rows if all frames are rows as tcplat writes them; else None."""
         head, known = form.head.match, self._known
         if max(map(len, frames), default=0) > _LONGEST_PLAIN:
             return None
         try:
             rows = [known[head(frame)[1]](frame) for frame in frames]  # type: ignore[index]
-        # No match, no such probe, no such row: looked at one by one, it will be said.
+        # No row, or an unknown probe: the frames are decoded one by one, and errors reported.
         except (TypeError, KeyError, ValueError):
             return None
-        # This proves that no key is too many.
+        # Equal bytes prove that there are no further keys.
         if not self._are_sound(rows) or form.encode(rows) != data:
             return None
         hooks = set(map(_HOOK, rows)) - self._hooks
@@ -208,9 +207,9 @@ class Capture:
         return rows if self._is_tidy(rows, data) else [_tidy(row) for row in rows]
 
     def _are_sound(self, rows: Sequence[Event]) -> bool:
-        """Whether all numbers of the probes' own fields are such as a record can hold.
+        """Return whether all numbers of the probes' own fields fit into a record.
 
-        Those of the common ones are looked at as they are decoded.
+        Those of the common fields are checked by the decoder.
         """
         return all(
             value is None or value.__class__ is str or LEAST <= value <= MOST
@@ -220,36 +219,38 @@ class Capture:
         )
 
     def _is_tidy(self, rows: Sequence[Event], data: bytes) -> bool:
-        """Whether all texts are printable, as far as that is seen at a glance."""
+        """Return whether all texts are printable; may be False for printable ones."""
         if data.isascii() and b"\\" not in data and b"\x7f" not in data:  # JSON
             return True
         texts = {text for of_row in set(map(_TEXTS, rows)) for text in of_row if text is not None}
         return all(map(str.isprintable, texts)) and self._numeric.issuperset(map(type, rows))
 
     def _one(self, form: Format, frame: bytes) -> Event | Loss | Merge | None:
-        """Whatever it is; None for what is no row: a header, a report.
+        """Decode a frame of any kind; return None for a header or a report.
 
         Raises:
-            _ForeignError: It is nothing of ours.
+            _InvalidFrameError: It is not part of a capture.
         """
         try:
             value = form.value(frame)
-        # TypeError: a key that no dict can have.
+        # TypeError: a key that is not hashable.
         except (ValueError, TypeError, RecursionError, OverflowError) as error:
-            raise _ForeignError("it is damaged, or not part of a capture") from error
+            raise _InvalidFrameError("it is damaged, or not part of a capture") from error
         if not isinstance(value, dict) or "v" not in value or set(map(type, value)) != {str}:
-            raise _ForeignError("it is not part of a capture")
+            raise _InvalidFrameError("it is not part of a capture")
         if value["v"] not in READABLE or value["v"] is True:
             version = printable(str(value["v"])[:20])
             readable = " and ".join(map(str, READABLE))
             if type(value["v"]) is int and value["v"] > max(READABLE):
                 self.newer = version
-            raise _ForeignError(f"its schema is {version!r}, and this tcplat reads {readable}")
+            raise _InvalidFrameError(f"its schema is {version!r}, and this tcplat reads {readable}")
         try:
             item = self._item(form, cleaned(value), len(frame))
         except (ValueError, TypeError) as error:
-            words = str(error).split(" - at")[0]
-            raise _ForeignError(f"it is not part of a capture: {printable(words)}") from error
+            message = str(error).split(" - at")[0]
+            raise _InvalidFrameError(
+                f"it is not part of a capture: {printable(message)}"
+            ) from error
         self.read += 1
         self.ended = "report" in value
         return item
@@ -277,7 +278,7 @@ class Capture:
         return loss
 
     def _learn(self, hooks: AbstractSet[tuple[str, ...]]) -> bool:
-        """Remember hooks, if there is room for all of them: of each something is kept."""
+        """Record hooks, if all of them are within the limit; return whether they were."""
         if len(self._hooks | hooks) > _MOST_HOOKS:
             return False
         self._hooks |= hooks
@@ -295,7 +296,7 @@ class Capture:
     def _row(self, form: Format, value: dict[str, Any]) -> Event:
         probe = msgspec.convert(value.get("probe"), str)
         event = self.events.get(probe, Event)
-        # What another version has besides becomes a field of the probe's; what it lacks is null.
+        # Unknown fields of another version become fields of the probe; missing ones are null.
         value = {**_ABSENT, **value, "v": SCHEMA_VERSION}
         if set(value) != set(event.__struct_fields__):
             event = self._class(probe, [key for key in value if key not in Event.__struct_fields__])
@@ -341,7 +342,7 @@ class Capture:
 
 
 def _events(report: RunReport) -> int:
-    """All that a report counts."""
+    """Return the number of events that a report counts."""
     return report.late + sum(
         probe.untracked
         + sum(probe.skipped.values())
@@ -356,7 +357,7 @@ def _is_field(key: str) -> bool:
 
 
 def _tidy(row: Event) -> Event:
-    """Return the row with every text escaped for a terminal: its origin is not known."""
+    """Return the row with every text escaped for a terminal: a capture is untrusted."""
     for field in row.__struct_fields__:
         value = getattr(row, field)
         if isinstance(value, str) and not value.isprintable():

@@ -1,4 +1,4 @@
-"""Where the bytes of a capture come from: a file, a pipe or a socket."""
+"""Reads the bytes of a capture from a file, a pipe or a socket."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from tcplat_core.plugin.connecting import connect
 CHUNK = 1 << 17
 """Bytes that are read, and decoded, at once: what is made of a megabyte is too much for a
 core's cache, and costs half as much again."""
-_PATIENCE_MS = 100
-"""How long a source may keep us from looking at anything else."""
+_WAIT_MS = 100
+"""Longest wait for bytes, ms, before chunks() yields an empty chunk."""
 
 
 @attrs.define(eq=False)
 class Source:
-    """Where bytes come from.
+    """An open file, pipe or socket.
 
     Args:
         fd: Open for reading.
-        name: As the user calls it.
-        size: Bytes of a file; 0 if it is not known.
+        name: The name that the user gave.
+        size: Size of a file in bytes; 0 if unknown.
     """
 
     fd: int
@@ -74,7 +74,7 @@ class Source:
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
         while True:
-            if not poll.poll(_PATIENCE_MS):
+            if not poll.poll(_WAIT_MS):
                 yield b""
                 continue
             try:

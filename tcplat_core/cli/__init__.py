@@ -10,4 +10,4 @@ OWN = {
     "replay": "tcplat_core.cli.replay:replay",
     "run": "tcplat_core.cli.run:run",
 }
-"""tcplat's own commands, as entry points name those of plugins."""
+"""Entry points of tcplat's own commands."""

@@ -36,7 +36,7 @@ def chosen_probes(plugins: Plugins, texts: Sequence[str]) -> list[Chosen[ProbeSp
 def chosen_sinks(
     plugins: Plugins, texts: Sequence[str], *, live: bool
 ) -> dict[str, Chosen[SinkSpec]]:
-    """Return the sinks by the user's text, each with its options."""
+    """Return the sinks by the text that the user gave, each with its options."""
     from tcplat_core.plugin.specs import Chosen  # noqa: PLC0415 - see __init__.py
 
     chosen: dict[str, Chosen[SinkSpec]] = {}
@@ -91,7 +91,7 @@ def _made(chosen: Chosen[SinkSpec], run: RunInfo) -> Sink:
 def aggregation_of(
     plugins: Plugins, sinks: ChosenSinks, probes: ChosenProbes
 ) -> Aggregation | None:
-    """Return what the sinks have the kernel count; None if nothing."""
+    """Return the histograms that the sinks use; None if none."""
     asked: list[tuple[str, Aggregation]] = []
     for one in sinks.values():
         if one.spec.aggregate is not None:

@@ -1,4 +1,4 @@
-"""What this host can run, one sentence per failure."""
+"""Checks of this host for ``tcplat doctor``, with a remedy for each failure."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Check:
     """One line of the report.
 
     Args:
-        name: What was looked at.
+        name: What was checked.
         ok: True, False, or None where it is good to know and stops nothing.
         found: What there is.
         mend: What to do about it, with the command; empty when all is well.
@@ -54,7 +54,7 @@ class Check:
 
 
 def examine() -> tuple[list[Check], dict[str, Any]]:
-    """Look at this host, then at each probe.
+    """Check this host, then each probe.
 
     What needs root is tried first; then root is given up, before plugins are
     imported.
@@ -150,7 +150,7 @@ def _bcc() -> Check:
         match = re.search(r"__version__\s*=\s*['\"]([^'\"]+)", text)
         version = match[1] if match else "?"
     found = f"{version} in {package}"
-    # In a process of its own: bcc brings LLVM along, and may crash where it is broken.
+    # In a separate process: bcc loads LLVM, which may crash if it is broken.
     code = (
         "import sys\n"
         "from tcplat_core.errors import CannotRunError\n"
@@ -166,8 +166,8 @@ def _bcc() -> Check:
         check=False,
     )
     if ran.returncode:
-        words = ran.stderr.strip() or f"importing it exits with status {ran.returncode}"
-        return Check("bcc", False, found, words.splitlines()[-1])
+        output = ran.stderr.strip() or f"importing it exits with status {ran.returncode}"
+        return Check("bcc", False, found, output.splitlines()[-1])
     return Check("bcc", True, found)
 
 
@@ -204,7 +204,7 @@ def _mechanism(host: Host, name: str) -> Check:
 
 
 def _owners(view: HostView) -> Check:
-    """Whether reads and writes are seen, for probes that see nothing but packets."""
+    """Check how reads and writes are traced, for probes that trace packets only."""
     reasons = [view.why_not(way) for way in USE.ways]
     if None in reasons:
         seen = described(USE.ways[reasons.index(None)])
@@ -215,7 +215,7 @@ def _owners(view: HostView) -> Check:
 
 
 def _older() -> Check:
-    """Whether the processes of sockets that are there already can be known."""
+    """Check whether the processes of existing sockets can be found."""
     hidden = owners.Hidden()
     try:
         found = owners.find(hidden)
@@ -229,7 +229,7 @@ def _older() -> Check:
 
 
 def as_json(checks: list[Check], probes: Mapping[str, Any]) -> dict[str, Any]:
-    """For ``tcplat doctor --json``."""
+    """Return the checks for ``tcplat doctor --json``."""
     return {
         "ok": healthy(checks, probes),
         "checks": [attrs.asdict(check) for check in checks],
@@ -238,17 +238,17 @@ def as_json(checks: list[Check], probes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def healthy(checks: list[Check], probes: Mapping[str, Any]) -> bool:
-    """Whether `tcplat run` can work here, with every probe."""
+    """Return whether `tcplat run` works here, with every probe."""
     return all(check.ok is not False for check in checks) and not any(
         "cannot" in probe for probe in probes.values()
     )
 
 
 def as_text(checks: list[Check], probes: Mapping[str, Any]) -> str:
-    """For a reader."""
-    words = {True: "ok", False: "FAIL", None: "-"}
+    """Return the checks as text."""
+    verdicts = {True: "ok", False: "FAIL", None: "-"}
     tried = not any(check.name == "privileges" and check.ok is False for check in checks)
-    lines = [f"{words[check.ok]:5}{check.name:12}{check.found}" for check in checks]
+    lines = [f"{verdicts[check.ok]:5}{check.name:12}{check.found}" for check in checks]
     for name, probe in probes.items():
         for word, key in (("FAIL", "cannot"), ("-", "unknown")):
             if key in probe:

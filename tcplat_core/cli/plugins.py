@@ -96,8 +96,8 @@ def plugins_show(
     several = Plugins.load().named(name, kind)
     if len(several) > 1:
         raise UsageError(f"there are a probe and a sink named {name!r}: --kind says which")
-    told = show.as_json(*several[0], view)
-    click.echo(json_text(told) if as_json else terminal.lines(show.as_text(told)))
+    shown = show.as_json(*several[0], view)
+    click.echo(json_text(shown) if as_json else terminal.lines(show.as_text(shown)))
 
 
 @plugins.command("new")

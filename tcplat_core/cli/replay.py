@@ -75,7 +75,7 @@ def _replay(
     spare_the_collector()
     signals = Signals()
     signals.install()
-    # As whoever we are: a capture of root's, a socket of another user's.
+    # Opened before rights are dropped: it may be root's capture, or another user's socket.
     try:
         source = Source.open(where, signals.stopping)
     except InterruptedError:

@@ -112,7 +112,7 @@ def run(**arguments: Any) -> None:
         wanted,
         cgroup=cgroup and cgroup_path(cgroup),
         cgroup_id=Path(cgroup).stat().st_ino if cgroup else 0,
-        # Now: only root can open the namespace of another user's process.
+        # Before root is dropped: only root can open the namespace of another user's process.
         netns=inode(netns) if netns else 0,
         netns_at=netns,
     )
@@ -121,7 +121,7 @@ def run(**arguments: Any) -> None:
 
 @attrs.define(eq=False, kw_only=True)
 class _Run:
-    """One run, from the words of the command line to its exit status."""
+    """One run, from the command line to its exit status."""
 
     wanted: Filter
     probes: Sequence[str]
@@ -140,7 +140,7 @@ class _Run:
     signals: Signals = attrs.field(factory=Signals, init=False)
 
     def carry_out(self) -> int:
-        """Run, tell how it went, and return the exit status."""
+        """Run, report the result, and return the exit status."""
         from tcplat_core.run.loader_process import LoaderProcess  # noqa: PLC0415
         from tcplat_core.run.traced_command import TracedCommand  # noqa: PLC0415 - see __init__.py
 
@@ -162,12 +162,12 @@ class _Run:
             if child:
                 child.stop()
         tell(report, dry_run=self.dry_run, quiet=self.quiet)
-        # Of a command that did not end by itself, the status says no more than that.
+        # The status of a command that tcplat ended is meaningless.
         ended = child.status if child and not (child.stopped or self.signals.caught) else 0
         return _status(report, child, ended or 0, fail_on_loss=self.fail_on_loss)
 
     def _session(self, loader: LoaderProcess, child: TracedCommand | None) -> Session:
-        """Give up root and find the plugins, while the loader starts."""
+        """Drop root and find the plugins, while the loader starts."""
         from tcplat_core.deliver.router import spare_the_collector  # noqa: PLC0415
         from tcplat_core.plugin.specs import RunInfo  # noqa: PLC0415
         from tcplat_core.registry.find import Plugins  # noqa: PLC0415
@@ -179,7 +179,7 @@ class _Run:
         trace = TracePipe.open() if self.debug else None
         say = nothing if self.quiet else terminal.say
         give_up_root(say=say)
-        # Third-party Python runs from here on, and root is gone.
+        # Root is dropped, so third-party Python may run from here on.
         plugins = Plugins.load()
         probes = chosen_probes(plugins, self.probes)
         sinks = chosen_sinks(plugins, self.sinks, live=True)
@@ -215,7 +215,7 @@ class _Run:
     def _request(
         self, sinks: ChosenSinks, aggregation: Aggregation | None, child: TracedCommand | None
     ) -> Request:
-        """Return what the loader is asked for, but for the probes."""
+        """Return the request to the loader, without the probes."""
         from tcplat_core.loader.protocol import Request  # noqa: PLC0415 - see __init__.py
 
         return Request(

@@ -1,4 +1,4 @@
-"""Options that several commands have, and how their words become values."""
+"""Options that several commands share, and their types."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Duration(click.ParamType[float]):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
-        """Return seconds."""
+        """Convert to seconds."""
         if isinstance(value, float):
             return value
         try:
@@ -49,7 +49,7 @@ class Size(click.ParamType[int]):
     name = "bytes"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the number."""
+        """Convert to a number of bytes."""
         if isinstance(value, int):
             return value
         try:
@@ -114,11 +114,11 @@ _FILTER_OPTIONS = (
         "--sink waterfall:min_stage=total:1s.",
     ),
 )
-"""What `run` has the kernel leave out, and `replay` leaves out itself."""
+"""Filter options: `run` filters in the kernel, `replay` filters itself."""
 
 
 def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options that say which rows are wanted."""
+    """Add the filter options to a command."""
     for option in reversed(_FILTER_OPTIONS):
         command = option(command)
     return command
@@ -142,7 +142,7 @@ def filter_of(arguments: dict[str, Any]) -> Filter:
 
 
 def _numbers(texts: Sequence[str], option: str, top: int) -> tuple[int, ...]:
-    """``("80,443", "8080+8081")`` as numbers from 1 to `top`; plugin options are written with +."""
+    """Convert ``("80,443", "8080+8081")`` to numbers from 1 to `top`; plugin options use +."""
     numbers = []
     for text in ",".join(texts).replace("+", ",").split(",") if texts else ():
         number = decimal(text, top)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def tell(report: RunReport, *, dry_run: bool, quiet: bool) -> None:
-    """Report how the run went; if quiet, errors only."""
+    """Report the result of a run; if quiet, errors only."""
     if dry_run:
         _attached(report)
     elif not quiet:
@@ -26,7 +26,7 @@ def tell(report: RunReport, *, dry_run: bool, quiet: bool) -> None:
 
 
 def failures(report: RunReport) -> None:
-    """Report the sinks that failed: they are why the exit status is 1."""
+    """Report the sinks that failed, which make the exit status 1."""
     for sink, reason in report.switched_off.items():
         terminal.say(f"sink {sink} was switched off: {reason}")
 
@@ -42,7 +42,7 @@ def _attached(report: RunReport) -> None:
 def summary(
     report: RunReport, unread: str = "more events were in the ring when the run ended"
 ) -> None:
-    """Report what was delivered, lost and missing."""
+    """Report delivered, lost and missing events."""
     for name, probe in report.probes.items():
         for words in _probe_summary(probe, unread, complete=not report.incomplete):
             terminal.say(f"{name}: {words}")
@@ -50,7 +50,7 @@ def summary(
         terminal.say(f"{report.late} rows came out of order")
 
 
-def _probe_summary(probe: ProbeReport, unread_words: str, *, complete: bool) -> Iterator[str]:
+def _probe_summary(probe: ProbeReport, unread_text: str, *, complete: bool) -> Iterator[str]:
     if probe.counted is not None:
         yield from _counted_summary(probe.counted)
     if probe.counted is None or probe.delivered or probe.dropped:
@@ -58,7 +58,7 @@ def _probe_summary(probe: ProbeReport, unread_words: str, *, complete: bool) -> 
     for what, reason in {**probe.uncounted, **_rows_missing(probe)}.items():
         yield f"no {what}: {reason}"
     for interface, reason in probe.silent.items():
-        if interface not in probe.interfaces:  # else it was said when it went
+        if interface not in probe.interfaces:  # otherwise it was reported when it disappeared
             yield f"no rows from {interface}: {reason}"
     if probe.untracked:
         yield (
@@ -72,7 +72,7 @@ def _probe_summary(probe: ProbeReport, unread_words: str, *, complete: bool) -> 
         yield f"the kernel skipped {func} {count} times: as many rows may be missing"
     unread = sum(hook.unread for hook in probe.hooks)
     if unread:
-        yield f"{unread} {unread_words}"
+        yield f"{unread} {unread_text}"
 
 
 def _rows_missing(probe: ProbeReport) -> dict[str, str]:
@@ -99,7 +99,7 @@ def _counted_summary(counted: Mapping[str, Counted]) -> Iterator[str]:
 
 
 def nothing(_: str) -> None:
-    """Say nothing: what -q makes of say()."""
+    """Print nothing; replaces say() under -q."""
 
 
 def json_text(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Finds the system's bcc, puts the C together, and compiles it against our own headers."""
+"""Imports the system's bcc, and compiles C with it against a generated kernel tree."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from tcplat_core.kernel.bcc import INSTALL, find_bcc
 from tcplat_core.kernel.bpf import CALL, INSTRUCTION, PSEUDO_KFUNC_CALL
 
 SHARED_PREFIX = "tcplat_"
-"""Maps of such a name are made once per run; every other map is its probe's own."""
+"""Prefix of maps that are created once per run; every other map belongs to one probe."""
 _LOAD_64, _MAP_FD = 0x18, 1
 """BPF_LD | BPF_DW | BPF_IMM, and BPF_PSEUDO_MAP_FD in its source register."""
 KFUNC = 1 << 30
-"""bcc knows helpers alone: a call of KFUNC + n stands for that of the kfunc with BTF id n."""
+"""bcc supports helpers only: a call of KFUNC + n means the kfunc with BTF id n."""
 
 
 @attrs.frozen
 class Map:
-    """A map as bcc compiled it: sizes in bytes."""
+    """A map of a compiled text; sizes in bytes."""
 
     name: str
     kind: int
@@ -54,7 +54,7 @@ class Compiled:
     maps: tuple[Map, ...]
 
     def pack(self) -> dict[str, Any]:
-        """For the cache."""
+        """Return the value for the cache."""
         return attrs.asdict(self)
 
     @classmethod
@@ -82,17 +82,17 @@ def compile_text(text: str, tree: Path) -> Compiled:
     """Compile with bcc, against the kernel tree.
 
     Raises:
-        PluginError: It does not compile. The compiler's words are on standard error.
+        PluginError: It does not compile. The compiler's messages are on standard error.
         CannotRunError: There is no bcc.
         OSError: It may compile, and something else ran out: files, memory, room on the disk.
     """
     bcc = import_bcc()
     with kernel_source(tree):
-        before = _said_up_to()
+        before = _log_end()
         try:
             module = bcc.BPF(text=text.encode())
         except Exception as error:
-            refused = _refused(_said_since(before))
+            refused = _refused(_log_since(before))
             if refused:
                 raise refused from error
             raise PluginError("it does not compile; --debug shows the compiler's words") from error
@@ -138,31 +138,31 @@ _RAN_OUT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
 _MAP = re.compile(r"could not open bpf map: .*, error: (.+)")
 
 
-def _said_up_to() -> int:
-    """Where standard error, the loader's log, ends; -1 if it is no file."""
+def _log_end() -> int:
+    """Return the end of standard error, the loader's log; -1 if it is not a file."""
     try:
         return os.lseek(2, 0, os.SEEK_CUR)
     except OSError:
         return -1
 
 
-def _said_since(before: int) -> str:
+def _log_since(before: int) -> str:
     if before < 0:
         return ""
-    with suppress(OSError):  # not to be read
+    with suppress(OSError):  # it cannot be read
         return os.pread(2, 1 << 20, before).decode(errors="replace")
     return ""
 
 
-def _refused(said: str) -> OSError | None:
-    """Return what bcc ran out of, from its messages: it gives no other cause of a failure.
+def _refused(log: str) -> OSError | None:
+    """Return the error behind a failure of bcc, from its messages: it reports no errno.
 
     It creates maps while it compiles, and clang opens files.
     """
     for number in _RAN_OUT:
-        if os.strerror(number) in said:
+        if os.strerror(number) in log:
             return OSError(number, os.strerror(number))
-    found = _MAP.search(said)
+    found = _MAP.search(log)
     for number in (errno.EPERM, errno.EACCES) if found else ():
         if found and found[1] == os.strerror(number):
             return OSError(number, f"bcc may create no map ({os.strerror(number)})")
@@ -171,7 +171,7 @@ def _refused(said: str) -> OSError | None:
 
 @functools.cache
 def compiler_identity() -> bytes:
-    """Return what changes with the compiler: bcc, its library, and their clang and LLVM."""
+    """Return a hash input that identifies bcc, its library, and their clang and LLVM."""
     named = re.compile(r"lib(bcc|bpf|clang-cpp|LLVM)\b.*\.so")
     parts = []
     for folder in ("/usr/lib", "/usr/lib64", f"/usr/lib/{platform.machine()}-linux-gnu"):
@@ -185,7 +185,7 @@ def compiler_identity() -> bytes:
 def _file_identity(path: str) -> str:
     try:
         status = os.stat(path)
-    except OSError:  # a link to nothing
+    except OSError:  # a dangling link
         return path
     return f"{path} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
 
@@ -206,7 +206,7 @@ def import_bcc() -> Any:
         raise CannotRunError(
             f"bcc's library libbcc.so.0 does not load ({error}): {INSTALL}"
         ) from error
-    except Exception as error:  # a package that is half there, or of another version of Python
+    except Exception as error:  # an incomplete package, or one for another version of Python
         raise CannotRunError(
             f"bcc in {package} is broken ({type(error).__name__}: {error}): "
             "apt install --reinstall python3-bpfcc libbpfcc (Fedora: dnf reinstall python3-bcc bcc)"
@@ -216,7 +216,7 @@ def import_bcc() -> Any:
 
 @contextmanager
 def kernel_source(tree: Path) -> Iterator[None]:
-    """Compile against `tree`, and come back to the folder that bcc leaves for it."""
+    """Compile against `tree`; restore the current folder, which bcc changes."""
     here = os.getcwd()
     os.environ["BCC_KERNEL_SOURCE"] = str(tree)
     try:

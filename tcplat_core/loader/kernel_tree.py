@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def kernel_tree(
     wanted: Iterable[str], cache: Cache, read: Callable[[], Btf] = Btf.from_file
 ) -> Iterator[Path]:
-    """Give a kernel tree with these types, in a temporary folder that goes with the `with` block.
+    """Yield a kernel tree with these types, in a folder that is removed after the block.
 
     Args:
         wanted: As for `generate`.
@@ -148,7 +148,7 @@ _PAGE_H = f"""\
 #endif
 """
 
-# Included by bcc or, out of habit, by programs; all they would bring is there already.
+# Included by bcc, or habitually by programs; their content is defined already.
 _EMPTY = (
     "linux/bpf.h",
     "linux/bpf_common.h",

@@ -168,7 +168,7 @@ class _Writer:
             self._definitions.append(f"enum {_identifier(enum.name)} {{\n{''.join(lines)}}};\n")
 
     def text(self) -> str:
-        """Return all that was defined."""
+        """Return all definitions."""
         return _HEADER.format(
             forwards="".join(f"{forward};\n" for forward in self._forwards),
             definitions="\n".join(self._definitions),

@@ -1,4 +1,4 @@
-"""A probe tried out in a process of its own: compiled, and with root loaded, attached, taken off.
+"""Tries a probe in a separate process: compiles it and, as root, loads, attaches, detaches it.
 
 ``python -I -m tcplat_core.loader.trial PARENT compile|attach``: msgpack on standard input, and on
 standard output. What crosses over is C text and data; no Python of the plugin's runs here.
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from .cache import Cache
 
 _LLVM_IR = 1
-"""DEBUG_LLVM_IR of bcc: what was compiled, on standard error."""
+"""DEBUG_LLVM_IR of bcc: prints the compiled code on standard error."""
 _PROGRAM = re.compile(r'^define [^\n]*section "\.bpf\.fn\.(\w+)"', re.MULTILINE)
 _NO_MAPS = re.compile(
     r"^could not open bpf map: \w+, error: Operation not permitted$", re.MULTILINE
 )
-"""The last of what bcc does, and the only thing that it needs rights for."""
+"""The last step of bcc, and the only one that needs rights."""
 _GONE_S = 5.0
 """The kernel frees programs and maps a moment after their last fd is closed."""
 XDP_PASS = 2
@@ -86,17 +86,17 @@ def compile_(raw: Mapping[str, Any], cache: Cache) -> dict[str, Any]:
                 failed = True
     except BtfError as error:
         return {"refusal": str(error)}
-    told = words()
-    if failed and not _NO_MAPS.search(told):
-        return {"refusal": told}
-    programs = _PROGRAM.findall(told)
+    output = words()
+    if failed and not _NO_MAPS.search(output):
+        return {"refusal": output}
+    programs = _PROGRAM.findall(output)
     cache.write(name, programs)
     return {"programs": programs}
 
 
 @contextlib.contextmanager
 def _captured() -> Iterator[Callable[[], str]]:
-    """Collect what libbcc and clang print meanwhile, on both outputs."""
+    """Collect the output of libbcc and clang, of both streams."""
     with tempfile.TemporaryFile() as file:
         kept = os.dup(1), os.dup(2)
         text = ""
@@ -176,7 +176,7 @@ def _open_fds() -> set[str]:
 
 
 def _still_there(objects: Sequence[tuple[int, str, int]], patience_s: float = _GONE_S) -> list[str]:
-    """Which of our programs, maps and links the kernel has not let go of."""
+    """Return the programs, maps and links that the kernel has not freed."""
     from tcplat_core.kernel import bpf  # noqa: PLC0415 - see attach()
 
     there = {(kind, number) for _, kind, number in objects if number}
@@ -188,10 +188,10 @@ def _still_there(objects: Sequence[tuple[int, str, int]], patience_s: float = _G
 
 
 def _judge(program: int, ring: int, ports: set[int]) -> str:
-    """Return what the program does to a packet that it must pass; empty if nothing."""
+    """Return how the program fails to pass a packet unchanged; empty if it passes it."""
     from tcplat_core.kernel import bpf  # noqa: PLC0415 - see attach()
 
-    # Two pages, see ring.py: where the reader is, and where the kernel is.
+    # Two pages, see ring.py: the positions of the reader and of the kernel.
     with (
         mmap.mmap(ring, mmap.PAGESIZE) as read,
         mmap.mmap(ring, mmap.PAGESIZE, prot=mmap.PROT_READ, offset=mmap.PAGESIZE) as written,
@@ -200,7 +200,7 @@ def _judge(program: int, ring: int, ports: set[int]) -> str:
             try:
                 verdict, out = bpf.test_run(program, frame)
             except OSError as error:
-                if error.errno == errno.EINVAL:  # the kernel itself does not take such a frame
+                if error.errno == errno.EINVAL:  # the kernel itself refuses such a frame
                     continue
                 raise
             if verdict != XDP_PASS:
@@ -226,7 +226,7 @@ def frames(ports: set[int]) -> Iterator[tuple[str, bytes]]:
                 yield f"{what}, port {port}", frame
                 for length in range(14, len(frame)):
                     yield f"{what}, port {port}, cut off at {length} bytes", frame[:length]
-            # Until its ring is full: then it has to let them pass as well.
+            # Until its ring is full: then it must still pass packets.
             for _ in range(200):
                 yield f"TCP over IPv4, port {port}, {_FULL}", whole["TCP over IPv4"]
     noise = random.Random(1)  # noqa: S311 - the same noise each time
@@ -269,10 +269,10 @@ def _unshare_network() -> None:
 
 
 def main() -> None:
-    """Try one thing and say what came of it."""
+    """Try one request and write the outcome."""
     isolation.begin(int(sys.argv[1]))
     data = sys.stdin.buffer.read()
-    if not data:  # whoever asked has given up
+    if not data:  # the parent has ended
         return
     from .cache import Cache  # noqa: PLC0415 - takes time, and may not be needed
 

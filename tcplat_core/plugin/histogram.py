@@ -1,4 +1,4 @@
-"""Durations that the kernel counts: what probes offer, what a sink asks for, what it gets.
+"""Histograms of durations, made in the kernel: declarations, requests and results.
 
 The buckets are log-linear, as HDR histograms have them: up to 15 ns one each, then 16 of
 equal width per power of two, up to 2^36 ns (68.7 s). include/tcplat/bucket.bpf.h is the
@@ -53,7 +53,7 @@ def bounds_ns(number: int) -> tuple[int, int]:
 
 
 def middle_us(number: int) -> float:
-    """Return the value that stands for a bucket, µs; infinite for the last one, BUCKETS."""
+    """Return the value that represents a bucket, µs; infinite for the last, BUCKETS."""
     return math.inf if number == BUCKETS else sum(bounds_ns(number)) / 2000
 
 
@@ -119,7 +119,7 @@ class Aggregation:
         """C constants for include/tcplat/histogram.bpf.h."""
         return {
             "TCPLAT_HISTOGRAMS": histograms,
-            # keyed.bpf.h wants one at least, although nobody uses it then.
+            # keyed.bpf.h needs at least one, even if it is unused.
             "TCPLAT_GROUPS": max(1, self.numbers),
             "TCPLAT_STRIPES": self.stripes(cpus, histograms),
             "TCPLAT_SUB_BITS": SUB_BITS,
@@ -260,13 +260,13 @@ class Counters:
         self._cells = memoryview(self._durations).cast("Q")
 
     def read(self) -> list[Distribution]:
-        """Each histogram of each group in which there is something."""
+        """Return each histogram of each group that has samples."""
         rest = Group(rest=self.aggregation.by != "all")
         groups = [(0, rest)]
         for number in range(1, self.aggregation.numbers + 1):
             raw = self._keys[number * _GROUP.size : (number + 1) * _GROUP.size]
             if not any(raw):
-                continue  # numbers are given away in order, but one in between may stay unused
+                continue  # numbers are assigned in order, but one in between may stay unused
             groups.append((number, _group(self.aggregation.by, raw)))
         return [
             found
@@ -297,7 +297,7 @@ class Counters:
         return found
 
     def close(self) -> None:
-        """Unmap. The fds stay the caller's."""
+        """Unmap. The caller closes the fds."""
         self._cells.release()
         self._durations.close()
         self._keys.close()

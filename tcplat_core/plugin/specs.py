@@ -1,4 +1,4 @@
-"""What plugins declare and what a run hands them. Values are frozen, things are not."""
+"""Declarations of plugins, and the values that a run passes to them."""
 
 from __future__ import annotations
 

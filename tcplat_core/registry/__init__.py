@@ -1,1 +1,1 @@
-"""Which plugins and commands there are, and new ones from templates."""
+"""Finds plugins and commands, and creates plugins from templates."""

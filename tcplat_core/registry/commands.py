@@ -1,4 +1,4 @@
-"""The commands: tcplat's own, and those that plugins bring; each is imported when it is called."""
+"""tcplat's own commands and those of plugins; each is imported when it is called."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tcplat_core.event.terminal import lines
 from tcplat_core.plugin.progress import wipe
 
 GROUP = "tcplat.commands"
-"""Entry points: the command's name, and the click.Command that it is."""
+"""Group of entry points: name of a command, and its click.Command."""
 
 
 class Commands(click.Group):
@@ -48,7 +48,7 @@ class Commands(click.Group):
         self.own = own or {}
 
     def make_context(self, *args: Any, **more: Any) -> click.Context:
-        """Options are read; some, as --help, write."""
+        """Parse options; some of them, such as --help, print."""
         with _in_a_sentence():
             return super().make_context(*args, **more)
 
@@ -63,24 +63,24 @@ class Commands(click.Group):
 
     @contextlib.contextmanager
     def _blaming(self, ctx: click.Context) -> Iterator[None]:
-        """Report what a plugin's command raises as a fault of the plugin; an exit status passes."""
+        """Report exceptions of a plugin's command as the plugin's fault; pass exit statuses on."""
         try:
             yield
         except (click.ClickException, click.Abort, click.exceptions.Exit, SystemExit):
             raise
         except BaseException as error:
             name = ctx.invoked_subcommand
-            if name is None or name in self.commands or _is_told(error):
+            if name is None or name in self.commands or _is_reported(error):
                 raise
             with blaming(f"command {name}"):
                 raise
 
     def get_help(self, ctx: click.Context) -> str:
-        """With a line of each command, which plugins have written."""
+        """Print the help, which has a line from each plugin's command."""
         return lines(super().get_help(ctx))
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """All names."""
+        """Return all names."""
         return sorted({*super().list_commands(ctx), *self.own, *_entries()})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -122,7 +122,7 @@ class _Termination:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        for one in self.numbers:  # a second one ends it at once
+        for one in self.numbers:  # a second signal ends the process at once
             signal.signal(one, signal.SIG_DFL)
         self.error = TerminatedError(number)
         signal.signal(signal.SIGALRM, self._again)
@@ -133,11 +133,11 @@ class _Termination:
         error = sys.exc_info()[1]
         while error is not None and error is not self.error:
             error = error.__context__
-        if self.error and error is None:  # else it is under way: what is half done is being undone
+        if self.error and error is None:  # otherwise it is being handled already
             raise self.error
 
     def close(self) -> None:
-        """Leave the signals as they were."""
+        """Restore the handlers."""
         if self.error:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number in self.numbers:
@@ -169,7 +169,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 @contextlib.contextmanager
 def _in_a_sentence() -> Iterator[None]:
-    """End a command if its reader has gone; report a full disk and the like in a sentence."""
+    """End a command if its reader is gone; report a full disk and the like in a sentence."""
     status: SystemExit | click.exceptions.Exit | None = None
     try:
         try:
@@ -184,7 +184,7 @@ def _in_a_sentence() -> Iterator[None]:
     except OSError as error:
         if error.errno in TOO_MANY_FILES:
             raise TcplatError(TOO_MANY_FILES[error.errno]) from error
-        if not _is_told(error):
+        if not _is_reported(error):
             raise
         if error.errno not in _FULL:
             raise of_system_call(error) from error
@@ -194,16 +194,16 @@ def _in_a_sentence() -> Iterator[None]:
         raise status
 
 
-def _is_told(error: BaseException) -> bool:
-    """Whether it is a system call's failure that a sentence of ours explains."""
+def _is_reported(error: BaseException) -> bool:
+    """Return whether it is a system call error that tcplat reports in a sentence."""
     return isinstance(error, OSError) and (
         error.errno in (*TOO_MANY_FILES, *_FULL, *REFUSED, errno.EPIPE)
-        or error.filename is not None  # something that a user has named
+        or error.filename is not None  # a file that the user named
     )
 
 
 def _let_go_of_stdout() -> None:
-    """Drop what it still holds: Python would try again at its end."""
+    """Discard buffered output: Python would try to write it again at exit."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
 
@@ -235,7 +235,7 @@ def load(entry: importlib.metadata.EntryPoint) -> click.Command:
     try:
         command = entry.load()
         if isinstance(command, click.Command):
-            command.get_short_help_str()  # for --help, which it would end with a traceback
+            command.get_short_help_str()  # --help calls it, and would end with a traceback
     except BaseException as error:
         if is_the_users(error):
             raise
@@ -246,7 +246,7 @@ def load(entry: importlib.metadata.EntryPoint) -> click.Command:
 
 
 def _sorted() -> list[importlib.metadata.EntryPoint]:
-    # The same plugin may be installed twice: in tcplat's wheel and by itself.
+    # A plugin may be installed twice: in tcplat's wheel and separately.
     entries = importlib.metadata.entry_points(group=GROUP)
     return [one for _, one in sorted({(one.name, one.value): one for one in entries}.items())]
 

@@ -21,7 +21,7 @@ from tcplat_core.plugin.specs import ProbeSpec, SinkSpec
 
 GROUP = "tcplat"
 _OURS = "tcplat"
-"""The distribution whose names nobody else can take."""
+"""The distribution whose plugin names others cannot override."""
 _HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("tcplat_"))
 
 
@@ -31,13 +31,13 @@ class Found:
 
     name: str
     kind: str
-    """probe, sink, command, or plugin where it broke before it could say."""
+    """probe, sink or command; plugin if it failed before that was known."""
     version: str
     distribution: str
     status: str
     """ok, or broken."""
     summary: str
-    """What it is for, or why it is broken."""
+    """Its summary, or why it is broken."""
 
 
 @attrs.define(eq=False)
@@ -48,7 +48,7 @@ class Plugins:
     sinks: dict[str, SinkSpec] = attrs.field(factory=dict)
     found: list[Found] = attrs.field(factory=list)
     manager: pluggy.PluginManager = attrs.field(init=False)
-    """Holds the plugins that are whole."""
+    """Holds the plugins that work."""
 
     @manager.default
     def _new_manager(self) -> pluggy.PluginManager:
@@ -58,13 +58,13 @@ class Plugins:
 
     @classmethod
     def load(cls, entry_points: Iterable[importlib.metadata.EntryPoint] | None = None) -> Plugins:
-        """Load every entry point of the group ``tcplat``; what breaks is listed as broken."""
+        """Load every entry point of the group ``tcplat``; failures are listed as broken."""
         if entry_points is None:
             entry_points = importlib.metadata.entry_points(group=GROUP)
         plugins = cls()
         by_name: dict[str, dict[str, importlib.metadata.EntryPoint]] = {}
-        for entry in sorted(entry_points, key=_ours_first):
-            # The same plugin may be installed twice: in tcplat's wheel and by itself.
+        for entry in sorted(entry_points, key=_own_first):
+            # A plugin may be installed twice: in tcplat's wheel and separately.
             by_name.setdefault(entry.name, {}).setdefault(entry.value, entry)
         with _stdout_is_stderr():
             for entries in by_name.values():
@@ -107,7 +107,7 @@ class Plugins:
         )
 
     def _load(self, entries: Sequence[importlib.metadata.EntryPoint]) -> None:
-        """Load the entry point of a name; where several have it, see :func:`_rivals`."""
+        """Load the entry point of a name; for several of that name see :func:`_rivals`."""
         unread = [_found(entry, entry.name, "plugin") for entry in entries]
         keep, reason = _rivals("an entry point", unread)
         self.found += [attrs.evolve(one, summary=reason) for one in unread[keep:]]
@@ -144,7 +144,7 @@ class Plugins:
             raise
 
     def _offers(self, plugin: object) -> Iterator[tuple[str, Any]]:
-        """Call the hooks of one plugin alone, so that no other is to blame."""
+        """Call the hooks of one plugin alone, so that errors are attributed to it."""
         names = set()
         for kind, hook, cls in (
             ("probe", self.manager.hook.tcplat_register_probes, ProbeSpec),
@@ -175,7 +175,7 @@ class Plugins:
                 self.found[at] = attrs.evolve(loser, status="broken", summary=reason)
 
 
-def _ours_first(entry: importlib.metadata.EntryPoint) -> tuple[bool, str, str, str]:
+def _own_first(entry: importlib.metadata.EntryPoint) -> tuple[bool, str, str, str]:
     distribution = entry.dist.name if entry.dist else "?"
     return distribution != _OURS, entry.name, entry.value, distribution
 
@@ -226,7 +226,7 @@ def _stdout_is_stderr() -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """One line that says what is wrong."""
+    """Return the error in one line."""
     return message(error) if isinstance(error, PluginError) else named(error)
 
 

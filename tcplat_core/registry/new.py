@@ -23,7 +23,7 @@ from .find import Plugins
 _SKELETON = "skeleton"
 _LONGEST = 32
 _CORE = "core"
-"""The package tcplat_core is ours."""
+"""The package tcplat_core, whose name a plugin cannot take."""
 
 
 def create(kind: str, name: str, parent: Path) -> list[Path]:
@@ -58,7 +58,7 @@ def create(kind: str, name: str, parent: Path) -> list[Path]:
                 _write(folder, target, text.encode())
                 written.append(project / target)
         except BaseException:
-            # On a full disk, say: half a project would be in the way of the next attempt.
+            # For example on a full disk: half a project would block the next attempt.
             _empty(folder)
             with contextlib.suppress(OSError):
                 project.rmdir()
@@ -74,7 +74,7 @@ _MODE = 0o755
 
 
 def _made(path: str) -> int:
-    """Make a folder and hold it open, so that no other user can replace it.
+    """Create a folder and hold it open, so that no other user can replace it.
 
     Raises:
         UsageError: A link of another user is on the way, or the folder is another user's.
@@ -105,7 +105,7 @@ def _write(folder: int, path: str, data: bytes) -> None:
 
 
 def _empty(folder: int) -> None:
-    """Remove what is in a folder, by its fd: its path may lead elsewhere by now."""
+    """Remove the content of a folder, by its fd: its path may lead elsewhere by now."""
     with os.scandir(folder) as found:
         inside = [(one.name, one.is_dir(follow_symlinks=False)) for one in found]
     for name, is_dir in inside:
@@ -127,7 +127,7 @@ def _dashed(name: str) -> str:
 
 def _walk(folder: Traversable, at: str = "") -> Iterator[tuple[str, Traversable]]:
     for one in folder.iterdir():
-        if one.name.startswith((".", "__pycache__")):  # left by those who worked on the templates
+        if one.name.startswith((".", "__pycache__")):  # files of editors and of Python
             continue
         if one.is_dir():
             yield from _walk(one, f"{at}{one.name}/")
@@ -143,6 +143,6 @@ def _check_name(name: str) -> None:
         )
     if keyword.iskeyword(name):
         raise UsageError(f"{name!r} is a Python keyword: use another name")
-    ours = {one.name for one in Plugins.load().found if one.distribution == "tcplat"}
-    if name in (_CORE, _SKELETON, "sinks") or name in ours:
+    own = {one.name for one in Plugins.load().found if one.distribution == "tcplat"}
+    if name in (_CORE, _SKELETON, "sinks") or name in own:
         raise UsageError(f"{name!r} is a name of tcplat itself: use another")

@@ -1,4 +1,4 @@
-"""``tcplat plugins show``: all there is to know of a plugin, and how this host would run it."""
+"""``tcplat plugins show``: everything about a plugin, and how this host would run it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from .find import Found
 
 @attrs.define(eq=False)
 class HostView:
-    """What can be seen of this host.
+    """The facts about this host that the current rights allow to read.
 
     Args:
         host: The running kernel.
-        as_root: It was looked at by root, who may try things out.
+        as_root: The facts were read by root, who can load test programs.
     """
 
     host: Host = attrs.field(factory=Host)
@@ -34,7 +34,7 @@ class HostView:
 
     @classmethod
     def now(cls) -> HostView:
-        """Look; to be called before root is given up."""
+        """Read the facts; call it before root is dropped."""
         view = cls()
         try:
             refuse_without_capabilities()
@@ -72,14 +72,14 @@ class HostView:
         return None
 
     def why_not(self, way: Way) -> str | None:
-        """Return why a way is closed, or not known to be open; None if it is open."""
+        """Return why a way cannot be used, or may not be usable; None if it can."""
         return self._hidden(way) or self.host.way(way)
 
     def _why_not_at_best(self, way: Way) -> str | None:
         if not self._hidden(way):
             return self.host.way(way)
-        seen = (hook for hook in way.hooks if not hook.func.startswith(SYSCALLS))
-        return next(filter(None, map(self.host.hook, seen)), None)
+        checkable = (hook for hook in way.hooks if not hook.func.startswith(SYSCALLS))
+        return next(filter(None, map(self.host.hook, checkable)), None)
 
 
 def _choice(
@@ -87,7 +87,7 @@ def _choice(
 ) -> tuple[Way | None, str | None]:
     try:
         choice = choose([attrs.evolve(point, optional=True)], "auto", why_not, "")
-    except CannotRunError as error:  # the kernel does not describe itself
+    except CannotRunError as error:  # the kernel has no BTF
         return None, str(error)
     return choice.taken.get(point.point), choice.missing.get(point.point)
 
@@ -99,17 +99,17 @@ def described(way: Way) -> str:
 
 
 def as_json(found: Found, spec: ProbeSpec | SinkSpec, view: HostView) -> dict[str, Any]:
-    """For ``--json``; a sink has neither points nor fields."""
-    told = {
+    """Return the value for ``--json``; a sink has neither points nor fields."""
+    shown = {
         **{key: value for key, value in attrs.asdict(found).items() if key != "status"},
         "options": [_option(option) for option in spec.options],
         "example": f"sudo tcplat run --probe {example(spec.name, spec.options)}",
     }
     if isinstance(spec, SinkSpec):
         sink = example(spec.name, spec.options)
-        return {**told, "example": f"sudo tcplat run --probe tcp_client --sink {sink}"}
+        return {**shown, "example": f"sudo tcplat run --probe tcp_client --sink {sink}"}
     return {
-        **told,
+        **shown,
         "points": [view.point(point) for point in spec.points],
         "fields": [attrs.asdict(field) for field in fields(spec.event)],
     }
@@ -117,7 +117,7 @@ def as_json(found: Found, spec: ProbeSpec | SinkSpec, view: HostView) -> dict[st
 
 def _option(option: Option) -> dict[str, Any]:
     default = option.default
-    if isinstance(default, tuple):  # of several, as one writes them
+    if isinstance(default, tuple):  # several values, as on the command line
         default = "+".join(map(str, default))
     elif not isinstance(default, str | int | float | None):
         default = str(default)
@@ -131,22 +131,22 @@ def _option(option: Option) -> dict[str, Any]:
     }
 
 
-def as_text(told: Mapping[str, Any]) -> str:
+def as_text(shown: Mapping[str, Any]) -> str:
     """Return the same as text."""
     lines = [
-        f"{told['name']}: {told['summary']}",
-        f"{told['kind']}, from {told['distribution']} {told['version']}",
+        f"{shown['name']}: {shown['summary']}",
+        f"{shown['kind']}, from {shown['distribution']} {shown['version']}",
     ]
-    if "points" in told:
+    if "points" in shown:
         lines += ["", "points, and how --attach auto listens there on this host"]
-        lines += _indented([_point_cells(point) for point in told["points"]])
-        if any(point["perhaps"] for point in told["points"]):
-            lines.append(f"  to be sure, run as root: sudo tcplat plugins show {told['name']}")
+        lines += _indented([_point_cells(point) for point in shown["points"]])
+        if any(point["perhaps"] for point in shown["points"]):
+            lines.append(f"  to be sure, run as root: sudo tcplat plugins show {shown['name']}")
         lines += ["", "fields of a row (* its own)"]
-        lines += _indented([_field_cells(field) for field in told["fields"]])
-    lines += ["", "options" if told["options"] else "no options"]
-    lines += _indented([_option_cells(option) for option in told["options"]])
-    return "\n".join([*lines, "", "example", f"  {told['example']}"])
+        lines += _indented([_field_cells(field) for field in shown["fields"]])
+    lines += ["", "options" if shown["options"] else "no options"]
+    lines += _indented([_option_cells(option) for option in shown["options"]])
+    return "\n".join([*lines, "", "example", f"  {shown['example']}"])
 
 
 def _point_cells(point: Mapping[str, Any]) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Which packets dev_xmit reports, and in which words."""
+"""Options, hook point and descriptions of dev_xmit."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ _WORDS = {
     frozenset({"ACK"}): ("ACK leaves", "data leave"),
     frozenset({"FIN", "ACK"}): ("FIN leaves", "data, FIN leave"),
 }
-"""Flags -> what an empty packet is, and one with payload."""
+"""Flags -> description of an empty packet, and of one with payload."""
 
 
 def describe(moment: Moment) -> str:
-    """Describe a packet in 15 letters at most: the table's column is no wider."""
+    """Describe a packet in at most 15 characters, the width of the table's column."""
     flags = frozenset((moment.flags or "").split("|")) & {"SYN", "FIN", "RST", "ACK"}
     if "RST" in flags:
         return "RST leaves"

@@ -1,1 +1,1 @@
-"""What becomes of the rows: a table to read, JSON lines to keep."""
+"""The sinks that come with tcplat: table, JSON lines, msgpack, histograms."""

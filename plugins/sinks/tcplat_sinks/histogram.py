@@ -1,4 +1,4 @@
-"""Percentiles and bars of what the kernel has counted: for each interval, and for the whole run."""
+"""Percentiles and bars of the kernel's histograms: per interval, and for the whole run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Histograms(Sink):
     """Histograms as text or JSON lines.
 
     Args:
-        output: Where to.
+        output: The output.
         as_json: One object per histogram and group.
         every_s: Show what happened since the last time; 0 for the whole run at its end alone.
     """
@@ -45,17 +45,17 @@ class Histograms(Sink):
     _encoder: msgspec.json.Encoder = attrs.field(factory=msgspec.json.Encoder, init=False)
 
     def write(self, batch: Sequence[Event]) -> None:
-        """Rows are for other sinks."""
+        """Ignore rows."""
 
     def lost(self, loss: Loss) -> None:
-        """So are their losses: a duration that was counted cannot get lost."""
+        """Ignore losses of rows: durations counted in the kernel are never lost."""
 
     def idle(self) -> None:
-        """Notice a reader that has gone."""
+        """Check whether the reader is gone."""
         self.output.look()
 
     def aggregates(self, them: Aggregates) -> None:
-        """Show what came since the last time and, at the end, everything."""
+        """Show the durations since the last call and, at the end, all of them."""
         if self.every_s:
             came = [one.since(self._before.get(_key(one))) for one in them.distributions]
             self._show(came, them, them.elapsed_s - self._before_s, "interval")
@@ -65,7 +65,7 @@ class Histograms(Sink):
             self._show(them.distributions, them, them.elapsed_s, "run")
 
     def close(self, report: RunReport) -> None:
-        """Write what this host could not measure; in JSON all the books. Idempotent."""
+        """Write which histograms this host lacks; in JSON, the whole report. Idempotent."""
         if self.output.closed:
             return
         if self.as_json:
@@ -104,7 +104,7 @@ def _key(one: Distribution) -> tuple[str, str, Group]:
 
 
 def as_json(one: Distribution, them: Aggregates, over_s: float, window: str) -> dict[str, Any]:
-    """One histogram of one group; what is beyond 68.7 s is null, and counted in `over`.
+    """Return one histogram of one group; a value beyond 68.7 s is null, and counted in `over`.
 
     `buckets` holds from (µs), below (µs) and how many, of those that are not empty.
     """
@@ -169,7 +169,7 @@ def _or_more(one: Distribution, percent: float) -> str:
 def human(us: float) -> str:
     """Return a duration with three digits and its unit."""
     scaled = ((us * 1000, "ns"), (us, "µs"), (us / 1e3, "ms"), (us / 1e6, "s"))
-    # 999.5 would be shown as 1000.
+    # 999.5 would round to 1000.
     value, unit = next((one for one in scaled if one[0] < 999.5), scaled[-1])  # noqa: PLR2004
     digits = 0 if value >= 100 or unit == "ns" else 1 if value >= 10 else 2  # noqa: PLR2004 - three
     return f"{value:.{digits}f} {unit}"

@@ -18,7 +18,7 @@ class Jsonl(Sink):
     _encoder: msgspec.json.Encoder = attrs.field(factory=msgspec.json.Encoder)
 
     def write(self, batch: Sequence[Event]) -> None:
-        """One line per row."""
+        """Write one line per row."""
         json_lines(batch, self.output.write)
 
     def lost(self, loss: Loss) -> None:
@@ -30,11 +30,11 @@ class Jsonl(Sink):
         self._line({"v": SCHEMA_VERSION, "merge": attrs.asdict(merge)})
 
     def idle(self) -> None:
-        """Notice a reader that has gone."""
+        """Check whether the reader is gone."""
         self.output.look()
 
     def close(self, report: RunReport) -> None:
-        """Write the books as the last line."""
+        """Write the report as the last line."""
         if self.output.closed:
             return
         self._line({"v": SCHEMA_VERSION, "report": report.as_json()})

@@ -1,4 +1,4 @@
-"""Where the msgpack socket is: a path or an address, that other users cannot take over."""
+"""Opens the msgpack socket at a path or address that other users cannot take over."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def connected(unix: str, tcp: tuple[str, int] | None, run: RunInfo) -> socket.so
     """Return a connection to a reader; one of `unix` and `tcp` is given."""
     if tcp:
         return connect(tcp, run.stopping)
-    # In a folder that others can write to, another user's socket would get the rows.
+    # In a folder that others can write to, another user's socket could receive the rows.
     with contextlib.closing(Place.find(unix)) as place, place.there() as address:
         return connect(address, run.stopping)
 
@@ -51,7 +51,7 @@ def listen_at(path: str) -> tuple[socket.socket, tuple[Place, int, int]]:
     with contextlib.ExitStack() as stack:
         place = stack.enter_context(contextlib.closing(Place.find(path, follow=False)))
         made = stack.enter_context(socket.socket(socket.AF_UNIX))
-        # bind(2) gives the file the mode of the socket; a moment later would be too late.
+        # Before bind(2), which copies the socket's mode to the file: no moment with a wider mode.
         os.fchmod(made.fileno(), 0o600)
         try:
             made.bind(place.address)
@@ -73,7 +73,7 @@ def _clear_away(place: Place) -> None:
     found = place.look()
     if found is None:
         return
-    if not stat.S_ISSOCK(found.st_mode):  # a symbolic link is none, wherever it leads
+    if not stat.S_ISSOCK(found.st_mode):  # not a socket either: a symbolic link
         raise UsageError(f"sink msgpack: {place.path} is there already, and is no socket")
     place.judge(found)
     with socket.socket(socket.AF_UNIX) as other:

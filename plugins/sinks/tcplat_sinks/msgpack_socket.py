@@ -1,4 +1,4 @@
-"""Sink msgpack: rows as maps to the readers of a socket; a slow one is told how many it misses."""
+"""Sink msgpack: sends rows as maps to readers of a socket; a slow reader gets a count of gaps."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from .listening import connected, listen_at, listen_on
 from .subscriber import Subscriber, encode, lost_map
 
 _PIECE = 256
-"""Rows that a reader gets or misses together."""
+"""Rows that a reader receives or misses together."""
 _LEAST_S = 0.001
 _LINGER_S = 1.0
-"""At the end: how long to wait for readers that take nothing."""
+"""Wait at the end for readers that take no data, s."""
 _END_S = 5.0
-"""The same with taking something."""
+"""Wait at the end for readers that take data, s."""
 _SILENCE_S = 60
-"""A TCP peer that acknowledges nothing for so long has gone without a word."""
+"""A TCP peer that acknowledges nothing for this time, s, is gone."""
 
 
 @attrs.define(eq=False)
@@ -47,10 +47,10 @@ class Msgpack(Sink):
     """A socket for many readers, or a connection to one.
 
     Args:
-        run: What is known of the run.
-        limit: Bytes that may wait for one reader.
+        run: Information about the run.
+        limit: Most bytes queued for one reader.
         listening: Where readers connect; None if the sink connected to its reader.
-        place: Of the unix socket, with its device and inode.
+        place: The unix socket's place, with its device and inode.
     """
 
     run: RunInfo
@@ -60,9 +60,9 @@ class Msgpack(Sink):
     readers: dict[int, Subscriber] = attrs.field(factory=dict, init=False)
     """By fd."""
     _left_s: float = attrs.field(factory=time.monotonic, init=False)
-    """When readers had been served last."""
+    """When the last send round ended."""
     _until_s: float = attrs.field(default=math.inf, init=False)
-    """How long they are served now."""
+    """When the current send round ends."""
     _epoll: select.epoll = attrs.field(factory=select.epoll, init=False)
     _classes: set[tuple[str, type[Event]]] = attrs.field(factory=set, init=False)
     _schema: dict[str, list[tuple[str, str]]] = attrs.field(factory=dict, init=False)
@@ -71,7 +71,7 @@ class Msgpack(Sink):
 
     @_about.default
     def _who_and_when(self) -> Mapping[str, Any]:
-        if not self.run.live:  # a capture does not say
+        if not self.run.live:  # a capture does not have them
             return {"host": None, "start_ns": None, "clock_offset_ns": None}
         return {
             "host": platform.node(),
@@ -90,7 +90,7 @@ class Msgpack(Sink):
         """Listen, or connect.
 
         Raises:
-            UsageError: That cannot be.
+            UsageError: The address cannot be used.
             ReaderGoneError: The reader that the sink connected to has gone, or the run was
                 ended before it was there.
         """
@@ -167,7 +167,7 @@ class Msgpack(Sink):
         self.poll()
         self._until_s = math.inf
         for reader in self.readers.values():
-            reader.tell()
+            reader.flush_gaps()
             reader.push(encode({"v": SCHEMA_VERSION, "report": report.as_json()}))
         with contextlib.suppress(ReaderGoneError):
             self._send()
@@ -202,7 +202,7 @@ class Msgpack(Sink):
                 continue
             try:
                 if events & select.EPOLLIN:
-                    reader.listen()
+                    reader.discard()
                 if events & select.EPOLLOUT and time.monotonic() < self._until_s:
                     reader.send()
                 if events & (select.EPOLLHUP | select.EPOLLERR):
@@ -214,7 +214,7 @@ class Msgpack(Sink):
         return bool(happened)
 
     def add(self, made: socket.socket) -> None:
-        """Take a new reader; the header is the first that it gets."""
+        """Add a new reader, and queue the header for it first."""
         made.setblocking(False)
         if made.family != socket.AF_UNIX:
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _SILENCE_S * 1000)
@@ -231,12 +231,12 @@ class Msgpack(Sink):
         while self.listening:
             try:
                 made, _ = self.listening.accept()
-            except OSError:  # no reader waits, it has gone again, or there is no fd left
+            except OSError:  # no reader waits, it is gone again, or no fd is left
                 return
             self.add(made)
 
     def _begin(self) -> None:
-        """Limit the time for readers to what the run had since they were served last."""
+        """Cap sending time at the time elapsed since the last send round."""
         now = time.monotonic()
         self._until_s = now + max(_LEAST_S, now - self._left_s)
 
@@ -255,10 +255,11 @@ class Msgpack(Sink):
                 self._watch(fd, reader)
 
     def _watch(self, fd: int, reader: Subscriber) -> None:
-        wanted = (0 if reader.mute else select.EPOLLIN) | (select.EPOLLOUT if reader.blocked else 0)
-        if wanted != reader.watched:
-            self._epoll.modify(fd, wanted)
-            reader.watched = wanted
+        events = 0 if reader.write_closed else select.EPOLLIN
+        events |= select.EPOLLOUT if reader.blocked else 0
+        if events != reader.events:
+            self._epoll.modify(fd, events)
+            reader.events = events
 
     def _lose(self, fd: int) -> None:
         self._remove(fd)
@@ -283,6 +284,6 @@ class Msgpack(Sink):
             place, device, inode = self.place
             with contextlib.suppress(OSError), contextlib.closing(place):
                 found = place.look()
-                # Else it is another's by now.
+                # Otherwise another process has replaced it.
                 if found and (found.st_dev, found.st_ino) == (device, inode):
                     place.unlink()

@@ -1,4 +1,4 @@
-"""One reader of the msgpack socket: what waits for it, and what it has missed."""
+"""One reader of the msgpack socket: its queue, and the gaps in it."""
 
 from __future__ import annotations
 
@@ -14,61 +14,61 @@ import msgspec
 from tcplat_core import SCHEMA_VERSION, Loss
 
 _AT_ONCE = 64
-"""Pieces that are handed to the kernel in one call."""
+"""Pieces per sendmsg(2)."""
 
 encode = msgspec.msgpack.Encoder().encode
 
 
 @attrs.define(eq=False)
 class Subscriber:
-    """A reader of the socket, and the maps that wait for it: whole ones, in bounded memory.
+    """A reader of the socket, and its bounded queue of whole maps.
 
     Args:
-        socket: Does not block.
-        limit: Bytes that may wait for it.
+        socket: Nonblocking.
+        limit: Most bytes in the queue.
     """
 
     socket: socket.socket
     limit: int
     blocked: bool = attrs.field(default=False, init=False)
-    """The kernel's buffer is full."""
-    mute: bool = attrs.field(default=False, init=False)
-    """It has shut its sending side; it may go on reading."""
-    watched: int = attrs.field(default=select.EPOLLIN, init=False)
-    """The events that epoll reports of it."""
+    """The socket's send buffer is full."""
+    write_closed: bool = attrs.field(default=False, init=False)
+    """Peer shut down its write side; it may still read."""
+    events: int = attrs.field(default=select.EPOLLIN, init=False)
+    """Registered epoll events."""
     _queue: deque[memoryview] = attrs.field(factory=deque, init=False)
     _size: int = attrs.field(default=0, init=False)
     _gap: int = attrs.field(default=0, init=False)
-    """Rows that it has missed since the last map in the queue."""
+    """Rows missed since the last map in the queue."""
     _losses: dict[tuple[str, str], Loss] = attrs.field(factory=dict, init=False)
-    """What the run has lost meanwhile, by probe and point."""
+    """Losses of the run since that map, by probe and point."""
 
     @property
     def waiting(self) -> bool:
-        """Whether something waits for it."""
+        """Whether the queue holds data."""
         return bool(self._queue)
 
     def offer(self, data: bytes, rows: int) -> None:
         """Queue these rows, or count them as missed."""
         missing = self._gap or self._losses
-        # Once it has missed something, half of the buffer is emptied first: one gap, not hundreds.
+        # After a gap, wait until half of the queue is sent: one long gap instead of hundreds.
         room = self.limit // 2 if missing else self.limit
         if self._size and self._size + len(data) > room:
             self._gap += rows
             return
-        self.tell()
+        self.flush_gaps()
         self.push(data)
 
     def lose(self, loss: Loss, data: bytes) -> None:
-        """Queue a loss of the run's, or remember it until there is room."""
+        """Queue a loss of the run, or keep it until the queue has room."""
         if self._gap or self._losses or self._size + len(data) > self.limit:
             of = loss.probe, loss.point
             self._losses[of] = _both(self._losses[of], loss) if of in self._losses else loss
         else:
             self.push(data)
 
-    def tell(self) -> None:
-        """Queue what it has missed up to here."""
+    def flush_gaps(self) -> None:
+        """Queue the counts of missed rows and lost events so far."""
         if self._gap:
             self.push(encode({"v": SCHEMA_VERSION, "gap": self._gap}))
         for loss in self._losses.values():
@@ -77,12 +77,12 @@ class Subscriber:
         self._losses.clear()
 
     def push(self, data: bytes) -> None:
-        """Queue it, room or not."""
+        """Queue a map, regardless of the limit."""
         self._queue.append(memoryview(data))
         self._size += len(data)
 
     def send(self) -> None:
-        """Send what it takes.
+        """Send as much of the queue as the socket accepts.
 
         Raises:
             OSError: It is gone.
@@ -100,20 +100,20 @@ class Subscriber:
             if sent:
                 self._queue[0] = self._queue[0][sent:]
             if not self._queue:
-                self.tell()
+                self.flush_gaps()
 
-    def listen(self) -> None:
-        """Discard what it sends: a socket that is closed with unread data is reset.
+    def discard(self) -> None:
+        """Discard data from the peer: closing a socket with unread data resets the connection.
 
         Raises:
             OSError: It is gone.
         """
         with contextlib.suppress(BlockingIOError):
-            self.mute = self.mute or not self.socket.recv(1 << 16)
+            self.write_closed = self.write_closed or not self.socket.recv(1 << 16)
 
 
 def _both(one: Loss, other: Loss) -> Loss:
-    """Return the two as one, of the same point; without a time unless both have one."""
+    """Return the sum of two losses of one point; without a time unless both have one."""
     if not (one.until_ns and other.until_ns):
         return Loss(one.probe, one.point, one.count + other.count)
     return attrs.evolve(

@@ -1,4 +1,4 @@
-"""Where the connecting side of a TCP connection is watched, and in which words."""
+"""Hook points and descriptions of the connecting side of a TCP connection."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ _REACHED = {
 
 
 def describe(moment: Moment) -> str:
-    """Describe a row in 15 letters at most: the table's column is no wider."""
+    """Describe a row in at most 15 characters, the width of the table's column."""
     if moment.point == "connect":
         return moment.failure if moment.err else "SYN goes out"
     if moment.point == "state":

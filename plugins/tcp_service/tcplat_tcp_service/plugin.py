@@ -1,4 +1,4 @@
-"""Where the accepting side of a TCP connection is watched, and in which words."""
+"""Hook points and descriptions of the accepting side of a TCP connection."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _ACCEPT = tracepoints(
     ("syscalls:sys_exit_accept", "tp_accept"),
     ("syscalls:sys_exit_accept4", "tp_accept4"),
 ).hooks
-# Where a socket is used first whose accept no tracepoint told of.
+# First use of a socket whose accept no tracepoint reported.
 _ACCEPTED_STATE = Hook(_SET_STATE, "accepted_state", "tracepoint", _STATES, by="tp_state")
 _ACCEPTED_RECV = Hook(_RECEIVED, "accepted_recv", "tracepoint", _LENGTH, by="tp_recv")
 _ACCEPTED_SEND = Hook(_SENDS, "accepted_send", "tracepoint", _SENT, by="tp_send")
@@ -197,7 +197,7 @@ _WORDS = {
 
 
 def describe(moment: Moment) -> str:
-    """Describe a row in 15 letters at most: the table's column is no wider."""
+    """Describe a row in at most 15 characters, the width of the table's column."""
     if moment.point == "state":
         if moment.old_state is None:
             return "segment handled"

@@ -1,4 +1,4 @@
-"""What is read of a socket that closes."""
+"""Fields and hook point of tcp_stats: counters of a socket that closes."""
 
 from __future__ import annotations
 

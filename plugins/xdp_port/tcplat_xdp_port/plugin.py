@@ -1,4 +1,4 @@
-"""Which packets xdp_port reports, from which interfaces, and in which words."""
+"""Options, hook point and descriptions of xdp_port."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tcplat_core import (
 )
 
 _MOST_PORTS = 32
-"""They are compiled in, and looked for in each packet."""
+"""Most ports: they are compiled in, and compared with each packet."""
 
 
 def _names(text: str) -> tuple[str, ...]:
-    """Several are joined by +; none at all stands for every one that is up."""
+    """Split names joined by +; no names mean all interfaces that are up."""
     if text == "all-up":
         return ()
     names = text.split("+")
@@ -72,7 +72,7 @@ OPTIONS = (
 
 
 def interfaces(options: Options) -> Interfaces:
-    """Where it is attached."""
+    """Return the interfaces to attach to."""
     return Interfaces(names=options["iface"], mode=options["mode"], netns=options["netns"])
 
 
@@ -93,11 +93,11 @@ _WORDS = {
     frozenset({"ACK"}): ("ACK", "data"),
     frozenset({"FIN", "ACK"}): ("FIN", "data and FIN"),
 }
-"""Flags -> what an empty packet is, and one with payload."""
+"""Flags -> description of an empty packet, and of one with payload."""
 
 
 def describe(moment: Moment) -> str:
-    """Describe a packet in 15 letters at most: the table's column is no wider."""
+    """Describe a packet in at most 15 characters, the width of the table's column."""
     flags = frozenset((moment.flags or "").split("|")) & {"SYN", "FIN", "RST", "ACK"}
     if "RST" in flags:
         return "RST"
