@@ -63,7 +63,8 @@ static __always_inline u32 tcplat_soft_error(const struct sock *sk)
 
 	if (err || (u64)skb == tcplat_key(sk) + __builtin_offsetof(struct sock, sk_error_queue))
 		return err;
-	report = (const struct sock_exterr_skb *)((u64)skb + __builtin_offsetof(struct sk_buff, cb));
+	report =
+		(const struct sock_exterr_skb *)((u64)skb + __builtin_offsetof(struct sk_buff, cb));
 	return tcplat_get(report, ee.ee_errno);
 }
 
