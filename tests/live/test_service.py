@@ -297,6 +297,20 @@ def test_unaccepted_connection_has_no_accept_row(
     assert not at(of_service(run.stop().rows, port), "accept")
 
 
+def test_listener_has_one_row_for_each_state(
+    running_tcplat: Callable[..., Tcplat], service: Puppet
+) -> None:
+    run = running_tcplat(*SERVICE)
+    port = listen(service)
+    service("listening.close()")
+    run.wait_for(
+        "it was closed",
+        lambda rows: "TCP_CLOSE" in {row["state"] for row in of_service(rows, port)},
+    )
+    rows = of_service(run.stop().rows, port)
+    assert [row["state"] for row in rows] == ["TCP_LISTEN", "TCP_CLOSE"]
+
+
 def test_connection_handed_on_is_accepted_once(
     running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
 ) -> None:

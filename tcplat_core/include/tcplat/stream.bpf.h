@@ -39,7 +39,9 @@ static __always_inline void tcplat_set_reported(const struct sock *sk, u8 role, 
 {
 	struct tcplat_sock *s = tcplat_lookup(sk);
 
-	if (tcplat_is(s, role))
+	/* One probe reports services and their listeners. */
+	if (tcplat_is(s, role) ||
+	    (role == TCPLAT_ROLE_SERVER && tcplat_is(s, TCPLAT_ROLE_LISTENER)))
 		s->reported = what;
 }
 
