@@ -513,6 +513,20 @@ def waits(sport: int) -> Callable[[list[Row]], bool]:
     return lambda rows: bool(at(before_accept(rows, sport), "ready"))
 
 
+def test_older_listener_owns_all_connections_before_accept(
+    running_tcplat: Start, puppet: StartPuppet
+) -> None:
+    service, client = puppet(), puppet()
+    port = listen(service)
+    run = running_tcplat(probes=("tcp_service",))
+    for sport in (ask(client, port), ask(client, port)):
+        rows = at_port(run.wait_for("it waited", waits(sport)), port)
+        assert_waits_for(rows, sport, service)
+        # None of the listener alone: it did not change.
+        assert all(row["dport"] for row in rows)
+    run.stop()
+
+
 @pytest.mark.parametrize("older", [True, False])
 @pytest.mark.parametrize("sockets", [1, 3])
 def test_last_process_of_a_reuseport_group_is_the_owner(

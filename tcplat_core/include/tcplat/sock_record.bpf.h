@@ -51,14 +51,18 @@ static __always_inline void tcplat_fill_addrs(struct tcplat_event *e, const stru
 	__builtin_memcpy((void *)&e->netns, &a->netns, 16);
 }
 
-/* A segment that a listener gets: if several processes accept, its owner is not known. */
+/*
+ * A segment that a listener gets: its owner is that of the connection until it is accepted. If
+ * several processes accept, it is not known.
+ */
 static __always_inline void
 tcplat_fill_listener(struct tcplat_event *e, const struct sock *sk, const struct tcplat_sock *s)
 {
 	struct tcplat_port port = tcplat_port_of(sk, &s->addrs);
 	struct tcplat_listener *listener = tcplat_listeners.lookup(&port);
+	char comm[16] __attribute__((aligned(8)));
 
-	if (!listener || *(volatile u32 *)&listener->pid)
+	if (listener && e->pid == tcplat_listener_pid(listener, port.port, comm))
 		return;
 	e->pid = e->tid = 0;
 	__builtin_memset((void *)e->comm, 0, sizeof(e->comm));

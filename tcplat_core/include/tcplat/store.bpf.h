@@ -192,6 +192,15 @@ static __always_inline void tcplat_delete_entry(u64 key)
 	tcplat_socks.delete(&key);
 }
 
+/*
+ * Whether it is a new child of a listener, and still an exact copy of it, the cookie included:
+ * before 6.15 (a3a128f611a9), sock:inet_sock_set_state announces it so. It has no struct socket.
+ */
+static __always_inline bool tcplat_is_copy(const struct sock *sk)
+{
+	return tcplat_get(sk, __sk_common.skc_state) == TCP_LISTEN && !tcplat_get(sk, sk_socket);
+}
+
 /* The entry of a socket, or NULL where nothing is known of it. Any context. */
 static __always_inline struct tcplat_sock *tcplat_lookup(const struct sock *sk)
 {
@@ -228,7 +237,7 @@ static __always_inline struct tcplat_sock *tcplat_lookup(const struct sock *sk)
 	if ((place->absent ^ absent) >> TCPLAT_GENERATION_BITS)
 		cookie = tcplat_get(sk, __sk_common.skc_cookie.counter);
 	seed = cookie ? tcplat_seeds.lookup(&cookie) : NULL;
-	if (!seed) {
+	if (!seed || tcplat_is_copy(sk)) {
 		if (open)
 			place->absent = absent;
 		return NULL;
