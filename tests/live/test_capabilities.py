@@ -71,10 +71,10 @@ def test_older_socket_of_root_is_traced_with_capabilities(
     if rights == MORE:
         assert row["pid"] == client.pid
         # Not more: with other network namespaces on the host, it is said that they stay closed.
-        assert "whose process is not known" not in outcome.stderr
+        assert "whose process is unknown" not in outcome.stderr
     else:
         assert row["pid"] is row["comm"] is None
-        assert "TCP sockets older than the run whose process is not known: " in outcome.stderr
+        assert "TCP sockets older than the run whose process is unknown: " in outcome.stderr
         assert "it needs CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH" in outcome.stderr
 
 

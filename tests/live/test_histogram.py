@@ -356,7 +356,7 @@ def test_groups_beyond_the_limit_are_counted_as_others(
         (servers[1].port, False): 1,
         (None, True): 3,
     }
-    assert "connect: 3 came when all groups were taken" in outcome.stderr
+    assert "connect: 3 came when all groups were in use" in outcome.stderr
 
 
 def test_intervals_add_up_to_the_run(

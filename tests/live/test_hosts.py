@@ -64,7 +64,7 @@ def test_missing_capabilities_are_not_blamed_on_the_kernel() -> None:
     assert outcome.returncode == 3
     assert "Operation not permitted" not in outcome.stdout
     assert "only root can test whether fentry works" in outcome.stdout
-    assert "needs root" in outcome.stdout
+    assert "needs CAP_BPF and CAP_PERFMON" in outcome.stdout
 
 
 _WITHOUT_FOLDER = "import os, sys, tempfile; d = tempfile.mkdtemp(); os.chdir(d); os.rmdir(d); \

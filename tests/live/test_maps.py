@@ -151,7 +151,7 @@ def test_poll_that_raises_is_reported_once_and_the_run_continues(
     eventually(lambda: what in run.errors.read_text(), "the message was printed")
     outcome = run.stop()
     assert outcome.returncode == 0
-    assert outcome.stderr.count("not read any more") == 1
+    assert outcome.stderr.count("are no longer read") == 1
     assert outcome.report["probes"]["broken"]["poll_error"].startswith("ZeroDivisionError")
 
 

@@ -716,4 +716,4 @@ def test_gap_of_a_slow_reader_is_a_loss_in_its_replay(
         "v": SCHEMA_VERSION,
         "lost": {"probe": "msgpack", "point": "reader", "count": 7, "since_ns": 0, "until_ns": 0},
     }
-    assert b"7 rows were skipped, because this reader was too slow" in err
+    assert b"7 rows were missed, because this reader was too slow" in err
