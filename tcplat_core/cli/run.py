@@ -62,7 +62,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Mechanism to use. auto: the first that works, for each hook point.",
 )
-@click.option("-d", "--duration", type=Duration(), default=0.0, help="End after this time.")
+@click.option(
+    "-d",
+    "--duration",
+    type=Duration(),
+    default=0.0,
+    help="End after this time: 30 (seconds), 500ms, 2m.",
+)
 @COUNT
 @click.option("--ready-file", metavar="PATH", help="Create PATH when all probes are attached.")
 @click.option(
@@ -95,8 +101,8 @@ if TYPE_CHECKING:
 def run(**arguments: Any) -> None:
     """Attach probes and send their rows to sinks.
 
-    A command after -- is traced with its children. The run ends when the command
-    ends, with its exit status.
+    A command after -- is traced with its children, in addition to -p. The run ends when
+    the command ends, with its exit status; if the run ends first, the command gets SIGTERM.
     """
     from tcplat_core.kernel.netns import inode  # noqa: PLC0415
     from tcplat_core.loader.filter import cgroup_path  # noqa: PLC0415 - see __init__.py

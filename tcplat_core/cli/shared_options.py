@@ -72,7 +72,12 @@ SINKS = click.option(
 COUNT = click.option(
     "-n", "--count", type=click.IntRange(min=1), default=None, help="End after this many rows."
 )
-QUIET = click.option("-q", "--quiet", is_flag=True, help="Print only errors on stderr.")
+QUIET = click.option(
+    "-q",
+    "--quiet",
+    is_flag=True,
+    help="Print only errors on stderr: no final report, so no losses.",
+)
 _FILTER_OPTIONS = (
     click.option(
         "-p",

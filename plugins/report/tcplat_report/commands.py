@@ -94,7 +94,7 @@ def diff(
     """Compare two captures, stage by stage.
 
     Each change has a 99 % confidence interval; * marks those that do not contain 0. Exits
-    with status 1 if a --fail-on is met. Too little data is reported, and passes.
+    with status 1 if a --fail-on limit is exceeded. Too little data is reported, and passes.
     """
     from .diff import compare  # noqa: PLC0415 - see the top
 
@@ -111,8 +111,8 @@ def diff(
 def merge(first: str, second: str, output: str, *, quiet: bool) -> None:
     """Join the captures of two hosts, by the clock of A.
 
-    The offset of the clocks is bounded by packets that both hosts saw; the bound is printed.
-    Both files are read twice.
+    All times are converted to the clock of A. The offset of the clocks follows from packets
+    that both hosts saw; its largest error is printed. A and B are files: they are read twice.
     """
     from .merge import join_captures  # noqa: PLC0415 - see the top
 

@@ -6,7 +6,16 @@
  * that was interrupted. So a process claims the socket where it calls, and its
  * owner is looked up everywhere else.
  *
- * Each part uses those above it. A probe includes this file, and none of them.
+ * A probe includes this file, and none of its parts. Each part uses those above it:
+ *
+ *   process       names of processes, and the record of one that owns a socket
+ *   store         entries by the socket's address, the negative cache, seeds
+ *   claim         the calling process becomes the owner of an entry
+ *   flow          from the two ends of a connection to the entry of its socket
+ *   listener      which process listens at a port, and so owns what is not accepted yet
+ *   lifetime      connect, listen, child of a listener, accept, end
+ *   packet_owner  in softirq: the owner of a packet, by its addresses
+ *   sock_record   records of sockets, with owner, addresses and state
  */
 #include <tcplat/process.bpf.h>
 #include <tcplat/store.bpf.h>
