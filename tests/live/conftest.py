@@ -28,11 +28,6 @@ from .harness import (
 )
 
 _HERE = Path(__file__).parent
-_FIGURES = pytest.StashKey[list[str]]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_FIGURES] = []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,13 +37,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(600 * SLOW))
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if config.stash[_FIGURES]:
-        terminalreporter.section("measured", sep="-")
-        for figure in config.stash[_FIGURES]:
-            terminalreporter.write_line(figure)
-
-
 @pytest.fixture(autouse=True, scope="session")
 def _root() -> None:
     if os.geteuid() == 0:
@@ -56,12 +44,6 @@ def _root() -> None:
     if os.environ.get("TCPLAT_REQUIRE_ROOT") == "1":
         pytest.fail("live tests need root, and TCPLAT_REQUIRE_ROOT=1 is set")
     pytest.skip("live tests need root")
-
-
-@pytest.fixture
-def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Print a figure at the end of the test run."""
-    return request.config.stash[_FIGURES].append
 
 
 @pytest.fixture

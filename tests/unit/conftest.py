@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from tcplat_core.run import privileges
@@ -19,17 +17,3 @@ def _still_root(monkeypatch: pytest.MonkeyPatch) -> None:
 def _as_wide_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """No COLUMNS: readline sets it in the process that starts pytest-xdist's workers."""
     monkeypatch.delenv("COLUMNS", raising=False)
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print figures; they come with the reports, as tests may run in other processes (xdist)."""
-    figures = [
-        figure
-        for report in terminalreporter.getreports("passed")
-        for name, figure in report.user_properties
-        if name == "measured"
-    ]
-    if figures:
-        terminalreporter.section("measured", sep="-")
-    for figure in figures:
-        terminalreporter.write_line(figure)

@@ -208,13 +208,13 @@ def parts_of(node: ast.AST, above: str, text: Sequence[str]) -> Iterator[Part]:
 
 
 def test_modules_classes_and_functions_are_short(
-    record_property: Callable[[str, object], None],
+    measured: Callable[[str], None],
 ) -> None:
     found = sorted(parts(), key=lambda part: part.lines, reverse=True)
     for kind in MOST_LINES:
         first = [part for part in found if part.kind == kind][:3]
         longest = ", ".join(f"{part.name} {part.lines}" for part in first)
-        record_property("measured", f"longest {kind}: {longest}")
+        measured(f"longest {kind}: {longest}")
     assert {part.name for part in found if part.lines > MOST_LINES[part.kind]} == LONG
 
 
