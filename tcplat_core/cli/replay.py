@@ -107,5 +107,5 @@ def _replay(
             terminal.say(sentence)
         if signals.caught and not one.capture.read:
             terminal.say(NOTHING_REPLAYED)
-    failures(attrs.evolve(report, switched_off=one.router.switched_off))
+    failures(one.router.switched_off)
     return TcplatError.exit_code if one.router.switched_off else 0

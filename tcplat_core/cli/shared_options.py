@@ -122,6 +122,9 @@ _FILTER_OPTIONS = (
 """Filter options: `run` filters in the kernel, `replay` filters itself."""
 
 
+_BY_NAME = "; for names: --comm NAME, or -p $(pgrep -d, NAME)"
+
+
 def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the filter options to a command."""
     for option in reversed(_FILTER_OPTIONS):
@@ -135,7 +138,7 @@ def filter_of(arguments: dict[str, Any]) -> Filter:
 
     ip4, ip6 = arguments.pop("ip4"), arguments.pop("ip6")
     return Filter(
-        pids=_numbers(arguments.pop("pids"), "-p", 1 << 22) or None,
+        pids=_numbers(arguments.pop("pids"), "-p", 1 << 22, _BY_NAME) or None,
         comm=_comm(arguments.pop("comm")),
         ports=_ports(arguments.pop("ports")),
         lports=_ports(arguments.pop("lports")),
@@ -146,13 +149,12 @@ def filter_of(arguments: dict[str, Any]) -> Filter:
     )
 
 
-def _numbers(texts: Sequence[str], option: str, top: int) -> tuple[int, ...]:
+def _numbers(texts: Sequence[str], option: str, top: int, hint: str = "") -> tuple[int, ...]:
     """Convert ``("80,443", "8080+8081")`` to numbers from 1 to `top`; plugin options use +."""
     numbers = []
     for text in ",".join(texts).replace("+", ",").split(",") if texts else ():
         number = decimal(text, top)
         if not number:
-            hint = "; for names: --comm NAME, or -p $(pgrep -d, NAME)" if option == "-p" else ""
             raise UsageError(f"{option} {text!r} is not a number from 1 to {top}{hint}")
         numbers.append(number)
     return tuple(numbers)

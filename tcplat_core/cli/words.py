@@ -20,14 +20,14 @@ def tell(report: RunReport, *, dry_run: bool, quiet: bool) -> None:
         _attached(report)
     elif not quiet:
         summary(report)
-    failures(report)
+    failures(report.switched_off)
     if not (report.probes or quiet):
         terminal.say(NOTHING_RECORDED)
 
 
-def failures(report: RunReport) -> None:
+def failures(switched_off: Mapping[str, str]) -> None:
     """Report the sinks that failed, which make the exit status 1."""
-    for sink, reason in report.switched_off.items():
+    for sink, reason in switched_off.items():
         terminal.say(f"sink {sink} was switched off: {reason}")
 
 

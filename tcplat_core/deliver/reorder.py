@@ -6,6 +6,7 @@ rows are held until no older one can follow, and leave in order of time.
 
 from __future__ import annotations
 
+import bisect
 import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -108,9 +109,7 @@ class RowBuffer:
         """See :meth:`ReorderBuffer.leave`."""
         rows = self._rows
         rows.sort(key=BY_TIME)
-        cut = len(rows)
-        while cut and rows[cut - 1].ts_ns >= before_ns:
-            cut -= 1
+        cut = bisect.bisect_left(rows, before_ns, key=BY_TIME)
         self._rows = rows[cut:]
         return rows[:cut]
 

@@ -97,11 +97,10 @@ def _another_users_environment() -> bool:
     `sudo -E` and `su -m` keep it. Libraries would load code that it names (OPENSSL_CONF) with
     uid 0, which can write root's files without any capability.
     """
-    given = _given if _given is not None else os.environ
     if _number("SUDO_UID"):
         return True
     try:
-        return os.stat(given.get("HOME", "/")).st_uid != 0
+        return os.stat(environment().get("HOME", "/")).st_uid != 0
     except OSError:
         return True
 

@@ -24,10 +24,9 @@ def is_stray(conn: Connection, index: int, row: Any) -> bool:
     a row, the stream goes on there.
     """
     flow = conn.flows[index]
-    ref = flow.ref
-    if ref < 0:
+    if flow.ref < 0:
         return False
-    ahead = ((row.seq - ref + 0x80000000) & 0xFFFFFFFF) - 0x80000000
+    ahead = flow.near(row.seq) - flow.ref
     window = conn.flows[1 - index].widest or _LARGEST_WINDOW
     if ahead <= window << _LARGEST_SCALE or conn.missed:
         flow.strays = 0
