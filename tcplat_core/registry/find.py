@@ -192,10 +192,10 @@ def _found(
 
 
 def _rivals(what: str, several: Sequence[Found]) -> tuple[int, str]:
-    """How many of those of one name to keep, from the first, and why not the others.
+    """Return how many plugins of one name to keep, from the first, and why not the others.
 
-    Which of two strangers it is would be chance, so that it is neither; but nobody
-    takes tcplat's own names.
+    Of two third-party plugins neither is kept: the choice would be arbitrary. tcplat's own names
+    cannot be taken.
     """
     if len(several) == 1:
         return 1, ""

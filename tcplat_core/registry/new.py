@@ -70,7 +70,7 @@ def create(kind: str, name: str, parent: Path) -> list[Path]:
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MODE = 0o755
-"""Whatever the umask: into a folder that nobody else can write to nobody puts a link."""
+"""Whatever the umask: no other user can place a link in a folder that only its owner can write."""
 
 
 def _made(path: str) -> int:

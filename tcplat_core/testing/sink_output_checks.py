@@ -34,8 +34,8 @@ def every_byte(subject: Subject) -> None:
     plain = _output_with(subject, lambda _: "-")
     if not plain:
         raise NotChecked(NO_OUTPUT if is_silent(subject) else "it tells nothing of single rows")
-    # As the core escapes what a process calls itself; and as a capture that somebody has
-    # written by hand may have it: then ESC and its like are what must not get through.
+    # As the core escapes the name of a process; and raw, as a capture written by hand may have
+    # it: then ESC and the like must not reach the terminal.
     for what, odd, harmful in (
         ("an escaped", lambda byte: text(bytes([byte])), "\x9f"),
         ("a raw", chr, "\x1f"),
@@ -151,7 +151,7 @@ def full_device(subject: Subject) -> None:
 
 
 def reader_gone(subject: Subject) -> None:
-    """Where nobody reads any more it says so, and the run ends; where others may come, not."""
+    """Check that it reports a reader that has gone, unless others may still come."""
     if at_socket(subject):
         gone = try_sink(subject, _everything, readers=one_leaves)
         if gone.error:

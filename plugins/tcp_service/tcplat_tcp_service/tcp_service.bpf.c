@@ -497,9 +497,9 @@ int tp_accept4(struct syscall_exit *ctx)
 BPF_TABLE("lru_hash", u64, u8, used_unseen, 4096);
 
 /*
- * The process that owns `s`, the current one, uses it, and no accept() was seen: system calls of
- * 32-bit programs and io_uring's make no sys_exit_accept. That it was accepted is told now. When,
- * and whether by this process or by one that handed it over, is not known.
+ * Reports the accept of a connection at its first use by its owner, the current process: system
+ * calls of 32-bit programs, and io_uring, fire no sys_exit_accept. When it was accepted, and whether
+ * by this process or by one that passed it on, is not known.
  */
 static __always_inline void report_unseen(struct sock *sk, struct tcplat_sock *s, u64 now, u8 hook)
 {
@@ -516,7 +516,7 @@ static __always_inline void report_unseen(struct sock *sk, struct tcplat_sock *s
 }
 #endif
 
-/* As tcplat_claim_role(); an accept() that was not seen is told. */
+/* As tcplat_claim_role(); reports an accept() that was not seen. */
 static __always_inline struct tcplat_sock *claim(struct sock *sk, u64 *me, u8 hook)
 {
 #ifdef TCPLAT_TRACEPOINT_accept

@@ -71,10 +71,10 @@ int tcplat_on_fork(struct bpf_raw_tracepoint_args *ctx)
 
 #ifdef TCPLAT_TRACK
 /*
- * Packets know no process, and neither does a handler in softirq. To follow
- * those of one, each of its connections has to be known, by its addresses too,
- * whatever the probes look at. Attached before the probes, only where packets
- * are to be told apart by process, or a probe asks for it (ProbeSpec.track).
+ * Packets have no process, and neither has a handler in softirq. To follow the
+ * packets of a process, each of its connections must be known, by its addresses
+ * too, whatever the probes trace. Attached before the probes, only if packets
+ * are filtered by process, or a probe asks for it (ProbeSpec.track).
  */
 
 static __always_inline void tcplat_track(const struct sock *sk, struct tcplat_sock *s)

@@ -65,7 +65,7 @@ static __always_inline void tcplat_write_name(struct tcplat_owner *to, u32 pid, 
 	*(volatile u64 *)&to->sum = tcplat_owner_sum(pid, comm);
 }
 
-/* A process, and no thread, unless tcplat_write_thread() has said which. */
+/* Writes the process; the thread stays unknown until tcplat_write_thread(). */
 static __always_inline void tcplat_write_owner(struct tcplat_owner *to, u64 task, const char *comm)
 {
 	tcplat_write_name(to, task >> 32, comm);
