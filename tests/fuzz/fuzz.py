@@ -19,6 +19,7 @@ import os
 import random
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -45,9 +46,11 @@ from .mutate import FOLDER, mutant, seeds
 
 CPU_S = 2.0
 MOST_BYTES = 200 << 20
-_REAL_EVERY = 500
-"""One capture in so many is also read by a separate process."""
+_REAL_EVERY = 499
+"""One capture in so many is also read by a separate process; odd: each worker has its turn."""
 _SMALLER_S = 20.0
+_CHUNK = 200
+"""Captures per process: commands leave open files and classes behind when they end."""
 _STUCK_S = 120.0
 """A worker without output for so many seconds hangs where signals are not handled."""
 CONTROLS = re.compile(
@@ -124,6 +127,14 @@ class Failure:
         return words[-1].split(":")[0] + (places[-1] if places else self.command[0])
 
 
+def find_plugins_once() -> None:
+    """Keep what each process would find anew: here that would be a million times."""
+    found, entries = Plugins.load(), commands._entries()
+    Plugins.load = lambda *_: found  # type: ignore[method-assign]
+    commands._entries = lambda: entries
+    replay.give_up_root = lambda **_: None  # type: ignore[attr-defined]
+
+
 @attrs.define(eq=False)
 class Worker:
     """Commands in this process: starting one costs more than all else."""
@@ -137,11 +148,6 @@ class Worker:
         self.output = os.memfd_create("output")
         os.dup2(self.output, 1)
         os.dup2(self.output, 2)
-        # What a command does once per process would be done a million times here.
-        found, entries = Plugins.load(), commands._entries()
-        Plugins.load = lambda *_: found  # type: ignore[method-assign]
-        commands._entries = lambda: entries
-        replay.give_up_root = lambda **_: None  # type: ignore[attr-defined]
         signal.signal(signal.SIGPROF, _out_of_time)
         (self.folder / "base").write_bytes((FOLDER / "corpus" / "ipv4.jsonl").read_bytes())
         self.reader = str(self.folder / "reader")
@@ -287,36 +293,54 @@ def _keep(data: bytes, failure: Failure, seed: str) -> str:
     return f"tests/fuzz/found/{digest}: {words}"
 
 
-def _work(job: int, jobs: int, seed: int, count: int, end: float, to: int) -> None:
-    """Try each capture of this worker's numbers, and report to the parent."""
+def _tell(to: int, kind: str, words: str = "") -> None:
+    os.write(to, f"{kind} {words}".encode("utf-8", "replace").replace(b"\n", b"\x1e") + b"\n")
 
-    def tell(kind: str, words: str = "") -> None:
-        os.write(to, f"{kind} {words}".encode("utf-8", "replace").replace(b"\n", b"\x1e") + b"\n")
 
-    known: set[str] = set()
+def _work(numbers: Sequence[int], seed: int, end: float, to: int) -> None:
+    """Try the captures of these numbers, each chunk in a process of its own, and report."""
+    find_plugins_once()
     with tempfile.TemporaryDirectory(prefix="tcplat-fuzz") as name:
-        worker = Worker(Path(name))
-        captures = seeds()
-        for number in range(job, count, jobs):
+        for first in range(0, len(numbers), _CHUNK):
             if time.monotonic() > end:
                 break
-            data = mutant(captures, random.Random(f"{seed}:{number}"))
-            failures = list(worker.failures(data, number))
-            if number % _REAL_EVERY == job:
-                failures += in_a_process(data, number, Path(name))
-            for failure in failures:
-                if failure.kind in known:
-                    tell("again")
-                    continue
-                known.add(failure.kind)
+            folder = Path(name, str(first))
+            folder.mkdir()
+            chunk = numbers[first : first + _CHUNK]
+            parent, pid = os.getpid(), os.fork()
+            if not pid:
+                end_with(parent)
+                _child(to, functools.partial(_try, chunk, seed, end, to, folder))
+            _, status = os.waitpid(pid, 0)
+            if status:
+                _tell(to, "failed", f"a worker ended with {status}")
+            shutil.rmtree(folder)
 
-                def fails(part: bytes, failure: Failure = failure, number: int = number) -> bool:
-                    return any(one.kind == failure.kind for one in worker.failures(part, number))
 
-                least = data if failure.what.startswith("memory") else smaller(data, fails)
-                tell("failed", _keep(least, failure, f"{seed}:{number}"))
-            tell("done")
-    tell("memory", str(_peak_bytes() >> 20))
+def _try(numbers: Sequence[int], seed: int, end: float, to: int, folder: Path) -> None:
+    known: set[str] = set()
+    worker = Worker(folder)
+    captures = seeds()
+    for number in numbers:
+        if time.monotonic() > end:
+            break
+        data = mutant(captures, random.Random(f"{seed}:{number}"))
+        failures = list(worker.failures(data, number))
+        if not number % _REAL_EVERY:
+            failures += in_a_process(data, number, folder)
+        for failure in failures:
+            if failure.kind in known:
+                _tell(to, "again")
+                continue
+            known.add(failure.kind)
+
+            def fails(part: bytes, failure: Failure = failure, number: int = number) -> bool:
+                return any(one.kind == failure.kind for one in worker.failures(part, number))
+
+            least = data if failure.what.startswith("memory") else smaller(data, fails)
+            _tell(to, "failed", _keep(least, failure, f"{seed}:{number}"))
+        _tell(to, "done")
+    _tell(to, "memory", str(_peak_bytes() >> 20))
 
 
 def _peak_bytes() -> int:
@@ -359,7 +383,7 @@ def fuzz(seed: int, count: int, seconds: float, jobs: int) -> Tally:
         pid = os.fork()
         if not pid:
             end_with(parent)
-            _child(theirs, functools.partial(_work, job, jobs, seed, count, end, theirs))
+            _child(theirs, functools.partial(_work, range(job, count, jobs), seed, end, theirs))
         os.close(theirs)
         pipes[mine] = (pid, b"")
     while pipes:
@@ -403,6 +427,7 @@ def again(paths: Iterable[Path]) -> list[Failure]:
     sys.stdout.flush()
     before = [os.dup(1), os.dup(2)]
     with tempfile.TemporaryDirectory(prefix="tcplat-fuzz") as name:
+        find_plugins_once()
         worker = Worker(Path(name))
         for path in paths:
             for number in range(2 * len(_FILTERS)):
