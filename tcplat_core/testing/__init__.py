@@ -1,15 +1,14 @@
 """Fakes for tests, and the conformance kit: for tcplat's own tests and for those of a plugin.
 
-Rows, a sink that remembers, and a kernel side that needs no kernel::
+Rows, a sink that keeps them, and a kernel side that needs no kernel::
 
     from tcplat_core.testing import make_event
 
     def test_my_sink_shows_the_bytes():
         sink.write([make_event(bytes=42)])
 
-The conformance kit, as `tcplat plugins check NAME` has it, one test per check; pytest knows
-the mark and the fixture wherever tcplat is installed
-(:mod:`tcplat_core.testing.pytest_plugin`)::
+The conformance kit of `tcplat plugins check NAME`, as one test per check. Where tcplat is
+installed, pytest knows the mark and the fixture (:mod:`tcplat_core.testing.pytest_plugin`)::
 
     @pytest.mark.tcplat_plugin("my_probe")
     def test_plugin_conforms(tcplat_check):

@@ -1,4 +1,4 @@
-"""What a check of the conformance kit looks at, and what it may come to."""
+"""What a check of the conformance kit gets, and its possible outcomes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .trial_process import Trial
 Verdict = Literal["passed", "failed", "not checked"]
 
 
-class Fault(Exception):  # noqa: N818 - it is what the plugin has, not what went wrong here
-    """The plugin breaks a promise: one sentence that names the fault and what mends it."""
+class Fault(Exception):  # noqa: N818 - the plugin has it: the check itself has worked
+    """The plugin fails a check: one sentence that names the fault and the remedy."""
 
 
 class NotChecked(Exception):  # noqa: N818 - the same
-    """The check cannot be made here: why."""
+    """The check cannot be made here: the reason."""
 
 
 @attrs.frozen
@@ -35,8 +35,8 @@ class Outcome:
 
     Args:
         check: Its name.
-        verdict: passed, failed, or not checked: what could not be looked at has not passed.
-        why: Where it failed, the fault and what mends it; where it was not checked, why not.
+        verdict: passed, failed, or not checked: a check that could not be made has not passed.
+        why: If it failed, the fault and the remedy; if it was not checked, the reason.
     """
 
     check: str
@@ -49,29 +49,29 @@ class Subject:
     """A probe or a sink under examination, with the options it is examined with.
 
     Args:
-        spec: What the plugin offers.
+        spec: The probe or sink.
         given: Options, as the user would write them.
-        trial: Gives a process that may load programs, or None where there is none.
+        trial: Returns a process that may load programs, or None without root.
     """
 
     spec: ProbeSpec | SinkSpec
     given: Mapping[str, str]
     trial: Callable[[], Trial | None] = lambda: None
     folder: str = attrs.field(factory=lambda: os.path.realpath("/proc/self/cwd"))
-    """Where it was asked for: from there go paths that the user has given."""
+    """The folder in which the check was started: relative paths of the user begin there."""
     known: dict[str, Any] = attrs.field(factory=dict, init=False)
-    """What one check has found out and another needs, too."""
+    """Results of one check that another one needs as well."""
 
     @property
     def kind(self) -> str:
-        """A word: probe or sink."""
+        """The word probe, or sink."""
         return "probe" if isinstance(self.spec, ProbeSpec) else "sink"
 
     def options(self) -> Options:
         """Return the given options, the examples of required ones, and the defaults.
 
         Raises:
-            UsageError: Something that was given does not convert.
+            UsageError: A given value does not convert.
         """
         return read_options(f"{self.kind} {self.spec.name}", self.spec.options, self.texts)
 
@@ -82,12 +82,12 @@ class Subject:
         return {**examples, **self.given}
 
     def paths(self, folder: str) -> dict[str, Any]:
-        """Each option that is a path, with the value of one within a folder instead.
+        """Return each option that is a path, with a path in `folder` as its value.
 
-        A file that the user has named is there as a copy: it may be one to read.
+        A file that the user has named is copied there: the plugin may read it.
 
         Args:
-            folder: Where output may go.
+            folder: The folder for output.
         """
         found: dict[str, Any] = {}
         for option in self.spec.options:
@@ -104,20 +104,20 @@ class Subject:
 
 
 class RaisedError(Exception):
-    """Code of the plugin's raised something that it must not raise.
+    """Code of the plugin raised an exception that it must not raise.
 
     Args:
-        error: It, in words.
+        error: The exception as a text.
     """
 
 
 @contextlib.contextmanager
 def of_the_plugin() -> Iterator[None]:
-    """Run code of the plugin's: what it raises is its own, and not the kit's.
+    """Run code of the plugin: its exceptions count as the plugin's, not as the kit's.
 
     Raises:
-        NotChecked: A TcplatError: it says why it cannot be tried here.
-        RaisedError: Anything else, also where the core has put it into words already (blaming()).
+        NotChecked: For a TcplatError: the plugin says why it does not work here.
+        RaisedError: For any other, also if the core has already converted it (blaming()).
     """
     try:
         yield
@@ -134,11 +134,12 @@ def of_the_plugin() -> Iterator[None]:
 
 
 Check = Callable[[Subject], None]
-"""Returns where all is well. Raises Fault, NotChecked or RaisedError; all else is the kit's own."""
+"""Returns if the check passes; raises Fault, NotChecked or RaisedError if not. Any other exception
+is an error of the kit."""
 
 
 def is_path(option: Option, text: str) -> bool:
-    """Whether an option is the path of a file: by its kind, its metavar, or what is written."""
+    """Return whether an option is the path of a file: by its kind, its metavar, or its value."""
     if isinstance(option.convert, Kind):
         return option.convert is path_kind
     metavars = {"FILE", "PATH", "DIR", "FOLDER", "DATABASE", "SOCKET"}

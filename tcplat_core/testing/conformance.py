@@ -1,7 +1,7 @@
-"""The conformance kit: what a plugin promises, one named check each, most of it without root.
+"""The conformance kit: one named check for each rule of plugins; most need no root.
 
 ``tcplat plugins check NAME`` shows it, :mod:`tcplat_core.testing.pytest_plugin` makes a test of
-each check, and :func:`check_plugin` gives the outcomes to whoever wants to look at them.
+each check, and :func:`check_plugin` returns the outcomes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .trial_process import Trial
 
 
 def checks(subject: Subject) -> dict[str, Check]:
-    """All checks that there are for it, by name."""
+    """Return all checks for a probe or a sink, by name."""
     if subject.kind == "probe":
         of_kind = {**probe_checks.checks_of(subject), **program_checks.checks_of(subject)}
     else:
@@ -33,7 +33,7 @@ def checks(subject: Subject) -> dict[str, Check]:
 
 
 def run(name: str, check: Check, subject: Subject) -> Outcome:
-    """Make one check, in a folder of its own: a path that a plugin takes for granted lies there."""
+    """Make one check, in a folder of its own: relative paths of the plugin lie there."""
     try:
         with _own_folder():
             check(subject)
@@ -48,8 +48,8 @@ def run(name: str, check: Check, subject: Subject) -> Outcome:
             raise
         if not isinstance(error, Exception):  # the kit raises none of these
             return Outcome(name, "failed", f"it raises {in_a_line(error)}: it must not")
-        # A fault of ours is not to be told as the plugin's.
-        why = f"the kit itself failed ({in_a_line(error)}): a fault of tcplat's, please report it"
+        # An error of the kit must not be reported as the plugin's.
+        why = f"the kit itself failed ({in_a_line(error)}): a bug of tcplat, please report it"
         return Outcome(name, "not checked", why)
     return Outcome(name, "passed")
 
@@ -117,14 +117,14 @@ def check_plugin(
 
 
 def _help(subject: Subject) -> None:
-    """Whoever reads `tcplat plugins list` and `show` learns what it is for."""
+    """Check that the plugin and each option have a help text of one line."""
     texts = {"summary": subject.spec.summary}
     texts |= {f"the help of option {one.name}": one.help for one in subject.spec.options}
     for what, text in texts.items():
         if not isinstance(text, str) or not text.strip():
             raise Fault(f"{what} is empty: say in one line what it is for")
         if not text.isprintable():
-            raise Fault(f"{what} does not print, or has more than one line: {text!r}")
+            raise Fault(f"{what} is unprintable, or has more than one line: {text!r}")
 
 
 _RUBBISH = (
@@ -134,7 +134,7 @@ _RUBBISH = (
 
 
 def _options(subject: Subject) -> None:
-    """Options have names of their own, defaults that convert, and refuse rubbish in words."""
+    """Check names and defaults of options, and that they refuse invalid values with a reason."""
     names = [one.name for one in subject.spec.options]
     if doubled := _doubled(names):
         raise Fault(f"it has two options named {doubled!r}: rename one")
@@ -155,7 +155,7 @@ def _check_default(option: Option) -> None:
                 raise
             raise Fault(
                 f"the default of option {option.name}, {default!r}, does not convert "
-                f"({in_a_line(error)}): give one that the user could write"
+                f"({in_a_line(error)}): give a default that a user could write"
             ) from error
         if value != default:
             raise Fault(
@@ -171,15 +171,15 @@ def _check_rubbish(option: Option) -> None:
         except ValueError as error:
             if not str(error):
                 raise Fault(
-                    f"option {option.name}={rubbish[:20]!r} is refused without a word: "
-                    "let its ValueError say what is wanted"
+                    f"option {option.name}={rubbish[:20]!r} is refused without a reason: "
+                    "let its ValueError say which values are valid"
                 ) from error
         except BaseException as error:
             if is_the_users(error):
                 raise
             raise Fault(
                 f"option {option.name}={rubbish[:20]!r} raises {in_a_line(error)}: "
-                "its converter has to raise ValueError, in words for the user"
+                "its converter has to raise ValueError, with a reason for the user"
             ) from error
 
 
@@ -188,7 +188,7 @@ def _doubled(names: Sequence[str]) -> str | None:
 
 
 def as_json(outcomes: Sequence[tuple[Subject, Outcome]]) -> list[dict[str, Any]]:
-    """For ``tcplat plugins check --json``: one object per probe or sink."""
+    """Return the objects of ``tcplat plugins check --json``: one per probe or sink."""
     by_spec: dict[int, tuple[Subject, list[Outcome]]] = {}
     for subject, outcome in outcomes:
         by_spec.setdefault(id(subject), (subject, []))[1].append(outcome)
@@ -207,7 +207,7 @@ def as_json(outcomes: Sequence[tuple[Subject, Outcome]]) -> list[dict[str, Any]]
 
 
 def as_text(outcomes: Sequence[tuple[Subject, Outcome]]) -> str:
-    """For people: a line for each check, and the sum."""
+    """Return a line for each check, and the sums."""
     lines = []
     for one in as_json(outcomes):
         options = ",".join(f"{name}={text}" for name, text in one["options"].items())

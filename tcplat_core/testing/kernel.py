@@ -57,7 +57,7 @@ class FakeRing:
         return int(struct.unpack_from("=Q", self._map, _PAGE)[0])
 
     def reserve(self, payload: bytes) -> int | None:
-        """Room for a record that is not complete yet: its position, or None without room."""
+        """Reserve space for a record; return its position, or None if there is no space."""
         position = self.produced
         end = position + _HEADER + len(payload) + -len(payload) % 8
         if end - self.consumed >= self.size:  # the kernel never fills it to the last byte
@@ -72,11 +72,11 @@ class FakeRing:
         self._set_length(position, self._length(position) & ~_BUSY)
 
     def discard(self, position: int) -> None:
-        """Take a reserved record back: the reader has to skip it."""
+        """Discard a reserved record: the reader has to skip it."""
         self._set_length(position, self._length(position) & ~_BUSY | _DISCARD)
 
     def feed(self, payloads: Iterable[bytes]) -> int:
-        """Reserve and submit each; how many there was room for."""
+        """Reserve and submit each; return how many fitted."""
         fitted = 0
         for payload in payloads:
             position = self.reserve(payload)
@@ -124,13 +124,13 @@ class FakeBooks:
         self.fd, self._map = _memory(size + -size % _PAGE)
 
     def count(self, hook: int, *, produced: int = 0, dropped: int = 0, cpu: int = 0) -> None:
-        """Add to a hook's account on one CPU."""
+        """Add to the counters of a hook on one CPU."""
         slot = (cpu * books_hooks(self.hooks) + hook) * 2
         self._add(slot, produced)
         self._add(slot + 1, dropped)
 
     def lose_track(self, sockets: int = 1) -> None:
-        """Add to the sockets that could not be remembered."""
+        """Add to the sockets that did not fit into the table of sockets."""
         self._add(books_slots(self.cpus, self.hooks) - 1, sockets)
 
     def close(self) -> None:
@@ -145,7 +145,7 @@ class FakeBooks:
 
 @attrs.define(eq=False)
 class FakeArray:
-    """A file that a probe's Python side maps as it maps a BPF array.
+    """A file that a probe's poll() maps as it maps a BPF array.
 
     Args:
         layout: One entry, as :mod:`struct` writes it.
@@ -181,8 +181,8 @@ class FakeProbe:
     Args:
         spec: The probe.
         ring_bytes: Size of its ring: the `ring_bytes` of the run's request.
-        mechanism: How each point is said to be attached that has such a way; others by their first.
-        missing: Points that are said to be missing, and why.
+        mechanism: Reported as the mechanism of each point that has it; others report their first.
+        missing: Points that are reported as missing, and why.
         arrays: Its maps, by name.
     """
 
@@ -242,17 +242,17 @@ class FakeLoader:
     """Takes the place of :class:`tcplat_core.run.loader_process.LoaderProcess`.
 
     Args:
-        probes: What it has "loaded".
-        holding: Fds whose closing detaches; they become the session's.
+        probes: The probes that it "loads".
+        holding: Fds that detach when they are closed; the session becomes their owner.
     """
 
     probes: Sequence[FakeProbe]
     holding: tuple[int, ...] = ()
     requests: list[Request] = attrs.field(factory=list, init=False)
-    """What it was asked."""
+    """The requests that it got."""
 
     def ask(self, request: Request, stopping: Callable[[], bool]) -> Answer | None:
-        """Everything is attached; or None where the user wants to stop."""
+        """Return an answer as if all were attached; None if the user wants to stop."""
         self.requests.append(request)
         if stopping():
             return None
@@ -263,8 +263,8 @@ class FakeLoader:
         )
 
     def output(self) -> str:
-        """Neither compiler nor verifier had anything to say."""
+        """Return the output of compiler and verifier: none."""
         return ""
 
     def close(self) -> None:
-        """Nothing runs."""
+        """Do nothing: no process runs."""

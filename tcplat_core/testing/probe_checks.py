@@ -1,4 +1,4 @@
-"""What a probe promises of its declaration: no compiler and no kernel is needed."""
+"""The checks of what a probe declares: they need no compiler and no kernel."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _MOST_HOOKS = 255
 _BCCS_OWN = re.compile(
     r"(kprobe|kretprobe|tracepoint|raw_tracepoint|kfunc|kretfunc|kmod_ret|lsm|syscall|bpf_iter)__"
 )
-"""bcc attaches by itself what is named so."""
+"""bcc attaches a program with such a name by itself."""
 
 
 def checks_of(_: Subject) -> dict[str, Check]:
-    """All checks of what a probe declares, by name."""
+    """Return all checks of what a probe declares, by name."""
     return {
         "hook points": _points,
         "constants": _constants,
@@ -59,7 +59,7 @@ def hooks_of(spec: ProbeSpec) -> Iterator[tuple[str, Hook]]:
 
 
 def ways_of(subject: Subject) -> list[str]:
-    """Return the mechanisms that some point of the probe has a way by."""
+    """Return the mechanisms that at least one point of the probe has."""
     return sorted({way.mechanism for point in probe_of(subject).points for way in point.ways})
 
 
@@ -72,17 +72,17 @@ _OF_WAY = {
 
 
 def _points(subject: Subject) -> None:
-    """Points, programs and functions can be told apart, in a record and in the books."""
+    """Check that points, programs and functions are unique, in a record and in the books."""
     spec = probe_of(subject)
     names = [point.point for point in spec.points]
     for name in names:
         if names.count(name) > 1:
-            raise Fault(f"two hook points are named {name!r}: rename one, or join their ways")
+            raise Fault(f"two hook points are named {name!r}: rename one, or join their mechanisms")
     if not names:
-        raise Fault("it has no hook points: it would never see anything")
+        raise Fault("it has no hook points: it would produce no rows")
     for point in spec.points:
         if not point.ways:
-            raise Fault(f"hook point {point.point!r} has no way to listen: give it one")
+            raise Fault(f"hook point {point.point!r} has no mechanism: give it at least one Way")
         for way in point.ways:
             _check_way(point.point, way, counts=only_counts(spec, point.point))
     _check_names(spec)
@@ -94,20 +94,20 @@ def only_counts(spec: ProbeSpec, point: str) -> bool:
 
 
 def _check_way(point: str, way: Way, *, counts: bool) -> None:
-    where = f"the {way.mechanism} way of hook point {point!r}"
+    where = f"hook point {point!r} by {way.mechanism}"
     funcs = [hook.func for hook in way.hooks if not hook.quiet]
     if not (funcs or counts):
         raise Fault(f"{where} has no hook that reports: one of them must not be quiet")
     for hook in way.hooks:
         if funcs.count(hook.func) > 1:
             raise Fault(
-                f"{where} has two hooks at {hook.func}: the books cannot tell their rows "
-                "apart; make one quiet, or give it a point of its own"
+                f"{where} has two hooks at {hook.func}: the books could not count their rows "
+                "separately; make one quiet, or give it a point of its own"
             )
         if hook.mechanism not in _OF_WAY[way.mechanism]:
             raise Fault(
                 f"{where} has the program {hook.program}, which is a {hook.mechanism}: "
-                "give it a way of its own"
+                "give it a Way of its own"
             )
 
 
@@ -115,15 +115,15 @@ def _check_names(spec: ProbeSpec) -> None:
     seen: dict[str, str] = {}
     for _, hook in hooks_of(spec):
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", hook.program):
-            raise Fault(f"program {hook.program!r} is no name of a C function: rename it")
+            raise Fault(f"program {hook.program!r} is not a name for a C function: rename it")
         if _BCCS_OWN.match(hook.program):
             raise Fault(f"bcc attaches {hook.program} by itself, because of its name: rename it")
         place = f"{hook.mechanism}:{hook.func}"
         other = seen.setdefault(hook.program, place)
         if other != place:
             raise Fault(
-                f"program {hook.program} is for {other} and for {place}: a row could not say "
-                "which; write a program for each"
+                f"program {hook.program} is for {other} and for {place}: its rows could not name "
+                "the function; write a program for each"
             )
     if len(reporting(spec.points)) > _MOST_HOOKS:
         raise Fault(f"it has more than {_MOST_HOOKS} programs that report: make it two probes")
@@ -134,13 +134,13 @@ def _constants(subject: Subject) -> None:
     request = request_of(subject)
     for name, value in request.defines.items():
         if not re.fullmatch(r"[A-Za-z_]\w*(\([\w, ]*\))?", name):
-            raise Fault(f"defines() gives {name!r}, which is no name in C")
+            raise Fault(f"defines() gives {name!r}, which is not a valid name in C: rename it")
         if not isinstance(value, int | str) or "\n" in str(value):
             raise Fault(
                 f"defines() gives {name} = {value!r}: it has to be a number or one line of C"
             )
         if name.startswith(("TCPLAT_", "HOOK_")):
-            raise Fault(f"defines() gives {name}, a name of the core's: rename it")
+            raise Fault(f"defines() gives {name}, and the core uses such names: rename it")
     has_xdp = "xdp" in ways_of(subject)
     if has_xdp and not isinstance(request.interfaces, Interfaces):
         raise Fault("it has XDP programs and names no interfaces: give its spec interfaces=")
@@ -161,7 +161,7 @@ _STATES = (*TCP_STATES, "state 13")
 
 
 def _descriptions(subject: Subject) -> None:
-    """There are plain words for whatever the kernel may report, and the table has room for them."""
+    """Check that describe() has words for every event, and that they fit into the table."""
     spec = probe_of(subject)
     points = [point.point for point in spec.points]
     few = (0, errno.ECONNREFUSED, errno.EHOSTUNREACH, 9999)
@@ -179,19 +179,19 @@ def _descriptions(subject: Subject) -> None:
                 raise
             raise Fault(
                 f"describe() raises {in_a_line(error)} {where}, empty {empty}, flags {flags}: "
-                "it has to have words for everything"
+                "it has to return a text for every event"
             ) from error
         if not isinstance(words, str) or not words.strip() or not words.isprintable():
-            raise Fault(f"describe() gives {words!r} {where}: it has to be a text that prints")
+            raise Fault(f"describe() gives {words!r} {where}: it has to be a printable text")
         if len(words) > _WIDEST:
             raise Fault(
                 f"describe() gives {words!r} {where}, {len(words)} letters: "
-                f"the table has room for {_WIDEST}"
+                f"the table's column has {_WIDEST}"
             )
 
 
 def _round_trip(subject: Subject) -> None:
-    """Whatever a record may hold becomes a row, JSON, and the same row again."""
+    """Check that any record becomes a row, JSON, and the same row again."""
     spec = probe_of(subject)
     record, hooks = Record(spec.event), fired_by(spec)
     if not hooks:
@@ -216,7 +216,7 @@ def _round_trip(subject: Subject) -> None:
                         raise
                     raise Fault(
                         f"{what} does not become a row ({in_a_line(error)}): "
-                        "its to= has to take every value that the kernel may give"
+                        "its to= has to accept every value that the kernel may write"
                     ) from error
                 try:
                     again = decoder.decode(line)
@@ -225,10 +225,10 @@ def _round_trip(subject: Subject) -> None:
                         raise
                     raise Fault(
                         f"{what} becomes {line.decode()[:200]}, which does not fit the field's "
-                        f"type ({in_a_line(error)}): to= gives something else than is declared"
+                        f"type ({in_a_line(error)}): to= returns another type than is declared"
                     ) from error
                 if again != row:
-                    raise Fault(f"{what} is another one after JSON: {row} became {again}")
+                    raise Fault(f"{what} is another row after JSON: {row} became {again}")
                 _check_kept(own, field, value, row, has)
     finally:
         reader.close()
@@ -249,7 +249,7 @@ def _check_kept(
 
 
 def _extremes(record: Record) -> dict[str, list[Any]]:
-    """Member -> the least, the largest and some odd values. What the core fills is left alone."""
+    """Return least, largest and odd values of each member, except of those that the core fills."""
     extremes: dict[str, list[Any]] = {}
     for member, c_type in record.members:
         if member in ("hook", "has") or member.endswith("_pad"):
@@ -263,9 +263,8 @@ def _extremes(record: Record) -> dict[str, list[Any]]:
         signed = c_type.startswith("s")
         values = [0, 1, (1 << bits - 1) - 1, (1 << bits - signed) - 1]
         values += [-1, -(1 << bits - 1)] if signed else [1 << bits - 1]
-        if member in ("ts_ns", "sock"):  # no clock goes further, nor do the numbers of sockets
+        if member in ("ts_ns", "sock"):  # neither the clock nor the numbers of sockets get there
             values = [value for value in values if value < 1 << 63]
-        # A state beyond those that there are is a number; that of the CPU is one.
         extremes[member] = [bool(value) for value in values] if c_type == "bool" else values
     return extremes
 

@@ -1,4 +1,4 @@
-"""What a probe promises of its C: it compiles, has its programs, attaches, and leaves nothing."""
+"""The checks of a probe's C: it compiles, has its programs, attaches, and leaves nothing."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .probe_checks import hooks_of, only_counts, probe_of, request_of, ways_of
 from .trial_process import Trial
 
 _CORES_OWN = "tcplat_on_"
-"""How the programs of include/tcplat/core.bpf.h begin."""
+"""Prefix of the programs of include/tcplat/core.bpf.h."""
 
 
 def checks_of(subject: Subject) -> dict[str, Check]:
-    """All checks of a probe's C, by name: compiled, and with root attached."""
+    """Return all checks of a probe's C, by name; some need root."""
     compiled: dict[str, Check] = {
         f"compiles by {way}": functools.partial(_compiles, way) for way in ways_of(subject)
     }
@@ -48,8 +48,8 @@ def _compiled(subject: Subject, mechanism: str, *, counting: bool = False) -> di
 
     Args:
         subject: The probe.
-        mechanism: The way to listen.
-        counting: As where a sink has the kernel count, and another wants rows.
+        mechanism: The mechanism.
+        counting: As in a run with a sink for histograms, and another one for rows.
     """
     key = f"{mechanism}, counting" if counting else mechanism
     if key not in subject.known:
@@ -71,7 +71,7 @@ def _compiled(subject: Subject, mechanism: str, *, counting: bool = False) -> di
         try:
             text = program_text(request, taken=taken, defines=defines)
         except PluginError as error:
-            raise Fault(f"{error}: look into include/tcplat") from error
+            raise Fault(f"{error}: the headers are in include/tcplat") from error
         types = sorted({*CORE_TYPES, *request.types})
         subject.known[key] = _try(Trial.start("compile"), {"text": text, "types": types})
     answer: dict[str, Any] = subject.known[key]
@@ -110,8 +110,8 @@ def _compiles(mechanism: str, subject: Subject, *, counting: bool = False) -> No
     layout = _LAYOUT.search(words)
     if layout:
         raise Fault(
-            f"the compiler gives {layout['what']} another {layout['how']} than the schema: "
-            "leave struct tcplat_event to tcplat, and declare each member as a Wire"
+            f"{layout['what']} has another {layout['how']} in the compiled C than in the schema: "
+            "let tcplat declare struct tcplat_event, and declare each member as a Wire"
         )
     error = _ERROR.search(words)
     what = f"{error['where']}: {error['words']}" if error else words.strip().splitlines()[-1]
@@ -119,7 +119,7 @@ def _compiles(mechanism: str, subject: Subject, *, counting: bool = False) -> No
 
 
 def _programs(subject: Subject) -> None:
-    """Each hook has its program in the C, each program its hook, and says which one it is."""
+    """Check that each hook has a program in the C, each program a hook, and reports its number."""
     spec = probe_of(subject)
     found: set[str] = set()
     for mechanism in ways_of(subject):
@@ -132,7 +132,7 @@ def _programs(subject: Subject) -> None:
         if program not in found:
             raise Fault(
                 f"hook point {point!r} names the program {program}, and the C has no such "
-                "function: write it, or mend its name"
+                "function: write it, or correct its name"
             )
     for program in sorted(found - wanted.keys()):
         if not program.startswith(_CORES_OWN):
@@ -144,10 +144,10 @@ def _programs(subject: Subject) -> None:
     for point, hook in reporting(spec.points):
         if only_counts(spec, point):
             continue
-        # A macro may paste the name together; then only the compiler knows.
+        # A macro may paste the name together; it cannot be found in the text then.
         if hook.program not in used and "HOOK_##" not in spec.source:
             raise Fault(
-                f"nothing in the C is reported as HOOK_{hook.program}: reserve its record with "
+                f"no record in the C is reserved with HOOK_{hook.program}: reserve its record with "
                 "that number, or declare the hook quiet"
             )
 
@@ -160,11 +160,11 @@ def _attached(subject: Subject) -> dict[str, Any]:
     if "attached" not in subject.known:
         request = request_of(subject)
         if request.interfaces and request.interfaces.netns:
-            raise NotChecked("its interfaces are in a network namespace of their own: leave it out")
+            raise NotChecked("its interfaces are in another network namespace: omit that option")
         trial = subject.trial()
         if trial is None:
             raise NotChecked("it needs root: run it with sudo")
-        # A small ring, so that it gets full.
+        # A small ring, so that it becomes full.
         whole = Request(probes=(request,), ring_bytes=1 << 12)
         subject.known["attached"] = _try(trial, whole.pack())
     answer: dict[str, Any] = subject.known["attached"]
@@ -179,24 +179,24 @@ def _attaches(subject: Subject) -> None:
 
 
 def _lets_pass(subject: Subject) -> None:
-    """XDP programs let every packet pass as it came, whole or damaged, the ring full or not."""
+    """Check that XDP programs pass every packet unchanged, damaged or not, ring full or not."""
     if "xdp" not in ways_of(subject):
         raise NotChecked("it has no XDP program")
     answer = _attached(subject)
     if "refusal" in answer:
         raise NotChecked("it could not be attached")
-    for program, deed in answer["xdp"].items():
-        if deed:
+    for program, fault in answer["xdp"].items():
+        if fault:
             raise Fault(
-                f"XDP program {program}: {deed}; "
-                "a probe that observes returns XDP_PASS on every path and writes to no packet"
+                f"XDP program {program}: {fault}; "
+                "a probe has to return XDP_PASS on every path, and must not write to packets"
             )
 
 
 def _leaves_nothing(subject: Subject) -> None:
-    """Once its file descriptors are closed, the kernel has none of its programs, maps and links."""
+    """Check that no program, map or link remains once its file descriptors are closed."""
     answer = _attached(subject)
     if "refusal" in answer:
         raise NotChecked("it could not be attached")
     if answer["left"]:
-        raise Fault(f"after it was taken off there is still {', '.join(answer['left'])}")
+        raise Fault(f"after it was detached there is still {', '.join(answer['left'])}")

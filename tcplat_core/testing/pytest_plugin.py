@@ -1,4 +1,4 @@
-"""For pytest, which finds it wherever tcplat is installed: one test for each check of a plugin.
+"""A plugin for pytest, which finds it where tcplat is installed: one test per check of a plugin.
 
 In the tests of a plugin::
 
@@ -6,7 +6,7 @@ In the tests of a plugin::
     def test_plugin_conforms(tcplat_check):
         tcplat_check()
 
-Options that it cannot do without have their example, unless the mark gives another. Checks that
+Required options have their example as value, unless the mark gives another. Checks that
 need root are skipped without it, or with ``root=False`` in the mark. The mark may name several.
 """
 
@@ -23,10 +23,10 @@ _SUBJECTS = pytest.StashKey[dict[str, list[Any]]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the mark known."""
+    """Register the mark."""
     config.addinivalue_line(
         "markers",
-        "tcplat_plugin(*choices, root=True): of which probes and sinks tcplat_check is, each "
+        "tcplat_plugin(*choices, root=True): the probes and sinks that tcplat_check checks, each "
         "NAME or NAME:key=value; root=False: load and attach nothing",
     )
     config.stash[_SUBJECTS] = {}
@@ -39,10 +39,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     mark = metafunc.definition.get_closest_marker("tcplat_plugin")
     if mark is None:
         raise pytest.Collector.CollectError(
-            f"{metafunc.definition.nodeid} wants tcplat_check, and has no mark that says of which "
-            'plugin: @pytest.mark.tcplat_plugin("NAME")'
+            f"{metafunc.definition.nodeid} uses tcplat_check, and no mark names the plugin: "
+            '@pytest.mark.tcplat_plugin("NAME")'
         )
-    from . import conformance, trial_process  # noqa: PLC0415 - most tests have nothing to do with it
+    from . import conformance, trial_process  # noqa: PLC0415 - most tests do not need it
 
     known = metafunc.config.stash[_SUBJECTS]
     as_root = trial_process.as_root if mark.kwargs.get("root", True) else lambda: None
@@ -71,7 +71,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def tcplat_check(request: pytest.FixtureRequest) -> Callable[[], None]:
-    """Make one check: fail with its sentence, skip if it cannot be made here."""
+    """Return a function that makes one check: it fails, or skips, with the reason."""
     from . import conformance  # noqa: PLC0415 - see above
 
     subject, name, check = request.param

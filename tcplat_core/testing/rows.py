@@ -1,4 +1,4 @@
-"""Rows and records to feed, and a sink that remembers what it was given."""
+"""Rows and records as input of tests, and a sink that keeps what it was given."""
 
 from __future__ import annotations
 
@@ -110,35 +110,35 @@ def _raw(value: str, c_type: str) -> bytes:
 
 @attrs.define(eq=False)
 class RecordingSink(Sink):
-    """Remembers everything.
+    """Keeps everything that it is given.
 
     Args:
-        error: What each write raises, if anything.
+        error: Raised by each write(), unless None.
     """
 
     error: Exception | None = None
     batches: list[list[Event]] = attrs.field(factory=list, init=False)
     stream: list[Event | Loss] = attrs.field(factory=list, init=False)
-    """Rows and losses, each in its place."""
+    """Rows and losses, in order."""
     reports: list[RunReport] = attrs.field(factory=list, init=False)
-    """What close() was given: one, after a run."""
+    """The arguments of close(): one, after a run."""
 
     @property
     def rows(self) -> list[Event]:
-        """Of all batches."""
+        """The rows of all batches."""
         return [row for batch in self.batches for row in batch]
 
     def write(self, batch: Sequence[Event]) -> None:
-        """Remember the batch, or fail."""
+        """Keep the batch, or raise `error`."""
         if self.error is not None:
             raise self.error
         self.batches.append(list(batch))
         self.stream += batch
 
     def lost(self, loss: Loss) -> None:
-        """Remember the loss."""
+        """Keep the loss."""
         self.stream.append(loss)
 
     def close(self, report: RunReport) -> None:
-        """Remember the report."""
+        """Keep the report."""
         self.reports.append(report)

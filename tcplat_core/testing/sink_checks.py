@@ -1,4 +1,4 @@
-"""What a sink promises. Each check has a sink of its own, in a process of its own."""
+"""The checks of a sink. Each creates a sink of its own, in a process of its own."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from . import sink_output_checks as output_checks
 from .check import Check, Fault, Subject
 from .rows import make_event
 from .sink_rows import LOSS, REPLAYED, REPORT, OwnEvent, end_run, stream
-from .sink_trial import another_does_not, try_sink
+from .sink_trial import silent_and_normal_reader, try_sink
 
 MANY = 1_000_000
-"""Events that have to go through in bounded memory."""
+"""Events that a sink has to process in bounded memory."""
 WARM = 200_000
-"""After so many a sink has what it remembers; its memory may grow by GROWTH from there."""
+"""After so many events the memory of a sink is measured; it may grow by GROWTH from there."""
 GROWTH = 64 << 20
 """Bytes."""
 
@@ -52,7 +52,7 @@ def _methods(subject: Subject) -> None:
 
     def play(sink: Sink) -> list[str]:
         faults = []
-        assert isinstance(sink, Adapted)  # noqa: S101 - as each one here
+        assert isinstance(sink, Adapted)  # noqa: S101 - try_sink() has made it
         for name in needed:
             method = getattr(sink.sink, name, None)
             inherited = getattr(inspect.unwrap(method), "__func__", None) if method else None
@@ -67,7 +67,7 @@ def _methods(subject: Subject) -> None:
         sink.poll()
         return faults
 
-    faults = try_sink(subject, play).fine().told
+    faults = try_sink(subject, play).fine().returned
     if faults:
         raise Fault(faults[0])
 
@@ -84,14 +84,14 @@ def _batches(subject: Subject) -> None:
         end_run(sink)
 
     try_sink(subject, play).fine()
-    # A replay has other batches than the run had, and must come to the same.
+    # A replay has other batches than the run had; the output must be the same.
     whole, single = (
         try_sink(subject, _in_batches_of(size), info=REPLAYED).fine().output for size in (100, 1)
     )
     if whole != single:
         raise Fault(
-            "rows one by one give another output than the same rows at once: where a batch ends "
-            "is chance, so let nothing depend on it"
+            "rows one by one give another output than the same rows at once: the output must "
+            "not depend on where a batch ends"
         )
 
 
@@ -118,7 +118,7 @@ def _empty_batch(subject: Subject) -> None:
 
 
 def _nulls(subject: Subject) -> None:
-    """Each field may be null that the schema says may be, alone or with all others."""
+    """Check that it accepts null in each nullable field: in one alone, and in all of them."""
     nullable = [field.name for field in fields(Event) if field.type.endswith("null")]
 
     def play(sink: Sink) -> str:
@@ -135,9 +135,9 @@ def _nulls(subject: Subject) -> None:
         sink.close(REPORT)
         return ""
 
-    fault = try_sink(subject, play).fine().told
+    fault = try_sink(subject, play).fine().returned
     if fault:
-        raise Fault(f"it fails where {fault}; a null says that nobody can know")
+        raise Fault(f"it fails where {fault}; null means that the value is unknown")
 
 
 def _losses_and_report(subject: Subject) -> None:
@@ -170,7 +170,7 @@ def _close_twice(subject: Subject) -> None:
             return in_a_line(error)
         return ""
 
-    error = try_sink(subject, play).fine().told
+    error = try_sink(subject, play).fine().returned
     if error:
         raise Fault(f"a second close() raises {error}: let it do nothing")
 
@@ -187,11 +187,12 @@ def _bounded_memory(subject: Subject) -> None:
                 settled = _resident()
         return _resident() - settled
 
-    grown = try_sink(subject, play, os.devnull, readers=another_does_not).fine().told
+    ran = try_sink(subject, play, os.devnull, readers=silent_and_normal_reader)
+    grown = ran.fine().returned
     if grown > GROWTH:
         raise Fault(
             f"its memory grows by {grown >> 20} MB over {MANY - WARM} events: "
-            "let it forget what it has written, or keep sums instead of rows"
+            "let it drop what it has written, or keep sums instead of rows"
         )
 
 
@@ -201,6 +202,6 @@ def _many() -> Iterator[list[Event]]:
 
 
 def _resident() -> int:
-    """Bytes of memory that this process holds."""
+    """Return the resident memory of this process, bytes."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")

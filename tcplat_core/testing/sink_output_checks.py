@@ -1,4 +1,4 @@
-"""What a sink promises of its output: plain text, nothing held back, no silent failure."""
+"""The checks of a sink's output: plain text, nothing held back, no silent failure."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from .sink_rows import LOSS, REPORT, counted, end_run, stream
 from .sink_trial import (
     NO_OUTPUT,
     at_socket,
+    gone_reader,
     is_silent,
-    one_leaves,
     try_sink,
     until_more,
     written,
 )
 
 _SOON_S = 2.0
-"""A reader at a socket has by then what write() has handed over; a run polls all the while."""
+"""How long a reader at a socket may wait for what write() was given; a run polls meanwhile."""
 _TEXTS = ("comm", "desc", "ifname")
 
 
 def every_byte(subject: Subject) -> None:
-    """No text, whatever is in it, breaks its lines or commands the terminal."""
+    """Check that no byte of a text breaks its lines, or reaches the terminal as a control."""
     plain = _output_with(subject, lambda _: "-")
     if not plain:
-        raise NotChecked(NO_OUTPUT if is_silent(subject) else "it tells nothing of single rows")
-    # As the core escapes the name of a process; and raw, as a capture written by hand may have
-    # it: then ESC and the like must not reach the terminal.
+        raise NotChecked(NO_OUTPUT if is_silent(subject) else "it shows no single rows")
+    # Escaped, as the core does with the name of a process; and raw, as a capture written by hand
+    # may have it: then ESC and the like must not reach the terminal.
     for what, odd, harmful in (
         ("an escaped", lambda byte: text(bytes([byte])), "\x9f"),
         ("a raw", chr, "\x1f"),
@@ -45,7 +45,7 @@ def every_byte(subject: Subject) -> None:
         if before is None:
             continue  # it writes no text
         if after is None:
-            raise Fault(f"{what} byte in a text makes its output no text any more")
+            raise Fault(f"{what} byte in a text makes its output invalid UTF-8")
         broken = _unbroken(plain) - _unbroken(shown)
         if broken:
             name, byte = min(broken)
@@ -62,7 +62,7 @@ def every_byte(subject: Subject) -> None:
 
 
 def _output_with(subject: Subject, odd: Callable[[int], str]) -> bytes:
-    """Of 256 rows, each with another odd byte in each of its texts."""
+    """Return the output of 256 rows, each with another odd byte in each of its texts."""
     rows = []
     for byte in range(256):
         texts = {name: odd(byte).join(_marks(name, byte)) for name in _TEXTS}
@@ -82,7 +82,7 @@ def _marks(name: str, byte: int) -> tuple[str, str]:
 
 
 def _unbroken(output: bytes) -> set[tuple[str, int]]:
-    """Field and byte of which both marks stand in one line."""
+    """Return the fields and bytes whose two marks are in one line."""
     lines = output.decode().split("\n")
     marks = {_marks(name, byte): (name, byte) for name in _TEXTS for byte in range(256)}
     return {
@@ -93,7 +93,7 @@ def _unbroken(output: bytes) -> set[tuple[str, int]]:
 
 
 def _control(output: bytes) -> Counter[str] | None:
-    """How many of each control character a text has; None where it is no text."""
+    """Return the number of each control character in a text; None if it is not UTF-8."""
     try:
         shown = output.decode()
     except UnicodeDecodeError:
@@ -106,10 +106,10 @@ def flushes(subject: Subject) -> None:
     soon = _SOON_S if at_socket(subject) else 0
 
     def play(sink: Sink) -> list[int]:
-        # What comes with a reader, a header say, is no row.
+        # What each reader gets first, a header say, is no row.
         sink.write([])
         sizes = [until_more(sink, 0, soon / 10)]
-        # A sink whose `joins` is true tells of many rows in one: a row alone may wait for others.
+        # A sink whose `joins` is true may need further rows before it writes anything.
         joins = sink.joins
         for batch in (stream(999 if joins else 1), stream(1000, 999)):
             sink.aggregates(counted(len(batch), final=False))
@@ -119,13 +119,13 @@ def flushes(subject: Subject) -> None:
         return [*sizes, written(), joins]
 
     ran = try_sink(subject, play).fine()
-    before, first, second, last, joins = ran.told
+    before, first, second, last, joins = ran.returned
     if not (last or ran.output):
         raise NotChecked(NO_OUTPUT)
     if second == before:
         raise NotChecked("it writes nothing before close()")
     if first == before and joins:
-        raise NotChecked("it tells of many rows in one, and has waited for more of them")
+        raise NotChecked("it summarizes many rows at once, and has waited for more of them")
     if first == before:
         raise Fault(
             "a row is not in its output when write() returns: it has a buffer, "
@@ -145,7 +145,7 @@ def full_device(subject: Subject) -> None:
     if not ran.error:
         raise Fault(
             "its output is on a full device, and no error is raised: let write() and close() "
-            "raise what the operating system says"
+            "raise the error of the operating system"
         )
     _check_is_error(ran.error)
 
@@ -153,11 +153,11 @@ def full_device(subject: Subject) -> None:
 def reader_gone(subject: Subject) -> None:
     """Check that it reports a reader that has gone, unless others may still come."""
     if at_socket(subject):
-        gone = try_sink(subject, _everything, readers=one_leaves)
+        gone = try_sink(subject, _everything, readers=gone_reader)
         if gone.error:
             raise Fault(
-                f"a reader has left its socket, and it raises {gone.error}: others may come, "
-                "so let the run go on"
+                f"a reader has closed its socket, and it raises {gone.error}: other readers may "
+                "connect, so let the run go on"
             )
         return
     if is_silent(subject):
@@ -170,7 +170,7 @@ def reader_gone(subject: Subject) -> None:
         os.close(writer)
     if not ran.error.startswith(ReaderGoneError.__name__):
         raise Fault(
-            f"nobody reads its output any more, and it raises {ran.error or 'nothing'}: "
+            f"the reader of its output has gone, and it raises {ran.error or 'nothing'}: "
             "raise ReaderGoneError, as tcplat_core.Output does"
         )
 

@@ -1,4 +1,4 @@
-"""What a sink on trial is given: rows, losses, counts and books."""
+"""The input of a sink in the kit: rows, losses, counts and books."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .rows import make_event
 
 
 class OwnEvent(Event, gc=False):
-    """A row of a third party's probe."""
+    """A row of a third-party probe."""
 
     rto_us: Annotated[int | None, Wire("u32", "a field of its own", nullable=True)]
 
 
 INFO = RunInfo(("tcp_client", "theirs"), events={"tcp_client": Event, "theirs": OwnEvent})
 REPLAYED = attrs.evolve(INFO, live=False)
-"""When a run began is not in what is written of its replay."""
+"""A replay: its output does not depend on the time of the run."""
 REPORT = RunReport(
     probes={
         "tcp_client": ProbeReport(
@@ -94,6 +94,6 @@ def counted(samples: int, comms: Sequence[str] = ("curl",), *, final: bool = Tru
 
 
 def end_run(sink: Sink) -> None:
-    """As a run ends it: what the kernel has counted, then the books."""
+    """End as a run does: pass what the kernel has counted, then the report."""
     sink.aggregates(counted(3))
     sink.close(REPORT)

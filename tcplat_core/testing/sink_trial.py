@@ -1,11 +1,11 @@
 """The process in which a sink is tried.
 
-In there standard output is a file, a full device or a pipe that nobody reads; what the sink
-holds in memory can be measured; and what it breaks is gone with the process.
+There, standard output is a file, a full device or a pipe without a reader; the memory of the sink
+can be measured; and what it breaks is gone with the process.
 
-Options have meanings by their names: what is written to ``path=`` is the sink's output, and at
-``unix=`` a sink lets readers come: what one of them gets is its output. Every option that is the
-path of a file (see is_path()) is one in a folder of the check's own, which is the current one.
+The names of options have a meaning: what is written to ``path=`` is the sink's output, and at
+``unix=`` the sink accepts readers: what one of them receives is its output. Every option that is
+the path of a file (see is_path()) points into the current folder, which is the check's own.
 """
 
 from __future__ import annotations
@@ -38,61 +38,61 @@ from tcplat_core.plugin.specs import RunInfo, Sink, SinkLike, SinkSpec
 from .check import Fault, NotChecked, Subject
 from .sink_rows import INFO, end_run, stream
 
-_PATIENCE_S = 300.0
+_TIMEOUT_S = 300.0
 
 
-# --- who reads a socket
+# --- readers of a socket
 
 
 def at_socket(subject: Subject) -> bool:
-    """Whether readers come to it, at a place that is ours to say."""
+    """Return whether readers connect to it, at a path that the kit chooses."""
     names = {option.name for option in subject.spec.options}
     return "unix" in names and not {"unix", "tcp", "connect"} & subject.given.keys()
 
 
 @contextlib.contextmanager
-def one_reads(path: str) -> Iterator[None]:
-    """Copy what the reader gets to standard output, all of it by the end."""
+def reader(path: str) -> Iterator[None]:
+    """Connect a reader, and copy all that it receives to standard output."""
     with socket.socket(socket.AF_UNIX) as made:
         made.connect(path)
-        reader = threading.Thread(target=_copy, args=(made,), daemon=True)
-        reader.start()
+        copying = threading.Thread(target=_copy, args=(made,), daemon=True)
+        copying.start()
         yield
-        # What is under way still comes; the sink may be open yet.
+        # What is in the socket's buffer is still read. The sink may not have closed its end.
         made.shutdown(socket.SHUT_RD)
-        reader.join()
+        copying.join()
 
 
 def _copy(made: socket.socket) -> None:
-    with contextlib.suppress(ConnectionError):  # it may end with what he had to say unread
+    with contextlib.suppress(ConnectionError):  # the sink may reset it
         while data := made.recv(1 << 18):
             os.write(1, data)
 
 
 @contextlib.contextmanager
-def another_does_not(path: str) -> Iterator[None]:
-    """Besides one who reads there is one who never does."""
+def silent_and_normal_reader(path: str) -> Iterator[None]:
+    """Connect a reader, and another one that never reads."""
     with socket.socket(socket.AF_UNIX) as made:
         made.connect(path)
-        with one_reads(path):
+        with reader(path):
             yield
 
 
 @contextlib.contextmanager
-def one_leaves(path: str) -> Iterator[None]:
-    """He has come, and is gone before he got anything."""
+def gone_reader(path: str) -> Iterator[None]:
+    """Connect a reader that closes its socket before it has received anything."""
     with socket.socket(socket.AF_UNIX) as made:
         made.connect(path)
     yield
 
 
 def written() -> int:
-    """In the child: bytes of output so far, wherever the sink has them from."""
+    """In the child: return the bytes of output so far, of a file or of a reader."""
     return os.fstat(1).st_size
 
 
 def until_more(sink: Sink, least: int, seconds: float) -> int:
-    """Bytes that its reader has, once they are more than so many or time is over."""
+    """Return the bytes of output, as soon as they are more than `least`, or after the timeout."""
     end = time.monotonic() + seconds
     while written() <= least and time.monotonic() < end:
         sink.poll()
@@ -105,18 +105,18 @@ def until_more(sink: Sink, least: int, seconds: float) -> int:
 
 @attrs.frozen
 class Ran:
-    """What became of it."""
+    """The result of a trial."""
 
     output: bytes
     error: str
     """What the sink raised; empty if nothing."""
-    told: Any
+    returned: Any
     """What the play returned."""
 
     def fine(self) -> Ran:
-        """Itself, where the sink raised nothing."""
+        """Return itself; raise Fault if the sink raised an error."""
         if self.error:
-            raise Fault(f"it raises {self.error}: it has to take whatever a run may hand it")
+            raise Fault(f"it raises {self.error}: it has to accept whatever a run may pass to it")
         return self
 
 
@@ -125,9 +125,9 @@ def try_sink(
     play: Callable[[Sink], Any],
     out: str | int = "",
     info: RunInfo = INFO,
-    readers: Callable[[str], AbstractContextManager[None]] = one_reads,
+    readers: Callable[[str], AbstractContextManager[None]] = reader,
 ) -> Ran:
-    """Make the sink in a child, its output at a file or `out`, and play with it there."""
+    """Create the sink in a child process, with its output in a file or at `out`; run `play`."""
     spec = subject.spec
     assert isinstance(spec, SinkSpec)  # noqa: S101 - checks() has looked
     options = dict(subject.options())
@@ -156,17 +156,17 @@ def try_sink(
             _, status = os.waitpid(child, 0)
         if not data:
             raise Fault(f"it ends the whole process (status {status}): let it raise instead")
-        told = msgpack.unpackb(data)
+        result = msgpack.unpackb(data)
         output = file.read_bytes() if file.exists() else b""
-    if told["unable"]:
-        raise NotChecked(told["unable"])
-    if told["ours"]:
-        raise RuntimeError(told["error"])
-    return Ran(output, told["error"], told["told"])
+    if result["unable"]:
+        raise NotChecked(result["unable"])
+    if result["ours"]:
+        raise RuntimeError(result["error"])
+    return Ran(output, result["error"], result["returned"])
 
 
 _raised: list[BaseException] = []
-"""In the child: what code of the sink's has raised. All else is the kit's own failure."""
+"""In the child: what code of the sink has raised. Anything else is a failure of the kit."""
 
 
 @contextlib.contextmanager
@@ -179,7 +179,7 @@ def _the_sinks() -> Iterator[None]:
 
 
 class _Marked:
-    """A sink that knows which exceptions are its own."""
+    """A sink, with a record of the exceptions that its code raised."""
 
     def __init__(self, sink: Any) -> None:
         self._sink = sink
@@ -199,7 +199,7 @@ class _Marked:
 
 
 def _made(spec: SinkSpec, options: Options, info: RunInfo, folder: str) -> Sink:
-    """Make and begin the sink as a run does; a relative path lands in the folder."""
+    """Create and begin the sink as a run does; a relative path is one in the folder."""
     os.chdir(folder)
     with held_back() as outputs, _the_sinks():
         sink = as_sink(cast("SinkLike", _Marked(spec.factory(options, info))))
@@ -214,8 +214,8 @@ def _child(
     play: Callable[[Sink], Any],
     readers: AbstractContextManager[None],
 ) -> None:
-    """Never returns: whatever happens is told through the pipe."""
-    told: dict[str, Any] = {"unable": "", "error": "", "ours": False, "told": None}
+    """Never returns: the result goes through the pipe."""
+    result: dict[str, Any] = {"unable": "", "error": "", "ours": False, "returned": None}
     try:
         fd = target if isinstance(target, int) else os.open(target, os.O_WRONLY | os.O_CREAT, 0o644)
         os.dup2(fd, 1)
@@ -224,21 +224,21 @@ def _child(
         try:
             sink = make()
         except TcplatError as error:
-            told["unable"] = str(error)
+            result["unable"] = str(error)
         else:
             with readers:
-                told["told"] = play(sink)
+                result["returned"] = play(sink)
     except BaseException as error:  # noqa: BLE001 - SystemExit is the sink's fault, too
-        told["error"] = in_a_line(error)
-        told["ours"] = not any(error is one for one in _raised)
+        result["error"] = in_a_line(error)
+        result["ours"] = not any(error is one for one in _raised)
     finally:
-        os.write(answer, msgpack.packb(told, default=str))
+        os.write(answer, msgpack.packb(result, default=str))
         os._exit(0)
 
 
 def _read(answer: int, child: int) -> bytes:
-    """All that comes through the pipe; a child that hangs is ended."""
-    deadline = time.monotonic() + _PATIENCE_S
+    """Return all that comes through the pipe; kill a child that hangs."""
+    deadline = time.monotonic() + _TIMEOUT_S
     data = b""
     while select.select([answer], [], [], max(0.0, deadline - time.monotonic()))[0]:
         chunk = os.read(answer, 1 << 16)
@@ -246,11 +246,11 @@ def _read(answer: int, child: int) -> bytes:
             return data
         data += chunk
     os.kill(child, signal.SIGKILL)
-    raise Fault(f"it did not return within {_PATIENCE_S:.0f} s")
+    raise Fault(f"it did not return within {_TIMEOUT_S:.0f} s")
 
 
 def is_silent(subject: Subject) -> bool:
-    """Whether nothing of it ever gets to standard output or path=."""
+    """Return whether the sink writes nothing to standard output or path=."""
 
     def play(sink: Sink) -> None:
         sink.write(stream(1000))

@@ -1,4 +1,4 @@
-"""The process in which a probe is tried out, as the kit sees it: see loader/trial.py."""
+"""Starts and asks the process that tries a probe: loader/trial.py."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tcplat_core.run.privileges import SYSTEM_PATH
 
 @attrs.define(eq=False)
 class Trial:
-    """The process, waiting for what it is to try."""
+    """A process that waits for a request."""
 
     process: subprocess.Popen[bytes]
     log: Any
 
     @classmethod
     def start(cls, what: str) -> Self:
-        """Start it; for `attach` while we are still root."""
+        """Start it; for `attach`, before this process drops root."""
         log = os.fdopen(os.memfd_create("tcplat-log"), "w+b")
         process = subprocess.Popen(
             [
@@ -37,7 +37,7 @@ class Trial:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            # As for the loader: bcc hands much of its environment on.
+            # As for the loader: bcc uses much of its environment.
             env={
                 "PATH": SYSTEM_PATH,
                 "LC_ALL": "C",
@@ -52,18 +52,18 @@ class Trial:
         """Return the outcome.
 
         Raises:
-            TcplatError: The process failed, which is not the plugin's fault.
+            TcplatError: The process failed; that is no fault of the plugin.
         """
         data = request if isinstance(request, bytes) else msgpack.packb(request)
         out, _ = self.process.communicate(data)
         if self.process.returncode or not out:
             self.log.seek(0)
             words = self.log.read().decode(errors="replace").strip().splitlines()
-            raise TcplatError(f"the trial did not come to an end: {(words or ['?'])[-1]}")
+            raise TcplatError(f"the trial process failed: {(words or ['no output'])[-1]}")
         return dict(msgpack.unpackb(out))
 
     def close(self) -> None:
-        """End it: without a request it tries nothing."""
+        """End the process: without a request it tries nothing."""
         if self.process.stdin and not self.process.stdin.closed:
             self.process.communicate(b"")
         self.process.wait()
@@ -71,7 +71,7 @@ class Trial:
 
 
 def as_root() -> Trial | None:
-    """One that may attach; None where this process may not."""
+    """Return a process that may attach programs; None if this process may not."""
     if lacking("CAP_SYS_ADMIN"):
         return None
     return Trial.start("attach")

@@ -1,4 +1,4 @@
-"""The checks of the conformance kit that need root: loaded, attached, given packets, taken off."""
+"""The checks of the conformance kit that need root: loaded, attached, given packets, detached."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_probe_used_for_fault_injection_conforms() -> None:
     [
         (
             "if (!e)\n return XDP_DROP;",
-            r"when the ring is full is 1, not XDP_PASS; a probe that observes returns",
+            r"when the ring is full is 1, not XDP_PASS; a probe has to return",
         ),
         (
             "if (ctx->data_end - ctx->data == 33) { if (e) tcplat_submit(e); return XDP_DROP; }",

@@ -182,7 +182,7 @@ PROBE_FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "a help of two lines": (
         {"options": an_option(help="a\nb")},
         "help",
-        "the help of option least does not print, or has more than one line",
+        "the help of option least is unprintable, or has more than one line",
     ),
     "a default that does not convert": (
         {"options": an_option(convert=integer(1), default=0)},
@@ -197,7 +197,7 @@ PROBE_FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "a converter that raises TypeError": (
         {"options": an_option(convert=raises_type_error, default=1)},
         "options",
-        "has no len(): its converter has to raise ValueError, in words for the user",
+        "has no len(): its converter has to raise ValueError, with a reason for the user",
     ),
     "two options of one name": (
         {"options": (*GOOD.options, *GOOD.options)},
@@ -213,7 +213,7 @@ PROBE_FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "a point without a way": (
         in_points(HookPoint("close", ())),
         "hook points",
-        "hook point 'close' has no way to listen",
+        "hook point 'close' has no mechanism",
     ),
     "a hook that nothing reports": (
         in_points(
@@ -225,12 +225,12 @@ PROBE_FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "a program for two functions": (
         in_points(CLOSE, HookPoint("reset", (tracepoint("tcp:tcp_send_reset", "tp_gone"),))),
         "hook points",
-        "is for tracepoint:tcp:tcp_destroy_sock and for tracepoint:tcp:tcp_send_reset: a row could",
+        "is for tracepoint:tcp:tcp_destroy_sock and for tracepoint:tcp:tcp_send_reset: its rows",
     ),
     "a kprobe among tracepoints": (
         in_points(HookPoint("close", (Way("tracepoint", (Hook("f", "tp_gone", "kprobe"),)),))),
         "hook points",
-        "has the program tp_gone, which is a kprobe: give it a way of its own",
+        "has the program tp_gone, which is a kprobe: give it a Way of its own",
     ),
     "a name that bcc attaches": (
         in_points(HookPoint("close", (tracepoint("tcp:tcp_destroy_sock", "kprobe__gone"),))),
@@ -240,7 +240,7 @@ PROBE_FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "a constant of the core's": (
         {"defines": lambda _: {"TCPLAT_HOOKS": 1}},
         "constants",
-        "defines() gives TCPLAT_HOOKS, a name of the core's: rename it",
+        "defines() gives TCPLAT_HOOKS, and the core uses such names: rename it",
     ),
     "no words for a state": (
         {"describe": fails_on_listening},
@@ -250,7 +250,7 @@ PROBE_FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "too many words": (
         {"describe": lambda _: "a socket is gone"},
         "descriptions",
-        "old_state None, err 0, 16 letters: the table has room for 15",
+        "old_state None, err 0, 16 letters: the table's column has 15",
     ),
     "a conversion that gives another type": (
         {"event": Narrow},
@@ -275,7 +275,7 @@ PROBE_FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "a program that reports nothing": (
         {"source": "int tp_gone(void *ctx) { return 0; }\n"},
         "programs",
-        "nothing in the C is reported as HOOK_tp_gone",
+        "no record in the C is reserved with HOOK_tp_gone",
     ),
     "a misspelt member": (
         {"source": SOURCE.replace("e->rto_us", "e->rto_ms")},
@@ -313,8 +313,8 @@ def test_record_laid_out_differently_by_the_compiler_fails(monkeypatch: pytest.M
     )
     found = outcome(GOOD, "compiles by tracepoint")
     assert found.verdict == "failed"
-    assert "the compiler gives tcplat_event" in found.why
-    assert "than the schema" in found.why
+    assert "tcplat_event" in found.why
+    assert "in the compiled C than in the schema" in found.why
 
 
 def test_check_that_cannot_run_is_not_passed() -> None:
@@ -682,7 +682,7 @@ SINK_FAULTS: dict[str, tuple[Any, str, str]] = {
     "it keeps all rows": (
         KeepsAll,
         "bounded memory",
-        f"MB over {800_000 if LONG else 150_000} events: let it forget",
+        f"MB over {800_000 if LONG else 150_000} events: let it drop",
     ),
     "it shows where a batch ends": (
         CountsBatches,
@@ -722,7 +722,7 @@ SINK_FAULTS: dict[str, tuple[Any, str, str]] = {
         "losses and report",
         "it raises StopIteration",
     ),
-    "it is told nothing of losses": (LosesArgument, "methods", "lost() does not take one argument"),
+    "lost() takes no argument": (LosesArgument, "methods", "lost() does not take one argument"),
     "it has no lost()": (NoLost, "methods", "it has no method lost(): a run calls it"),
 }
 
@@ -752,7 +752,7 @@ def test_joining_sink_may_hold_rows_back() -> None:
 
     found = outcome(sink(Joins), "flushes")
     assert found.verdict == "not checked"
-    assert found.why == "it tells of many rows in one, and has waited for more of them"
+    assert found.why == "it summarizes many rows at once, and has waited for more of them"
 
 
 # --- planted faults: sinks at a socket
@@ -855,7 +855,7 @@ def test_socket_sink_used_for_fault_injection_conforms() -> None:
     ("cls", "check", "sentence"),
     [
         (WaitsForReaders, "bounded memory", "its memory grows by"),
-        (CannotLetGo, "reader gone", "a reader has left its socket, and it raises BrokenPipeError"),
+        (CannotLetGo, "reader gone", "closed its socket, and it raises BrokenPipeError"),
         (SendsLater, "flushes", "a row is not in its output when write() returns"),
         (HangsUpTwice, "close twice", "a second close() raises OSError"),
     ],
@@ -924,7 +924,7 @@ def test_sink_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
         def write(self, batch: Sequence[Event]) -> None:  # noqa: ARG002 - it does nothing with it
             time.sleep(60)
 
-    monkeypatch.setattr(sink_trial, "_PATIENCE_S", 0.5)
+    monkeypatch.setattr(sink_trial, "_TIMEOUT_S", 0.5)
     assert outcome(sink(Hangs), "batches").why == "it did not return within 0 s"
 
 
@@ -1096,7 +1096,7 @@ def test_pytest_plugin_makes_a_test_of_each_check(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mark", "sentence"),
     [
-        ("", 'has no mark that says of which plugin: @pytest.mark.tcplat_plugin("NAME")'),
+        ("", 'uses tcplat_check, and no mark names the plugin: @pytest.mark.tcplat_plugin("NAME")'),
         ('@pytest.mark.tcplat_plugin("gone")', "there is no plugin named 'gone'; there is "),
         ('@pytest.mark.tcplat_plugin("jsonl:color=red")', "sink jsonl has no option 'color'"),
     ],
