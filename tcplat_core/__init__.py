@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from .event.packet import PacketEvent
     from .event.terminal import printable, say
     from .event.text import address, columns, micros
+    from .plugin.aggregates import Aggregates, Aggregation, Distribution, Group, Histogram
     from .plugin.connecting import connect
-    from .plugin.histogram import Aggregates, Aggregation, Distribution, Group, Histogram
     from .plugin.hookpoints import (
         Hook,
         HookPoint,
@@ -140,7 +140,7 @@ _HOMES = (
     "event.terminal",
     "errors",
     "plugin.connecting",
-    "plugin.histogram",
+    "plugin.aggregates",
     "plugin.hookpoints",
     "plugin.hookspecs",
     "plugin.options",

@@ -10,7 +10,7 @@ from tcplat_core.plugin.options import parse_choice, read_options
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from tcplat_core.plugin.histogram import Aggregation
+    from tcplat_core.plugin.aggregates import Aggregation
     from tcplat_core.plugin.output import Output
     from tcplat_core.plugin.specs import Chosen, ProbeSpec, RunInfo, Sink, SinkSpec
     from tcplat_core.registry.find import Plugins

@@ -10,13 +10,13 @@ import click
 from tcplat_core.cli import OWN
 from tcplat_core.errors import TcplatError, UsageError
 from tcplat_core.event import terminal
-from tcplat_core.registry.commands import Commands
+from tcplat_core.registry.command_group import CommandGroup
 from tcplat_core.run.signals import stopped_early, unblock
 
 from .root import give_up_root
 
 
-@click.group(cls=Commands, own=OWN, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=CommandGroup, own=OWN, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="tcplat")
 def cli() -> None:
     """Where does the time go in a TCP connection?

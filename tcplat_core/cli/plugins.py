@@ -27,13 +27,13 @@ def plugins() -> None:
 def plugins_list(give_up_root: Callable[[], None] | None, *, as_json: bool) -> None:
     """List all probes, sinks and plugins' commands, broken ones included."""
     from tcplat_core.event.text import columns  # noqa: PLC0415 - see __init__.py
-    from tcplat_core.registry import commands  # noqa: PLC0415
+    from tcplat_core.registry import command_group  # noqa: PLC0415
     from tcplat_core.registry.find import Found, Plugins  # noqa: PLC0415
 
     if give_up_root:
         give_up_root()
     found = Plugins.load().found
-    for entry, status, summary in commands.found(OWN):
+    for entry, status, summary in command_group.found(OWN):
         dist = entry.dist
         version, distribution = (dist.version, dist.name) if dist else ("?", "?")
         found.append(Found(entry.name, "command", version, distribution, status, summary))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from tcplat_core.loader.filter import Filter
     from tcplat_core.loader.protocol import Request
-    from tcplat_core.plugin.histogram import Aggregation
+    from tcplat_core.plugin.aggregates import Aggregation
     from tcplat_core.plugin.report import RunReport
     from tcplat_core.run.loader_process import LoaderProcess
     from tcplat_core.run.session import Session

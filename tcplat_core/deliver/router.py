@@ -11,7 +11,7 @@ import attrs
 from tcplat_core.errors import ReaderGoneError, TcplatError, is_the_users, message
 from tcplat_core.event.fields import Event
 from tcplat_core.event.terminal import printable
-from tcplat_core.plugin.histogram import Aggregates
+from tcplat_core.plugin.aggregates import Aggregates
 from tcplat_core.plugin.output import Output
 from tcplat_core.plugin.report import RunReport
 from tcplat_core.plugin.specs import Loss, Merge, Sink

@@ -23,8 +23,8 @@ from . import isolation, seeding, xdp
 from .cache import Cache, digest, identity
 from .compile import KFUNC, SHARED_PREFIX, Compiled, compile_text, compiler_identity
 from .kernel_tree import kernel_tree
+from .program_text import CGROUP_TYPES, CORE_TYPES, PIDNS_TYPES, core_defines, program_text
 from .protocol import Answer, Attached, LoadedMap, LoadedProbe, ProbeRequest, Request
-from .source import CGROUP_TYPES, CORE_TYPES, PIDNS_TYPES, core_defines, program_text
 
 _PROGRAM_TYPES = {
     "fentry": bpf.ProgramType.TRACING,

@@ -11,7 +11,7 @@ import attrs
 import msgpack
 
 from tcplat_core.errors import CannotRunError
-from tcplat_core.plugin.histogram import Aggregation
+from tcplat_core.plugin.aggregates import Aggregation
 from tcplat_core.plugin.hookpoints import Hook, HookPoint, Interfaces, Way
 
 from .filter import Filter

@@ -12,7 +12,7 @@ import msgspec
 from tcplat_core.event.fields import Count, Event, Moment, Number, Positive, Real
 from tcplat_core.event.validation import checked_event
 
-from .histogram import Aggregates, Aggregation, Histogram
+from .aggregates import Aggregates, Aggregation, Histogram
 from .hookpoints import HookPoint, Interfaces, checked_name
 from .maps import Maps, ReadableMap
 from .options import Option, Options

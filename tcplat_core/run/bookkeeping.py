@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tcplat_core.deliver.sequencer import Sequencer
 from tcplat_core.event.clock import kernel_ns
-from tcplat_core.plugin.histogram import Distribution
+from tcplat_core.plugin.aggregates import Distribution
 from tcplat_core.plugin.report import Counted, HookReport, ProbeReport, RunReport
 
 from .probe_run import POLLED, ProbeRun

@@ -12,7 +12,7 @@ from tcplat_core.deliver.ring import BATCH
 from tcplat_core.deliver.router import Router
 from tcplat_core.deliver.sequencer import Sequencer
 from tcplat_core.event.clock import clock_offset_ns, kernel_ns
-from tcplat_core.plugin.histogram import Aggregates
+from tcplat_core.plugin.aggregates import Aggregates
 
 from .pace import POLL_S
 from .probe_run import ProbeRun

@@ -22,7 +22,7 @@ from tcplat_core.event.record import Record
 from tcplat_core.event.terminal import printable
 from tcplat_core.kernel.fdinfo import misses
 from tcplat_core.loader.protocol import LoadedProbe, ProbeRequest, Request
-from tcplat_core.plugin.histogram import COUNTERS, Aggregation, Counters
+from tcplat_core.plugin.aggregates import COUNTERS, Aggregation, Counters
 from tcplat_core.plugin.hookpoints import reporting
 from tcplat_core.plugin.maps import Maps, MapView
 from tcplat_core.plugin.specs import Loss, ProbeSpec

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .check import Outcome
     from .conformance import check_plugin
+    from .fake_rows import RecordingSink, make_event, make_record, make_row
     from .kernel import FakeArray, FakeBooks, FakeLoader, FakeProbe, FakeRing
-    from .rows import RecordingSink, make_event, make_record, make_row
 
 __all__ = [
     "FakeArray",
@@ -38,7 +38,7 @@ __all__ = [
     "make_row",
 ]
 
-_HOMES = ("check", "conformance", "kernel", "rows")
+_HOMES = ("check", "conformance", "fake_rows", "kernel")
 
 
 # Names are imported when they are first used: pytest loads the plugin in this package

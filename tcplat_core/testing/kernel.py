@@ -14,7 +14,7 @@ from tcplat_core.loader.protocol import Answer, LoadedMap, LoadedProbe, Request
 from tcplat_core.plugin.hookpoints import reporting
 from tcplat_core.plugin.specs import ProbeSpec
 
-from .rows import make_record
+from .fake_rows import make_record
 
 _PAGE = mmap.PAGESIZE
 _BUSY, _DISCARD = 1 << 31, 1 << 30

@@ -21,8 +21,8 @@ from tcplat_core.plugin.specs import ProbeSpec
 from tcplat_core.run.probe_run import fired_by, probe_request
 
 from .check import Check, Fault, NotChecked, Subject, of_the_plugin
+from .fake_rows import make_record
 from .kernel import FakeRing
-from .rows import make_record
 
 _WIDEST = 15
 """Letters of TCP_DESCRIPTION: the table's column is no wider."""

@@ -11,9 +11,9 @@ from typing import Any
 from tcplat_core.errors import PluginError, TcplatError
 from tcplat_core.kernel.layout import possible_cpus
 from tcplat_core.loader.filter import Filter
+from tcplat_core.loader.program_text import CORE_TYPES, core_defines, program_text, with_headers
 from tcplat_core.loader.protocol import Request
-from tcplat_core.loader.source import CORE_TYPES, core_defines, program_text, with_headers
-from tcplat_core.plugin.histogram import Aggregation
+from tcplat_core.plugin.aggregates import Aggregation
 from tcplat_core.plugin.hookpoints import reporting
 
 from .check import Check, Fault, NotChecked, Subject

@@ -16,7 +16,7 @@ from tcplat_core.plugin.specs import Loss, Merge, Sink, SinkSpec
 
 from . import sink_output_checks as output_checks
 from .check import Check, Fault, Subject
-from .rows import make_event
+from .fake_rows import make_event
 from .sink_rows import LOSS, REPLAYED, REPORT, OwnEvent, end_run, stream
 from .sink_trial import silent_and_normal_reader, try_sink
 

@@ -12,7 +12,7 @@ from tcplat_core.event.text import text
 from tcplat_core.plugin.specs import Sink
 
 from .check import Fault, NotChecked, Subject
-from .rows import make_event
+from .fake_rows import make_event
 from .sink_rows import LOSS, REPORT, counted, end_run, stream
 from .sink_trial import (
     NO_OUTPUT,

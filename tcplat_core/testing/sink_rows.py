@@ -8,11 +8,18 @@ from typing import Annotated
 import attrs
 
 from tcplat_core.event.fields import Event, Wire
-from tcplat_core.plugin.histogram import BUCKETS, Aggregates, Distribution, Group, Histogram, bucket
+from tcplat_core.plugin.aggregates import (
+    BUCKETS,
+    Aggregates,
+    Distribution,
+    Group,
+    Histogram,
+    bucket,
+)
 from tcplat_core.plugin.report import HookReport, ProbeReport, RunReport
 from tcplat_core.plugin.specs import Loss, RunInfo, Sink
 
-from .rows import make_event
+from .fake_rows import make_event
 
 
 class OwnEvent(Event, gc=False):

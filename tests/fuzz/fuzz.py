@@ -39,7 +39,7 @@ from tcplat_core import TcplatError
 from tcplat_core.cli import replay
 from tcplat_core.cli.main import cli
 from tcplat_core.kernel.orphan import end_with
-from tcplat_core.registry import commands
+from tcplat_core.registry import command_group
 from tcplat_core.registry.find import Plugins
 
 from .mutate import FOLDER, mutant, seeds
@@ -129,9 +129,9 @@ class Failure:
 
 def find_plugins_once() -> None:
     """Keep what each process would find anew: here that would be a million times."""
-    found, entries = Plugins.load(), commands._entries()
+    found, entries = Plugins.load(), command_group._entries()
     Plugins.load = lambda *_: found  # type: ignore[method-assign]
-    commands._entries = lambda: entries
+    command_group._entries = lambda: entries
     replay.give_up_root = lambda **_: None  # type: ignore[attr-defined]
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from tcplat_core.cli.chosen import aggregation_of, chosen_probes, chosen_sinks, made_sinks
 from tcplat_core.errors import UsageError
-from tcplat_core.plugin.histogram import Aggregation, Histogram
+from tcplat_core.plugin.aggregates import Aggregation, Histogram
 from tcplat_core.plugin.hookpoints import HookPoint, tracepoint
 from tcplat_core.plugin.options import Option
 from tcplat_core.plugin.specs import ProbeSpec, RunInfo, SinkSpec

@@ -19,8 +19,8 @@ from tcplat_core.kernel import bcc
 from tcplat_core.kernel.bcc import find_bcc
 from tcplat_core.loader import compile as compiling
 from tcplat_core.loader.compile import Compiled, Map, kernel_source
+from tcplat_core.loader.program_text import ALWAYS, program_text
 from tcplat_core.loader.protocol import ProbeRequest
-from tcplat_core.loader.source import ALWAYS, program_text
 from tcplat_core.plugin.hookpoints import HookPoint, kentry, kprobe, kreturn, tracepoint
 from tcplat_core.plugin.specs import ProbeSpec
 from tcplat_core.run.probe_run import fired_by, probe_request

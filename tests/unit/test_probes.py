@@ -12,7 +12,7 @@ import pytest
 
 from tcplat_core.event.fields import Moment, fields
 from tcplat_core.event.text import TCP_STATES
-from tcplat_core.loader.source import program_text, with_headers
+from tcplat_core.loader.program_text import program_text, with_headers
 from tcplat_core.plugin.hookpoints import MECHANISMS, Hook, reporting
 from tcplat_core.plugin.options import read_options
 from tcplat_core.plugin.specs import ProbeSpec

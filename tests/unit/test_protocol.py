@@ -24,7 +24,7 @@ from tcplat_core.loader.protocol import (
     receive_answer,
     send_answer,
 )
-from tcplat_core.plugin.histogram import Aggregation
+from tcplat_core.plugin.aggregates import Aggregation
 from tcplat_core.plugin.hookpoints import HookPoint, Interfaces, kentry, kprobe, kreturn, tracepoint
 
 Ends = tuple[socket.socket, socket.socket]

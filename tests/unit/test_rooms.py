@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "__main__": ("errors", "kernel", "run", "cli"),
     "__init__": ("errors", "event", "plugin", "deliver", "capture"),  # the public names
 }
-DOORS = {"loader.protocol", "loader.filter", "loader.source"}
+DOORS = {"loader.protocol", "loader.filter", "loader.program_text"}
 """Of the loader, all that others may import: data and texts, for which no rights are needed."""
 ONLY = {"bcc": ("loader.",), "pyroute2": ("kernel.netdev", "kernel.netns")}
 """The prefix of modules that may import it."""

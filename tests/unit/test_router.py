@@ -15,7 +15,7 @@ from tcplat_core.deliver.router import Router
 from tcplat_core.deliver.sequencer import Sequencer
 from tcplat_core.errors import ReaderGoneError, TcplatError
 from tcplat_core.event.fields import Event
-from tcplat_core.plugin.histogram import Aggregates
+from tcplat_core.plugin.aggregates import Aggregates
 from tcplat_core.plugin.report import RunReport
 from tcplat_core.plugin.specs import Loss, Merge, Sink, SinkLike
 from tcplat_core.testing import RecordingSink, make_event

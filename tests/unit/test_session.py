@@ -24,7 +24,7 @@ from tcplat_core.event.clock import kernel_ns
 from tcplat_core.event.fields import Event
 from tcplat_core.loader.filter import Filter
 from tcplat_core.loader.protocol import Refusal, Request, send_answer
-from tcplat_core.plugin.histogram import Aggregation, Histogram
+from tcplat_core.plugin.aggregates import Aggregation, Histogram
 from tcplat_core.plugin.hookpoints import HookPoint, kentry, kprobe, kreturn, tracepoint
 from tcplat_core.plugin.maps import Maps, ReadableMap
 from tcplat_core.plugin.options import Option

@@ -1,1 +1,1 @@
-"""Commands that tell about captures: report, diff and merge."""
+"""Commands for captures: report, diff and merge."""

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import attrs
-from tcplat_stages.rows import whole
+from tcplat_stages.row_fields import whole
 
 from tcplat_core import TcplatError
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tcplat_stages.formatting import duration
 from tcplat_stages.stages import GROUPINGS
-from tcplat_stages.text import duration
 
 from tcplat_core import columns, micros
 

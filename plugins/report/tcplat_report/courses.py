@@ -6,7 +6,7 @@ from array import array
 from typing import Any
 
 from tcplat_stages.connection import Connection
-from tcplat_stages.rows import device
+from tcplat_stages.row_fields import device
 from tcplat_stages.stream import CLIENT, SERVICE
 
 KINDS = ("send", "nic_tx", "nic_rx", "rx_ip", "ready", "recv", "again")

@@ -16,10 +16,10 @@ import msgspec
 from tcplat_stages.chain import CONNECT_STAGES, CONNECTED, REPLY_TX, REQUEST_RX, STAGES
 from tcplat_stages.connection import Connection, Finished
 from tcplat_stages.exchange import Exchange
+from tcplat_stages.formatting import address
 from tcplat_stages.hosts import Hosts
-from tcplat_stages.rows import Process
+from tcplat_stages.row_fields import Process
 from tcplat_stages.stream import CLIENT, SERVICE
-from tcplat_stages.text import address
 from tcplat_stages.waterfall import WAITING
 
 from tcplat_core import HOST_BITS, Merge, micros

@@ -10,13 +10,13 @@ import attrs
 import msgspec
 from tcplat_stages.chain import CONNECT_STAGES, CONNECTED, STAGES
 from tcplat_stages.connection import Connection, Finished
+from tcplat_stages.duration_histogram import DurationHistogram
 from tcplat_stages.exchange import FAILED, OUTCOMES, Exchange
-from tcplat_stages.histogram import Histogram
+from tcplat_stages.formatting import duration
 from tcplat_stages.hosts import Hosts, crosses
 from tcplat_stages.join import Joiner
 from tcplat_stages.stages import order, samples
 from tcplat_stages.stream import CLIENT, SERVICE
-from tcplat_stages.text import duration
 from tcplat_stages.waterfall import Rank, as_json, rank
 
 from tcplat_core import Event, Loss, Merge, Reader, micros, say, whole_file
@@ -39,7 +39,7 @@ class Timeline:
 
     def __init__(self) -> None:
         self.window_ns = _FIRST_WINDOW_NS
-        self.windows: dict[int, Histogram] = {}
+        self.windows: dict[int, DurationHistogram] = {}
         self._low = self._high = 0
 
     def add(self, ts_ns: int, ns: int) -> None:
@@ -53,7 +53,7 @@ class Timeline:
         self._low, self._high = min(window, self._low), max(window, self._high)
         histogram = self.windows.get(window)
         if histogram is None:
-            histogram = self.windows[window] = Histogram()
+            histogram = self.windows[window] = DurationHistogram()
         histogram.add(ns)
 
     def _widen(self) -> None:
@@ -90,7 +90,7 @@ class Timeline:
         }
 
 
-def _percentiles(histogram: Histogram) -> list[float]:
+def _percentiles(histogram: DurationHistogram) -> list[float]:
     """p50, p90, p99 and the maximum, in µs."""
     shown = [micros(histogram.percentile(percent)) for percent in (50, 90, 99)]
     return [*shown, micros(histogram.max_ns)]
@@ -122,7 +122,7 @@ class Story:
     hosts: Hosts = attrs.field(factory=Hosts)
     merges: list[Merge] = attrs.field(factory=list)
     timeline: Timeline = attrs.field(factory=Timeline)
-    stages: dict[str, Histogram] = attrs.field(factory=dict)
+    stages: dict[str, DurationHistogram] = attrs.field(factory=dict)
     exchanges: int = 0
     outcomes: dict[str, int] = attrs.field(factory=lambda: dict.fromkeys(OUTCOMES, 0))
     """How many exchanges had which outcome."""
@@ -168,7 +168,7 @@ class Story:
     def _count(self, name: str, ns: int) -> None:
         histogram = self.stages.get(name)
         if histogram is None:
-            histogram = self.stages[name] = Histogram()
+            histogram = self.stages[name] = DurationHistogram()
         histogram.add(ns)
 
     def _exchange(self, exchange: Exchange) -> None:
@@ -328,7 +328,7 @@ class Story:
         }
 
 
-def _order(item: tuple[str, Histogram]) -> tuple[int, int]:
+def _order(item: tuple[str, DurationHistogram]) -> tuple[int, int]:
     return (-1, 0) if item[0] == CONNECT else order(item[0])
 
 

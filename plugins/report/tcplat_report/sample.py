@@ -19,7 +19,7 @@ from bisect import bisect_left
 from itertools import accumulate, zip_longest
 from typing import Any
 
-from tcplat_stages.histogram import Histogram
+from tcplat_stages.duration_histogram import DurationHistogram
 
 DRAWS = 2000
 """Resamples."""
@@ -37,7 +37,7 @@ class Sample:
     __slots__ = ("_room", "blocks", "size")
 
     def __init__(self) -> None:
-        self.blocks: list[Histogram] = []
+        self.blocks: list[DurationHistogram] = []
         self.size = 1
         """Durations in a block."""
         self._room = 0
@@ -50,14 +50,14 @@ class Sample:
                     even.merge(odd)
                 del self.blocks[1::2]
                 self.size *= 2
-            self.blocks.append(Histogram())
+            self.blocks.append(DurationHistogram())
             self._room = self.size
         self.blocks[-1].add(ns)
         self._room -= 1
 
-    def whole(self) -> Histogram:
+    def whole(self) -> DurationHistogram:
         """All of them."""
-        whole = Histogram()
+        whole = DurationHistogram()
         for block in self.blocks:
             whole.merge(block)
         return whole

@@ -11,7 +11,7 @@ import pytest
 from tcplat_sinks.histogram import Histograms, human
 
 from tcplat_core import Aggregates, Distribution, Group, Histogram, Output, RunReport
-from tcplat_core.plugin.histogram import BUCKETS, bucket
+from tcplat_core.plugin.aggregates import BUCKETS, bucket
 from tcplat_core.plugin.report import ProbeReport
 
 CONNECT = Histogram("connect", "SYN to established", ("connect", "state"))

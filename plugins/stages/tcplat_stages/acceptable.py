@@ -7,7 +7,7 @@ from typing import Any
 from tcplat_core import HOST_BITS
 
 from .connection import Connection, End
-from .rows import whole
+from .row_fields import whole
 from .stream import CLIENT, MOST_URGENT, SERVICE, Flow
 
 _LARGEST_SCALE = 14

@@ -8,7 +8,7 @@ from typing import Any
 from .chain import CONNECT_CALLED, HANDSHAKE_DONE
 from .connection import Connection, End
 from .directory import Directory, likeliest
-from .rows import NO_PROCESS, Process, calls, listens, shared, syn_of
+from .row_fields import NO_PROCESS, Process, calls, listens, shared, syn_of
 from .stream import CLIENT, NOT_SEEN, SERVICE
 
 _ROLES = {"tcp_client": CLIENT, "tcp_service": SERVICE, "client": CLIENT, "service": SERVICE}

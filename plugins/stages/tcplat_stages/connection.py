@@ -19,7 +19,7 @@ from .chain import (
     split,
 )
 from .exchange import ANSWERED, Exchange
-from .rows import NO_PROCESS, Process, shared
+from .row_fields import NO_PROCESS, Process, shared
 from .stream import CLIENT, MOST_URGENT, NOT_SEEN, SERVICE, Flow
 
 STATS = ("srtt_us", "min_rtt_us", "rto_us", "retransmits", "bytes_acked", "bytes_received")

@@ -9,7 +9,7 @@ from .stream import CLIENT, SERVICE
 
 if TYPE_CHECKING:
     from .connection import Connection, End
-    from .rows import Process
+    from .row_fields import Process
 
 ANSWERED, UNANSWERED, CUT, OPEN, ONE_WAY, UNKNOWN, PUSH = (
     "answered",

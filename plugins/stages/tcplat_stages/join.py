@@ -23,7 +23,7 @@ from .directory import Directory
 from .losses import MOVES, PACKETS, STREAM, Losses
 from .packet_rows import PLAIN, PacketRows
 from .routing import PacketRouter, is_new
-from .rows import opens
+from .row_fields import opens
 from .socket_rows import SocketRows
 from .stream import CLIENT, SERVICE
 from .turns import END_OF_RUN, Turns, has_come

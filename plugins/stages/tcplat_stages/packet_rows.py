@@ -11,7 +11,7 @@ from .closing import note_bytes, note_fin, note_rst
 from .connection import Connection
 from .directory import Directory
 from .losses import KINDS, PACKET_ROWS, resumes
-from .rows import device, opens, shared, whole
+from .row_fields import device, opens, shared, whole
 from .stream import CLIENT, NOT_SEEN, SERVICE, Flow, Reach
 from .turns import LONG, Turns, prune
 

@@ -8,7 +8,7 @@ from typing import Any
 from .binding import set_syn
 from .connection import Connection
 from .directory import Addresses, Directory, Way, likeliest
-from .rows import opens, whole
+from .row_fields import opens, whole
 from .stream import CLIENT, SERVICE
 
 

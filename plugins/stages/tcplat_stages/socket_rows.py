@@ -12,7 +12,7 @@ from .closing import note_change, note_failure, note_fin, take_back
 from .connection import STATS, Connection, End
 from .directory import Directory
 from .losses import READS, resumes
-from .rows import real, shared, syn_of, whole
+from .row_fields import real, shared, syn_of, whole
 from .stream import CLIENT, NOT_SEEN, SERVICE, Reach, caller, reached
 from .turns import LONG, Turns, prune
 

@@ -11,12 +11,12 @@ from tcplat_core import Event, Loss, columns, micros, printable
 
 from .chain import STAGES, UNEXPLAINED
 from .connection import Finished
+from .duration_histogram import DurationHistogram
 from .exchange import ANSWERED, OUTCOMES, Exchange
-from .histogram import Histogram
+from .formatting import duration, moment
 from .hosts import crosses
 from .joined import Joined
 from .stream import CLIENT
-from .text import duration, moment
 
 TOTAL = "total"
 PERCENTILES = ((50.0, "p50"), (90.0, "p90"), (99.0, "p99"), (99.9, "p99_9"))
@@ -85,8 +85,8 @@ class Stages(Joined):
 
     group_by: tuple[str, ...] = ("process", "port")
     every_ns: int = 0
-    _now: dict[Group, dict[str, Histogram]] = attrs.field(factory=dict, init=False)
-    _all: dict[Group, dict[str, Histogram]] = attrs.field(factory=dict, init=False)
+    _now: dict[Group, dict[str, DurationHistogram]] = attrs.field(factory=dict, init=False)
+    _all: dict[Group, dict[str, DurationHistogram]] = attrs.field(factory=dict, init=False)
     _next_ns: int = attrs.field(default=0, init=False)
     _until_ns: int = attrs.field(default=0, init=False)
     _offset_ns: int = attrs.field(default=0, init=False)
@@ -150,7 +150,7 @@ class Stages(Joined):
             for name, ns in samples(one):
                 histogram = found.get(name)
                 if histogram is None:
-                    histogram = found[name] = Histogram()
+                    histogram = found[name] = DurationHistogram()
                 histogram.add(ns)
 
     def _end_intervals(self, ts_ns: int) -> None:
@@ -179,10 +179,10 @@ class Stages(Joined):
             elif there is None:
                 there = self._all.setdefault(group, {})
             for name, histogram in found.items():
-                there.setdefault(name, Histogram()).merge(histogram)
+                there.setdefault(name, DurationHistogram()).merge(histogram)
         self._now = {}
 
-    def _write(self, groups: dict[Group, dict[str, Histogram]], when: str) -> None:
+    def _write(self, groups: dict[Group, dict[str, DurationHistogram]], when: str) -> None:
         rows = [
             (group, name, groups[group][name])
             for group in sorted(groups, key=_as_text)
@@ -206,7 +206,7 @@ class Stages(Joined):
         bound_ns = self.hosts.worst_ns()
         return {} if bound_ns is None or not crosses(stage) else {"wire_bound_us": micros(bound_ns)}
 
-    def _table(self, rows: list[tuple[Group, str, Histogram]], when: str) -> str:
+    def _table(self, rows: list[tuple[Group, str, DurationHistogram]], when: str) -> str:
         lines = [f"-- {when}"] if when else []
         bound_ns = self.hosts.worst_ns()
         if bound_ns is not None:
@@ -236,7 +236,7 @@ def _as_text(group: Group) -> tuple[str, ...]:
 
 
 def as_json(
-    group_by: tuple[str, ...], group: Group, name: str, histogram: Histogram
+    group_by: tuple[str, ...], group: Group, name: str, histogram: DurationHistogram
 ) -> dict[str, Any]:
     """One group's stage as one object; null for what the groups are not told apart by."""
     values = dict(zip(group_by, group, strict=True))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-from .rows import Process
+from .row_fields import Process
 
 CLIENT, SERVICE = 0, 1
 """Numbers of the ends. Stream 0 flows from the client, stream 1 from the service."""

@@ -11,10 +11,10 @@ from tcplat_core import micros, printable
 from .chain import CONNECT_CALLED, CONNECTED, HANDSHAKE_DONE, SYN_RX
 from .connection import STATS, Connection, Finished
 from .exchange import ANSWERED, OUTCOMES
+from .formatting import duration, moment, path, stages_json
 from .hosts import Hosts
 from .joined import Joined
 from .stream import CLIENT, SERVICE
-from .text import duration, moment, path, stages_json
 
 _ENDS = ("client", "service")
 

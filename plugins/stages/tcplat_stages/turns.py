@@ -23,7 +23,7 @@ from .connection import NO_EXCHANGES, Connection, Finished
 from .exchange import ANSWERED, ONE_WAY, OPEN, UNANSWERED, Exchange
 from .losses import ASKING_ROWS, READS, Losses, tear
 from .outcomes import judge_cut_short, judge_unanswered, pause_in
-from .rows import NO_PROCESS
+from .row_fields import NO_PROCESS
 from .stream import CLIENT, SERVICE, caller, reached
 
 END_OF_RUN = "end of run"

@@ -12,10 +12,10 @@ from tcplat_core import micros, printable
 from .chain import MILESTONES, STAGES, UNEXPLAINED, Split
 from .connection import Finished
 from .exchange import CUT, FAILED, OPEN, UNANSWERED, UNKNOWN, Exchange
+from .formatting import bar, duration, moment, nanos, path, stage, stages_json
 from .hosts import Hosts, crosses
 from .joined import Joined
 from .stream import SERVICE
-from .text import bar, duration, moment, nanos, path, stage, stages_json
 
 TOTAL = "total"
 WAITING = "waiting"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
 /*
- * Which bucket of a histogram a duration falls into; plugin/histogram.py has the same in Python.
+ * Which bucket of a histogram a duration falls into; plugin/aggregates.py has the same in Python.
  *
  * Up to 15 ns each has its own. From there on each power of two is cut into
  * 16 of equal width, so that the middle of a bucket is at most 1/32 off.

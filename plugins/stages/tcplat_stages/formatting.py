@@ -11,7 +11,7 @@ from tcplat_core import micros
 from .chain import Split
 from .connection import Connection
 from .exchange import Exchange
-from .rows import Process
+from .row_fields import Process
 from .stream import CLIENT, SERVICE
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"

@@ -33,7 +33,7 @@ GROUP = "tcplat.commands"
 """Group of entry points: name of a command, and its click.Command."""
 
 
-class Commands(click.Group):
+class CommandGroup(click.Group):
     """The command line: its own commands, and those of plugins.
 
     Args:

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tcplat_core.errors import PluginError
-from tcplat_core.plugin import histogram as histograms
-from tcplat_core.plugin.histogram import (
+from tcplat_core.plugin import aggregates
+from tcplat_core.plugin.aggregates import (
     BUCKETS,
     CELLS,
     MOST_GROUPS,
@@ -58,7 +58,7 @@ def test_duration_lies_within_its_bucket(ns: int) -> None:
 @settings(deadline=None)
 @given(durations)
 def test_middle_of_a_bucket_is_at_most_3_2_percent_off(ns: int) -> None:
-    assert abs(histograms.middle_us(bucket(ns)) * 1000 - ns) <= 0.032 * ns
+    assert abs(aggregates.middle_us(bucket(ns)) * 1000 - ns) <= 0.032 * ns
 
 
 def test_buckets_cover_0_to_68_s_without_gaps() -> None:
@@ -103,7 +103,7 @@ def test_kernel_and_python_agree_on_a_million_buckets(tmp_path: Path) -> None:
     compiler = shutil.which("clang") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("neither clang nor gcc is installed")
-    header = Path(histograms.__file__).parents[1] / "include" / "tcplat" / "bucket.bpf.h"
+    header = Path(aggregates.__file__).parents[1] / "include" / "tcplat" / "bucket.bpf.h"
     source, program = tmp_path / "bucket.c", tmp_path / "bucket"
     source.write_text(
         C_PROGRAM.format(sub_bits=SUB_BITS, top_bits=TOP_BITS, buckets=BUCKETS, header=header)

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 from tcplat_core.cli.main import cli
 from tcplat_core.errors import PluginError
-from tcplat_core.registry import commands
+from tcplat_core.registry import command_group
 
 Install = Callable[[str, str, str], None]
 GOOD = """
@@ -203,14 +203,14 @@ def test_help_takes_less_than_200_ms_of_cpu() -> None:
 
 
 def test_built_in_commands_are_found() -> None:
-    names = {entry.name: status for entry, status, _ in commands.found(())}
+    names = {entry.name: status for entry, status, _ in command_group.found(())}
     assert names.items() >= {"report": "ok", "diff": "ok", "merge": "ok"}.items()
 
 
 def test_sigterm_swallowed_by_c_code_is_raised_later() -> None:
     code = """
 import ctypes, os, signal, time
-from tcplat_core.registry.commands import terminated_in_order
+from tcplat_core.registry.command_group import terminated_in_order
 
 class Key:
     def __hash__(self):

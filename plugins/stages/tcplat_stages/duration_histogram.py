@@ -9,7 +9,7 @@ _BITS = 7
 """128 buckets for each power of two: a bucket's middle is off by 1/256 at most."""
 
 
-class Histogram:
+class DurationHistogram:
     """Counts of durations in log-linear buckets (as HdrHistogram), from 1 ns to whatever comes.
 
     Up to 255 ns a bucket is one nanosecond wide.
@@ -37,7 +37,7 @@ class Histogram:
         self.count += 1
         self.sum_ns += ns
 
-    def merge(self, other: Histogram) -> None:
+    def merge(self, other: DurationHistogram) -> None:
         """Count all that another one has counted."""
         for bucket, count in other.counts.items():
             self.counts[bucket] += count

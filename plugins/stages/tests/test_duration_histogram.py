@@ -6,14 +6,14 @@ import math
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tcplat_stages.histogram import Histogram
+from tcplat_stages.duration_histogram import DurationHistogram
 
 DURATIONS = st.lists(st.integers(0, 60_000_000_000), min_size=1, max_size=200)
 PERCENTS = (0.1, 50, 90, 99, 99.9, 100)
 
 
-def filled(durations: list[int]) -> Histogram:
-    histogram = Histogram()
+def filled(durations: list[int]) -> DurationHistogram:
+    histogram = DurationHistogram()
     for ns in durations:
         histogram.add(ns)
     return histogram
@@ -47,7 +47,7 @@ def test_merged_histograms_equal_one_of_all_samples(some: list[int], others: lis
 
 
 def test_empty_histogram_has_no_percentiles() -> None:
-    assert Histogram().percentile(99) == 0
+    assert DurationHistogram().percentile(99) == 0
 
 
 def test_memory_does_not_grow_with_the_number_of_samples() -> None:
@@ -58,7 +58,7 @@ def test_memory_does_not_grow_with_the_number_of_samples() -> None:
 
 
 def test_percentile_rank_is_exact() -> None:
-    histogram = Histogram()
+    histogram = DurationHistogram()
     for ns in range(1, 41_001):
         histogram.add(1 if ns <= 40_959 else 200)
     assert histogram.percentile(99.9) == 1
