@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import re
 import textwrap
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from tcplat_core import Event, Field, Loss, Merge, fields
 from tcplat_core.event.record import Record
 from tcplat_core.event.text import TCP_STATES
 from tcplat_core.plugin import hookspecs
-from tcplat_core.plugin.report import RunReport
+from tcplat_core.plugin.report import FIELDS, RunReport
 from tcplat_core.registry.find import Plugins
 from tcplat_core.testing import make_event
 
@@ -92,6 +93,11 @@ def events() -> str:
             end,
             "```",
             "",
+            "Keys of each probe, besides the sums `delivered` and `dropped`. `deaf`, `histograms`,",
+            "`no_histograms` and `poll_error` are present only if they have a value:",
+            "",
+            *_report_keys(),
+            "",
             "## The record",
             "",
             "The C struct that handlers fill. `has` shows which of `seq`, `bytes`, `flags` and of",
@@ -112,6 +118,23 @@ def _table(rows: tuple[Field, ...] | list[Field]) -> Iterator[str]:
     yield "|---|---|---|"
     for field in rows:
         yield f"| `{field.name}` | {field.type} | {_cell(field.doc)} |"
+
+
+def _report_keys() -> Iterator[str]:
+    """Yield the keys of a probe in the report, with the texts below its fields."""
+    keys = {field: key for key, field in FIELDS.items()}
+    yield "| key | meaning |"
+    yield "|---|---|"
+    for field, doc in _docs_of_fields("plugin/report", "ProbeReport"):
+        yield f"| `{keys.get(field, field)}` | {_cell(' '.join(doc.split()))} |"
+
+
+def _docs_of_fields(home: str, name: str) -> Iterator[tuple[str, str]]:
+    tree = ast.parse((Path(tcplat_core.__file__).parent / f"{home}.py").read_text())
+    classes = {one.name: one for one in tree.body if isinstance(one, ast.ClassDef)}
+    for field, doc in itertools.pairwise(classes[name].body):
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
+            yield ast.unparse(field.target), str(ast.literal_eval(doc.value))
 
 
 def _cell(text: str) -> str:

@@ -239,7 +239,7 @@ class _Run:
 def _status(
     report: RunReport, child: TracedCommand | None, ended: int, *, fail_on_loss: bool
 ) -> int:
-    if report.switched_off or (report.deaf and not child):
+    if report.switched_off or (report.interfaces_gone and not child):
         return TcplatError.exit_code
     if fail_on_loss and report.dropped:
         raise EventsLostError(f"{report.dropped} events were lost; a larger --ring-size may help")

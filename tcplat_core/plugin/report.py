@@ -50,20 +50,21 @@ class ProbeReport:
     """The event counts of one probe."""
 
     hooks: tuple[HookReport, ...]
+    """The counts of each hook."""
     missing: Mapping[str, str] = attrs.field(factory=dict)
     """Point -> why this host does not have it."""
     untracked: Count = 0
     """Sockets that were not tracked, because the socket table was full."""
     interfaces: Mapping[str, str] = attrs.field(factory=dict)
-    """Interface with an XDP program of ours -> native or generic."""
+    """Interface with an XDP program of the probe -> native or generic."""
     skipped: Mapping[str, Count] = attrs.field(factory=dict)
-    """Function or tracepoint -> how often the kernel did not run our program there, because
+    """Function or tracepoint -> how often the kernel did not run the program there, because
     it interrupted itself: at most this many rows are missing. Kernels since 5.12 count
     it for fentry and tracepoints, since 6.7 for kprobes."""
     silent: Mapping[str, str] = attrs.field(factory=dict)
     """Interface -> why no rows come from it, or no more rows."""
-    deaf: bool = False
-    """The probe has only XDP programs, and all their interfaces are gone."""
+    interfaces_gone: bool = False
+    """The probe has only XDP programs, and all their interfaces are gone: no rows can come."""
     counted: Mapping[str, Counted] | None = None
     """Histogram -> its counts; None if no sink uses histograms."""
     uncounted: Mapping[str, str] = attrs.field(factory=dict)
@@ -143,9 +144,9 @@ class RunReport:
         return line
 
     @property
-    def deaf(self) -> bool:
+    def interfaces_gone(self) -> bool:
         """Whether the run ended because all interfaces of all probes were gone."""
-        return bool(self.probes) and all(probe.deaf for probe in self.probes.values())
+        return bool(self.probes) and all(probe.interfaces_gone for probe in self.probes.values())
 
     @property
     def delivered(self) -> int:
@@ -166,9 +167,10 @@ def _of_probes(
         yield value["probes"][name], probe
 
 
-_COUNTED, _UNCOUNTED = "histograms", "no_histograms"
-"""JSON keys of the fields `counted` and `uncounted`."""
-_FIELDS = {_COUNTED: "counted", _UNCOUNTED: "uncounted"}
+_COUNTED, _UNCOUNTED, _INTERFACES_GONE = "histograms", "no_histograms", "deaf"
+"""JSON keys of `counted`, `uncounted` and `interfaces_gone`. Captures have them: they stay."""
+FIELDS = {_COUNTED: "counted", _UNCOUNTED: "uncounted", _INTERFACES_GONE: "interfaces_gone"}
+"""JSON key of a probe -> its field in ProbeReport, where they differ."""
 
 
 def _with_field_names(value: Any) -> Any:
@@ -177,7 +179,7 @@ def _with_field_names(value: Any) -> Any:
     if not isinstance(probes, dict):
         return value
     named = {
-        name: {_FIELDS.get(key, key): one for key, one in probe.items() if key not in _OURS}
+        name: {FIELDS.get(key, key): one for key, one in probe.items() if key not in _OURS}
         if isinstance(probe, dict)
         else probe
         for name, probe in probes.items()
@@ -185,7 +187,7 @@ def _with_field_names(value: Any) -> Any:
     return {**value, "probes": named}
 
 
-_OURS = frozenset(_FIELDS.values())
+_OURS = frozenset(FIELDS.values())
 
 
 def _extras(probe: ProbeReport) -> dict[str, Any]:
@@ -197,8 +199,8 @@ def _extras(probe: ProbeReport) -> dict[str, Any]:
         extras[_UNCOUNTED] = dict(probe.uncounted)
     if probe.poll_error:
         extras["poll_error"] = probe.poll_error
-    if probe.deaf:
-        extras["deaf"] = True
+    if probe.interfaces_gone:
+        extras[_INTERFACES_GONE] = True
     return extras
 
 
@@ -226,7 +228,7 @@ def add_reports(one: RunReport, other: RunReport) -> RunReport:
             interfaces={**probes[name].interfaces, **probe.interfaces},
             skipped=Counter(probes[name].skipped) + Counter(probe.skipped),
             silent={**probes[name].silent, **probe.silent},
-            deaf=probes[name].deaf and probe.deaf,
+            interfaces_gone=probes[name].interfaces_gone and probe.interfaces_gone,
             counted=_both_counted(probes[name].counted, probe.counted),
             uncounted={**probes[name].uncounted, **probe.uncounted},
             poll_error=probes[name].poll_error or probe.poll_error,

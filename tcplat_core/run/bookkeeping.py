@@ -55,7 +55,7 @@ def report_of(runs: Sequence[ProbeRun], sequencer: Sequencer, duration_s: float)
             interfaces={one.name: one.mode for one in run.loaded.interfaces},
             skipped=run.skipped(),
             silent=run.silent,
-            deaf=run.deaf,
+            interfaces_gone=run.interfaces_gone,
             counted=_counted(run.counters.read()) if run.counters else None,
             uncounted=_uncounted(run) if run.counters else {},
             poll_error=run.poll_error,

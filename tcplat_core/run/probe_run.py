@@ -101,7 +101,7 @@ class ProbeRun:
         return rows
 
     @property
-    def deaf(self) -> bool:
+    def interfaces_gone(self) -> bool:
         """Whether all its hooks are XDP programs, and all their interfaces are gone."""
         names = {one.name for one in self.loaded.interfaces}
         return set(self.loaded.taken.values()) == {"xdp"} and names <= self.silent.keys()

@@ -249,7 +249,7 @@ class Session:
                     self.say(
                         f"{run.spec.name}: no more rows from {one.name}: the interface is gone"
                     )
-        return all(run.deaf for run in runs)
+        return all(run.interfaces_gone for run in runs)
 
     def _others(self) -> list[int]:
         """Return the fds, besides the rings, that end a sleep: a signal, the end of the tracee."""
