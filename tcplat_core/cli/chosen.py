@@ -88,6 +88,12 @@ def _made(chosen: Chosen[SinkSpec], run: RunInfo) -> Sink:
         return as_sink(sink)
 
 
+def used_points(sinks: ChosenSinks) -> frozenset[str]:
+    """Return the points whose rows some sink uses; empty for all."""
+    takers = [one.spec.points for one in sinks.values() if one.spec.aggregate is None]
+    return frozenset(point for points in takers for point in points if all(takers))
+
+
 def aggregation_of(
     plugins: Plugins, sinks: ChosenSinks, probes: ChosenProbes
 ) -> Aggregation | None:

@@ -13,7 +13,7 @@ from tcplat_core.errors import EventsLostError, TcplatError, UsageError
 from tcplat_core.event import terminal
 from tcplat_core.run.signals import Signals
 
-from .chosen import aggregation_of, chosen_probes, chosen_sinks, made_sinks
+from .chosen import aggregation_of, chosen_probes, chosen_sinks, made_sinks, used_points
 from .root import give_up_root
 from .shared_options import COUNT, QUIET, SINKS, Duration, Size, filter_of, filter_options
 from .words import nothing, tell
@@ -207,6 +207,7 @@ class _Run:
             sinks=made,
             outputs=outputs,
             request=request,
+            used=used_points(sinks),
             duration_s=self.duration,
             count=self.count or 0,
             ready_file=self.ready_file,

@@ -172,6 +172,9 @@ class SinkSpec:
         options: Options that ``name:key=value`` sets.
         aggregate: Returns what the kernel shall count, from the options. Such a sink needs no
             rows: if no other sink does, none are made. aggregates() is called with the counts.
+        points: Points whose rows the sink uses; empty for all. Other points of a probe are not
+            attached, unless another sink uses their rows, or this one uses none of the probe's.
+            More rows than these must not change what the sink writes: a replay may have them.
     """
 
     name: str = attrs.field(validator=checked_name)
@@ -179,6 +182,7 @@ class SinkSpec:
     factory: Callable[[Options, RunInfo], SinkLike]
     options: tuple[Option, ...] = ()
     aggregate: Callable[[Options], Aggregation] | None = None
+    points: tuple[str, ...] = ()
 
 
 S = TypeVar("S", ProbeSpec, SinkSpec)

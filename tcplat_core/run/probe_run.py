@@ -246,6 +246,7 @@ def probe_request(
     options: Mapping[str, Any],
     *,
     events: bool = True,
+    used: frozenset[str] = frozenset(),
     aggregation: Aggregation | None = None,
 ) -> ProbeRequest:
     """Return the request for one probe.
@@ -254,9 +255,10 @@ def probe_request(
         spec: The probe.
         options: Its options.
         events: Some sink uses rows.
+        used: The points whose rows some sink uses; empty for all.
         aggregation: The histograms that some sink uses.
     """
-    needed = {point for histogram in spec.histograms for point in histogram.points}
+    listen = _listened(spec, events=events, used=used, counted=aggregation is not None)
     maps = {one.name: one.size for one in spec.maps}
     with blaming(f"probe {spec.name}: defines()"):
         defines = spec.defines(options)
@@ -271,10 +273,23 @@ def probe_request(
         defines=defines,
         interfaces=interfaces,
         track=spec.track,
-        listen=None if events else tuple(sorted(needed)),
+        listen=listen,
         maps=maps | COUNTERS if aggregation else maps,
         histograms=tuple(histogram.name for histogram in spec.histograms),
     )
+
+
+def _listened(
+    spec: ProbeSpec, *, events: bool, used: frozenset[str], counted: bool
+) -> tuple[str, ...] | None:
+    """Return the points to attach; None for all."""
+    measured = {point for histogram in spec.histograms for point in histogram.points}
+    if not events:
+        return tuple(sorted(measured))
+    rows = {point.point for point in spec.points} & used
+    if not rows:
+        return None
+    return tuple(sorted(rows | measured if counted else rows))
 
 
 def _ifname(loaded: LoadedProbe) -> Callable[[int], str]:

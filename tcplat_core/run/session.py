@@ -43,6 +43,7 @@ class Session:
         probes: The probes and their options.
         sinks: Open sinks, by name.
         request: The request to the loader, without the probes.
+        used: The points whose rows some sink uses; empty for all.
         duration_s: End after so long; 0 for no limit.
         count: End after so many rows; 0 for no limit.
         ready_file: Created when everything is attached.
@@ -58,6 +59,7 @@ class Session:
     probes: Sequence[Chosen[ProbeSpec]]
     sinks: Mapping[str, SinkLike]
     request: Request
+    used: frozenset[str] = frozenset()
     duration_s: float = 0
     count: int = 0
     ready_file: str | None = None
@@ -95,6 +97,7 @@ class Session:
                 probe_request(
                     *(one.spec, one.options),
                     events=self.request.events,
+                    used=self.used,
                     aggregation=self.request.aggregation,
                 )
                 for one in self.probes

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from tcplat_core.cli.chosen import aggregation_of, chosen_probes, chosen_sinks, made_sinks
+from tcplat_core.cli.chosen import (
+    aggregation_of,
+    chosen_probes,
+    chosen_sinks,
+    made_sinks,
+    used_points,
+)
 from tcplat_core.errors import UsageError
 from tcplat_core.plugin.aggregates import Aggregation, Histogram
 from tcplat_core.plugin.hookpoints import HookPoint, tracepoint
@@ -60,3 +68,29 @@ def test_wrong_option_is_refused_before_any_sink_is_created() -> None:
     with pytest.raises(UsageError, match="option n='x'"):
         chosen_sinks(Plugins(sinks={"it": spec}), ["it", "it:n=x"], live=True)
     assert made == []
+
+
+@pytest.mark.parametrize(
+    ("sinks", "points"),
+    [
+        (["some"], {"send", "recv"}),
+        (["some", "other"], {"send", "recv", "close"}),
+        (["some", "all"], set()),
+        (["some", "counts"], {"send", "recv"}),
+        (["counts"], set()),
+    ],
+)
+def test_points_are_used_if_any_sink_uses_their_rows(sinks: list[str], points: set[str]) -> None:
+    def spec(name: str, **more: Any) -> SinkSpec:
+        return SinkSpec(
+            name=name, summary="s", factory=lambda _options, _run: RecordingSink(), **more
+        )
+
+    known = (
+        spec("some", points=("send", "recv")),
+        spec("other", points=("close",)),
+        spec("all"),
+        spec("counts", aggregate=lambda _: Aggregation("process", 1, 1)),
+    )
+    plugins = Plugins(probes={}, sinks={one.name: one for one in known})
+    assert used_points(chosen_sinks(plugins, sinks, live=True)) == points

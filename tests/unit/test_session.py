@@ -622,6 +622,21 @@ def test_rows_alone_attach_everything_and_map_no_counters() -> None:
     assert request.maps == {"counts": 12}
 
 
+@pytest.mark.parametrize(
+    ("used", "aggregation", "listen"),
+    [
+        ({"send", "recv"}, None, ("send",)),
+        ({"send"}, Aggregation("all", 256, 1), ("close", "send")),
+        ({"recv"}, None, None),
+    ],
+)
+def test_only_points_that_sinks_use_are_attached_unless_they_use_none(
+    used: set[str], aggregation: Aggregation | None, listen: tuple[str, ...] | None
+) -> None:
+    request = probe_request(COUNTED, {}, used=frozenset(used), aggregation=aggregation)
+    assert request.listen == listen
+
+
 # --- maps that a probe's Python side reads
 
 

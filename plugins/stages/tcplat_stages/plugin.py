@@ -21,6 +21,12 @@ from tcplat_core import (
 _PIPE_WIDTH = 100
 _GROUPINGS = ("process", "remote", "port")
 _DEFAULT_GROUPS = ("process", "port")
+POINTS = (
+    *("connect", "state", "accept", "close", "stats"),
+    *("send", "send_short", "recv", "ready"),
+    *("nic_tx", "nic_rx", "rx_ip"),
+)
+"""Points whose rows are joined."""
 
 
 def parse_groups(text: str) -> tuple[str, ...]:
@@ -90,6 +96,7 @@ def tcplat_register_sinks() -> Iterator[SinkSpec]:
         name="waterfall",
         summary="each request and its reply, with the time of each stage",
         factory=_waterfall,
+        points=POINTS,
         options=(
             *_COMMON,
             Option(
@@ -116,12 +123,14 @@ def tcplat_register_sinks() -> Iterator[SinkSpec]:
         name="summary",
         summary="each connection, when it is over: handshake, bytes, RTT, retransmits, resets",
         factory=_summary,
+        points=POINTS,
         options=_COMMON,
     )
     yield SinkSpec(
         name="stages",
         summary="percentiles of each stage, by process, remote address or port",
         factory=_stages,
+        points=POINTS,
         options=(
             *_COMMON,
             Option(

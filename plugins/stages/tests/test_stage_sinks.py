@@ -14,13 +14,14 @@ from tcplat_stages.plugin import tcplat_register_sinks
 from tcplat_stages.stages import Stages
 from tcplat_stages.waterfall import parse_at_least
 
-from tcplat_core import Loss, RunInfo, RunReport, TcplatError, UsageError
+from tcplat_core import Loss, Reader, RunInfo, RunReport, TcplatError, UsageError
 from tcplat_core.plugin.options import read_options
 
 from .history import CLIENT, SERVICE, History, Row
 
 SPECS = {spec.name: spec for spec in tcplat_register_sinks()}
 REPORT = RunReport(probes={}, duration_s=1.0)
+CORPUS = Path(__file__).parents[3] / "tests" / "fuzz" / "corpus"
 
 
 @pytest.fixture
@@ -345,3 +346,17 @@ def test_unmeasured_kernel_figure_is_not_shown(
     assert "client   srtt 1.20 ms · RTO 201.00 ms\n" in text
     # The kernel's count is unknown as well: packets tell.
     assert "client retransmitted 1" in text
+
+
+@pytest.mark.parametrize("capture", ["ipv4", "ipv6"])
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_rows_of_other_points_change_nothing(
+    written: Callable[..., str], name: str, capture: str
+) -> None:
+    reader = Reader.open(str(CORPUS / f"{capture}.jsonl"))
+    rows: list[Any] = [one for batch in reader.batches() for one in batch]
+    used = [one for one in rows if one.point in SPECS[name].points]
+    assert {one.point for one in rows} - set(SPECS[name].points) == {"rx_tcp"}
+    text = written(name, rows, format="json")
+    assert text
+    assert written(name, used, format="json") == text
