@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -25,6 +26,7 @@ from .compile import KFUNC, SHARED_PREFIX, Compiled, compile_text, compiler_iden
 from .kernel_tree import kernel_tree
 from .program_text import CGROUP_TYPES, CORE_TYPES, PIDNS_TYPES, core_defines, program_text
 from .protocol import Answer, Attached, LoadedMap, LoadedProbe, ProbeRequest, Request
+from .sequence import in_sequence
 
 _PROGRAM_TYPES = {
     "fentry": bpf.ProgramType.TRACING,
@@ -128,15 +130,7 @@ class Loader:
         before = len(self._fds)
         self._core(core, DESTROY)
         early = self._fds[before:]
-        programs = [
-            {
-                hook.program: self._attach(module, way, hook)
-                for way in choice.taken.values()
-                for hook in way.hooks
-                if hook.mechanism != "xdp" and not hook.by
-            }
-            for module, choice in zip(modules, choices, strict=True)
-        ]
+        programs = self._attach_probes(modules, choices)
         # Attached last, so that it runs after the probes' handlers of the same tracepoint.
         self._core(core, DESTROY)
         for fd in early:
@@ -261,8 +255,35 @@ class Loader:
         except (BtfError, PluginError) as error:
             raise PluginError(f"the C of probe {probe.name}: {error}") from error
 
-    def _attach(self, module: _Module, way: Way, hook: Hook) -> int:
-        """Load the program and return its fd."""
+    def _attach_probes(
+        self, modules: Sequence[_Module], choices: Sequence[Choice]
+    ) -> list[dict[str, int]]:
+        """Attach the probes' programs; return those of each probe, program -> fd."""
+        groups: dict[tuple[str, str], list[_Program]] = {}
+        for number, (module, choice) in enumerate(zip(modules, choices, strict=True)):
+            for way in choice.taken.values():
+                for hook in way.hooks:
+                    if hook.mechanism != "xdp" and not hook.by:
+                        program = _Program(number, way, hook, module.code(hook.program))
+                        groups.setdefault((hook.mechanism, hook.func), []).append(program)
+        fds: list[dict[str, int]] = [{} for _ in modules]
+        for programs in groups.values():
+            for one, fd in zip(programs, self._attach_group(programs), strict=True):
+                fds[one.probe][one.hook.program] = fd
+        return fds
+
+    def _attach_group(self, programs: Sequence[_Program]) -> list[int]:
+        """Attach programs of one function or tracepoint, as one if the kernel takes that."""
+        first = programs[0]
+        if len(programs) > 1 and not first.hook.func.startswith(SYSCALLS):
+            # Else each by itself: together they may be too complex, or need too much stack.
+            with contextlib.suppress(WayClosedError):
+                code = in_sequence([one.code for one in programs])
+                return [self._attach(first.way, first.hook, code)] * len(programs)
+        return [self._attach(one.way, one.hook, one.code) for one in programs]
+
+    def _attach(self, way: Way, hook: Hook, code: bytes) -> int:
+        """Load a program and return its fd."""
         try:
             kind = _PROGRAM_TYPES[hook.mechanism]
             syscall = syscall_id(hook.func) if hook.func.startswith(SYSCALLS) else None
@@ -271,7 +292,7 @@ class Loader:
             target = (bpf.AttachType.NONE, 0)
             if kind is bpf.ProgramType.TRACING:
                 target = (bpf.AttachType[hook.mechanism.upper()], self._host.btf_id(hook.func))
-            program = bpf.program_load(hook.program, kind, module.code(hook.program), *target)
+            program = bpf.program_load(hook.program, kind, code, *target)
             self._fds.append(program)
             if syscall:
                 link = bpf.attach_tracepoint(program, syscall)
@@ -329,7 +350,7 @@ class Loader:
             reason = self._why_not(way)
             if reason is None:
                 for hook in way.hooks:
-                    self._attach(module, way, hook)
+                    self._attach(way, hook, module.code(hook.program))
                 return
             reasons.append(reason)
         if not point.optional:
@@ -365,6 +386,16 @@ class _Module:
 
     def fd(self, name: str) -> int:
         return self.fds[[one.name for one in self.compiled.maps].index(name)]
+
+
+@attrs.frozen
+class _Program:
+    """A program of the probe with this number, and its instructions."""
+
+    probe: int
+    way: Way
+    hook: Hook
+    code: bytes
 
 
 def _readable(probe: ProbeRequest, module: _Module) -> dict[str, LoadedMap]:

@@ -641,6 +641,17 @@ def programs_of(pid: int) -> list[int]:
     return ids
 
 
+def tracepoints_of(pid: int) -> list[str]:
+    """Name of the tracepoint of each link that a process holds (fdinfo, since 5.8)."""
+    names = []
+    for info in Path(f"/proc/{pid}/fdinfo").iterdir():
+        with contextlib.suppress(OSError):
+            words = info.read_text().split()
+            if "tp_name:" in words:
+                names.append(words[words.index("tp_name:") + 1])
+    return names
+
+
 def loaded(ids: Iterable[int]) -> list[int]:
     """Which of these programs the kernel still has, in bpftool's words."""
     listed = subprocess.run(

@@ -29,6 +29,7 @@ from .harness import (
     needs,
     patience,
     total,
+    tracepoints_of,
 )
 from .witness import by_direction, packet, tcpdump
 
@@ -580,3 +581,26 @@ def test_requested_mechanism_is_used(
     rows = of_service(run.stop().rows, port)
     check_mechanism(rows)
     assert ATTACH in {row["attach"] for row in rows}
+
+
+@pytest.mark.skipif(
+    ATTACH not in ("auto", "tracepoint"), reason="only links of tracepoints name it"
+)
+def test_probes_share_one_program_at_each_tracepoint(
+    running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
+) -> None:
+    port = listen(service)
+    run = running_tcplat(*SERVICE, attach="tracepoint")
+    names = tracepoints_of(run.pid)
+    exchange(client, service, port)
+    run.wait_for("the connection was gone", gone(port))
+    rows = run.stop().rows
+    # The core's own program comes behind those of the probes.
+    names.remove("tcp_destroy_sock")
+    assert len(names) == len(set(names)), names
+    for probe in ("tcp_client", "tcp_service"):
+        mine = [
+            row for row in rows if row["probe"] == probe and port in (row["sport"], row["dport"])
+        ]
+        assert (total(mine, "send"), total(mine, "recv")) == (MESSAGE, MESSAGE), probe
+        assert len(at(mine, "close")) == 1
