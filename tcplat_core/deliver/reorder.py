@@ -1,7 +1,7 @@
 """Reorder buffers, which order rows by time: in Python here, in C in fast/records.py.
 
 A handler reads the clock before it submits its record, and may be interrupted in between. So
-rows are held until no older one can follow, and leave in order of time.
+rows are held until no older one can follow, and are returned in order of time.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class ReorderBuffer(Protocol):
     def waiting(self) -> bool:
         """Whether the buffer holds a row."""
 
-    def leave(self, before_ns: int) -> Sequence[Event]:
+    def pop(self, before_ns: int) -> Sequence[Event]:
         """Remove and return the rows older than `before_ns`, in order of time."""
 
     def close(self) -> None:
@@ -105,8 +105,8 @@ class RowBuffer:
         """See :attr:`ReorderBuffer.waiting`."""
         return bool(self._rows)
 
-    def leave(self, before_ns: int) -> Sequence[Event]:
-        """See :meth:`ReorderBuffer.leave`."""
+    def pop(self, before_ns: int) -> Sequence[Event]:
+        """See :meth:`ReorderBuffer.pop`."""
         rows = self._rows
         rows.sort(key=BY_TIME)
         cut = bisect.bisect_left(rows, before_ns, key=BY_TIME)

@@ -51,7 +51,7 @@ class Sequencer:
         self._flush_rows(before_ns)
 
     def _flush_rows(self, before_ns: int) -> None:
-        rows, router = self.buffer.leave(before_ns), self.router
+        rows, router = self.buffer.pop(before_ns), self.router
         if rows and (router.done or router.limit):
             most = 0 if router.done else router.limit - router.total
             self.undelivered.update(map(_HOOK, rows[most:]))

@@ -117,9 +117,9 @@ class Loader:
         return self._closed.get(way) or self._host.way(way)
 
     def _attempt(self, choices: Sequence[Choice]) -> Answer:
-        room = _room_for_sockets()
+        capacity = _socket_capacity()
         modules = [
-            self._open(probe, choice, room)
+            self._open(probe, choice, capacity)
             for probe, choice in zip(self.request.probes, choices, strict=True)
         ]
         core = modules[0]
@@ -138,7 +138,7 @@ class Loader:
             os.close(fd)
         # New sockets are tracked from here on; now seed the older ones.
         hidden = owners.Hidden()
-        seeding.fill(self._shared, owners.find(hidden), self.request.filter, room)
+        seeding.fill(self._shared, owners.find(hidden), self.request.filter, capacity)
         # Last, because some network cards lose their link for a moment: it must happen only once.
         listening = [
             self._listen(probe, module, choice)
@@ -191,7 +191,7 @@ class Loader:
         if self.request.follow:
             self._core(core, FORK)
 
-    def _open(self, probe: ProbeRequest, choice: Choice, room: int) -> _Module:
+    def _open(self, probe: ProbeRequest, choice: Choice, capacity: int) -> _Module:
         """Compile a probe, or take it from the cache, and create its maps."""
         taken = {point: way.mechanism for point, way in choice.taken.items()}
         text = program_text(probe, taken=taken, defines=self._defines(probe))
@@ -211,8 +211,8 @@ class Loader:
             self.cache.write(f"{name}.program", compiled.pack())
         else:
             compiled = Compiled.unpack(known)
-        sizes = dict.fromkeys(("tcplat_socks", "tcplat_seeds", "tcplat_flows"), room)
-        sizes["tcplat_listeners"] = sizes["tcplat_listening"] = room // 2
+        sizes = dict.fromkeys(("tcplat_socks", "tcplat_seeds", "tcplat_flows"), capacity)
+        sizes["tcplat_listeners"] = sizes["tcplat_listening"] = capacity // 2
         sizes["tcplat_networks"] = len(self.request.filter.networks)
         sizes["events"] = self.request.ring_bytes
         fds = []
@@ -436,7 +436,7 @@ def _u32(value: int) -> bytes:
     return value.to_bytes(4, sys.byteorder)
 
 
-def _room_for_sockets() -> int:
+def _socket_capacity() -> int:
     """Return the entries for tcplat_socks: over twice the host's open sockets, at least 65,536."""
     words = Path("/proc/net/sockstat").read_text(encoding="ascii").split()
     # "TCP: inuse 4 orphan 0 tw 0 alloc 6 mem 1": alloc alone counts every namespace, and IPv6.

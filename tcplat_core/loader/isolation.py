@@ -33,7 +33,7 @@ _TEMPORARY = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"), Path("/run"))  #
 there, but the work folder's name is random, and its mode is 0700 from the start."""
 _STALE_S = 3600.0
 """No start takes this long: an older folder remained after a power failure."""
-_ROOM_BYTES = 1 << 20
+_SPACE_BYTES = 1 << 20
 """More than the kernel's types as C and the cache files together."""
 _LIMITS = (
     resource.RLIMIT_AS,
@@ -140,7 +140,7 @@ def _made(paths: Sequence[Path]) -> Path:
         with contextlib.suppress(OSError):  # not there, read-only, full: the next one
             path.mkdir(mode=0o700)
             try:
-                _check_room(path / "room")
+                _check_space(path / "space")
             except OSError:
                 shutil.rmtree(path, ignore_errors=True)
                 raise
@@ -148,15 +148,15 @@ def _made(paths: Sequence[Path]) -> Path:
     places = ", ".join(str(path.parent) for path in paths)
     raise CannotRunError(
         f"no folder for temporary files: make one of {places} writable, "
-        f"with {_ROOM_BYTES >> 20} MiB free"
+        f"with {_SPACE_BYTES >> 20} MiB free"
     )
 
 
-def _check_room(file: Path) -> None:
-    """Check that there is space for _ROOM_BYTES: in a full file system mkdir(2) may succeed."""
+def _check_space(file: Path) -> None:
+    """Check that there is space for _SPACE_BYTES: in a full file system mkdir(2) may succeed."""
     fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        os.posix_fallocate(fd, 0, _ROOM_BYTES)
+        os.posix_fallocate(fd, 0, _SPACE_BYTES)
     finally:
         os.close(fd)
         file.unlink()

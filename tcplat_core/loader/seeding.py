@@ -31,7 +31,7 @@ _Owner = tuple[int, int, int, bytes]
 _Wants = Callable[[int, bytes], bool]
 
 
-def fill(maps: Mapping[str, int], seeds: Sequence[Seed], wanted: Filter, room: int) -> None:
+def fill(maps: Mapping[str, int], seeds: Sequence[Seed], wanted: Filter, capacity: int) -> None:
     """Enter the sockets into tcplat_seeds, tcplat_flows, tcplat_listeners and tcplat_served.
 
     The processes that listen go into tcplat_listening and tcplat_services.
@@ -40,7 +40,7 @@ def fill(maps: Mapping[str, int], seeds: Sequence[Seed], wanted: Filter, room: i
         maps: Name -> fd.
         seeds: The sockets.
         wanted: The filter.
-        room: Capacity of the maps, in entries.
+        capacity: Entries for which each map has space.
     """
     wants = functools.cache(wanted.wants)  # a process may hold 100,000 sockets
     asks = functools.cache(attrs.evolve(wanted, comm="").wants)
@@ -75,9 +75,9 @@ def fill(maps: Mapping[str, int], seeds: Sequence[Seed], wanted: Filter, room: i
             comm = seed.comm[:15]
             key = _SERVED_BY.pack(seed.pid, seed.lport)
             services[key] = _SERVICE.pack(wants(seed.pid, comm), asks(seed.pid, b""), comm)
-    bpf.map_update_many(maps["tcplat_seeds"], list(by_cookie.items())[:room])
+    bpf.map_update_many(maps["tcplat_seeds"], list(by_cookie.items())[:capacity])
     # Keeps existing entries: a flow that began after attaching is already in the map.
-    bpf.map_insert_many(maps["tcplat_flows"], list(flows.items())[:room])
+    bpf.map_insert_many(maps["tcplat_flows"], list(flows.items())[:capacity])
     _enter_listening(maps["tcplat_listening"], {one.pid for one in seeds if one.role == LISTENER})
     bpf.map_update_many(maps["tcplat_services"], list(services.items()))
     bpf.map_update_many(

@@ -274,8 +274,8 @@ def at(ns: int, event: type[Event] = Event, **members: Any) -> bytes:
     return make_record(event, ts_ns=ns, **members)
 
 
-def left(buffer: ReorderBuffer, before_ns: int = FOREVER) -> list[Event]:
-    return list(buffer.leave(before_ns))
+def popped(buffer: ReorderBuffer, before_ns: int = FOREVER) -> list[Event]:
+    return list(buffer.pop(before_ns))
 
 
 def test_records_leave_in_time_order_and_ties_in_arrival_order(
@@ -289,15 +289,15 @@ def test_records_leave_in_time_order_and_ties_in_arrival_order(
         fake.feed(at(ns, event, sock=index) for index, ns in enumerate(times))
         expected += [(ns, number, index) for index, ns in enumerate(times)]
         assert buffer.take(number, 1000, 0) == 0
-    rows = left(buffer)
+    rows = popped(buffer)
     got = [(row.ts_ns, int(isinstance(row, Everything)), row.sock) for row in rows]
     assert got == sorted(expected)
-    assert left(buffer) == []
+    assert popped(buffer) == []
 
 
 def test_records_beyond_the_horizon_stay_buffered_unchanged(buffers: Callable[..., Made_]) -> None:
     buffer, fakes, _ = buffers(Event, Everything)
-    told: list[tuple[int, int]] = []
+    got: list[tuple[int, int]] = []
     source = chance(6)
     now = 0
     fed = []
@@ -309,16 +309,16 @@ def test_records_beyond_the_horizon_stay_buffered_unchanged(buffers: Callable[..
             buffer.take(number, 1000, 0)
         now += 100
         horizon_ns = now - source.randrange(100)
-        if told or fed:
-            rows = left(buffer, horizon_ns)
+        if got or fed:
+            rows = popped(buffer, horizon_ns)
             assert all(row.ts_ns < horizon_ns for row in rows)
             assert all(row.sock == row.seq == row.ts_ns for row in rows)
-            told += [(row.ts_ns, int(isinstance(row, Everything))) for row in rows]
-        assert buffer.waiting == (len(fed) > len(told))
-    told += [(row.ts_ns, int(isinstance(row, Everything))) for row in left(buffer)]
-    assert len(told) == len(fed) > 1000
-    assert sorted(told) == sorted(fed)
-    assert [ns for ns, _ in told] == sorted(ns for ns, _ in fed)
+            got += [(row.ts_ns, int(isinstance(row, Everything))) for row in rows]
+        assert buffer.waiting == (len(fed) > len(got))
+    got += [(row.ts_ns, int(isinstance(row, Everything))) for row in popped(buffer)]
+    assert len(got) == len(fed) > 1000
+    assert sorted(got) == sorted(fed)
+    assert [ns for ns, _ in got] == sorted(ns for ns, _ in fed)
 
 
 def test_take_stops_at_the_limit(buffers: Callable[..., Made_]) -> None:
@@ -329,7 +329,7 @@ def test_take_stops_at_the_limit(buffers: Callable[..., Made_]) -> None:
     assert buffer.take(0, 70, 0) == 100
     assert not ring.pending()
     assert buffer.take(0, 70, 0) == 0
-    assert [row.ts_ns for row in left(buffer)] == list(range(1, 101))
+    assert [row.ts_ns for row in popped(buffer)] == list(range(1, 101))
 
 
 def test_records_wrap_around_the_end(buffers: Callable[..., Made_]) -> None:
@@ -338,7 +338,7 @@ def test_records_wrap_around_the_end(buffers: Callable[..., Made_]) -> None:
         assert fake.feed(map(at, range(begin, begin + 10))) == 10
         buffer.take(0, 1000, 0)
         assert fake.consumed == fake.produced
-        assert [row.ts_ns for row in left(buffer)] == list(range(begin, begin + 10))
+        assert [row.ts_ns for row in popped(buffer)] == list(range(begin, begin + 10))
 
 
 def test_busy_record_holds_back_its_successors(buffers: Callable[..., Made_]) -> None:
@@ -348,11 +348,11 @@ def test_busy_record_holds_back_its_successors(buffers: Callable[..., Made_]) ->
     assert position is not None
     fake.feed([at(3)])
     buffer.take(0, 10, 0)
-    assert [row.ts_ns for row in left(buffer)] == [1]
+    assert [row.ts_ns for row in popped(buffer)] == [1]
     assert ring.pending()
     fake.submit(position)
     buffer.take(0, 10, 0)
-    assert [row.ts_ns for row in left(buffer)] == [2, 3]
+    assert [row.ts_ns for row in popped(buffer)] == [2, 3]
 
 
 def test_discarded_record_is_skipped_and_not_counted(
@@ -364,7 +364,7 @@ def test_discarded_record_is_skipped_and_not_counted(
     fake.feed([at(2)])
     fake.discard(position)
     buffer.take(0, 10, 0)
-    assert [row.ts_ns for row in left(buffer)] == [2]
+    assert [row.ts_ns for row in popped(buffer)] == [2]
     assert ring.taken.total() == 1
 
 
@@ -397,7 +397,7 @@ def test_rows_from_no_ring_are_sorted_in(buffers: Callable[..., Made_]) -> None:
     fake.feed([at(1), at(3)])
     buffer.take(0, 10, 0)
     buffer.feed([make_event(ts_ns=4), make_event(ts_ns=2)])
-    assert [row.ts_ns for row in left(buffer, 4)] == [1, 2, 3]
+    assert [row.ts_ns for row in popped(buffer, 4)] == [1, 2, 3]
     assert buffer.waiting
-    assert [row.ts_ns for row in left(buffer)] == [4]
+    assert [row.ts_ns for row in popped(buffer)] == [4]
     assert not buffer.waiting

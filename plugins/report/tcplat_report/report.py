@@ -250,16 +250,16 @@ class Story:
         """Return what the page draws. Times are µs from the capture's first row."""
         kept = sorted(self._kept, key=lambda one: one[:2], reverse=True)
         courses: dict[int, Any] = {}
-        room = _MOST_POINTS_SHOWN
+        points_left = _MOST_POINTS_SHOWN
         without = 0
         for _, _, summary, course in kept:
             if course is None:
                 continue
             count = len(course.points) // FIELDS
-            if count > room:
+            if count > points_left:
                 without += 1
                 continue
-            room -= count
+            points_left -= count
             courses[summary["n"]] = self._course(course, summary)
         said = list(words)
         if self.connections > len(kept):

@@ -52,8 +52,8 @@ class Subscriber:
         """Queue these rows, or count them as missed."""
         missing = self._gap or self._losses
         # After a gap, wait until half of the queue is sent: one long gap instead of hundreds.
-        room = self.limit // 2 if missing else self.limit
-        if self._size and self._size + len(data) > room:
+        limit = self.limit // 2 if missing else self.limit
+        if self._size and self._size + len(data) > limit:
             self._gap += rows
             return
         self.flush_gaps()

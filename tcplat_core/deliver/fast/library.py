@@ -45,8 +45,8 @@ class Op(Structure):
     )
 
 
-class Left(Structure):
-    """`struct left`."""
+class Popped(Structure):
+    """`struct popped`."""
 
     _fields_ = (
         ("count", c_uint64),
@@ -70,14 +70,14 @@ class Progress(Structure):
 
 
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "room_new": (c_void_p,),
-    "room_free": (None, c_void_p),
+    "buffer_new": (c_void_p,),
+    "buffer_free": (None, c_void_p),
     "ring_map": (c_void_p, c_int, c_uint64, c_uint32, c_uint32, c_uint32, c_uint32),
     "ring_unmap": (None, c_void_p),
     "ring_taken": (c_void_p, c_void_p),
-    "room_take": (c_int64, c_void_p, c_void_p, c_uint32),
-    "room_oldest_ns": (c_uint64, c_void_p),
-    "room_leave": (c_int, c_void_p, c_uint64, c_void_p, POINTER(Left)),
+    "buffer_take": (c_int64, c_void_p, c_void_p, c_uint32),
+    "buffer_oldest_ns": (c_uint64, c_void_p),
+    "buffer_pop": (c_int, c_void_p, c_uint64, c_void_p, POINTER(Popped)),
     "codec_new": (c_void_p, c_uint32, c_uint32, c_uint32, c_void_p, c_uint32, c_void_p),
     "codec_learn": (c_int, c_void_p, c_uint32, c_char_p, c_char_p, c_void_p),
     "codec_free": (None, c_void_p),

@@ -47,49 +47,50 @@ struct entry {
 	u32 source; /* index of its codec */
 };
 
-struct room {
+struct buffer {
 	struct entry *entries; /* the oldest first */
-	u64 count, most;
+	u64 count, capacity;
 	u8 *data;
-	u64 used, bytes;
-	u8 *left; /* the result of room_leave() */
-	u64 left_bytes;
+	u64 data_used, data_capacity;
+	u8 *popped; /* the result of buffer_pop() */
+	u64 popped_capacity;
 };
 
-struct room *room_new(void)
+struct buffer *buffer_new(void)
 {
-	return calloc(1, sizeof(struct room));
+	return calloc(1, sizeof(struct buffer));
 }
 
-void room_free(struct room *room)
+void buffer_free(struct buffer *buffer)
 {
-	free(room->entries);
-	free(room->data);
-	free(room->left);
-	free(room);
+	free(buffer->entries);
+	free(buffer->data);
+	free(buffer->popped);
+	free(buffer);
 }
 
-static bool make_room(struct room *room, u32 size)
+/* Makes space for one more record of `size` bytes. */
+static bool reserve(struct buffer *buffer, u32 size)
 {
 	void *grown;
 
-	if (room->count == room->most) {
-		u64 wanted = room->most ? 2 * room->most : 1024;
+	if (buffer->count == buffer->capacity) {
+		u64 wanted = buffer->capacity ? 2 * buffer->capacity : 1024;
 
-		grown = realloc(room->entries, wanted * sizeof(*room->entries));
+		grown = realloc(buffer->entries, wanted * sizeof(*buffer->entries));
 		if (!grown)
 			return false;
-		room->entries = grown;
-		room->most = wanted;
+		buffer->entries = grown;
+		buffer->capacity = wanted;
 	}
-	if (room->bytes - room->used < size) {
-		u64 wanted = 2 * room->bytes + size;
+	if (buffer->data_capacity - buffer->data_used < size) {
+		u64 wanted = 2 * buffer->data_capacity + size;
 
-		grown = wanted >> 32 ? NULL : realloc(room->data, wanted);
+		grown = wanted >> 32 ? NULL : realloc(buffer->data, wanted);
 		if (!grown)
 			return false;
-		room->data = grown;
-		room->bytes = wanted;
+		buffer->data = grown;
+		buffer->data_capacity = wanted;
 	}
 	return true;
 }
@@ -100,10 +101,10 @@ static bool make_room(struct room *room, u32 size)
  * Records of one ring are out of order only if a handler was interrupted: few, and by few places,
  * so that an insertion sort is enough for them.
  */
-static bool put_in_order(struct room *room, u64 from)
+static bool put_in_order(struct buffer *buffer, u64 from)
 {
-	struct entry *entries = room->entries, *fresh, *last, *old, *to;
-	u64 count = room->count;
+	struct entry *entries = buffer->entries, *fresh, *last, *old, *to;
+	u64 count = buffer->count;
 
 	for (u64 i = from + 1; i < count; i++) {
 		struct entry one = entries[i];
@@ -184,14 +185,14 @@ const u64 *ring_taken(const struct ring *ring)
 #define NO_MEMORY (-2)
 
 /*
- * Moves at most `most` committed records from the ring into the room.
+ * Moves at most `most` committed records from the ring into the buffer.
  * Returns the time of the last one if there were `most`, else 0; WRONG_SIZE for a record of
  * another size; NO_MEMORY.
  */
-s64 room_take(struct room *room, struct ring *ring, u32 most)
+s64 buffer_take(struct buffer *buffer, struct ring *ring, u32 most)
 {
 	u64 here = *ring->consumer, end = __atomic_load_n(ring->producer, __ATOMIC_ACQUIRE);
-	u64 stride = 8 + (ring->record + 7) / 8 * 8, from = room->count;
+	u64 stride = 8 + (ring->record + 7) / 8 * 8, from = buffer->count;
 	s64 result = 0;
 	u32 came = 0;
 
@@ -208,105 +209,105 @@ s64 room_take(struct room *room, struct ring *ring, u32 most)
 		if (!(length & DISCARD)) {
 			struct entry *entry;
 
-			if (!make_room(room, ring->record)) {
+			if (!reserve(buffer, ring->record)) {
 				result = NO_MEMORY;
 				break;
 			}
-			entry = &room->entries[room->count++];
+			entry = &buffer->entries[buffer->count++];
 			entry->ts_ns = load(head + 8 + ring->ts_at, 8);
-			entry->at = room->used;
+			entry->at = buffer->data_used;
 			entry->source = ring->source;
-			memcpy(room->data + room->used, head + 8, ring->record);
-			room->used += ring->record;
+			memcpy(buffer->data + buffer->data_used, head + 8, ring->record);
+			buffer->data_used += ring->record;
 			ring->taken[head[8 + ring->tag_at]]++;
 			came++;
 		}
 		here += stride;
 		if (came == most) {
-			result = room->entries[room->count - 1].ts_ns;
+			result = buffer->entries[buffer->count - 1].ts_ns;
 			break;
 		}
 	}
 	__atomic_store_n(ring->consumer, here, __ATOMIC_RELEASE);
-	return put_in_order(room, from) ? result : NO_MEMORY;
+	return put_in_order(buffer, from) ? result : NO_MEMORY;
 }
 
-/* Time of the oldest record; 0 if the room is empty. */
-u64 room_oldest_ns(const struct room *room)
+/* Time of the oldest record; 0 if the buffer is empty. */
+u64 buffer_oldest_ns(const struct buffer *buffer)
 {
-	return room->count ? room->entries[0].ts_ns : 0;
+	return buffer->count ? buffer->entries[0].ts_ns : 0;
 }
 
 /* Copies the remaining records to a new buffer without gaps. Without memory the gaps stay. */
-static void close_gaps(struct room *room, const u32 *sizes)
+static void close_gaps(struct buffer *buffer, const u32 *sizes)
 {
-	u8 *data = malloc(room->bytes);
+	u8 *data = malloc(buffer->data_capacity);
 	u64 used = 0;
 
 	if (!data)
 		return;
-	for (u64 i = 0; i < room->count; i++) {
-		struct entry *entry = &room->entries[i];
+	for (u64 i = 0; i < buffer->count; i++) {
+		struct entry *entry = &buffer->entries[i];
 		u32 size = sizes[entry->source];
 
-		memcpy(data + used, room->data + entry->at, size);
+		memcpy(data + used, buffer->data + entry->at, size);
 		entry->at = used;
 		used += size;
 	}
-	free(room->data);
-	room->data = data;
-	room->used = used;
+	free(buffer->data);
+	buffer->data = data;
+	buffer->data_used = used;
 }
 
-/* Records taken out by room_leave(); valid until its next call. */
-struct left {
+/* Records returned by buffer_pop(); valid until its next call. */
+struct popped {
 	u64 count, bytes, first_ns, last_ns;
 	const u8 *records; /* one after the other */
 	const u8 *sources; /* index of the source of each */
 };
 
-/* Takes out the records older than `before_ns`, oldest first. `sizes`: record size by source. */
-int room_leave(struct room *room, u64 before_ns, const u32 *sizes, struct left *left)
+/* Removes the records older than `before_ns`, oldest first. `sizes`: record size by source. */
+int buffer_pop(struct buffer *buffer, u64 before_ns, const u32 *sizes, struct popped *popped)
 {
-	u64 count = room->count, bytes = 0;
+	u64 count = buffer->count, bytes = 0;
 	u8 *record;
 
-	while (count && room->entries[count - 1].ts_ns >= before_ns)
+	while (count && buffer->entries[count - 1].ts_ns >= before_ns)
 		count--;
-	left->count = count;
+	popped->count = count;
 	if (!count)
 		return 0;
 	for (u64 i = 0; i < count; i++)
-		bytes += sizes[room->entries[i].source];
-	if (bytes + count > room->left_bytes) {
-		free(room->left);
-		room->left_bytes = 2 * (bytes + count);
-		room->left = malloc(room->left_bytes);
-		if (!room->left) {
-			room->left_bytes = 0;
+		bytes += sizes[buffer->entries[i].source];
+	if (bytes + count > buffer->popped_capacity) {
+		free(buffer->popped);
+		buffer->popped_capacity = 2 * (bytes + count);
+		buffer->popped = malloc(buffer->popped_capacity);
+		if (!buffer->popped) {
+			buffer->popped_capacity = 0;
 			return NO_MEMORY;
 		}
 	}
-	record = room->left;
+	record = buffer->popped;
 	for (u64 i = 0; i < count; i++) {
-		const struct entry *entry = &room->entries[i];
+		const struct entry *entry = &buffer->entries[i];
 		u32 size = sizes[entry->source];
 
-		memcpy(record, room->data + entry->at, size);
+		memcpy(record, buffer->data + entry->at, size);
 		record += size;
-		room->left[bytes + i] = entry->source;
+		buffer->popped[bytes + i] = entry->source;
 	}
-	left->bytes = bytes;
-	left->first_ns = room->entries[0].ts_ns;
-	left->last_ns = room->entries[count - 1].ts_ns;
-	left->records = room->left;
-	left->sources = room->left + bytes;
-	room->count -= count;
-	memmove(room->entries, room->entries + count, room->count * sizeof(*room->entries));
-	if (room->count)
-		close_gaps(room, sizes);
+	popped->bytes = bytes;
+	popped->first_ns = buffer->entries[0].ts_ns;
+	popped->last_ns = buffer->entries[count - 1].ts_ns;
+	popped->records = buffer->popped;
+	popped->sources = buffer->popped + bytes;
+	buffer->count -= count;
+	memmove(buffer->entries, buffer->entries + count, buffer->count * sizeof(*buffer->entries));
+	if (buffer->count)
+		close_gaps(buffer, sizes);
 	else
-		room->used = 0;
+		buffer->data_used = 0;
 	return 0;
 }
 
@@ -386,7 +387,7 @@ failed:
 	return NULL;
 }
 
-static void forget(struct block *block)
+static void clear_block(struct block *block)
 {
 	for (u32 i = 0; i < block->count; i++)
 		free(block->meanings[i]);
@@ -400,7 +401,7 @@ void codec_free(struct codec *codec)
 	for (u32 i = 0; i < codec->blocks; i++) {
 		struct block *block = &codec->block[i];
 
-		forget(block);
+		clear_block(block);
 		free(block->slots);
 		free(block->meanings);
 	}
@@ -440,7 +441,7 @@ int codec_learn(struct codec *codec, u32 which, const u8 *value, const u8 *texts
 	if (!meaning)
 		return NO_MEMORY;
 	if (block->count == MEANINGS)
-		forget(block);
+		clear_block(block);
 	memcpy(meaning, value, block->size);
 	for (u32 i = 0; i < block->texts; i++) {
 		((struct text *)(meaning + size))[i] =

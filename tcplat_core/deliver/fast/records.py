@@ -16,7 +16,7 @@ from tcplat_core.errors import TcplatError
 from tcplat_core.event.fields import Event
 
 from .codec import Codec
-from .library import CANNOT, DONE, FULL, UNKNOWN, WRONG_SIZE, Left, Progress, library
+from .library import CANNOT, DONE, FULL, UNKNOWN, WRONG_SIZE, Popped, Progress, library
 
 NO_MEMORY = "there is no memory for more records"
 PIECE = 1 << 17
@@ -159,7 +159,7 @@ class RecordBuffer:
         records_c = library()
         assert records_c is not None  # noqa: S101 - it has made the codecs
         self._library = records_c
-        self._handle = records_c.room_new()
+        self._handle = records_c.buffer_new()
         self._rings = []
         sizes = [codec.size for codec in self.codecs]
         self._sizes = (ctypes.c_uint32 * len(sizes))(*sizes)
@@ -180,13 +180,13 @@ class RecordBuffer:
             self._library.ring_unmap(handle)
         self._rings.clear()
         if self._handle:
-            self._library.room_free(self._handle)
+            self._library.buffer_free(self._handle)
         self._handle = 0
 
     def take(self, source: int, most: int, offset_ns: int) -> int:
         """See :meth:`ReorderBuffer.take`."""
         self._offset_ns = offset_ns
-        last_ns = self._library.room_take(self._handle, self._rings[source], most)
+        last_ns = self._library.buffer_take(self._handle, self._rings[source], most)
         if last_ns == WRONG_SIZE:
             raise RecordSizeError(f"a record that has not {self.codecs[source].size} bytes")
         if last_ns < 0:
@@ -200,28 +200,28 @@ class RecordBuffer:
     @property
     def waiting(self) -> bool:
         """See :attr:`ReorderBuffer.waiting`."""
-        return bool(self._library.room_oldest_ns(self._handle)) or self._rows.waiting
+        return bool(self._library.buffer_oldest_ns(self._handle)) or self._rows.waiting
 
-    def leave(self, before_ns: int) -> Sequence[Event]:
-        """See :meth:`ReorderBuffer.leave`."""
-        rows, records = self._rows.leave(before_ns), self._records(before_ns)
+    def pop(self, before_ns: int) -> Sequence[Event]:
+        """See :meth:`ReorderBuffer.pop`."""
+        rows, records = self._rows.pop(before_ns), self._records(before_ns)
         if records is None:
             return rows
         return sorted([*records, *rows], key=BY_TIME) if rows else records
 
     def _records(self, before_ns: int) -> Records | None:
-        left = Left()
-        if self._library.room_leave(self._handle, before_ns, self._sizes, left):
+        popped = Popped()
+        if self._library.buffer_pop(self._handle, before_ns, self._sizes, popped):
             raise TcplatError(NO_MEMORY)
-        if not left.count:
+        if not popped.count:
             return None
         return Records(
             self.codecs,
-            ctypes.string_at(left.records, left.bytes),
-            ctypes.string_at(left.sources, left.count),
+            ctypes.string_at(popped.records, popped.bytes),
+            ctypes.string_at(popped.sources, popped.count),
             self._offset_ns,
-            left.first_ns,
-            left.last_ns,
+            popped.first_ns,
+            popped.last_ns,
         )
 
 
