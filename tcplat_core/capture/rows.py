@@ -46,7 +46,7 @@ _LOOK_EVERY = 256
 _SAID = 3
 """Frames left out that are reported one by one; later ones are only counted."""
 _BEGINNING = 64
-"""Bytes needed to tell JSON lines from msgpack; no row is shorter."""
+"""Bytes needed to distinguish JSON lines from msgpack; no row is shorter."""
 
 GAP = ("msgpack", "reader")
 """Probe and point of the loss that stands for rows that the msgpack sink did not send."""
@@ -75,7 +75,7 @@ class Capture:
     Args:
         events: The row's class of each installed probe, by name. Rows of other
             probes get one that is made from their keys.
-        say: Told what is left out, the first few one by one.
+        say: Called with what is left out, the first few one by one.
     """
 
     events: Mapping[str, type[Event]]

@@ -16,7 +16,7 @@ from tcplat_core.run.signals import Signals
 from .chosen import aggregation_of, chosen_probes, chosen_sinks, made_sinks, used_points
 from .root import give_up_root
 from .shared_options import COUNT, QUIET, SINKS, Duration, Size, filter_of, filter_options
-from .words import nothing, tell
+from .words import nothing, print_report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -167,7 +167,7 @@ class _Run:
                 loader.close()
             if child:
                 child.stop()
-        tell(report, dry_run=self.dry_run, quiet=self.quiet)
+        print_report(report, dry_run=self.dry_run, quiet=self.quiet)
         # The status of a command that tcplat ended is meaningless.
         ended = child.status if child and not (child.stopped or self.signals.caught) else 0
         return _status(report, child, ended or 0, fail_on_loss=self.fail_on_loss)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tcplat_core.plugin.report import Counted, ProbeReport, RunReport
 
 
-def tell(report: RunReport, *, dry_run: bool, quiet: bool) -> None:
+def print_report(report: RunReport, *, dry_run: bool, quiet: bool) -> None:
     """Report the result of a run; if quiet, errors only."""
     if dry_run:
         _attached(report)

@@ -86,7 +86,7 @@ class Histogram:
             if point not in taken:
                 return f"no {point}: {reasons.get(point, 'it is not attached')}"
             if taken[point] not in self.mechanisms and point == self.points[-1]:
-                return f"{point} by {taken[point]} does not tell it"
+                return f"{point} by {taken[point]} cannot measure it"
         return None
 
 

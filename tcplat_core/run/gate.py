@@ -1,4 +1,4 @@
-"""The map tcplat_gate: tells handlers whether to wake the session, and stops them at the end.
+"""The map tcplat_gate: whether handlers wake the session, and whether they stop at the end.
 
 A wake-up by a handler costs the traced process 5 us. So a handler wakes the session only if it
 sleeps, and only once: while records come, the session polls the rings instead of sleeping.

@@ -64,11 +64,11 @@ class Figure:
     def cells(self) -> list[str]:
         """As printed."""
         value = f"{self.value:,.3g}" if abs(self.value) < 1000 else f"{self.value:,.0f}"
-        told = [self.name, self.what, self.base, self.ours, f"{value}{self.unit}"]
+        cells = [self.name, self.what, self.base, self.ours, f"{value}{self.unit}"]
         if self.target is None:
-            return [*told, "", ""]
+            return [*cells, "", ""]
         sign = ">=" if self.at_least else "<="
-        return [*told, f"{sign} {self.target:,g}{self.unit}", "MISS" if self.missed else "ok"]
+        return [*cells, f"{sign} {self.target:,g}{self.unit}", "MISS" if self.missed else "ok"]
 
 
 # --- what runs beside the measurement

@@ -171,7 +171,7 @@ def lossless(flood: Callable[[int, float], Any], seconds: float) -> float:
     return best
 
 
-# What tcp_client's rows say of send, recv and state, as far as the tracepoints tell it.
+# What tcp_client's rows have of send, recv and state, as far as the tracepoints have it.
 # So many lines of readiness, because they stay in a buffer until that is full: 8 KiB.
 BPFTRACE = """
 BEGIN { unroll(100) { printf("%100s\\n%100s\\n", "ready", "ready"); } }

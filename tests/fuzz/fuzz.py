@@ -414,7 +414,7 @@ def _child(to: int, work: Callable[[], None]) -> NoReturn:
     try:
         work()
         status = 0
-    except BaseException:  # noqa: BLE001 - the parent tells
+    except BaseException:  # noqa: BLE001 - the parent reports it
         words = traceback.format_exc().replace("\n", "\x1e")
         os.write(to, f"failed {words}\n".encode("utf-8", "replace"))
     finally:

@@ -189,7 +189,7 @@ neigh add fd77::2 lladdr 02:00:00:00:77:02 dev hole0 nud permanent
 # --- the other end
 
 _PORTS: set[int] = set()
-"""Each is used by one test alone: tests that share a run tell their rows apart by port."""
+"""Each is used by one test alone: tests that share a run find their rows by port."""
 
 
 def _bound(ip: int, host: str) -> socket.socket:

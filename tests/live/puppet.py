@@ -16,9 +16,9 @@ def _obey(code: str, scope: dict[str, Any]) -> Any:
     """Run the code; the value of its last line is the answer, if that is an expression."""
     tree = ast.parse(code)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, "<told>", "exec"), scope)  # noqa: S102 - this is what it is for
+    exec(compile(tree, "<command>", "exec"), scope)  # noqa: S102 - this is what it is for
     if isinstance(last, ast.Expr):
-        return eval(compile(ast.Expression(last.value), "<told>", "eval"), scope)  # noqa: S307
+        return eval(compile(ast.Expression(last.value), "<command>", "eval"), scope)  # noqa: S307
     return None
 
 

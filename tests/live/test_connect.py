@@ -273,7 +273,7 @@ def test_connect_without_a_route_is_traced(to: str, watched: Watched) -> None:
     # (What it did with `s` before goes now.)
     rows = [row for row in at(watched.run.rows()[before:], "connect") if row["pid"] == stranded.pid]
     if not rows and ATTACH in ("auto", "tracepoint"):
-        pytest.skip("no tracepoint tells of a connect that finds no route")
+        pytest.skip("no tracepoint reports a connect that finds no route")
     (row,) = rows
     assert row["desc"] == "ENETUNREACH"
     assert row["connect_us"] > 0
@@ -440,5 +440,5 @@ def test_connect_that_icmp_ends_has_the_errno_that_the_program_got(
     got = client("results")
     rows = run.wait_for("both were gone", gone(2))
     for point in ("state", "stats"):
-        told = [row["desc"] for row in at(rows, point) if row["state"] == "TCP_CLOSE"]
-        assert told == ([error] * 2 if error else got)
+        shown = [row["desc"] for row in at(rows, point) if row["state"] == "TCP_CLOSE"]
+        assert shown == ([error] * 2 if error else got)

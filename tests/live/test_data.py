@@ -436,7 +436,7 @@ done
     )
     rows = connected.rows()
     if not at(rows, "recv") and {row["attach"] for row in rows} == {"tracepoint"}:
-        pytest.skip("no tracepoint tells of splice(2) from a socket")
+        pytest.skip("no tracepoint reports splice(2) from a socket")
     assert total(rows, "recv") == 30_000
 
 

@@ -215,8 +215,8 @@ sent
 
 def assert_between(histogram: Found, least_us: Sequence[float], most_us: Sequence[float]) -> None:
     """Each sample is within its bounds: then the k-th of them all is, between the k-th bounds."""
-    told = [(low, high) for low, high, count in histogram["buckets"] for _ in range(count)]
-    for (low, high), least, most in zip(told, sorted(least_us), sorted(most_us), strict=True):
+    shown = [(low, high) for low, high, count in histogram["buckets"] for _ in range(count)]
+    for (low, high), least, most in zip(shown, sorted(least_us), sorted(most_us), strict=True):
         assert least <= high, (histogram, least_us)
         assert low <= most, (histogram, most_us)
 
@@ -446,7 +446,7 @@ def test_histogram_unavailable_by_the_mechanism_is_named(
     books = report(tmp_path, "tcp_service")
     (recv,) = {hook["attach"] for hook in books["hooks"] if hook["point"] == "recv"}
     if recv == "tracepoint":
-        assert books["no_histograms"] == {"in_recv": "recv by tracepoint does not tell it"}
+        assert books["no_histograms"] == {"in_recv": "recv by tracepoint cannot measure it"}
         assert "no in_recv: recv by tracepoint" in outcome.stderr
         assert "in_recv" not in books["histograms"]
     else:

@@ -128,7 +128,7 @@ def test_keyed_counts_are_emitted_during_and_at_the_end(
     many(SENDS.format(times=100))
     eventually(
         lambda: [row for row in run.rows() if (row["pid"], row["calls"]) == (many.pid, 100)],
-        "what was sent was told of",
+        "what was sent was reported",
     )
     few(SENDS.format(times=3))
     outcome = run.stop()

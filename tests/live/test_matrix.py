@@ -88,7 +88,7 @@ def play(folder: Path, arguments: Arguments, complete: Complete) -> dict[int, Se
     Args:
         folder: For its files.
         arguments: Of `tcplat run`, from the listeners' ports.
-        complete: Whether the rows tell all that happened at a listener's port.
+        complete: Whether the rows have all that happened at a listener's port.
     """
     listening = {ip: free_port(ip) for ip in VERSIONS}
     closed = {ip: free_port(ip) for ip in VERSIONS}
@@ -104,7 +104,7 @@ def play(folder: Path, arguments: Arguments, complete: Complete) -> dict[int, Se
             server(_SERVE.format(**values))
             client(_CALL.format(**values, closed=closed[ip], messages=MESSAGES))
         run.wait_for(
-            "all of the traffic was told",
+            "all of the traffic was reported",
             lambda rows: all(complete(rows, listening[ip], closed[ip]) for ip in VERSIONS),
         )
         outcome = run.stop()

@@ -86,8 +86,8 @@ def test_new_plugins_are_listed_and_described(user_venv: UserVenv) -> None:
     }
     assert (found["demo1"]["distribution"], found["demo1"]["status"]) == ("tcplat-demo1", "ok")
     assert (found["demo_2"]["distribution"], found["demo_2"]["status"]) == ("tcplat-demo-2", "ok")
-    told = json.loads(user_venv.run("tcplat", "plugins", "show", "demo1", "--json"))
-    assert told["points"] == [
+    shown = json.loads(user_venv.run("tcplat", "plugins", "show", "demo1", "--json"))
+    assert shown["points"] == [
         {
             "point": "end",
             "optional": False,
@@ -100,9 +100,9 @@ def test_new_plugins_are_listed_and_described(user_venv: UserVenv) -> None:
 
 @pytest.mark.parametrize("name", ["demo1", "demo_2"])
 def test_new_plugins_conform(user_venv: UserVenv, name: str) -> None:
-    (told,) = json.loads(user_venv.run("tcplat", "plugins", "check", name, "--json"))
-    assert told["passed"] > 0
-    assert [one for one in told["checks"] if one["verdict"] == "failed"] == []
+    (shown,) = json.loads(user_venv.run("tcplat", "plugins", "check", name, "--json"))
+    assert shown["passed"] > 0
+    assert [one for one in shown["checks"] if one["verdict"] == "failed"] == []
 
 
 def test_new_probe_ends_after_five_rows(

@@ -126,21 +126,21 @@ print(longest, file=open(sys.argv[1], "w"))
 def test_lost_events_never_lengthen_an_exchange(
     start_tcplat: Callable[..., Tcplat], tmp_path: Path, measured: Callable[[str], None]
 ) -> None:
-    capture, told, again = (tmp_path / name for name in ("0.jsonl", "told", "again"))
+    capture, shown, again = (tmp_path / name for name in ("0.jsonl", "shown", "again"))
     stages = "stages:group_by=none,format=json,path="
     run = start_tcplat(
         *("--ring-size", "64K"),
         probes=("tcp_client", "tcp_service"),
-        sinks=(f"jsonl:path={capture}", f"{stages}{told}"),
+        sinks=(f"jsonl:path={capture}", f"{stages}{shown}"),
         command=[sys.executable, "-I", "-c", _ASK, str(tmp_path / "longest")],
     )
     assert (outcome := run.wait()).returncode == 0
     longest_us = int((tmp_path / "longest").read_text()) / 1000
-    lines = [json.loads(line) for line in told.read_text().splitlines()]
+    lines = [json.loads(line) for line in shown.read_text().splitlines()]
     (total,) = [line for line in lines if line.get("stage") == "total"]
     (left_out,) = [line["spans_loss"] for line in lines if "spans_loss" in line]
     measured(
-        f"ring of 64K: {total['count']} exchanges told, {left_out} left out; "
+        f"ring of 64K: {total['count']} exchanges shown, {left_out} left out; "
         f"max {total['max_us']:.0f} us, and {longest_us:.0f} by the client's clock"
     )
     assert total["count"] > 100 < left_out
@@ -151,4 +151,4 @@ def test_lost_events_never_lengthen_an_exchange(
     subprocess.run(
         [*TCPLAT, "replay", "-q", str(capture), "--sink", stages + str(again)], check=True
     )
-    assert again.read_bytes() == told.read_bytes()
+    assert again.read_bytes() == shown.read_bytes()

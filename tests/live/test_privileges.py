@@ -121,7 +121,7 @@ def readable() -> Iterator[tuple[str, ...]]:
             if tried.returncode == 0 and b"tcp_client" in tried.stdout:
                 yield program
                 return
-        pytest.skip("nobody but root can read this Python and its packages")
+        pytest.skip("only root can read this Python and its packages")
     finally:
         shutil.rmtree(folder)
 

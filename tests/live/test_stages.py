@@ -583,7 +583,7 @@ listening = socket.create_server(({SERVER!r}, {PORT}))
         # A reset is not acknowledged: the last word was what ss has seen.
         road.client(_ABORT)
         road.server("select.select([peer], [], []); peer.close()")
-        eventually(lambda: path.read_text() if path.exists() else "", "the connection was told")
+        eventually(lambda: path.read_text() if path.exists() else "", "the connection was reported")
         eventually(lambda: _tshark(seen, "tcp.flags.reset == 1"), "tcpdump has written all")
         witness = _retransmissions(seen)
     run.stop()

@@ -114,8 +114,8 @@ listening.getsockname()[1]
 
     def nstat(self, name: str) -> int:
         """Return a counter of the near namespace."""
-        told = _within(self.near, "nstat", "-asz", "--json", name)
-        return int(json.loads(told)["kernel"][name])
+        shown = _within(self.near, "nstat", "-asz", "--json", name)
+        return int(json.loads(shown)["kernel"][name])
 
     def ss(self, sport: int) -> str:
         """Return what `ss -ti` says of the near socket of this port."""
@@ -208,7 +208,7 @@ def tcpdump(wire: Wire, tmp_path: Path, stack: ExitStack) -> Callable[..., list[
 
     def look(which: str) -> list[Segment]:
         fields = ("srcport", "dstport", "seq", "len", "flags.syn", "flags.fin")
-        told = subprocess.run(
+        shown = subprocess.run(
             [
                 *("tshark", "-r", str(pcap), "-o", "tcp.relative_sequence_numbers:FALSE"),
                 *("-Y", which or "tcp", "-T", "fields"),
@@ -218,7 +218,7 @@ def tcpdump(wire: Wire, tmp_path: Path, stack: ExitStack) -> Callable[..., list[
             capture_output=True,
             text=True,
         )
-        seen = [[int(word) for word in line.split()] for line in told.stdout.splitlines()]
+        seen = [[int(word) for word in line.split()] for line in shown.stdout.splitlines()]
         return [Segment(*one[:4]) for one in (seen if which else sent_before(seen))]
 
     def end(count: int, *, which: str = "") -> list[Segment]:
@@ -242,10 +242,10 @@ def again(count: int) -> Callable[[list[Row]], bool]:
 
 
 def test_third_party_probe_is_installed_by_pip_and_listed(venv: Path) -> None:
-    told = subprocess.run(
+    shown = subprocess.run(
         [venv / "bin/tcplat", "plugins", "list", "--json"], check=True, capture_output=True
     )
-    found = {one["name"]: one for one in json.loads(told.stdout)}
+    found = {one["name"]: one for one in json.loads(shown.stdout)}
     assert found["tcp_retransmit"]["status"] == "ok"
     assert found["tcp_retransmit"]["distribution"] == "tcplat-retransmit"
     assert {one["status"] for one in found.values()} == {"ok"}
@@ -419,13 +419,13 @@ def test_local_drops_are_distinguished(wire: Wire, retransmits: Callable[..., Tc
 
 def test_third_party_probe_conforms(venv: Path) -> None:
     """With root, by the venv's own tcplat: all but what only XDP programs have to hold to."""
-    told = subprocess.run(
+    shown = subprocess.run(
         [venv / "bin/tcplat", "plugins", "check", "tcp_retransmit", "--json"],
         capture_output=True,
         check=False,
     )
-    (one,) = json.loads(told.stdout)
-    assert told.returncode == 0, one
+    (one,) = json.loads(shown.stdout)
+    assert shown.returncode == 0, one
     open_ = {check["check"] for check in one["checks"] if check["verdict"] != "passed"}
     assert open_ == {"lets packets pass"}
 

@@ -233,9 +233,9 @@ for thread in threads:
     socks = by_sock(outcome.rows)
     assert len(socks) == 4 * times
     for rows in socks.values():
-        told = story(rows)
-        assert told[:4] == ["connect", "SYN_SENT", "ESTABLISHED", "send"]
+        shown = story(rows)
+        assert shown[:4] == ["connect", "SYN_SENT", "ESTABLISHED", "send"]
         # The peer's FIN and the read of its answer may come in either order.
-        assert sorted(told[4:7]) == ["CLOSE_WAIT", "recv", "recv"]
-        assert told[7:] == ["LAST_ACK", "CLOSE", "close"]
+        assert sorted(shown[4:7]) == ["CLOSE_WAIT", "recv", "recv"]
+        assert shown[7:] == ["LAST_ACK", "CLOSE", "close"]
         assert total(rows, "recv") == 100

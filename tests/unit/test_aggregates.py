@@ -113,17 +113,17 @@ def test_kernel_and_python_agree_on_a_million_buckets(tmp_path: Path) -> None:
     values = [some.getrandbits(some.randrange(1, 65)) for _ in range(1_000_000)]
     values += [edge for number in range(BUCKETS) for edge in bounds_ns(number)]
     values += [1 << TOP_BITS, (1 << 64) - 1]
-    told = subprocess.run(
+    shown = subprocess.run(
         [program],
         input=b"".join(value.to_bytes(8, "little") for value in values),
         capture_output=True,
         check=True,
     ).stdout
-    theirs = [int.from_bytes(told[at : at + 4], "little") for at in range(0, len(told), 4)]
+    theirs = [int.from_bytes(shown[at : at + 4], "little") for at in range(0, len(shown), 4)]
     assert theirs == list(map(bucket, values))
 
 
-# --- what is told of them
+# --- what is shown of them
 
 
 @settings(deadline=None)
@@ -177,7 +177,7 @@ def test_histogram_names_the_point_it_lacks() -> None:
     inside = Histogram("inside", "inside recv()", ("state", "recv"), mechanisms=("fentry",))
     assert inside.missing({"state": "kprobe", "recv": "fentry"}, {}) is None
     assert inside.missing({"state": "kprobe", "recv": "tracepoint"}, {}) == (
-        "recv by tracepoint does not tell it"
+        "recv by tracepoint cannot measure it"
     )
     assert inside.missing({"state": "kprobe"}, {"recv": "too old"}) == "no recv: too old"
 

@@ -237,9 +237,9 @@ def test_plugins_show_refuses_an_unknown_plugin(here: Callable[..., int], capfd:
 def test_plugins_show_prints_json(tcplat: Tcplat) -> None:
     done = tcplat("plugins", "show", "xdp_port", "--json")
     assert (done.returncode, done.stderr) == (0, "")
-    told = json.loads(done.stdout)
-    assert told["example"] == "sudo tcplat run --probe xdp_port:iface=eth0,port=80+443"
-    assert [point["takes"] for point in told["points"]] == ["xdp:xdp"]
+    shown = json.loads(done.stdout)
+    assert shown["example"] == "sudo tcplat run --probe xdp_port:iface=eth0,port=80+443"
+    assert [point["takes"] for point in shown["points"]] == ["xdp:xdp"]
 
 
 @pytest.mark.parametrize(("probe", "exit_code"), [("no_such", 4), ("tcp_client:x=1", 2)])

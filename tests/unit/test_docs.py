@@ -182,8 +182,8 @@ def test_toml_blocks_match_the_project(page: str, folder: Path) -> None:
         if block.language == "toml":
             _, name = PROJECTS[page]
             project = tomllib.loads((folder / f"tcplat-{name}/pyproject.toml").read_text())
-            told = tomllib.loads(block.code)["project"]["entry-points"]
-            assert told == project["project"]["entry-points"]
+            declared = tomllib.loads(block.code)["project"]["entry-points"]
+            assert declared == project["project"]["entry-points"]
 
 
 @pytest.mark.skipif(not shutil.which("clang"), reason="clang is not installed")

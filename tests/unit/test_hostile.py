@@ -128,9 +128,9 @@ def test_no_text_of_a_capture_keeps_control_characters(form: Any) -> None:
     assert len(items) == 4
     (found,) = capture.reports
     assert capture.left_out == 0
-    told = list(texts_in(msgspec.to_builtins([items, found])))
-    assert [text for text in told if not text.isprintable()] == []
-    assert told.count(printable(EVIL)) == 25
+    shown = list(texts_in(msgspec.to_builtins([items, found])))
+    assert [text for text in shown if not text.isprintable()] == []
+    assert shown.count(printable(EVIL)) == 25
 
 
 # --- numbers

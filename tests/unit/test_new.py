@@ -71,11 +71,11 @@ def test_new_project_is_found_by_its_entry_point(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project, *_ = create(kind, "slow_link", tmp_path)
-    told = tomllib.loads((project / "pyproject.toml").read_text())
+    shown = tomllib.loads((project / "pyproject.toml").read_text())
     info = project / "tcplat_slow_link-0.1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Name: {told['project']['name']}\nVersion: 0.1.0\n")
-    entries = told["project"]["entry-points"]["tcplat"]
+    (info / "METADATA").write_text(f"Name: {shown['project']['name']}\nVersion: 0.1.0\n")
+    entries = shown["project"]["entry-points"]["tcplat"]
     lines = [f"{entry} = {value}" for entry, value in entries.items()]
     (info / "entry_points.txt").write_text("\n".join(["[tcplat]", *lines]))
     monkeypatch.syspath_prepend(str(project))

@@ -394,8 +394,8 @@ def test_full_disk_leaves_whole_lines(how: str, size: int) -> None:
 
 
 def test_full_disk_leaves_whole_writes() -> None:
-    told = on_a_full_disk("no lines", "path", 1000)
-    assert told[-1] == "0"
+    shown = on_a_full_disk("no lines", "path", 1000)
+    assert shown[-1] == "0"
 
 
 def on_a_full_disk(kind: str, how: str, size: int) -> list[str]:

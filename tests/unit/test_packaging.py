@@ -63,8 +63,8 @@ def test_a_plugin_folder_is_a_project_of_its_own(folder: Path) -> None:
 
 def test_no_project_depends_on_the_bcc_of_pypi() -> None:
     for folder in (ROOT, *FOLDERS):
-        told = project(folder)["project"]
-        groups = [told["dependencies"], *told.get("optional-dependencies", {}).values()]
+        shown = project(folder)["project"]
+        groups = [shown["dependencies"], *shown.get("optional-dependencies", {}).values()]
         names = [entry.partition(">")[0].strip() for group in groups for entry in group]
         assert "bcc" not in names
 

@@ -201,11 +201,11 @@ def test_fields_unknown_to_a_hook_are_null() -> None:
 
 
 @pytest.mark.parametrize(
-    ("thread", "told"),
+    ("thread", "expected"),
     [(b"", None), (b"nginx", None), (b"nginx\0rest", None), (b"nginx2", "nginx2"), (b"N", "N")],
 )
-def test_thread_is_given_where_it_differs_from_comm(thread: bytes, told: str | None) -> None:
-    assert decode_one(comm=b"nginx\0left", thread=thread).thread == told
+def test_thread_is_given_where_it_differs_from_comm(thread: bytes, expected: str | None) -> None:
+    assert decode_one(comm=b"nginx\0left", thread=thread).thread == expected
 
 
 def test_process_outside_the_pid_namespace_has_comm_but_no_pid() -> None:

@@ -465,11 +465,11 @@ def test_ready_pipe_is_written_once_a_reader_opens_it(play: Play, tmp_path: Path
     pipe = tmp_path / "ready"
     os.mkfifo(pipe)
     signals = Signals()
-    told: list[str] = []
+    shown: list[str] = []
 
     def read() -> None:
         with pipe.open() as file:
-            told.append(file.read())
+            shown.append(file.read())
         signals.caught = 2
 
     reader = threading.Timer(0.3, read)
@@ -477,7 +477,7 @@ def test_ready_pipe_is_written_once_a_reader_opens_it(play: Play, tmp_path: Path
     reader.start()
     run_into_a_sink(play(), ready_file=str(pipe), duration_s=60, signals=signals)
     reader.join()
-    assert told == [f"{os.getpid()}\n"]
+    assert shown == [f"{os.getpid()}\n"]
 
 
 # --- sinks begin once everything is attached

@@ -49,8 +49,8 @@ def host(*, fentry: str = "") -> Host:
 
 
 def point(*ways: Way, view: show.HostView, optional: bool = False) -> tuple[Any, Any, Any]:
-    told = view.point(HookPoint("send", ways, optional=optional))
-    return told["takes"], told["perhaps"], told["why_not"]
+    shown = view.point(HookPoint("send", ways, optional=optional))
+    return shown["takes"], shown["perhaps"], shown["why_not"]
 
 
 def test_root_shows_the_mechanism_that_works() -> None:
@@ -139,16 +139,16 @@ FOUND = Found("again", "probe", "2.5", "tcplat-again", "ok", PROBE.summary)
 
 
 def test_json_of_a_probe_is_complete() -> None:
-    told = show.as_json(FOUND, PROBE, show.HostView(host()))
-    assert list(told) == [
+    shown = show.as_json(FOUND, PROBE, show.HostView(host()))
+    assert list(shown) == [
         *("name", "kind", "version", "distribution", "summary", "options", "example"),
         *("points", "fields"),
     ]
-    assert told["example"] == "sudo tcplat run --probe again:iface=eth0"
-    assert [one["point"] for one in told["points"]] == ["send", "accept"]
-    assert told["fields"] == [attrs.asdict(field) for field in fields(Own)]
-    assert [field["name"] for field in told["fields"] if field["own"]] == ["rto_us"]
-    assert told["options"][2] == {
+    assert shown["example"] == "sudo tcplat run --probe again:iface=eth0"
+    assert [one["point"] for one in shown["points"]] == ["send", "accept"]
+    assert shown["fields"] == [attrs.asdict(field) for field in fields(Own)]
+    assert [field["name"] for field in shown["fields"] if field["own"]] == ["rto_us"]
+    assert shown["options"][2] == {
         "name": "dir",
         "type": "in|out",
         "choices": ["in", "out"],
@@ -156,7 +156,7 @@ def test_json_of_a_probe_is_complete() -> None:
         "required": False,
         "help": "which way",
     }
-    assert [option["default"] for option in told["options"]] == [
+    assert [option["default"] for option in shown["options"]] == [
         None,
         3,
         "in",
@@ -193,13 +193,13 @@ def test_probe_that_cannot_run_here_is_marked() -> None:
 
 def test_sink_has_neither_points_nor_fields() -> None:
     sink = SinkSpec(name="again", summary="s", factory=lambda _, __: pytest.fail("opened"))
-    told = show.as_json(attrs.evolve(FOUND, kind="sink"), sink, show.HostView(host()))
-    assert not {"points", "fields"} & set(told)
-    assert told["example"] == "sudo tcplat run --probe tcp_client --sink again"
-    assert "no options" in show.as_text(told)
+    shown = show.as_json(attrs.evolve(FOUND, kind="sink"), sink, show.HostView(host()))
+    assert not {"points", "fields"} & set(shown)
+    assert shown["example"] == "sudo tcplat run --probe tcp_client --sink again"
+    assert "no options" in show.as_text(shown)
 
 
 def test_example_contains_the_required_options() -> None:
     msgpack = Plugins.load().sink("msgpack")
-    told = show.as_json(attrs.evolve(FOUND, kind="sink"), msgpack, show.HostView(host()))
-    assert told["example"].endswith("--sink msgpack:unix=/run/user/1000/tcplat.sock")
+    shown = show.as_json(attrs.evolve(FOUND, kind="sink"), msgpack, show.HostView(host()))
+    assert shown["example"].endswith("--sink msgpack:unix=/run/user/1000/tcplat.sock")

@@ -266,7 +266,7 @@ class Cache:
         """Unpack a kernel's headers into the cache where they are missing.
 
         Returns:
-            One tree, as programs that compile for a kernel want it; bcc's own tools are told of
+            One tree, as programs that compile for a kernel want it; bcc's own tools find
             it by BCC_KERNEL_SOURCE.
 
         Raises:

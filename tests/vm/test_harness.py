@@ -191,7 +191,7 @@ def test_newest_version_in_the_suite_is_taken() -> None:
 
 
 def kernel_image(payload: bytes) -> bytes:
-    """Make a kernel in x86's boot format: a header that tells where the payload is."""
+    """Make a kernel in x86's boot format: a header with the place of the payload."""
     head = bytearray(3 * 512)
     head[0x1F1] = 2
     struct.pack_into("<II", head, 0x248, 100, len(payload))

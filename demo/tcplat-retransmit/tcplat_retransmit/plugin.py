@@ -83,7 +83,7 @@ def defines(options: Options) -> dict[str, int | str]:
     hz = kernel_hz()
     if hz is None and options["min_rto_us"]:
         raise CannotRunError(
-            "probe tcp_retransmit cannot tell how long an RTO is here, because the kernel's "
+            "probe tcp_retransmit cannot compute RTOs on this host, because the kernel's "
             "clocks do not show its HZ: leave min_rto_us out"
         )
     constants: dict[str, int | str] = {"RETRANSMIT_MIN_RTO_US": options["min_rto_us"]}

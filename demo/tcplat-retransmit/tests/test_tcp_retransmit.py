@@ -35,7 +35,7 @@ def test_row_is_described_in_plain_words(described: str, as_: str) -> None:
     assert described == as_
 
 
-@pytest.mark.skipif(not CONFIG.exists(), reason="the kernel does not tell its configuration")
+@pytest.mark.skipif(not CONFIG.exists(), reason="the kernel does not show its configuration")
 def test_hz_matches_the_kernel_config() -> None:
     config = gzip.decompress(CONFIG.read_bytes()).decode()
     found = re.search(r"^CONFIG_HZ=(\d+)$", config, re.MULTILINE)

@@ -46,7 +46,7 @@ def drift(ns: int) -> int:
 
 
 class UnboundedError(TcplatError):
-    """The packets do not tell how far the clocks are apart; says why."""
+    """The packets do not bound the offset of the clocks; the message gives the reason."""
 
 
 @attrs.frozen
@@ -233,9 +233,9 @@ class PacketMatcher:
     So of each packet its last byte and its acknowledgement count, if they are new there.
 
     Several connections may have the same addresses and ports, each in network namespaces of its
-    own, and the kernel gives them numbers that are near each other. Which namespace of the one
-    host talks to which of the other, the first packet tells that both have seen, and each SYN
-    anew: its number is no other's. A number that two others seem to share is that of two packets.
+    own, and the kernel gives them numbers that are near each other. The first packet that both
+    hosts have seen shows which namespace of one host talks to which of the other; each SYN shows
+    it again, because its number is unique. A number that two more seem to share is of two packets.
     """
 
     def __init__(self) -> None:
@@ -245,7 +245,7 @@ class PacketMatcher:
         self._arrived: dict[Key, _Sight] = {}
         self._peers: dict[Key, Any] = {}
         """Host, its namespace and a connection's ends there -> the other host's namespace."""
-        self.forgotten = 0
+        self.dropped = 0
 
     def feed(self, host: int, rows: Iterable[Any]) -> None:
         """Take rows of one host, in order of time."""
@@ -314,7 +314,7 @@ class PacketMatcher:
                 here[key] = sight
                 if len(here) > _MOST_WAITING:
                     del here[next(iter(here))]
-                    self.forgotten += 1
+                    self.dropped += 1
             return False
         del there[key]
         left, arrived = (sight, other) if leaves else (other, sight)
@@ -351,7 +351,7 @@ def _advanced(number: int, known: int) -> int:
 def together(
     first: Iterator[list[Any]], second: Iterator[list[Any]]
 ) -> Iterator[tuple[int, list[Any]]]:
-    """Batches of both, by Unix time as the hosts tell it: good enough for an order of reading."""
+    """Batches of both, by the Unix time of each host: good enough for an order of reading."""
     streams = (first, second)
     heads: list[list[Any] | None] = [next(stream, None) for stream in streams]
     while True:

@@ -109,7 +109,7 @@ class Courses:
         self._count += course.add(row, direction, code, passes_by=passes_by)
 
     def take(self, conn: Connection) -> Course | None:
-        """Return what is noted of a connection that is over, and forget it."""
+        """Return what is noted of a connection that is over, and drop it."""
         course = self._courses.pop(conn.number, None)
         if course is not None:
             self._count -= len(course.points) // FIELDS

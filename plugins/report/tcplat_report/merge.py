@@ -37,7 +37,7 @@ def join_captures(first: str, second: str, output: str, *, quiet: bool) -> None:
     """Run the command.
 
     Raises:
-        UnboundedError: The packets do not tell how far the clocks are apart.
+        UnboundedError: The packets do not bound the offset of the clocks.
     """
     for where in (first, second):
         if where == "-" or where.startswith(("unix:", "tcp:")):

@@ -107,7 +107,7 @@ class Traffic:
             _, _, host, row = heapq.heappop(waiting)
             yield host, row
 
-    def _connection(  # noqa: C901, PLR0915 - a story, told from its beginning to its end
+    def _connection(  # noqa: C901, PLR0915 - one story, from its beginning to its end
         self, number: int, ts_ns: int, chance: Random
     ) -> Iterator[tuple[int, Event]]:
         near, far = ("10.0.0.1", 10_000 + number % 50_000), ("10.0.0.2", 80)

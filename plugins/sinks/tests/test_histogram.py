@@ -18,7 +18,7 @@ CONNECT = Histogram("connect", "SYN to established", ("connect", "state"))
 REPORT = RunReport(
     probes={
         "tcp_service": ProbeReport(
-            hooks=(), counted={}, uncounted={"in_recv": "recv by tracepoint does not tell it"}
+            hooks=(), counted={}, uncounted={"in_recv": "recv by tracepoint cannot measure it"}
         )
     },
     duration_s=2,
@@ -81,7 +81,7 @@ def test_each_interval_has_its_samples_and_the_run_has_all(tmp_path: Path) -> No
     ]
     assert found[1]["p50_us"] == pytest.approx(3000, rel=0.032)
     assert report["report"]["probes"]["tcp_service"]["no_histograms"] == {
-        "in_recv": "recv by tracepoint does not tell it"
+        "in_recv": "recv by tracepoint cannot measure it"
     }
 
 

@@ -281,9 +281,9 @@ def test_merged_losses_have_a_time_only_if_each_has_one(without_time: int) -> No
         for loss in losses:
             reader.lose(loss, msgspec.msgpack.encode({"lost": attrs.asdict(loss)}))
         drain(reader, theirs, unpacker)
-        (told,) = [one["lost"] for one in unpacker if one]
-    assert told == {**attrs.asdict(LOSS), "count": 2 * LOSS.count}
-    assert told["since_ns"] == told["until_ns"] == 0
+        (shown,) = [one["lost"] for one in unpacker if one]
+    assert shown == {**attrs.asdict(LOSS), "count": 2 * LOSS.count}
+    assert shown["since_ns"] == shown["until_ns"] == 0
 
 
 def test_silent_reader_delays_close_by_at_most_1s(bench: Bench) -> None:

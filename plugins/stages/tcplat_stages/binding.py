@@ -176,7 +176,7 @@ def _free(known: Sequence[Connection], index: int, netns: Any, syn: int) -> Conn
         known: As _find() has them.
         index: Which end.
         netns: Where the socket is.
-        syn: Number of the client's SYN; -1 where the row does not tell.
+        syn: Number of the client's SYN; -1 if the row does not have it.
     """
     likely = []
     for conn in reversed(known):

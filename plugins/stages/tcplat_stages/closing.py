@@ -50,7 +50,7 @@ def note_bytes(conn: Connection, index: int, finish: int) -> None:
 
 
 def take_back(conn: Connection) -> None:
-    """Forget the RST that was seen: the connection goes on, so it was ignored."""
+    """Drop the RST that was seen: the connection goes on, so it was ignored."""
     if conn.reset_seen is None:
         return
     conn.reset_seen = conn.reset_by = conn.reset_why = None
@@ -66,7 +66,7 @@ def note_change(conn: Connection, old: str, new: str, desc: str) -> None:
 
 
 def settle_rst(conn: Connection) -> None:
-    """Forget, at the end of a connection, a RST of which the open socket has no row."""
+    """Drop, at the end of a connection, a RST of which the open socket has no row."""
     if conn.reset_seen is None or conn.reset_by is None or conn.missed:
         return
     sender, receiver = conn.ends[conn.reset_by], conn.ends[1 - conn.reset_by]

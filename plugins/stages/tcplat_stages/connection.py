@@ -23,7 +23,7 @@ from .row_fields import NO_PROCESS, Process, shared
 from .stream import CLIENT, MOST_URGENT, NOT_SEEN, SERVICE, Flow
 
 STATS = ("srtt_us", "min_rtt_us", "rto_us", "retransmits", "bytes_acked", "bytes_received")
-"""What probe tcp_stats tells of a socket that closes."""
+"""What probe tcp_stats reports when a socket closes."""
 
 _ROUND_TRIPS = (
     (SYN_TX, SYNACK_RX),
@@ -103,7 +103,7 @@ class Connection:
         eof_ns: When the client last read the end of the service's stream.
         left_ns: When the client's kernel knew that the service had closed its side.
         doubtful: Another connection has the same addresses at the same time, in other network
-            namespaces, and nothing tells which rows are whose: it is not joined.
+            namespaces, and no row shows which is which: it is not joined.
         ended: Why it is reported of: closed, idle, given up, end of run.
     """
 
@@ -243,7 +243,7 @@ class Connection:
         self.ask_ns: int | None = None
         """When the first byte that is not answered was sent."""
         self.ask_by: Process | None = None
-        """By which process; None where no row tells."""
+        """The process; None if no row has it."""
         self.ask_retransmits = 0
         self.ask_zeros = 0
         self.replying: Exchange | None = None
@@ -307,9 +307,9 @@ class Connection:
         return self.flows[index].retransmits + (self.syns if index == CLIENT else 0)
 
     def bytes_of(self, index: int) -> int | None:
-        """Return the bytes that an end sent, as far as any point tells; None where none does.
+        """Return the bytes that an end sent, as far as any point shows; None if none does.
 
-        Those of its stream: urgent ones are beside it, where rows of calls tell.
+        Those of its stream: urgent ones are beside it, if rows of calls show them.
         """
         flow = self.flows[index]
         # Not `ready`: a FIN counts there.
@@ -343,7 +343,7 @@ class Connection:
 
     @property
     def trip_ns(self) -> int | None:
-        """A round trip, as the kernel or the handshake tells; None where neither does."""
+        """The round trip, of the kernel or of the handshake; None if neither is known."""
         known = [end.stats["min_rtt_us"] for end in self.ends if end.stats]
         trips = [us * 1_000 for us in known if us]
         if not self.syns:

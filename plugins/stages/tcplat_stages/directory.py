@@ -1,4 +1,4 @@
-"""The connections that are remembered, and by what a row finds its own (D73)."""
+"""The connections that are kept, and how a row finds its own (D73)."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _STRAGGLERS_NS = 2_000_000_000
 _MOST_OVER = 8_192
 """Connections that are over and still take what belongs to them."""
 _MOST_ALIKE = 64
-"""Connections that are remembered of one pair of addresses: each row looks through them."""
+"""Most connections that are kept per pair of addresses: each row searches them."""
 _MOST_DONE = 65_536
-"""Sockets that are remembered longer than their connections."""
+"""Most sockets that are kept longer than their connections."""
 _LAST_NS = attrgetter("last_ns")
 
 
 class Directory:
-    """Connections that are remembered, by number, socket, addresses, and where packets are seen.
+    """The connections that are kept, by number, socket, addresses, and place of their packets.
 
     Args:
-        turns: Told of connections that end.
+        turns: Gets the connections that end.
         losses: When rows were lost.
-        most: Connections that are remembered; the one that was silent for longest goes. Of those
-            that have neither a socket nor data a quarter as many; the oldest goes.
+        most: Most connections that are kept; beyond that, the one that was silent for longest is
+            given up. Of those without a socket and data, a quarter as many; the oldest is.
 
     Attributes:
         conns: By number.
@@ -44,7 +44,7 @@ class Directory:
         done: Open sockets of connections that are reported: their later rows are ignored.
         by_addresses: By addresses, the youngest last; of loopback by network namespace, too.
         by_packet: By the namespace and addresses of a packet: the connection and direction.
-        given_up: How many connections went for want of room.
+        given_up: Number of connections that were given up because there were too many.
         closed_windows: Streams whose sender has closed its own window.
     """
 
@@ -61,7 +61,7 @@ class Directory:
         self._most = most
         self._most_bare = max(1, most // 4)
         self._bare: dict[int, Connection] = {}
-        """Those that a packet without data began, while they are remembered: the oldest first."""
+        """Those that a packet without data began: the oldest first."""
         self._over: deque[Connection] = deque()
         """Connections that are over and still take what belongs to them."""
         self._number = 0
@@ -243,7 +243,7 @@ class Directory:
             self.register(conn, netns)
 
     def _let_go(self, end: End) -> None:
-        """Forget the socket of a reported connection; an open one begins no other by late rows."""
+        """Drop the socket of a reported connection; if it is open, its late rows begin no other."""
         sock = end.sock
         if not sock or self.by_sock.get(sock) is not end:
             return
@@ -257,7 +257,7 @@ class Directory:
 def likeliest(
     likely: list[Connection], known: Iterable[Connection], index: int | None, netns: Any
 ) -> Connection | None:
-    """Return the one of these that a row of a namespace is of; None where no row tells.
+    """Return the one of these that a row of a namespace is of; None if no row shows it.
 
     Args:
         likely: Those that it may be of.

@@ -1,4 +1,4 @@
-"""What a capture that was merged of several hosts' says of the times between them."""
+"""The bounds of times between hosts, in a capture merged from several hosts."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ Never to "the next packet": segmentation, GRO, delayed ACKs, retransmits and
 pipelining move packets about, and leave the numbers of bytes alone.
 
 Here rows are handed on, and time passes. Whose row it is, `binding` (sockets) and `routing`
-(packets) find in the `directory`; `socket_rows` and `packet_rows` note what it tells; `turns` makes
+(packets) find in the `directory`; `socket_rows` and `packet_rows` note what it has; `turns` makes
 exchanges of that, `outcomes` says what became of them, `losses` which ones were not seen whole.
 """
 
@@ -39,7 +39,7 @@ class Joiner:
     Args:
         idle_ns: A reply is taken to be complete when all of it was read, and nothing
             more has come for so long.
-        most: Connections that are remembered; see Directory.
+        most: Most connections that are kept; see Directory.
 
     Attributes:
         directory: The connections.
@@ -61,7 +61,7 @@ class Joiner:
 
     @property
     def given_up(self) -> int:
-        """Connections that went for want of room."""
+        """Connections that were given up because there were too many."""
         return self.directory.given_up
 
     @property
@@ -123,7 +123,7 @@ class Joiner:
                 flags = row.flags or ""
                 if row.seq is None:
                     continue
-                # Half of all packets: an ACK that tells nothing, while no window is closed.
+                # Half of all packets: an ACK without news, while no window is closed.
                 if (
                     flags == "ACK"
                     and not row.bytes

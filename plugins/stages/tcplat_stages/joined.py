@@ -44,7 +44,7 @@ class Joined(Sink):
     _closed: bool = attrs.field(default=False, init=False)
 
     def write(self, batch: Sequence[Event]) -> None:
-        """Take rows; tell of what is complete by them."""
+        """Take rows; write what they complete."""
         if self._gaps and batch:
             self._write_losses(batch[0].ts_ns)
         self.feed(batch)

@@ -13,7 +13,7 @@ from .exchange import OPEN, Exchange
 from .stream import CLIENT, SERVICE
 
 STREAM = frozenset({"send", "send_short", "recv", "ready"})
-"""Rows of a socket that tell of bytes of its streams."""
+"""Rows of a socket that have bytes of its streams."""
 PACKETS = frozenset({"nic_tx", "nic_rx", "rx_ip"})
 MOVES = frozenset({"connect", "state"})
 """Rows by which a socket may begin another connection."""
@@ -47,7 +47,7 @@ class Losses:
         self._gaps: list[tuple[int, int]] = []
         """Between which instants rows were lost: apart from each other, and in order."""
         self._blurred_ns = -1
-        """Up to here these gaps are forgotten: rows may have been lost anywhere."""
+        """Up to here the gaps are no longer kept: rows may have been lost anywhere."""
 
     def add(self, loss: Loss) -> None:
         """Take a loss: rows are missing between the last row and the next, if it has no times.
@@ -106,7 +106,7 @@ class Losses:
             (REQUEST_READ, SERVICE) if exchange.kind == "request" else (REPLY_READ, CLIENT)
         )
         if exchange.outcome == OPEN or (conn.ends[reader].streams and stamps[last] is None):
-            return True  # its end is not known: what would tell may be among what was lost
+            return True  # its end is not known: the row that had it may be lost
         return exchange.beyond or self._gaps[first][0] < max(*known, exchange.over_ns or 0)
 
 

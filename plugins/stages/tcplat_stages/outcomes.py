@@ -98,7 +98,7 @@ def judge_cut_short(exchange: Exchange, stopped: tuple[int, str]) -> None:
 def _was_refused(exchange: Exchange) -> bool:
     """Return whether no byte of a reply, which came after the client's FIN, was read.
 
-    Where its reads have no rows, a RST tells: a kernel without a reader answers data by one, at
+    Where its reads have no rows, a RST shows it: a kernel without a reader answers data by one, at
     once. A client that has only closed its side goes on reading.
     """
     conn = exchange.conn
@@ -111,7 +111,7 @@ def _was_refused(exchange: Exchange) -> bool:
 
 
 def _has_come_whole(conn: Connection, exchange: Exchange) -> bool:
-    """Return whether nothing says that some of the reply did not come to the client."""
+    """Return whether no row shows that part of the reply did not come to the client."""
     flow, end = conn.flows[SERVICE], exchange.reply_end
     if not conn.ends[CLIENT].streams:
         return not 0 <= flow.arrived() < end
@@ -163,7 +163,7 @@ def judge_unanswered(
 
 
 def _replied_unseen(conn: Connection, since_ns: int) -> bool:
-    """Return whether the service sent, since an instant, what no row of its calls tells.
+    """Return whether the service sent, since an instant, bytes that are in no row of its calls.
 
     Of MPTCP there are no such rows: the calls are another socket's. Rows may be lost, too.
     """
@@ -204,7 +204,7 @@ def _went_at_once(conn: Connection, last_ns: int, read_ns: int | None) -> bool:
     Args:
         conn: Whose last message it is.
         last_ns: When its last byte was sent.
-        read_ns: When the service read that; None where it did not, or no row tells.
+        read_ns: When the service read that; None if it did not, or if no row shows it.
     """
     left_ns, gone_ns = conn.fin_ns
     if conn.reset_by is not None or conn.error or not left_ns or not _by_itself(conn):
@@ -231,13 +231,13 @@ def _by_itself(conn: Connection) -> bool:
         return False  # before it closed; or it closed its side alone, and went on waiting
     if not gone_ns or left_ns <= gone_ns or _sees_reads(conn):
         return True
-    # Nothing tells what it read: its FIN left before the service's could have come to it.
+    # No row shows what it read: its FIN left before the service's could have come to it.
     trip_ns = conn.trip_ns
     return trip_ns is not None and left_ns - gone_ns < trip_ns
 
 
 def _sees_reads(conn: Connection) -> bool:
-    """Return whether rows tell all that the client reads, including the end of the stream."""
+    """Return whether rows show all that the client reads, including the end of the stream."""
     return conn.ends[CLIENT].streams and not conn.flows[SERVICE].unseen
 
 

@@ -1,4 +1,4 @@
-"""What packets tell: how far a stream has come where, handshakes, windows, ends."""
+"""What packets show: how far a stream has come where, handshakes, windows, ends."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class PacketRows:
         if conn.missed:
             number = KINDS.index(point)
             before = (flow.tx, flow.nic, flow.ip)[number].position
-            # Where sockets tell of both ends, the turns are theirs.
+            # Where both ends have rows of sockets, the turns are theirs.
             alone = not (conn.ends[CLIENT].sock and conn.ends[SERVICE].sock)
             kind = 1 << PACKET_ROWS + len(KINDS) * index + number
             resumes(conn, kind, gap=alone and at > before >= 0)

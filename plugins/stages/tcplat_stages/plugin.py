@@ -1,4 +1,4 @@
-"""The sinks that tell where the time goes."""
+"""The sinks that show where the time goes."""
 
 from __future__ import annotations
 

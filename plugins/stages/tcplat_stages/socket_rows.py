@@ -1,4 +1,4 @@
-"""What rows of sockets tell: calls, wake-ups, changes of state."""
+"""What rows of sockets show: calls, wake-ups, changes of state."""
 
 from __future__ import annotations
 

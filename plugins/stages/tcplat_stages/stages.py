@@ -94,7 +94,7 @@ class Stages(Joined):
     _lost: int = attrs.field(default=0, init=False)
 
     def feed(self, batch: Sequence[Event]) -> None:
-        """Take rows; at the end of an interval, tell of it."""
+        """Take rows; at the end of an interval, write its stages."""
         if not self.every_ns:
             super().feed(batch)
             return
@@ -238,7 +238,7 @@ def _as_text(group: Group) -> tuple[str, ...]:
 def as_json(
     group_by: tuple[str, ...], group: Group, name: str, histogram: DurationHistogram
 ) -> dict[str, Any]:
-    """One group's stage as one object; null for what the groups are not told apart by."""
+    """Return a stage of a group as an object; keys that are not grouped by are null."""
     values = dict(zip(group_by, group, strict=True))
     return {
         "v": 1,

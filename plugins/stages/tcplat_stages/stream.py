@@ -18,7 +18,7 @@ Callers = list[tuple[int, Process]]
 
 
 def caller(callers: Callers, position: int) -> Process | None:
-    """Return the process that sent the byte at `position`; None where no row tells."""
+    """Return the process that sent the byte at `position`; None if no row shows it."""
     found = None
     for begin, process in reversed(callers):
         if begin <= position:
@@ -28,7 +28,7 @@ def caller(callers: Callers, position: int) -> Process | None:
 
 
 Log = list[tuple[int, int | None]]
-"""Position reached, and when: None where the rows that would tell were missed."""
+"""Position reached, and when: None if the rows that had it were missed."""
 
 
 NO_LOG: Log = []
@@ -54,7 +54,7 @@ _MOST_LATE = 4_096
 
 
 def reached(log: Log, position: int) -> int | None:
-    """Return when a log has the stream up to `position`; None where no row tells."""
+    """Return when a log has the stream up to `position`; None if no row shows it."""
     index = bisect_left(log, (position,))
     return log[index][1] if index < len(log) else None
 
@@ -123,7 +123,7 @@ class Reach:
             self.skip(min(self.late)[0])
 
     def skip(self, finish: int) -> None:
-        """Bytes up to `finish` have come, and no row tells when."""
+        """Bytes up to `finish` have come, and no row shows when."""
         if self.late:
             finish = self._whole(finish)
         self.position = finish
@@ -146,8 +146,8 @@ class Reach:
         if self.late:
             self.late = [one for one in self.late if one[1] <= position]
 
-    def forget(self, position: int) -> None:
-        """Drop what only tells of bytes before `position`."""
+    def trim(self, position: int) -> None:
+        """Drop what is only of bytes before `position`."""
         log = self.log
         if log and log[0][0] < position:
             del log[: bisect_left(log, (position,))]
@@ -287,7 +287,7 @@ class Flow:
         self.reads = added(self.reads, finish, ts_ns)
 
     def drop_logs(self) -> None:
-        """Forget when: how far the stream has come stays."""
+        """Drop the instants; keep how far the stream has come."""
         self.sends = self.reads = NO_LOG
         self.senders = NO_SENDERS
         for reach in (self.tx, self.nic, self.ip, self.ready):
@@ -306,7 +306,7 @@ class Flow:
             self.beside += at - before
 
     def take_urgent(self, begin: int, end: int) -> int:
-        """Return how many urgent bytes lie between two positions; forget what lies before `end`."""
+        """Return how many urgent bytes lie between two positions; drop those before `end`."""
         if not self.urgent:
             return 0
         found = sum(max(min(last, end) - max(at, begin), 0) for at, last in self.urgent)
@@ -317,8 +317,8 @@ class Flow:
         """Return how far it has come at the receiver's host."""
         return max(self.ip.position, self.nic.position)
 
-    def forget(self, position: int) -> None:
-        """Drop what only tells of bytes before `position`."""
+    def trim(self, position: int) -> None:
+        """Drop what is only of bytes before `position`."""
         sends, reads = self.sends, self.reads
         if sends and sends[0][0] < position:
             del sends[: bisect_left(sends, (position,))]
@@ -326,10 +326,10 @@ class Flow:
             del reads[: bisect_left(reads, (position,))]
         while len(self.senders) > 1 and self.senders[1][0] < position:
             del self.senders[0]
-        self.tx.forget(position)
-        self.nic.forget(position)
-        self.ip.forget(position)
-        self.ready.forget(position)
+        self.tx.trim(position)
+        self.nic.trim(position)
+        self.ip.trim(position)
+        self.ready.trim(position)
 
     def logs(self) -> tuple[Log, ...]:
         """Return all that grows with the stream."""

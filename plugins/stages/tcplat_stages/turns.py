@@ -66,7 +66,7 @@ class Turns:
     def replied(self, conn: Connection, at: int, finish: int) -> None:
         """Take bytes of the service's stream that are seen behind the service."""
         flow = conn.flows[SERVICE]
-        # Where its socket is not watched, packets alone tell that it replies.
+        # Where its socket is not watched, packets alone show that it replies.
         if finish > flow.sent and not conn.ends[SERVICE].sock:
             # A packet may carry what was sent before along with what was not.
             at = max(at, flow.sent)
@@ -118,13 +118,13 @@ class Turns:
             exchange.parted = exchange.stamps, self._farewell(conn, pause.at, asked)
             exchange.stamps = whole
         _ask_from(conn, asked)
-        request.forget(asked + 1)
+        request.trim(asked + 1)
         conn.replying = exchange
 
     def settle(self, conn: Connection, why: str = "") -> None:
         """Decide what the service had read, where calls that have no rows may have read it.
 
-        A wake-up tells how far it had come by then; the next wake-up comes with the next request.
+        A wake-up shows how far it had come by then; the next wake-up comes with the next request.
 
         Args:
             conn: Whose service is watched.
@@ -150,7 +150,7 @@ class Turns:
             replying.request_end = copied
             _arrived(replying, copied)
             _ask_from(conn, copied)
-            flow.forget(copied + 1)
+            flow.trim(copied + 1)
 
     def _begin(self, conn: Connection, kind: str, end: int) -> Exchange:
         """Return a new exchange, with what is known of its request."""
@@ -205,7 +205,7 @@ class Turns:
         stamps[REPLY_IP] = reached(flow.ip.log, end)
         stamps[REPLY_READY] = reached(flow.ready.log, end)
         stamps[REPLY_READ] = reached(flow.reads, end)
-        flow.forget(end + 1)
+        flow.trim(end + 1)
         if why:
             judge_cut_short(exchange, self._stopped(conn, why))
         farewell = None
@@ -379,7 +379,7 @@ def _arrived(exchange: Exchange, end: int) -> None:
 
 
 def has_come(conn: Connection, end: int) -> bool:
-    """Return whether the reply is there up to `end`, as far as any point tells."""
+    """Return whether the reply is there up to `end`, as far as any point shows."""
     flow = conn.flows[SERVICE]
     if conn.ends[CLIENT].sock:
         # Of splice() there may be no rows: then it is never known when it was read.
@@ -391,7 +391,7 @@ def has_come(conn: Connection, end: int) -> bool:
 
 
 def prune(conn: Connection, index: int) -> None:
-    """Forget the instants of a long message that cannot be its last byte's any more."""
+    """Drop the instants of a long message that cannot be its last byte's any more."""
     flow = conn.flows[index]
     if index == CLIENT:
         needed = max(read_up_to(conn), conn.answered)
@@ -401,7 +401,7 @@ def prune(conn: Connection, index: int) -> None:
         needed = conn.waiting[0].reply_end if conn.waiting else flow.sent
     if index == SERVICE and conn.doubt is not None:
         needed = min(needed, conn.doubt[0])
-    flow.forget(needed)
+    flow.trim(needed)
     if len(flow.senders) > LONG:
         flow.senders[: LONG // 2] = [(flow.senders[0][0], NO_PROCESS)]
     for log in flow.logs():

@@ -202,7 +202,7 @@ def _what(exchange: Exchange) -> str:
     if exchange.kind == "exchange":
         words = {UNANSWERED: "late, unread ", CUT: "cut off after ", OPEN: "so far "}
         return f"{asked}, reply {words.get(exchange.outcome, '')}{exchange.reply_bytes} B"
-    words = {UNANSWERED: "unanswered", OPEN: "no reply yet", UNKNOWN: "no row tells of a reply"}
+    words = {UNANSWERED: "unanswered", OPEN: "no reply yet", UNKNOWN: "no row shows a reply"}
     return f"{asked}, {words.get(exchange.outcome, 'no reply awaited')}"
 
 
@@ -237,10 +237,10 @@ def _bars(split: Split, width: int, bound_ns: int | None, waited_ns: int = 0) ->
         parts.append((WAITING, rest_ns, duration(rest_ns)))
     names = max((len(name) for name, _, _ in parts), default=0)
     times = max((len(time) for _, _, time in parts), default=0)
-    room = max(width - names - times - 6, _LEAST_BAR)
+    columns = max(width - names - times - 6, _LEAST_BAR)
     lines, before_ns = [], 0
     for name, ns, time in parts:
-        shown = bar(before_ns, ns, whole_ns, room)
+        shown = bar(before_ns, ns, whole_ns, columns)
         lines.append(f"    {name:<{names}} {time:>{times}} {shown}".rstrip())
         before_ns += ns
     return lines

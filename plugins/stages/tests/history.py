@@ -66,7 +66,7 @@ class History:
         netns: Namespaces of the two ends.
         ends: Addresses and ports of the two ends.
         socks: Numbers of the two sockets.
-        numbered: Changes of state tell the number of the client's first byte.
+        numbered: Changes of state have the number of the client's first byte.
     """
 
     first: tuple[int, int] = (1_000, 5_000)

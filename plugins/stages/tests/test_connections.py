@@ -244,7 +244,7 @@ PROBES = ("tcp_client", "tcp_service", "dev_xmit", "xdp_port", "rx_ip")
 def pair(
     number: int, begins: int, *, steps: Sequence[int], numbered: bool, first: tuple[int, int]
 ) -> History:
-    """One of two pairs; the length of a message tells which pair sent it."""
+    """One of two pairs; the length of a message shows which pair sent it."""
     history = History(
         first,
         netns=(NETNS, OTHERS)[number],
@@ -438,7 +438,7 @@ def test_alternating_processes_use_bounded_memory() -> None:
 
 
 def busy(step: Callable[[int], list[Row]], count: int) -> Joiner:
-    """Join so many steps of rows; return the joiner, with what it has remembered."""
+    """Join so many steps of rows; return the joiner, with what it has kept."""
     joiner = Joiner()
     for number in range(count):
         joiner.feed(step(number))

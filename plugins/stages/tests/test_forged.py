@@ -25,10 +25,10 @@ some_probes = st.sets(st.sampled_from(PROBES), max_size=len(PROBES) - 1)
 
 def joined(rows: Sequence[Row]) -> tuple[list[Exchange], list[Connection]]:
     joiner = Joiner()
-    told = joiner.feed(rows) + joiner.finish()
+    shown = joiner.feed(rows) + joiner.finish()
     return (
-        [one for one in told if isinstance(one, Exchange)],
-        [one for one in told if isinstance(one, Connection)],
+        [one for one in shown if isinstance(one, Exchange)],
+        [one for one in shown if isinstance(one, Connection)],
     )
 
 
@@ -87,9 +87,9 @@ def test_reset_with_the_next_sequence_number_counts(end: int, without: set[str])
     history.socket(now + 11, 1 - end, "close", state="TCP_CLOSE")
     history.socket(now + 12, end, "close", state="TCP_CLOSE")
     rows = history.rows(without)
-    told = any(row.flags == "RST|ACK" or row.desc == "ECONNRESET" for row in rows)
+    shown = any(row.flags == "RST|ACK" or row.desc == "ECONNRESET" for row in rows)
     _, (conn,) = joined(rows)
-    assert conn.reset_by == (end if told else None)
+    assert conn.reset_by == (end if shown else None)
 
 
 @pytest.mark.parametrize("without", [(), ("tcp_client",), SOCKETS])
@@ -97,7 +97,7 @@ def test_reset_with_the_next_sequence_number_counts(end: int, without: set[str])
 def test_reset_followed_by_traffic_was_ignored(end: int, without: tuple[str, ...]) -> None:
     history = History()
     now = talk(history, history.shake_hands() + 1_000)
-    # Its number is right, and its checksum is not: nothing in the row tells.
+    # Its number is right, and its checksum is not: nothing in the row shows it.
     inject(history, now, end, history.sent[end], flags="RST")
     history.close(talk(history, now + 10_000) + 1_000)
     exchanges, (conn,) = joined(history.rows(without))
@@ -112,7 +112,7 @@ def test_socket_open_at_the_end_was_not_reset() -> None:
     inject(history, now, CLIENT, history.sent[CLIENT], flags="RST")
     _, (conn,) = joined(history.rows())
     assert (conn.reset_by, conn.ended) == (None, "end of run")
-    # Where no socket is watched, nothing tells that it was ignored.
+    # Where no socket is watched, no row shows that it was ignored.
     _, (conn,) = joined(history.rows(SOCKETS))
     assert conn.reset_by == CLIENT
 
@@ -183,9 +183,9 @@ def test_bytes_that_were_seen_before_their_send_are_not_its_bytes(end: int) -> N
         if history is attacked:
             inject(history, now, end, history.sent[end], 900)
         history.close(talk(history, now + 10_000) + 1_000)
-    (told, expected) = (joined(one.rows()) for one in (attacked, plain))
-    assert story(told[1]) == story(expected[1])
-    assert [one.stamps for one in told[0]] == [one.stamps for one in expected[0]]
+    (shown, expected) = (joined(one.rows()) for one in (attacked, plain))
+    assert story(shown[1]) == story(expected[1])
+    assert [one.stamps for one in shown[0]] == [one.stamps for one in expected[0]]
 
 
 def test_a_stream_that_goes_on_far_away_is_followed() -> None:
@@ -213,6 +213,6 @@ def test_a_syn_while_the_client_is_connected_begins_no_connection(
         if history is attacked:
             inject(history, now, CLIENT, 2**30, flags="SYN", ack=None)
         history.close(talk(history, now + 10_000) + 1_000)
-    told, expected = (joined(one.rows(without))[1] for one in (attacked, plain))
-    assert story(told) == story(expected)
-    assert [conn.syns for conn in told] == [0]
+    shown, expected = (joined(one.rows(without))[1] for one in (attacked, plain))
+    assert story(shown) == story(expected)
+    assert [conn.syns for conn in shown] == [0]

@@ -769,7 +769,7 @@ def test_durations_of_40000_waiting_requests_are_exact() -> None:
         history.socket(at + 20, CLIENT, "recv", seq=history.seq(SERVICE, number), bytes=1)
         truth.append(at + 20 - (now + number * gap))
     exchanges, _, _ = joined(history.rows())
-    # Of eight sends one is still remembered: three times 16,384 came.
+    # Of eight sends one is still kept: three times 16,384 came.
     for exchange, total_ns in zip(exchanges, truth, strict=False):
         assert total_ns - 8 * gap <= exchange.total_ns <= total_ns
 

@@ -377,7 +377,7 @@ def test_reply_under_way_at_the_end_is_open() -> None:
     assert [one[0] for one in outcomes(history.rows())] == ["answered", "open"]
 
 
-# --- a service that reads by splice(): no recv row tells of it, by tracepoint
+# --- a service that reads by splice(): it has no recv row, by tracepoint
 
 
 @given(TURNS, NUMBERS, st.integers(), st.sets(st.sampled_from(["nic_tx", "nic_rx", "tcp_client"])))
@@ -580,24 +580,24 @@ def test_outcomes_agree_with_the_counts() -> None:
     assert sum(counted.values()) == len(exchanges)
 
 
-@pytest.mark.parametrize("tells", ["packets", "acked", "received", "an orderly end"])
+@pytest.mark.parametrize("shows", ["packets", "acked", "received", "an orderly end"])
 def test_connection_without_call_rows_has_no_missing_reply(
-    tells: str, written: Callable[..., str]
+    shows: str, written: Callable[..., str]
 ) -> None:
     """As with MPTCP: states and packets of a subflow have rows, its calls have none."""
     history = History()
     now = one_answered(history)
-    history.socket(now + SECOND - 2, SERVICE, "stats", bytes_acked=202 if tells == "acked" else 2)
-    received = 201 if tells == "received" else 1
+    history.socket(now + SECOND - 2, SERVICE, "stats", bytes_acked=202 if shows == "acked" else 2)
+    received = 201 if shows == "received" else 1
     history.socket(now + SECOND - 1, CLIENT, "stats", bytes_received=received)
     history.close(now + SECOND)
-    calls = {"send", "recv", *(["accept"] if tells == "an orderly end" else [])}
-    packets = set() if tells == "packets" else {"dev_xmit", "xdp_port"}
+    calls = {"send", "recv", *(["accept"] if shows == "an orderly end" else [])}
+    packets = set() if shows == "packets" else {"dev_xmit", "xdp_port"}
     rows = history.rows(calls | packets)
     (one,), (conn,), _ = joined(rows)
     assert (one.outcome, one.waited_ns) == ("unknown", None)
     assert conn.outcomes == {"unknown": 1}
-    assert "no row tells of a reply" in written("waterfall", rows)
+    assert "no row shows a reply" in written("waterfall", rows)
     assert "1 of unknown outcome" in written("summary", rows)
     assert objects(written("summary", rows, format="json"))[0]["unanswered"] == 0
 

@@ -344,7 +344,7 @@ def test_unmeasured_kernel_figure_is_not_shown(
     history.packet(now + 7, "nic_tx", CLIENT, 0, 10)
     text = written("summary", history.rows())
     assert "client   srtt 1.20 ms · RTO 201.00 ms\n" in text
-    # The kernel's count is unknown as well: packets tell.
+    # The kernel's count is unknown as well: packets show it.
     assert "client retransmitted 1" in text
 
 

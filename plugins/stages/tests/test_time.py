@@ -156,7 +156,7 @@ def test_interval_ends_without_new_rows(tmp_path: Path) -> None:
     sink.passed(2 * SECOND)
     finished = (tmp_path / "out").read_text(encoding="utf-8").splitlines()
     assert {'"until_ns":2000000000' in line for line in finished} == {True}
-    # And no more of those that follow, until there is something to tell.
+    # And no more of those that follow, until there is something to write.
     sink.passed(11 * SECOND)
     assert (tmp_path / "out").read_text(encoding="utf-8").splitlines() == finished
 

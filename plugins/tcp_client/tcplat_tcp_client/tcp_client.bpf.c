@@ -57,7 +57,7 @@ int tp_connect(struct bpf_raw_tracepoint_args *ctx)
 /*
  * At the entry of tcp_v4_connect() no address is known; on loopback the handshake
  * is over at its return. So the row is made in between, at the change to
- * TCP_SYN_SENT, and stamped with the entry. The return tells of what never got there.
+ * TCP_SYN_SENT, and stamped with the entry. The return reports what never got there.
  */
 static __always_inline int enter_connect(struct sock *sk, const u8 *uaddr, u16 family)
 {
@@ -214,7 +214,7 @@ int fx_tcp_v6_connect(struct bpf_raw_tracepoint_args *ctx)
 /* --- state: each transition, and with it how long the connect took */
 
 /*
- * The number of the first byte that the client sends tells which connection it is, where others
+ * The number of the first byte that the client sends identifies the connection, where others
  * have the same addresses. A SYN that was acknowledged counts in bytes_acked (RFC 4898), as bytes
  * do that went along with it. Where none was sent, there is no number: snd_nxt is that of the last
  * connection.

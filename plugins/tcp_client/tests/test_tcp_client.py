@@ -99,5 +99,5 @@ def test_readme_has_every_point_and_every_reporting_hook() -> None:
 
 def test_readme_has_every_histogram() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    told = [line.split("`")[1] for line in readme.splitlines() if line.startswith("- `")]
-    assert [histogram.name for histogram in HISTOGRAMS] == told[: len(HISTOGRAMS)]
+    shown = [line.split("`")[1] for line in readme.splitlines() if line.startswith("- `")]
+    assert [histogram.name for histogram in HISTOGRAMS] == shown[: len(HISTOGRAMS)]

@@ -34,7 +34,7 @@
 BPF_TABLE("array", u32, u64, arrivals, ARRIVALS);
 
 struct wait {
-	u64 ready_ns; /* when the reader was told of them; 0: not known */
+	u64 ready_ns; /* when the reader was woken for them; 0: not known */
 	u32 seq;      /* of the first of these bytes; the next wait's is where they end */
 	u32 pad;
 };
@@ -43,7 +43,7 @@ struct wait {
 
 struct unread {
 	u64 sock;        /* whose it is: the kernel uses addresses again */
-	u32 seq;         /* the byte after the last one that its reader was told of */
+	u32 seq;         /* the byte after the last one that its reader was woken for */
 	u32 first, next; /* the waits are waits[n % WAITS], first <= n < next */
 	u32 pad;
 	struct wait waits[WAITS];
@@ -73,7 +73,7 @@ static __always_inline struct unread *unread_of(const struct tcplat_sock *s, u64
 	if (!s->place_key)
 		return far_unreads.lookup(&key);
 	u = unreads.lookup(&at);
-	/* Else it were one call, with either map: no load any more. */
+	/* Barrier: clang would merge both lookups into one call, which the kernel cannot inline. */
 	asm volatile("" : "+r"(u));
 	return u;
 }
@@ -128,7 +128,7 @@ static __always_inline bool take_arrival(struct tcplat_sock *s, u32 seq, u64 now
 }
 
 /*
- * The reader is told. If there are new bytes: how long ago did the segment come that
+ * The reader is woken. If there are new bytes: how long ago did the segment come that
  * brought the first of them?  Calls for one socket do not overlap: its lock is held.
  */
 static __always_inline void measure_ready(struct sock *sk, struct tcplat_sock *s, u64 now)
@@ -173,7 +173,7 @@ static __always_inline void measure_ready(struct sock *sk, struct tcplat_sock *s
 	u->next++;
 }
 
-/* Bytes were read: how long ago was the reader told of the first of them? */
+/* Bytes were read: how long ago was the reader woken for the first of them? */
 static __always_inline void measure_recv(struct sock *sk, struct tcplat_sock *s, u32 bytes, u64 now)
 {
 	const struct tcp_sock *tp = (const struct tcp_sock *)sk;
@@ -190,7 +190,7 @@ static __always_inline void measure_recv(struct sock *sk, struct tcplat_sock *s,
 		return;
 	}
 	begin = tcplat_get(tp, copied_seq);
-	/* No FIN is among the bytes that the reader was told of. */
+	/* No FIN is among the bytes that the reader was woken for. */
 	if ((s32)(begin - u->seq) > 0)
 		begin = tcplat_next_byte(tp, begin, tcplat_get(sk, __sk_common.skc_state));
 	begin -= bytes;
@@ -643,8 +643,8 @@ int tp_state(struct bpf_raw_tracepoint_args *ctx)
 }
 
 /*
- * tcp_set_state() tells each transition but that to TCP_LISTEN, which
- * inet_csk_listen_start() makes by itself: the tracepoint tells that one.
+ * tcp_set_state() makes each transition but that to TCP_LISTEN, which
+ * inet_csk_listen_start() makes by itself: the tracepoint reports that one.
  */
 #if defined(TCPLAT_FENTRY_state) || defined(TCPLAT_KPROBE_state)
 int tp_listen(struct bpf_raw_tracepoint_args *ctx)
@@ -656,7 +656,7 @@ int tp_listen(struct bpf_raw_tracepoint_args *ctx)
 	return report_state(sk, ctx->args[1], TCP_LISTEN, HOOK_tp_listen);
 }
 
-/* A segment that is handled by the book of states (RFC 9293, 3.10.7), before it changes them. */
+/* A segment that tcp_rcv_state_process() gets (RFC 9293, 3.10.7), before it changes the state. */
 static __always_inline int report_handled(struct sock *sk, struct sk_buff *skb, u8 hook)
 {
 	return tcplat_report(make_segment(sk, skb, hook));

@@ -199,9 +199,9 @@ def test_mutated_frames_are_read_as_the_references_read_them(
         assert len(found) == len(expected)
         reported += len(found)
         for got, (_, frame) in list(zip(found, expected, strict=True))[::50]:
-            told = by_scapy(frame)
-            asked += told is not None
-            assert told in (None, got), frame.hex()
+            shown = by_scapy(frame)
+            asked += shown is not None
+            assert shown in (None, got), frame.hex()
         batch.clear()
 
     for frame in mutated(templates(), FRAMES, SEED):

@@ -114,7 +114,7 @@ BPF_RINGBUF_OUTPUT(events, 8);
 /*
  * (cpu * hooks + hook) * 2 + {0: produced, 1: of these dropped} -> how many; hooks is
  * rounded up to whole cache lines (TCPLAT_HOOKS), so that no two CPUs write to the same.
- * The last entry -> sockets that could not be remembered: tcplat_socks was full.
+ * The last entry -> sockets that were not tracked: tcplat_socks was full.
  *
  * All entries exist from the start. The session maps the array and reads it.
  */

@@ -57,7 +57,7 @@ static __always_inline u64 tcplat_current_cgroup(void)
 /*
  * Processes and threads by the numbers that they have where tcplat runs: in a PID namespace of its
  * own, TCPLAT_PIDNS, those that /proc shows there. One that is outside is the kernel's number, with
- * TCPLAT_OUTSIDE; no row tells it.
+ * TCPLAT_OUTSIDE; no row has it.
  */
 #ifdef TCPLAT_PIDNS
 #define TCPLAT_OUTSIDE 0x80000000

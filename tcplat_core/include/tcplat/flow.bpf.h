@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
 /*
- * The two ends of a socket, and the way from them to its entry: packets know no socket.
+ * The two ends of a socket, and how they lead to its entry: a packet has no socket.
  */
 
 #define TCPLAT_LANES 2
@@ -33,7 +33,7 @@ BPF_TABLE("hash", struct tcplat_addrs, struct tcplat_flow, tcplat_flows, 1024);
 /* Slot 0 -> 1 once a lane other than the first was used: until then no look is worth while. */
 BPF_TABLE("array", u32, u8, tcplat_lanes, 1);
 
-/* The ends of a socket, as far as the kernel still knows: a failed connect forgets them. */
+/* The ends of a socket, as far as the kernel still has them: a failed connect clears them. */
 static __always_inline void tcplat_read_addrs(struct tcplat_addrs *to, const struct sock *sk)
 {
 	struct net *net = tcplat_get(sk, __sk_common.skc_net.net);

@@ -4,7 +4,7 @@
  */
 
 /*
- * What tells sockets apart that had the same address one after the other; 0 where no process has it
+ * Distinguishes sockets that had the same address one after the other; 0 where no process has it
  * open.
  */
 static __always_inline u32 tcplat_inode(const struct sock *sk)
@@ -149,8 +149,8 @@ static __always_inline struct tcplat_sock *tcplat_listen(const struct sock *sk)
 
 /*
  * A connection that came in is complete: the change from TCP_SYN_RECV to TCP_ESTABLISHED, the first
- * that its socket, the child of a listener, can be told by: until its own addresses are filled in
- * it is an exact copy of its parent. Its owner is the listener's, if there is one.
+ * that identifies its socket, the child of a listener: until its own addresses are filled in it is
+ * an exact copy of its parent. Its owner is the listener's, if there is one.
  */
 static __always_inline struct tcplat_sock *tcplat_inherit(const struct sock *sk, u64 now)
 {

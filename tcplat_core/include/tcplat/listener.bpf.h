@@ -22,7 +22,7 @@ struct tcplat_listener {
 	u8 inherited; /* 1: a process accepts that did not call listen() there */
 	u8 pad[5];
 	u64 pids;     /* of the users: the sum of the pids that called listen() ... */
-	u64 squares;  /* ... and of their squares: together they tell whether all are one process */
+	u64 squares;  /* ... and of their squares: together they show whether all are one process */
 	u64 start_ns; /* when that process began; 0: it listened before the run */
 	char comm[16] __attribute__((aligned(8)));
 };
@@ -211,7 +211,7 @@ static __always_inline struct tcplat_listener *tcplat_listener_at(const struct t
 
 /*
  * Who accepts at this port, and its name; 0 where it is not known.
- * Of several that listen at different devices, the addresses do not tell which one it is.
+ * Of several that listen at different devices, the addresses do not show which one it is.
  */
 static __always_inline u32 tcplat_listener_pid(const struct tcplat_listener *from, u16 port,
 					       char *comm)

@@ -126,8 +126,8 @@ tcplat_find_in_ipv6(const void *data, const void *at, const void *end, struct tc
 		/*
 		 * The verifier follows each way through the loop, kinds of headers to
 		 * the power of eight, unless all of them lead to the same state. A
-		 * difference of pointers makes it forget; the compiler must not see
-		 * that it knew the difference.
+		 * difference of pointers is an unknown number to it; the compiler must not
+		 * see which number it is.
 		 */
 		asm volatile("" : "+r"(at));
 		at = data + ((at - data) & 0x7fff);

@@ -46,7 +46,7 @@ struct tcplat_sock {
 #endif
 		};
 	};
-	struct tcplat_addrs addrs; /* once the source port is chosen: the kernel forgets it first */
+	struct tcplat_addrs addrs; /* once the source port is chosen: the kernel clears it first */
 };
 
 /* What is known of a socket that is older than the run: filled in from user space. */
@@ -243,7 +243,7 @@ static __always_inline struct tcplat_sock *tcplat_lookup(const struct sock *sk)
 		return NULL;
 	}
 	struct tcplat_sock fresh = {.id = tcplat_new_id()};
-	/* Which thread it was, /proc does not tell. */
+	/* /proc does not show which thread it was. */
 	tcplat_write_owner(&fresh.owner, (u64)seed->pid << 32, seed->comm);
 	fresh.role = seed->role;
 	fresh.wanted = seed->wanted;

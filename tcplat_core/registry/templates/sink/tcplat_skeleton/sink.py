@@ -39,7 +39,7 @@ class Totals(Sink):
         return self.totals.setdefault(group, [0, 0, 0])
 
     def lost(self, loss: Loss) -> None:
-        """Remember that the figures are too low."""
+        """Note that the figures are too low."""
         self.lost_events += loss.count
 
     def idle(self) -> None:
