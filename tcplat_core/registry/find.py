@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import importlib.metadata
 import inspect
 import os
@@ -176,8 +177,14 @@ class Plugins:
 
 
 def _own_first(entry: importlib.metadata.EntryPoint) -> tuple[bool, str, str, str]:
-    distribution = entry.dist.name if entry.dist else "?"
+    distribution, _ = _distribution(entry.dist)
     return distribution != _OURS, entry.name, entry.value, distribution
+
+
+@functools.lru_cache(64)
+def _distribution(dist: importlib.metadata.Distribution | None) -> tuple[str, str]:
+    """Return name and version. Each of them parses all of METADATA, which has the README in it."""
+    return (dist.name, dist.version) if dist else ("?", "?")
 
 
 def _found(
@@ -187,7 +194,7 @@ def _found(
     status: str = "broken",
     summary: str = "",
 ) -> Found:
-    version, distribution = (entry.dist.version, entry.dist.name) if entry.dist else ("?", "?")
+    distribution, version = _distribution(entry.dist)
     return Found(name, kind, version, distribution, status, summary)
 
 

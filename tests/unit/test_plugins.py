@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import email
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from email.message import Message
 from importlib.metadata import EntryPoint, entry_points
 from inspect import getdoc
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 
 from tcplat_core.errors import PluginError
 from tcplat_core.plugin import hookspecs
-from tcplat_core.registry.find import GROUP, Found, Plugins
+from tcplat_core.registry.find import GROUP, Found, Plugins, _distribution
 
 Install = Callable[..., None]
 
@@ -408,3 +410,19 @@ def test_every_hook_has_an_example() -> None:
     hooks = [name for name in vars(hookspecs) if name.startswith("tcplat_")]
     assert len(hooks) == 2
     assert all("Example::" in (getdoc(getattr(hookspecs, hook)) or "") for hook in hooks)
+
+
+def test_metadata_of_a_distribution_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds the README, and is parsed for each name and each version that is asked for."""
+    parsed: list[str] = []
+    parse = email.message_from_string
+
+    def counted(text: str) -> Message:
+        parsed.append(text)
+        return parse(text)
+
+    _distribution.cache_clear()
+    monkeypatch.setattr(email, "message_from_string", counted)
+    plugins = Plugins.load()
+    assert len(plugins.found) > 7
+    assert 0 < len(parsed) <= 2 * len({one.distribution for one in plugins.found})
