@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 DEMO_PACKAGES := python3-bpfcc python3-venv
 TEST_PACKAGES := $(DEMO_PACKAGES) bpfcc-tools bpftool chromium chromium-driver clang curl haproxy iproute2 nftables nginx-light procps sudo tcpdump tshark
 BENCH_PACKAGES := $(TEST_PACKAGES) bpftrace kmod
+# pytest rewrites each module's assertions: without the file that it caches them in, at each start.
+export PYTHONDONTWRITEBYTECODE :=
 # Live tests share one kernel, and run one by one.
 UNIT = $(BIN)/pytest -q -n auto --dist worksteal tests/unit plugins tests/vm/test_harness.py
 apt = dpkg -s $(1) >/dev/null 2>&1 || { apt-get update -qq && \

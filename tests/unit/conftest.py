@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import tests.examples  # noqa: F401 - it sets hypothesis up
 from tcplat_core.run import privileges
 
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tcplat_core.errors import PluginError
@@ -48,14 +48,12 @@ def distribution(*samples_ns: int) -> Distribution:
 # --- buckets
 
 
-@settings(deadline=None)
 @given(durations)
 def test_duration_lies_within_its_bucket(ns: int) -> None:
     low, high = bounds_ns(bucket(ns))
     assert low <= ns <= high
 
 
-@settings(deadline=None)
 @given(durations)
 def test_middle_of_a_bucket_is_at_most_3_2_percent_off(ns: int) -> None:
     assert abs(aggregates.middle_us(bucket(ns)) * 1000 - ns) <= 0.032 * ns
@@ -126,7 +124,6 @@ def test_kernel_and_python_agree_on_a_million_buckets(tmp_path: Path) -> None:
 # --- what is shown of them
 
 
-@settings(deadline=None)
 @given(st.lists(durations, min_size=1, max_size=200), st.floats(0, 100))
 def test_percentile_is_within_3_2_percent_of_its_sample(samples: list[int], percent: float) -> None:
     rank = max(1, math.ceil(len(samples) * percent / 100))

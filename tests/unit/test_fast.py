@@ -134,7 +134,7 @@ def test_lines_match_those_of_msgspec(event: type[Event]) -> None:
 
 
 @given(number=st.integers(0, (1 << 64) - 1))
-@settings(max_examples=2000 if LONG else 200, deadline=None)
+@settings(max_examples=2000 if LONG else 200)
 def test_json_of_the_library_keeps_every_digit(number: int) -> None:
     rows = batch(
         [codec_of_everything()],

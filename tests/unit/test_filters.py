@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import os
 import random
@@ -10,6 +11,7 @@ import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import attrs
@@ -41,21 +43,35 @@ def packed(address: str) -> bytes:
     return parsed.packed if parsed.version == 6 else bytes(10) + b"\xff\xff" + parsed.packed
 
 
-def evaluate(expression: str | int, **names: Any) -> bool:
-    """Evaluate a C condition of the kinds that filters are made of."""
-    python = re.sub(r"\(\(const u64 \*\)([^[]+)\)\[(\d)\]", r"half(\1, \2)", str(expression))
+@functools.lru_cache(1)
+def _compiled(expression: str) -> CodeType:
+    """Return a C condition as Python."""
+    python = re.sub(r"\(\(const u64 \*\)([^[]+)\)\[(\d)\]", r"half(\1, \2)", expression)
     python = python.replace("(a)->", "a.").replace("!(", "not (")
     python = re.sub(r"\b(0x[0-9a-f]+|\d+)(ULL|U)\b", r"\1", python)
     python = python.replace("&&", "and").replace("||", "or")
 
+    return compile(python, "a filter", "eval")
+
+
+def evaluate(expression: str | int, **names: Any) -> bool:
+    """Evaluate a C condition of the kinds that filters are made of."""
+
     def half(data: bytes, number: int) -> int:
         return int.from_bytes(data[8 * number : 8 * number + 8], sys.byteorder)
 
-    return bool(eval(python, {"half": half, **names}))  # noqa: S307 - made of our own text
+    return bool(eval(_compiled(str(expression)), {"half": half, **names}))  # noqa: S307 - our own
+
+
+@functools.lru_cache(1)
+def in_the_kernel(wanted: Filter) -> tuple[str, dict[bytes, bytes], set[bytes]]:
+    """Return the condition, and what is in its maps of ports and networks."""
+    test = wanted.defines()["TCPLAT_FILTER_ADDRS(a)"]
+    return str(test), wanted.port_words(), wanted.network_keys()
 
 
 def passes(wanted: Filter, addrs: Addrs) -> bool:
-    words, keys = wanted.port_words(), wanted.network_keys()
+    test, words, keys = in_the_kernel(wanted)
 
     def has_port(place: int, port: int) -> bool:
         """Read tcplat_ports as filter.bpf.h does."""
@@ -72,7 +88,6 @@ def passes(wanted: Filter, addrs: Addrs) -> bool:
             struct.pack("=I16s", bits, side.to_bytes(16, "big")) in keys for bits, side in cut
         )
 
-    test = wanted.defines()["TCPLAT_FILTER_ADDRS(a)"]
     return evaluate(test, a=addrs, tcplat_has_port=has_port, tcplat_in_networks=in_networks)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tcplat_core import Event, Loss, Merge, printable
@@ -76,7 +76,6 @@ def texts_in(value: Any) -> Iterator[str]:
 # --- texts
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_escaping_is_idempotent(plain: str) -> None:
     once = printable(plain)
@@ -84,13 +83,11 @@ def test_escaping_is_idempotent(plain: str) -> None:
     assert printable(once) == once
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=40))
 def test_kernel_name_reads_back_unchanged(raw: bytes) -> None:
     assert printable(text(raw)) == text(raw)
 
 
-@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_text_survives_repeated_capture_and_replay(plain: str) -> None:
     for form in (line, packed):
@@ -274,7 +271,6 @@ def test_rows_behind_damage_are_read(unit: bytes, form: Any) -> None:
 _PIECES = [unit for unit in UNITS.values() if b'"' not in unit and b"{}" not in unit]
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from([*_PIECES, packed(**of_row())]), max_size=40), st.integers(1, 400))
 def test_chunk_boundaries_do_not_change_a_damaged_capture(units: list[bytes], size: int) -> None:
     data = packed(**of_row()) + b"".join(units)

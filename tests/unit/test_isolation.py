@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tcplat_core.errors import CannotRunError
 from tcplat_core.loader import isolation
 from tcplat_core.run import privileges
 
@@ -241,21 +242,30 @@ def test_privileged_groups_of_the_caller_are_dropped(
 
 @pytest.mark.parametrize("value", ["-1", "4294967295", "x", "1e3", "²", " 5"])
 @pytest.mark.parametrize("name", ["SUDO_UID", "SUDO_GID"])
-@pytest.mark.skipif(os.geteuid() != 0, reason="for others the variable means nothing")
-def test_invalid_sudo_uid_or_gid_is_refused(name: str, value: str) -> None:
+def test_invalid_sudo_uid_or_gid_is_refused(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To setresuid(2), -1 means no change: so it is not a uid."""
+    monkeypatch.setenv("SUDO_UID", "65534")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(CannotRunError) as refused:
+        privileges._user_behind_sudo()
+    assert str(refused.value) == (f"{name}={value} is not a number as sudo sets it: unset {name}")
+
+
+@pytest.mark.parametrize("name", ["SUDO_UID", "SUDO_GID"])
+@pytest.mark.skipif(os.geteuid() != 0, reason="for others the variable means nothing")
+def test_command_with_an_invalid_sudo_uid_or_gid_exits_with_3(name: str) -> None:
     done = subprocess.run(
         [sys.executable, "-I", "-m", "tcplat_core", "plugins", "list"],
-        env={**os.environ, "SUDO_UID": "65534", name: value},
+        env={**os.environ, "SUDO_UID": "65534", name: "-1"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 3
     assert done.stdout == ""
-    assert done.stderr.strip() == (
-        f"tcplat: {name}={value} is not a number as sudo sets it: unset {name}"
-    )
+    assert done.stderr.strip() == f"tcplat: {name}=-1 is not a number as sudo sets it: unset {name}"
 
 
 @pytest.mark.parametrize(

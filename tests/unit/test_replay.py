@@ -379,7 +379,7 @@ def test_no_control_character_of_a_capture_reaches_a_sink(replay: Replayed) -> N
     assert shown.desc == r"a\u202eb"
 
 
-@settings(deadline=None, max_examples=500 if LONG else 100)
+@settings(max_examples=500 if LONG else 100)
 @given(st.data())
 @pytest.mark.parametrize("form", ["jsonl", "msgpack"])
 def test_damaged_capture_is_read_to_its_end(form: str, data: st.DataObject) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from tcplat_core import SCHEMA_VERSION, RunReport
 from tcplat_core.testing import make_event
+from tests.long import LONG
 
 REPORT = {"v": SCHEMA_VERSION, "report": RunReport(probes={}, duration_s=1).as_json()}
 CAPTURE = b"".join(
@@ -60,7 +61,12 @@ def to_a_file(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[list[str],
     return [(arguments, path, path.read_bytes()) for arguments, path in commands]
 
 
-@pytest.mark.parametrize("closed", [(2,), (0,), (0, 2), (1,), (1, 2), (0, 1), (0, 1, 2)], ids=str)
+CLOSED: list[tuple[int, ...]] = [(0, 1, 2), (2,), (0,), (1,), (0, 1), (0, 2), (1, 2)]
+if not LONG:
+    CLOSED = CLOSED[:2]
+
+
+@pytest.mark.parametrize("closed", CLOSED, ids=str)
 def test_closed_standard_streams_do_not_change_output_files(
     closed: tuple[int, ...], to_a_file: list[tuple[list[str], Path, bytes]]
 ) -> None:

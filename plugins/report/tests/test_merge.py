@@ -199,7 +199,7 @@ def test_stdin_is_refused_as_a_capture() -> None:
         CliRunner().invoke(merge, ["-", "x"], catch_exceptions=False)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32),
     ppm=st.integers(-150, 150),

@@ -299,7 +299,7 @@ def test_silent_reader_delays_close_by_at_most_1s(bench: Bench) -> None:
     assert 0.9 < min(took) < 4
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.one_of(st.integers(1, 400), st.just("lost"), st.just("read")), max_size=60))
 def test_rows_and_gaps_add_up_in_any_order(steps: list[int | str]) -> None:
     ours, theirs = socket.socketpair()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tcplat_sinks.table import Table
 
@@ -144,7 +144,6 @@ def test_header_is_repeated_when_a_column_grows(write: Write) -> None:
     assert cells(lines[2], lines[4])["DADDR"] == "127.0.0.1"
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 2**32), max_size=30),
     st.lists(st.integers(0, 30), max_size=10),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tcplat_stages.chain import (
     CONNECT_MILESTONES,
@@ -27,7 +27,6 @@ def test_stages_lie_between_milestones() -> None:
     assert len({*STAGES, *CONNECT_STAGES}) == len(STAGES) + len(CONNECT_STAGES)
 
 
-@settings(deadline=None)
 @given(STAMPS)
 def test_stages_add_up_and_are_never_negative(stamps: list[int | None]) -> None:
     whole = split(stamps)
@@ -39,7 +38,6 @@ def test_stages_add_up_and_are_never_negative(stamps: list[int | None]) -> None:
     assert not named or named == list(STAGES[STAGES.index(named[0]) :][: len(named)])
 
 
-@settings(deadline=None)
 @given(STAMPS)
 def test_fewest_possible_instants_are_left_out(stamps: list[int | None]) -> None:
     known = [(number, at) for number, at in enumerate(stamps) if at is not None]

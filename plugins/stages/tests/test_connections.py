@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tcplat_stages.connection import Connection
 from tcplat_stages.exchange import Exchange
@@ -265,7 +265,6 @@ def pair(
     st.booleans(),
     st.integers(1, 10_000),
 )
-@settings(deadline=None)
 def test_namespace_pairs_with_equal_addresses_are_not_mixed(
     shift: int,
     steps: tuple[list[int], list[int]],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tcplat_stages.duration_histogram import DurationHistogram
 
@@ -19,7 +19,6 @@ def filled(durations: list[int]) -> DurationHistogram:
     return histogram
 
 
-@settings(deadline=None)
 @given(DURATIONS)
 def test_percentile_error_is_below_1_percent(durations: list[int]) -> None:
     histogram = filled(durations)
@@ -31,7 +30,6 @@ def test_percentile_error_is_below_1_percent(durations: list[int]) -> None:
     assert (histogram.count, histogram.sum_ns) == (len(ordered), sum(ordered))
 
 
-@settings(deadline=None)
 @given(DURATIONS, DURATIONS)
 def test_merged_histograms_equal_one_of_all_samples(some: list[int], others: list[int]) -> None:
     merged = filled(some)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tcplat_stages.connection import Connection
 from tcplat_stages.exchange import Exchange
@@ -63,7 +63,6 @@ def story(connections: Sequence[Connection]) -> list[Any]:
 
 
 @given(ends, st.integers(-(2**31), 2**31 - 1), some_probes)
-@settings(deadline=None)
 def test_reset_with_a_wrong_sequence_number_is_ignored(
     end: int, off: int, without: set[str]
 ) -> None:
@@ -160,7 +159,6 @@ def test_reset_in_a_capture_begun_after_all_data_counts() -> None:
     st.sampled_from(["PSH|ACK", "FIN|ACK"]),
     some_probes,
 )
-@settings(deadline=None)
 def test_bytes_beyond_the_window_are_none_of_the_stream(
     end: int, off: int, flags: str, without: set[str]
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tcplat_stages.chain import ACCEPTED, HANDSHAKE_DONE, MILESTONES, STAGES
 from tcplat_stages.connection import NO_EXCHANGES, Connection
@@ -70,7 +70,6 @@ def shape(finished: Sequence[Exchange | Connection]) -> list[Any]:
 
 
 @given(TURNS, NUMBERS, st.integers())
-@settings(deadline=None)
 def test_stages_are_true_under_segmentation_loss_and_retransmission(
     turns: Any, first: tuple[int, int], seed: int
 ) -> None:
@@ -98,7 +97,6 @@ def test_stages_are_true_under_segmentation_loss_and_retransmission(
 
 
 @given(TURNS, NUMBERS, st.integers(), st.sets(st.sampled_from(POINTS)))
-@settings(deadline=None)
 def test_missing_probes_merge_stages_and_never_falsify_them(
     turns: Any, first: tuple[int, int], seed: int, without: set[str]
 ) -> None:
@@ -117,7 +115,6 @@ def test_missing_probes_merge_stages_and_never_falsify_them(
 
 
 @given(TURNS, NUMBERS, st.integers(), st.sets(st.sampled_from(PROBES), min_size=1))
-@settings(deadline=None)
 def test_no_instant_comes_from_the_next_exchange(
     turns: Any, first: tuple[int, int], seed: int, kept: set[str]
 ) -> None:
@@ -157,7 +154,6 @@ def test_bytes_read_without_a_row_take_no_later_read_time() -> None:
 
 
 @given(TURNS, NUMBERS, st.integers(), st.lists(st.integers(1, 20)))
-@settings(deadline=None)
 def test_batch_boundaries_do_not_change_the_exchanges(
     turns: Any, first: tuple[int, int], seed: int, sizes: list[int]
 ) -> None:

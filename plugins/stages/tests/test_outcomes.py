@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tcplat_stages.connection import Connection
 from tcplat_stages.exchange import Exchange
@@ -381,7 +381,6 @@ def test_reply_under_way_at_the_end_is_open() -> None:
 
 
 @given(TURNS, NUMBERS, st.integers(), st.sets(st.sampled_from(["nic_tx", "nic_rx", "tcp_client"])))
-@settings(deadline=None)
 def test_request_read_without_a_row_is_paired(
     turns: Any, first: tuple[int, int], seed: int, without: set[str]
 ) -> None:

@@ -66,7 +66,7 @@ def conversations(starts: list[int], seed: int) -> list[Row]:
     seed=st.integers(),
     silence=st.integers(0, 40 * SECOND),
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_exchanges_ended_by_time_are_emitted_live_as_in_a_replay(
     tmp_path_factory: pytest.TempPathFactory,
     name: str,
