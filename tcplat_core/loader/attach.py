@@ -18,7 +18,7 @@ from tcplat_core.kernel.btf import BtfError
 from tcplat_core.kernel.core_hooks import DESTROY, EXIT, FORK, QUEUE, RENAME, STATE, USE
 from tcplat_core.kernel.host import SYSCALLS, Choice, Host, choose, syscall_id
 from tcplat_core.kernel.layout import possible_cpus
-from tcplat_core.plugin.hookpoints import Hook, HookPoint, Way
+from tcplat_core.plugin.hookpoints import Hook, HookPoint, Way, programs_of
 
 from . import isolation, seeding, xdp
 from .cache import Cache, digest, identity
@@ -150,7 +150,7 @@ class Loader:
                 ring_fd=module.fd("events"),
                 books_fd=module.fd("books"),
                 taken={point: way.mechanism for point, way in choice.taken.items()},
-                programs=tuple(hook.program for way in choice.taken.values() for hook in way.hooks),
+                programs=programs_of(_listened(probe), choice.taken),
                 missing=choice.missing,
                 interfaces=tuple(attached),
                 skipped=skipped,
@@ -263,7 +263,7 @@ class Loader:
         for number, (module, choice) in enumerate(zip(modules, choices, strict=True)):
             for way in choice.taken.values():
                 for hook in way.hooks:
-                    if hook.mechanism != "xdp" and not hook.by:
+                    if hook.mechanism != "xdp":
                         program = _Program(number, way, hook, module.code(hook.program))
                         groups.setdefault((hook.mechanism, hook.func), []).append(program)
         fds: list[dict[str, int]] = [{} for _ in modules]

@@ -94,18 +94,17 @@ class Request:
         return cls(**raw)
 
 
+def _hook(raw: dict[str, Any]) -> Hook:
+    return Hook(**{**raw, "args": tuple(raw["args"])})
+
+
 def _probe(raw: dict[str, Any]) -> ProbeRequest:
     points = tuple(
         HookPoint(
             point["point"],
-            tuple(
-                Way(
-                    way["mechanism"],
-                    tuple(Hook(**{**hook, "args": tuple(hook["args"])}) for hook in way["hooks"]),
-                )
-                for way in point["ways"]
-            ),
+            tuple(Way(way["mechanism"], tuple(map(_hook, way["hooks"]))) for way in point["ways"]),
             point["optional"],
+            tuple(map(_hook, point["also"])),
         )
         for point in raw["points"]
     )

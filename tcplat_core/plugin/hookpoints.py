@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import attrs
 
@@ -43,8 +43,7 @@ class Hook:
             If the running kernel has others, the hook counts as missing: no row is better
             than one read from the wrong argument. Empty: not checked.
         quiet: Helps another hook and makes no rows of its own.
-        by: The program of another hook at the same function, which makes the rows. Nothing more
-            is attached, and `program` is not a function.
+        by: The program that makes the rows, for hooks of `HookPoint.also`.
     """
 
     func: str
@@ -120,11 +119,15 @@ class HookPoint:
         point: The `point` of the rows, by every mechanism.
         ways: Alternatives. `--attach auto` takes the first that this host allows.
         optional: The probe works without it; the report says that it is missing.
+        also: Hooks whose rows are made by programs of other points, each named by `by`, at the same
+            function and by the same mechanism. Nothing more is attached: `program` is not a
+            function, only HOOK_<program>. Where `by` is not attached, the hook has no rows.
     """
 
     point: str = attrs.field(validator=checked_name)
     ways: tuple[Way, ...]
     optional: bool = False
+    also: tuple[Hook, ...] = ()
 
 
 def fentry(*hooks: Hook) -> Way:
@@ -146,8 +149,25 @@ def reporting(points: Iterable[HookPoint]) -> list[tuple[str, Hook]]:
     """Return point and hook of each program that makes rows; the index is the record's `hook`."""
     found: dict[str, tuple[str, Hook]] = {}
     for point in points:
-        for way in point.ways:
-            for hook in way.hooks:
-                if not hook.quiet:
-                    found.setdefault(hook.program, (point.point, hook))
+        for hook in (*(hook for way in point.ways for hook in way.hooks), *point.also):
+            if not hook.quiet:
+                found.setdefault(hook.program, (point.point, hook))
     return list(found.values())
+
+
+def programs_of(points: Iterable[HookPoint], taken: Mapping[str, Way]) -> tuple[str, ...]:
+    """Return the names of programs in the chosen ways, and of what these make rows for `also`.
+
+    Args:
+        points: The probe's hook points.
+        taken: Point -> the chosen way; points without one have no rows.
+    """
+    programs = [hook.program for way in taken.values() for hook in way.hooks]
+    also = [
+        hook.program
+        for point in points
+        if point.point in taken
+        for hook in point.also
+        if hook.by in programs
+    ]
+    return (*programs, *also)

@@ -11,7 +11,7 @@ import attrs
 
 from tcplat_core.kernel.layout import books_hooks, books_slots, possible_cpus
 from tcplat_core.loader.protocol import Answer, LoadedMap, LoadedProbe, Request
-from tcplat_core.plugin.hookpoints import reporting
+from tcplat_core.plugin.hookpoints import programs_of, reporting
 from tcplat_core.plugin.specs import ProbeSpec
 
 from .fake_rows import make_record
@@ -222,7 +222,7 @@ class FakeProbe:
             books_fd=os.dup(self.books.fd),
             taken={point: way.mechanism for point, way in taken.items()},
             missing=self.missing,
-            programs=tuple(hook.program for way in taken.values() for hook in way.hooks),
+            programs=programs_of(self.spec.points, taken),
             maps={
                 name: LoadedMap(os.dup(array.fd), array.entries)
                 for name, array in self.arrays.items()

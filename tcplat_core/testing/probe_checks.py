@@ -125,8 +125,27 @@ def _check_names(spec: ProbeSpec) -> None:
                 f"program {hook.program} is for {other} and for {place}: its rows could not name "
                 "the function; write a program for each"
             )
+    _check_also(spec, seen)
     if len(reporting(spec.points)) > _MOST_HOOKS:
         raise Fault(f"it has more than {_MOST_HOOKS} programs that report: make it two probes")
+
+
+def _check_also(spec: ProbeSpec, places: Mapping[str, str]) -> None:
+    """Check the hooks whose rows another point's program makes; `places`: where each program is."""
+    for point in spec.points:
+        for hook in point.also:
+            if hook.program in places:
+                raise Fault(f"{hook.program} is also the name of a program: rename one of the two")
+            if hook.by not in places:
+                raise Fault(
+                    f"{hook.program} is made by {hook.by or 'no program'}, which no hook point "
+                    "names: give it the program that makes its rows"
+                )
+            if f"{hook.mechanism}:{hook.func}" != places[hook.by]:
+                raise Fault(
+                    f"{hook.program} is at {hook.mechanism}:{hook.func}, and {hook.by} is for "
+                    f"{places[hook.by]}: a row could not say which"
+                )
 
 
 def _constants(subject: Subject) -> None:

@@ -127,7 +127,7 @@ def _programs(subject: Subject) -> None:
         if "refusal" in answer:
             raise NotChecked(f"the C does not compile by {mechanism}")
         found.update(answer["programs"])
-    wanted = {hook.program: point for point, hook in hooks_of(spec) if not hook.by}
+    wanted = {hook.program: point for point, hook in hooks_of(spec)}
     for program, point in wanted.items():
         if program not in found:
             raise Fault(

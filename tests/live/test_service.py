@@ -17,6 +17,7 @@ from .harness import (
     ATTACH,
     SLOW,
     Listener,
+    Outcome,
     Puppet,
     Row,
     Tcplat,
@@ -191,6 +192,20 @@ needs_compat = pytest.mark.skipif(
 )
 
 
+USES = {
+    "recv": "peer.recv(1)",
+    "splice": "r, w = os.pipe(); os.splice(peer.fileno(), w, 1)",
+    "send": "peer.sendall(b'y')",
+    "close": "peer.shutdown(socket.SHUT_WR)",
+}
+
+
+def accepts_of(outcome: Outcome) -> int:
+    """How many accept rows the books have."""
+    hooks = [hook for probe in outcome.report["probes"].values() for hook in probe["hooks"]]
+    return sum(hook["delivered"] for hook in hooks if hook["point"] == "accept")
+
+
 def seen(row: Row) -> tuple[str, bool]:
     """How a row says that a connection was accepted, and whether it says after which time."""
     return row["desc"], row["accept_us"] is not None
@@ -213,9 +228,7 @@ def test_unseen_accept_is_reported_at_the_first_use(
     client(f"s = socket.create_connection({address(port)!r}); s.sendall(b'x')")
     service("peer = compat_accept()")
     run.wait_for("the reader was woken", lambda rows: bool(at(of_service(rows, port), "ready")))
-    calls = ["peer.recv(1)", "peer.sendall(b'y')", "peer.shutdown(socket.SHUT_WR)"]
-    first = {"recv": 0, "send": 1, "close": 2}[use]
-    service("; ".join([calls.pop(first), "peer.recv(1)" if use == "close" else calls[0]]))
+    service(f"{USES[use]}; {USES['send' if use == 'recv' else 'recv']}")
     client("s.close()")
     service("peer.close()")
     run.wait_for("the connection was gone", gone(port))
@@ -228,8 +241,42 @@ def test_unseen_accept_is_reported_at_the_first_use(
     used = own[own.index(accept) + 1]
     if accept["attach"] == "tracepoint":
         assert (used["point"], used["func"]) == ("state" if use == "close" else use, accept["func"])
-    hooks = [hook for probe in outcome.report["probes"].values() for hook in probe["hooks"]]
-    assert sum(hook["delivered"] for hook in hooks if hook["point"] == "accept") == 1
+    assert accepts_of(outcome) == 1
+
+
+@pytest.mark.parametrize("use", USES)
+def test_accept_that_waited_when_the_run_began_has_one_row(
+    use: str, running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
+) -> None:
+    """By function its return is not seen, and the row is made at the first use."""
+    port = listen(service)
+    service.tell("peer, _ = listening.accept()")
+    waits_in = Path(f"/proc/{service.pid}/wchan")
+    eventually(lambda: waits_in.read_text().startswith("inet_csk"), "it waited in accept()")
+    run = running_tcplat(*SERVICE)
+    client(f"one = socket.create_connection({address(port)!r}); one.sendall(b'xy')")
+    service.answer()
+    run.wait_for("the reader was woken", lambda rows: bool(at(of_service(rows, port), "ready")))
+    service(f"{USES[use]}; peer.recv(1)")
+    client(f"two = socket.create_connection({address(port)!r})")
+    service("second, _ = listening.accept(); second.sendall(b'y')")
+    client("one.close(), two.close()")
+    service("peer.close(), second.close()")
+    run.wait_for("both were gone", gone(port, 2))
+    outcome = run.stop()
+    rows = of_service(outcome.rows, port)
+    waited, younger = at(rows, "accept")
+    assert seen(younger) == ("accepted", True)
+    assert {row["pid"] for row in (waited, younger)} == {service.pid}
+    assert accepts_of(outcome) == 2
+    if younger["attach"] == "tracepoint":
+        assert seen(waited) == ("accepted", True)
+        return
+    assert seen(waited) == ("accept not seen", False)
+    own = [row for row in rows if row["sock"] == waited["sock"]]
+    used = own[own.index(waited) + 1]
+    assert used["point"] == {"splice": "recv", "close": "state"}.get(use, use)
+    assert (used["func"], used["attach"]) == (waited["func"], waited["attach"])
 
 
 @needs_compat

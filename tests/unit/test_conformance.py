@@ -187,6 +187,12 @@ class Picky(Event, gc=False):
 
 
 CLOSE = GOOD.points[0]
+
+
+def also_from(hook: Hook) -> HookPoint:
+    return attrs.evolve(CLOSE, also=(hook,))
+
+
 PROBE_FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "no summary": ({"summary": " "}, "help", "summary is empty: say in one line"),
     "a help of two lines": (
@@ -246,6 +252,16 @@ PROBE_FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
         in_points(HookPoint("close", (tracepoint("tcp:tcp_destroy_sock", "kprobe__gone"),))),
         "hook points",
         "bcc attaches kprobe__gone by itself",
+    ),
+    "rows that no program makes": (
+        in_points(also_from(Hook(GONE.hooks[0].func, "also_gone", "tracepoint", by="tp_went"))),
+        "hook points",
+        "also_gone is made by tp_went, which no hook point names",
+    ),
+    "rows of a program elsewhere": (
+        in_points(also_from(Hook("tcp:tcp_probe", "also_gone", "tracepoint", by="tp_gone"))),
+        "hook points",
+        "also_gone is at tracepoint:tcp:tcp_probe, and tp_gone is for tracepoint:",
     ),
     "a constant of the core's": (
         {"defines": lambda _: {"TCPLAT_HOOKS": 1}},

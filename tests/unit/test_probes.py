@@ -13,7 +13,16 @@ import pytest
 from tcplat_core.event.fields import Moment, fields
 from tcplat_core.event.text import TCP_STATES
 from tcplat_core.loader.program_text import program_text, with_headers
-from tcplat_core.plugin.hookpoints import MECHANISMS, Hook, reporting
+from tcplat_core.plugin.hookpoints import (
+    MECHANISMS,
+    Hook,
+    HookPoint,
+    kentry,
+    kprobe,
+    programs_of,
+    reporting,
+    tracepoint,
+)
 from tcplat_core.plugin.options import read_options
 from tcplat_core.plugin.specs import ProbeSpec
 from tcplat_core.registry.find import Plugins
@@ -53,7 +62,7 @@ def test_probes_add_no_table_column_of_their_own(spec: ProbeSpec) -> None:
 def test_every_program_is_a_function_in_its_c(spec: ProbeSpec) -> None:
     text = with_headers(spec.source)
     functions = set(re.findall(r"^(?:static )?int (\w+)\(", text, re.MULTILINE))
-    assert {hook.by or hook.program for hook in hooks(spec)} <= functions
+    assert {hook.program for hook in hooks(spec)} <= functions
 
 
 @every_probe
@@ -87,6 +96,38 @@ def test_each_program_serves_one_function(spec: ProbeSpec) -> None:
             hook.func,
             hook.mechanism,
         )
+
+
+@every_probe
+def test_also_hook_is_at_the_function_of_its_program(spec: ProbeSpec) -> None:
+    places = {hook.program: (hook.func, hook.mechanism) for hook in hooks(spec)}
+    for point in spec.points:
+        for hook in point.also:
+            assert places[hook.by] == (hook.func, hook.mechanism)
+            assert hook.program not in places
+
+
+def test_also_hook_is_there_with_its_point_and_its_program() -> None:
+    called, traced, begun = (
+        kprobe(kentry("f", "kp_f")),
+        tracepoint("a:b", "tp_b"),
+        tracepoint("a:c", "tp_c"),
+    )
+    points = (
+        HookPoint("use", (called, traced)),
+        HookPoint(
+            "begin",
+            (begun,),
+            also=(
+                Hook("f", "began_kp_f", "kprobe", by="kp_f"),
+                Hook("a:b", "began_tp_b", "tracepoint", by="tp_b"),
+            ),
+        ),
+    )
+    assert programs_of(points, {"use": called, "begin": begun}) == ("kp_f", "tp_c", "began_kp_f")
+    assert programs_of(points, {"use": traced, "begin": begun}) == ("tp_b", "tp_c", "began_tp_b")
+    assert programs_of(points, {"use": traced}) == ("tp_b",)
+    assert programs_of(points, {"begin": begun}) == ("tp_c",)
 
 
 @every_probe

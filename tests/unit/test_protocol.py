@@ -25,7 +25,15 @@ from tcplat_core.loader.protocol import (
     send_answer,
 )
 from tcplat_core.plugin.aggregates import Aggregation
-from tcplat_core.plugin.hookpoints import HookPoint, Interfaces, kentry, kprobe, kreturn, tracepoint
+from tcplat_core.plugin.hookpoints import (
+    Hook,
+    HookPoint,
+    Interfaces,
+    kentry,
+    kprobe,
+    kreturn,
+    tracepoint,
+)
 
 Ends = tuple[socket.socket, socket.socket]
 
@@ -41,6 +49,7 @@ PROBE = ProbeRequest(
                 tracepoint("tcp:tcp_sendmsg_locked", "tp", "const struct sock *"),
             ),
             optional=True,
+            also=(Hook("tcp_close", "sent_kp", "kprobe", by="kp_close"),),
         ),
         HookPoint("close", ()),
     ),

@@ -13,7 +13,6 @@ from tcplat_core import (
     HookPoint,
     Moment,
     ProbeSpec,
-    Way,
     Wire,
     fenter,
     fentry,
@@ -33,19 +32,35 @@ _CHILD = ("parent", "child", "skb")
 _STATES = (_SOCK, "const int", "const int")
 _SET_STATE = "sock:inet_sock_set_state"
 _STREAM = stream_points(timed=True)
-_RECEIVED = "sock:sock_recv_length"
-_SENDS = "tcp:tcp_sendmsg_locked"
-_LENGTH = ("struct sock *", "int", "int")
-_SENT = (_SOCK, "const struct msghdr *")
-_ACCEPT = tracepoints(
-    ("syscalls:sys_exit_accept", "tp_accept"),
-    ("syscalls:sys_exit_accept4", "tp_accept4"),
-).hooks
-# First use of a socket whose accept no tracepoint reported.
-_ACCEPTED_STATE = Hook(_SET_STATE, "accepted_state", "tracepoint", _STATES, by="tp_state")
-_ACCEPTED_RECV = Hook(_RECEIVED, "accepted_recv", "tracepoint", _LENGTH, by="tp_recv")
-_ACCEPTED_SEND = Hook(_SENDS, "accepted_send", "tracepoint", _SENT, by="tp_send")
-_UNSEEN = {_SET_STATE, _RECEIVED, _SENDS}
+_STATE = HookPoint(
+    "state",
+    (
+        fentry(
+            fenter("tcp_set_state", "fe_tcp_set_state", "sk", "state"),
+            fenter("tcp_rcv_state_process", "fe_tcp_rcv_state_process", "sk", "skb"),
+            *tracepoint(_SET_STATE, "tp_listen", *_STATES).hooks,
+        ),
+        tracepoint(_SET_STATE, "tp_state", *_STATES),
+        kprobe(
+            kentry("tcp_set_state", "kp_tcp_set_state", "sk", "state"),
+            kentry("tcp_rcv_state_process", "kp_tcp_rcv_state_process", "sk", "skb"),
+            *tracepoint(_SET_STATE, "tp_state_skipped", *_STATES).hooks,
+        ),
+    ),
+)
+# No process uses a connection there.
+_NO_USE = {"tp_listen", "fe_tcp_rcv_state_process", "kp_tcp_rcv_state_process"}
+# The first use of a connection whose accept was not seen.
+_FIRST_USE = tuple(
+    dict.fromkeys(
+        Hook(hook.func, f"accepted_{hook.program}", hook.mechanism, by=hook.program)
+        for point in (_STATE, _STREAM["recv"], _STREAM["send"])
+        for way in point.ways
+        for hook in way.hooks
+        if not hook.quiet and hook.program not in _NO_USE
+    )
+)
+_UNSEEN = {hook.func for hook in _FIRST_USE}
 
 
 class ServiceEvent(Event):
@@ -109,22 +124,7 @@ POINTS = (
             ),
         ),
     ),
-    HookPoint(
-        "state",
-        (
-            fentry(
-                fenter("tcp_set_state", "fe_tcp_set_state", "sk", "state"),
-                fenter("tcp_rcv_state_process", "fe_tcp_rcv_state_process", "sk", "skb"),
-                *tracepoint(_SET_STATE, "tp_listen", *_STATES).hooks,
-            ),
-            tracepoint(_SET_STATE, "tp_state", *_STATES),
-            kprobe(
-                kentry("tcp_set_state", "kp_tcp_set_state", "sk", "state"),
-                kentry("tcp_rcv_state_process", "kp_tcp_rcv_state_process", "sk", "skb"),
-                *tracepoint(_SET_STATE, "tp_state_skipped", *_STATES).hooks,
-            ),
-        ),
-    ),
+    _STATE,
     HookPoint(
         "accept",
         (
@@ -134,11 +134,13 @@ POINTS = (
                 kentry("inet_csk_accept", "kp_accept", quiet=True),
                 kreturn("inet_csk_accept", "kr_accept"),
             ),
-            Way("tracepoint", (*_ACCEPT, _ACCEPTED_STATE, _ACCEPTED_RECV, _ACCEPTED_SEND)),
-            Way("tracepoint", (*_ACCEPT, _ACCEPTED_STATE, _ACCEPTED_RECV)),
-            Way("tracepoint", (*_ACCEPT, _ACCEPTED_STATE)),
+            tracepoints(
+                ("syscalls:sys_exit_accept", "tp_accept"),
+                ("syscalls:sys_exit_accept4", "tp_accept4"),
+            ),
         ),
         optional=True,
+        also=_FIRST_USE,
     ),
     HookPoint(
         "ready",

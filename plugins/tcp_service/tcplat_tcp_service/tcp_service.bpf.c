@@ -489,74 +489,7 @@ int tp_accept4(struct syscall_exit *ctx)
 {
 	return report_accepted_fd(ctx, HOOK_tp_accept4);
 }
-
-/*
- * Its `id`, of a connection whose accept() was not seen -> 1. Inserted once, by the first thread
- * that uses it; what was used least recently makes room.
- */
-BPF_TABLE("lru_hash", u64, u8, used_unseen, 4096);
-
-/*
- * Reports the accept of a connection at its first use by its owner, the current process: system
- * calls of 32-bit programs, and io_uring, fire no sys_exit_accept. When it was accepted, and whether
- * by this process or by one that passed it on, is not known.
- */
-static __always_inline void report_unseen(struct sock *sk, struct tcplat_sock *s, u64 now, u8 hook)
-{
-	u64 id = s->id;
-	u8 one = 1;
-
-	if (used_unseen.insert(&id, &one))
-		return;
-	s->unaccepted |= TCPLAT_ACCEPT_TOLD;
-	s->since_ns = 0;
-	tcplat_set_accepted(sk, s);
-	tcplat_unmeasured(sk, s, HIST_accept);
-	tcplat_report(tcplat_reserve_for(sk, s, hook, now));
-}
 #endif
-
-/* As tcplat_claim_role(); reports an accept() that was not seen. */
-static __always_inline struct tcplat_sock *claim(struct sock *sk, u64 *me, u8 hook)
-{
-#ifdef TCPLAT_TRACEPOINT_accept
-	struct tcplat_sock *s = tcplat_lookup(sk);
-	bool wanted;
-
-	if (!tcplat_is(s, SERVER))
-		return NULL;
-	*me = tcplat_current();
-	wanted = tcplat_set_owner(s, *me);
-	if (s->unaccepted & TCPLAT_ACCEPT_UNSEEN)
-		report_unseen(sk, s, bpf_ktime_get_ns(), hook);
-	return wanted ? s : NULL;
-#else
-	return tcplat_claim_role(sk, me, SERVER);
-#endif
-}
-#define TCPLAT_CLAIM_SENDING(sk, me) claim(sk, me, HOOK_accepted_send)
-
-/*
- * The same where its end is closed: by the process, as long as it has the socket. One that has been
- * accepted has a struct socket, which a part of one of MPTCP shares.
- */
-static __always_inline void
-claim_by_closing(struct sock *sk, struct tcplat_sock *s, int new, u64 now)
-{
-#ifdef TCPLAT_TRACEPOINT_accept
-	struct socket *socket;
-
-	if (!(s->unaccepted & TCPLAT_ACCEPT_UNSEEN))
-		return;
-	if (new != TCP_FIN_WAIT1 && new != TCP_LAST_ACK)
-		return;
-	socket = tcplat_get(sk, sk_socket);
-	if (!socket || (u64)tcplat_get(socket, sk) != tcplat_key(sk))
-		return;
-	tcplat_set_owner(s, tcplat_current());
-	report_unseen(sk, s, now, HOOK_accepted_state);
-#endif
-}
 
 #ifdef TCPLAT_FENTRY_accept
 /* inet_csk_accept() has two arguments since 6.10 (92ef0fd55ac8), four before. */
@@ -599,6 +532,121 @@ int kr_accept(struct pt_regs *ctx)
 }
 #endif
 
+#if defined(TCPLAT_TRACEPOINT_accept) || defined(TCPLAT_FENTRY_accept) ||                          \
+	defined(TCPLAT_KPROBE_accept)
+/*
+ * Its `id`, of a connection whose accept() was not seen -> 1. Inserted once, by the first thread
+ * that uses it; what was used least recently makes room.
+ */
+BPF_TABLE("lru_hash", u64, u8, used_unseen, 4096);
+
+/* The hook of an accept row that is made at another point's: `hook`, known when compiled. */
+static __always_inline u8 accepted_at(u8 hook)
+{
+	switch (hook) {
+	case HOOK_tp_state:
+		return HOOK_accepted_tp_state;
+	case HOOK_tp_state_skipped:
+		return HOOK_accepted_tp_state_skipped;
+	case HOOK_kp_tcp_set_state:
+		return HOOK_accepted_kp_tcp_set_state;
+	case HOOK_fe_tcp_set_state:
+		return HOOK_accepted_fe_tcp_set_state;
+	case HOOK_tp_recv:
+		return HOOK_accepted_tp_recv;
+	case HOOK_kr_tcp_recvmsg:
+		return HOOK_accepted_kr_tcp_recvmsg;
+	case HOOK_kr_tcp_splice_read:
+		return HOOK_accepted_kr_tcp_splice_read;
+	case HOOK_fx_tcp_recvmsg4:
+		return HOOK_accepted_fx_tcp_recvmsg4;
+	case HOOK_fx_tcp_recvmsg5:
+		return HOOK_accepted_fx_tcp_recvmsg5;
+	case HOOK_fx_tcp_recvmsg6:
+		return HOOK_accepted_fx_tcp_recvmsg6;
+	case HOOK_fx_tcp_splice_read:
+		return HOOK_accepted_fx_tcp_splice_read;
+	case HOOK_kp_tcp_sendmsg:
+		return HOOK_accepted_kp_tcp_sendmsg;
+	case HOOK_kp_tcp_sendpage:
+		return HOOK_accepted_kp_tcp_sendpage;
+	case HOOK_fe_tcp_sendmsg:
+		return HOOK_accepted_fe_tcp_sendmsg;
+	case HOOK_fe_tcp_sendpage:
+		return HOOK_accepted_fe_tcp_sendpage;
+	case HOOK_tp_send:
+		return HOOK_accepted_tp_send;
+	default: /* no process uses a connection there */
+		return hook;
+	}
+}
+
+/*
+ * Reports the accept of a connection at its first use by its owner, the current process. By
+ * function, the return of a call is not seen that waited when the run began; system calls of 32-bit
+ * programs, and io_uring, fire no sys_exit_accept. When it was accepted, and whether by this process
+ * or by one that passed it on, is not known.
+ */
+static __always_inline void report_unseen(struct sock *sk, struct tcplat_sock *s, u64 now, u8 hook)
+{
+	u64 id = s->id;
+	u8 one = 1;
+
+	if (used_unseen.insert(&id, &one))
+		return;
+	s->unaccepted |= TCPLAT_ACCEPT_TOLD;
+	s->since_ns = 0;
+	tcplat_set_accepted(sk, s);
+	tcplat_unmeasured(sk, s, HIST_accept);
+	tcplat_report(tcplat_reserve_for(sk, s, accepted_at(hook), now));
+}
+
+/*
+ * The same where its end is closed: by the process, as long as it has the socket. One that has been
+ * accepted has a struct socket, which a part of one of MPTCP shares.
+ */
+static __always_inline void
+claim_by_closing(struct sock *sk, struct tcplat_sock *s, int new, u64 now, u8 hook)
+{
+	struct socket *socket;
+
+	if (!(s->unaccepted & TCPLAT_ACCEPT_UNSEEN))
+		return;
+	if (new != TCP_FIN_WAIT1 && new != TCP_LAST_ACK)
+		return;
+	socket = tcplat_get(sk, sk_socket);
+	if (!socket || (u64)tcplat_get(socket, sk) != tcplat_key(sk))
+		return;
+	tcplat_set_owner(s, tcplat_current());
+	report_unseen(sk, s, now, hook);
+}
+#else
+static __always_inline void report_unseen(struct sock *sk, struct tcplat_sock *s, u64 now, u8 hook)
+{
+}
+
+static __always_inline void
+claim_by_closing(struct sock *sk, struct tcplat_sock *s, int new, u64 now, u8 hook)
+{
+}
+#endif
+
+/* As tcplat_claim_role(); reports an accept() that was not seen. */
+static __always_inline struct tcplat_sock *claim(struct sock *sk, u64 *me, u8 hook)
+{
+	struct tcplat_sock *s = tcplat_lookup(sk);
+	bool wanted;
+
+	if (!tcplat_is(s, SERVER))
+		return NULL;
+	*me = tcplat_current();
+	wanted = tcplat_set_owner(s, *me);
+	if (s->unaccepted & TCPLAT_ACCEPT_UNSEEN)
+		report_unseen(sk, s, bpf_ktime_get_ns(), hook);
+	return wanted ? s : NULL;
+}
+#define TCPLAT_CLAIM_SENDING claim
+
 /* --- state: a service begins to listen, a connection is complete, and so on to its end */
 
 static __always_inline int report_state(struct sock *sk, int old, int new, u8 hook)
@@ -616,7 +664,7 @@ static __always_inline int report_state(struct sock *sk, int old, int new, u8 ho
 		s = tcplat_lookup(sk);
 	if (!s || (s->role != SERVER && s->role != LISTENER))
 		return 0;
-	claim_by_closing(sk, s, new, now);
+	claim_by_closing(sk, s, new, now, hook);
 	s->state = new;
 	e = tcplat_make_state(sk, s, old, new, hook, now);
 	if (!e)
@@ -730,7 +778,7 @@ int tp_recv(struct bpf_raw_tracepoint_args *ctx)
 
 	if (ret < 0 || ctx->args[2] & TCPLAT_NO_STREAM)
 		return 0;
-	s = claim(sk, &me, HOOK_accepted_recv);
+	s = claim(sk, &me, HOOK_tp_recv);
 	if (!s)
 		return 0;
 	now = bpf_ktime_get_ns();
@@ -755,15 +803,21 @@ static __always_inline int enter_recv(struct sock *sk, int flags, u8 hook)
 {
 	u64 me = bpf_get_current_pid_tgid();
 	struct recv_call call = {.sk = (u64)sk};
+	struct tcplat_sock *s;
 
 	/* So many blocked readers that the kernel could not probe the last return. */
 	if (recvs.lookup(&me)) {
 		tcplat_missed(hook);
 		recvs.delete(&me);
 	}
-	if (flags & TCPLAT_NO_STREAM || !tcplat_is(tcplat_claim(sk), SERVER))
+	if (flags & TCPLAT_NO_STREAM)
+		return 0;
+	s = tcplat_claim(sk);
+	if (!tcplat_is(s, SERVER))
 		return 0;
 	call.began_ns = bpf_ktime_get_ns();
+	if (s->unaccepted & TCPLAT_ACCEPT_UNSEEN)
+		report_unseen(sk, s, call.began_ns, hook);
 	recvs.update(&me, &call);
 	return 0;
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,9 @@ def test_tcp_service_is_registered() -> None:
         (words("state", None, "TCP_ESTABLISHED"), "new state"),
         (words("accept"), "accepted"),
         (words("accept", func="syscalls:sys_exit_accept4"), "accepted"),
+        (words("accept", func="inet_csk_accept"), "accepted"),
         (words("accept", func="sock:sock_recv_length"), "accept not seen"),
+        (words("accept", func="tcp_recvmsg"), "accept not seen"),
         (words("recv", func="sock:sock_recv_length", empty=False), "message read"),
         (words("ready", empty=False), "reader woken"),
         (words("recv", empty=False), "message read"),
@@ -86,13 +89,30 @@ def test_every_hook_declares_the_arguments_read(point: HookPoint) -> None:
             assert hook.args or unread or hook.program == "kp_accept", hook
 
 
+def test_first_use_by_any_mechanism_has_its_own_accept_hook() -> None:
+    source = Plugins.load().probe("tcp_service").source
+    (accept,) = (point for point in POINTS if point.point == "accept")
+    cases = re.findall(r"case HOOK_(\w+):\s+return HOOK_accepted_(\w+);", source)
+    assert cases == [(program, program) for program, _ in cases]
+    assert {hook.by for hook in accept.also} == dict(cases).keys()
+    uses = {
+        (point.point, way.mechanism)
+        for point in POINTS
+        for way in point.ways
+        if {hook.program for hook in way.hooks} & dict(cases).keys()
+    }
+    assert uses == set(
+        itertools.product(("state", "recv", "send"), ("fentry", "kprobe", "tracepoint"))
+    )
+
+
 def test_readme_has_every_point_and_every_reporting_function() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     table = [line for line in readme.splitlines() if line.startswith("| `")]
     assert [line.split("`")[1] for line in table] == [point.point for point in POINTS]
     for line, point in zip(table, POINTS, strict=True):
-        for way in point.ways:
-            for hook in way.hooks:
+        for hooks in (*(way.hooks for way in point.ways), point.also):
+            for hook in hooks:
                 assert hook.quiet or f"{hook.func.removeprefix('syscalls:')}`" in line, hook
 
 

@@ -5,7 +5,7 @@
  *
  * To be defined before the include:
  *   TCPLAT_ROLE           whose sockets: TCPLAT_ROLE_CLIENT or TCPLAT_ROLE_SERVER
- *   TCPLAT_CLAIM_SENDING  (sk, me): as tcplat_claim_role(), if a send needs more than that
+ *   TCPLAT_CLAIM_SENDING  (sk, me, hook): as tcplat_claim_role(), if a send needs more than that
  *   report_state()        (sk, old, new, hook): a change of state
  *   enter_recv()          (sk, flags, hook): by kprobe, a call begins
  *   leave_recv()          (ret, hook): ... and returns
@@ -13,7 +13,7 @@
  */
 
 #ifndef TCPLAT_CLAIM_SENDING
-#define TCPLAT_CLAIM_SENDING(sk, me) tcplat_claim_role(sk, me, TCPLAT_ROLE)
+#define TCPLAT_CLAIM_SENDING(sk, me, hook) tcplat_claim_role(sk, me, TCPLAT_ROLE)
 #endif
 
 /* --- state */
@@ -125,7 +125,7 @@ int kr_tcp_splice_read(struct pt_regs *ctx)
 static __always_inline int report_send(struct sock *sk, u32 bytes, u32 flags, u8 hook)
 {
 	u64 me;
-	struct tcplat_sock *s = TCPLAT_CLAIM_SENDING(sk, &me);
+	struct tcplat_sock *s = TCPLAT_CLAIM_SENDING(sk, &me, hook);
 
 	return s ? tcplat_report(tcplat_make_send(sk, s, me, bytes, flags, hook)) : 0;
 }
