@@ -30,6 +30,7 @@ from tcplat_core.plugin.options import parse_choice, read_options
 from tcplat_core.registry.find import Plugins
 from tcplat_core.registry.new import create
 from tcplat_core.testing import make_event
+from tests.long import LONG
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -239,8 +240,11 @@ def ran(words: list[str], cwd: Path) -> str:
 
 
 # As root, tcplat itself would look neither at PYTHONPATH nor at what is not installed.
-_RUN = """
+_RUN = f"""
 import runpy, sys
+from tcplat_core.testing import sink_checks
+if not {LONG}:
+    sink_checks.MANY, sink_checks.WARM = 30_000, 10_000
 program = sys.argv.pop(1)
 if program == "pytest":
     runpy.run_module("pytest", run_name="__main__")

@@ -126,7 +126,7 @@ def test_library_is_built_where_a_compiler_exists() -> None:
 def test_lines_match_those_of_msgspec(event: type[Event]) -> None:
     source = chance(4711)
     codecs = [codec_of(event)]
-    for _ in range(60):
+    for _ in range(60 if LONG else 25):
         raw = [(0, any_record(event, source)) for _ in range(50)]
         offset_ns = source.randrange(1 << 60)
         rows = batch(codecs, raw, offset_ns)
@@ -134,7 +134,7 @@ def test_lines_match_those_of_msgspec(event: type[Event]) -> None:
 
 
 @given(number=st.integers(0, (1 << 64) - 1))
-@settings(max_examples=2000 if LONG else 200)
+@settings(max_examples=2000 if LONG else 100)
 def test_json_of_the_library_keeps_every_digit(number: int) -> None:
     rows = batch(
         [codec_of_everything()],

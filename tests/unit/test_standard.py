@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import msgspec
@@ -82,20 +83,23 @@ def test_closed_stderr_does_not_change_stdout(capture: Path) -> None:
         assert (without.returncode, without.stdout) == (with_it.returncode, with_it.stdout)
 
 
-@pytest.mark.parametrize("stderr", ["full disk", "reader gone"])
-def test_unwritable_message_does_not_end_the_command(stderr: str, capture: Path) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["replay", "{}", "--sink", "jsonl"],
+        ["diff", "{}", "{}"],
+        ["report", "{}", "-o", "-"],
+        ["merge", "{}", "{}"],
+    ],
+    ids=itemgetter(0),
+)
+def test_unwritable_message_does_not_end_the_command(arguments: list[str], capture: Path) -> None:
     capture.write_bytes(b"{broken\n" + CAPTURE)  # which is said before the first row
-    for arguments in (
-        ["replay", str(capture), "--sink", "jsonl"],
-        ["diff", *[str(capture)] * 2],
-        ["report", str(capture), "-o", "-"],
-        ["merge", str(capture), str(capture)],
-    ):
-        if stderr == "full disk":
-            to = os.open("/dev/full", os.O_WRONLY)
-        else:
-            reader, to = os.pipe()
-            os.close(reader)
+    arguments = [word.format(capture) for word in arguments]
+    closed = tcplat(arguments, (2,))
+    reader, gone = os.pipe()
+    os.close(reader)
+    for to in (os.open("/dev/full", os.O_WRONLY), gone):
         try:
             ran = subprocess.run(
                 [sys.executable, "-I", "-m", "tcplat_core", *arguments],
@@ -106,7 +110,6 @@ def test_unwritable_message_does_not_end_the_command(stderr: str, capture: Path)
             )
         finally:
             os.close(to)
-        closed = tcplat(arguments, (2,))
         assert (ran.returncode, ran.stdout) == (closed.returncode, closed.stdout)
 
 
