@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_PACKAGES := python3-bpfcc python3-venv
 TEST_PACKAGES := $(DEMO_PACKAGES) bpfcc-tools bpftool chromium chromium-driver clang curl haproxy iproute2 nftables nginx-light procps sudo tcpdump tshark
-BENCH_PACKAGES := $(TEST_PACKAGES) bpftrace kmod
+BENCH_PACKAGES := $(TEST_PACKAGES) bpftrace iperf3 kmod redis-server redis-tools wrk
 # pytest rewrites each module's assertions: without the file that it caches them in, at each start.
 export PYTHONDONTWRITEBYTECODE :=
 # Live tests share one kernel, and run one by one.

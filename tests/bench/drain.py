@@ -208,7 +208,7 @@ def prepare() -> Contest:
     return Contest(module, program, ring, decode, codec, out=out)
 
 
-def main() -> None:
+def main(rounds: int, *, as_json: bool) -> None:
     """Print events per CPU second of each, and the ratio."""
     gc.set_threshold(100_000, 50, 50)  # as a run of ours has it; good for bcc, too
     contest = prepare()
@@ -226,10 +226,10 @@ def main() -> None:
         "tcplat table": lambda: contest.to_sink("table"),
     }
     rates: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, drain in contestants.items():
             rates[name].append(contest.rate(drain()))
-    if "--json" in sys.argv:
+    if as_json:
         print(json.dumps(rates))
     else:
         print(f"{'events drained per CPU second':32}{'median':>12}")
@@ -240,4 +240,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    numbers = [int(one) for one in sys.argv[1:] if one.isdigit()]
+    main(*(numbers or [ROUNDS]), as_json="--json" in sys.argv)

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import attrs
 
-from tests.bench.bench import Run, cpu_s, kept_short, program
+from tests.bench.rates import kept_short
+from tests.bench.running import Run, cpu_s, program
 
 HERE = Path(__file__).parent
 

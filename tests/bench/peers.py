@@ -11,8 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -171,10 +171,11 @@ def lossless(flood: Callable[[int, float], Any], seconds: float) -> float:
     return best
 
 
-# What tcp_client's rows have of send, recv and state, as far as the tracepoints have it.
 # So many lines of readiness, because they stay in a buffer until that is full: 8 KiB.
-BPFTRACE = """
-BEGIN { unroll(100) { printf("%100s\\n%100s\\n", "ready", "ready"); } }
+READY = 'BEGIN { unroll(100) { printf("%100s\\n%100s\\n", "ready", "ready"); } }\n'
+
+# What tcp_client's rows have of send, recv and state, as far as the tracepoints have it.
+PINGPONG = """
 tracepoint:tcp:tcp_sendmsg_locked /comm == "pingpong"/
 {
 	printf("%llu send %d %d %s %d %llx %d\\n", nsecs, pid, tid, comm, cpu, args->skb_addr,
@@ -190,14 +191,29 @@ tracepoint:sock:inet_sock_set_state
 		ntop(args->daddr), args->dport, args->oldstate, args->newstate);
 }
 """
+# At any tracepoints: a line, or the time since the one before on this CPU, which is counted.
+LINES = '{ printf("%llu %s %d %d %s %d\\n", nsecs, probe, pid, tid, comm, cpu); }'
+COUNTS = "{ @ns[probe] = hist(nsecs - @at[cpu]); @at[cpu] = nsecs; }"
+
+
+def pingpong_lines() -> AbstractContextManager[None]:
+    """Bpftrace with one line per event of pingpong."""
+    return bpftrace(PINGPONG)
+
+
+def at_tracepoints(events: Iterable[str], action: str) -> AbstractContextManager[None]:
+    """Bpftrace with one action at tracepoints, `sock:sock_recv_length`."""
+    places = ",\n".join(f"tracepoint:{event}" for event in sorted(set(events)))
+    return bpftrace(f"{places}\n{action}\n")
 
 
 @contextmanager
-def bpftrace() -> Iterator[None]:
+def bpftrace(text: str) -> Iterator[None]:
     """Bpftrace, attached, with its lines in a file."""
     out = Path("/dev/shm") / f"tcplat-bench-{os.getpid()}.bpftrace"  # noqa: S108 - memory, not a disk
     process = subprocess.Popen(
-        ["bpftrace", "-q", "-o", str(out), "-e", BPFTRACE],
+        ["bpftrace", "-q", "-o", str(out), "-e", READY + text],
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env={**os.environ, "BPFTRACE_PERF_RB_PAGES": "4096"},
     )
@@ -212,21 +228,6 @@ def bpftrace() -> Iterator[None]:
         process.terminate()
         process.communicate()
         out.unlink(missing_ok=True)
-
-
-@contextmanager
-def empty_programs(tracepoints: Sequence[str]) -> Iterator[None]:
-    """Attach to each a program that returns at once: the lower limit of any tracer's cost."""
-    fds = []
-    try:
-        for tracepoint in tracepoints:
-            kind = bpf.ProgramType.RAW_TRACEPOINT
-            fds.append(bpf.program_load("empty", kind, bpf.RETURN_0))
-            fds.append(bpf.attach_raw_tracepoint(fds[-1], tracepoint))
-        yield
-    finally:
-        for fd in fds:
-            os.close(fd)
 
 
 @contextmanager

@@ -14,7 +14,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from tests.bench.bench import Run, kernel_statistics, program
+from tests.bench.programs import kernel_statistics
+from tests.bench.running import Run, program
 
 HERE = Path(__file__).parent
 
@@ -61,8 +62,9 @@ def main(rate: int) -> None:
         lines = by_line(samples.read_text())
     print(f"{report['delivered'] / sent['seconds']:,.0f} events/s, {report['dropped']} lost")
     print(f"\n{'program':24}{'runs':>12}{'ns each':>9}")
-    for name, (count, total_ns) in sorted(ran.items(), key=lambda one: -one[1][1]):
-        print(f"{name:24}{count:12,}{total_ns / count:9.0f}")
+    for one in sorted(ran.values(), key=lambda one: -one.ns):
+        if one.runs:
+            print(f"{one.name:24}{one.runs:12,}{one.ns / one.runs:9.0f}")
     print(f"\n{'line of Python':60}{'samples':>8}")
     for line, count in lines.most_common(MOST):
         print(f"{line:60}{count / lines.total():8.1%}")
