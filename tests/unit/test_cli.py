@@ -234,10 +234,11 @@ def test_plugins_show_refuses_an_unknown_plugin(here: Callable[..., int], capfd:
     assert "there is no plugin named 'no_such'; there is" in one_sentence(*capfd.readouterr())
 
 
-def test_plugins_show_prints_json(tcplat: Tcplat) -> None:
-    done = tcplat("plugins", "show", "xdp_port", "--json")
-    assert (done.returncode, done.stderr) == (0, "")
-    shown = json.loads(done.stdout)
+def test_plugins_show_prints_json(here: Callable[..., int], capfd: Capture) -> None:
+    assert here("plugins", "show", "xdp_port", "--json") == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    shown = json.loads(out)
     assert shown["example"] == "sudo tcplat run --probe xdp_port:iface=eth0,port=80+443"
     assert [point["takes"] for point in shown["points"]] == ["xdp:xdp"]
 
@@ -254,25 +255,30 @@ def test_program_exits_with_the_code_of_its_error(
 # --- what needs nothing
 
 
-def test_help_lists_every_option(tcplat: Tcplat) -> None:
-    done = tcplat("run", "--help")
-    assert (done.returncode, done.stderr) == (0, "")
+def test_help_lists_every_option(here: Callable[..., int], capfd: Capture) -> None:
+    assert here("run", "--help") == 0
+    out, err = capfd.readouterr()
+    assert err == ""
     command = cli.get_command(click.Context(cli), "run")
     assert command is not None
     for parameter in command.params:
         for option in parameter.opts:
-            assert option in done.stdout or option == "command"
+            assert option in out or option == "command"
 
 
 @pytest.mark.parametrize("asking", [("--help",), ("-h",), ("plugins", "--help")])
-def test_help_exits_with_0(tcplat: Tcplat, asking: tuple[str, ...]) -> None:
-    done = tcplat(*asking)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("Usage: tcplat")
+def test_help_exits_with_0(
+    here: Callable[..., int], capfd: Capture, asking: tuple[str, ...]
+) -> None:
+    assert here(*asking) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert out.startswith("Usage: tcplat")
 
 
-def test_version_is_printed(tcplat: Tcplat) -> None:
-    assert re.search(r"\b0\.\d+\.\d+\b", tcplat("--version").stdout)
+def test_version_is_printed(here: Callable[..., int], capfd: Capture) -> None:
+    assert here("--version") == 0
+    assert re.search(r"\b0\.\d+\.\d+\b", capfd.readouterr().out)
 
 
 def test_plugins_are_listed_as_a_table(tcplat: Tcplat) -> None:
@@ -291,10 +297,11 @@ def test_plugins_are_listed_as_a_table(tcplat: Tcplat) -> None:
     assert kinds == sorted(kinds)
 
 
-def test_plugins_are_listed_as_json(tcplat: Tcplat) -> None:
-    done = tcplat("plugins", "list", "--json")
-    assert (done.returncode, done.stderr) == (0, "")
-    found = json.loads(done.stdout)
+def test_plugins_are_listed_as_json(here: Callable[..., int], capfd: Capture) -> None:
+    assert here("plugins", "list", "--json") == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    found = json.loads(out)
     assert all(
         list(one) == ["name", "kind", "version", "distribution", "status", "summary"]
         for one in found
