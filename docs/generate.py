@@ -17,7 +17,7 @@ import attrs
 import msgspec
 
 import tcplat_core
-from tcplat_core import Event, Field, Loss, Merge, fields
+from tcplat_core import Event, Field, Loss, Merge, Sampled, fields
 from tcplat_core.event.record import Record
 from tcplat_core.event.text import TCP_STATES
 from tcplat_core.plugin import hookspecs
@@ -37,6 +37,7 @@ def events() -> str:
     lost = msgspec.json.encode({"v": version, "lost": loss}).decode()
     host = attrs.asdict(Merge(1, "service.jsonl", offset_ns=-3_000_000, bound_ns=15_000))
     merge = msgspec.json.encode({"v": version, "merge": host}).decode()
+    share = msgspec.json.encode({"v": version, "sampled": attrs.asdict(Sampled(64))}).decode()
     report = RunReport(probes={}, duration_s=1.5)
     end = msgspec.json.encode({"v": version, "report": report.as_json()}).decode()
     return "\n".join(
@@ -86,12 +87,26 @@ def events() -> str:
             merge,
             "```",
             "",
+            "Of which connections rows follow, one in `one_in`: before the rows, if the run had",
+            "`--sample` (`Sampled` in [hooks.md](hooks.md)):",
+            "",
+            "```json",
+            share,
+            "```",
+            "",
             "The report, at the end of a capture. It has the event counts of the run (here without",
             "probes). For each hook, produced = delivered + dropped + unread:",
             "",
             "```json",
             end,
             "```",
+            "",
+            *textwrap.wrap(
+                "With `--sample`, it also has `one_in`, the least and the greatest that held, and "
+                "each hook has `unsampled`: rows that were not made, because their connection is "
+                "not in the sample. They are not in `produced`.",
+                100,
+            ),
             "",
             "Keys of each probe, besides the sums `delivered` and `dropped`. `deaf`, `histograms`,",
             "`no_histograms` and `poll_error` are present only if they have a value:",
@@ -201,9 +216,13 @@ SECTIONS = {
         "columns",
         "say",
         "Loss",
+        "Sampled",
         "RunReport",
     ),
-    "A command": ("Reader", "whole_file", "Merge", "HOST_BITS", "add_reports"),
+    "A command": (
+        *("Reader", "whole_file", "Merge", "HOST_BITS", "add_reports", "Shares", "share_text"),
+        *("connection_hash", "is_in_share"),
+    ),
     "Errors": (*("TcplatError", "UsageError", "CannotRunError", "PluginError", "ReaderGoneError"),),
 }
 """Every public name, in the order in which one needs them."""

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from .plugin.outfile import Place, whole_file
     from .plugin.output import Output
     from .plugin.report import RunReport, add_reports
+    from .plugin.sampling import Sampled, Shares, connection_hash, is_in_share, share_text
     from .plugin.specs import (
         HOST_BITS,
         AggregateSink,
@@ -95,6 +96,8 @@ __all__ = [
     "ReaderGoneError",
     "RunInfo",
     "RunReport",
+    "Sampled",
+    "Shares",
     "Sink",
     "SinkSpec",
     "TcplatError",
@@ -108,6 +111,7 @@ __all__ = [
     "clock_offset_ns",
     "columns",
     "connect",
+    "connection_hash",
     "duration",
     "fenter",
     "fentry",
@@ -115,6 +119,7 @@ __all__ = [
     "fields",
     "hookimpl",
     "integer",
+    "is_in_share",
     "json_lines",
     "kentry",
     "kprobe",
@@ -124,6 +129,7 @@ __all__ = [
     "ports",
     "printable",
     "say",
+    "share_text",
     "size",
     "stream_points",
     "tracepoint",
@@ -145,6 +151,7 @@ _HOMES = (
     "plugin.hookspecs",
     "plugin.options",
     "plugin.maps",
+    "plugin.sampling",
     "plugin.specs",
     "plugin.stream_points",
     "plugin.report",

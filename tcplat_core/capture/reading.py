@@ -14,7 +14,8 @@ from tcplat_core.event.fields import Event
 from tcplat_core.event.terminal import say as say_it
 from tcplat_core.plugin.progress import Bar
 from tcplat_core.plugin.report import RunReport, add_reports
-from tcplat_core.plugin.specs import Loss, Merge
+from tcplat_core.plugin.sampling import Sampled, Shares
+from tcplat_core.plugin.specs import Item, Loss, Merge
 from tcplat_core.registry.find import Plugins
 
 from .replay import UNREAD, RowsByHook, compare, count_hooks
@@ -30,6 +31,7 @@ class Reader:
         rows: Number of rows read so far.
         lost: Number of lost events recorded in the capture.
         merges: Hosts of a merged capture.
+        shares: Of which connections it has rows.
     """
 
     _source: Source
@@ -38,6 +40,7 @@ class Reader:
     rows: int = attrs.field(default=0, init=False)
     lost: int = attrs.field(default=0, init=False)
     merges: list[Merge] = attrs.field(factory=list, init=False)
+    shares: Shares = attrs.field(factory=Shares, init=False)
     _read: RowsByHook = attrs.field(factory=Counter, init=False)
     _whole: bool = attrs.field(default=False, init=False)
     """Whether it was read to its end."""
@@ -70,7 +73,7 @@ class Reader:
         """The name that the user gave."""
         return self._source.name
 
-    def items(self) -> Iterator[list[Event] | Loss | Merge]:
+    def items(self) -> Iterator[Item]:
         """Yield batches of rows, and the losses and hosts between them.
 
         Raises:
@@ -86,6 +89,8 @@ class Reader:
                     self.lost += item.count
                 elif isinstance(item, Merge):
                     self.merges.append(item)
+                elif isinstance(item, Sampled):
+                    self.shares.add(item)
                 if item:
                     yield item
             self._whole = True
@@ -106,7 +111,8 @@ class Reader:
             report = add_reports(report, one) if report.probes else one
         if not self._capture.ended:
             report = attrs.evolve(report, incomplete="the capture is truncated")
-        return report
+        one_in = self.shares.union(report.one_in if report.probes else None)
+        return attrs.evolve(report, one_in=one_in)
 
     def remarks(self) -> Iterator[str]:
         """Yield warnings about losses and missing rows; call it when everything is read."""
@@ -122,6 +128,8 @@ class Reader:
                     f"{self.name}: {beyond} rows are not in its books: "
                     "a run did not end, or the capture lacks its beginning or end"
                 )
+        if sampled := self.report.sampled:
+            yield f"{self.name}: {sampled} of the connections: counts are those of this sample"
         if self._capture.left_out:
             yield self._capture.skipped(self.name)
         if not self._capture.ended:

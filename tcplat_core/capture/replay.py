@@ -17,7 +17,8 @@ from tcplat_core.loader.filter import Filter
 from tcplat_core.plugin.output import Output
 from tcplat_core.plugin.progress import Bar
 from tcplat_core.plugin.report import HookReport, ProbeReport, RunReport, add_reports
-from tcplat_core.plugin.specs import Loss, Merge, SinkLike
+from tcplat_core.plugin.sampling import Sampled, Shares
+from tcplat_core.plugin.specs import Item, Loss, Merge, SinkLike
 
 from .row_filter import RowFilter
 from .rows import GAP, Capture
@@ -72,6 +73,7 @@ class Replay:
     """Rows that did not pass the filter."""
     lost: Counter[tuple[str, str]] = attrs.field(factory=Counter, init=False)
     """Lost events that the capture records, by probe and point."""
+    shares: Shares = attrs.field(factory=Shares, init=False)
     gaps: int = attrs.field(default=0, init=False)
     """Rows that the msgpack sink did not send to its slow reader."""
     late: int = attrs.field(default=0, init=False)
@@ -107,7 +109,7 @@ class Replay:
 
     def _read(self) -> None:
         # The owner of packets in one batch may only be known from the next.
-        waiting: deque[list[Event] | Loss | Merge] = deque()
+        waiting: deque[Item] = deque()
         next_check = time.monotonic() + _READER_CHECK_S
         for item in self.capture.items(self.source.chunks()):
             if self.stopping():
@@ -156,11 +158,15 @@ class Replay:
             self._begun = True
             self.router.begin()
 
-    def _deliver(self, waiting: deque[list[Event] | Loss | Merge]) -> None:
+    def _deliver(self, waiting: deque[Item]) -> None:
         while waiting and not self.router.done:
             item = waiting.popleft()
             if isinstance(item, Merge):
                 self.router.merged(item)
+                continue
+            if isinstance(item, Sampled):
+                self.shares.add(item)
+                self.router.sampled(item)
                 continue
             if isinstance(item, Loss):
                 if self._is_chosen(item.probe, item.point):
@@ -250,6 +256,7 @@ class Replay:
             report,
             probes=probes,
             switched_off={**report.switched_off, **self.router.switched_off},
+            one_in=self.shares.union(report.one_in if report.probes else None),
         )
         if self.whole and self.capture.ended and not +delivered:
             return report
@@ -258,6 +265,7 @@ class Replay:
             reason = "the run did not end, or the capture lacks its beginning or end"
         return attrs.evolve(
             add_reports(report, _counted(+delivered, +lost)),
+            one_in=report.one_in,
             duration_s=max(0, self._last_ns - self._first_ns) / 1e9,
             late=self.late,
             incomplete=f"counted from the rows: {reason}",

@@ -20,7 +20,8 @@ from tcplat_core.event.terminal import printable
 from tcplat_core.event.text import LEAST, MOST, cleaned
 from tcplat_core.event.validation import LARGEST_RECORD
 from tcplat_core.plugin.report import RunReport
-from tcplat_core.plugin.specs import Loss, Merge
+from tcplat_core.plugin.sampling import Sampled
+from tcplat_core.plugin.specs import Item, Loss, Merge
 
 from .formats import Damage, Format, format_of
 
@@ -87,6 +88,10 @@ class Capture:
     read: int = attrs.field(default=0, init=False)
     """Rows, losses, hosts, headers and reports."""
     left_out: int = attrs.field(default=0, init=False)
+    _shared: bool = attrs.field(default=False, init=False)
+    """The rows are those of a part of the connections."""
+    _run_over: bool = attrs.field(default=False, init=False)
+    """Behind the report of such a run: what follows is of another one."""
     newer: str = attrs.field(default="", init=False)
     """The schema of a line that a newer tcplat has written."""
     noun: str = attrs.field(default="line", init=False)
@@ -105,7 +110,7 @@ class Capture:
     _hooks: set[tuple[str, ...]] = attrs.field(factory=set, init=False)
     """Hooks of rows, and probe and point of losses."""
 
-    def items(self, chunks: Iterator[bytes]) -> Iterator[list[Event] | Loss | Merge | None]:
+    def items(self, chunks: Iterator[bytes]) -> Iterator[Item | None]:
         """Yield batches of rows, losses and hosts in order; None if nothing comes for a while.
 
         A batch is empty after many frames that were left out, so that the caller is not blocked.
@@ -146,12 +151,14 @@ class Capture:
         if probe.encode() in self._known or len(self._known) < _MOST_PROBES:
             self._known[probe.encode()] = self._decoders[event]
 
-    def _decode(self, form: Format) -> Iterator[list[Event] | Loss | Merge]:
+    def _decode(self, form: Format) -> Iterator[Item]:
         if (taken := form.take_all()) is not None:
             plain = self._plain(form, *taken)
             if plain is not None:
                 self._number += len(taken[0])
                 if plain:
+                    if self._run_over:
+                        yield self._all_again()
                     self.read += len(plain)
                     self.ended = False
                     yield plain
@@ -169,7 +176,7 @@ class Capture:
         if rows:
             yield rows
 
-    def _each(self, form: Format) -> Iterator[Event | Loss | Merge | list[Event]]:
+    def _each(self, form: Format) -> Iterator[Event | Item]:
         """Yield the items of frames one by one; now and then an empty list if there are none."""
         while (frame := form.take()) is not None:
             self._number += 1
@@ -186,7 +193,14 @@ class Capture:
                     yield []
                 continue
             if item is not None:
+                if self._run_over and not isinstance(item, Sampled):
+                    yield self._all_again()
                 yield item
+
+    def _all_again(self) -> Sampled:
+        """Return that a run without --sample begins: captures were concatenated."""
+        self._shared = self._run_over = False
+        return Sampled(1)
 
     def _plain(self, form: Format, frames: Sequence[bytes], data: bytes) -> list[Event] | None:
         """Return the rows if all frames are rows as tcplat writes them; else None."""
@@ -225,7 +239,7 @@ class Capture:
         texts = {text for of_row in set(map(_TEXTS, rows)) for text in of_row if text is not None}
         return all(map(str.isprintable, texts)) and self._numeric.issuperset(map(type, rows))
 
-    def _one(self, form: Format, frame: bytes) -> Event | Loss | Merge | None:
+    def _one(self, form: Format, frame: bytes) -> Event | Loss | Merge | Sampled | None:
         """Decode a frame of any kind; return None for a header or a report.
 
         Raises:
@@ -255,12 +269,18 @@ class Capture:
         self.ended = "report" in value
         return item
 
-    def _item(self, form: Format, value: dict[str, Any], size: int) -> Event | Loss | Merge | None:
+    def _item(
+        self, form: Format, value: dict[str, Any], size: int
+    ) -> Event | Loss | Merge | Sampled | None:
         if "lost" in value:
             return self._counted(msgspec.convert(value["lost"], Loss))
         if "merge" in value:
             self._make_room("hosts", 1, _MOST_HOSTS)
             return msgspec.convert(value["merge"], Merge)
+        if "sampled" in value:
+            share = msgspec.convert(value["sampled"], Sampled)
+            self._shared, self._run_over = share.one_in > 1, False
+            return share
         if "gap" in value:
             return self._counted(Loss(*GAP, msgspec.convert(value["gap"], Count)))
         if "report" in value:
@@ -268,6 +288,7 @@ class Capture:
             self._make_room("events", _events(report), _MOST_EVENTS)
             self._make_room("reports", size, _MOST_REPORTED)
             self.reports.append(report)
+            self._run_over = self._shared
         elif "schema" not in value:
             return self._row(form, value)
         return None

@@ -15,7 +15,7 @@ from tcplat_core.run.signals import Signals
 
 from .chosen import aggregation_of, chosen_probes, chosen_sinks, made_sinks, used_points
 from .root import give_up_root
-from .shared_options import COUNT, QUIET, SINKS, Duration, Size, filter_of, filter_options
+from .shared_options import COUNT, QUIET, SINKS, Duration, Share, Size, filter_of, filter_options
 from .words import nothing, print_report
 
 if TYPE_CHECKING:
@@ -70,6 +70,13 @@ if TYPE_CHECKING:
     help="End after this time: 30 (seconds), 500ms, 2m.",
 )
 @COUNT
+@click.option(
+    "--sample",
+    type=Share(),
+    default=1,
+    metavar="1/N",
+    help="Rows of one connection in N, whole at all probes and on both hosts.  [default: 1/1]",
+)
 @click.option("--ready-file", metavar="PATH", help="Create PATH when all probes are attached.")
 @click.option(
     "--hold",
@@ -135,6 +142,7 @@ class _Run:
     attach: str
     duration: float
     count: int | None
+    sample: int
     ready_file: str | None
     hold: float
     ring_size: int
@@ -192,6 +200,10 @@ class _Run:
         request = self._request(sinks, aggregation_of(plugins, sinks, probes), child)
         if self.count and not request.events:
             raise UsageError("--count needs a sink that takes rows")
+        if self.sample > 1 and not request.events:
+            raise UsageError(
+                "--sample needs a sink that takes rows; --sink histogram counts every connection"
+            )
         if self.ready_file:
             ReadyFile(self.ready_file).check()
         info = RunInfo(
@@ -234,6 +246,7 @@ class _Run:
             follow=child is not None,
             debug=self.debug,
             ring_bytes=self.ring_size,
+            sample=self.sample,
         )
 
 

@@ -61,6 +61,23 @@ class Size(click.ParamType[int]):
         return number
 
 
+class Share(click.ParamType[int]):
+    """A share of the connections, 1/64, as the number below the line."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Convert to a number."""
+        from tcplat_core.plugin.sampling import MOST  # noqa: PLC0415 - see __init__.py
+
+        if isinstance(value, int):
+            return value
+        number = decimal(value.removeprefix("1/"), MOST) if value.startswith("1/") else 0
+        if not number:
+            self.fail(f"{value!r} is not 1/N with N from 1 to {MOST}, as 1/64", param, ctx)
+        return number
+
+
 SINKS = click.option(
     "--sink",
     "sinks",

@@ -46,6 +46,11 @@ def summary(
     for name, probe in report.probes.items():
         for words in _probe_summary(probe, unread, complete=not report.incomplete):
             terminal.say(f"{name}: {words}")
+    if report.sampled:
+        terminal.say(
+            f"{report.sampled} of the connections sampled: "
+            f"{report.unsampled} rows of the others were not made"
+        )
     if report.late:
         terminal.say(f"{report.late} rows came out of order")
 

@@ -6,7 +6,7 @@ import mmap
 
 import attrs
 
-from tcplat_core.kernel.layout import books_hooks, books_slots
+from tcplat_core.kernel.layout import books_hooks, books_slots, unsampled_hooks, unsampled_slot
 
 
 @attrs.define(eq=False)
@@ -25,13 +25,17 @@ class Books:
     _map: mmap.mmap = attrs.field(init=False)
     _all: memoryview = attrs.field(init=False)
     _slots: memoryview = attrs.field(init=False)
+    """Of what was produced and dropped."""
+    _unsampled: memoryview = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         slots = books_slots(self.cpus, self.hooks)
         size = slots * 8
         self._map = mmap.mmap(self.fd, size + -size % mmap.PAGESIZE, prot=mmap.PROT_READ)
         self._all = memoryview(self._map).cast("Q")
-        self._slots = self._all[: slots - 1]
+        first = unsampled_slot(self.cpus, self.hooks)
+        self._slots = self._all[:first]
+        self._unsampled = self._all[first : slots - 1]
 
     def read(self) -> list[tuple[int, int]]:
         """Return (produced, dropped) of each hook, over all CPUs."""
@@ -45,12 +49,18 @@ class Books:
         """Return the dropped events of all hooks."""
         return sum(self._slots[1::2])
 
+    def unsampled(self) -> list[int]:
+        """Return the rows of each hook that were not made, because --sample left them out."""
+        row = unsampled_hooks(self.hooks)
+        return [sum(self._unsampled[hook::row]) for hook in range(self.hooks)]
+
     def untracked(self) -> int:
         """Return how often a socket was not tracked, because the socket table was full."""
-        return int(self._all[len(self._slots)])
+        return int(self._all[books_slots(self.cpus, self.hooks) - 1])
 
     def close(self) -> None:
         """Unmap. The caller closes the fd."""
         self._slots.release()
+        self._unsampled.release()
         self._all.release()
         self._map.close()

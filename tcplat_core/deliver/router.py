@@ -14,6 +14,7 @@ from tcplat_core.event.terminal import printable
 from tcplat_core.plugin.aggregates import Aggregates
 from tcplat_core.plugin.output import Output
 from tcplat_core.plugin.report import RunReport
+from tcplat_core.plugin.sampling import Sampled
 from tcplat_core.plugin.specs import Loss, Merge, Sink
 
 from .fast.records import Records
@@ -114,6 +115,10 @@ class Router:
     def merged(self, merge: Merge) -> None:
         """Tell the sinks that the rows come from several hosts."""
         self._call_own("merged", merge)
+
+    def sampled(self, share: Sampled) -> None:
+        """Tell the sinks of which connections rows follow."""
+        self._call_own("sampled", share)
 
     def idle(self) -> None:
         """Let sinks check whether their reader is gone, while no rows come."""

@@ -11,7 +11,7 @@ from tcplat_core.plugin.output import Output
 from tcplat_core.plugin.report import RunReport
 from tcplat_core.plugin.specs import Loss, Sink, SinkLike
 
-OPTIONAL = ("begin", "merged", "aggregates", "idle", "poll", "passed", "cancel")
+OPTIONAL = ("begin", "merged", "sampled", "aggregates", "idle", "poll", "passed", "cancel")
 """Methods that do nothing unless a sink overrides them."""
 
 

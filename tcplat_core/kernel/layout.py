@@ -19,6 +19,16 @@ def books_hooks(hooks: int) -> int:
     return hooks + -hooks % 4
 
 
+def unsampled_slot(cpus: int, hooks: int) -> int:
+    """Return the first `books` entry of rows that --sample left out."""
+    return cpus * books_hooks(hooks) * 2
+
+
+def unsampled_hooks(hooks: int) -> int:
+    """Return the hooks per CPU from there on: one u64 each, rounded up as in books_hooks()."""
+    return hooks + -hooks % 8
+
+
 def books_slots(cpus: int, hooks: int) -> int:
-    """Return the number of `books` entries (event.bpf.h): two per CPU and hook, plus one."""
-    return cpus * books_hooks(hooks) * 2 + 1
+    """Return the number of `books` entries (event.bpf.h): three per CPU and hook, plus one."""
+    return unsampled_slot(cpus, hooks) + cpus * unsampled_hooks(hooks) + 1

@@ -229,7 +229,7 @@ class Loader:
 
     def _defines(self, probe: ProbeRequest) -> dict[str, int | str]:
         """Return the constants of this run and this host for the C of a probe."""
-        defines = core_defines(probe.points, self.request.filter)
+        defines = core_defines(probe.points, self.request.filter, self.request.sample)
         if self.request.debug:
             defines["TCPLAT_DEBUG"] = 1
         if self._tracks:
@@ -262,7 +262,7 @@ class Loader:
         groups: dict[tuple[str, str], list[_Program]] = {}
         for number, (module, choice) in enumerate(zip(modules, choices, strict=True)):
             for way in choice.taken.values():
-                for hook in way.hooks:
+                for hook in _attached(way, self.request.sample):
                     if hook.mechanism != "xdp":
                         program = _Program(number, way, hook, module.code(hook.program))
                         groups.setdefault((hook.mechanism, hook.func), []).append(program)
@@ -423,6 +423,11 @@ def _readable(probe: ProbeRequest, module: _Module) -> dict[str, LoadedMap]:
             )
         found[name] = LoadedMap(fd, one.entries)
     return found
+
+
+def _attached(way: Way, sample: int) -> list[Hook]:
+    """Return the hooks of a way that this run needs."""
+    return [hook for hook in way.hooks if sample > 1 or not hook.sampling]
 
 
 def _listened(probe: ProbeRequest) -> tuple[HookPoint, ...]:

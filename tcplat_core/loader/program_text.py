@@ -7,7 +7,13 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
 from tcplat_core.errors import PluginError
-from tcplat_core.kernel.layout import books_hooks, books_slots, possible_cpus
+from tcplat_core.kernel.layout import (
+    books_hooks,
+    books_slots,
+    possible_cpus,
+    unsampled_hooks,
+    unsampled_slot,
+)
 from tcplat_core.plugin.hookpoints import HookPoint, reporting
 
 from .filter import Filter
@@ -36,7 +42,7 @@ CGROUP_TYPES = ("task_struct:cgroups", "css_set:dfl_cgrp", "cgroup:level,ancesto
 PIDNS_TYPES = ("task_struct:thread_pid,pid", "pid:level,numbers", "upid", "pid_namespace:ns")
 """Further types with TCPLAT_PIDNS."""
 
-ALWAYS = ("event.bpf.h", "filter.bpf.h", "owner.bpf.h")
+ALWAYS = ("event.bpf.h", "filter.bpf.h", "sample.bpf.h", "owner.bpf.h")
 """Headers in every probe: they define the shared maps."""
 _INCLUDE = re.compile(
     r"^[ \t]*#[ \t]*include[ \t]+<tcplat/([a-z_]+\.bpf\.h)>"
@@ -59,11 +65,16 @@ bcc rewrites no map call in a macro, so that a macro cannot give a map its name.
 """
 
 
-def core_defines(points: Sequence[HookPoint], wanted: Filter) -> dict[str, int | str]:
-    """Return the constants of the shared headers."""
+def core_defines(
+    points: Sequence[HookPoint], wanted: Filter, sample: int = 1
+) -> dict[str, int | str]:
+    """Return the constants of the shared headers; rows are made of one connection in `sample`."""
     hooks, cpus = len(reporting(points)), possible_cpus()
     return {
+        **({"TCPLAT_SAMPLE": sample} if sample > 1 else {}),
         "TCPLAT_HOOKS": books_hooks(hooks),
+        "TCPLAT_UNSAMPLED": unsampled_slot(cpus, hooks),
+        "TCPLAT_UNSAMPLED_HOOKS": unsampled_hooks(hooks),
         "TCPLAT_BOOKS": books_slots(cpus, hooks),
         "TCPLAT_CPU_BITS": cpus.bit_length(),
         **wanted.defines(),

@@ -67,6 +67,7 @@ class Request:
         ring_bytes: Size of each probe's ring: a power of two.
         events: Some sink uses rows.
         aggregation: Histograms to be made in the kernel; None for none.
+        sample: Rows are made of one connection in so many.
     """
 
     probes: tuple[ProbeRequest, ...]
@@ -77,6 +78,7 @@ class Request:
     ring_bytes: int = 1 << 23
     events: bool = True
     aggregation: Aggregation | None = None
+    sample: int = 1
 
     def pack(self) -> bytes:
         """Return the message for the loader's standard input."""

@@ -44,6 +44,7 @@ class Hook:
             than one read from the wrong argument. Empty: not checked.
         quiet: Helps another hook and makes no rows of its own.
         by: The program that makes the rows, for hooks of `HookPoint.also`.
+        sampling: Attached only in a run with --sample.
     """
 
     func: str
@@ -52,6 +53,7 @@ class Hook:
     args: tuple[str, ...] = ()
     quiet: bool = False
     by: str = ""
+    sampling: bool = False
 
 
 @attrs.frozen

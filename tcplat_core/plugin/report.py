@@ -12,6 +12,8 @@ import msgspec
 from tcplat_core.event.fields import Count, Positive
 from tcplat_core.event.text import cleaned
 
+from .sampling import ALL, OneIn, both, share_text
+
 
 @attrs.frozen
 class HookReport:
@@ -23,6 +25,8 @@ class HookReport:
     produced: Count
     dropped: Count
     delivered: Count
+    unsampled: Count = 0
+    """Rows that were not made, because ``--sample`` left their connection out; not produced."""
 
     @property
     def unread(self) -> int:
@@ -97,6 +101,8 @@ class RunReport:
     """All rows up to this instant (CLOCK_MONOTONIC, ns) are present; 0 if unknown."""
     incomplete: str = ""
     """Why the counts do not cover the whole run; empty if they do."""
+    one_in: tuple[OneIn, OneIn] = ALL
+    """Rows are those of one connection in so many: the least and the greatest such number."""
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
@@ -130,18 +136,28 @@ class RunReport:
                         "skipped": dict(probe.skipped),
                         "silent": dict(probe.silent),
                         **_extras(probe),
-                        "hooks": [
-                            {**attrs.asdict(hook), "unread": hook.unread} for hook in probe.hooks
-                        ],
+                        "hooks": [self._hook(hook) for hook in probe.hooks],
                     }
                     for name, probe in self.probes.items()
                 },
                 "switched_off": dict(self.switched_off),
                 **({"until_ns": self.until_ns} if self.until_ns else {}),
                 **({"incomplete": self.incomplete} if self.incomplete else {}),
+                **({"one_in": list(self.one_in)} if self.sampled else {}),
             }
         )
         return line
+
+    def _hook(self, hook: HookReport) -> dict[str, Any]:
+        values = {**attrs.asdict(hook), "unread": hook.unread}
+        if not self.sampled:
+            del values["unsampled"]
+        return values
+
+    @property
+    def sampled(self) -> str:
+        """The share of the connections that have rows: 1/64, or 1/1 to 1/64; empty if all have."""
+        return share_text(*self.one_in) if self.one_in != ALL else ""
 
     @property
     def interfaces_gone(self) -> bool:
@@ -157,6 +173,11 @@ class RunReport:
     def dropped(self) -> int:
         """Lost events of all probes."""
         return sum(probe.dropped for probe in self.probes.values())
+
+    @property
+    def unsampled(self) -> int:
+        """Rows of all probes that were not made, because ``--sample`` left them out."""
+        return sum(hook.unsampled for probe in self.probes.values() for hook in probe.hooks)
 
 
 def _of_probes(
@@ -220,6 +241,7 @@ def add_reports(one: RunReport, other: RunReport) -> RunReport:
                 known.produced + hook.produced,
                 known.dropped + hook.dropped,
                 known.delivered + hook.delivered,
+                known.unsampled + hook.unsampled,
             )
         probes[name] = ProbeReport(
             hooks=tuple(hooks.values()),
@@ -239,6 +261,7 @@ def add_reports(one: RunReport, other: RunReport) -> RunReport:
         late=one.late + other.late,
         switched_off={**one.switched_off, **other.switched_off},
         incomplete=one.incomplete or other.incomplete,
+        one_in=both(one.one_in, other.one_in),
     )
 
 

@@ -17,6 +17,7 @@ from .hookpoints import HookPoint, Interfaces, checked_name
 from .maps import Maps, ReadableMap
 from .options import Option, Options
 from .report import RunReport
+from .sampling import Sampled
 
 
 @attrs.frozen(kw_only=True)
@@ -116,6 +117,12 @@ class Sink(ABC):
 
     def merged(self, merge: Merge) -> None:
         """Take a host of a merged capture. Called for each host, before the rows."""
+
+    def sampled(self, share: Sampled) -> None:
+        """Take the share of the connections of which rows follow; see :class:`Sampled`.
+
+        Called before the first row of a run with ``--sample``, and of a capture of one.
+        """
 
     def aggregates(self, them: Aggregates) -> None:
         """Take the counts since the start of the run; the last ones, `final`, before close().
@@ -260,3 +267,7 @@ class Merge:
     drift_bound_ppm: Positive = 0.0
     bound_ns: Count = 0
     packets: Count = 0
+
+
+Item = list[Event] | Loss | Merge | Sampled
+"""What a capture consists of, besides its report: batches of rows, and what stands between them."""

@@ -8,6 +8,7 @@ from tcplat_core.deliver.sequencer import Sequencer
 from tcplat_core.event.clock import kernel_ns
 from tcplat_core.plugin.aggregates import Distribution
 from tcplat_core.plugin.report import Counted, HookReport, ProbeReport, RunReport
+from tcplat_core.plugin.sampling import Shares
 
 from .probe_run import POLLED, ProbeRun
 
@@ -25,13 +26,16 @@ def _counted(found: Sequence[Distribution]) -> dict[str, Counted]:
     return books
 
 
-def report_of(runs: Sequence[ProbeRun], sequencer: Sequencer, duration_s: float) -> RunReport:
+def report_of(
+    runs: Sequence[ProbeRun], sequencer: Sequencer, duration_s: float, shares: Shares
+) -> RunReport:
     """Return the report of a run, from its probes' books."""
     probes = {}
     router, undelivered = sequencer.router, sequencer.undelivered.copy()
     for run in runs:
         hooks = []
         consumed = run.ring.taken
+        unsampled = run.books.unsampled()
         for number, (fired, (produced, dropped)) in enumerate(
             zip(run.hooks, run.books.read(), strict=True)
         ):
@@ -42,7 +46,10 @@ def report_of(runs: Sequence[ProbeRun], sequencer: Sequencer, duration_s: float)
             delivered = max(0, consumed[number] - lacking)
             undelivered[run.spec.name, fired.point, fired.func] -= consumed[number] - delivered
             hooks.append(
-                HookReport(fired.point, fired.func, fired.attach, produced, dropped, delivered)
+                HookReport(
+                    *(fired.point, fired.func, fired.attach),
+                    *(produced, dropped, delivered, unsampled[number]),
+                )
             )
         func, attach = POLLED
         for point, made in run.polled.items():
@@ -66,6 +73,7 @@ def report_of(runs: Sequence[ProbeRun], sequencer: Sequencer, duration_s: float)
         late=router.late,
         switched_off=dict(router.switched_off),
         until_ns=0 if router.done else kernel_ns(),
+        one_in=shares.union(None),
     )
 
 

@@ -19,6 +19,7 @@ from tcplat_core.kernel.layout import possible_cpus
 from tcplat_core.loader.protocol import Answer, Request
 from tcplat_core.plugin.output import Output
 from tcplat_core.plugin.report import RunReport
+from tcplat_core.plugin.sampling import Sampled, Shares
 from tcplat_core.plugin.specs import Chosen, ProbeSpec, SinkLike
 
 from .bookkeeping import report_of
@@ -70,6 +71,7 @@ class Session:
     signals: Signals = attrs.field(factory=Signals)
     say: Callable[[str], None] = lambda _: None
     outputs: Sequence[Output] = ()
+    _shares: Shares = attrs.field(factory=Shares, init=False)
     _watched: Watched | None = attrs.field(default=None, init=False)
     _ready: ReadyFile | None = attrs.field(init=False)
 
@@ -141,6 +143,8 @@ class Session:
             self._report_silent(runs)
             if not self.dry:
                 router.begin()
+                if self.request.sample > 1:
+                    self._share(router, Sampled(self.request.sample))
                 self._begin()
                 self._loop(drain, sleeper, pace)
             sleeper.shut()
@@ -152,7 +156,7 @@ class Session:
             self._poll(drain)
             sequencer.flush()
             show_counted(runs, router, pace.began, final=True)
-            report = report_of(runs, sequencer, time.monotonic() - pace.began)
+            report = report_of(runs, sequencer, time.monotonic() - pace.began, self._shares)
         if self.dry:
             router.cancel()
             return report
@@ -175,6 +179,10 @@ class Session:
             for one in run.loaded.interfaces:
                 if one.silent:
                     self.say(f"{run.spec.name}: no rows from {one.name} for now: {one.silent}")
+
+    def _share(self, router: Router, share: Sampled) -> None:
+        self._shares.add(share)
+        router.sampled(share)
 
     def _begin(self) -> None:
         if self._ready:

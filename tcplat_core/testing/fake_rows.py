@@ -12,6 +12,7 @@ import attrs
 from tcplat_core.event.fields import SCHEMA_VERSION, Event
 from tcplat_core.event.record import Record
 from tcplat_core.plugin.report import RunReport
+from tcplat_core.plugin.sampling import Sampled
 from tcplat_core.plugin.specs import Loss, ProbeSpec, Sink
 from tcplat_core.run.probe_run import fired_by
 
@@ -118,8 +119,8 @@ class RecordingSink(Sink):
 
     error: Exception | None = None
     batches: list[list[Event]] = attrs.field(factory=list, init=False)
-    stream: list[Event | Loss] = attrs.field(factory=list, init=False)
-    """Rows and losses, in order."""
+    stream: list[Event | Loss | Sampled] = attrs.field(factory=list, init=False)
+    """Rows, losses and shares of the connections, in order."""
     reports: list[RunReport] = attrs.field(factory=list, init=False)
     """The arguments of close(): one, after a run."""
 
@@ -138,6 +139,10 @@ class RecordingSink(Sink):
     def lost(self, loss: Loss) -> None:
         """Keep the loss."""
         self.stream.append(loss)
+
+    def sampled(self, share: Sampled) -> None:
+        """Keep the share."""
+        self.stream.append(share)
 
     def close(self, report: RunReport) -> None:
         """Keep the report."""

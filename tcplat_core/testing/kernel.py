@@ -9,7 +9,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import attrs
 
-from tcplat_core.kernel.layout import books_hooks, books_slots, possible_cpus
+from tcplat_core.kernel.layout import (
+    books_hooks,
+    books_slots,
+    possible_cpus,
+    unsampled_hooks,
+    unsampled_slot,
+)
 from tcplat_core.loader.protocol import Answer, LoadedMap, LoadedProbe, Request
 from tcplat_core.plugin.hookpoints import programs_of, reporting
 from tcplat_core.plugin.specs import ProbeSpec
@@ -128,6 +134,11 @@ class FakeBooks:
         slot = (cpu * books_hooks(self.hooks) + hook) * 2
         self._add(slot, produced)
         self._add(slot + 1, dropped)
+
+    def leave_out(self, hook: int, rows: int = 1, cpu: int = 0) -> None:
+        """Add to the rows of a hook that --sample left out."""
+        first = unsampled_slot(self.cpus, self.hooks)
+        self._add(first + cpu * unsampled_hooks(self.hooks) + hook, rows)
 
     def lose_track(self, sockets: int = 1) -> None:
         """Add to the sockets that did not fit into the table of sockets."""

@@ -12,6 +12,7 @@ from tcplat_core.deliver.sinks import Adapted
 from tcplat_core.errors import in_a_line, is_the_users
 from tcplat_core.event.fields import Event, fields
 from tcplat_core.plugin.report import RunReport
+from tcplat_core.plugin.sampling import Sampled
 from tcplat_core.plugin.specs import Loss, Merge, Sink, SinkSpec
 
 from . import sink_output_checks as output_checks
@@ -141,11 +142,12 @@ def _nulls(subject: Subject) -> None:
 
 
 def _losses_and_report(subject: Subject) -> None:
-    """Check that it accepts losses anywhere, hosts before the rows, and the final report."""
+    """Check that it accepts losses anywhere, hosts and shares before rows, and the report."""
 
     def play(sink: Sink) -> None:
         for host in range(2):
             sink.merged(Merge(host, f"{host}.jsonl", bound_ns=host * 1000))
+            sink.sampled(Sampled(8, host=host))
         sink.lost(LOSS)
         sink.write(stream(3))
         sink.lost(LOSS)

@@ -330,7 +330,10 @@ def check_mechanism(rows: Iterable[Row]) -> None:
 
 
 def parse(data: bytes) -> tuple[list[Row], list[dict[str, Any]], dict[str, Any]]:
-    """Rows, losses and report of a JSONL capture; what stands after the last newline is not one."""
+    """Rows, losses and report of a JSONL capture; what stands after the last newline is not one.
+
+    The lines of --sample are left out.
+    """
     rows: list[Row] = []
     losses = []
     report: dict[str, Any] = {}
@@ -341,7 +344,7 @@ def parse(data: bytes) -> tuple[list[Row], list[dict[str, Any]], dict[str, Any]]
             report = value["report"]
         elif "lost" in value:
             losses.append(value["lost"])
-        else:
+        elif "sampled" not in value:
             rows.append(value)
     return rows, losses, report
 

@@ -41,7 +41,14 @@ static __always_inline int report(const struct sk_buff *skb, const struct net_de
 		return 0;
 	net = tcplat_get(dev, nd_net.net);
 	segment.addrs.netns = tcplat_get(net, ns.inum);
-	if (!tcplat_wanted_addrs(&segment.addrs) || !find_owner(skb, &segment.addrs, &who))
+	if (!tcplat_wanted_addrs(&segment.addrs))
+		return 0;
+	/* Before the owner is looked for, unless a filter asks for that. */
+	if (!TCPLAT_BY_TASK && tcplat_leaves_out(&segment.addrs, hook, now))
+		return 0;
+	if (!find_owner(skb, &segment.addrs, &who))
+		return 0;
+	if (TCPLAT_BY_TASK && tcplat_leaves_out(&segment.addrs, hook, now))
 		return 0;
 	e = tcplat_reserve(hook, now);
 	if (!e)

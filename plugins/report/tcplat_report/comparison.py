@@ -15,8 +15,20 @@ from .condition import Compared, Condition
 from .shares import SHARE, Share
 
 
-def verdict(condition: Condition, found: Sequence[Compared]) -> tuple[bool, str]:
-    """Return whether a condition is met by what was found, and a sentence that says so."""
+def verdict(condition: Condition, found: Sequence[Compared], unlike: str = "") -> tuple[bool, str]:
+    """Return whether a condition is met by what was found, and a sentence that says so.
+
+    Args:
+        condition: The condition.
+        found: All changes.
+        unlike: Why counts of the two captures cannot be compared; empty if they can.
+    """
+    if condition.count is not None and unlike:
+        share = f"{condition.stage}:+1%"
+        return False, (
+            f"{condition.text}: not judged, so it passes: {unlike}: "
+            f"counts cannot be compared, shares can ({share})"
+        )
     mine = [
         one
         for one in found

@@ -16,7 +16,7 @@ from tcplat_stages.join import Joiner
 from tcplat_stages.plugin import parse_groups
 from tcplat_stages.stages import GROUPINGS, OTHERS, samples
 
-from tcplat_core import Reader, UsageError, say
+from tcplat_core import Reader, UsageError, say, share_text
 
 from .changes import CONNECT, Change, Key, changes
 from .common import finished, remarks
@@ -83,6 +83,12 @@ def ordered(changed: Iterable[Change], apart: Iterable[Share]) -> list[Compared]
     )
 
 
+def _unlike(base: Reader, new: Reader) -> str:
+    """Return of which connections each has rows; empty if it is the same share."""
+    one, other = (share_text(*reader.report.one_in) for reader in (base, new))
+    return "" if one == other else f"BASE has {one} of the connections, NEW {other}"
+
+
 def compare(
     base: str,
     new: str,
@@ -108,7 +114,8 @@ def compare(
         groups |= {group for group, _ in (*one.outcomes.samples, *one.outcomes.counts)}
     apart = shares(before.outcomes, after.outcomes, groups)
     found = ordered(changes(before.samples, after.samples, seed), apart)
-    verdicts = [verdict(condition, found) for condition in wanted]
+    unlike = _unlike(*readers)
+    verdicts = [verdict(condition, found, unlike) for condition in wanted]
     if as_json:
         encoder = msgspec.json.Encoder()
         lines = [to_json(one, groupings, wanted) for one in found]
@@ -116,7 +123,8 @@ def compare(
     else:
         click.echo(table(found, groupings), nl=False)
     if not quiet:
-        for sentence in [*before.remarks, *after.remarks]:
+        beyond = [f"{unlike}: compare durations and shares, not counts"] if unlike else []
+        for sentence in [*beyond, *before.remarks, *after.remarks]:
             say(sentence)
         if any(mute):
             say(

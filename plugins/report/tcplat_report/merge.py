@@ -18,9 +18,11 @@ from tcplat_core import (
     Loss,
     Merge,
     Reader,
+    Sampled,
     UsageError,
     add_reports,
     say,
+    share_text,
     whole_file,
 )
 
@@ -54,12 +56,35 @@ def join_captures(first: str, second: str, output: str, *, quiet: bool) -> None:
     shift = _Shift(offset, joined[0].host, unix_ns or 0)
     again = [Reader.open(where, quiet=quiet, again=True) for where in (first, second)]
     with whole_file(output) as file:
-        _write(file, [*own, *joined], again, shift)
+        _write(file, [*own, *joined], _all_of(readers, own, joined), again, shift)
     if not quiet:
         for reader in readers:
             for sentence in reader.remarks():
                 say(sentence)
+        for sentence in _unlike(readers):
+            say(sentence)
         say(words(joined[0], own[0]))
+
+
+def _all_of(readers: list[Reader], own: list[Merge], joined: list[Merge]) -> list[Sampled]:
+    """Return the share of hosts that have rows of all connections, if the others have not."""
+    lacking = [reader.shares.one_in is None for reader in readers]
+    if all(lacking):
+        return []
+    groups = zip(lacking, (own, joined), strict=True)
+    return [Sampled(1, host=host.host) for lacks, hosts in groups if lacks for host in hosts]
+
+
+def _unlike(readers: list[Reader]) -> Iterator[str]:
+    """Say what it means if the two hosts have rows of different connections."""
+    one, other = (reader.report.one_in for reader in readers)
+    if one != other:
+        a, b = (share_text(*share) for share in (one, other))
+        yield (
+            f"{readers[0].name} has rows of {a} of the connections, {readers[1].name} of {b}: "
+            "those that only one has are seen from one end; "
+            "they are whole with the same --sample on both hosts"
+        )
 
 
 def words(host: Merge, first: Merge) -> str:
@@ -122,12 +147,23 @@ class _Shift:
         since_ns, until_ns = self.instant(loss.since_ns), self.instant(loss.until_ns)
         return attrs.evolve(loss, since_ns=since_ns, until_ns=until_ns)
 
+    def share(self, share: Sampled) -> Sampled:
+        """Return B's share of the connections by A's clock."""
+        since_ns = self.instant(share.since_ns)
+        return attrs.evolve(share, host=self.host + share.host, since_ns=since_ns)
+
     def instant(self, ts_ns: int) -> int:
         """Return an instant of B's clock by A's; 0, which is unknown, stays so."""
         return min(max(0, ts_ns - self.offset.at(ts_ns)), sys.maxsize) if ts_ns > 0 else 0
 
 
-def _write(file: BinaryIO, hosts: list[Merge], readers: list[Reader], shift: _Shift) -> None:
+def _write(
+    file: BinaryIO,
+    hosts: list[Merge],
+    shares: list[Sampled],
+    readers: list[Reader],
+    shift: _Shift,
+) -> None:
     encoder = msgspec.json.Encoder()
 
     def line(**value: Any) -> None:
@@ -135,16 +171,20 @@ def _write(file: BinaryIO, hosts: list[Merge], readers: list[Reader], shift: _Sh
 
     for host in hosts:
         line(merge=attrs.asdict(host))
+    for share in shares:
+        line(sampled=attrs.asdict(share))
     first, second = readers
     batch: list[Event] = []
     for _, item in heapq.merge(_timed(first), _timed(second, shift), key=_TIME):
         if isinstance(item, Event):
             batch.append(item)
-        if len(batch) >= _BATCH or isinstance(item, Loss):
+        if len(batch) >= _BATCH or not isinstance(item, Event):
             file.write(encoder.encode_lines(batch))
             batch.clear()
         if isinstance(item, Loss):
             line(lost=attrs.asdict(item))
+        elif isinstance(item, Sampled):
+            line(sampled=attrs.asdict(item))
     file.write(encoder.encode_lines(batch))
     reports = first.report, second.report
     ends = reports[0].until_ns, shift.instant(reports[1].until_ns)
@@ -152,12 +192,16 @@ def _write(file: BinaryIO, hosts: list[Merge], readers: list[Reader], shift: _Sh
     line(report=report.as_json())
 
 
-def _timed(reader: Reader, shift: _Shift | None = None) -> Iterator[tuple[int, Event | Loss]]:
-    """Rows and losses, with the time that gives them their place."""
+def _timed(
+    reader: Reader, shift: _Shift | None = None
+) -> Iterator[tuple[int, Event | Loss | Sampled]]:
+    """Rows, losses and shares, with the time that gives them their place."""
     ts_ns = 0
     for item in reader.items():
         if isinstance(item, Loss):
             yield ts_ns, shift.loss(item) if shift else item
+        elif isinstance(item, Sampled):
+            yield ts_ns, shift.share(item) if shift else item
         elif isinstance(item, list):
             for one in item:
                 row = shift(one) if shift else one

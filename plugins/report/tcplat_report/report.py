@@ -346,7 +346,7 @@ def write_report(
                 story.merged(item)
             elif isinstance(item, Loss):
                 story.joiner.lost(item)
-            else:
+            elif isinstance(item, list):
                 story.write(item)
         story.close(reader.report.until_ns)
         words = list(remarks(reader, story.joiner))
@@ -368,7 +368,7 @@ def _write_trace(reader: Reader, output: str) -> list[str]:
                 trace.merged(item)
             elif isinstance(item, Loss):
                 joiner.lost(item)
-            else:
+            elif isinstance(item, list):
                 trace.add(joiner.feed(item))
         trace.add(joiner.finish(reader.report.until_ns))
         trace.close()

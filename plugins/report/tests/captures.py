@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 import msgspec
 
-from tcplat_core import SCHEMA_VERSION, Event
+from tcplat_core import SCHEMA_VERSION, Event, Sampled
 from tcplat_core.plugin.report import HookReport, ProbeReport, RunReport
 from tcplat_core.registry.find import Plugins
 
@@ -232,13 +232,15 @@ def write(
     end: bool = True,
     until_ns: int = 0,
     head: Iterable[dict[str, Any]] = (),
+    one_in: int = 1,
 ) -> Path:
-    """Return a capture of JSON lines, with the books of its rows."""
+    """Return a capture of JSON lines, with the books of its rows; they are said to be sampled."""
+    shares = [{"sampled": attrs.asdict(Sampled(one_in))}] if one_in > 1 else []
     books: dict[str, Counter[tuple[str, str, str]]] = {}
     encoder = msgspec.json.Encoder()
     batch: list[Event] = []
     with path.open("wb") as file:
-        for item in head:
+        for item in (*shares, *head):
             file.write(encoder.encode({"v": SCHEMA_VERSION, **item}) + b"\n")
         for row in rows:
             hook = (row.point, row.func, row.attach)
@@ -253,8 +255,11 @@ def write(
                 name: ProbeReport(hooks=tuple(HookReport(*key, n, 0, n) for key, n in each.items()))
                 for name, each in books.items()
             }
-            report = RunReport(probes=probes, duration_s=1.0, until_ns=until_ns).as_json()
-            file.write(encoder.encode({"v": SCHEMA_VERSION, "report": report}) + b"\n")
+            report = RunReport(
+                probes=probes, duration_s=1.0, until_ns=until_ns, one_in=(one_in, one_in)
+            )
+            line = {"v": SCHEMA_VERSION, "report": report.as_json()}
+            file.write(encoder.encode(line) + b"\n")
     return path
 
 

@@ -247,6 +247,22 @@ def test_more_requests_without_a_reply_fail(
     assert result.exit_code == int(fails), result.stderr
 
 
+def test_counts_of_different_shares_are_not_compared(hung: dict[str, Path], tmp_path: Path) -> None:
+    traffic = Traffic(connections=40, seed=5, hung=dict.fromkeys(range(40), 2_000_000))
+    captures = {**hung, "sampled": write(tmp_path / "sampled", joint(traffic), one_in=8)}
+    limits = ("--fail-on", "unanswered:+0")
+    result = ran(captures, "none", "sampled", *limits)
+    assert result.exit_code == 0
+    assert "BASE has 1/1 of the connections, NEW 1/8" in result.stderr
+    assert "unanswered:+0: not judged, so it passes" in result.stderr
+    # Shares of the requests can be compared, and so can counts of equal samples.
+    assert ran(captures, "none", "sampled", "--fail-on", "unanswered:+2%").exit_code == 1
+    captures["none"] = write(tmp_path / "none", joint(Traffic(connections=40, seed=1)), one_in=8)
+    result = ran(captures, "none", "sampled", *limits)
+    assert result.exit_code == 1
+    assert "counts are those of this sample" in result.stderr
+
+
 def test_unanswered_requests_have_a_line_and_no_sample_in_total(hung: dict[str, Path]) -> None:
     result = ran(hung, "none", "many", "--format", "json", "--fail-on", "unanswered:+0")
     found = {(one["stage"], one["percentile"]): one for one in lines(result)}

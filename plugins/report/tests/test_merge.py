@@ -19,7 +19,7 @@ from tcplat_report.commands import merge
 from tcplat_stages.exchange import Exchange
 from tcplat_stages.join import Joiner
 
-from tcplat_core import Event, Loss, Reader, UsageError
+from tcplat_core import Event, Loss, Reader, Sampled, UsageError
 
 from .captures import Traffic, joint, of_host, write
 
@@ -122,6 +122,35 @@ def test_merged_capture_is_sorted_and_readable(tmp_path: Path) -> None:
     assert len([1 for _ in reader.items()]) > 0
     assert [host.host for host in reader.merges] == [0, 1]
     assert not list(reader.remarks())
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (1, 1, []),
+        (8, 8, [(8, 0), (8, 1)]),
+        (8, 64, [(8, 0), (64, 1)]),
+        (1, 8, [(1, 0), (8, 1)]),
+        (8, 1, [(1, 1), (8, 0)]),
+    ],
+)
+def test_merged_capture_has_the_shares_of_both_hosts(
+    tmp_path: Path, first: int, second: int, expected: list[tuple[int, int]]
+) -> None:
+    traffic = Traffic(connections=20)
+    paths = [
+        write(tmp_path / "a", of_host(traffic, 0), one_in=first),
+        write(tmp_path / "b", of_host(traffic, 1, drifting), one_in=second),
+    ]
+    out = tmp_path / "out"
+    result = CliRunner().invoke(merge, [*map(str, paths), "-o", str(out)], catch_exceptions=False)
+    reader = Reader.open(str(out), quiet=True)
+    items = list(reader.items())
+    shares = [(item.one_in, item.host) for item in items if isinstance(item, Sampled)]
+    assert shares == expected
+    assert len([item for item in items if isinstance(item, list)]) > 0
+    assert reader.report.one_in == (min(first, second), max(first, second))
+    assert ("seen from one end" in result.stderr) == (first != second)
 
 
 def test_loss_intervals_are_converted_to_the_first_hosts_clock(tmp_path: Path) -> None:

@@ -57,6 +57,16 @@ def test_report_figures_match_the_requests(tmp_path: Path) -> None:
     assert shown["remarks"] == []
 
 
+@pytest.mark.parametrize("form", ["html", "perfetto"])
+def test_report_of_a_sample_says_that_its_counts_are(tmp_path: Path, form: str) -> None:
+    traffic = joint(Traffic(connections=5))
+    result, page = made(tmp_path, traffic, "--format", form, one_in=64)
+    words = "1/64 of the connections: counts are those of this sample"
+    assert words in result.stderr
+    if form == "html":
+        assert any(words in remark for remark in data(page)["remarks"])
+
+
 def test_unanswered_requests_come_first_and_are_counted_separately(tmp_path: Path) -> None:
     traffic = Traffic(connections=50, slow={(7, 3): 50_000}, hung={3: 9_000, 9: 8_000})
     shown = data(made(tmp_path, joint(traffic), "--connections", "3")[1])

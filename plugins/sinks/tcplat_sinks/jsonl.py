@@ -7,7 +7,17 @@ from collections.abc import Sequence
 import attrs
 import msgspec
 
-from tcplat_core import SCHEMA_VERSION, Event, Loss, Merge, Output, RunReport, Sink, json_lines
+from tcplat_core import (
+    SCHEMA_VERSION,
+    Event,
+    Loss,
+    Merge,
+    Output,
+    RunReport,
+    Sampled,
+    Sink,
+    json_lines,
+)
 
 
 @attrs.define(eq=False)
@@ -28,6 +38,10 @@ class Jsonl(Sink):
     def merged(self, merge: Merge) -> None:
         """Write a line for each host, before the rows."""
         self._line({"v": SCHEMA_VERSION, "merge": attrs.asdict(merge)})
+
+    def sampled(self, share: Sampled) -> None:
+        """Write a line where the share of the connections changes."""
+        self._line({"v": SCHEMA_VERSION, "sampled": attrs.asdict(share)})
 
     def idle(self) -> None:
         """Check whether the reader is gone."""

@@ -22,6 +22,7 @@ from tcplat_core import (
     ReaderGoneError,
     RunInfo,
     RunReport,
+    Sampled,
     Sink,
     UsageError,
     clock_offset_ns,
@@ -67,6 +68,8 @@ class Msgpack(Sink):
     _classes: set[tuple[str, type[Event]]] = attrs.field(factory=set, init=False)
     _schema: dict[str, list[tuple[str, str]]] = attrs.field(factory=dict, init=False)
     _hosts: list[bytes] = attrs.field(factory=list, init=False)
+    _shares: dict[int, bytes] = attrs.field(factory=dict, init=False)
+    """By host: which part of the connections has rows now."""
     _about: Mapping[str, Any] = attrs.field(init=False)
 
     @_about.default
@@ -153,6 +156,13 @@ class Msgpack(Sink):
             reader.push(self._hosts[-1])
         self._send()
 
+    def sampled(self, share: Sampled) -> None:
+        """Queue a map for a share of the connections; later readers get it with the header."""
+        self._shares[share.host] = encode({"v": SCHEMA_VERSION, "sampled": attrs.asdict(share)})
+        for reader in self.readers.values():
+            reader.push(self._shares[share.host])
+        self._send()
+
     def poll(self) -> None:
         """Take new readers, drop those that have gone, and send what waits."""
         self._begin()
@@ -222,8 +232,8 @@ class Msgpack(Sink):
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENCE_S)
         reader = self.readers[made.fileno()] = Subscriber(made, self.limit)
         reader.push(self._header(*self._schema))
-        for host in self._hosts:
-            reader.push(host)
+        for data in (*self._hosts, *self._shares.values()):
+            reader.push(data)
         self._epoll.register(made, select.EPOLLIN)
         self._send()
 

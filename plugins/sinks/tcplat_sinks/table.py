@@ -8,7 +8,17 @@ from collections.abc import Callable, Sequence
 
 import attrs
 
-from tcplat_core import Event, Loss, Output, RunReport, Sink, fields, printable
+from tcplat_core import (
+    Event,
+    Loss,
+    Output,
+    RunReport,
+    Sampled,
+    Sink,
+    fields,
+    printable,
+    share_text,
+)
 
 
 @attrs.frozen
@@ -164,6 +174,10 @@ class Table(Sink):
         """Write a line at the place of the gap."""
         text = f"-- {loss.count} events lost here ({loss.probe}, {loss.point}) --\n"
         self.output.write(text.encode())
+
+    def sampled(self, share: Sampled) -> None:
+        """Write a line: the rows below are those of a part of the connections."""
+        self.output.write(f"-- {share_text(share.one_in)} of the connections --\n".encode())
 
     def idle(self) -> None:
         """Check whether the reader is gone."""

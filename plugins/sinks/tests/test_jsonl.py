@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from tcplat_sinks.jsonl import Jsonl
 
-from tcplat_core import SCHEMA_VERSION, Event, Loss, Output, RunReport, TcplatError
+from tcplat_core import SCHEMA_VERSION, Event, Loss, Output, RunReport, Sampled, TcplatError
 from tcplat_core.plugin.report import HookReport, ProbeReport
 from tcplat_core.testing import make_event
 
@@ -66,6 +66,14 @@ def test_loss_is_written_at_its_place(sink: Jsonl, path: Path) -> None:
         "v": SCHEMA_VERSION,
         "lost": {"probe": "tcp_client", "point": "send", "count": 3, "since_ns": 5, "until_ns": 7},
     }
+
+
+def test_share_of_the_connections_is_a_line_of_its_own(sink: Jsonl, path: Path) -> None:
+    sink.sampled(Sampled(64))
+    sink.write([make_event(ts_ns=1)])
+    share, row = lines(path)
+    assert share == {"v": SCHEMA_VERSION, "sampled": {"one_in": 64, "since_ns": 0, "host": 0}}
+    assert row["ts_ns"] == 1
 
 
 def test_last_line_is_the_report(sink: Jsonl, path: Path) -> None:

@@ -34,6 +34,7 @@ from tcplat_core import (
     ReaderGoneError,
     RunInfo,
     RunReport,
+    Sampled,
     UsageError,
 )
 from tcplat_core.plugin.options import read_options
@@ -193,6 +194,22 @@ def test_hosts_precede_the_rows_for_late_readers_too(bench: Bench) -> None:
         assert "schema" in header
         assert maps[:2] == expected
         assert [one["ts_ns"] for one in maps[2:-1]] == [0, 1, 2][-count:]
+
+
+def test_late_readers_get_the_share_that_holds(bench: Bench) -> None:
+    shares = [Sampled(2), Sampled(8, since_ns=5), Sampled(1, host=1)]
+    sink = bench.sink()
+    first = bench.client()
+    sink.poll()
+    for share in shares:
+        sink.sampled(share)
+    sink.write(rows(1))
+    second = bench.client()
+    sink.poll()
+    sink.close(REPORT)
+    maps = [{"v": SCHEMA_VERSION, "sampled": attrs.asdict(share)} for share in shares]
+    assert first.rest()[1:4] == maps
+    assert second.rest()[1:3] == maps[1:]
 
 
 def test_new_probe_has_its_header_before_its_first_row(bench: Bench) -> None:

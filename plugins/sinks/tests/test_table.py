@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tcplat_sinks.table import Table
 
-from tcplat_core import Event, Loss, Output, RunInfo, RunReport, UsageError, Wire
+from tcplat_core import Event, Loss, Output, RunInfo, RunReport, Sampled, UsageError, Wire
 from tcplat_core.event.fields import Made
 from tcplat_core.event.text import text
 from tcplat_core.plugin.options import read_options
@@ -320,6 +320,16 @@ def test_loss_is_a_line_of_its_own(tmp_path: Path) -> None:
     lines = (tmp_path / "table").read_text().splitlines()
     assert lines[2] == "-- 3 events lost here (tcp_client, send) --"
     assert len(lines) == 4
+
+
+def test_share_of_the_connections_is_a_line_of_its_own(tmp_path: Path) -> None:
+    table = Table(Output.open(str(tmp_path / "table"), lambda: True), 0)
+    table.sampled(Sampled(64))
+    table.write([make_event()])
+    table.close(REPORT)
+    first, head, _ = (tmp_path / "table").read_text().splitlines()
+    assert first == "-- 1/64 of the connections --"
+    assert head.startswith("PID")
 
 
 # --- options

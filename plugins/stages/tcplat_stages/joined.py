@@ -9,7 +9,18 @@ from typing import TypeVar
 import attrs
 import msgspec
 
-from tcplat_core import Event, Loss, Merge, Output, RunReport, Sink, TcplatError
+from tcplat_core import (
+    Event,
+    Loss,
+    Merge,
+    Output,
+    RunReport,
+    Sampled,
+    Shares,
+    Sink,
+    TcplatError,
+    share_text,
+)
 
 from .connection import Finished
 from .hosts import Hosts
@@ -39,6 +50,7 @@ class Joined(Sink):
     joiner: Joiner = attrs.field(factory=Joiner, init=False)
     hosts: Hosts = attrs.field(factory=Hosts, init=False)
     encoder: msgspec.json.Encoder = attrs.field(factory=msgspec.json.Encoder, init=False)
+    shares: Shares = attrs.field(factory=Shares, init=False)
     _gaps: list[Loss] = attrs.field(factory=list, init=False)
     _patient_until_s: float = attrs.field(default=0.0, init=False)
     _closed: bool = attrs.field(default=False, init=False)
@@ -71,6 +83,19 @@ class Joined(Sink):
             self.output.write(self.encoder.encode({"v": 1, "lost": attrs.asdict(loss)}) + b"\n")
         else:
             text = f"-- {loss.count} events lost here ({loss.probe}, {loss.point}) --\n\n"
+            self.output.write(text.encode())
+
+    def sampled(self, share: Sampled) -> None:
+        """Note of which connections the rows are, and say so: counts are those of the sample."""
+        self.shares.add(share)
+        self.write_share(share)
+
+    def write_share(self, share: Sampled) -> None:
+        """Say that from here on a part of the connections is seen."""
+        if self.as_json:
+            self.output.write(self.encoder.encode({"v": 1, "sampled": attrs.asdict(share)}) + b"\n")
+        else:
+            text = f"-- {share_text(share.one_in)} of the connections from here on --\n\n"
             self.output.write(text.encode())
 
     def merged(self, merge: Merge) -> None:

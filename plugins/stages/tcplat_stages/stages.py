@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from tcplat_core import Event, Loss, columns, micros, printable
+from tcplat_core import Event, Loss, Sampled, columns, micros, printable
 
 from .chain import STAGES, UNEXPLAINED
 from .connection import Finished
@@ -126,6 +126,11 @@ class Stages(Joined):
         if self.as_json:
             super().write_loss(loss)
 
+    def write_share(self, share: Sampled) -> None:
+        """Say it with the figures; as JSON where it changes."""
+        if self.as_json:
+            super().write_share(share)
+
     def finish(self, finished: list[Finished]) -> None:
         """Write the figures of the whole run."""
         self.write_finished(finished)
@@ -211,6 +216,8 @@ class Stages(Joined):
         bound_ns = self.hosts.worst_ns()
         if bound_ns is not None:
             lines.append(f"-- between hosts, wire and wire_back are right ± {duration(bound_ns)}")
+        if self.shares.text:
+            lines.append(f"-- {self.shares.text} of the connections: counts are of this sample")
         if self._lost:
             lines.append(f"-- {self._lost} events were lost: figures of what was seen")
         if not when:

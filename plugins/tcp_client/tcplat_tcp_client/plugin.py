@@ -7,9 +7,11 @@ from importlib.resources import files
 
 from tcplat_core import (
     Histogram,
+    Hook,
     HookPoint,
     Moment,
     ProbeSpec,
+    Way,
     fenter,
     fentry,
     fexit,
@@ -45,7 +47,18 @@ POINTS = (
                 kreturn("tcp_v4_connect", "kr_tcp_v4_connect", quiet=True),
                 kreturn("tcp_v6_connect", "kr_tcp_v6_connect", quiet=True),
             ),
-            tracepoint(_SET_STATE, "tp_connect", *_STATES),
+            Way(
+                "tracepoint",
+                (
+                    *tracepoint(_SET_STATE, "tp_connect", *_STATES).hooks,
+                    Hook(
+                        *("net:net_dev_queue", "tp_connect_port", "tracepoint"),
+                        ("struct sk_buff *",),
+                        quiet=True,
+                        sampling=True,
+                    ),
+                ),
+            ),
         ),
     ),
     HookPoint(

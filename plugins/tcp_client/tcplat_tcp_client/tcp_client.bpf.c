@@ -24,6 +24,9 @@ static __always_inline struct tcplat_sock *begin_connect(struct sock *sk, u64 no
 	s->since_ns = now;
 	/* What the socket sent in a connection before is no part of a call in this one. */
 	s->send_tid = 0;
+#ifdef TCPLAT_SAMPLE
+	s->connect_hook = s->syn_hook = 0;
+#endif
 	return s;
 }
 
@@ -38,6 +41,38 @@ report_connect(struct sock *sk, struct tcplat_sock *s, u8 hook, u64 ts_ns)
 	tcplat_submit(e);
 }
 
+/*
+ * With --sample the two ports decide whether a connection has rows, and the kernel chooses the
+ * source port a moment after the change to TCP_SYN_SENT. So the rows of that moment are kept in the
+ * entry until the SYN leaves, or until connect() returns, or fails. They have the time when it
+ * happened, and in addition the port.
+ */
+static __always_inline void syn_is_sent(struct sock *sk, struct tcplat_sock *s, u8 hook, u64 ts_ns)
+{
+#ifdef TCPLAT_SAMPLE
+	if (tcplat_awaits_port(sk, s)) {
+		s->connect_hook = 1 + hook;
+		return;
+	}
+#endif
+	report_connect(sk, s, hook, ts_ns);
+}
+
+/* The port is chosen, or will never be. */
+static __always_inline void report_waiting(struct sock *sk, struct tcplat_sock *s)
+{
+#ifdef TCPLAT_SAMPLE
+	u8 connect = s->connect_hook, syn = s->syn_hook;
+
+	s->connect_hook = s->syn_hook = 0;
+	if (connect)
+		report_connect(sk, s, connect - 1, s->since_ns);
+	if (syn)
+		tcplat_report(
+			tcplat_make_state(sk, s, TCP_CLOSE, TCP_SYN_SENT, syn - 1, s->syn_ns));
+#endif
+}
+
 /* tcp_v4_connect() has chosen the route by now, but not yet the source port. */
 int tp_connect(struct bpf_raw_tracepoint_args *ctx)
 {
@@ -49,7 +84,24 @@ int tp_connect(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	s = begin_connect(sk, now);
 	if (s)
-		report_connect(sk, s, HOOK_tp_connect, now);
+		syn_is_sent(sk, s, HOOK_tp_connect, now);
+	return 0;
+}
+
+/* net:net_dev_queue, with --sample only: the SYN leaves. */
+int tp_connect_port(struct bpf_raw_tracepoint_args *ctx)
+{
+#ifdef TCPLAT_SAMPLE
+	struct sk_buff *skb = (struct sk_buff *)ctx->args[0];
+	struct sock *sk = tcplat_sk(skb);
+	struct tcplat_sock *s;
+
+	if (!sk || tcplat_get(sk, __sk_common.skc_state) != TCP_SYN_SENT)
+		return 0;
+	s = tcplat_lookup(sk);
+	if (tcplat_is(s, CLIENT))
+		report_waiting(sk, s);
+#endif
 	return 0;
 }
 
@@ -96,7 +148,7 @@ static __always_inline int send_syn(struct sock *sk, int state, u8 hook_v4, u8 h
 		return 0;
 	if (tcplat_get(sk, __sk_common.skc_family) == TCPLAT_AF_INET6)
 		hook = hook_v6;
-	report_connect(sk, s, hook, s->since_ns);
+	syn_is_sent(sk, s, hook, s->since_ns);
 	return 0;
 }
 
@@ -106,10 +158,11 @@ static __always_inline int leave_connect(struct sock *sk, int ret, u16 family, u
 	struct tcplat_event *e;
 	u64 now = bpf_ktime_get_ns();
 
-	if (!ret || tcplat_get(sk, __sk_common.skc_family) != family)
+	if (tcplat_get(sk, __sk_common.skc_family) != family || !tcplat_is(s, CLIENT))
 		return 0;
+	report_waiting(sk, s);
 	/* A failure after the SYN has its row from the change of state. */
-	if (!tcplat_is(s, CLIENT) || !s->since_ns)
+	if (!ret || !s->since_ns)
 		return 0;
 	tcplat_sample(sk, s, HIST_connect_failed, now - s->since_ns);
 	e = tcplat_reserve_for(sk, s, hook, now);
@@ -238,6 +291,15 @@ static __always_inline int report_state(struct sock *sk, int old, int new, u8 ho
 
 	if (!tcplat_is(s, CLIENT))
 		return 0;
+#ifdef TCPLAT_SAMPLE
+	if (new == TCP_SYN_SENT && tcplat_awaits_port(sk, s)) {
+		s->state = new;
+		s->syn_hook = 1 + hook;
+		s->syn_ns = now;
+		return 0;
+	}
+	report_waiting(sk, s);
+#endif
 	s->state = new;
 	if (old == TCP_SYN_SENT && s->since_ns) {
 		took = now - s->since_ns;

@@ -262,6 +262,8 @@ static __always_inline int report_packet(struct sk_buff *skb, const u8 *l3, u8 h
 		return 0;
 	if (who.role != SERVER && who.role != LISTENER)
 		return 0;
+	if (tcplat_leaves_out(&local, hook, now))
+		return 0;
 	e = tcplat_reserve(hook, now);
 	if (!e)
 		return 0;
@@ -323,29 +325,38 @@ make_segment(struct sock *sk, struct sk_buff *skb, u8 hook)
 	struct tcplat_sock *s = tcplat_lookup(sk);
 	struct tcplat_segment segment = {};
 	struct tcplat_event *e;
+	bool known = false;
 	u64 now;
 
 	if (!s || (s->role != SERVER && s->role != LISTENER))
 		return NULL;
 	now = bpf_ktime_get_ns();
-	if (!tcplat_parse_tcp(&segment, tcplat_get(skb, data), tcplat_get(skb, len)))
-		return NULL;
-	e = tcplat_reserve_for(sk, s, hook, now);
-	if (!e)
-		return NULL;
-	tcplat_fill_segment(e, &segment);
 	/* A listener has no remote end; the segment has, and says which local address it is. */
 	if (s->role == LISTENER) {
 		const u8 *head = tcplat_get(skb, head);
 		u16 l3 = tcplat_get(skb, network_header);
 
+		known = tcplat_parse_ip(&segment, skb, head + l3);
+	}
+	if (!tcplat_parse_tcp(&segment, tcplat_get(skb, data), tcplat_get(skb, len)))
+		return NULL;
+	if (known) {
+		tcplat_refresh(s);
+		if (!s->wanted || !tcplat_passes(sk, s) ||
+		    tcplat_leaves_out(&segment.addrs, hook, now))
+			return NULL;
+	}
+	e = tcplat_reserve_for(sk, s, hook, now);
+	if (!e)
+		return NULL;
+	tcplat_fill_segment(e, &segment);
+	if (s->role == LISTENER)
 		tcplat_fill_listener(e, sk, s);
-		if (tcplat_parse_ip(&segment, skb, head + l3)) {
-			e->ip = segment.addrs.ip;
-			e->dport = segment.addrs.sport;
-			__builtin_memcpy(e->saddr, segment.addrs.daddr, 16);
-			__builtin_memcpy(e->daddr, segment.addrs.saddr, 16);
-		}
+	if (known) {
+		e->ip = segment.addrs.ip;
+		e->dport = segment.addrs.sport;
+		__builtin_memcpy(e->saddr, segment.addrs.daddr, 16);
+		__builtin_memcpy(e->daddr, segment.addrs.saddr, 16);
 	}
 	return e;
 }

@@ -30,7 +30,7 @@ report(struct xdp_md *ctx, const struct tcplat_packet *packet, u32 bytes)
 	tcplat_copy_addresses(ends.saddr, ends.daddr, packet);
 	ends.sport = bpf_ntohs(tcp->sport);
 	ends.dport = bpf_ntohs(tcp->dport);
-	if (!tcplat_wanted_packet(&ends))
+	if (!tcplat_wanted_packet(&ends) || tcplat_leaves_out(&ends, HOOK_tcplat_xdp_port, now))
 		return;
 	e = tcplat_reserve(HOOK_tcplat_xdp_port, now);
 	if (!e)

@@ -114,6 +114,8 @@ BPF_RINGBUF_OUTPUT(events, 8);
 /*
  * (cpu * hooks + hook) * 2 + {0: produced, 1: of these dropped} -> how many; hooks is
  * rounded up to whole cache lines (TCPLAT_HOOKS), so that no two CPUs write to the same.
+ * TCPLAT_UNSAMPLED + cpu * TCPLAT_UNSAMPLED_HOOKS + hook -> rows that were not made, because
+ * --sample leaves their connection out; these are not produced.
  * The last entry -> sockets that were not tracked: tcplat_socks was full.
  *
  * All entries exist from the start. The session maps the array and reads it.
@@ -137,7 +139,8 @@ static __always_inline bool tcplat_is_open(void)
 }
 
 /*
- * A record to fill, or NULL while events are not wanted, or if the ring is full.
+ * A record to fill, or NULL while events are not wanted, or if the ring is full. It is made whatever
+ * connection it is of: for a packet, ask tcplat_leaves_out() before.
  *
  * The caller must hand it to tcplat_submit() on every path. ts_ns is the
  * instant that the row will carry: normally bpf_ktime_get_ns().

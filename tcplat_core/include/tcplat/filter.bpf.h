@@ -22,14 +22,17 @@ struct tcplat_addrs {
  */
 BPF_TABLE("hash", u32, u32, tcplat_pids, 16384);
 
+/* Whether the filters name processes: only then must an owner be known to decide. */
+#ifdef TCPLAT_FILTER_TASK
+#define TCPLAT_BY_TASK true
+#else
+#define TCPLAT_BY_TASK false
+#endif
+
 /* The owner is not known: wanted unless the filters name processes. */
 static __always_inline bool tcplat_wanted_unowned(void)
 {
-#ifdef TCPLAT_FILTER_TASK
-	return false;
-#else
-	return true;
-#endif
+	return !TCPLAT_BY_TASK;
 }
 
 #ifdef TCPLAT_FILTER_CGROUP

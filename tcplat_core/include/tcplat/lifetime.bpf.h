@@ -80,6 +80,9 @@ static __always_inline struct tcplat_sock *tcplat_set_role(const struct sock *sk
 	if (s && (other || s->role != role || role == TCPLAT_ROLE_CLIENT)) {
 		tcplat_unindex(sk, s);
 		s->addrs.sport = 0;
+#ifdef TCPLAT_SAMPLE
+		s->sample = s->connect_hook = s->syn_hook = 0;
+#endif
 	}
 	if (other)
 		tcplat_delete_entry(key);

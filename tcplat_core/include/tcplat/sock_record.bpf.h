@@ -70,9 +70,45 @@ tcplat_fill_listener(struct tcplat_event *e, const struct sock *sk, const struct
 }
 
 /*
+ * Whether --sample leaves the socket's connection out. A socket that has no remote end is of no
+ * connection, and not left out. One that has no port never gets there, or is asked too early: its
+ * number decides, as nobody else can see it.
+ */
+static __always_inline bool tcplat_leaves_out_sock(struct tcplat_sock *s, u8 hook, u64 ts_ns)
+{
+#ifdef TCPLAT_SAMPLE
+	const struct tcplat_addrs *a = &s->addrs;
+
+	if (!s->sample && a->sport && a->dport)
+		s->sample = tcplat_connection_hash(a->saddr, a->sport, a->daddr, a->dport);
+	if (s->sample)
+		return tcplat_leaves_out_hash(s->sample, hook, ts_ns);
+	return a->dport && tcplat_leaves_out_hash(tcplat_mixed(s->id) >> 32, hook, ts_ns);
+#else
+	return false;
+#endif
+}
+
+/* Whether its source port is still to be chosen. Where it calls connect(). */
+static __always_inline bool tcplat_awaits_port(const struct sock *sk, struct tcplat_sock *s)
+{
+	if (!s->addrs.sport)
+		tcplat_read_addrs(&s->addrs, sk);
+	return !s->addrs.sport;
+}
+
+/* Whether its addresses pass the filters. */
+static __always_inline bool tcplat_passes(const struct sock *sk, struct tcplat_sock *s)
+{
+	if (!s->addrs.sport)
+		tcplat_read_addrs(&s->addrs, sk);
+	return tcplat_wanted_addrs(&s->addrs);
+}
+
+/*
  * A record of the socket's, owner and addresses filled in, whether or not the owner is wanted.
  *
- * NULL while events are not wanted, or if the ring is full.
+ * NULL while events are not wanted, if the ring is full, or if --sample leaves the connection out.
  */
 static __always_inline struct tcplat_event *
 tcplat_reserve_wanted(const struct sock *sk, struct tcplat_sock *s, u8 hook, u64 ts_ns)
@@ -82,9 +118,7 @@ tcplat_reserve_wanted(const struct sock *sk, struct tcplat_sock *s, u8 hook, u64
 #ifdef TCPLAT_NO_EVENTS
 	return NULL;
 #endif
-	if (!s->addrs.sport)
-		tcplat_read_addrs(&s->addrs, sk);
-	if (!tcplat_wanted_addrs(&s->addrs))
+	if (!tcplat_passes(sk, s) || tcplat_leaves_out_sock(s, hook, ts_ns))
 		return NULL;
 	e = tcplat_reserve(hook, ts_ns);
 	if (!e)

@@ -36,6 +36,13 @@ struct tcplat_sock {
 	u32 renames;   /* tcplat_renamed() when the owner's name was looked at last */
 	u32 thread_renames; /* the same of its thread's: that is done where it calls alone */
 	u64 start_ns; /* when the owner began, for its pid is given away again; 0: not known */
+#ifdef TCPLAT_SAMPLE
+	u32 sample;      /* its connection's hash, once both ports are known; else 0 */
+	u8 connect_hook; /* 1 + the hook of the row of its connect, which waits for the port; or 0 */
+	u8 syn_hook;     /* the same of its change to TCP_SYN_SENT, ... */
+	u8 pad[2];
+	u64 syn_ns; /* ... and when that was */
+#endif
 	union {
 		struct tcplat_owner owner; /* the process that used it last */
 		struct {                   /* owner.task, for a probe that wants no name */

@@ -1,0 +1,289 @@
+"""--sample on real packets: whole connections, at every probe, both ends and both hosts alike."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tcplat_core import connection_hash, is_in_share
+
+from .harness import BLACKHOLE, TCPLAT, Outcome, Puppet, Row, Tcplat, at, network, story
+from .test_merge import _FAR, _NEAR, _OTHER, _PAIR
+
+_ALL = ("tcp_client", "tcp_service", "dev_xmit", "tcp_stats")
+_SERVE = """
+listening = socket.socket(socket.AF_INET if {ip} == 4 else socket.AF_INET6)
+listening.bind(({host!r}, 0))
+listening.listen(512)
+def serve():
+    while True:
+        peer, _ = listening.accept()
+        while peer.recv(100):
+            peer.sendall(bytes(10))
+        peer.close()
+threading.Thread(target=serve, daemon=True).start()
+listening.getsockname()[1]
+"""
+_ASK = """
+found = []
+for _ in range({count}):
+    s = socket.socket(socket.AF_INET if {ip} == 4 else socket.AF_INET6)
+    s.connect(({host!r}, {port}))
+    found.append(s.getsockname()[1])
+    for _ in range(2):
+        s.sendall(bytes(5))
+        s.recv(10, socket.MSG_WAITALL)
+    s.close()
+found
+"""
+_COUNT = 2000
+_ONE_IN = 8
+_HOSTS = {
+    "v4": (4, "127.0.0.1", "127.0.0.1"),
+    "v6": (6, "::1", "::1"),
+    "mapped": (6, "::", "::ffff:127.0.0.1"),
+}
+"""Family of the sockets, where the service listens, and to where the client connects."""
+
+
+@pytest.fixture
+def server() -> Iterator[Puppet]:
+    """In a network namespace of its own."""
+    puppet = Puppet.start(alone=True)
+    yield puppet
+    puppet.end()
+
+
+@pytest.fixture
+def client(server: Puppet) -> Iterator[Puppet]:
+    puppet = Puppet.start(within=server)
+    yield puppet
+    puppet.end()
+
+
+def connection(row: Row, port: int) -> int | None:
+    """Return the client's port, of a row that belongs to a connection to this port."""
+    ends = (row["sport"], row["dport"])
+    if port not in ends or None in ends or 0 in ends:
+        return None
+    return int(ends[0] if ends[1] == port else ends[1])
+
+
+def by_client(rows: Iterable[Row], port: int) -> dict[int, list[Row]]:
+    found: dict[int, list[Row]] = {}
+    for row in rows:
+        sport = connection(row, port)
+        if sport:
+            found.setdefault(sport, []).append(row)
+    return found
+
+
+def of(rows: Iterable[Row], probe: str) -> list[Row]:
+    return [row for row in rows if row["probe"] == probe]
+
+
+def check_whole(rows: list[Row]) -> None:
+    """Check that nothing of a connection with two requests is missing at any probe."""
+    caller, service = of(rows, "tcp_client"), of(rows, "tcp_service")
+    told = story(caller)
+    assert told[:3] == ["connect", "SYN_SENT", "ESTABLISHED"]
+    assert told[-1] == "close"
+    assert [row["bytes"] for row in at(caller, "send")] == [5, 5]
+    assert sum(row["bytes"] for row in at(caller, "recv")) == 20
+    told = [one for one in story(service) if one not in ("rx_ip", "rx_tcp", "ready")]
+    assert told[:2] == ["ESTABLISHED", "accept"]
+    assert told[-1] == "close"
+    assert sum(row["bytes"] for row in at(service, "recv")) == 10
+    assert sum(row["bytes"] for row in at(service, "send")) == 20
+    for point in ("rx_ip", "nic_rx", "nic_tx"):
+        flags = [row["flags"] for row in at(rows, point)]
+        assert sum(flag == "SYN" for flag in flags) == 1, (point, flags)
+        # rx_ip is for the service alone.
+        ends = 1 if point == "rx_ip" else 2
+        assert sum("FIN" in flag for flag in flags) == ends, (point, flags)
+        assert sum(flag == "SYN|ACK" for flag in flags) == ends - 1, (point, flags)
+        sent = {(row["sport"], row["seq"]): row["bytes"] for row in at(rows, point)}
+        assert sum(sent.values()) == 10 + 20 * (ends - 1), point
+    assert len(of(rows, "tcp_stats")) == 2
+
+
+def made_and_left_out(outcome: Outcome, probe: str, point: str) -> int:
+    """Return how many rows of a hook point there were, and would have been."""
+    hooks = outcome.report["probes"][probe]["hooks"]
+    return sum(hook["produced"] + hook["unsampled"] for hook in hooks if hook["point"] == point)
+
+
+def in_share(ends: tuple[str, str], port: int, one_in: int = _ONE_IN) -> Callable[[int], bool]:
+    """Return whether a connection between two addresses is in a share, by the client's port."""
+    return lambda sport: is_in_share(connection_hash(ends[0], sport, ends[1], port), one_in)
+
+
+def services_closed(run: Tcplat, count: int) -> list[Row]:
+    """Wait until the services of so many connections have closed them."""
+    return run.wait_for(
+        f"{count} connections were over",
+        lambda rows: len(at(of(rows, "tcp_service"), "close")) >= count,
+    )
+
+
+@pytest.mark.parametrize("where", list(_HOSTS))
+def test_sampled_connections_are_whole_at_every_probe(
+    tmp_path: Path, server: Puppet, client: Puppet, where: str
+) -> None:
+    ip, listens, calls = _HOSTS[where]
+    run = Tcplat.start(
+        tmp_path,
+        *("--sample", f"1/{_ONE_IN}", "--netns", str(server.pid)),
+        probes=(*_ALL, "xdp_port:iface=lo,port=all"),
+    ).wait_ready()
+    port = server(_SERVE.format(ip=ip, host=listens))
+    client.tell(_ASK.format(ip=ip, host=calls, port=port, count=_COUNT))
+    expected = set(filter(in_share((calls, calls), port), client.answer(300)))
+    services_closed(run, len(expected))
+    outcome = run.stop()
+    found = by_client(outcome.rows, port)
+    assert found.keys() == expected
+    # Five standard deviations of a binomial distribution.
+    assert abs(len(expected) - _COUNT / _ONE_IN) < 5 * (_COUNT / _ONE_IN * (1 - 1 / _ONE_IN)) ** 0.5
+    for rows in found.values():
+        check_whole(rows)
+    # What belongs to no connection stays.
+    listener = [row for row in of(outcome.rows, "tcp_service") if row["sport"] == port]
+    assert "LISTEN" in story(row for row in listener if not row["dport"])
+    check_books(outcome)
+    first = json.loads(run.path.read_bytes().partition(b"\n")[0])
+    assert first["sampled"] == {"one_in": _ONE_IN, "since_ns": 0, "host": 0}
+    check_joined(run.path, len(expected))
+
+
+def check_books(outcome: Outcome) -> None:
+    """Check that rows made and rows left out are those of all connections, hook by hook."""
+    assert outcome.report["dropped"] == 0
+    assert outcome.report["one_in"] == [_ONE_IN, _ONE_IN]
+    assert f"1/{_ONE_IN} of the connections sampled" in outcome.stderr
+    for probe, point, each in (
+        ("tcp_client", "connect", 1),
+        ("tcp_client", "send", 2),
+        ("tcp_client", "close", 1),
+        ("tcp_service", "accept", 1),
+        ("tcp_stats", "stats", 2),
+    ):
+        assert made_and_left_out(outcome, probe, point) == each * _COUNT, (probe, point)
+    sent = made_and_left_out(outcome, "dev_xmit", "nic_tx")
+    assert made_and_left_out(outcome, "xdp_port", "nic_rx") == sent
+
+
+def check_joined(capture: Path, connections: int) -> None:
+    """Check that the joined sinks have each request, and none that was not answered."""
+    words = ["--sink", "stages:format=json,group_by=none", "--sink", "summary:format=json"]
+    command = [*TCPLAT, "replay", "-q", str(capture), *words]
+    written = subprocess.run(command, check=True, capture_output=True).stdout
+    lines = [json.loads(line) for line in written.splitlines()]
+    (answered,) = [one for one in lines if one.get("stage") == "total"]
+    assert answered["count"] == 2 * connections
+    ends = [one for one in lines if "conn" in one]
+    assert len(ends) == connections
+    assert all(one["exchanges"] == 2 and not one["unanswered"] for one in ends)
+
+
+_FAIL = """
+for _ in range({count}):
+    with socket.socket() as s:
+        s.settimeout(5)
+        try:
+            s.connect({where!r})
+        except ConnectionRefusedError:
+            pass
+for _ in range({count}):
+    s = socket.socket()
+    s.setblocking(False)
+    s.connect_ex(("10.77.0.2", 80))
+    s.close()
+"""
+
+
+def test_failed_connects_are_sampled_as_wholes(
+    tmp_path: Path, server: Puppet, client: Puppet
+) -> None:
+    """Refused ones, and ones that are given up before an answer."""
+    count = 200
+    network(server, script=BLACKHOLE)
+    run = Tcplat.start(
+        tmp_path, "--sample", "1/4", "--netns", str(server.pid), probes=_ALL
+    ).wait_ready()
+    client(_FAIL.format(count=count, where=("127.0.0.1", 9)))
+    # A connection that is in every share.
+    port = server(_SERVE.format(ip=4, host="127.0.0.1"))
+    client.tell(_ASK.format(ip=4, host="127.0.0.1", port=port, count=40))
+    ports = client.answer()
+    services_closed(run, sum(map(in_share(("127.0.0.1", "127.0.0.1"), port, 4), ports)))
+    outcome = run.stop()
+    for address, refused in (("127.0.0.1", 9), ("10.77.0.2", 80)):
+        rows = [row for row in outcome.rows if address in (row["saddr"], row["daddr"])]
+        found = by_client(rows, refused)
+        assert abs(len(found) - count / 4) < 5 * (count / 4 * 3 / 4) ** 0.5
+        local = rows[0]["saddr"]
+        for sport, of_one in found.items():
+            assert in_share((local, address), refused, 4)(sport)
+            caller = of(of_one, "tcp_client")
+            assert story(caller) == ["connect", "SYN_SENT", "CLOSE", "close"]
+            assert len(at(of_one, "nic_tx")) == (2 if refused == 9 else 1)
+    assert made_and_left_out(outcome, "tcp_client", "connect") == 2 * count + 40
+    assert made_and_left_out(outcome, "tcp_client", "close") == 2 * count + 40
+    assert not [row for row in of(outcome.rows, "tcp_client") if not row["sport"]]
+
+
+_SHARES = ((8, 8), (2, 8))
+
+
+@pytest.mark.parametrize("shares", _SHARES, ids=lambda shares: f"{shares[0]}-{shares[1]}")
+def test_two_hosts_have_the_same_connections(
+    tmp_path: Path, server: Puppet, shares: tuple[int, int]
+) -> None:
+    far = Puppet.start(alone=True)
+    try:
+        network(server, script=_PAIR.format(pid=far.pid))
+        network(far, script=_OTHER)
+        runs = []
+        for name, puppet, device, one_in in zip(
+            ("a", "b"), (server, far), ("va", "vb"), shares, strict=True
+        ):
+            folder = tmp_path / name
+            folder.mkdir()
+            run = Tcplat.start(
+                folder,
+                *("--netns", str(puppet.pid), "--sample", f"1/{one_in}"),
+                probes=(*_ALL, f"xdp_port:iface={device},port=all"),
+            )
+            runs.append(run.wait_ready())
+        port = far(_SERVE.format(ip=4, host=_FAR))
+        server.tell(_ASK.format(ip=4, host=_FAR, port=port, count=400))
+        ports = server.answer(120)
+        near, there = (
+            set(filter(in_share((_NEAR, _FAR), port, one_in), ports)) for one_in in shares
+        )
+        services_closed(runs[1], len(there))
+        runs[0].wait_for(
+            "the clients were gone",
+            lambda rows: len(at(of(rows, "tcp_client"), "close")) >= len(near),
+        )
+        outcomes = [run.stop() for run in runs]
+    finally:
+        far.end()
+    assert there <= near
+    for outcome, expected in zip(outcomes, (near, there), strict=True):
+        assert by_client(outcome.rows, port).keys() == expected
+    both = [row for outcome in outcomes for row in outcome.rows]
+    for sport, rows in by_client(both, port).items():
+        if sport in there:
+            check_whole(rows)
+    out = tmp_path / "both"
+    merge = [*TCPLAT, "merge", *(str(run.path) for run in runs), "-o", str(out)]
+    said = subprocess.run(merge, check=True, capture_output=True, text=True).stderr
+    assert ("seen from one end" in said) == (near != there)
+    if near == there:
+        check_joined(out, len(near))
