@@ -239,6 +239,7 @@ class _Run:
 
         return Request(
             events=any(one.spec.aggregate is None for one in sinks.values()),
+            acks=any(one.spec.acks for one in sinks.values() if one.spec.aggregate is None),
             aggregation=aggregation,
             probes=(),
             attach=self.attach,

@@ -90,7 +90,8 @@ def _rows_summary(probe: ProbeReport, *, complete: bool) -> str:
         by_point[hook.point] = by_point.get(hook.point, 0) + hook.delivered
     points = ", ".join(f"{point} {n}" for point, n in by_point.items())
     lost = f"{probe.dropped} lost" if complete else f"{probe.dropped} known to be lost"
-    return f"{probe.delivered} rows, {lost} ({points})"
+    acks = f", {probe.bare_acks} bare ACKs not recorded" if probe.bare_acks else ""
+    return f"{probe.delivered} rows, {lost} ({points}){acks}"
 
 
 def _counted_summary(counted: Mapping[str, Counted]) -> Iterator[str]:

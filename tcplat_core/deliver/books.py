@@ -6,7 +6,14 @@ import mmap
 
 import attrs
 
-from tcplat_core.kernel.layout import books_hooks, books_slots, unsampled_hooks, unsampled_slot
+from tcplat_core.kernel.layout import (
+    ACK_SLOTS,
+    ack_slot,
+    books_hooks,
+    books_slots,
+    unsampled_hooks,
+    unsampled_slot,
+)
 
 
 @attrs.define(eq=False)
@@ -27,6 +34,7 @@ class Books:
     _slots: memoryview = attrs.field(init=False)
     """Of what was produced and dropped."""
     _unsampled: memoryview = attrs.field(init=False)
+    _acks: memoryview = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         slots = books_slots(self.cpus, self.hooks)
@@ -35,7 +43,9 @@ class Books:
         self._all = memoryview(self._map).cast("Q")
         first = unsampled_slot(self.cpus, self.hooks)
         self._slots = self._all[:first]
-        self._unsampled = self._all[first : slots - 1]
+        acks = ack_slot(self.cpus, self.hooks)
+        self._unsampled = self._all[first:acks]
+        self._acks = self._all[acks : slots - 1]
 
     def read(self) -> list[tuple[int, int]]:
         """Return (produced, dropped) of each hook, over all CPUs."""
@@ -54,6 +64,10 @@ class Books:
         row = unsampled_hooks(self.hooks)
         return [sum(self._unsampled[hook::row]) for hook in range(self.hooks)]
 
+    def bare_acks(self) -> int:
+        """Return the packets that only acknowledge, and have no row because no sink uses it."""
+        return sum(self._acks[::ACK_SLOTS])
+
     def untracked(self) -> int:
         """Return how often a socket was not tracked, because the socket table was full."""
         return int(self._all[books_slots(self.cpus, self.hooks) - 1])
@@ -62,5 +76,6 @@ class Books:
         """Unmap. The caller closes the fd."""
         self._slots.release()
         self._unsampled.release()
+        self._acks.release()
         self._all.release()
         self._map.close()

@@ -29,6 +29,15 @@ def unsampled_hooks(hooks: int) -> int:
     return hooks + -hooks % 8
 
 
+ACK_SLOTS = 8
+"""Entries per CPU for bare acknowledgements without a row; one is used, of a cache line."""
+
+
+def ack_slot(cpus: int, hooks: int) -> int:
+    """Return the first `books` entry of bare acknowledgements that have no row."""
+    return unsampled_slot(cpus, hooks) + cpus * unsampled_hooks(hooks)
+
+
 def books_slots(cpus: int, hooks: int) -> int:
-    """Return the number of `books` entries (event.bpf.h): three per CPU and hook, plus one."""
-    return unsampled_slot(cpus, hooks) + cpus * unsampled_hooks(hooks) + 1
+    """Return the number of `books` entries, see event.bpf.h."""
+    return ack_slot(cpus, hooks) + cpus * ACK_SLOTS + 1

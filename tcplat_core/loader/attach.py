@@ -243,6 +243,8 @@ class Loader:
             defines["TCPLAT_CAST"] = KFUNC + cast
         if not self.request.events:
             defines["TCPLAT_NO_EVENTS"] = 1
+        if not self.request.acks:
+            defines["TCPLAT_NO_BARE_ACKS"] = 1
         if self.request.aggregation:
             defines |= self.request.aggregation.defines(possible_cpus(), len(probe.histograms))
             defines["TCPLAT_PROBE"] = 1 + self.request.probes.index(probe)

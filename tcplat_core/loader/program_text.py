@@ -8,6 +8,8 @@ from importlib.resources import files
 
 from tcplat_core.errors import PluginError
 from tcplat_core.kernel.layout import (
+    ACK_SLOTS,
+    ack_slot,
     books_hooks,
     books_slots,
     possible_cpus,
@@ -75,6 +77,8 @@ def core_defines(
         "TCPLAT_HOOKS": books_hooks(hooks),
         "TCPLAT_UNSAMPLED": unsampled_slot(cpus, hooks),
         "TCPLAT_UNSAMPLED_HOOKS": unsampled_hooks(hooks),
+        "TCPLAT_ACK_SLOT": ack_slot(cpus, hooks),
+        "TCPLAT_ACK_SLOTS": ACK_SLOTS,
         "TCPLAT_BOOKS": books_slots(cpus, hooks),
         "TCPLAT_CPU_BITS": cpus.bit_length(),
         **wanted.defines(),

@@ -66,6 +66,7 @@ class Request:
         debug: Compile tcplat_debug() in, and log the C as it is compiled.
         ring_bytes: Size of each probe's ring: a power of two.
         events: Some sink uses rows.
+        acks: Some sink uses rows of packets that only acknowledge.
         aggregation: Histograms to be made in the kernel; None for none.
         sample: Rows are made of one connection in so many.
     """
@@ -77,6 +78,7 @@ class Request:
     debug: bool = False
     ring_bytes: int = 1 << 23
     events: bool = True
+    acks: bool = True
     aggregation: Aggregation | None = None
     sample: int = 1
 

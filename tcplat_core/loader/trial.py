@@ -132,7 +132,8 @@ def attach(request: Request, cache: Cache) -> dict[str, Any]:
     except TcplatError as error:
         return {"refusal": str(error)}
     (probe,) = answer.probes.values()
-    objects = [(fd, *bpf.identity(fd)) for fd in answer.fds]
+    # A program that several hooks share is there once for each.
+    objects = [(fd, *bpf.identity(fd)) for fd in dict.fromkeys(answer.fds)]
     programs = {
         bpf.program_name(number): fd
         for fd, kind, number in objects

@@ -59,6 +59,8 @@ class ProbeReport:
     """Point -> why this host does not have it."""
     untracked: Count = 0
     """Sockets that were not tracked, because the socket table was full."""
+    bare_acks: Count = 0
+    """Packets that only acknowledge, and have no row because no sink uses it."""
     interfaces: Mapping[str, str] = attrs.field(factory=dict)
     """Interface with an XDP program of the probe -> native or generic."""
     skipped: Mapping[str, Count] = attrs.field(factory=dict)
@@ -220,6 +222,8 @@ def _extras(probe: ProbeReport) -> dict[str, Any]:
         extras[_UNCOUNTED] = dict(probe.uncounted)
     if probe.poll_error:
         extras["poll_error"] = probe.poll_error
+    if probe.bare_acks:
+        extras["bare_acks"] = probe.bare_acks
     if probe.interfaces_gone:
         extras[_INTERFACES_GONE] = True
     return extras
@@ -247,6 +251,7 @@ def add_reports(one: RunReport, other: RunReport) -> RunReport:
             hooks=tuple(hooks.values()),
             missing={**probes[name].missing, **probe.missing},
             untracked=probes[name].untracked + probe.untracked,
+            bare_acks=probes[name].bare_acks + probe.bare_acks,
             interfaces={**probes[name].interfaces, **probe.interfaces},
             skipped=Counter(probes[name].skipped) + Counter(probe.skipped),
             silent={**probes[name].silent, **probe.silent},

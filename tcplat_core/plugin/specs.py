@@ -182,6 +182,8 @@ class SinkSpec:
         points: Points whose rows the sink uses; empty for all. Other points of a probe are not
             attached, unless another sink uses their rows, or this one uses none of the probe's.
             More rows than these must not change what the sink writes: a replay may have them.
+        acks: The sink uses rows of packets that only acknowledge: half of all packets. If no sink
+            does, `rx_ip` does not make them; the report has their number. The same rule.
     """
 
     name: str = attrs.field(validator=checked_name)
@@ -190,6 +192,7 @@ class SinkSpec:
     options: tuple[Option, ...] = ()
     aggregate: Callable[[Options], Aggregation] | None = None
     points: tuple[str, ...] = ()
+    acks: bool = True
 
 
 S = TypeVar("S", ProbeSpec, SinkSpec)

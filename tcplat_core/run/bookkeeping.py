@@ -59,6 +59,7 @@ def report_of(
             hooks=tuple(hooks),
             missing=run.loaded.missing,
             untracked=run.books.untracked(),
+            bare_acks=run.books.bare_acks(),
             interfaces={one.name: one.mode for one in run.loaded.interfaces},
             skipped=run.skipped(),
             silent=run.silent,

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import attrs
 
 from tcplat_core.kernel.layout import (
+    ACK_SLOTS,
+    ack_slot,
     books_hooks,
     books_slots,
     possible_cpus,
@@ -139,6 +141,10 @@ class FakeBooks:
         """Add to the rows of a hook that --sample left out."""
         first = unsampled_slot(self.cpus, self.hooks)
         self._add(first + cpu * unsampled_hooks(self.hooks) + hook, rows)
+
+    def acknowledge(self, packets: int = 1, cpu: int = 0) -> None:
+        """Add to the bare acknowledgements without a row."""
+        self._add(ack_slot(self.cpus, self.hooks) + cpu * ACK_SLOTS, packets)
 
     def lose_track(self, sockets: int = 1) -> None:
         """Add to the sockets that did not fit into the table of sockets."""

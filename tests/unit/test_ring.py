@@ -303,9 +303,22 @@ def test_books_larger_than_a_page_are_read_whole() -> None:
     fake.close()
 
 
-def test_books_have_three_slots_per_cpu_and_hook_and_one_more() -> None:
-    # Whole cache lines for each CPU: of four hooks and two counts, of eight hooks and one.
-    assert books_slots(cpus=4, hooks=3) == 4 * 4 * 2 + 4 * 8 + 1
+def test_bare_acknowledgements_are_added_up_and_count_as_nothing_else(
+    books: tuple[FakeBooks, Books],
+) -> None:
+    fake, read = books
+    for cpu in range(4):
+        fake.acknowledge(10**cpu, cpu=cpu)
+    assert read.bare_acks() == 1111
+    assert read.read() == [(0, 0)] * 3
+    assert read.unsampled() == [0] * 3
+    assert read.untracked() == 0
+
+
+def test_each_cpu_has_cache_lines_of_its_own_in_the_books() -> None:
+    # Whole cache lines for each CPU: of four hooks and two counts, of eight hooks and one, and one
+    # of bare acknowledgements.
+    assert books_slots(cpus=4, hooks=3) == 4 * 4 * 2 + 4 * 8 + 4 * 8 + 1
 
 
 def test_possible_cpus_include_every_usable_cpu() -> None:

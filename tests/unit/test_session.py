@@ -186,8 +186,8 @@ def test_produced_equals_delivered_plus_dropped(play: Play) -> None:
     assert 0 < fitted < 100
     sink, report = run_into_a_sink(probe)
     assert [attrs.astuple(hook) for hook in report.probes["one"].hooks] == [
-        ("send", "tcp:tcp_sendmsg_locked", "tracepoint", 100, 100 - fitted, fitted),
-        ("close", "tcp:tcp_destroy_sock", "tracepoint", 1, 1, 0),
+        ("send", "tcp:tcp_sendmsg_locked", "tracepoint", 100, 100 - fitted, fitted, 0),
+        ("close", "tcp:tcp_destroy_sock", "tracepoint", 1, 1, 0, 0),
     ]
     assert [hook.unread for hook in report.probes["one"].hooks] == [0, 0]
     assert len(sink.rows) == fitted
@@ -284,6 +284,15 @@ def test_report_contains_attached_hooks_alone(play: Play) -> None:
     ]
     assert [hook.point for hook in report.probes["two"].hooks] == ["send"]
     assert report.probes["two"].missing == {"close": "this kernel has none"}
+
+
+def test_bare_acknowledgements_without_a_row_are_reported(play: Play) -> None:
+    probe = play()
+    probe.books.acknowledge(7)
+    report = run_into_a_sink(probe)[1]
+    assert report.probes["one"].bare_acks == 7
+    assert report.as_json()["probes"]["one"]["bare_acks"] == 7
+    assert RunReport.from_json(report.as_json()).probes == report.probes
 
 
 def test_untracked_sockets_are_reported(play: Play) -> None:

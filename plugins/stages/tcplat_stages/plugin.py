@@ -97,6 +97,7 @@ def tcplat_register_sinks() -> Iterator[SinkSpec]:
         summary="each request and its reply, with the time of each stage",
         factory=_waterfall,
         points=POINTS,
+        acks=False,
         options=(
             *_COMMON,
             Option(
@@ -124,6 +125,7 @@ def tcplat_register_sinks() -> Iterator[SinkSpec]:
         summary="each connection, when it is over: handshake, bytes, RTT, retransmits, resets",
         factory=_summary,
         points=POINTS,
+        acks=False,
         options=_COMMON,
     )
     yield SinkSpec(
@@ -131,6 +133,7 @@ def tcplat_register_sinks() -> Iterator[SinkSpec]:
         summary="percentiles of each stage, by process, remote address or port",
         factory=_stages,
         points=POINTS,
+        acks=False,
         options=(
             *_COMMON,
             Option(

@@ -231,12 +231,19 @@ static __always_inline void measure_recv(struct sock *sk, struct tcplat_sock *s,
 
 /* --- rx_ip: a packet for a service of this host reaches IP, or TCP's door */
 
+static __always_inline int left_out_ack(void)
+{
+	tcplat_count_bare_ack();
+	return 0;
+}
+
 static __always_inline int report_packet(struct sk_buff *skb, const u8 *l3, u8 hook)
 {
 	struct tcplat_segment segment = {};
 	struct tcplat_addrs local = {};
 	struct tcplat_seed who = {};
 	struct tcplat_event *e;
+	bool bare = false;
 	u64 now;
 
 	if (!tcplat_parse_ip(&segment, skb, l3) || !tcplat_is_served(segment.addrs.dport))
@@ -250,6 +257,10 @@ static __always_inline int report_packet(struct sk_buff *skb, const u8 *l3, u8 h
 #ifdef TCPLAT_NO_EVENTS
 	return 0;
 #endif
+#ifdef TCPLAT_NO_BARE_ACKS
+	/* Half of all packets: the owner is not looked for, unless a filter asks whose they are. */
+	bare = !segment.bytes && segment.flags == TCPLAT_TCP_ACK;
+#endif
 	segment.addrs.netns = tcplat_skb_netns(skb);
 	/* As the receiving socket sees it: its own end first. */
 	local.netns = segment.addrs.netns;
@@ -258,10 +269,16 @@ static __always_inline int report_packet(struct sk_buff *skb, const u8 *l3, u8 h
 	local.dport = segment.addrs.sport;
 	__builtin_memcpy(local.saddr, segment.addrs.daddr, 16);
 	__builtin_memcpy(local.daddr, segment.addrs.saddr, 16);
-	if (!tcplat_wanted_addrs(&local) || !tcplat_lookup_packet(&local, &who) || !who.wanted)
+	if (!tcplat_wanted_addrs(&local))
+		return 0;
+	if (bare && !TCPLAT_BY_TASK)
+		return left_out_ack();
+	if (!tcplat_lookup_packet(&local, &who) || !who.wanted)
 		return 0;
 	if (who.role != SERVER && who.role != LISTENER)
 		return 0;
+	if (bare)
+		return left_out_ack();
 	if (tcplat_leaves_out(&local, hook, now))
 		return 0;
 	e = tcplat_reserve(hook, now);

@@ -16,6 +16,7 @@
 #endif
 #define TCPLAT_AF_INET 2
 #define TCPLAT_AF_INET6 10
+#define TCPLAT_TCP_ACK 0x10 /* a flag of TCP's header */
 
 /* A line for --debug, at most three numbers: tcplat_debug("socket %llx", sk). */
 #ifdef TCPLAT_DEBUG
@@ -116,6 +117,8 @@ BPF_RINGBUF_OUTPUT(events, 8);
  * rounded up to whole cache lines (TCPLAT_HOOKS), so that no two CPUs write to the same.
  * TCPLAT_UNSAMPLED + cpu * TCPLAT_UNSAMPLED_HOOKS + hook -> rows that were not made, because
  * --sample leaves their connection out; these are not produced.
+ * TCPLAT_ACK_SLOT + cpu * TCPLAT_ACK_SLOTS -> packets that only acknowledge, and have no row because
+ * no sink uses it (TCPLAT_NO_BARE_ACKS).
  * The last entry -> sockets that were not tracked: tcplat_socks was full.
  *
  * All entries exist from the start. The session maps the array and reads it.
@@ -177,6 +180,16 @@ static __always_inline struct tcplat_event *tcplat_reserve(u8 hook, u64 ts_ns)
 	e->hook = hook;
 	e->cpu = cpu;
 	return e;
+}
+
+/* A packet that only acknowledges, and has no row. */
+static __always_inline void tcplat_count_bare_ack(void)
+{
+	u32 slot = TCPLAT_ACK_SLOT + bpf_get_smp_processor_id() * TCPLAT_ACK_SLOTS;
+	u64 *count = tcplat_is_open() ? books.lookup(&slot) : NULL;
+
+	if (count)
+		lock_xadd(count, 1);
 }
 
 /* An event that the kernel kept from us: in the books it is produced, and dropped. */

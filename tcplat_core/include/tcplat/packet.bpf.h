@@ -5,8 +5,6 @@
  * PACKET_PORTS: a case label for each port; not defined for all of them.
  */
 
-#define TCPLAT_TCP_ACK 0x10
-
 #ifdef PACKET_PORTS
 static __always_inline bool tcplat_wanted_port(u16 port)
 {
