@@ -22,7 +22,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from tests.vm.run import (  # noqa: E402 - wherever it is called from
+from tests.long import LONG  # noqa: E402 - wherever it is called from
+from tests.vm.run import (  # noqa: E402 - the same
     KERNELS,
     MORE_KERNELS,
     Cache,
@@ -38,21 +39,25 @@ OTHERS = (
     "tests/live/test_filters.py::test_cgroup_filter_includes_descendants",
     "tests/live/test_owners.py::test_older_listener_owns_all_connections_before_accept",
 )
-"""Tests that also differ between kernels, without a cell of the matrix."""
+"""Tests that also differ between kernels, without a cell of the matrix.
+
+They differ little between mechanisms: each kernel has one of the two, unless TCPLAT_LONG=1.
+"""
 SLOW = 20
 """How much slower than the machine a guest without KVM may be."""
 
 BCC_TOOLS = ("6.1",)
 """Where the bcc tools of Debian 12 still compile."""
 
-# All in one boot: starting Python and pytest takes longer than the tests.
+# All in one boot, and one pytest per mechanism: starting Python takes longer than the tests.
 IN_THE_GUEST = """
 status=0
 export TCPLAT_SLOW={slow} TCPLAT_REQUIRE_ROOT=1
 for mechanism in {mechanisms}; do
-    TCPLAT_ATTACH=$mechanism "$@" tests/live/test_matrix.py \\
+    others=
+    case " {others_by} " in *" $mechanism "*) others="{others}" ;; esac
+    TCPLAT_ATTACH=$mechanism "$@" tests/live/test_matrix.py $others \\
         --junitxml="$TCPLAT_VM_OUT/$mechanism.xml" || status=1
-    TCPLAT_ATTACH=$mechanism "$@" {others} || status=1
 done
 # By tracepoint alone.
 tcplat run --probe dev_xmit --dry-run || status=1
@@ -62,6 +67,12 @@ if [ -n "{headers}" ]; then
 fi
 exit $status
 """
+
+
+def ways_of_others(kernels: int) -> list[Sequence[str]]:
+    """Return for each kernel the mechanisms by which the tests without a cell run there."""
+    turns = [(MECHANISMS[number % len(MECHANISMS)],) for number in range(kernels)]
+    return [MECHANISMS if LONG else turn for turn in turns]
 
 
 def hot() -> list[Path]:
@@ -82,12 +93,16 @@ def needed(library: Path) -> list[Path]:
     return [path.resolve() for path in (library, *found)]
 
 
-def run(kernel: Kernel, out: Path, timeout: float) -> int:
+def run(kernel: Kernel, others_by: Sequence[str], out: Path, timeout: float) -> int:
     """Boot one kernel and test there; its results are in `out`/`kernel.name`."""
     with_tools = kernel.name in BCC_TOOLS
     headers = Cache(default_cache()).headers(kernel) if with_tools else ""
     script = IN_THE_GUEST.format(
-        mechanisms=" ".join(MECHANISMS), slow=SLOW, headers=headers, others=" ".join(OTHERS)
+        mechanisms=" ".join(MECHANISMS),
+        slow=SLOW,
+        headers=headers,
+        others=" ".join(OTHERS),
+        others_by=" ".join(others_by),
     )
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=900"]
     harness = [sys.executable, str(HERE / "run.py"), "--kernel", kernel.name, "--out", str(out)]
@@ -127,7 +142,11 @@ def main(arguments: Sequence[str]) -> int:
         names = list(options.kernel or usual)
         with ThreadPoolExecutor(options.jobs) as guests:
             statuses = list(
-                guests.map(lambda name: run(known[name], Path(folder), options.timeout), names)
+                guests.map(
+                    lambda name, by: run(known[name], by, Path(folder), options.timeout),
+                    names,
+                    ways_of_others(len(names)),
+                )
             )
         for kernel, status in zip(names, statuses, strict=True):
             bad += status != 0
