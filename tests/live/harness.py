@@ -239,6 +239,14 @@ class Listener:
         self.listening.close()
 
 
+def only(port: int) -> tuple[str, str]:
+    """Return the filter for connections of this port: the same C for each, compiled once.
+
+    A port alone is a constant in C. A list of more than four is a map, and no one uses the others.
+    """
+    return "--port", f"1,2,3,4,{port}"
+
+
 def free_port(ip: int = 4) -> int:
     """Return a port without a listener."""
     with _bound(ip, LOCAL[ip]) as probe:

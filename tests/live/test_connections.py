@@ -24,6 +24,7 @@ from .harness import (
     free_port,
     needs,
     network,
+    only,
     read_exactly,
 )
 
@@ -92,7 +93,7 @@ def test_namespace_pairs_with_equal_addresses_are_not_mixed(
         network(client, script=_PAIR.format(pid=server.pid))
         network(server, script=_PEER)
         server(_SERVE.format(**where, **size))
-    tcplat = running_tcplat("--port", str(PORT), probes=probes)
+    tcplat = running_tcplat(*only(PORT), probes=probes)
     for _, server in pairs:
         server.tell("serve()")
     for (client, _), size in zip(pairs, sizes, strict=True):
@@ -134,8 +135,8 @@ def test_each_connect_of_one_socket_is_a_separate_connection(
     port = free_port()
     client = puppet()
     tcplat = running_tcplat(
-        *("--port", str(port)),
-        probes=("tcp_client", "tcp_service", f"dev_xmit:port={port}", "tcp_stats"),
+        *only(port),
+        probes=("tcp_client", "tcp_service", "dev_xmit", "tcp_stats"),
     )
     client(f"s = socket.socket(); to = ('127.0.0.1', {port})")
     for _ in range(2):
@@ -199,7 +200,7 @@ def test_timeout_is_not_a_reset(
 ) -> None:
     needs("nft")
     there = puppet(alone=True)
-    tcplat = running_tcplat("--port", str(PORT), probes=probes)
+    tcplat = running_tcplat(*only(PORT), probes=probes)
     there(f"l = socket.create_server(('127.0.0.1', {PORT}))")
     there(f"c = socket.create_connection(('127.0.0.1', {PORT})); a, _ = l.accept()")
     there("c.sendall(b'hi'); a.recv(2); a.sendall(b'ok'); c.recv(2)")
@@ -228,8 +229,8 @@ def test_quiet_connection_is_emitted_live_as_in_a_replay(
     client = puppet()
     with live.open("wb") as stdout:
         tcplat = running_tcplat(
-            *("--port", str(server.port)),
-            probes=("tcp_client", "tcp_service", f"dev_xmit:port={server.port}"),
+            *only(server.port),
+            probes=("tcp_client", "tcp_service", "dev_xmit"),
             sinks=("waterfall", f"stages:every=2s,path={stages}", f"jsonl:path={capture}"),
             stdout=stdout,
         )

@@ -23,6 +23,7 @@ from .harness import (
     free_port,
     listen,
     of_port,
+    only,
     reached,
     read_exactly,
     story,
@@ -974,7 +975,7 @@ def test_concurrent_callers_of_one_socket_keep_their_own_pids(
     client(NAMED)
     client.connect(server)
     peer = server.accept()
-    run = running_tcplat("--port", str(server.port), "--ring-size", "64M")
+    run = running_tcplat(*only(server.port), "--ring-size", "64M")
     peer.sendall(b"y" * 50_000)
     client.tell(RIVALS)
     read_exactly(peer, 50_000)
@@ -995,7 +996,7 @@ def test_reused_addresses_do_not_mix_with_an_open_old_socket(
     """The end of the old socket does not affect the connection that now has its addresses."""
     service = puppet()
     port = listen(service)
-    run = running_tcplat("--port", str(port), probes=("tcp_service",))
+    run = running_tcplat(*only(port), probes=("tcp_service",))
     client(f"""
 def again():
     s = socket.socket()
@@ -1087,7 +1088,7 @@ listening.listen()
 
     if older:
         begin()
-    run = running_tcplat("--port", str(port), probes=("tcp_service",))
+    run = running_tcplat(*only(port), probes=("tcp_service",))
     if not older:
         begin()
     targets = {"0.0.0.0": "127.0.0.1", "::ffff:127.0.0.1": "127.0.0.1", "::": "::1"}

@@ -28,6 +28,7 @@ from .harness import (
     free_port,
     listen,
     needs,
+    only,
     patience,
     total,
     tracepoints_of,
@@ -566,7 +567,7 @@ def test_nginx_is_traced_by_all_three_probes(
         tcpdump(pcap, "lo", f"tcp port {port}", only_in=True) as witness,
     ):
         run = running_tcplat(
-            *SERVICE, "--probe", f"xdp_port:iface=lo,port={port}", "--port", str(port),
+            *SERVICE, "--probe", f"xdp_port:iface=lo,port={port}", *only(port),
             *("--ring-size", "64M"),
         )  # fmt: skip
         workers = curls(tmp_path, port, requests)

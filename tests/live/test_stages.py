@@ -31,6 +31,7 @@ from .harness import (
     gone,
     needs,
     network,
+    only,
 )
 from .test_service import nginx
 from .witness import Tcpdump, by_direction, packet, tcpdump
@@ -55,6 +56,10 @@ address add 10.81.2.1/24 dev sa
 route add default via 10.81.2.2
 """
 _ALL_PROBES = ("tcp_client", "tcp_service", "dev_xmit:port={port}", "tcp_stats")
+_MEASURED = "+".join(str(PORT + number) for number in range(8))
+"""Of all runs of a test: the same C for each, and only() keeps the others' ports out."""
+_OF_ANY_PORT = ("tcp_client", "tcp_service", "dev_xmit", "tcp_stats")
+"""Compiled once, whatever the port: only() keeps the others out."""
 _SERVE = """
 listening = socket.create_server(({host!r}, {port}))
 served = []
@@ -190,10 +195,10 @@ def measure(
         sizes = {"asked": asked, "answered": answered}
         road.server(_SERVE.format(**where, **sizes, lag=lag, think=think))
         tcplat = running_tcplat(
-            *("--port", str(port)),
+            *only(port),
             probes=[
-                *(probe.format(port=port) for probe in _ALL_PROBES),
-                f"xdp_port:iface=sa,port={port},netns={road.server.pid},mode=generic",
+                *(probe.format(port=_MEASURED) for probe in _ALL_PROBES),
+                f"xdp_port:iface=sa,port={_MEASURED},netns={road.server.pid},mode=generic",
             ],
             sinks=(f"waterfall:format=json,path={path}", f"jsonl:path={tmp_path / 'rows.jsonl'}"),
         )
@@ -361,8 +366,9 @@ def test_stages_of_10000_requests_add_up_and_agree_with_curl(
     port = free_port()
     with nginx(tmp_path, _SLOWLY.format(port=port)) as (_, workers):
         run = running_tcplat(
-            *("--ring-size", "64M", "--port", str(port)),
-            probes=[probe.format(port=port) for probe in _ALL_PROBES],
+            *only(port),
+            *("--ring-size", "64M"),
+            probes=_OF_ANY_PORT,
             sinks=(f"waterfall:format=json,path={waterfall}", f"jsonl:path={capture}"),
         )
         theirs = curls(tmp_path, port, requests, keep_alive=keep_alive)
@@ -436,7 +442,7 @@ def haproxy(folder: Path, behind: int) -> Iterator[tuple[int, int]]:
         process.wait()
 
 
-@pytest.mark.parametrize("watched", [_ALL_PROBES, ("tcp_client", "tcp_service")])
+@pytest.mark.parametrize("watched", [_OF_ANY_PORT, ("tcp_client", "tcp_service")])
 def test_requests_read_by_splice_are_paired(
     watched: tuple[str, ...],
     puppet: Callable[..., Puppet],
@@ -449,8 +455,8 @@ def test_requests_read_by_splice_are_paired(
     with haproxy(tmp_path, behind) as (port, pid):
         path = tmp_path / "waterfall"
         tcplat = running_tcplat(
-            *("--port", str(port)),
-            probes=[probe.format(port=port) for probe in watched],
+            *only(port),
+            probes=watched,
             sinks=(f"waterfall:format=json,path={path}",),
         )
         asking = {"host": "127.0.0.1", "port": port, **sizes, "times": times, "pause": 0.1}
@@ -468,7 +474,7 @@ def test_requests_read_by_splice_are_paired(
         assert 5_000 <= exchange["total_us"] <= (ended - began) / 1000
 
 
-@pytest.mark.parametrize("watched", [_ALL_PROBES, ("tcp_client",), ("tcp_service",)])
+@pytest.mark.parametrize("watched", [_OF_ANY_PORT, ("tcp_client",), ("tcp_service",)])
 def test_hanging_request_has_the_time_its_client_waited(
     watched: tuple[str, ...],
     puppet: Callable[..., Puppet],
@@ -490,8 +496,8 @@ threading.Thread(target=serve, daemon=True).start()
 """)
     path = tmp_path / "waterfall"
     tcplat = running_tcplat(
-        *("--port", str(port)),
-        probes=[probe.format(port=port) for probe in watched],
+        *only(port),
+        probes=watched,
         sinks=(f"waterfall:format=json,slow=1,path={path}", "summary:format=json"),
     )
     client.tell(f"""
@@ -557,7 +563,7 @@ listening = socket.create_server(({SERVER!r}, {PORT}))
     )
     path = tmp_path / "summary"
     run = running_tcplat(
-        *("--port", str(PORT)),
+        *only(PORT),
         probes=[probe.format(port=PORT) for probe in _ALL_PROBES],
         sinks=(f"summary:format=json,path={path}",),
     )
@@ -681,7 +687,7 @@ def test_live_output_equals_its_replay(
     capture = tmp_path / "capture"
     given = [name + (":" if ":" not in name else ",") + f"path={sinks[name]}" for name in sinks]
     run = start_tcplat(
-        *("--port", str(PORT)),
+        *only(PORT),
         probes=[probe.format(port=PORT) for probe in _ALL_PROBES],
         sinks=(*given, f"jsonl:path={capture}"),
     ).wait_ready()

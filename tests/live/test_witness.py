@@ -23,6 +23,7 @@ from .harness import (
     eventually,
     needs,
     network,
+    only,
     read_exactly,
     total,
 )
@@ -160,7 +161,7 @@ def test_byte_counts_agree_with_ss(
     running_tcplat: Callable[..., Tcplat],
 ) -> None:
     server = listener(ip)
-    run = running_tcplat("--probe", "tcp_service", "--port", str(server.port))
+    run = running_tcplat("--probe", "tcp_service", *only(server.port))
     client.connect(server)
     peer = server.accept()
     for sent, answered in ((1, 3000), (70_000, 5), (12_345, 200_000)):

@@ -71,6 +71,10 @@ def _fewer_events(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sink_checks, name, value)
 
 
+COMPILED_BY_LIVE_TESTS = (
+    *("compiles by kprobe]", "compiles by fentry]", "compiles with histograms]"),
+    "programs]",
+)
 BUILT_IN = [found.name for found in Plugins.load().found if found.distribution == "tcplat"]
 
 
@@ -79,7 +83,11 @@ def test_built_in_plugins_are_found() -> None:
 
 
 @pytest.mark.tcplat_plugin(*BUILT_IN, "histogram:format=json", root=False)
-def test_built_in_plugins_conform(tcplat_check: Callable[[], None]) -> None:
+def test_built_in_plugins_conform(
+    tcplat_check: Callable[[], None], request: pytest.FixtureRequest
+) -> None:
+    if not LONG and request.node.name.endswith(COMPILED_BY_LIVE_TESTS):
+        pytest.skip("it compiles for seconds; tests/live/test_conformance.py makes this check, too")
     tcplat_check()
 
 
