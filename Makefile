@@ -23,7 +23,7 @@ demo: $(VENV)/demo
 
 # Needs no root.
 check: lint
-	$(UNIT)
+	$(UNIT) -m 'not slow'
 
 test: $(VENV)/dev
 	@$(call apt,$(TEST_PACKAGES))

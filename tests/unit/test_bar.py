@@ -17,6 +17,8 @@ import pytest
 from tcplat_core.testing import make_event
 from tests.long import LONG
 
+pytestmark = pytest.mark.slow
+
 ROWS = 400_000
 
 

@@ -56,6 +56,8 @@ from tcplat_core.testing.check import Outcome, Subject
 from tcplat_core.testing.conformance import checks, run
 from tests.long import LONG
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _fewer_events(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -254,6 +254,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @every_page
 def test_shown_commands_print_the_shown_output(page: str, folder: Path) -> None:
     cwd = folder

@@ -13,6 +13,8 @@ import pytest
 
 from tests.long import LONG
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 CASES = sorted((ROOT / "tests/fuzz/cases").iterdir())
 AMOUNT = ("--seconds", "600") if LONG else ("--count", "50", "--jobs", "1")

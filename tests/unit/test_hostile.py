@@ -30,6 +30,8 @@ from tcplat_core.registry.find import Plugins
 from tcplat_core.testing import make_event
 from tests.long import LONG
 
+pytestmark = pytest.mark.slow
+
 EVENTS = {name: spec.event for name, spec in Plugins.load().probes.items()}
 SIZE = 1 << 20 if LONG else 1 << 18
 """Bytes of a hostile capture."""

@@ -16,6 +16,8 @@ from tcplat_core.errors import UsageError
 from tcplat_core.registry.find import Plugins
 from tcplat_core.registry.new import create, rendered
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 LONGEST = "n2345678_0123456_8901234_6789012"
 """32 characters."""

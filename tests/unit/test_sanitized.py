@@ -11,6 +11,8 @@ import pytest
 
 from tcplat_core.deliver.fast import library
 
+pytestmark = pytest.mark.slow
+
 SOURCE = Path(library.__file__).with_name("records.c")
 _PLUGIN = """
 import os

@@ -19,6 +19,8 @@ from tcplat_core import SCHEMA_VERSION, RunReport
 from tcplat_core.testing import make_event
 from tests.long import LONG
 
+pytestmark = pytest.mark.slow
+
 REPORT = {"v": SCHEMA_VERSION, "report": RunReport(probes={}, duration_s=1).as_json()}
 CAPTURE = b"".join(
     msgspec.json.encode(one) + b"\n" for one in [*(make_event() for _ in range(3)), REPORT]

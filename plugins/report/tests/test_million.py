@@ -20,6 +20,8 @@ from tcplat_core import Event
 
 from .captures import Traffic, joint, write
 
+pytestmark = pytest.mark.slow
+
 _TIMES = 25 if os.environ.get("TCPLAT_LONG") == "1" else 2
 _SHARE = _TIMES / 25
 _START_S = 1.0

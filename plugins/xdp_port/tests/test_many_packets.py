@@ -33,6 +33,8 @@ from .test_packets import (
     tags,
 )
 
+pytestmark = pytest.mark.slow
+
 LONG = os.environ.get("TCPLAT_LONG") == "1"
 FRAMES = int(os.environ.get("TCPLAT_FRAMES", "1000000" if LONG else "100000"))
 SEED = int(os.environ.get("TCPLAT_SEED", "1"))
