@@ -9,6 +9,8 @@ BENCH_PACKAGES := $(TEST_PACKAGES) bpftrace iperf3 kmod redis-server redis-tools
 export PYTHONDONTWRITEBYTECODE :=
 # Live tests share one kernel, and run one by one.
 UNIT = $(BIN)/pytest -q -n auto --dist worksteal tests/unit plugins tests/vm/test_harness.py
+# Once more, with what is compiled at installation interpreted.
+PURE = TCPLAT_PURE=1 $(BIN)/pytest -q -n auto --dist worksteal plugins/stages/tests
 apt = dpkg -s $(1) >/dev/null 2>&1 || { apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1) >/dev/null; }
 
@@ -24,11 +26,13 @@ demo: $(VENV)/demo
 # Needs no root.
 check: lint
 	$(UNIT) -m 'not slow'
+	$(PURE) -m 'not slow'
 
 test: $(VENV)/dev
 	@$(call apt,$(TEST_PACKAGES))
 	@mountpoint -q /sys/kernel/tracing || mount -t tracefs tracefs /sys/kernel/tracing
 	$(UNIT)
+	$(PURE)
 	TCPLAT_REQUIRE_ROOT=1 $(BIN)/pytest tests/live
 
 # The same traffic under Debian's kernels, which have kprobes and fentry. A guest takes some 20
@@ -68,15 +72,17 @@ $(VENV)/bin/pip:
 	@python3 -c 'import ensurepip' 2>/dev/null || { $(call apt,python3-venv); }
 	python3 -m venv $(VENV)
 
-C = hatch_build.py tcplat_core/deliver/fast/records.c bin/tcplat bin/tcplat-start
+C = hatch_build.py tcplat_core/deliver/fast/records.c tcplat_core/deliver/fast/lines.c bin/tcplat bin/tcplat-start
+COMPILED = $(wildcard plugins/stages/tcplat_stages/*.py plugins/stages/tcplat_stages/*.pxd)
 
 $(VENV)/demo: pyproject.toml $(C) | $(VENV)/bin/pip
 	$(BIN)/pip install -q --disable-pip-version-check -e .
 	@touch $@
 
 # The compiler first: without it nothing of C is built, and the tests ask for it.
-$(VENV)/dev: pyproject.toml $(C) | $(VENV)/bin/pip
+$(VENV)/dev: pyproject.toml $(C) $(COMPILED) | $(VENV)/bin/pip
 	@command -v cc >/dev/null || { $(call apt,gcc libc6-dev); }
+	@test -e "$$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || { $(call apt,python3-dev); }
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
 	@touch $@ $(VENV)/demo
 

@@ -211,7 +211,7 @@ SECTIONS = {
         "Output",
         "Place",
         "connect",
-        "json_lines",
+        *("json_lines", "slim_rows", "SlimRows", "SLIM_NUMBERS", "ends_ns"),
         "printable",
         "columns",
         "say",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .capture.reading import Reader
     from .deliver.fast.records import json_lines
+    from .deliver.fast.slim import SLIM_NUMBERS, SlimRows, ends_ns, slim_rows
     from .errors import CannotRunError, PluginError, ReaderGoneError, TcplatError, UsageError
     from .event.clock import clock_offset_ns
     from .event.fields import SCHEMA_VERSION, Event, Field, Moment, Wire, fields
@@ -66,6 +67,7 @@ __all__ = [
     "HOOKSPEC_VERSION",
     "HOST_BITS",
     "SCHEMA_VERSION",
+    "SLIM_NUMBERS",
     "AggregateSink",
     "Aggregates",
     "Aggregation",
@@ -100,6 +102,7 @@ __all__ = [
     "Shares",
     "Sink",
     "SinkSpec",
+    "SlimRows",
     "TcplatError",
     "UsageError",
     "Way",
@@ -113,6 +116,7 @@ __all__ = [
     "connect",
     "connection_hash",
     "duration",
+    "ends_ns",
     "fenter",
     "fentry",
     "fexit",
@@ -131,6 +135,7 @@ __all__ = [
     "say",
     "share_text",
     "size",
+    "slim_rows",
     "stream_points",
     "tracepoint",
     "tracepoints",
@@ -159,6 +164,7 @@ _HOMES = (
     "plugin.output",
     "capture.reading",
     "deliver.fast.records",
+    "deliver.fast.slim",
 )
 
 

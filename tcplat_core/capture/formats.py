@@ -9,13 +9,15 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import attrs
 import msgpack
 import msgspec
 
 from tcplat_core.event.fields import SCHEMA_VERSION, Event
+
+Rows = TypeVar("Rows")
 
 LONGEST = 1 << 20
 """Most bytes of a line or map; tcplat writes no longer one."""
@@ -85,6 +87,7 @@ class Jsonl:
         self._data = b""
         self._lines: deque[bytes | Damage] = deque()
         self._skipping = self._damaged = self._ended = self._cut = False
+        self._divided = True
 
     @property
     def torn(self) -> bool:
@@ -103,13 +106,28 @@ class Jsonl:
         if cut:
             self._data = bytes(self._rest) + chunk[:cut]
             self._rest.clear()
-            self._lines.extend(self._data.split(b"\n"))
-            self._lines.pop()
+            self._divided = False
         self._rest += memoryview(chunk)[cut:]
         if len(self._rest) > LONGEST:
             self._rest.clear()
             self._skipping = self._damaged = True
+            self._divide()
             self._lines.append(Damage("it is too long"))
+
+    def _divide(self) -> None:
+        """Divide the bytes into lines, unless that was done: seldom, as take_data() is first."""
+        if not self._divided:
+            self._divided = True
+            self._lines.extend(self._data.split(b"\n"))
+            self._lines.pop()
+
+    def take_data(self, read: Callable[[bytes], Rows]) -> Rows | None:
+        """Return what `read` makes of all lines; None if it cannot, or if one is not whole."""
+        if self._divided or self._damaged:
+            return None
+        rows = read(self._data)
+        self._divided = rows is not None
+        return rows
 
     def end(self) -> None:
         """Take the rest as a line."""
@@ -123,6 +141,7 @@ class Jsonl:
         self._taken: list[bytes] = []
         if self._ended or self._damaged:
             return None
+        self._divide()
         self._taken = cast("list[bytes]", list(self._lines))
         self._lines.clear()
         return self._taken, self._data
@@ -133,6 +152,7 @@ class Jsonl:
 
     def take(self) -> bytes | Damage | None:
         """Return the next line."""
+        self._divide()
         return self._lines.popleft() if self._lines else None
 
     def reject(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import attrs
 
@@ -82,7 +82,7 @@ class Reader:
         try:
             for item in self._capture.items(self._source.chunks()):
                 self._bar.update()
-                if isinstance(item, list):
+                if isinstance(item, Sequence):
                     self.rows += len(item)
                     self._read += count_hooks(item)
                 elif isinstance(item, Loss):
@@ -99,9 +99,9 @@ class Reader:
         if not self._capture.read:
             raise TcplatError(self._capture.refusal(self.name))
 
-    def batches(self) -> Iterator[list[Event]]:
+    def batches(self) -> Iterator[Sequence[Event]]:
         """Yield batches of rows only."""
-        return (item for item in self.items() if isinstance(item, list))
+        return (item for item in self.items() if isinstance(item, Sequence))
 
     @property
     def report(self) -> RunReport:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import attrs
 
+from tcplat_core.deliver.fast.lines import Lines
+from tcplat_core.deliver.fast.slim import ends_ns
 from tcplat_core.deliver.router import Router
 from tcplat_core.errors import TcplatError, UsageError
 from tcplat_core.event.fields import Event
@@ -114,11 +116,11 @@ class Replay:
         for item in self.capture.items(self.source.chunks()):
             if self.stopping():
                 break
-            if item == []:
+            if isinstance(item, Sequence) and not item:
                 continue
             self.bar.hide()
             self._begin()
-            if isinstance(item, list) and self.wanted.by_task:
+            if isinstance(item, Sequence) and self.wanted.by_task:
                 self._filter.learn(item)
                 self._deliver(waiting)
             if item is not None:
@@ -188,7 +190,7 @@ class Replay:
             not self.points or point in self.points
         )
 
-    def _passing(self, rows: list[Event]) -> list[Event]:
+    def _passing(self, rows: Sequence[Event]) -> Sequence[Event]:
         passing = [
             row
             for row in rows
@@ -200,15 +202,16 @@ class Replay:
         return passing
 
     def _keep_books(self, rows: Sequence[Event]) -> None:
-        self.delivered.update(map(_HOOK, rows))
-        times = list(map(_TIME, rows))
+        self.delivered.update(count_hooks(rows))
+        first_ns, last_ns = ends_ns(rows)
         if self._first_ns < 0:
-            self._first_ns = self._last_ns = times[0]
-        if times[0] < self._last_ns or times != sorted(times):
-            for time in times:
+            self._first_ns = self._last_ns = first_ns
+        times = [] if isinstance(rows, Lines) and rows.ordered else list(map(_TIME, rows))
+        if first_ns < self._last_ns or times != sorted(times):
+            for time in times or map(_TIME, rows):
                 self.late += time < self._last_ns
                 self._last_ns = max(self._last_ns, time)
-        self._last_ns = max(self._last_ns, times[-1])
+        self._last_ns = max(self._last_ns, last_ns)
 
     def summary(self, report: RunReport) -> Iterator[str]:
         """Yield warnings about a capture: damage, losses, a missing end."""
@@ -274,7 +277,7 @@ class Replay:
 
 def count_hooks(rows: Sequence[Event]) -> RowsByHook:
     """Return the number of rows of each hook."""
-    return Counter(map(_HOOK, rows))
+    return rows.hooks() if isinstance(rows, Lines) else Counter(map(_HOOK, rows))
 
 
 def compare(report: RunReport, read: RowsByHook) -> tuple[dict[str, int], int]:

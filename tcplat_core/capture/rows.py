@@ -15,6 +15,7 @@ from typing import Any, cast
 import attrs
 import msgspec
 
+from tcplat_core.deliver.fast.lines import LineReader, line_reader
 from tcplat_core.event.fields import READABLE, SCHEMA_VERSION, Count, Event, Wire, declared, fields
 from tcplat_core.event.terminal import printable
 from tcplat_core.event.text import LEAST, MOST, cleaned
@@ -23,7 +24,7 @@ from tcplat_core.plugin.report import RunReport
 from tcplat_core.plugin.sampling import Sampled
 from tcplat_core.plugin.specs import Item, Loss, Merge
 
-from .formats import Damage, Format, format_of
+from .formats import Damage, Format, Jsonl, format_of
 
 _LONGEST_TEXT = 4 * LARGEST_RECORD
 """Most characters of a text: no member of a record is longer when escaped."""
@@ -107,6 +108,8 @@ class Capture:
     _kept: Counter[str] = attrs.field(factory=Counter, init=False)
     """Amounts of data kept in memory, by kind."""
     _classes: dict[tuple[str, ...], type[Event]] = attrs.field(factory=dict, init=False)
+    _lines: LineReader | None = attrs.field(default=None, init=False)
+    """Reads the lines that are as tcplat writes them."""
     _hooks: set[tuple[str, ...]] = attrs.field(factory=set, init=False)
     """Hooks of rows, and probe and point of losses."""
 
@@ -137,6 +140,8 @@ class Capture:
     def _begin(self, data: bytes) -> Format:
         form = self._format = format_of(data)
         self.noun = form.noun
+        if isinstance(form, Jsonl):
+            self._lines = line_reader(lambda hook: hook in self._hooks or self._learn({hook}))
         for probe, event in self.events.items():
             self._know(form, probe, event)
         return form
@@ -150,19 +155,22 @@ class Capture:
                 self._numeric.add(event)
         if probe.encode() in self._known or len(self._known) < _MOST_PROBES:
             self._known[probe.encode()] = self._decoders[event]
+            if self._lines:
+                self._lines.know(probe, event, self._decoders[event])
 
     def _decode(self, form: Format) -> Iterator[Item]:
-        if (taken := form.take_all()) is not None:
-            plain = self._plain(form, *taken)
-            if plain is not None:
-                self._number += len(taken[0])
-                if plain:
-                    if self._run_over:
-                        yield self._all_again()
-                    self.read += len(plain)
-                    self.ended = False
-                    yield plain
-                return
+        plain, count = self._read_by_c(form), 0
+        if plain is None and (taken := form.take_all()) is not None:
+            plain, count = self._plain(form, *taken), len(taken[0])
+        if plain is not None:
+            self._number += count or len(plain)
+            if plain:
+                if self._run_over:
+                    yield self._all_again()
+                self.read += len(plain)
+                self.ended = False
+                yield plain
+            return
         form.give_back()
         rows: list[Event] = []
         for item in self._each(form):
@@ -175,6 +183,12 @@ class Capture:
             yield item
         if rows:
             yield rows
+
+    def _read_by_c(self, form: Format) -> Sequence[Event] | None:
+        """Return the rows if all frames are lines as tcplat writes them; None without C."""
+        if self._lines and isinstance(form, Jsonl):
+            return form.take_data(self._lines.read)
+        return None
 
     def _each(self, form: Format) -> Iterator[Event | Item]:
         """Yield the items of frames one by one; now and then an empty list if there are none."""
@@ -202,7 +216,7 @@ class Capture:
         self._shared = self._run_over = False
         return Sampled(1)
 
-    def _plain(self, form: Format, frames: Sequence[bytes], data: bytes) -> list[Event] | None:
+    def _plain(self, form: Format, frames: Sequence[bytes], data: bytes) -> Sequence[Event] | None:
         """Return the rows if all frames are rows as tcplat writes them; else None."""
         head, known = form.head.match, self._known
         if max(map(len, frames), default=0) > _LONGEST_PLAIN:
@@ -213,24 +227,12 @@ class Capture:
         except (TypeError, KeyError, ValueError):
             return None
         # Equal bytes prove that there are no further keys.
-        if not self._are_sound(rows) or form.encode(rows) != data:
+        if not _are_sound(rows, self._own) or form.encode(rows) != data:
             return None
         hooks = set(map(_HOOK, rows)) - self._hooks
         if hooks and not self._learn(hooks):
             return None
         return rows if self._is_tidy(rows, data) else [_tidy(row) for row in rows]
-
-    def _are_sound(self, rows: Sequence[Event]) -> bool:
-        """Return whether all numbers of the probes' own fields fit into a record.
-
-        Those of the common fields are checked by the decoder.
-        """
-        return all(
-            value is None or value.__class__ is str or LEAST <= value <= MOST
-            for event in set(map(type, rows))
-            for field in self._own[event]
-            for value in [getattr(row, field) for row in rows if row.__class__ is event]
-        )
 
     def _is_tidy(self, rows: Sequence[Event], data: bytes) -> bool:
         """Return whether all texts are printable; may be False for printable ones."""
@@ -360,6 +362,19 @@ class Capture:
         self.left_out += 1
         if self.left_out <= _SAID:
             self.say(f"{self.noun} {number} was skipped: {reason}")
+
+
+def _are_sound(rows: Sequence[Event], own: Mapping[type[Event], Sequence[str]]) -> bool:
+    """Return whether all numbers of the probes' own fields fit into a record.
+
+    Those of the common fields are checked by the decoder.
+    """
+    return all(
+        value is None or value.__class__ is str or LEAST <= value <= MOST
+        for event in set(map(type, rows))
+        for field in own[event]
+        for value in [getattr(row, field) for row in rows if row.__class__ is event]
+    )
 
 
 def _events(report: RunReport) -> int:

@@ -17,7 +17,7 @@ from tcplat_core.plugin.report import RunReport
 from tcplat_core.plugin.sampling import Sampled
 from tcplat_core.plugin.specs import Loss, Merge, Sink
 
-from .fast.records import Records
+from .fast.slim import SlimBatch, ends_ns
 from .reorder import BY_TIME
 from .sinks import OPTIONAL, as_sinks, cancel, has_its_own
 
@@ -96,17 +96,13 @@ class Router:
 
     def deliver(self, ready: Sequence[Event]) -> None:
         """Deliver rows, which must be in order of time."""
-        first_ns, last_ns = (
-            (ready.first_ns, ready.last_ns)
-            if isinstance(ready, Records)
-            else (ready[0].ts_ns, ready[-1].ts_ns)
-        )
+        first_ns, last_ns = ends_ns(ready)
         if first_ns < self._last_ns:
             self.late += bisect.bisect_left(ready, self._last_ns, key=BY_TIME)
         self._last_ns = max(self._last_ns, last_ns)
         self.total += len(ready)
         # Not a list: one sink could change it before the next sink gets it.
-        self._each("write", ready if isinstance(ready, Records) else tuple(ready))
+        self._each("write", ready if isinstance(ready, SlimBatch) else tuple(ready))
 
     def lost(self, loss: Loss) -> None:
         """Report lost events, after the rows delivered so far."""

@@ -272,5 +272,5 @@ class Merge:
     packets: Count = 0
 
 
-Item = list[Event] | Loss | Merge | Sampled
+Item = Sequence[Event] | Loss | Merge | Sampled
 """What a capture consists of, besides its report: batches of rows, and what stands between them."""

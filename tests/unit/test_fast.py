@@ -224,10 +224,10 @@ def test_python_encodes_where_the_library_is_disabled(monkeypatch: pytest.Monkey
 
 
 def test_compiler_gives_no_warning_for_records_c() -> None:
-    source = FILE.with_name("records.c")
+    sources = [FILE.with_name("records.c"), FILE.with_name("lines.c")]
     for compiler in filter(shutil.which, ("gcc", "clang")):
         done = subprocess.run(
-            [compiler, "-O2", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", source],
+            [compiler, "-O2", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", *sources],
             capture_output=True,
             text=True,
             check=True,

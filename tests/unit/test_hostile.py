@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def read(data: bytes, size: int = 1 << 17) -> tuple[Capture, list[Any]]:
     capture = Capture(EVENTS)
     items: list[Any] = []
     for item in capture.items(pieces(data, size)):
-        items += item if isinstance(item, list) else [item]
+        items += item if isinstance(item, Sequence) else [item]
     return capture, items
 
 
@@ -288,7 +288,7 @@ def test_overlong_line_is_skipped_once() -> None:
 def test_probes_hooks_and_reports_of_a_capture_are_bounded() -> None:
     capture = Capture(EVENTS)
     rows = (line(**of_row(probe=f"p{n}", **{f"f{n}": 1})) for n in range(3000))
-    count = sum(len(item) for item in capture.items(rows) if isinstance(item, list))
+    count = sum(len(item) for item in capture.items(rows) if isinstance(item, Sequence))
     assert count + capture.left_out == 3000
     assert len(capture._classes) <= 256
     books = line(report={"probes": {"x" * 4000: {"hooks": []}}, "duration_s": 1.0})

@@ -1,4 +1,4 @@
-"""records.c reads memory that the kernel writes: its tests also run with sanitizers."""
+"""C reads memory of the kernel, and bytes of any file: its tests also run with sanitizers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tcplat_core.deliver.fast import library
 
 pytestmark = pytest.mark.slow
 
-SOURCE = Path(library.__file__).with_name("records.c")
+SOURCES = [Path(library.__file__).with_name(name) for name in ("records.c", "lines.c")]
 _PLUGIN = """
 import os
 from pathlib import Path
@@ -27,8 +27,8 @@ def pytest_configure():
 
 
 def built(target: Path, *flags: str) -> Path:
-    """Compile records.c; skip the test where the compiler lacks the sanitizers."""
-    command = ["gcc", "-fPIC", "-shared", "-o", str(target), *flags, str(SOURCE)]
+    """Compile the C sources; skip the test where the compiler lacks the sanitizers."""
+    command = ["gcc", "-fPIC", "-shared", "-o", str(target), *flags, *map(str, SOURCES)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return target
@@ -41,13 +41,13 @@ def test_records_c_passes_its_tests_under_asan_and_ubsan(tmp_path: Path) -> None
     asan = subprocess.run(
         ["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    tests = Path(__file__).with_name("test_fast.py")
+    tests = [str(Path(__file__).with_name(name)) for name in ("test_fast.py", "test_lines.py")]
     (tmp_path / "sanitized.py").write_text(_PLUGIN)
     ran = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "sanitized"),
             # gcc fails with the preloaded library.
-            *("-k", "not test_compiler_gives_no_warning_for_records_c", tests),
+            *("-k", "not test_compiler_gives_no_warning_for_records_c", *tests),
         ],
         env={
             **os.environ,

@@ -15,7 +15,7 @@ CLOCK_MONOTONIC (`ts_ns`) is what is compared. Unix time may be set, and step; t
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import attrs
@@ -349,11 +349,11 @@ def _advanced(number: int, known: int) -> int:
 
 
 def together(
-    first: Iterator[list[Any]], second: Iterator[list[Any]]
-) -> Iterator[tuple[int, list[Any]]]:
+    first: Iterator[Sequence[Any]], second: Iterator[Sequence[Any]]
+) -> Iterator[tuple[int, Sequence[Any]]]:
     """Batches of both, by the Unix time of each host: good enough for an order of reading."""
     streams = (first, second)
-    heads: list[list[Any] | None] = [next(stream, None) for stream in streams]
+    heads: list[Sequence[Any] | None] = [next(stream, None) for stream in streams]
     while True:
         left = [(rows[0].time_ns, host) for host, rows in enumerate(heads) if rows]
         if not left:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from tcplat_stages.connection import Finished
 from tcplat_stages.join import Joiner
@@ -15,7 +15,7 @@ def finished(reader: Reader, joiner: Joiner) -> Iterator[Finished]:
     for item in reader.items():
         if isinstance(item, Loss):
             joiner.lost(item)
-        elif isinstance(item, list):
+        elif isinstance(item, Sequence):
             yield from joiner.feed(item)
     yield from joiner.finish(reader.report.until_ns)
 

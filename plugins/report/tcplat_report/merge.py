@@ -202,7 +202,7 @@ def _timed(
             yield ts_ns, shift.loss(item) if shift else item
         elif isinstance(item, Sampled):
             yield ts_ns, shift.share(item) if shift else item
-        elif isinstance(item, list):
+        elif not isinstance(item, Merge):
             for one in item:
                 row = shift(one) if shift else one
                 # Rows that came late in the run stay where they are.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -141,7 +142,7 @@ class Story:
     def __attrs_post_init__(self) -> None:
         self.joiner.watch = self._courses.note
 
-    def write(self, rows: list[Event]) -> None:
+    def write(self, rows: Sequence[Event]) -> None:
         """Take rows."""
         if self.first_ns < 0:
             self.first_ns = rows[0].ts_ns
@@ -346,7 +347,7 @@ def write_report(
                 story.merged(item)
             elif isinstance(item, Loss):
                 story.joiner.lost(item)
-            elif isinstance(item, list):
+            elif isinstance(item, Sequence):
                 story.write(item)
         story.close(reader.report.until_ns)
         words = list(remarks(reader, story.joiner))
@@ -368,7 +369,7 @@ def _write_trace(reader: Reader, output: str) -> list[str]:
                 trace.merged(item)
             elif isinstance(item, Loss):
                 joiner.lost(item)
-            elif isinstance(item, list):
+            elif isinstance(item, Sequence):
                 trace.add(joiner.feed(item))
         trace.add(joiner.finish(reader.report.until_ns))
         trace.close()

@@ -12,7 +12,7 @@ from .stream import CLIENT, MOST_URGENT, SERVICE, Flow
 
 _LARGEST_SCALE = 14
 """A window is shifted by so many bits at most (RFC 7323); rows do not have the scale."""
-_LARGEST_WINDOW = 0xFFFF
+LARGEST_WINDOW = 0xFFFF
 _MOST_STRAYS = 16
 """Rows of packets beyond the window, with none inside it: the stream is there by now."""
 
@@ -27,7 +27,7 @@ def is_stray(conn: Connection, index: int, row: Any) -> bool:
     if flow.ref < 0:
         return False
     ahead = flow.near(row.seq) - flow.ref
-    window = conn.flows[1 - index].widest or _LARGEST_WINDOW
+    window = conn.flows[1 - index].widest or LARGEST_WINDOW
     if ahead <= window << _LARGEST_SCALE or conn.missed:
         flow.strays = 0
         return False

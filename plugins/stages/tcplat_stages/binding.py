@@ -102,7 +102,7 @@ class Binder:
         conn.successor = conn.successor or own.successor
         self._directory.release(own)
         self._directory.remove(own)
-        del own.ends[1 - end.index].conn  # as in Directory.finish()
+        own.ends[1 - end.index].leave()
         _attach(end, row)
 
     def identify(self, end: End, row: Any, syn: int) -> None:

@@ -67,6 +67,13 @@ class End:
         self.stats: dict[str, int | None] | None = None
         """What the kernel's socket had counted when it closed, by the names of STATS."""
 
+    def leave(self) -> None:
+        """Forget the connection, which is over.
+
+        It is a cycle, and the collector comes seldom: see spare_the_collector().
+        """
+        self.conn = None  # type: ignore[assignment] # nothing asks for it any more
+
     @property
     def pid(self) -> int | None:
         """Of the process that used it last; None where no row names one."""

@@ -113,7 +113,7 @@ class Directory:
         self.remove(conn)
         for one in conn.ends:
             self._let_go(one)
-            del one.conn  # a cycle, and the collector comes seldom: see spare_the_collector()
+            one.leave()
         self._over.append(conn)
         if len(self._over) > _MOST_OVER:
             self.release(self._over.popleft())

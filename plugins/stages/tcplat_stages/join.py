@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tcplat_core import Loss
+from tcplat_core import Loss, ends_ns, slim_rows
 
 from .binding import Binder, goes_again
 from .connection import Connection, Finished
@@ -23,14 +23,16 @@ from .directory import Directory
 from .losses import MOVES, PACKETS, STREAM, Losses
 from .packet_rows import PLAIN, PacketRows
 from .routing import PacketRouter, is_new
-from .row_fields import opens
-from .socket_rows import SocketRows
+from .row_fields import BEYOND_NS, COMPILED, Slim, opens, shows_window
+from .socket_rows import POINTS, SocketRows
 from .stream import CLIENT, SERVICE
 from .turns import END_OF_RUN, Turns, has_come
 
 _SECOND_NS = 1_000_000_000
 _STEP_NS = _SECOND_NS // 2
 """Silence ends at whole steps of the rows' clock."""
+_MOST_BYTES = (1 << 32) - 1
+"""Sequence numbers and counts of bytes have 32 bits."""
 
 
 class Joiner:
@@ -58,6 +60,7 @@ class Joiner:
         self._router = PacketRouter(self.directory)
         self._sockets = SocketRows(self.directory, self._binder, self._turns)
         self._packets = PacketRows(self.directory, self._turns)
+        self._slim = Slim()
 
     @property
     def given_up(self) -> int:
@@ -79,7 +82,7 @@ class Joiner:
         """Messages that were under way where rows were lost: they are not reported."""
         return self._turns.missed
 
-    def feed(self, rows: Sequence[Any]) -> list[Finished]:  # noqa: C901, PLR0912, PLR0915 - one pass over a million rows
+    def feed(self, rows: Sequence[Any]) -> list[Finished]:
         """Take rows in order of time, and return what became complete by them.
 
         An exchange is complete when the next one's reply begins, when its connection
@@ -87,72 +90,95 @@ class Joiner:
         rows alone, however they are divided into batches.
         """
         finished = self._turns.finished = []
-        directory, binder, router = self.directory, self._binder, self._router
-        losses, packets, watch = self._losses, self._packets, self.watch
         if self._pending and rows:
-            self._add_losses(rows[0].ts_ns)
-        by_sock, by_packet, points = directory.by_sock, directory.by_packet, self._sockets.handlers
+            self._add_losses(ends_ns(rows)[0])
+        slim = self._slim
+        slim_batch = slim_rows(rows) if COMPILED else None
+        if slim_batch is not None:
+            slim.begin(slim_batch)
+            for index in range(len(rows)):
+                slim.turn_to(index)
+                self._take(slim)
+            slim.begin(None)
+            return finished
         for row in rows:
-            ts_ns = row.ts_ns
-            if ts_ns >= self._next_sweep_ns:
-                self._pass(ts_ns)
-            if losses.ends and ts_ns >= losses.ends[0]:
-                losses.end(ts_ns)
-            point = row.point
-            sock = row.sock
-            if sock:
-                handler = points.get(point)
-                # A null is unknown: there is nothing to join by.
-                if handler is None or (point in STREAM and row.seq is None):
-                    continue
-                end = by_sock.get(sock)
-                if end is None or (point in MOVES and goes_again(end, row)):
-                    end = binder.bind(row) if end is None else binder.begin_anew(end, row)
-                    if end is None:
-                        continue
-                if not end.named and row.sport:
-                    binder.learn_port(end, row)
-                conn = end.conn
-                conn.last_ns = ts_ns
-                if conn.breaks != losses.count:
-                    losses.mark(conn)
-                if watch is not None and row.bytes:
-                    watch(conn, row)
-                handler(end, row, ts_ns)
-            elif point in PACKETS:
-                flags = row.flags or ""
-                if row.seq is None:
-                    continue
-                # Half of all packets: an ACK without news, while no window is closed.
-                if (
-                    flags == "ACK"
-                    and not row.bytes
-                    and not directory.closed_windows
-                    and (point == "rx_ip" or getattr(row, "window", 1))
-                ):
-                    continue
-                key = (row.netns, row.saddr, row.sport, row.daddr, row.dport)
-                way = by_packet.get(key)
-                if way is None or (flags not in PLAIN and opens(flags) and is_new(way[0], row)):
-                    way = router.route(row, key)
-                    if way is None:
-                        continue
-                conn, index = way
-                if conn.successor:
-                    found = router.older(conn, index, row, flags)
-                    if found is None:
-                        continue
-                    conn = found
-                if conn.over:
-                    continue
-                conn.last_ns = ts_ns
-                if conn.breaks != losses.count:
-                    losses.mark(conn)
-                if watch is not None and row.bytes:
-                    watch(conn, row)
-                packets.take(conn, index, row, ts_ns, point, flags)
-            losses.row_ns = ts_ns
+            if COMPILED:
+                slim.load(row)
+                self._take(slim)
+            else:
+                self._take(row)
         return finished
+
+    def _take(self, row: Any) -> None:
+        """Take a row: of a socket, or a packet."""
+        ts_ns = row.ts_ns
+        if ts_ns >= BEYOND_NS:
+            return
+        if ts_ns >= self._next_sweep_ns:
+            self._pass(ts_ns)
+        losses = self._losses
+        if losses.ends and ts_ns >= losses.ends[0]:
+            losses.end(ts_ns)
+        if row.sock:
+            self._take_of_socket(row, ts_ns)
+        else:
+            self._take_packet(row, ts_ns)
+
+    def _take_of_socket(self, row: Any, ts_ns: int) -> None:
+        point = row.point
+        # A null is unknown: there is nothing to join by.
+        if point not in POINTS or (point in STREAM and not _has_number(row)):
+            return
+        end = self.directory.by_sock.get(row.sock)
+        if end is None or (point in MOVES and goes_again(end, row)):
+            end = self._binder.bind(row) if end is None else self._binder.begin_anew(end, row)
+            if end is None:
+                return
+        if not end.named and row.sport:
+            self._binder.learn_port(end, row)
+        conn = end.conn
+        conn.last_ns = ts_ns
+        if conn.breaks != self._losses.count:
+            self._losses.mark(conn)
+        if self.watch is not None and row.bytes:
+            self.watch(conn, row)
+        self._sockets.take(end, row, ts_ns, point)
+        self._losses.row_ns = ts_ns
+
+    def _take_packet(self, row: Any, ts_ns: int) -> None:
+        point = row.point
+        if point not in PACKETS or not _has_number(row):
+            return
+        flags = row.flags or ""
+        # Half of all packets: an ACK that tells nothing, while no window is closed.
+        if (
+            flags == "ACK"
+            and not row.bytes
+            and not self.directory.closed_windows
+            and (point == "rx_ip" or shows_window(row))
+        ):
+            return
+        key = (row.netns, row.saddr, row.sport, row.daddr, row.dport)
+        way = self.directory.by_packet.get(key)
+        if way is None or (flags not in PLAIN and opens(flags) and is_new(way[0], row)):
+            way = self._router.route(row, key)
+            if way is None:
+                return
+        conn, index = way
+        if conn.successor:
+            found = self._router.older(conn, index, row, flags)
+            if found is None:
+                return
+            conn = found
+        if conn.over:
+            return
+        conn.last_ns = ts_ns
+        if conn.breaks != self._losses.count:
+            self._losses.mark(conn)
+        if self.watch is not None and row.bytes:
+            self.watch(conn, row)
+        self._packets.take(conn, index, row, ts_ns, point, flags)
+        self._losses.row_ns = ts_ns
 
     def lost(self, loss: Loss) -> None:
         """Take a loss: its place is before the next row, and after what time has ended by then."""
@@ -160,7 +186,7 @@ class Joiner:
 
     def _add_losses(self, ts_ns: int) -> None:
         """Take the losses that were reported since the last row; the next one is of `ts_ns`."""
-        self._pass(ts_ns)
+        self._pass(min(ts_ns, BEYOND_NS))
         for loss in self._pending:
             self._losses.add(loss)
         self._pending.clear()
@@ -172,7 +198,7 @@ class Joiner:
         rows, it is reported sooner, and in the same order.
         """
         finished = self._turns.finished = []
-        self._pass(ts_ns)
+        self._pass(min(ts_ns, BEYOND_NS))
         return finished
 
     def due_ns(self, ts_ns: int) -> int | None:
@@ -188,9 +214,12 @@ class Joiner:
         """
         turns = self._turns
         finished = turns.finished = []
+        until_ns = min(until_ns, BEYOND_NS)
         self._add_losses(until_ns)
+        turns.last_ns = max(turns.last_ns, until_ns)
         conns = list(self.directory.conns.values())
-        turns.last_ns = max((turns.last_ns, until_ns, *(conn.last_ns for conn in conns)))
+        for conn in conns:
+            turns.last_ns = max(turns.last_ns, conn.last_ns)
         for conn in conns:
             self.directory.finish(conn, "port reused" if conn.replaced else END_OF_RUN)
         turns.decide()
@@ -263,6 +292,12 @@ class Joiner:
             if conn.ends[SERVICE].sock:
                 self._turns.settle(conn, "idle")
             self._turns.end_reply(conn.replying, reply.sent, "idle")
+
+
+def _has_number(row: Any) -> bool:
+    """Return whether a row names bytes of a stream, as TCP can."""
+    seq, count = row.seq, row.bytes
+    return seq is not None and seq <= _MOST_BYTES and (count is None or count <= _MOST_BYTES)
 
 
 def _step(ts_ns: int) -> int:

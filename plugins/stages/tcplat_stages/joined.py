@@ -19,6 +19,7 @@ from tcplat_core import (
     Shares,
     Sink,
     TcplatError,
+    ends_ns,
     share_text,
 )
 
@@ -58,7 +59,7 @@ class Joined(Sink):
     def write(self, batch: Sequence[Event]) -> None:
         """Take rows; write what they complete."""
         if self._gaps and batch:
-            self._write_losses(batch[0].ts_ns)
+            self._write_losses(ends_ns(batch)[0])
         self.feed(batch)
 
     def lost(self, loss: Loss) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .acceptable import is_stray, may_reset
+from .acceptable import LARGEST_WINDOW, is_stray, may_reset
 from .binding import set_syn
 from .chain import SYN_RX, SYN_TX, SYNACK_RX, SYNACK_TX
 from .closing import note_bytes, note_fin, note_rst
@@ -51,7 +51,7 @@ class PacketRows:
         if point != "rx_ip" and (leaves or flow.tx_netns is None):
             self._window(conn, flow, row, flags)
         elif not flow.widest and "SYN" not in flags:
-            flow.widest = whole(row, "window") or 0
+            flow.widest = min(whole(row, "window") or 0, LARGEST_WINDOW)
         if count:
             # A SYN has a number of its own, before that of the first byte.
             at = flow.at(row.seq + 1 if "SYN" in flags else row.seq)
@@ -142,7 +142,7 @@ class PacketRows:
             return
         if window:
             if window > flow.widest and "SYN" not in flags:
-                flow.widest = window
+                flow.widest = min(window, LARGEST_WINDOW)
             if flow.zero:
                 flow.zero = False
                 self._directory.closed_windows -= 1

@@ -5,6 +5,24 @@ from __future__ import annotations
 import sys
 from typing import Any, NamedTuple, TypeVar
 
+from tcplat_core import SLIM_NUMBERS, SlimRows
+
+COMPILED = not __file__.endswith((".py", ".pyc"))
+"""These modules are C by now, with the types of the .pxd files beside them."""
+BEYOND_NS = 1 << 62
+"""No clock gets so far: below it, sums of instants stay within 64 bits."""
+UNKNOWN = -(1 << 63)
+MISSING = UNKNOWN + 1
+"""Numbers of slim rows."""
+TS_NS, TIME_NS, SEQ, BYTES, SOCK, ACK, WINDOW, HOOK, USER, ENDS, STATES, FLAGS, IFNAME = map(
+    SLIM_NUMBERS.index,
+    (
+        *("ts_ns", "time_ns", "seq", "bytes", "sock", "ack", "window"),
+        *("hook", "user", "ends", "states", "flags", "ifname"),
+    ),
+)
+"""Places in a slim row."""
+
 
 def real(row: Any, name: str) -> float | None:
     """Return a field that not every probe has; None if it is missing, or no number.
@@ -17,6 +35,8 @@ def real(row: Any, name: str) -> float | None:
 
 def whole(row: Any, name: str) -> int | None:
     """Return a field that is a whole number, or None."""
+    if COMPILED and type(row) is Slim:
+        return row.own(name)
     value = getattr(row, name, None)
     return value if type(value) is int else None
 
@@ -37,6 +57,102 @@ class Process(NamedTuple):
 
 
 NO_PROCESS = Process(None, None)
+
+
+class Slim:
+    """What the joiner reads of a row, as a compiled joiner has it: with no look-up by name.
+
+    One object stands for one row after the other, so nobody may keep it. Interpreted, the joiner
+    reads the rows themselves, which have the same names.
+    """
+
+    def __init__(self) -> None:
+        self.event: Any = None
+        self.numbers: Any = None
+        self.batch: SlimRows | None = None
+        self._at = self._index = 0
+
+    def load(self, event: Any) -> None:
+        """Stand for a row of a batch that has rows."""
+        self.event = event
+        self.ts_ns = min(event.ts_ns, BEYOND_NS)
+        self.point = event.point
+        self.sock = event.sock
+        self.seq = event.seq
+        self.bytes = event.bytes
+        self.netns = event.netns
+        self.saddr = event.saddr
+        self.sport = event.sport
+        self.daddr = event.daddr
+        self.dport = event.dport
+        if self.sock:
+            self.pid = event.pid
+            self.comm = event.comm
+            self.state = event.state
+        else:
+            self.flags = event.flags
+
+    def begin(self, batch: SlimRows | None) -> None:
+        """Stand for rows of a batch that has none, one after the other; None to let go of it."""
+        self.batch = batch
+        self.event = None
+        if batch is None:
+            self.numbers = None
+            return
+        self.numbers = batch.numbers
+        self._width = batch.width
+        self._hooks = batch.hooks
+        self._users = batch.users
+        self._ends = batch.ends
+        self._states = batch.states
+        self._flags = batch.flags
+
+    def turn_to(self, index: int) -> None:
+        """Stand for the row of this index."""
+        numbers, at = self.numbers, index * self._width
+        self.event = None
+        self._index, self._at = index, at
+        self.ts_ns = min(numbers[at + TS_NS], BEYOND_NS)
+        seq, count = numbers[at + SEQ], numbers[at + BYTES]
+        self.seq = None if seq < 0 else seq
+        self.bytes = None if count < 0 else count
+        self.sock = numbers[at + SOCK]
+        hook = self._hooks[numbers[at + HOOK]]
+        self.point = hook[1]
+        ends = self._ends[numbers[at + ENDS]]
+        self.netns, _, self.saddr, self.sport, self.daddr, self.dport = ends
+        if self.sock:
+            user = self._users[numbers[at + USER]]
+            self.pid, self.comm = user[0], user[2]
+            self.state = self._states[numbers[at + STATES]][0]
+        else:
+            self.flags = self._flags[numbers[at + FLAGS]]
+
+    def own(self, name: str) -> int | None:
+        """Return a whole number that not every probe's rows have; None without it."""
+        if self.batch is not None and name in ("ack", "window"):
+            value = self.numbers[self._at + (ACK if name == "ack" else WINDOW)]
+            return None if value in (UNKNOWN, MISSING) else value
+        value = getattr(self, name, None)
+        return value if type(value) is int else None
+
+    def shows_window(self) -> bool:
+        """Return whether its window is not closed, as far as it is known."""
+        if self.batch is not None:
+            window = self.numbers[self._at + WINDOW]
+            return bool(window) and window != UNKNOWN
+        return bool(getattr(self, "window", 1))
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a field that is not needed for most rows, or that not every probe has."""
+        if self.event is None and self.batch is not None:
+            self.event = self.batch.row(self._index)
+        return getattr(self.event, name)
+
+
+def shows_window(row: Any) -> bool:
+    """Return whether a packet's window is not closed, as far as its row tells."""
+    return row.shows_window() if COMPILED else bool(getattr(row, "window", 1))
 
 
 def opens(flags: str) -> bool:

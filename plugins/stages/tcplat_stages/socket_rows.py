@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from .acceptable import disown
@@ -18,30 +17,40 @@ from .turns import LONG, Turns, prune
 
 _OPEN = frozenset({"TCP_ESTABLISHED", "TCP_CLOSE_WAIT"})
 """States in which a program may send."""
+POINTS = frozenset(
+    {"send", "send_short", "recv", "ready", "connect", "state", "accept", "close", "stats"}
+)
+"""Of the rows of sockets of which something follows."""
 
 
 class SocketRows:
-    """What follows from the rows of sockets.
-
-    Attributes:
-        handlers: By point; each takes the socket's end, the row, and when it was.
-    """
+    """What follows from the rows of sockets."""
 
     def __init__(self, directory: Directory, binder: Binder, turns: Turns) -> None:
         self._directory = directory
         self._binder = binder
         self._turns = turns
-        self.handlers: dict[str, Callable[[End, Any, int], None]] = {
-            "send": self._send,
-            "recv": self._recv,
-            "ready": _ready,
-            "send_short": _send_short,
-            "connect": _connect,
-            "state": self._state,
-            "accept": _accept,
-            "close": self._close,
-            "stats": _stats,
-        }
+
+    def take(self, end: End, row: Any, ts_ns: int, point: str) -> None:
+        """Take a row of a socket's end, of one of POINTS; the most frequent ones first."""
+        if point == "send":
+            self._send(end, row, ts_ns)
+        elif point == "recv":
+            self._recv(end, row, ts_ns)
+        elif point == "ready":
+            _ready(end, row, ts_ns)
+        elif point == "state":
+            self._state(end, row, ts_ns)
+        elif point == "close":
+            self._directory.retire(end, ts_ns)
+        elif point == "connect":
+            _connect(end, row, ts_ns)
+        elif point == "accept":
+            _accept(end, row, ts_ns)
+        elif point == "send_short":
+            _send_short(end, row)
+        elif point == "stats":
+            end.stats = {name: whole(row, name) for name in STATS}
 
     def _state(self, end: End, row: Any, ts_ns: int) -> None:
         old, new = row.old_state, row.state
@@ -159,9 +168,6 @@ class SocketRows:
         elif conn.doubt is not None and at < conn.doubt[2]:
             conn.doubt = None  # it had not read that when it sent
 
-    def _close(self, end: End, row: Any, ts_ns: int) -> None:  # noqa: ARG002 - as all of them
-        self._directory.retire(end, ts_ns)
-
 
 def _connect(end: End, row: Any, ts_ns: int) -> None:
     conn = end.conn
@@ -181,7 +187,7 @@ def _accept(end: End, row: Any, ts_ns: int) -> None:
         end.conn.stamps[ACCEPTED] = ts_ns
 
 
-def _send_short(end: End, row: Any, ts_ns: int) -> None:  # noqa: ARG001 - as all of them
+def _send_short(end: End, row: Any) -> None:
     """Correct the last call: its bytes end where this row's begin."""
     conn = end.conn
     flow = conn.flows[end.index]
@@ -222,7 +228,3 @@ def _ready(end: End, row: Any, ts_ns: int) -> None:
     # It begins with what is unread, not with what is new.
     if ready.pass_by(0, copied + (row.bytes or 0), ts_ns) and len(ready.log) > LONG:
         prune(conn, 1 - end.index)
-
-
-def _stats(end: End, row: Any, ts_ns: int) -> None:  # noqa: ARG001 - as all of them
-    end.stats = {name: whole(row, name) for name in STATS}

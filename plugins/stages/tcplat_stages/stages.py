@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from tcplat_core import Event, Loss, Sampled, columns, micros, printable
+from tcplat_core import Event, Loss, Sampled, columns, micros, printable, slim_rows
 
 from .chain import STAGES, UNEXPLAINED
 from .connection import Finished
@@ -112,7 +112,8 @@ class Stages(Joined):
         """Take rows of one interval."""
         super().feed(rows)
         if rows:
-            self._offset_ns = rows[-1].time_ns - rows[-1].ts_ns
+            last = rows[-1]
+            self._offset_ns = last.time_ns - last.ts_ns
 
     def passed(self, ts_ns: int) -> None:
         """No older row comes any more: intervals end, and what has been silent for long is over."""
@@ -174,7 +175,12 @@ class Stages(Joined):
 
     def _end_in(self, rows: Sequence[Event]) -> int | None:
         """Return the first row of the next interval; a late row may follow it in its batch."""
-        return next((i for i, row in enumerate(rows) if row.ts_ns >= self._next_ns), None)
+        slim = slim_rows(rows)
+        if slim is not None:
+            times = slim.numbers[:: slim.width].tolist()
+        else:
+            times = [row.ts_ns for row in rows]
+        return next((i for i, ts_ns in enumerate(times) if ts_ns >= self._next_ns), None)
 
     def _add_up(self) -> None:
         for group, found in self._now.items():

@@ -55,8 +55,18 @@ _MOST_LATE = 4_096
 
 def reached(log: Log, position: int) -> int | None:
     """Return when a log has the stream up to `position`; None if no row shows it."""
-    index = bisect_left(log, (position,))
-    return log[index][1] if index < len(log) else None
+    last = len(log)
+    if not last or log[last - 1][0] < position:
+        return None
+    first = 0
+    # As bisect_left(log, (position,)), which is a call of Python where this is compiled.
+    while first < last:
+        middle = (first + last) // 2
+        if log[middle][0] < position:
+            first = middle + 1
+        else:
+            last = middle
+    return log[first][1]
 
 
 class Reach:

@@ -233,7 +233,7 @@ class Turns:
             self.cut += 1
             conn.left_out += 1
             return
-        known = sum(at is not None for at in exchange.stamps)
+        known = len(exchange.stamps) - exchange.stamps.count(None)
         # What was not answered has waited until something ended it: one instant will do.
         if known < (1 if exchange.kind == "request" or exchange.over_ns is not None else 2):
             self.untimed += 1

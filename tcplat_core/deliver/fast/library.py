@@ -1,4 +1,4 @@
-"""Bindings to records.c."""
+"""Bindings to records.c and lines.c."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 from ctypes import (
     POINTER,
     Structure,
+    c_char,
     c_char_p,
     c_int,
     c_int64,
@@ -69,6 +70,24 @@ class Progress(Structure):
     )
 
 
+class Part(Structure):
+    """`struct part` of lines.c."""
+
+    _fields_ = (
+        ("kind", c_uint8),
+        ("to", c_uint8),
+        ("length", c_uint8),
+        ("skip", c_uint8),
+        ("literal", c_char * 252),
+    )
+
+
+class Form(Structure):
+    """`struct form` of lines.c."""
+
+    _fields_ = (("count", c_uint32), ("parts", c_void_p))
+
+
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "buffer_new": (c_void_p,),
     "buffer_free": (None, c_void_p),
@@ -85,13 +104,22 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(c_int, c_void_p, c_char_p, c_char_p, c_uint64, c_int64),
         *(c_void_p, c_uint64, POINTER(Progress)),
     ),
+    "reader_new": (c_void_p,),
+    "reader_free": (None, c_void_p),
+    "reader_forget": (None, c_void_p),
+    "reader_count": (c_uint32, c_void_p),
+    "reader_text": (c_void_p, c_void_p, c_uint32, POINTER(c_uint32)),
+    "read_lines": (
+        *(c_int64, c_void_p, c_void_p, c_uint32, c_char_p, c_uint64),
+        *(c_void_p, c_uint32, c_uint64, POINTER(c_uint32)),
+    ),
 }
 """Function -> its result type and argument types."""
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the functions of records.c; None if it was not built, or TCPLAT_PURE is set."""
+    """Return the functions of both; None if it was not built, or TCPLAT_PURE is set."""
     if os.environ.get("TCPLAT_PURE") or not FILE.exists():
         return None
     loaded = ctypes.CDLL(str(FILE))

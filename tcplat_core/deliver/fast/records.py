@@ -17,6 +17,8 @@ from tcplat_core.event.fields import Event
 
 from .codec import Codec
 from .library import CANNOT, DONE, FULL, UNKNOWN, WRONG_SIZE, Popped, Progress, library
+from .lines import Lines
+from .slim import SlimRows
 
 NO_MEMORY = "there is no memory for more records"
 PIECE = 1 << 17
@@ -85,6 +87,10 @@ class Records(Sequence[Event]):
             made[source] = iter(codec.decode(unpacked, self.offset_ns))
         for source in self.sources:
             yield next(made[source])
+
+    def slim(self) -> SlimRows | None:
+        """See :class:`SlimRows`."""
+        return None
 
     def json_lines(self, write: Callable[[memoryview | bytes], None]) -> None:
         """Pass the rows as JSON lines to `write`, in pieces of whole lines.
@@ -242,7 +248,7 @@ def json_lines(batch: Sequence[Event], write: Callable[[memoryview | bytes], Non
     `write` is called several times, with whole lines; a memoryview is valid until it returns.
     Rows that no sink has read become text without being created.
     """
-    if isinstance(batch, Records):
+    if isinstance(batch, Records | Lines):
         batch.json_lines(write)
     elif batch:
         write(_encoder.encode_lines(batch))

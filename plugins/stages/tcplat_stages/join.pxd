@@ -1,0 +1,33 @@
+cimport cython
+
+from .binding cimport Binder
+from .connection cimport Connection, End
+from .directory cimport Directory
+from .losses cimport Losses
+from .packet_rows cimport PacketRows
+from .routing cimport PacketRouter
+from .row_fields cimport Slim
+from .socket_rows cimport SocketRows
+from .turns cimport Turns
+
+cdef class Joiner:
+    cdef public object watch
+    cdef public long long _idle_ns, _next_sweep_ns
+    cdef public list _pending
+    cdef public Losses _losses
+    cdef public Turns _turns
+    cdef public Directory directory
+    cdef public Binder _binder
+    cdef public PacketRouter _router
+    cdef public SocketRows _sockets
+    cdef public PacketRows _packets
+    cdef public Slim _slim
+    @cython.locals(losses=Losses)
+    cpdef _take(self, Slim row)
+    @cython.locals(point=str, end=End, conn=Connection)
+    cpdef _take_of_socket(self, Slim row, long long ts_ns)
+    @cython.locals(point=str, flags=str, key=tuple, way=tuple, conn=Connection, index=cython.int)
+    cpdef _take_packet(self, Slim row, long long ts_ns)
+    cpdef _pass(self, long long ts_ns)
+
+cpdef bint _has_number(Slim row)

@@ -1,0 +1,41 @@
+cimport cython
+
+from .binding cimport Binder
+from .connection cimport Connection, End
+from .directory cimport Directory
+from .row_fields cimport Slim
+from .stream cimport Flow, Reach
+from .turns cimport Turns
+
+cdef class SocketRows:
+    cdef public Directory _directory
+    cdef public Binder _binder
+    cdef public Turns _turns
+    cpdef take(self, End end, Slim row, long long ts_ns, str point)
+    @cython.locals(
+        conn=Connection,
+        flow=Flow,
+        index=cython.int,
+        count=cython.longlong,
+        at=cython.longlong,
+        finish=cython.longlong,
+        known=cython.longlong,
+        missed=cython.int,
+        senders=list,
+    )
+    cpdef _send(self, End end, Slim row, long long ts_ns)
+    @cython.locals(
+        conn=Connection,
+        flow=Flow,
+        index=cython.int,
+        at=cython.longlong,
+        finish=cython.longlong,
+    )
+    cpdef _recv(self, End end, Slim row, long long ts_ns)
+    @cython.locals(flow=Flow, known=cython.longlong)
+    cpdef _skipped(self, Connection conn, int index, long long at)
+
+@cython.locals(conn=Connection, flow=Flow, ready=Reach, copied=cython.longlong)
+cpdef _ready(End end, Slim row, long long ts_ns)
+@cython.locals(read_ns=cython.longlong, flow=Flow)
+cpdef _think(Connection conn, long long ts_ns)

@@ -1,0 +1,81 @@
+"""Rows as numbers and shared texts, for sinks to which an object for each row is too slow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from tcplat_core.event.fields import Event
+
+UNKNOWN = -(1 << 63)
+"""A null."""
+MISSING = UNKNOWN + 1
+"""Rows of this probe have no such field."""
+
+OWN = ("ack", "window")
+"""Numbers of packets, which not every probe's rows have."""
+SLIM_NUMBERS = (
+    *("ts_ns", "time_ns", "seq", "bytes", "sock", *OWN),
+    *("hook", "user", "ends", "states", "flags", "ifname"),
+)
+"""Places in a row: its own numbers, then indices of lists of texts."""
+TEXTS = SLIM_NUMBERS[SLIM_NUMBERS.index("hook") :]
+HOOK, USER, ENDS, STATES, FLAGS, IFNAME = range(len(SLIM_NUMBERS) - len(TEXTS), len(SLIM_NUMBERS))
+
+
+class SlimRows(NamedTuple):
+    """The rows of a batch: what most of them differ in as numbers, all else as shared objects.
+
+    Args:
+        numbers: One row after the other: 64-bit integers. UNKNOWN is a null, MISSING a field that
+            the probe's rows do not have.
+        width: Numbers of a row; the first ones are those of SLIM_NUMBERS.
+        hooks: ``(probe, point, func, attach)``, by `hook`.
+        users: ``(pid, tid, comm, thread)``, by `user`.
+        ends: ``(netns, ip, saddr, sport, daddr, dport)``, by `ends`.
+        states: ``(state, old_state, desc)``, by `states`.
+        flags: By `flags`.
+        ifnames: By `ifname`.
+        row: Returns the row of an index, with all of its fields.
+    """
+
+    numbers: memoryview
+    width: int
+    hooks: Sequence[Any]
+    users: Sequence[Any]
+    ends: Sequence[Any]
+    states: Sequence[Any]
+    flags: Sequence[Any]
+    ifnames: Sequence[Any]
+    row: Callable[[int], Event]
+
+
+@runtime_checkable
+class SlimBatch(Protocol):
+    """A batch that has slim rows, and its limits without making a row."""
+
+    @property
+    def first_ns(self) -> int:
+        """Time of the first row."""
+
+    @property
+    def last_ns(self) -> int:
+        """Time of the last row."""
+
+    def slim(self) -> SlimRows | None:
+        """Return the slim rows; None if they cannot be made."""
+
+
+def slim_rows(batch: Sequence[Event]) -> SlimRows | None:
+    """Return the rows of a batch without making an object for each; None where it has objects.
+
+    The numbers and lists are valid until the sink returns.
+    """
+    return batch.slim() if isinstance(batch, SlimBatch) else None
+
+
+def ends_ns(batch: Sequence[Event]) -> tuple[int, int]:
+    """Return the times of the first and the last row of a batch, ns, without making its rows."""
+    if isinstance(batch, SlimBatch):
+        return batch.first_ns, batch.last_ns
+    return batch[0].ts_ns, batch[-1].ts_ns
