@@ -88,6 +88,27 @@ _COMMON = (
     ),
 )
 
+_WATERFALL = (
+    Option(
+        name="slow",
+        help="only this many of the slowest, at the end; 0: all",
+        convert=integer(least=0),
+        default=0,
+    ),
+    Option(
+        name="min_stage",
+        help="only where a stage, or total, took this long or longer: queue:1ms; join by +",
+        convert=_at_least,
+        metavar="STAGE:TIME",
+    ),
+    Option(
+        name="width",
+        help="columns to fit into; the terminal's if not given",
+        convert=integer(least=0),
+        default=0,
+    ),
+)
+
 
 @hookimpl
 def tcplat_register_sinks() -> Iterator[SinkSpec]:
@@ -98,27 +119,7 @@ def tcplat_register_sinks() -> Iterator[SinkSpec]:
         factory=_waterfall,
         points=POINTS,
         acks=False,
-        options=(
-            *_COMMON,
-            Option(
-                name="slow",
-                help="only this many of the slowest, at the end; 0: all",
-                convert=integer(least=0),
-                default=0,
-            ),
-            Option(
-                name="min_stage",
-                help="only where a stage, or total, took this long or longer: queue:1ms; join by +",
-                convert=_at_least,
-                metavar="STAGE:TIME",
-            ),
-            Option(
-                name="width",
-                help="columns to fit into; the terminal's if not given",
-                convert=integer(least=0),
-                default=0,
-            ),
-        ),
+        options=(*_COMMON, *_WATERFALL),
     )
     yield SinkSpec(
         name="summary",
