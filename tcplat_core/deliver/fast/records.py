@@ -18,7 +18,7 @@ from tcplat_core.event.fields import Event
 from .codec import Codec
 from .library import CANNOT, DONE, FULL, UNKNOWN, WRONG_SIZE, Popped, Progress, library
 from .lines import Lines
-from .slim import SlimRows
+from .slim import SlimBatch, SlimRows
 
 NO_MEMORY = "there is no memory for more records"
 PIECE = 1 << 17
@@ -26,7 +26,7 @@ PIECE = 1 << 17
 
 
 @attrs.define(eq=False)
-class Records(Sequence[Event]):
+class Records(SlimBatch):
     """A batch of rows in order of time; the rows are made at the first access.
 
     Args:

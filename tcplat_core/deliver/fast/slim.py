@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 from tcplat_core.event.fields import Event
 
@@ -50,18 +51,20 @@ class SlimRows(NamedTuple):
     row: Callable[[int], Event]
 
 
-@runtime_checkable
-class SlimBatch(Protocol):
+class SlimBatch(Sequence[Event]):
     """A batch that has slim rows, and its limits without making a row."""
 
     @property
+    @abstractmethod
     def first_ns(self) -> int:
         """Time of the first row."""
 
     @property
+    @abstractmethod
     def last_ns(self) -> int:
         """Time of the last row."""
 
+    @abstractmethod
     def slim(self) -> SlimRows | None:
         """Return the slim rows; None if they cannot be made."""
 
