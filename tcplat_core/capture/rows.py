@@ -118,24 +118,30 @@ class Capture:
 
         A batch is empty after many frames that were left out, so that the caller is not blocked.
         """
-        self._format, begun = None, b""
-        for chunk in chunks:
-            if not chunk:
-                yield None
-                continue
-            if self._format is None:
-                begun += chunk
-                if len(begun) < _BEGINNING:
+        try:
+            self._format, begun = None, b""
+            for chunk in chunks:
+                if not chunk:
+                    yield None
                     continue
-                chunk = begun  # noqa: PLW2901 - the first one that is long enough
-            form = self._format or self._begin(begun)
-            form.feed(chunk)
+                if self._format is None:
+                    begun += chunk
+                    if len(begun) < _BEGINNING:
+                        continue
+                    chunk = begun  # noqa: PLW2901 - the first one that is long enough
+                form = self._format or self._begin(begun)
+                form.feed(chunk)
+                yield from self._decode(form)
+            if self._format is None:
+                self._begin(begun).feed(begun)
+            form = cast("Format", self._format)
+            form.end()
             yield from self._decode(form)
-        if self._format is None:
-            self._begin(begun).feed(begun)
-        form = cast("Format", self._format)
-        form.end()
-        yield from self._decode(form)
+        finally:
+            # Here and not when it is collected: it refers to this object, as this one does to it.
+            if self._lines:
+                self._lines.close()
+                self._lines = None
 
     def _begin(self, data: bytes) -> Format:
         form = self._format = format_of(data)

@@ -710,7 +710,7 @@ def bad_sink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 SWITCHED_OFF = [
     ("exit", "SystemExit: 0"),
-    ("clear", "'tuple' object has no attribute 'clear'"),
+    ("clear", r"'\w+' object has no attribute 'clear'"),
     ("close", "SystemExit: 0"),
 ]
 
@@ -726,7 +726,7 @@ def test_failing_sink_costs_other_sinks_no_rows(
     row, report = map(json.loads, out.splitlines())
     assert row["point"] == "send"
     assert report["report"]["delivered"] == 1
-    assert f"tcplat: sink bad:how={how} was switched off: {said}\n" in err
+    assert re.search(f"tcplat: sink bad:how={how} was switched off: {said}\n", err)
 
 
 @pytest.mark.usefixtures("bad_sink")
@@ -741,7 +741,7 @@ def test_failing_sink_costs_other_sinks_no_rows_in_a_replay(
     row, report = map(json.loads, out.splitlines())
     assert row["point"] == "send"
     assert report["report"]["delivered"] == 1
-    assert f"tcplat: sink bad:how={how} was switched off: {said}\n" in err
+    assert re.search(f"tcplat: sink bad:how={how} was switched off: {said}\n", err)
 
 
 @pytest.mark.usefixtures("bad_sink")

@@ -19,8 +19,7 @@ from typing import Annotated, Any, cast
 import attrs
 import pytest
 from click.testing import CliRunner, Result
-from tcplat_stages import directory
-from tcplat_stages.join import Joiner
+from tcplat_stages import directory, join
 
 from tcplat_core import (
     Aggregates,
@@ -66,7 +65,7 @@ def _fewer_events(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     # What joins rows remembers so many connections, and then no more: here after 15,000 events
     # instead of 180,000. All are bounded by the same code.
-    monkeypatch.setitem(cast("Any", Joiner.__init__).__kwdefaults__, "most", 2048)
+    monkeypatch.setattr(join, "MOST", 2048)
     monkeypatch.setattr(directory, "_MOST_OVER", 512)
     monkeypatch.setattr(directory, "_MOST_DONE", 4096)
     for name, value in (("MANY", 60_000), ("WARM", 20_000), ("GROWTH", 12 << 20)):

@@ -630,7 +630,9 @@ def test_pipe_without_a_writer_is_waited_for(tmp_path: Path) -> None:
 
 def test_long_replay_shows_its_progress(tmp_path: Path) -> None:
     path = tmp_path / "in"
-    path.write_bytes(encoded(make_event()) * 400_000)
+    # With spaces, as other programs write JSON: such lines are read one by one, and take longer.
+    line = json.dumps(msgspec.to_builtins(make_event())) + "\n"
+    path.write_text(line * 400_000)
     main, terminal = pty.openpty()
     with subprocess.Popen(
         [sys.executable, "-I", "-m", "tcplat_core", "replay", str(path), "--sink", "jsonl"],

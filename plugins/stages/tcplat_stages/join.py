@@ -28,6 +28,8 @@ from .socket_rows import POINTS, SocketRows
 from .stream import CLIENT, SERVICE
 from .turns import END_OF_RUN, Turns, has_come
 
+MOST = 32_768
+"""Connections that are kept."""
 _SECOND_NS = 1_000_000_000
 _STEP_NS = _SECOND_NS // 2
 """Silence ends at whole steps of the rows' clock."""
@@ -41,21 +43,21 @@ class Joiner:
     Args:
         idle_ns: A reply is taken to be complete when all of it was read, and nothing
             more has come for so long.
-        most: Most connections that are kept; see Directory.
+        most: Most connections that are kept, see Directory; 0 for MOST.
 
     Attributes:
         directory: The connections.
         watch: Called with a connection and each row that is of bytes of its streams.
     """
 
-    def __init__(self, *, idle_ns: int = 10 * _SECOND_NS, most: int = 32_768) -> None:
+    def __init__(self, *, idle_ns: int = 10 * _SECOND_NS, most: int = 0) -> None:
         self.watch: Callable[[Connection, Any], None] | None = None
         self._idle_ns = idle_ns
         self._next_sweep_ns = 0
         self._pending: list[Loss] = []
         self._losses = Losses()
         self._turns = Turns(self._losses)
-        self.directory = Directory(self._turns, self._losses, most)
+        self.directory = Directory(self._turns, self._losses, most or MOST)
         self._binder = Binder(self.directory)
         self._router = PacketRouter(self.directory)
         self._sockets = SocketRows(self.directory, self._binder, self._turns)
