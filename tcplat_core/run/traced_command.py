@@ -49,6 +49,10 @@ class TracedCommand:
             os.close(wait)
             return cls(pid, gate, _fork_ender(pid, gate))
         try:
+            # A handler of ours would note a signal, and execve(2) would forget it.
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if callable(signal.getsignal(number)):
+                    signal.signal(number, signal.SIG_DFL)
             os.close(gate)
             if os.read(wait, 1) == b"!":
                 # Python ignores these, and execve(2) keeps ignored signals ignored.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -106,6 +107,27 @@ def test_stop_sends_sigterm_and_waits_for_the_command(fork: Fork) -> None:
     assert not command.ended()
     command.stop()
     assert command.status == 7
+
+
+def test_signal_between_go_and_exec_is_not_lost(fork: Fork) -> None:
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        command = fork("sleep", "1000")
+        bit = 1 << signal.SIGTERM - 1
+
+        def catches() -> bool:
+            status = Path(f"/proc/{command.pid}/status").read_text()
+            return bool(int(status.split("SigCgt:")[1].split()[0], 16) & bit)
+
+        until = time.monotonic() + 30
+        while catches() and time.monotonic() < until:
+            time.sleep(0.001)
+        assert not catches()
+        os.kill(command.pid, signal.SIGTERM)
+        command.stop()
+        assert command.status == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_stop_is_idempotent(fork: Fork) -> None:
