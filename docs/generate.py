@@ -88,7 +88,8 @@ def events() -> str:
             "```",
             "",
             "Of which connections rows follow, one in `one_in`: before the rows, if the run had",
-            "`--sample` (`Sampled` in [hooks.md](hooks.md)):",
+            "`--sample`, and where `--max-overhead` changes it; rows from `since_ns` on are those",
+            "of the new share (`Sampled` in [hooks.md](hooks.md)):",
             "",
             "```json",
             share,
@@ -102,9 +103,9 @@ def events() -> str:
             "```",
             "",
             *textwrap.wrap(
-                "With `--sample`, it also has `one_in`, the least and the greatest that held, and "
-                "each hook has `unsampled`: rows that were not made, because their connection is "
-                "not in the sample. They are not in `produced`.",
+                "With `--sample` or `--max-overhead`, it also has `one_in`, the least and the "
+                "greatest that held, and each hook has `unsampled`: rows that were not made, "
+                "because their connection is not in the sample. They are not in `produced`.",
                 100,
             ),
             "",

@@ -15,7 +15,17 @@ from tcplat_core.run.signals import Signals
 
 from .chosen import aggregation_of, chosen_probes, chosen_sinks, made_sinks, used_points
 from .root import give_up_root
-from .shared_options import COUNT, QUIET, SINKS, Duration, Share, Size, filter_of, filter_options
+from .shared_options import (
+    COUNT,
+    QUIET,
+    SINKS,
+    Duration,
+    Percent,
+    Share,
+    Size,
+    filter_of,
+    filter_options,
+)
 from .words import nothing, print_report
 
 if TYPE_CHECKING:
@@ -76,6 +86,13 @@ if TYPE_CHECKING:
     default=1,
     metavar="1/N",
     help="Rows of one connection in N, whole at all probes and on both hosts.  [default: 1/1]",
+)
+@click.option(
+    "--max-overhead",
+    type=Percent(),
+    default=0.0,
+    metavar="PCT",
+    help="Rows of fewer connections while the run costs more than this of the host's CPU time: 2%.",
 )
 @click.option("--ready-file", metavar="PATH", help="Create PATH when all probes are attached.")
 @click.option(
@@ -143,6 +160,7 @@ class _Run:
     duration: float
     count: int | None
     sample: int
+    max_overhead: float
     ready_file: str | None
     hold: float
     ring_size: int
@@ -200,9 +218,10 @@ class _Run:
         request = self._request(sinks, aggregation_of(plugins, sinks, probes), child)
         if self.count and not request.events:
             raise UsageError("--count needs a sink that takes rows")
-        if self.sample > 1 and not request.events:
+        if request.samples and not request.events:
+            option = "--sample" if self.sample > 1 else "--max-overhead"
             raise UsageError(
-                "--sample needs a sink that takes rows; --sink histogram counts every connection"
+                f"{option} needs a sink that takes rows; --sink histogram counts every connection"
             )
         if self.ready_file:
             ReadyFile(self.ready_file).check()
@@ -248,6 +267,7 @@ class _Run:
             debug=self.debug,
             ring_bytes=self.ring_size,
             sample=self.sample,
+            max_overhead=self.max_overhead,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,24 @@ class Share(click.ParamType[int]):
         if not number:
             self.fail(f"{value!r} is not 1/N with N from 1 to {MOST}, as 1/64", param, ctx)
         return number
+
+
+class Percent(click.ParamType[float]):
+    """A part of a whole, 2% or 0.5%, as a number from 0 to 1."""
+
+    name = "percent"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Convert to a number."""
+        if isinstance(value, float):
+            return value
+        found = re.fullmatch(r"(\d{1,3}(?:\.\d{1,6})?)%", value, re.ASCII)
+        part = float(found[1]) / 100 if found else 0.0
+        if not 0 < part <= 1:
+            self.fail(f"{value!r} is not a percentage above 0, as 2% or 0.5%", param, ctx)
+        return part
 
 
 SINKS = click.option(

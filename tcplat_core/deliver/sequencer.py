@@ -8,6 +8,7 @@ from collections import Counter
 
 import attrs
 
+from tcplat_core.plugin.sampling import Sampled
 from tcplat_core.plugin.specs import Loss
 
 from .reorder import FOREVER, ReorderBuffer
@@ -32,18 +33,32 @@ class Sequencer:
     """Rows that reach no sink, by probe, point and func: beyond the limit, or without a sink."""
     _losses: list[Loss] = attrs.field(factory=list, init=False)
     """Losses not reported yet, in order of their beginning."""
+    _shares: list[Sampled] = attrs.field(factory=list, init=False)
+    """Shares of the connections that do not hold yet, in order."""
 
     @property
     def waiting(self) -> bool:
         """Whether a row or loss is held that was not delivered yet."""
-        return bool(self._losses or self.buffer.waiting)
+        return bool(self._losses or self._shares or self.buffer.waiting)
 
     def lose(self, loss: Loss) -> None:
         """Take a loss; it is reported after the last row not younger than its beginning."""
         bisect.insort(self._losses, loss, key=_SINCE)
 
+    def share(self, share: Sampled) -> None:
+        """Take a share; it is reported before the first row not older than its beginning."""
+        self._shares.append(share)
+
     def flush(self, before_ns: int = FOREVER) -> None:
-        """Deliver rows and losses older than `before_ns`; default: all."""
+        """Deliver rows, losses and shares older than `before_ns`; default: all."""
+        while self._shares and self._shares[0].since_ns < before_ns:
+            share = self._shares.pop(0)
+            self._flush(share.since_ns)
+            self.router.sampled(share)
+        self._flush(before_ns)
+
+    def _flush(self, before_ns: int) -> None:
+        """Deliver rows and losses older than `before_ns`."""
         while self._losses and self._losses[0].since_ns < before_ns:
             loss = self._losses.pop(0)
             self._flush_rows(loss.since_ns + 1)

@@ -37,7 +37,7 @@ _NOEXIST = 1
 _PROG_TEST_RUN = 10
 _PROG_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD, _LINK_CREATE = 13, 15, 28
 _GET_FD_BY_ID = {"prog": _PROG_GET_FD_BY_ID, "map": 14, "link": 30}
-_LINK_GET_NEXT_ID = 31
+_LINK_GET_NEXT_ID, _ENABLE_STATS = 31, 32
 _LINK_TYPE_XDP = 6
 """BPF_LINK_TYPE_XDP, of enum bpf_link_type."""
 _MOST_FRAME = 1 << 12
@@ -120,6 +120,21 @@ def _bpf(command: int, attr: bytes) -> int:
 def _pointer(data: bytes | ctypes.Array[ctypes.c_char]) -> int:
     """Return the address of an object that the caller keeps alive across the call."""
     return ctypes.cast(data, ctypes.c_void_p).value or 0  # type: ignore[arg-type]  # bytes do
+
+
+def time_programs() -> int:
+    """Have the kernel time all programs of the host; return the fd that ends it when closed.
+
+    Raises:
+        CannotRunError: Only CAP_SYS_ADMIN may (bpf_enable_stats(), 5.8).
+    """
+    try:
+        return _bpf(_ENABLE_STATS, bytes(4))
+    except PermissionError as error:
+        raise CannotRunError(
+            "--max-overhead needs CAP_SYS_ADMIN, to have the kernel time the programs: "
+            "run it as root"
+        ) from error
 
 
 def lift_memory_limit() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import os
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 import attrs
 
 from tcplat_core.errors import TOO_MANY_FILES, CannotRunError, PluginError
-from tcplat_core.kernel import bpf, netns, owners, pidns
+from tcplat_core.kernel import bpf, owners, pidns
 from tcplat_core.kernel.btf import BtfError
 from tcplat_core.kernel.core_hooks import DESTROY, EXIT, FORK, QUEUE, RENAME, STATE, USE
 from tcplat_core.kernel.host import SYSCALLS, Choice, Host, choose, syscall_id
@@ -25,7 +24,8 @@ from .cache import Cache, digest, identity
 from .compile import KFUNC, SHARED_PREFIX, Compiled, compile_text, compiler_identity
 from .kernel_tree import kernel_tree
 from .program_text import CGROUP_TYPES, CORE_TYPES, PIDNS_TYPES, core_defines, program_text
-from .protocol import Answer, Attached, LoadedMap, LoadedProbe, ProbeRequest, Request
+from .protocol import Answer, LoadedMap, LoadedProbe, ProbeRequest, Request
+from .refusal import refusal
 from .sequence import in_sequence
 
 _PROGRAM_TYPES = {
@@ -124,6 +124,8 @@ class Loader:
         ]
         core = modules[0]
         isolation.refuse_orphan()
+        if self.request.max_overhead:
+            self._fds.append(bpf.time_programs())
         self._attach_core(core)
         # Attached early: a socket that ends while probes are attached must not leave its entry
         # to the next socket at its address. The gate is still closed, so no row is missed.
@@ -141,7 +143,9 @@ class Loader:
         seeding.fill(self._shared, owners.find(hidden), self.request.filter, capacity)
         # Last, because some network cards lose their link for a moment: it must happen only once.
         listening = [
-            self._listen(probe, module, choice)
+            xdp.listen(
+                probe, _xdp_programs(module, choice), self.request.filter.netns_at, self._fds
+            )
             for probe, module, choice in zip(self.request.probes, modules, choices, strict=True)
         ]
         bpf.map_update(self._shared["tcplat_gate"], _u32(0), _u32(1))
@@ -161,12 +165,14 @@ class Loader:
                 self.request.probes, modules, choices, programs, listening, strict=True
             )
         }
-        gate = self._shared["tcplat_gate"]
-        passed = {gate, *(fd for probe in probes.values() for fd in probe.fds)}
+        gate, share = self._shared["tcplat_gate"], self._shared.get("tcplat_thinning")
+        passed = {gate, share, *(fd for probe in probes.values() for fd in probe.fds)}
         holding = tuple(fd for fd in self._fds if fd not in passed)
         # What the host refuses to root as well is reported by doctor only.
         sentences = tuple(hidden.sentences(mendable=True))
-        return Answer(probes=probes, gate_fd=gate, holding=holding, hidden=sentences)
+        return Answer(
+            probes=probes, gate_fd=gate, share_fd=share, holding=holding, hidden=sentences
+        )
 
     def _attach_core(self, core: _Module) -> None:
         """Fill the filter maps, and attach the core's own programs except the last."""
@@ -229,7 +235,10 @@ class Loader:
 
     def _defines(self, probe: ProbeRequest) -> dict[str, int | str]:
         """Return the constants of this run and this host for the C of a probe."""
-        defines = core_defines(probe.points, self.request.filter, self.request.sample)
+        defines = core_defines(
+            *(probe.points, self.request.filter, self.request.sample),
+            adapts=self.request.max_overhead > 0,
+        )
         if self.request.debug:
             defines["TCPLAT_DEBUG"] = 1
         if self._tracks:
@@ -264,7 +273,7 @@ class Loader:
         groups: dict[tuple[str, str], list[_Program]] = {}
         for number, (module, choice) in enumerate(zip(modules, choices, strict=True)):
             for way in choice.taken.values():
-                for hook in _attached(way, self.request.sample):
+                for hook in _attached(way, samples=self.request.samples):
                     if hook.mechanism != "xdp":
                         program = _Program(number, way, hook, module.code(hook.program))
                         groups.setdefault((hook.mechanism, hook.func), []).append(program)
@@ -307,41 +316,13 @@ class Loader:
                 link = bpf.attach_kprobe(program, hook.func, at_return=at_return)
             self._fds.append(link)
         except bpf.RefusedError as error:
-            raise WayClosedError(way, _refusal(hook.program, error)) from error
+            raise WayClosedError(way, refusal(hook.program, error)) from error
         except OSError as error:
             if error.errno in TOO_MANY_FILES:
                 raise
             reason = f"{hook.mechanism}:{hook.func}: {error.strerror}"
             raise WayClosedError(way, reason) from error
         return program
-
-    def _listen(
-        self, probe: ProbeRequest, module: _Module, choice: Choice
-    ) -> tuple[list[Attached], dict[str, str]]:
-        """Attach the probe's XDP programs to its interfaces."""
-        hooks = [hook for way in choice.taken.values() for hook in way.hooks]
-        programs = [hook.program for hook in hooks if hook.mechanism == "xdp"]
-        if not programs:
-            return [], {}
-        if probe.interfaces is None:
-            raise PluginError(f"probe {probe.name} has XDP programs and names no interfaces")
-        attached = []
-        interfaces = attrs.evolve(
-            probe.interfaces, netns=probe.interfaces.netns or self.request.filter.netns_at
-        )
-        with netns.inside(interfaces.netns):
-            chosen, skipped = xdp.choose(interfaces, probe.name)
-            for name in programs:
-                try:
-                    program = xdp.load(name, module.code(name))
-                except bpf.RefusedError as error:
-                    raise CannotRunError(_refusal(name, error)) from error
-                self._fds.append(program)
-                for interface in chosen:
-                    one = xdp.attach(program, interface, interfaces.mode, probe.name)
-                    self._fds.append(one.link_fd)
-                    attached.append(one)
-        return attached, skipped
 
     def _core(self, module: _Module, point: HookPoint) -> None:
         """Attach one of the core's own hook points, by a tracepoint or as --attach allows."""
@@ -365,15 +346,6 @@ class Loader:
             os.close(fd)
         self._fds.clear()
         self._shared.clear()
-
-
-def _refusal(program: str, error: bpf.RefusedError) -> str:
-    """Write the verifier's log to stderr, which --debug shows, and return the message."""
-    sys.stderr.write(f"{program}:\n{error.log}\n")
-    why = error.strerror
-    if error.errno == errno.E2BIG:
-        why = "it is too complex for this kernel: more instructions or paths than it checks"
-    return f"the verifier refused {program} ({why}); --debug shows more"
 
 
 @attrs.frozen
@@ -427,9 +399,15 @@ def _readable(probe: ProbeRequest, module: _Module) -> dict[str, LoadedMap]:
     return found
 
 
-def _attached(way: Way, sample: int) -> list[Hook]:
+def _attached(way: Way, *, samples: bool) -> list[Hook]:
     """Return the hooks of a way that this run needs."""
-    return [hook for hook in way.hooks if sample > 1 or not hook.sampling]
+    return [hook for hook in way.hooks if samples or not hook.sampling]
+
+
+def _xdp_programs(module: _Module, choice: Choice) -> dict[str, bytes]:
+    """Return name -> code of the XDP programs to attach."""
+    hooks = [hook for way in choice.taken.values() for hook in way.hooks]
+    return {one.program: module.code(one.program) for one in hooks if one.mechanism == "xdp"}
 
 
 def _listened(probe: ProbeRequest) -> tuple[HookPoint, ...]:

@@ -68,12 +68,20 @@ bcc rewrites no map call in a macro, so that a macro cannot give a map its name.
 
 
 def core_defines(
-    points: Sequence[HookPoint], wanted: Filter, sample: int = 1
+    points: Sequence[HookPoint], wanted: Filter, sample: int = 1, *, adapts: bool = False
 ) -> dict[str, int | str]:
-    """Return the constants of the shared headers; rows are made of one connection in `sample`."""
+    """Return the constants of the shared headers.
+
+    Args:
+        points: The probe's hook points.
+        wanted: The filter.
+        sample: Rows are made of one connection in so many.
+        adapts: Of fewer where the run would cost too much.
+    """
     hooks, cpus = len(reporting(points)), possible_cpus()
     return {
-        **({"TCPLAT_SAMPLE": sample} if sample > 1 else {}),
+        **({"TCPLAT_SAMPLE": sample} if sample > 1 or adapts else {}),
+        **({"TCPLAT_ADAPTS": 1} if adapts else {}),
         "TCPLAT_HOOKS": books_hooks(hooks),
         "TCPLAT_UNSAMPLED": unsampled_slot(cpus, hooks),
         "TCPLAT_UNSAMPLED_HOOKS": unsampled_hooks(hooks),

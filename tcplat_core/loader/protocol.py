@@ -69,6 +69,8 @@ class Request:
         acks: Some sink uses rows of packets that only acknowledge.
         aggregation: Histograms to be made in the kernel; None for none.
         sample: Rows are made of one connection in so many.
+        max_overhead: Of fewer where the run costs more than this share of the CPU time; 0 for no
+            limit.
     """
 
     probes: tuple[ProbeRequest, ...]
@@ -81,6 +83,12 @@ class Request:
     acks: bool = True
     aggregation: Aggregation | None = None
     sample: int = 1
+    max_overhead: float = 0
+
+    @property
+    def samples(self) -> bool:
+        """Whether connections may have no rows."""
+        return self.sample > 1 or self.max_overhead > 0
 
     def pack(self) -> bytes:
         """Return the message for the loader's standard input."""
@@ -193,6 +201,8 @@ class Answer:
     """fd of tcplat_gate, which all probes share."""
     holding: tuple[int, ...]
     """Links and maps: when the last copy is closed, the kernel detaches."""
+    share_fd: int | None = None
+    """fd of tcplat_thinning, with --max-overhead."""
     hidden: tuple[str, ...] = ()
     """Sentences about older sockets that could not be read, with the remedy."""
 
@@ -200,7 +210,8 @@ class Answer:
     def fds(self) -> list[int]:
         """All fds, in the order of the message."""
         probes = (fd for probe in self.probes.values() for fd in probe.fds)
-        return [self.gate_fd, *probes, *self.holding]
+        share = () if self.share_fd is None else (self.share_fd,)
+        return [self.gate_fd, *share, *probes, *self.holding]
 
 
 @attrs.frozen
@@ -240,6 +251,7 @@ def receive_answer(source: socket.socket) -> Answer | Refusal | None:
         return Refusal(**raw["refusal"])
     received = iter(fds)
     gate_fd = next(received)
+    share_fd = None if raw["share_fd"] is None else next(received)
     probes = {
         name: LoadedProbe(
             **{
@@ -259,5 +271,9 @@ def receive_answer(source: socket.socket) -> Answer | Refusal | None:
         for name, probe in raw["probes"].items()
     }
     return Answer(
-        probes=probes, gate_fd=gate_fd, holding=tuple(received), hidden=tuple(raw["hidden"])
+        probes=probes,
+        gate_fd=gate_fd,
+        share_fd=share_fd,
+        holding=tuple(received),
+        hidden=tuple(raw["hidden"]),
     )

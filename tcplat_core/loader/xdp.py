@@ -7,14 +7,18 @@ import errno
 import os
 import platform
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from tcplat_core.errors import CannotRunError, UsageError
-from tcplat_core.kernel import bpf, fdinfo, netdev
+import attrs
+
+from tcplat_core.errors import CannotRunError, PluginError, UsageError
+from tcplat_core.kernel import bpf, fdinfo, netdev, netns
 from tcplat_core.kernel.netdev import Interface
 from tcplat_core.plugin.hookpoints import Interfaces
 
-from .protocol import MAX_FDS, Attached
+from .protocol import MAX_FDS, Attached, ProbeRequest
+from .refusal import refusal
 
 _FLAGS = {"native": 1 << 2, "generic": 1 << 1}
 """XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE."""
@@ -22,6 +26,41 @@ _OLDEST = (5, 9)
 """The first kernel with XDP links (aa8d3a716b59)."""
 _MOST = MAX_FDS - 100
 """Each interface uses one of the fds in the message to the session."""
+
+
+def listen(
+    probe: ProbeRequest, programs: Mapping[str, bytes], netns_at: str, fds: list[int]
+) -> tuple[list[Attached], dict[str, str]]:
+    """Attach a probe's programs to its interfaces.
+
+    Args:
+        probe: The probe.
+        programs: Name -> code.
+        netns_at: The network namespace of the interfaces, unless the probe names one.
+        fds: Gets the fds of programs and links.
+
+    Returns:
+        The interfaces; and those that were skipped, with the reason.
+    """
+    if not programs:
+        return [], {}
+    if probe.interfaces is None:
+        raise PluginError(f"probe {probe.name} has XDP programs and names no interfaces")
+    attached = []
+    interfaces = attrs.evolve(probe.interfaces, netns=probe.interfaces.netns or netns_at)
+    with netns.inside(interfaces.netns):
+        chosen, skipped = choose(interfaces, probe.name)
+        for name, code in programs.items():
+            try:
+                program = load(name, code)
+            except bpf.RefusedError as error:
+                raise CannotRunError(refusal(name, error)) from error
+            fds.append(program)
+            for interface in chosen:
+                one = attach(program, interface, interfaces.mode, probe.name)
+                fds.append(one.link_fd)
+                attached.append(one)
+    return attached, skipped
 
 
 def load(name: str, code: bytes) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections import deque
 from typing import Annotated
 
 import attrs
@@ -10,6 +11,8 @@ import msgspec
 
 from tcplat_core.event.fields import Count
 
+_MOST_CHANGES = 1 << 10
+"""Most changes of the share that are kept; a request seldom lasts longer than ten of them."""
 MOST = 1 << 20
 """Largest N of ``--sample 1/N``."""
 _64 = (1 << 64) - 1
@@ -49,11 +52,31 @@ class Shares:
     """
 
     one_in: tuple[int, int] | None = None
+    _since: deque[tuple[int, int]] = attrs.field(factory=deque, init=False)
+    """Since when which share holds: the latest ones, in order."""
 
     def add(self, share: Sampled) -> None:
         """Take one."""
         own = share.one_in, share.one_in
+        if self.one_in is None and share.since_ns:
+            self.one_in = ALL  # until then
         self.one_in = own if self.one_in is None else both(self.one_in, own)
+        if len(self._since) == _MOST_CHANGES:
+            self._since.popleft()
+        self._since.append((share.since_ns, share.one_in))
+
+    def weight(self, began_ns: int, ended_ns: int) -> int:
+        """Return for how many requests one stands that lasted from one instant to another.
+
+        It is whole in the rows only if its connection was in each share meanwhile.
+        """
+        one_in = 1
+        for since_ns, share in reversed(self._since):
+            if since_ns <= ended_ns:
+                one_in = max(one_in, share)
+            if since_ns <= began_ns:
+                break
+        return one_in
 
     @property
     def text(self) -> str:

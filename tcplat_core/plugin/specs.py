@@ -121,7 +121,8 @@ class Sink(ABC):
     def sampled(self, share: Sampled) -> None:
         """Take the share of the connections of which rows follow; see :class:`Sampled`.
 
-        Called before the first row of a run with ``--sample``, and of a capture of one.
+        Called before the first row of a run with ``--sample``, wherever ``--max-overhead`` changes
+        it, and alike in a replay.
         """
 
     def aggregates(self, them: Aggregates) -> None:

@@ -30,6 +30,7 @@ from .pace import HOLD_S, IDLE_POLL_S, LATE_S, Pace
 from .probe_run import ProbeRun, probe_request
 from .ready import ReadyFile
 from .signals import Signals
+from .thinning import Costs, Thinner
 from .trace import TracePipe
 from .traced_command import TracedCommand
 from .watched import Watched
@@ -72,6 +73,7 @@ class Session:
     say: Callable[[str], None] = lambda _: None
     outputs: Sequence[Output] = ()
     _shares: Shares = attrs.field(factory=Shares, init=False)
+    _thinner: Thinner | None = attrs.field(default=None, init=False)
     _watched: Watched | None = attrs.field(default=None, init=False)
     _ready: ReadyFile | None = attrs.field(init=False)
 
@@ -133,12 +135,9 @@ class Session:
             stack.callback(buffer.close)
             sequencer = Sequencer(router, buffer)
             drain = Drain(runs, sequencer)
-            if self.command:
-                self._watched = Watched([self.command.pid])
-            elif self.request.filter.pids is not None:
-                self._watched = Watched(list(self.request.filter.pids))
-            if self._watched:
-                stack.callback(self._watched.close)
+            self._watch(stack)
+            if answer.share_fd is not None:
+                self._thin(stack, answer.share_fd, answer)
             pace = self._pace(router)
             self._report_silent(runs)
             if not self.dry:
@@ -179,6 +178,24 @@ class Session:
             for one in run.loaded.interfaces:
                 if one.silent:
                     self.say(f"{run.spec.name}: no rows from {one.name} for now: {one.silent}")
+
+    def _watch(self, stack: ExitStack) -> None:
+        """Watch the traced processes, if there are any."""
+        if self.command:
+            self._watched = Watched([self.command.pid])
+        elif self.request.filter.pids is not None:
+            self._watched = Watched(list(self.request.filter.pids))
+        if self._watched:
+            stack.callback(self._watched.close)
+
+    def _thin(self, stack: ExitStack, share_fd: int, answer: Answer) -> None:
+        """Keep the cost below --max-overhead from now on."""
+        stack.callback(os.close, share_fd)
+        programs = (fd for one in answer.probes.values() for fd in one.program_fds.values())
+        costs = Costs.of([*programs, *answer.holding])
+        one_in, limit = self.request.sample, self.request.max_overhead
+        self._thinner = Thinner(share_fd, one_in, limit, costs.share, self.say)
+        stack.callback(self._thinner.close)
 
     def _share(self, router: Router, share: Sampled) -> None:
         self._shares.add(share)
@@ -232,6 +249,9 @@ class Session:
         if self._check_interfaces(drain.runs) and not self.command:
             pace.end = now
         self._poll(drain)
+        if self._thinner and (share := self._thinner.check()):
+            self._shares.add(share)
+            drain.sequencer.share(share)
         drain.sequencer.router.idle()
 
     def _check_often(self, pace: Pace, now: float) -> None:

@@ -276,6 +276,7 @@ class FakeLoader:
         return Answer(
             probes={probe.spec.name: probe.loaded() for probe in self.probes},
             gate_fd=_memory(_PAGE)[0],
+            share_fd=_memory(_PAGE)[0] if request.max_overhead else None,
             holding=self.holding,
         )
 

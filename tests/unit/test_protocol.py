@@ -116,8 +116,8 @@ def test_dead_loader_gives_no_answer(ends: Ends) -> None:
 def test_every_fd_arrives_at_its_place(ends: Ends) -> None:
     """Each is a pipe: what is written into the received fd identifies it."""
     session, loader = ends
-    pipes = [os.pipe() for _ in range(12)]
-    gate, ring, books, link, program, counts, more, ring2, books2, *held = (
+    pipes = [os.pipe() for _ in range(13)]
+    gate, share, ring, books, link, program, counts, more, ring2, books2, *held = (
         write for _, write in pipes
     )
     send_answer(
@@ -140,6 +140,7 @@ def test_every_fd_arrives_at_its_place(ends: Ends) -> None:
                 ),
             },
             gate_fd=gate,
+            share_fd=share,
             holding=tuple(held),
         ),
     )
@@ -156,9 +157,10 @@ def test_every_fd_arrives_at_its_place(ends: Ends) -> None:
         {"eth0": "busy"},
     )
     assert [(face.name, face.index, face.mode) for face in one.interfaces] == [("lo", 1, "generic")]
-    received = [answer.gate_fd, *one.fds, *two.fds, *answer.holding]
+    assert answer.share_fd is not None
+    received = [answer.gate_fd, answer.share_fd, *one.fds, *two.fds, *answer.holding]
     assert answer.fds == received
-    assert len(received) == 12
+    assert len(received) == 13
     assert {name: found.entries for name, found in one.maps.items()} == {"counts": 64, "more": 1}
     for number, fd in enumerate(received):
         os.write(fd, bytes([number]))

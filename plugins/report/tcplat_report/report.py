@@ -16,11 +16,11 @@ from tcplat_stages.exchange import FAILED, OUTCOMES, Exchange
 from tcplat_stages.formatting import duration
 from tcplat_stages.hosts import Hosts, crosses
 from tcplat_stages.join import Joiner
-from tcplat_stages.stages import order, samples
+from tcplat_stages.stages import order, samples, weight_of
 from tcplat_stages.stream import CLIENT, SERVICE
 from tcplat_stages.waterfall import Rank, as_json, rank
 
-from tcplat_core import Event, Loss, Merge, Reader, micros, say, whole_file
+from tcplat_core import Event, Loss, Merge, Reader, Sampled, Shares, micros, say, whole_file
 
 from .common import remarks
 from .courses import FIELDS, KINDS, MOST_POINTS, Course, Courses
@@ -122,6 +122,7 @@ class Story:
     joiner: Joiner = attrs.field(factory=Joiner)
     hosts: Hosts = attrs.field(factory=Hosts)
     merges: list[Merge] = attrs.field(factory=list)
+    shares: Shares = attrs.field(factory=Shares)
     timeline: Timeline = attrs.field(factory=Timeline)
     stages: dict[str, DurationHistogram] = attrs.field(factory=dict)
     exchanges: int = 0
@@ -155,6 +156,11 @@ class Story:
         self.hosts.learn(merge)
         self.merges.append(merge)
 
+    def sampled(self, share: Sampled) -> None:
+        """Note of which connections the rows are."""
+        self._take(self.joiner.sampled(share))
+        self.shares.add(share)
+
     def close(self, until_ns: int = 0) -> None:
         """Note that the capture has ended; it is complete up to `until_ns`, 0 if unknown."""
         self._take(self.joiner.finish(until_ns))
@@ -166,17 +172,18 @@ class Story:
             else:
                 self._connection(one)
 
-    def _count(self, name: str, ns: int) -> None:
+    def _count(self, name: str, ns: int, weight: int) -> None:
         histogram = self.stages.get(name)
         if histogram is None:
             histogram = self.stages[name] = DurationHistogram()
-        histogram.add(ns)
+        histogram.add(ns, weight)
 
     def _exchange(self, exchange: Exchange) -> None:
         self.exchanges += 1
         self.outcomes[exchange.outcome] += 1
+        weight = weight_of(exchange, self.shares)
         for name, ns in samples(exchange):
-            self._count(name, ns)
+            self._count(name, ns, weight)
         busy = self._busy.get(exchange.conn.number)
         if busy is None:
             busy = self._busy[exchange.conn.number] = _Busy()
@@ -209,7 +216,8 @@ class Story:
         busy = self._busy.pop(conn.number, None) or _Busy()
         handshake = conn.handshake
         if conn.stamps[CONNECTED] is not None and handshake.total_ns:
-            self._count(CONNECT, handshake.total_ns)
+            until_ns = conn.first_ns + handshake.total_ns
+            self._count(CONNECT, handshake.total_ns, self.shares.weight(conn.first_ns, until_ns))
         course = self._courses.take(conn)
         item = (busy.rank, -self.connections)
         if len(self._kept) < self.most_connections:
@@ -347,6 +355,8 @@ def write_report(
                 story.merged(item)
             elif isinstance(item, Loss):
                 story.joiner.lost(item)
+            elif isinstance(item, Sampled):
+                story.sampled(item)
             elif isinstance(item, Sequence):
                 story.write(item)
         story.close(reader.report.until_ns)
@@ -369,6 +379,8 @@ def _write_trace(reader: Reader, output: str) -> list[str]:
                 trace.merged(item)
             elif isinstance(item, Loss):
                 joiner.lost(item)
+            elif isinstance(item, Sampled):
+                trace.add(joiner.sampled(item))
             elif isinstance(item, Sequence):
                 trace.add(joiner.feed(item))
         trace.add(joiner.finish(reader.report.until_ns))

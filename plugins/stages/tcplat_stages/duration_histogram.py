@@ -12,22 +12,26 @@ _BITS = 7
 class DurationHistogram:
     """Counts of durations in log-linear buckets (as HdrHistogram), from 1 ns to whatever comes.
 
-    Up to 255 ns a bucket is one nanosecond wide.
+    Up to 255 ns a bucket is one nanosecond wide. A duration may have a weight, as where it stands
+    for others that were not sampled: percentiles and the mean heed it, `count` and `sum_ns` do not.
     """
 
-    __slots__ = ("count", "counts", "max_ns", "min_ns", "sum_ns")
+    __slots__ = ("count", "counts", "max_ns", "min_ns", "sum_ns", "weight", "weighted_ns")
 
     def __init__(self) -> None:
         self.counts: defaultdict[int, int] = defaultdict(int)
+        """Bucket -> the sum of the weights of its durations."""
         self.count = 0
+        self.weight = 0
         self.sum_ns = 0
+        self.weighted_ns = 0
         self.max_ns = 0
         self.min_ns = 0
 
-    def add(self, ns: int) -> None:
+    def add(self, ns: int, weight: int = 1) -> None:
         """Count a duration."""
         shift = ns.bit_length() - _BITS - 1
-        self.counts[ns if shift <= 0 else (shift << _BITS) + (ns >> shift)] += 1
+        self.counts[ns if shift <= 0 else (shift << _BITS) + (ns >> shift)] += weight
         if not self.count:
             self.min_ns = self.max_ns = ns
         elif ns < self.min_ns:
@@ -35,7 +39,9 @@ class DurationHistogram:
         elif ns > self.max_ns:
             self.max_ns = ns
         self.count += 1
+        self.weight += weight
         self.sum_ns += ns
+        self.weighted_ns += ns * weight
 
     def merge(self, other: DurationHistogram) -> None:
         """Count all that another one has counted."""
@@ -45,17 +51,19 @@ class DurationHistogram:
             self.min_ns = min(self.min_ns, other.min_ns) if self.count else other.min_ns
         self.max_ns = max(self.max_ns, other.max_ns)
         self.count += other.count
+        self.weight += other.weight
         self.sum_ns += other.sum_ns
+        self.weighted_ns += other.weighted_ns
 
     def buckets(self) -> Iterator[tuple[int, int]]:
-        """Yield the middle (ns) and count of each bucket, in order."""
+        """Yield the middle (ns) and weight of each bucket, in order."""
         for bucket in sorted(self.counts):
             yield _middle(bucket), self.counts[bucket]
 
     def percentile(self, percent: float) -> int:
         """Return the least duration (ns) that so many percent do not exceed; 0 without any."""
         # Of integers: 99.9 % of 41,000 is 40,959, and by floats a little more.
-        rank = -(-self.count * round(percent * 1000) // 100_000)
+        rank = -(-self.weight * round(percent * 1000) // 100_000)
         for middle, count in self.buckets():
             rank -= count
             if rank <= 0:

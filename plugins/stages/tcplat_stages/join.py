@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tcplat_core import Loss, ends_ns, slim_rows
+from tcplat_core import Loss, Sampled, connection_hash, ends_ns, is_in_share, slim_rows
 
 from .binding import Binder, goes_again
 from .connection import Connection, Finished
@@ -26,7 +26,7 @@ from .routing import PacketRouter, is_new
 from .row_fields import BEYOND_NS, COMPILED, Slim, opens, shows_window
 from .socket_rows import POINTS, SocketRows
 from .stream import CLIENT, SERVICE
-from .turns import END_OF_RUN, Turns, has_come
+from .turns import END_OF_RUN, UNSAMPLED, Turns, has_come
 
 MOST = 32_768
 """Connections that are kept."""
@@ -78,6 +78,11 @@ class Joiner:
     def untimed(self) -> int:
         """Messages of which only one instant is known."""
         return self._turns.untimed
+
+    @property
+    def unsampled(self) -> int:
+        """Messages that were under way when their connection left the sample: not reported."""
+        return self._turns.unsampled
 
     @property
     def missed(self) -> int:
@@ -186,6 +191,23 @@ class Joiner:
         """Take a loss: its place is before the next row, and after what time has ended by then."""
         self._pending.append(loss)
 
+    def sampled(self, share: Sampled) -> list[Finished]:
+        """Take a new share of the connections; return those that are not in it, and so end here.
+
+        What is under way on them is left out: how it ends is not seen. Those that are in a larger
+        share begin in their middle, as connections that are older than the capture do.
+        """
+        finished = self._turns.finished = []
+        if not share.since_ns:  # from the first row on: none is open
+            return finished
+        self._add_losses(share.since_ns)
+        self._turns.resampled = True
+        for conn in list(self.directory.conns.values()):
+            if not _is_in(conn, share.one_in):
+                self.directory.finish(conn, UNSAMPLED)
+                self.directory.release(conn)
+        return finished
+
     def _add_losses(self, ts_ns: int) -> None:
         """Take the losses that were reported since the last row; the next one is of `ts_ns`."""
         self._pass(min(ts_ns, BEYOND_NS))
@@ -233,6 +255,7 @@ class Joiner:
             (self.cut, "that were under way when the capture began"),
             (self.untimed, "of which one instant alone is known"),
             (self.missed, "that were under way where events were lost"),
+            (self.unsampled, "that were under way when their connection left the sample"),
         )
         found = [f"without {count} exchanges {which}" for count, which in counts if count]
         if self.given_up:
@@ -300,6 +323,14 @@ def _has_number(row: Any) -> bool:
     """Return whether a row names bytes of a stream, as TCP can."""
     seq, count = row.seq, row.bytes
     return seq is not None and seq <= _MOST_BYTES and (count is None or count <= _MOST_BYTES)
+
+
+def _is_in(conn: Connection, one_in: int) -> bool:
+    """Return whether a connection is in a share, as far as its ends are known."""
+    (address, port), (other, service) = conn.client, conn.service
+    if port is None or service is None:
+        return True
+    return is_in_share(connection_hash(address, port, other, service), one_in)
 
 
 def _step(ts_ns: int) -> int:

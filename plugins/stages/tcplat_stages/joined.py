@@ -88,6 +88,10 @@ class Joined(Sink):
 
     def sampled(self, share: Sampled) -> None:
         """Note of which connections the rows are, and say so: counts are those of the sample."""
+        if self._gaps:
+            self._write_losses(share.since_ns)
+        self.passed(share.since_ns)
+        self.write_finished(self.joiner.sampled(share))
         self.shares.add(share)
         self.write_share(share)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from tcplat_core import Event, Loss, Sampled, columns, micros, printable, slim_rows
+from tcplat_core import Event, Loss, Sampled, Shares, columns, micros, printable, slim_rows
 
 from .chain import STAGES, UNEXPLAINED
 from .connection import Finished
@@ -62,6 +62,14 @@ def samples(exchange: Exchange) -> list[tuple[str, int]]:
     name = TOTAL if exchange.outcome == ANSWERED else exchange.outcome
     parts.append((name, exchange.lasted_ns))
     return parts
+
+
+def weight_of(exchange: Exchange, shares: Shares) -> int:
+    """Return for how many exchanges one stands, where not all connections were sampled."""
+    if shares.one_in is None:
+        return 1
+    began_ns = exchange.began_ns
+    return shares.weight(began_ns, began_ns + exchange.lasted_ns)
 
 
 def order(name: str) -> tuple[int, int]:
@@ -153,11 +161,12 @@ class Stages(Joined):
                 if len(groups) >= _MOST_GROUPS:
                     group = tuple(OTHERS for _ in groupings)
                 found = groups.setdefault(group, {})
+            weight = weight_of(one, self.shares)
             for name, ns in samples(one):
                 histogram = found.get(name)
                 if histogram is None:
                     histogram = found[name] = DurationHistogram()
-                histogram.add(ns)
+                histogram.add(ns, weight)
 
     def _end_intervals(self, ts_ns: int) -> None:
         """Tell of those that are over by now, but for those in which nothing was complete."""
@@ -260,5 +269,5 @@ def as_json(
         "count": histogram.count,
         **{f"{key}_us": micros(histogram.percentile(percent)) for percent, key in PERCENTILES},
         "max_us": micros(histogram.max_ns),
-        "mean_us": round(histogram.sum_ns / histogram.count / 1000, 3),
+        "mean_us": round(histogram.weighted_ns / histogram.weight / 1000, 3),
     }

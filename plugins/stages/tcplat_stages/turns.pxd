@@ -8,7 +8,8 @@ from .stream cimport Flow, Reach
 cdef class Turns:
     cdef public list finished, _undecided
     cdef public dict _longest
-    cdef public long long last_ns, cut, untimed, missed
+    cdef public long long last_ns, cut, unsampled, untimed, missed
+    cdef public bint resampled, _leaving
     cdef public Losses _losses
     @cython.locals(flow=Flow)
     cpdef replied(self, Connection conn, long long at, long long finish)

@@ -27,6 +27,8 @@ from .row_fields import NO_PROCESS
 from .stream import CLIENT, SERVICE, caller, reached
 
 END_OF_RUN = "end of run"
+UNSAMPLED = "not sampled any more"
+"""The share of the connections became smaller: what is under way is not followed to its end."""
 LONG = 256
 """Entries of a log that are kept without looking whether they are needed."""
 _LONGEST = 16_384
@@ -47,6 +49,9 @@ class Turns:
         finished: What became complete.
         last_ns: The latest instant of connections that are over; when all are, of all rows.
         cut: Exchanges that were under way when the capture began: they are not reported.
+        unsampled: Messages that were under way when their connection left the sample: as well.
+        resampled: The sample has changed: what is in its middle may have come back, and its first
+            exchange may have begun before.
         untimed: Messages of which only one instant is known.
         missed: Messages that were under way where rows were lost: they are not reported.
     """
@@ -55,6 +60,9 @@ class Turns:
         self.finished: list[Finished] = []
         self.last_ns = 0
         self.cut = 0
+        self.unsampled = 0
+        self.resampled = False
+        self._leaving = False
         self.untimed = 0
         self.missed = 0
         self._losses = losses
@@ -226,8 +234,13 @@ class Turns:
             reply.take_urgent(exchange.reply_begin, exchange.reply_end),
         )
         cut, conn.cut = conn.cut, False
+        if self._leaving:
+            self.unsampled += 1
+            conn.left_out += 1
+            return
         if cut and (
-            exchange.kind == "push"
+            self.resampled
+            or exchange.kind == "push"
             or (conn.ends[CLIENT].sock and exchange.stamps[CLIENT_SENT] is None)
         ):
             self.cut += 1
@@ -261,6 +274,7 @@ class Turns:
 
     def end(self, conn: Connection, why: str) -> None:
         """Complete what was under way on a connection that is over, as far as it came."""
+        self._leaving = why == UNSAMPLED
         settle_rst(conn)
         if conn.ends[SERVICE].sock:
             self.settle(conn, why)
@@ -282,6 +296,7 @@ class Turns:
             self._end_request(conn, end, why)
         if why == END_OF_RUN and not (conn.closing_ns or conn.error or conn.reset_by is not None):
             conn.last_ns = self.last_ns  # it lasts as long as what waits on it
+        self._leaving = False
         conn.ended = why
         conn.over = True
         self.last_ns = max(self.last_ns, conn.last_ns)
@@ -321,19 +336,20 @@ class Turns:
     def decide(self) -> None:
         """At the end of the run, judge what is open by how long the service took before."""
         for exchange in self._undecided:
-            self._decide(exchange)
+            _decide(exchange, self._longest.get(exchange.conn.service, 0))
         self._undecided.clear()
 
-    def _decide(self, exchange: Exchange) -> None:
-        """At the end of the run: it may yet be answered, or has waited longer than any that was."""
-        conn, waited_ns = exchange.conn, exchange.waited_ns or 0
-        if not exchange.number:  # it is not reported
-            return
-        if waited_ns < _PATIENT_NS or waited_ns <= self._longest.get(conn.service, 0):
-            return
-        exchange.outcome = UNANSWERED
-        conn.outcomes[OPEN] -= 1
-        conn.outcomes[UNANSWERED] = conn.outcomes.get(UNANSWERED, 0) + 1
+
+def _decide(exchange: Exchange, longest_ns: int) -> None:
+    """At the end of the run: it may yet be answered, or has waited longer than any that was."""
+    conn, waited_ns = exchange.conn, exchange.waited_ns or 0
+    if not exchange.number:  # it is not reported
+        return
+    if waited_ns < _PATIENT_NS or waited_ns <= longest_ns:
+        return
+    exchange.outcome = UNANSWERED
+    conn.outcomes[OPEN] -= 1
+    conn.outcomes[UNANSWERED] = conn.outcomes.get(UNANSWERED, 0) + 1
 
 
 def _ask_from(conn: Connection, asked: int) -> None:
