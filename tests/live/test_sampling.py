@@ -58,7 +58,7 @@ for _ in range({count}):
     s.close()
 found
 """
-_COUNT = 2000
+_COUNT = 2000 if SLOW == 1 else 400
 _ONE_IN = 8
 _HOSTS = {
     "v4": (4, "127.0.0.1", "127.0.0.1"),
@@ -108,11 +108,13 @@ def check_whole(rows: list[Row]) -> None:
     """Check that nothing of a connection with two requests is missing at any probe."""
     caller, service = of(rows, "tcp_client"), of(rows, "tcp_service")
     told = story(caller)
-    assert told[:3] == ["connect", "SYN_SENT", "ESTABLISHED"]
+    assert told[:3] == ["connect", "SYN_SENT", "ESTABLISHED"], (told, caller[0])
     assert told[-1] == "close"
     assert [row["bytes"] for row in at(caller, "send")] == [5, 5]
     assert sum(row["bytes"] for row in at(caller, "recv")) == 20
-    told = [one for one in story(service) if one not in ("rx_ip", "rx_tcp", "ready")]
+    # By kprobe and fentry, segments that change no state yet have rows of the point, too.
+    changes = [row for row in service if row["func"] != "tcp_rcv_state_process"]
+    told = [one for one in story(changes) if one not in ("rx_ip", "rx_tcp", "ready")]
     assert told[:2] == ["ESTABLISHED", "accept"]
     assert told[-1] == "close"
     assert sum(row["bytes"] for row in at(service, "recv")) == 10

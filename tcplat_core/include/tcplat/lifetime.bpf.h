@@ -81,7 +81,7 @@ static __always_inline struct tcplat_sock *tcplat_set_role(const struct sock *sk
 		tcplat_unindex(sk, s);
 		s->addrs.sport = 0;
 #ifdef TCPLAT_SAMPLE
-		s->sample = s->connect_hook = s->syn_hook = 0;
+		s->sample = 0;
 #endif
 	}
 	if (other)
