@@ -26,7 +26,6 @@ demo: $(VENV)/demo
 # Needs no root.
 check: lint
 	$(UNIT) -m 'not slow'
-	$(PURE) -m 'not slow'
 
 test: $(VENV)/dev
 	@$(call apt,$(TEST_PACKAGES))

@@ -21,6 +21,8 @@ from tcplat_core.errors import UsageError
 
 from .captures import STAGES_US, Traffic, joint, write
 
+pytestmark = pytest.mark.slow
+
 STAGE = ((), "queue")
 LONG = os.environ.get("TCPLAT_LONG") == "1"
 
