@@ -115,7 +115,8 @@ def check_whole(rows: list[Row]) -> None:
     # By kprobe and fentry, segments that change no state yet have rows of the point, too.
     changes = [row for row in service if row["func"] != "tcp_rcv_state_process"]
     told = [one for one in story(changes) if one not in ("rx_ip", "rx_tcp", "ready")]
-    assert told[:2] == ["ESTABLISHED", "accept"]
+    # The child is in the accept queue before its last change: another CPU may accept it in between.
+    assert sorted(told[:2]) == ["ESTABLISHED", "accept"]
     assert told[-1] == "close"
     assert sum(row["bytes"] for row in at(service, "recv")) == 10
     assert sum(row["bytes"] for row in at(service, "send")) == 20
