@@ -61,6 +61,8 @@ def seeds() -> list[list[Value]]:
         loss = {"v": SCHEMA_VERSION, "lost": {"probe": "tcp_client", "point": "send", "count": 3}}
         values.insert(len(rows) // 2, loss)
         values.insert(len(rows) // 3, {"v": SCHEMA_VERSION, "gap": 7})
+        share = {"one_in": 4, "since_ns": rows[len(rows) // 4]["ts_ns"]}
+        values.insert(len(rows) // 4, {"v": SCHEMA_VERSION, "sampled": share})
         hosts = [
             {"v": SCHEMA_VERSION, "merge": host}
             for host in (
@@ -204,6 +206,8 @@ def _other(values: list[Value], random: Random) -> None:
         {"gap": _value(random)},
         {"merge": {"host": _value(random), "name": _value(random), "packets": _value(random)}},
         {"merge": {"host": random.randrange(4), "name": EVIL, "bound_ns": _value(random)}},
+        {"sampled": {"one_in": _value(random), "since_ns": _value(random)}},
+        {"sampled": {"one_in": random.choice((1, 2, 64)), "since_ns": random.randrange(1 << 62)}},
         {"report": _report(random)},
         {"schema": _value(random)},
     ]

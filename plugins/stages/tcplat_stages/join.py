@@ -330,7 +330,11 @@ def _is_in(conn: Connection, one_in: int) -> bool:
     (address, port), (other, service) = conn.client, conn.service
     if port is None or service is None:
         return True
-    return is_in_share(connection_hash(address, port, other, service), one_in)
+    try:
+        number = connection_hash(address, port, other, service)
+    except ValueError:  # no address: a capture that tcplat has not written
+        return True
+    return is_in_share(number, one_in)
 
 
 def _step(ts_ns: int) -> int:

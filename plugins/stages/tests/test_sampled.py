@@ -137,6 +137,13 @@ def test_what_is_under_way_when_a_connection_leaves_is_counted() -> None:
     assert joiner.finish() == []
 
 
+def test_connection_without_an_address_stays_in_a_sample() -> None:
+    joiner = Joiner()
+    odd = [attrs.evolve(row, saddr="nowhere", daddr="elsewhere") for row in traffic()]
+    joiner.feed([row for row in odd if row.ts_ns < 30 * MS])
+    assert joiner.sampled(Sampled(1 << 20, 30 * MS)) == []
+
+
 def test_weights_move_percentiles_and_the_mean_but_no_count() -> None:
     plain, weighted = DurationHistogram(), DurationHistogram()
     for _ in range(10):
