@@ -90,8 +90,8 @@ def _made(chosen: Chosen[SinkSpec], run: RunInfo) -> Sink:
 
 def used_points(sinks: ChosenSinks) -> frozenset[str]:
     """Return the points whose rows some sink uses; empty for all."""
-    takers = [one.spec.points for one in sinks.values() if one.spec.aggregate is None]
-    return frozenset(point for points in takers for point in points if all(takers))
+    taken = [one.spec.points for one in sinks.values() if one.spec.aggregate is None]
+    return frozenset().union(*taken) if all(taken) else frozenset()
 
 
 def aggregation_of(
