@@ -58,7 +58,7 @@ class Variant:
 
     def run(self, server: Server, *more: str) -> AbstractContextManager[Run]:
         """Start it, for the ports of a server and with more arguments."""
-        # xdp_port listens where it is told to; the other probes take what the filter lets through.
+        # xdp_port has its ports as an option; the other probes take what the filter lets through.
         first, *others = (
             probe.format(ports="+".join(map(str, server.ports))) for probe in self.probes
         )

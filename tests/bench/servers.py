@@ -96,7 +96,7 @@ def needed(*tools: str) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens on."""
+    """Return ports at which there is no listener."""
     sockets = [socket.create_server((HERE, 0)) for _ in range(count)]
     ports = [one.getsockname()[1] for one in sockets]
     for one in sockets:
@@ -105,7 +105,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def listens(port: int) -> bool:
-    """Whether somebody listens, without a connection, which iperf3 would take for a test."""
+    """Whether a port has a listener, without a connection, which iperf3 would take for a test."""
     lines = Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]
     here = f"{int.from_bytes(socket.inet_aton(HERE), 'little'):08X}:{port:04X}"
     return any(line.split()[1] == here and line.split()[3] == "0A" for line in lines)

@@ -62,7 +62,7 @@ NO_PROCESS = Process(None, None)
 class Slim:
     """What the joiner reads of a row, as a compiled joiner has it: with no look-up by name.
 
-    One object stands for one row after the other, so nobody may keep it. Interpreted, the joiner
+    One object stands for one row after the other, so it must not be kept. Interpreted, the joiner
     reads the rows themselves, which have the same names.
     """
 

@@ -72,7 +72,7 @@ tcplat_fill_listener(struct tcplat_event *e, const struct sock *sk, const struct
 /*
  * Whether --sample leaves the socket's connection out. A socket that has no remote end is of no
  * connection, and not left out. One that has no port never gets there, or is asked too early: its
- * number decides, as nobody else can see it.
+ * number decides, since no packet has its ports.
  */
 static __always_inline bool tcplat_leaves_out_sock(struct tcplat_sock *s, u8 hook, u64 ts_ns)
 {
