@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import struct
 import time
 from collections.abc import Callable, Sequence
 
@@ -33,7 +32,6 @@ _LEAD_NS = 20_000_000
 """A share is announced so long before it holds, so that every CPU knows it by then."""
 _TICK_NS = 1 << 10
 _SHIFT_BITS = 5
-_WORD = struct.Struct("=Q")
 
 
 @attrs.define(eq=False)
@@ -162,11 +160,15 @@ class Thinner:
     say: Callable[[str], None]
     _budget: Budget = attrs.field(init=False)
     _map: mmap.mmap = attrs.field(init=False)
+    _share: memoryview = attrs.field(init=False)
+    """One word, written by one store. struct.pack_into() clears it first, and a program that reads
+    it then makes rows of all connections."""
     _said: bool = attrs.field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._budget = Budget(self.limit, (MOST // self.one_in).bit_length() - 1)
         self._map = mmap.mmap(self.share_fd, mmap.PAGESIZE)
+        self._share = memoryview(self._map)[:8].cast("Q")
 
     def check(self) -> Sampled | None:
         """Measure, once a second; return the new share if it changes."""
@@ -182,9 +184,10 @@ class Thinner:
         if not changed:
             return None
         at_ns = (kernel_ns() + _LEAD_NS) // _TICK_NS * _TICK_NS
-        _WORD.pack_into(self._map, 0, at_ns | before << _SHIFT_BITS | self._budget.halvings)
+        self._share[0] = at_ns | before << _SHIFT_BITS | self._budget.halvings
         return Sampled(self.one_in << self._budget.halvings, at_ns)
 
     def close(self) -> None:
         """Unmap. The caller closes the fd."""
+        self._share.release()
         self._map.close()

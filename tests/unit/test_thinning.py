@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -125,6 +126,39 @@ def test_programs_and_stream_change_at_the_same_instant(share_fd: int) -> None:
         before, known = share.since_ns, share.one_in
     assert changes >= 2
     thinner.close()
+
+
+_READ = """
+import mmap, sys
+word = memoryview(mmap.mmap(int(sys.argv[1]), 4096))[:8].cast("Q")
+print(flush=True)
+seen = set()
+while (one := word[0]) != 1:
+    seen.add(one)
+for one in seen:
+    print(one >> 10 << 10)
+"""
+
+
+def test_program_that_reads_during_a_change_has_one_share_or_the_other(share_fd: int) -> None:
+    written = {1024}
+    os.pwrite(share_fd, (1024).to_bytes(8, sys.byteorder), 0)
+    command = [sys.executable, "-c", _READ, str(share_fd)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, pass_fds=[share_fd]
+    ) as reader:
+        assert reader.stdout is not None
+        reader.stdout.readline()
+        while len(written) < 20_000:
+            thinner = Thinner(share_fd, 4, LIMIT, lambda: 0.1, lambda _: None)
+            for _ in range(10):
+                share = thinner.check()
+                written |= {share.since_ns} if share else set()
+            thinner.close()
+        os.pwrite(share_fd, (1).to_bytes(8, sys.byteorder), 0)
+        seen = {int(line) for line in reader.stdout}
+    assert len(seen) > 1000
+    assert seen <= written
 
 
 def test_user_is_told_once_that_thinning_does_not_help(share_fd: int) -> None:
