@@ -15,11 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tcplat_core import json_lines
+from tcplat_core import json_lines, slim_rows
 from tcplat_core.deliver.fast import records as fast
 from tcplat_core.deliver.fast.codec import Codec
 from tcplat_core.deliver.fast.library import FILE, library
 from tcplat_core.deliver.fast.records import RecordBuffer, Records, reorder_buffer
+from tcplat_core.deliver.fast.slim import MISSING, SLIM_NUMBERS, USER, SlimTexts
+from tcplat_core.deliver.fast.slim import UNKNOWN as NULL
 from tcplat_core.deliver.reorder import FOREVER, ReorderBuffer, RingSource, RowBuffer
 from tcplat_core.deliver.ring import RecordSizeError, Ring
 from tcplat_core.event.fields import Event, FiredBy, Made, Moment, Wire
@@ -49,6 +51,13 @@ class Everything(Event, gc=False):
     doubled: Annotated[int, Wire("u16", "worked out", to=lambda raw: 2 * raw)]
     rto_us: Annotated[float | None, Wire("u32", "µs", to=micros, has=True, member="rto_ns")]
     late_us: Annotated[float, Wire("s64", "µs, signed", to=micros, member="late_ns")]
+
+
+class Packet(Event, gc=False):
+    """Numbers that slim rows have if a probe has them."""
+
+    ack: Annotated[int | None, Wire("u32", "number of the next byte", has=True)]
+    window: Annotated[int | None, Wire("u16", "as in the packet", nullable=True)]
 
 
 EVENTS: tuple[type[Event], ...] = (Event, Everything)
@@ -82,7 +91,12 @@ def codec_of(event: type[Event]) -> Codec:
     return codec
 
 
-def batch(codecs: Sequence[Codec], raw: Sequence[tuple[int, bytes]], offset_ns: int = 0) -> Records:
+def batch(
+    codecs: Sequence[Codec],
+    raw: Sequence[tuple[int, bytes]],
+    offset_ns: int = 0,
+    texts: SlimTexts | None = None,
+) -> Records:
     return Records(
         codecs,
         b"".join(record for _, record in raw),
@@ -90,6 +104,7 @@ def batch(codecs: Sequence[Codec], raw: Sequence[tuple[int, bytes]], offset_ns: 
         offset_ns,
         0,
         0,
+        texts or SlimTexts(),
     )
 
 
@@ -131,6 +146,75 @@ def test_lines_match_those_of_msgspec(event: type[Event]) -> None:
         offset_ns = source.randrange(1 << 60)
         rows = batch(codecs, raw, offset_ns)
         assert by_c(rows) == by_python(rows)
+
+
+def some_records(event: type[Event], source: random.Random, count: int) -> list[tuple[int, bytes]]:
+    """Draw records whose numbers have room in 63 bits."""
+    found: list[tuple[int, bytes]] = []
+    while len(found) < count:
+        raw = any_record(event, source)
+        row = next(iter(decoder_of(event)(Record(event).layout.iter_unpack(raw), 0)))
+        if max(row.ts_ns, row.sock) < 1 << 62:
+            found.append((0, raw))
+    return found
+
+
+@pytest.mark.parametrize("event", [Event, Everything, Packet])
+def test_slim_rows_have_the_values_of_the_rows(event: type[Event]) -> None:
+    source = chance(4712)
+    codec, texts = codec_of(event), SlimTexts()
+    for _ in range(10):
+        rows = batch([codec], some_records(event, source, 50), 17, texts)
+        slim = slim_rows(rows)
+        assert slim is not None
+        # A row that is made alone is the same.
+        assert [slim.row(index) for index in range(len(rows))] == list(rows)
+        for index, row in enumerate(rows):
+            numbers = dict(zip(SLIM_NUMBERS, slim.numbers[index * slim.width :], strict=False))
+            for name in SLIM_NUMBERS[: SLIM_NUMBERS.index("hook")]:
+                value = getattr(row, name, MISSING)
+                assert numbers[name] == (NULL if value is None else value), name
+            assert slim.hooks[numbers["hook"]] == (row.probe, row.point, row.func, row.attach)
+            assert slim.users[numbers["user"]] == (row.pid, row.tid, row.comm, row.thread)
+            ends = (row.netns, row.ip, row.saddr, row.sport, row.daddr, row.dport)
+            assert slim.ends[numbers["ends"]] == ends
+            assert slim.states[numbers["states"]] == (row.state, row.old_state, row.desc)
+            assert slim.flags[numbers["flags"]] == row.flags
+            assert slim.ifnames[numbers["ifname"]] == row.ifname
+
+
+def test_slim_rows_of_several_probes_share_their_texts() -> None:
+    source = chance(4713)
+    codecs = [codec_of(Event), codec_of(Packet)]
+    raw = [some_records(event, source, 20) for event in (Event, Packet)]
+    mixed = [
+        (number, record)
+        for pair in zip(*raw, strict=True)
+        for number, (_, record) in enumerate(pair)
+    ]
+    rows = batch(codecs, mixed)
+    slim = slim_rows(rows)
+    assert slim is not None
+    assert [slim.row(index) for index in range(len(rows))] == list(rows)
+    users = [slim.users[number] for number in slim.numbers[USER :: slim.width]]
+    assert users == [(row.pid, row.tid, row.comm, row.thread) for row in rows]
+
+
+@pytest.mark.parametrize("member", ["ts_ns", "sock"])
+def test_number_without_room_in_a_slim_row_makes_the_batch_one_of_rows(member: str) -> None:
+    raw = [make_record(Event), make_record(Event, **{member: 1 << 63})]
+    rows = batch([codec_of(Event)], [(0, record) for record in raw])
+    assert slim_rows(rows) is None
+    assert getattr(rows[1], member) == 1 << 63
+
+
+def test_field_that_is_worked_out_makes_the_batch_one_of_rows() -> None:
+    class Odd(Event, gc=False):
+        window: Annotated[int, Wire("u16", "worked out", to=lambda raw: 2 * raw)]
+
+    rows = batch([codec_of(Odd)], [(0, make_record(Odd, window=3))])
+    assert slim_rows(rows) is None
+    assert rows[0].window == 6  # type: ignore[attr-defined]  # of a class made here
 
 
 @given(number=st.integers(0, (1 << 64) - 1))

@@ -16,7 +16,8 @@ from tcplat_core.event.fields import SCHEMA_VERSION, Event, FiredBy, Made, Wire,
 from tcplat_core.event.record import Record, has_bits
 from tcplat_core.event.text import micros
 
-from .library import CHOICE, INSTANT, INTEGER, MICROS, SIGNED, TEXT, Op, library
+from .library import ABSENT, CHOICE, IDS, INSTANT, INTEGER, MICROS, SIGNED, TEXT, Op, library
+from .slim import HOOK, OWN, PIECES, SLIM_NUMBERS, SlimTexts
 
 _INTEGERS = {"u8": 1, "u16": 2, "u32": 4, "u64": 8, "s8": 1, "s16": 2, "s32": 4, "s64": 8}
 _MOST_BLOCKS = 16
@@ -33,6 +34,8 @@ class _Block:
     read: Callable[[bytes], Sequence[Any]]
     texts: list[list[bytes | int]] = attrs.field(factory=list)
     """Each is made of literal text and of values, given as indices of the result of read()."""
+    ids: list[tuple[int, list[str | int]]] = attrs.field(factory=list)
+    """Column of slim rows, and its values: constants, or indices of the result of read()."""
 
 
 @attrs.define
@@ -42,6 +45,8 @@ class _Plan:
     record: Record
     blocks: list[_Block] = attrs.field(factory=list)
     ops: list[Op] = attrs.field(factory=list)
+    columns: list[Op] = attrs.field(factory=list)
+    """Of slim rows; none if they cannot have them."""
 
     def text(self, block: int, *parts: bytes | int) -> None:
         """Add literal text or values of a block, merged with the part before if possible."""
@@ -70,6 +75,7 @@ class Codec:
         decode: Unpacked records and the clock's offset (ns) -> rows.
         layout: Format of records for `decode`.
         handle: Pointer of records.c.
+        slim: Whether slim rows can be made of records.
     """
 
     size: int
@@ -77,6 +83,7 @@ class Codec:
     decode: Callable[[Any, int], list[Event]]
     layout: struct.Struct
     handle: int
+    slim: bool
     _blocks: Sequence[_Block]
 
     @classmethod
@@ -101,7 +108,8 @@ class Codec:
             len(plan.blocks),
             (ctypes.c_uint32 * len(places))(*places),
             len(plan.ops),
-            (Op * len(plan.ops))(*plan.ops),
+            len(plan.columns),
+            (Op * (len(plan.ops) + len(plan.columns)))(*plan.ops, *plan.columns),
         )
         if not handle:
             raise MemoryError
@@ -111,13 +119,20 @@ class Codec:
             record.decoder(probe, hooks, ifname),
             record.layout,
             handle,
+            bool(plan.columns),
             plan.blocks,
         )
         weakref.finalize(codec, records_c.codec_free, handle)
         return codec
 
-    def learn(self, which: int, record: bytes) -> None:
-        """Pass the texts of a block of this record to records.c."""
+    def forget(self) -> None:
+        """Have records.c forget all blocks."""
+        records_c = library()
+        assert records_c is not None  # noqa: S101 - it has made the handle
+        records_c.codec_forget(self.handle)
+
+    def learn(self, which: int, record: bytes, slim: SlimTexts) -> None:
+        """Pass the texts of a block of this record, and their numbers in `slim`, to records.c."""
         block = self._blocks[which]
         value = record[block.at : block.at + block.size]
         values = block.read(value)
@@ -128,9 +143,15 @@ class Codec:
             for text in block.texts
         ]
         ends = (ctypes.c_uint32 * len(texts))(*itertools.accumulate(map(len, texts)))
+        ids = (ctypes.c_uint32 * IDS)(
+            *(
+                slim.number(column, tuple(values[at] if type(at) is int else at for at in parts))
+                for column, parts in block.ids
+            )
+        )
         records_c = library()
         assert records_c is not None  # noqa: S101 - it has made the handle
-        if records_c.codec_learn(self.handle, which, value, b"".join(texts), ends):
+        if records_c.codec_learn(self.handle, which, value, b"".join(texts), ends, ids):
             raise MemoryError
 
     def line(self, record: bytes, offset_ns: int) -> bytes:
@@ -166,7 +187,51 @@ def _plan(
         elif not (isinstance(source, Made) and _made(plan, source, probe, names[_KIND])):
             return None
     plan.text(_KIND, b"}\n")
+    plan.columns = _columns(plan, probe, names, has)
     return plan if len(plan.blocks) <= _MOST_BLOCKS else None
+
+
+def _columns(
+    plan: _Plan, probe: str, names: Sequence[dict[str, int]], has: dict[str, int]
+) -> list[Op]:
+    """Return how the numbers of a slim row are made; none if they cannot be."""
+    columns = []
+    known = dict(declared(plan.record.event))
+    for field in SLIM_NUMBERS[:HOOK]:
+        source = known.get(field)
+        if field == "time_ns":
+            columns.append(Op(kind=INSTANT, width=8, at=plan.record.offset("ts_ns")))
+        elif source is None and field in OWN:
+            columns.append(Op(kind=ABSENT))
+        elif isinstance(source, Wire) and source.converter is None and source.c_type in _INTEGERS:
+            columns.append(
+                Op(
+                    kind=SIGNED if source.c_type[0] == "s" else INTEGER,
+                    width=_INTEGERS[source.c_type],
+                    at=plan.record.offset(source.member or field),
+                    nullable=source.nullable,
+                    has=has[field] if source.has else 0,
+                )
+            )
+        else:
+            return []
+    for column, fields in enumerate(PIECES.values()):
+        block = _SOCKET if f"_{fields[-1]}" in names[_SOCKET] else _KIND
+        for number, desc in enumerate(("_full", "_empty") if "desc" in fields else ("",)):
+            parts = [
+                probe
+                if field == "probe"
+                else names[block][desc if field == "desc" else f"_{field}"]
+                for field in fields
+            ]
+            plan.blocks[block].ids.append((column, parts))
+            if not number:
+                text = len(plan.blocks[block].ids) - 1
+                columns.append(Op(kind=TEXT, block=block, text=text))
+        if "desc" in fields:
+            at = plan.record.offset("bytes")
+            columns[-1] = Op(kind=CHOICE, block=block, text=text, other=text + 1, at=at)
+    return columns
 
 
 def _number(plan: _Plan, field: str, source: Wire, has: int) -> None:

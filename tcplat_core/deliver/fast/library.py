@@ -23,10 +23,12 @@ from typing import Any
 FILE = Path(__file__).with_name("librecords.so")
 """Built by hatch_build.py at installation, if there is a C compiler."""
 
-TEXT, CHOICE, INTEGER, SIGNED, INSTANT, MICROS = range(6)
+TEXT, CHOICE, INTEGER, SIGNED, INSTANT, MICROS, ABSENT = range(7)
 """`enum kind`."""
 DONE, FULL, UNKNOWN, CANNOT = range(4)
 """`enum status`."""
+IDS = 5
+"""Ids of a block: as in records.c."""
 WRONG_SIZE = -1
 """A record of another size."""
 
@@ -97,12 +99,20 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "buffer_take": (c_int64, c_void_p, c_void_p, c_uint32),
     "buffer_oldest_ns": (c_uint64, c_void_p),
     "buffer_pop": (c_int, c_void_p, c_uint64, c_void_p, POINTER(Popped)),
-    "codec_new": (c_void_p, c_uint32, c_uint32, c_uint32, c_void_p, c_uint32, c_void_p),
-    "codec_learn": (c_int, c_void_p, c_uint32, c_char_p, c_char_p, c_void_p),
+    "codec_new": (
+        *(c_void_p, c_uint32, c_uint32, c_uint32, c_void_p),
+        *(c_uint32, c_uint32, c_void_p),
+    ),
+    "codec_forget": (None, c_void_p),
+    "codec_learn": (c_int, c_void_p, c_uint32, c_char_p, c_char_p, c_void_p, c_void_p),
     "codec_free": (None, c_void_p),
     "lines": (
         *(c_int, c_void_p, c_char_p, c_char_p, c_uint64, c_int64),
         *(c_void_p, c_uint64, POINTER(Progress)),
+    ),
+    "slim_rows": (
+        *(c_int, c_void_p, c_char_p, c_char_p, c_uint64, c_int64),
+        *(c_void_p, POINTER(Progress)),
     ),
     "reader_new": (c_void_p,),
     "reader_free": (None, c_void_p),

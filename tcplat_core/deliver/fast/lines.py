@@ -15,7 +15,7 @@ import msgspec
 from tcplat_core.event.fields import SCHEMA_VERSION, Event, fields
 
 from .library import Form, Part, library
-from .slim import FLAGS, HOOK, IFNAME, SLIM_NUMBERS, TEXTS, SlimBatch, SlimRows
+from .slim import FLAGS, HOOK, IFNAME, PIECES, SLIM_NUMBERS, TEXTS, SlimBatch, SlimRows
 
 _WIDTH = len(SLIM_NUMBERS) + 5
 """Numbers of a row: those of SLIM_NUMBERS, of texts of its own (two), form, begin and end."""
@@ -29,16 +29,7 @@ _NOWHERE = 0xFF
 _FULL = 12_288
 """Texts of a column, after which all are forgotten; a batch adds a few hundred at most."""
 
-_PIECES = {
-    "probe": ("probe", "point", "func", "attach"),
-    "pid": ("pid", "tid", "comm", "thread"),
-    "netns": ("netns", "ip", "saddr", "sport", "daddr", "dport"),
-    "state": ("state", "old_state", "desc"),
-    "flags": ("flags",),
-    "ifname": ("ifname",),
-}
-"""First field of each text that is read as one -> its fields, in the order of TEXTS."""
-_COLUMNS = dict(zip(_PIECES, range(HOOK, HOOK + len(TEXTS)), strict=True))
+_COLUMNS = dict(zip(PIECES, range(HOOK, HOOK + len(TEXTS)), strict=True))
 _KINDS = {
     "int": (COUNT, _NOWHERE),
     "int or null": (SIGNED, _NOWHERE),
@@ -63,8 +54,8 @@ def _parts(probe: str, event: type[Event]) -> list[tuple[int, int, bytes, int]] 
         if name in within:
             continue
         column = SLIM_NUMBERS.index(name) if name in SLIM_NUMBERS else _NOWHERE
-        if name in _PIECES:
-            within.update(_PIECES[name])
+        if name in PIECES:
+            within.update(PIECES[name])
             follows = _json.encode(probe) + b',"point":' if name == "probe" else b""
             parts.append((TEXT, _COLUMNS[name], begin + follows, len(begin)))
         elif field.type in _KINDS:
@@ -145,7 +136,7 @@ class LineReader:
         self._forms: list[tuple[str, Any, Callable[[bytes], Event]]] = []
         self._decoders: list[Callable[[bytes], Event]] = []
         self._c_forms: Any = None
-        self._columns = [_Column(names) for names in _PIECES.values()]
+        self._columns = [_Column(names) for names in PIECES.values()]
         self._columns += [_Column((), str), _Column((), str | None)]
         handles = (ctypes.c_void_p * _WIDTH)()
         for at, column in enumerate(self._columns):

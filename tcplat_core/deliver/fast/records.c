@@ -313,27 +313,29 @@ int buffer_pop(struct buffer *buffer, u64 before_ns, const u32 *sizes, struct po
 
 /* --- JSON lines */
 
-enum kind { TEXT, CHOICE, INTEGER, SIGNED, INSTANT, MICROS };
+enum kind { TEXT, CHOICE, INTEGER, SIGNED, INSTANT, MICROS, ABSENT };
 
 /*
- * A part of a line.
+ * A part of a line, or a number of a slim row.
  *
- * TEXT, CHOICE: the text `text` of the record's block `block`; CHOICE: `other` instead if
- * the u32 at `at` is 0. INTEGER, SIGNED, MICROS: the number of `width` bytes at `at`; ns
+ * TEXT, CHOICE: the text `text`, or the id, of the record's block `block`; CHOICE: `other` instead
+ * if the u32 at `at` is 0. INTEGER, SIGNED, MICROS: the number of `width` bytes at `at`; ns
  * as us. INSTANT: the same plus the offset of the clock. `has`: null if the record's `has`
- * lacks that bit; `nullable`: null if it is 0.
+ * lacks that bit; `nullable`: null if it is 0. ABSENT, of a slim row: there is no such field.
  */
 struct op {
 	u8 kind, width, nullable, has;
 	u32 at, block, text, other;
 };
 
+#define IDS 5
+
 /* The texts of a block, cached by the block's bytes. */
 struct block {
 	u32 at, size, texts;
 	u32 count;
 	u32 *slots;    /* index of a meaning + 1, by hash; 0: none */
-	u8 **meanings; /* the block's bytes, struct text[texts], then the texts */
+	u8 **meanings; /* the block's bytes, u32 ids[IDS + 1], struct text[texts], then the texts */
 };
 
 struct text {
@@ -347,15 +349,16 @@ struct text {
 #define SLOTS (4 * MEANINGS)
 
 struct codec {
-	u32 size, has_at, blocks, ops;
+	u32 size, has_at, blocks, ops, columns;
 	struct block *block;
-	struct op *op;
+	struct op *op, *column;
 };
 
 void codec_free(struct codec *codec);
 
-struct codec *
-codec_new(u32 size, u32 has_at, u32 blocks, const u32 *places, u32 ops, const struct op *op)
+/* `op`: the parts of a line, then the numbers of a slim row. */
+struct codec *codec_new(u32 size, u32 has_at, u32 blocks, const u32 *places, u32 ops, u32 columns,
+			const struct op *op)
 {
 	struct codec *codec = calloc(1, sizeof(*codec));
 
@@ -364,11 +367,13 @@ codec_new(u32 size, u32 has_at, u32 blocks, const u32 *places, u32 ops, const st
 	codec->size = size;
 	codec->has_at = has_at;
 	codec->block = calloc(blocks, sizeof(*codec->block));
-	codec->op = calloc(ops, sizeof(*op));
+	codec->op = calloc(ops + columns, sizeof(*op));
 	if (!codec->block || !codec->op)
 		goto failed;
-	memcpy(codec->op, op, ops * sizeof(*op));
+	memcpy(codec->op, op, (ops + columns) * sizeof(*op));
+	codec->column = codec->op + ops;
 	codec->ops = ops;
+	codec->columns = columns;
 	for (u32 i = 0; i < blocks; i++) {
 		struct block *block = &codec->block[i];
 
@@ -430,12 +435,23 @@ static u32 *slot_of(const struct block *block, const u8 *value)
 	}
 }
 
-/* Caches the texts of a value of a block; `ends` are the ends of the texts. */
-int codec_learn(struct codec *codec, u32 which, const u8 *value, const u8 *texts, const u32 *ends)
+/* Forgets what is cached of all blocks. */
+void codec_forget(struct codec *codec)
+{
+	for (u32 i = 0; i < codec->blocks; i++)
+		clear_block(&codec->block[i]);
+}
+
+/*
+ * Caches the texts of a value of a block; `ends` are the ends of the texts, `ids` the numbers that
+ * stand for its values in slim rows.
+ */
+int codec_learn(struct codec *codec, u32 which, const u8 *value, const u8 *texts, const u32 *ends,
+		const u32 *ids)
 {
 	struct block *block = &codec->block[which];
 	u32 heads = block->texts * sizeof(struct text), begin = 0;
-	u32 size = (block->size + 7) & ~7u;
+	u32 size = ((block->size + 7) & ~7u) + (IDS + 1) * sizeof(*ids);
 	u8 *meaning = malloc(size + heads + ends[block->texts - 1] + STEP);
 
 	if (!meaning)
@@ -443,6 +459,7 @@ int codec_learn(struct codec *codec, u32 which, const u8 *value, const u8 *texts
 	if (block->count == MEANINGS)
 		clear_block(block);
 	memcpy(meaning, value, block->size);
+	memcpy(meaning + size - (IDS + 1) * sizeof(*ids), ids, IDS * sizeof(*ids));
 	for (u32 i = 0; i < block->texts; i++) {
 		((struct text *)(meaning + size))[i] =
 			(struct text){heads + begin, ends[i] - begin};
@@ -524,13 +541,11 @@ struct progress {
 	u32 block; /* UNKNOWN: of the next record's codec */
 };
 
-static int line(const struct codec *codec, const u8 *record, s64 offset_ns, u8 **out, const u8 *end,
-		struct progress *progress)
+/* Finds what is cached of the first `blocks` blocks of a record: from their ids on. */
+static int find_meanings(const struct codec *codec, u32 blocks, const u8 *record,
+			 const u8 **meanings, struct progress *progress)
 {
-	const u8 *meaning[16];
-	u8 *to = *out;
-
-	for (u32 i = 0; i < codec->blocks; i++) {
+	for (u32 i = 0; i < blocks; i++) {
 		const struct block *block = &codec->block[i];
 		u32 slot = *slot_of(block, record + block->at);
 
@@ -538,8 +553,34 @@ static int line(const struct codec *codec, const u8 *record, s64 offset_ns, u8 *
 			progress->block = i;
 			return UNKNOWN;
 		}
-		meaning[i] = block->meanings[slot - 1] + ((block->size + 7) & ~7u);
+		meanings[i] = block->meanings[slot - 1] + ((block->size + 7) & ~7u);
 	}
+	return DONE;
+}
+
+static s64 signed_of(u64 value, u32 width)
+{
+	return (s64)(value << (64 - 8 * width)) >> (64 - 8 * width);
+}
+
+/* Adds the offset of the clock; false if the sum is no time. */
+static bool to_unix(u64 *value, s64 offset_ns)
+{
+	if (offset_ns < 0 ? *value < -(u64)offset_ns : *value + offset_ns < *value)
+		return false;
+	*value += offset_ns;
+	return true;
+}
+
+static int line(const struct codec *codec, const u8 *record, s64 offset_ns, u8 **out, const u8 *end,
+		struct progress *progress)
+{
+	const u8 *meaning[16];
+	u8 *to = *out;
+	int found = find_meanings(codec, codec->blocks, record, meaning, progress);
+
+	if (found != DONE)
+		return found;
 	for (u32 i = 0; i < codec->ops; i++) {
 		const struct op *op = &codec->op[i];
 		const struct text *text;
@@ -551,7 +592,7 @@ static int line(const struct codec *codec, const u8 *record, s64 offset_ns, u8 *
 			goto null;
 		if (op->kind <= CHOICE) {
 			bool other = op->kind == CHOICE && !load(record + op->at, 4);
-			const u8 *texts = meaning[op->block];
+			const u8 *texts = meaning[op->block] + (IDS + 1) * sizeof(u32);
 
 			text = (const struct text *)texts + (other ? op->other : op->text);
 			if (end - to < text->length + STEP)
@@ -566,16 +607,15 @@ static int line(const struct codec *codec, const u8 *record, s64 offset_ns, u8 *
 			goto null;
 		switch (op->kind) {
 		case SIGNED:
-			value = (s64)(value << (64 - 8 * op->width)) >> (64 - 8 * op->width);
+			value = signed_of(value, op->width);
 			if ((s64)value < 0) {
 				*to++ = '-';
 				value = -value;
 			}
 			break;
 		case INSTANT:
-			if (offset_ns < 0 ? value < -(u64)offset_ns : value + offset_ns < value)
+			if (!to_unix(&value, offset_ns))
 				return CANNOT;
-			value += offset_ns;
 			break;
 		case MICROS:
 			if (value >= MOST_NS)
@@ -610,6 +650,74 @@ int lines(struct codec *const *codecs, const u8 *records, const u8 *sources, u64
 		progress->written = to - out;
 		if (status != DONE)
 			return status;
+		progress->next++;
+		progress->at += codec->size;
+	}
+	return DONE;
+}
+
+/* --- slim rows */
+
+#define NULL_NUMBER INT64_MIN
+#define NO_FIELD (INT64_MIN + 1)
+#define SLIM_BLOCKS 2 /* those that have ids */
+
+static int slim_row(const struct codec *codec, const u8 *record, s64 offset_ns, s64 *to,
+		    struct progress *progress)
+{
+	const u8 *meaning[SLIM_BLOCKS];
+	int found = find_meanings(codec, SLIM_BLOCKS, record, meaning, progress);
+
+	if (found != DONE)
+		return found;
+	for (u32 i = 0; i < codec->columns; i++) {
+		const struct op *op = &codec->column[i];
+		u64 value;
+
+		if (op->kind == ABSENT) {
+			to[i] = NO_FIELD;
+			continue;
+		}
+		if (op->kind <= CHOICE) {
+			bool other = op->kind == CHOICE && !load(record + op->at, 4);
+
+			to[i] = load(meaning[op->block] + 4 * (other ? op->other : op->text), 4);
+			continue;
+		}
+		value = load(record + op->at, op->width);
+		if ((op->has && !(record[codec->has_at] & op->has)) || (op->nullable && !value)) {
+			to[i] = NULL_NUMBER;
+			continue;
+		}
+		if (op->kind == SIGNED) {
+			to[i] = signed_of(value, op->width);
+			continue;
+		}
+		if (op->kind == INSTANT && !to_unix(&value, offset_ns))
+			return CANNOT;
+		if (value >> 63)
+			return CANNOT;
+		to[i] = value;
+	}
+	return DONE;
+}
+
+/*
+ * Makes slim rows of records, from `progress` on; behind the numbers of each is the offset of its
+ * record. Returns DONE, or why it stopped: UNKNOWN as
+ * lines() does; CANNOT: a number of the next one has not room in 63 bits.
+ */
+int slim_rows(struct codec *const *codecs, const u8 *records, const u8 *sources, u64 count,
+	      s64 offset_ns, s64 *numbers, struct progress *progress)
+{
+	while (progress->next < count) {
+		const struct codec *codec = codecs[sources[progress->next]];
+		s64 *row = numbers + progress->next * (codec->columns + 1);
+		int status = slim_row(codec, records + progress->at, offset_ns, row, progress);
+
+		if (status != DONE)
+			return status;
+		row[codec->columns] = progress->at;
 		progress->next++;
 		progress->at += codec->size;
 	}

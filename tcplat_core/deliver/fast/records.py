@@ -18,9 +18,13 @@ from tcplat_core.event.fields import Event
 from .codec import Codec
 from .library import CANNOT, DONE, FULL, UNKNOWN, WRONG_SIZE, Popped, Progress, library
 from .lines import Lines
-from .slim import SlimBatch, SlimRows
+from .slim import SLIM_NUMBERS, SlimBatch, SlimRows, SlimTexts
 
 NO_MEMORY = "there is no memory for more records"
+_MOST_TEXTS = 65_536
+"""Values of slim rows in one column, after which all are forgotten."""
+_SLIM_WIDTH = len(SLIM_NUMBERS) + 1
+"""Numbers of a slim row: those of SLIM_NUMBERS, and the offset of its record."""
 PIECE = 1 << 17
 """Bytes of text per write: few enough to stay in the CPU's cache until written."""
 
@@ -36,6 +40,7 @@ class Records(SlimBatch):
         offset_ns: Unix time minus CLOCK_MONOTONIC, ns.
         first_ns: Time of the first row.
         last_ns: Time of the last row.
+        texts: Of slim rows; shared by all batches of these codecs.
     """
 
     codecs: Sequence[Codec]
@@ -44,6 +49,8 @@ class Records(SlimBatch):
     offset_ns: int
     first_ns: int
     last_ns: int
+    texts: SlimTexts
+    _slim: SlimRows | None = attrs.field(default=None, init=False)
     _rows: tuple[Event, ...] | None = attrs.field(default=None, init=False)
 
     def __len__(self) -> int:
@@ -90,15 +97,44 @@ class Records(SlimBatch):
 
     def slim(self) -> SlimRows | None:
         """See :class:`SlimRows`."""
-        return None
+        if self._slim is None and all(self.codecs[source].slim for source in set(self.sources)):
+            self._slim = self._made_slim()
+        return self._slim
+
+    def _made_slim(self) -> SlimRows | None:
+        width = _SLIM_WIDTH
+        numbers = (ctypes.c_int64 * (len(self.sources) * width))()
+        progress = Progress()
+        while True:
+            status = _library().slim_rows(
+                *(self._handles(), self.records, self.sources, len(self.sources)),
+                *(self.offset_ns, numbers, progress),
+            )
+            if status != UNKNOWN:
+                break
+            self._learn(progress)
+        if status == CANNOT:
+            return None
+        view = memoryview(numbers).cast("B").cast("q")
+        hooks, users, ends, states, flags, ifnames = self.texts.columns
+        return SlimRows(view, width, hooks, users, ends, states, flags, ifnames, self._row)
+
+    def _row(self, index: int) -> Event:
+        """Return one row, without making the others."""
+        if self._rows is not None or self._slim is None:
+            return self[index]
+        begin = self._slim.numbers[index * _SLIM_WIDTH + _SLIM_WIDTH - 1]
+        codec = self.codecs[self.sources[index]]
+        record = self.records[begin : begin + codec.size]
+        (row,) = codec.decode(codec.layout.iter_unpack(record), self.offset_ns)
+        return row
 
     def json_lines(self, write: Callable[[memoryview | bytes], None]) -> None:
         """Pass the rows as JSON lines to `write`, in pieces of whole lines.
 
         A piece is valid only until `write` returns: its memory is reused.
         """
-        lines = _lines()
-        handles = (ctypes.c_void_p * len(self.codecs))(*(codec.handle for codec in self.codecs))
+        lines, handles = _library().lines, self._handles()
         out, size = _text()
         progress = Progress()
         while True:
@@ -107,7 +143,7 @@ class Records(SlimBatch):
                 *(out, size, progress),
             )
             if status == UNKNOWN:
-                self._next_codec(progress).learn(progress.block, self._next(progress))
+                self._learn(progress)
                 continue
             if progress.written:
                 write(memoryview(out)[: progress.written].cast("B"))
@@ -122,6 +158,12 @@ class Records(SlimBatch):
                 progress.next += 1
                 progress.at += len(record)
 
+    def _handles(self) -> ctypes.Array[ctypes.c_void_p]:
+        return (ctypes.c_void_p * len(self.codecs))(*(codec.handle for codec in self.codecs))
+
+    def _learn(self, progress: Progress) -> None:
+        self._next_codec(progress).learn(progress.block, self._next(progress), self.texts)
+
     def _next_codec(self, progress: Progress) -> Codec:
         source: int = self.sources[progress.next]
         return self.codecs[source]
@@ -130,10 +172,10 @@ class Records(SlimBatch):
         return self.records[progress.at : progress.at + self._next_codec(progress).size]
 
 
-def _lines() -> Any:
+def _library() -> ctypes.CDLL:
     records_c = library()
     assert records_c is not None  # noqa: S101 - there would be no Records
-    return records_c.lines
+    return records_c
 
 
 @functools.cache
@@ -154,6 +196,8 @@ class RecordBuffer:
     codecs: Sequence[Codec]
     _offset_ns: int = attrs.field(default=0, init=False)
     """The last measured Unix time minus CLOCK_MONOTONIC, ns."""
+    _texts: SlimTexts = attrs.field(factory=SlimTexts, init=False)
+    """What the codecs have learned the numbers of."""
     _rows: RowBuffer = attrs.field(factory=RowBuffer, init=False)
     """Holds rows that come from no ring, but from poll()."""
     _library: ctypes.CDLL = attrs.field(init=False)
@@ -165,6 +209,7 @@ class RecordBuffer:
         records_c = library()
         assert records_c is not None  # noqa: S101 - it has made the codecs
         self._library = records_c
+        self._forget()
         self._handle = records_c.buffer_new()
         self._rings = []
         sizes = [codec.size for codec in self.codecs]
@@ -178,6 +223,11 @@ class RecordBuffer:
                 raise MemoryError
             self._rings.append(handle)
             ring.by_c = (ctypes.c_uint64 * 256).from_address(records_c.ring_taken(handle))
+
+    def _forget(self) -> None:
+        self._texts = SlimTexts()
+        for codec in self.codecs:
+            codec.forget()
 
     def close(self) -> None:
         """Unmap the rings, and drop the records held back. Idempotent."""
@@ -221,6 +271,8 @@ class RecordBuffer:
             raise TcplatError(NO_MEMORY)
         if not popped.count:
             return None
+        if self._texts.longest > _MOST_TEXTS:
+            self._forget()
         return Records(
             self.codecs,
             ctypes.string_at(popped.records, popped.bytes),
@@ -228,6 +280,7 @@ class RecordBuffer:
             self._offset_ns,
             popped.first_ns,
             popped.last_ns,
+            self._texts,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,15 @@ SLIM_NUMBERS = (
 """Places in a row: its own numbers, then indices of lists of texts."""
 TEXTS = SLIM_NUMBERS[SLIM_NUMBERS.index("hook") :]
 HOOK, USER, ENDS, STATES, FLAGS, IFNAME = range(len(SLIM_NUMBERS) - len(TEXTS), len(SLIM_NUMBERS))
+PIECES = {
+    "probe": ("probe", "point", "func", "attach"),
+    "pid": ("pid", "tid", "comm", "thread"),
+    "netns": ("netns", "ip", "saddr", "sport", "daddr", "dport"),
+    "state": ("state", "old_state", "desc"),
+    "flags": ("flags",),
+    "ifname": ("ifname",),
+}
+"""First field of each text -> its fields, in the order of TEXTS."""
 
 
 class SlimRows(NamedTuple):
@@ -38,6 +48,8 @@ class SlimRows(NamedTuple):
         flags: By `flags`.
         ifnames: By `ifname`.
         row: Returns the row of an index, with all of its fields.
+
+    The lists may grow later; numbers of this batch stay what they are.
     """
 
     numbers: memoryview
@@ -67,6 +79,34 @@ class SlimBatch(Sequence[Event]):
     @abstractmethod
     def slim(self) -> SlimRows | None:
         """Return the slim rows; None if they cannot be made."""
+
+
+class SlimTexts:
+    """The values that texts of slim rows stand for, each stored once.
+
+    Attributes:
+        columns: Values by their number, for each of TEXTS.
+    """
+
+    def __init__(self) -> None:
+        self.columns: list[list[Any]] = [[] for _ in TEXTS]
+        self._numbers: list[dict[Any, int]] = [{} for _ in TEXTS]
+
+    def number(self, column: int, values: tuple[Any, ...]) -> int:
+        """Return the number of some values: a tuple of them, or the value if there is but one."""
+        # Compared with constants of the same texts: interned, they are the same objects.
+        values = tuple(sys.intern(one) if type(one) is str else one for one in values)
+        numbers = self._numbers[column]
+        found = numbers.get(values)
+        if found is None:
+            found = numbers[values] = len(numbers)
+            self.columns[column].append(values if len(values) > 1 else values[0])
+        return found
+
+    @property
+    def longest(self) -> int:
+        """Values of the column that has most."""
+        return max(map(len, self.columns))
 
 
 def slim_rows(batch: Sequence[Event]) -> SlimRows | None:
