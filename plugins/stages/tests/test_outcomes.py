@@ -100,6 +100,25 @@ def test_unread_request_is_unanswered(
     ]
 
 
+@pytest.mark.parametrize("seen_at", ["nic_rx", "rx_ip", "ready"])
+def test_unread_request_is_unanswered_if_the_client_is_not_watched(seen_at: str) -> None:
+    history = hung()
+    # No recv at all: one that is left, were it the end of the stream's, shows that all was read.
+    unread = [
+        row
+        for row in history.made
+        if (row.probe, row.point) == ("tcp_service", "recv")
+        and (row.seq or 0) >= history.seq(CLIENT, 100)
+    ]
+    assert sum(row.bytes or 0 for row in unread) == 50
+    history.made = [row for row in history.made if row not in unread]
+    without = {"tcp_client", "dev_xmit", "nic_rx", "rx_ip", "ready"} - {seen_at}
+    assert [(outcome, over_by) for outcome, _, over_by in outcomes(history.rows(without))] == [
+        ("answered", ""),
+        ("unanswered", "closed by the client"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("how", "words"),
     [
