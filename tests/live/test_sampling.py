@@ -127,7 +127,8 @@ def check_whole(rows: list[Row]) -> None:
         ends = 1 if point == "rx_ip" else 2
         assert sum("FIN" in flag for flag in flags) == ends, (point, flags)
         assert sum(flag == "SYN|ACK" for flag in flags) == ends - 1, (point, flags)
-        sent = {(row["sport"], row["seq"]): row["bytes"] for row in at(rows, point)}
+        # A delayed ACK may have the number of the bytes that come before or behind it.
+        sent = {(row["sport"], row["seq"]): row["bytes"] for row in at(rows, point) if row["bytes"]}
         assert sum(sent.values()) == 10 + 20 * (ends - 1), point
     assert len(of(rows, "tcp_stats")) == 2
 
@@ -153,14 +154,13 @@ def services_closed(run: Tcplat, count: int) -> list[Row]:
 
 @pytest.mark.parametrize("where", list(_HOSTS))
 def test_sampled_connections_are_whole_at_every_probe(
-    tmp_path: Path, server: Puppet, client: Puppet, where: str
+    server: Puppet, client: Puppet, running_tcplat: Callable[..., Tcplat], where: str
 ) -> None:
     ip, listens, calls = _HOSTS[where]
-    run = Tcplat.start(
-        tmp_path,
+    run = running_tcplat(
         *("--sample", f"1/{_ONE_IN}", "--netns", str(server.pid)),
         probes=(*_ALL, "xdp_port:iface=lo,port=all"),
-    ).wait_ready()
+    )
     port = server(_SERVE.format(ip=ip, host=listens))
     client.tell(_ASK.format(ip=ip, host=calls, port=port, count=_COUNT))
     expected = set(filter(in_share((calls, calls), port), client.answer(300)))
@@ -229,14 +229,12 @@ for _ in range({count}):
 
 
 def test_failed_connects_are_sampled_as_wholes(
-    tmp_path: Path, server: Puppet, client: Puppet
+    server: Puppet, client: Puppet, running_tcplat: Callable[..., Tcplat]
 ) -> None:
     """Refused ones, and ones that are given up before an answer."""
     count = 200
     network(server, script=BLACKHOLE)
-    run = Tcplat.start(
-        tmp_path, "--sample", "1/4", "--netns", str(server.pid), probes=_ALL
-    ).wait_ready()
+    run = running_tcplat("--sample", "1/4", "--netns", str(server.pid), probes=_ALL)
     client(_FAIL.format(count=count, where=("127.0.0.1", 9)))
     # A connection that is in every share.
     port = server(_SERVE.format(ip=4, host="127.0.0.1"))
@@ -265,7 +263,10 @@ _SHARES = ((8, 8), (2, 8))
 
 @pytest.mark.parametrize("shares", _SHARES, ids=lambda shares: f"{shares[0]}-{shares[1]}")
 def test_two_hosts_have_the_same_connections(
-    tmp_path: Path, server: Puppet, shares: tuple[int, int]
+    tmp_path: Path,
+    server: Puppet,
+    running_tcplat: Callable[..., Tcplat],
+    shares: tuple[int, int],
 ) -> None:
     far = Puppet.start(alone=True)
     try:
@@ -277,12 +278,12 @@ def test_two_hosts_have_the_same_connections(
         ):
             folder = tmp_path / name
             folder.mkdir()
-            run = Tcplat.start(
-                folder,
+            run = running_tcplat(
                 *("--netns", str(puppet.pid), "--sample", f"1/{one_in}"),
+                folder=folder,
                 probes=(*_ALL, f"xdp_port:iface={device},port=all"),
             )
-            runs.append(run.wait_ready())
+            runs.append(run)
         port = far(_SERVE.format(ip=4, host=_FAR))
         server.tell(_ASK.format(ip=4, host=_FAR, port=port, count=400))
         ports = server.answer(120)
@@ -370,15 +371,15 @@ def check_shares(rows: Iterable[Row], shares: Iterable[dict[str, int]], port: in
 
 
 def test_expensive_run_is_thinned_and_recovers(
-    tmp_path: Path, server: Puppet, client: Puppet
+    tmp_path: Path, server: Puppet, client: Puppet, running_tcplat: Callable[..., Tcplat]
 ) -> None:
     capture, live, again = (tmp_path / name for name in ("rows", "live", "again"))
-    run = Tcplat.start(
-        tmp_path,
-        *("--max-overhead", "0.5%", "--netns", str(server.pid), "--ring-size", "64M"),
+    # A session that has nothing to do takes some 0.4 % of two CPUs: it must be able to recover.
+    run = running_tcplat(
+        *("--max-overhead", "2%", "--netns", str(server.pid), "--ring-size", "64M"),
         probes=("tcp_client", "tcp_service", "xdp_port:iface=lo,port=all"),
         sinks=(f"jsonl:path={capture}", f"stages:path={live},group_by=none"),
-    ).wait_ready()
+    )
     port = server(_SERVE_MANY)
     client.tell(_TALK.format(port=port, count=64, seconds=8 * SLOW))
     requests, ports = client.answer(120)
