@@ -26,6 +26,7 @@ from .harness import (
     Watched,
     network,
 )
+from .packages import wheel as built_wheel
 
 _HERE = Path(__file__).parent
 
@@ -44,6 +45,12 @@ def _root() -> None:
     if os.environ.get("TCPLAT_REQUIRE_ROOT") == "1":
         pytest.fail("live tests need root, and TCPLAT_REQUIRE_ROOT=1 is set")
     pytest.skip("live tests need root")
+
+
+@pytest.fixture(scope="session")
+def wheel(_root: None) -> Path:
+    """Return a wheel of this tree; see packages.wheel()."""
+    return built_wheel()
 
 
 @pytest.fixture

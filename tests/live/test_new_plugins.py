@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,24 +12,23 @@ import attrs
 import pytest
 
 from .harness import Listener, Puppet, Tcplat, patience, read_exactly
-
-ROOT = Path(__file__).parents[2]
+from .packages import Venv
 
 
 @attrs.frozen
 class UserVenv:
     """A venv with tcplat as a user installs it, without the tools of its developers."""
 
-    folder: Path
+    venv: Venv
 
     def program(self, name: str) -> str:
-        return str(self.folder / "venv/bin" / name)
+        return self.venv.program(name)
 
-    def run(self, program: str, *arguments: str | Path) -> str:
+    def run(self, program: str, *arguments: str) -> str:
         """Run one of its programs to its end; what it printed."""
         done = subprocess.run(
             [self.program(program), *arguments],
-            cwd=self.folder,
+            cwd=self.venv.folder,
             capture_output=True,
             text=True,
             check=False,
@@ -39,19 +37,15 @@ class UserVenv:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def pip(self, *what: str | Path) -> None:
-        self.run("pip", "install", "-q", "--disable-pip-version-check", *what)
-
 
 @pytest.fixture(scope="module")
-def user_venv(_root: None, tmp_path_factory: pytest.TempPathFactory) -> UserVenv:
-    folder = tmp_path_factory.mktemp("user")
-    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
-    user_venv = UserVenv(folder)
-    user_venv.pip(ROOT)
+def user_venv(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> UserVenv:
+    venv = Venv.make(tmp_path_factory.mktemp("user"))
+    venv.pip(wheel)
+    user_venv = UserVenv(venv)
     for kind, name in (("probe", "demo1"), ("sink", "demo_2")):
         assert "8 files" in user_venv.run("tcplat", "plugins", "new", kind, name)
-    user_venv.pip("./tcplat-demo1", "./tcplat-demo-2")
+    venv.pip(venv.folder / "tcplat-demo1", venv.folder / "tcplat-demo-2")
     return user_venv
 
 

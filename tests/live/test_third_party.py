@@ -11,7 +11,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -21,8 +20,8 @@ import attrs
 import pytest
 
 from .harness import Puppet, Row, Tcplat, at, eventually, needs, network, patience
+from .packages import ROOT, Venv
 
-ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "demo" / "tcplat-retransmit"
 
 WIRE = """
@@ -50,23 +49,21 @@ every_ip = pytest.mark.parametrize("ip", [4, 6])
 
 
 @pytest.fixture(scope="session")
-def venv(_root: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def venv(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Venv:
     """Yield a Python with tcplat and the probe, each installed as a user would."""
-    folder = tmp_path_factory.mktemp("user") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    pip = (folder / "bin/pip", "install", "-q", "--disable-pip-version-check")
-    subprocess.run([*pip, ROOT, DEMO], check=True, timeout=patience(300))
-    return folder
+    venv = Venv.make(tmp_path_factory.mktemp("user"))
+    venv.pip(wheel, DEMO)
+    return venv
 
 
 @pytest.fixture
-def retransmits(venv: Path, start_tcplat: Callable[..., Tcplat]) -> Callable[..., Tcplat]:
+def retransmits(venv: Venv, start_tcplat: Callable[..., Tcplat]) -> Callable[..., Tcplat]:
     """Start the venv's tcplat with the probe alone, and wait until it is attached."""
 
     def start(*arguments: str, options: str = "") -> Tcplat:
         return start_tcplat(
             *arguments,
-            program=(str(venv / "bin/tcplat"),),
+            program=(venv.program("tcplat"),),
             probes=(f"tcp_retransmit{options}",),
             attach="auto",
         ).wait_ready()
@@ -241,9 +238,9 @@ def again(count: int) -> Callable[[list[Row]], bool]:
     return lambda rows: len(at(rows, "retransmit")) >= count
 
 
-def test_third_party_probe_is_installed_by_pip_and_listed(venv: Path) -> None:
+def test_third_party_probe_is_installed_by_pip_and_listed(venv: Venv) -> None:
     shown = subprocess.run(
-        [venv / "bin/tcplat", "plugins", "list", "--json"], check=True, capture_output=True
+        [venv.program("tcplat"), "plugins", "list", "--json"], check=True, capture_output=True
     )
     found = {one["name"]: one for one in json.loads(shown.stdout)}
     assert found["tcp_retransmit"]["status"] == "ok"
@@ -417,10 +414,10 @@ def test_local_drops_are_distinguished(wire: Wire, retransmits: Callable[..., Tc
     assert len({(row["seq"], row["bytes"]) for row in rows}) == 1
 
 
-def test_third_party_probe_conforms(venv: Path) -> None:
+def test_third_party_probe_conforms(venv: Venv) -> None:
     """With root, by the venv's own tcplat: all but what only XDP programs have to hold to."""
     shown = subprocess.run(
-        [venv / "bin/tcplat", "plugins", "check", "tcp_retransmit", "--json"],
+        [venv.program("tcplat"), "plugins", "check", "tcp_retransmit", "--json"],
         capture_output=True,
         check=False,
     )
@@ -430,12 +427,11 @@ def test_third_party_probe_conforms(venv: Path) -> None:
     assert open_ == {"lets packets pass"}
 
 
-def test_tests_of_the_third_party_probe_pass(venv: Path, tmp_path: Path) -> None:
+def test_tests_of_the_third_party_probe_pass(venv: Venv, tmp_path: Path) -> None:
     """As its author runs them: pytest finds the kit by itself."""
-    pip = (venv / "bin/pip", "install", "-q", "--disable-pip-version-check")
-    subprocess.run([*pip, "pytest"], check=True, timeout=patience(300))
+    venv.pip("pytest")
     done = subprocess.run(
-        [venv / "bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider", DEMO],
+        [venv.program("python"), "-m", "pytest", "-q", "-p", "no:cacheprovider", DEMO],
         capture_output=True,
         text=True,
         check=False,
