@@ -200,6 +200,22 @@ def test_slim_rows_of_several_probes_share_their_texts() -> None:
     assert users == [(row.pid, row.tid, row.comm, row.thread) for row in rows]
 
 
+def test_one_row_of_a_batch_is_made_without_the_others() -> None:
+    made: list[int] = []
+
+    def ifname(index: int) -> str:
+        made.append(index)
+        return f"if{index}"
+
+    codec = Codec.of(Record(Event), "probe", HOOKS, ifname)
+    assert codec
+    rows = batch([codec], [(0, make_record(Event, ifindex=number)) for number in range(1, 9)])
+    assert slim_rows(rows)
+    made.clear()
+    assert (rows[-1].ifname, rows[3].ifname) == ("if8", "if4")
+    assert made == [8, 4]
+
+
 @pytest.mark.parametrize("member", ["ts_ns", "sock"])
 def test_number_without_room_in_a_slim_row_makes_the_batch_one_of_rows(member: str) -> None:
     raw = [make_record(Event), make_record(Event, **{member: 1 << 63})]

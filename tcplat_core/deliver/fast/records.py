@@ -61,6 +61,8 @@ class Records(SlimBatch):
     @overload
     def __getitem__(self, index: slice) -> Sequence[Event]: ...
     def __getitem__(self, index: int | slice) -> Event | Sequence[Event]:
+        if isinstance(index, int) and self._rows is None:
+            return self._row(range(len(self))[index])
         return self._all()[index]
 
     def __iter__(self) -> Iterator[Event]:
@@ -120,10 +122,11 @@ class Records(SlimBatch):
         return SlimRows(view, width, hooks, users, ends, states, flags, ifnames, self._row)
 
     def _row(self, index: int) -> Event:
-        """Return one row, without making the others."""
-        if self._rows is not None or self._slim is None:
-            return self[index]
-        begin = self._slim.numbers[index * _SLIM_WIDTH + _SLIM_WIDTH - 1]
+        """Return one row, without making the others where slim rows can be made."""
+        slim = self.slim()
+        if slim is None:
+            return self._all()[index]
+        begin = slim.numbers[index * _SLIM_WIDTH + _SLIM_WIDTH - 1]
         codec = self.codecs[self.sources[index]]
         record = self.records[begin : begin + codec.size]
         (row,) = codec.decode(codec.layout.iter_unpack(record), self.offset_ns)
