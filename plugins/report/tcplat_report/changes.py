@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 from tcplat_stages.chain import STAGES
-from tcplat_stages.stages import TOTAL
+from tcplat_stages.samples import TOTAL
 
 from .sample import DRAWS, LEAST, Quantiles, Sample, group_order, too_few
 

@@ -7,7 +7,7 @@ import re
 import attrs
 from tcplat_stages.chain import STAGES, UNEXPLAINED
 from tcplat_stages.formatting import nanos
-from tcplat_stages.stages import TOTAL
+from tcplat_stages.samples import TOTAL
 
 from tcplat_core import UsageError
 

@@ -14,7 +14,8 @@ from tcplat_stages.connection import Connection
 from tcplat_stages.exchange import ANSWERED, UNANSWERED, Exchange
 from tcplat_stages.join import Joiner
 from tcplat_stages.plugin import parse_groups
-from tcplat_stages.stages import GROUPINGS, OTHERS, samples
+from tcplat_stages.samples import samples
+from tcplat_stages.stages import GROUPINGS, OTHERS
 
 from tcplat_core import Reader, UsageError, say, share_text
 

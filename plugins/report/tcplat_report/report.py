@@ -16,7 +16,8 @@ from tcplat_stages.exchange import FAILED, OUTCOMES, Exchange
 from tcplat_stages.formatting import duration
 from tcplat_stages.hosts import Hosts, crosses
 from tcplat_stages.join import Joiner
-from tcplat_stages.stages import order, samples, weight_of
+from tcplat_stages.samples import samples
+from tcplat_stages.stages import order, weight_of
 from tcplat_stages.stream import CLIENT, SERVICE
 from tcplat_stages.waterfall import Rank, as_json, rank
 

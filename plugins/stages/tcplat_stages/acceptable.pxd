@@ -1,6 +1,7 @@
 cimport cython
 
 from .connection cimport Connection, End
+from .row_fields cimport whole
 from .stream cimport Flow
 
 @cython.locals(flow=Flow, ahead=cython.longlong, window=cython.longlong)

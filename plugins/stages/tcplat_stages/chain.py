@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 CLIENT_SENT, REQUEST_TX, REQUEST_RX, REQUEST_IP, REQUEST_READY, REQUEST_READ = range(6)
 REPLY_SENT, REPLY_TX, REPLY_RX, REPLY_IP, REPLY_READY, REPLY_READ = range(6, 12)
@@ -68,10 +67,10 @@ CONNECT_STAGES = (
 UNEXPLAINED = "unexplained"
 
 
-class Split(NamedTuple):
-    """A chain's total, and what it is made of. A tuple: one is made for each exchange.
+class Split:
+    """A chain's total, and what it is made of.
 
-    Args:
+    Attributes:
         stages: Name and ns, in order. Where instants between them are unknown, stages
             are one: ``wire+softirq``.
         total_ns: From the first known instant to the last.
@@ -79,10 +78,19 @@ class Split(NamedTuple):
         left_out: Numbers of the instants that contradict the order of the others.
     """
 
-    stages: tuple[tuple[str, int], ...]
-    total_ns: int
-    unexplained_ns: int
-    left_out: tuple[int, ...] = ()
+    __slots__ = ("left_out", "stages", "total_ns", "unexplained_ns")
+
+    def __init__(
+        self,
+        stages: tuple[tuple[str, int], ...],
+        total_ns: int,
+        unexplained_ns: int,
+        left_out: tuple[int, ...] = (),
+    ) -> None:
+        self.stages = stages
+        self.total_ns = total_ns
+        self.unexplained_ns = unexplained_ns
+        self.left_out = left_out
 
 
 NOTHING = Split((), 0, 0)
@@ -95,40 +103,54 @@ def split(stamps: Sequence[int | None], stages: tuple[str, ...] = STAGES) -> Spl
     around it are one; of several such, as few as possible. Where nothing is known
     between the two ends of the whole chain, all of the time is unexplained.
     """
-    known = [(number, at) for number, at in enumerate(stamps) if at is not None]
-    if len(known) < 2:  # noqa: PLR2004 - one instant is no time
-        return NOTHING
-    kept = known
-    wrong = [place for place in range(1, len(known)) if known[place][1] < known[place - 1][1]]
-    if wrong:
-        kept = _consistent(known, wrong)
-    first, last = kept[0], kept[-1]
-    total_ns = last[1] - first[1]
-    left_out = (
-        ()
-        if kept is known
-        else tuple(sorted({number for number, _ in known} - {number for number, _ in kept}))
-    )
-    if len(kept) == 2 and last[0] - first[0] == len(stages) and len(stages) > 1:  # noqa: PLR2004
-        return Split((), total_ns, total_ns, left_out)
-    name = _names(stages)
+    names = _NAMES if stages is STAGES else _names(stages)
     parts = []
-    number, at = first
-    for next_number, next_at in kept[1:]:
-        parts.append((name[number, next_number], next_at - at))
-        number, at = next_number, next_at
-    return Split(tuple(parts), total_ns, 0, left_out)
+    first = before = -1
+    first_ns = at_ns = 0
+    for number in range(len(stamps)):
+        stamp = stamps[number]
+        if stamp is None:
+            continue
+        next_ns = stamp
+        if before < 0:
+            first, first_ns = number, next_ns
+        elif next_ns < at_ns:
+            return _split_inconsistent(stamps, stages)
+        else:
+            parts.append((names[before][number], next_ns - at_ns))
+        before, at_ns = number, next_ns
+    if not parts:  # one instant is no time
+        return NOTHING
+    total_ns = at_ns - first_ns
+    if len(parts) == 1 and before - first == len(stages) and len(stages) > 1:
+        return Split((), total_ns, total_ns)
+    return Split(tuple(parts), total_ns, 0)
+
+
+def _split_inconsistent(stamps: Sequence[int | None], stages: tuple[str, ...]) -> Split:
+    """Return the same where not all instants are in order."""
+    known = [(number, at) for number, at in enumerate(stamps) if at is not None]
+    wrong = [place for place in range(1, len(known)) if known[place][1] < known[place - 1][1]]
+    kept = _consistent(known, wrong)
+    left_out = tuple(sorted({number for number, _ in known} - {number for number, _ in kept}))
+    in_order: list[int | None] = [None] * len(stamps)
+    for number, at in kept:
+        in_order[number] = at
+    found = split(in_order, stages)
+    if found is NOTHING:
+        found = Split((), 0, 0)
+    found.left_out = left_out
+    return found
 
 
 @functools.cache
-def _names(stages: tuple[str, ...]) -> dict[tuple[int, int], str]:
-    """Return the names of the stages between any two instants."""
+def _names(stages: tuple[str, ...]) -> list[list[str]]:
+    """Return the names of the stages between any two instants, by the first and the last."""
     count = len(stages) + 1
-    return {
-        (first, last): "+".join(stages[first:last])
-        for first in range(count)
-        for last in range(first + 1, count)
-    }
+    return [["+".join(stages[first:last]) for last in range(count)] for first in range(count)]
+
+
+_NAMES = _names(STAGES)
 
 
 def _consistent(known: list[tuple[int, int]], wrong: list[int]) -> list[tuple[int, int]]:

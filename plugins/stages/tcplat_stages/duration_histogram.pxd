@@ -1,7 +1,7 @@
 cimport cython
 
 cdef class DurationHistogram:
-    cdef public object counts, sum_ns, weight, weighted_ns, max_ns, min_ns
-    cdef public long long count
-    @cython.locals(shift=cython.int)
-    cpdef add(self, ns, weight=*)
+    cdef public object counts, sum_ns, weight, weighted_ns
+    cdef public long long count, max_ns, min_ns
+    @cython.locals(shift=cython.int, bucket=cython.longlong)
+    cpdef add(self, long long ns, weight=*)

@@ -104,6 +104,10 @@ class Exchange:
         Where the end of a reply was not sent or did not come, what is known of its last byte
         is not of the last byte: nothing behind the beginning of the reply is a stage.
         """
+        return self.divide()
+
+    def divide(self) -> Split:
+        """Return `split`."""
         if self._split is None:
             whole = self.over_ns is None
             self._split = split(self.stamps if whole else self.stamps[: REPLY_SENT + 1])

@@ -1,14 +1,16 @@
 cimport cython
 
-from .binding cimport Binder
+from .binding cimport Binder, goes_again
 from .connection cimport Connection, End
 from .directory cimport Directory
 from .losses cimport Losses
 from .packet_rows cimport PacketRows
-from .routing cimport PacketRouter
-from .row_fields cimport Slim
+from .routing cimport PacketRouter, is_new
+from .row_fields cimport Slim, opens, shows_window
 from .socket_rows cimport SocketRows
 from .turns cimport Turns
+
+cdef long long BEYOND_NS
 
 cdef class Joiner:
     cdef public object watch

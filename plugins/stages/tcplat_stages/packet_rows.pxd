@@ -1,10 +1,11 @@
 cimport cython
 
+from .acceptable cimport is_stray
 from .connection cimport Connection
 from .directory cimport Directory
-from .row_fields cimport Slim
+from .row_fields cimport Slim, whole
 from .stream cimport Flow, Reach
-from .turns cimport Turns
+from .turns cimport Turns, prune
 
 cdef class PacketRows:
     cdef public Directory _directory

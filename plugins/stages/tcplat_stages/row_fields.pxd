@@ -13,9 +13,11 @@ cdef class Slim:
         at=cython.Py_ssize_t,
         seq=cython.longlong,
         count=cython.longlong,
+        sock=cython.longlong,
         hook=tuple,
         ends=tuple,
         user=tuple,
+        states=tuple,
     )
     cpdef turn_to(self, Py_ssize_t index)
     @cython.locals(number=cython.longlong)

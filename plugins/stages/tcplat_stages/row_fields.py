@@ -109,24 +109,27 @@ class Slim:
 
     def turn_to(self, index: int) -> None:
         """Stand for the row of this index."""
-        numbers, at = self.numbers, index * self._width
+        at = index * self._width
         self.event = None
         self._index, self._at = index, at
-        self.ts_ns = min(numbers[at + TS_NS], BEYOND_NS)
-        seq, count = numbers[at + SEQ], numbers[at + BYTES]
+        # Not by a local name: where it is compiled, each takes a reference of the buffer.
+        self.ts_ns = min(self.numbers[at + TS_NS], BEYOND_NS)
+        seq, count = self.numbers[at + SEQ], self.numbers[at + BYTES]
         self.seq = None if seq < 0 else seq
         self.bytes = None if count < 0 else count
-        self.sock = numbers[at + SOCK]
-        hook = self._hooks[numbers[at + HOOK]]
+        sock = self.numbers[at + SOCK]
+        self.sock = sock
+        hook = self._hooks[self.numbers[at + HOOK]]
         self.point = hook[1]
-        ends = self._ends[numbers[at + ENDS]]
+        ends = self._ends[self.numbers[at + ENDS]]
         self.netns, _, self.saddr, self.sport, self.daddr, self.dport = ends
-        if self.sock:
-            user = self._users[numbers[at + USER]]
+        if sock:
+            user = self._users[self.numbers[at + USER]]
             self.pid, self.comm = user[0], user[2]
-            self.state = self._states[numbers[at + STATES]][0]
+            states = self._states[self.numbers[at + STATES]]
+            self.state = states[0]
         else:
-            self.flags = self._flags[numbers[at + FLAGS]]
+            self.flags = self._flags[self.numbers[at + FLAGS]]
 
     def own(self, name: str) -> int | None:
         """Return a whole number that not every probe's rows have; None without it."""

@@ -1,11 +1,15 @@
 cimport cython
 
-from .binding cimport Binder
+from .acceptable cimport disown
+from .binding cimport Binder, update_user
 from .connection cimport Connection, End
 from .directory cimport Directory
-from .row_fields cimport Slim
-from .stream cimport Flow, Reach
-from .turns cimport Turns
+from .row_fields cimport Slim, whole
+from .stream cimport Flow, Reach, caller, reached
+from .turns cimport Turns, prune
+
+# What is imported has these C types here.
+cdef Py_ssize_t CLIENT, SERVICE, READS, LONG, ACCEPTED, CONNECT_CALLED, CONNECTED, HANDSHAKE_DONE
 
 cdef class SocketRows:
     cdef public Directory _directory

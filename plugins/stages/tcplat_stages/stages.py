@@ -12,13 +12,13 @@ from tcplat_core import Event, Loss, Sampled, Shares, columns, micros, printable
 from .chain import STAGES, UNEXPLAINED
 from .connection import Finished
 from .duration_histogram import DurationHistogram
-from .exchange import ANSWERED, OUTCOMES, Exchange
+from .exchange import OUTCOMES, Exchange
 from .formatting import duration, moment
 from .hosts import crosses
 from .joined import Joined
+from .samples import TOTAL, count
 from .stream import CLIENT
 
-TOTAL = "total"
 PERCENTILES = ((50.0, "p50"), (90.0, "p90"), (99.0, "p99"), (99.9, "p99_9"))
 _MOST_GROUPS = 4096
 OTHERS = "(others)"
@@ -47,21 +47,6 @@ GROUPINGS: dict[str, Callable[[Exchange], Any]] = {
 
 
 _BEHIND = (UNEXPLAINED, TOTAL, *OUTCOMES)
-
-
-def samples(exchange: Exchange) -> list[tuple[str, int]]:
-    """Of what an exchange is a sample: name and ns.
-
-    Each stage that was gone through to its end; ``total``, if it was answered; else its
-    outcome, and how long it waited or was on its way.
-    """
-    split = exchange.split
-    parts = list(split.stages)
-    if split.unexplained_ns:
-        parts.append((UNEXPLAINED, split.unexplained_ns))
-    name = TOTAL if exchange.outcome == ANSWERED else exchange.outcome
-    parts.append((name, exchange.lasted_ns))
-    return parts
 
 
 def weight_of(exchange: Exchange, shares: Shares) -> int:
@@ -162,11 +147,7 @@ class Stages(Joined):
                     group = tuple(OTHERS for _ in groupings)
                 found = groups.setdefault(group, {})
             weight = weight_of(one, self.shares)
-            for name, ns in samples(one):
-                histogram = found.get(name)
-                if histogram is None:
-                    histogram = found[name] = DurationHistogram()
-                histogram.add(ns, weight)
+            count(one, found, weight)
 
     def _end_intervals(self, ts_ns: int) -> None:
         """Tell of those that are over by now, but for those in which nothing was complete."""

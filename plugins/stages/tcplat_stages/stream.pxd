@@ -1,5 +1,7 @@
 cimport cython
 
+cdef long long _TURN, _HALF
+
 cdef class Reach:
     cdef public long long position
     cdef public list log
@@ -10,6 +12,7 @@ cdef class Reach:
     cpdef _keep(self, long long at, long long finish)
     cpdef skip(self, long long finish)
     cpdef long long _whole(self, long long finish)
+    @cython.locals(log=list)
     cpdef trim(self, long long position)
 
 cdef class Flow:
@@ -28,12 +31,15 @@ cdef class Flow:
     cpdef note_read(self, long long finish, ts_ns)
     cpdef skip_urgent(self, long long before, long long at)
     cpdef long long arrived(self)
+    @cython.locals(sends=list, reads=list, senders=list)
     cpdef trim(self, long long position)
 
 @cython.locals(begin=cython.longlong)
 cpdef caller(list callers, long long position)
 cpdef list added(list log, long long finish, ts_ns)
 @cython.locals(
-    first=cython.Py_ssize_t, last=cython.Py_ssize_t, middle=cython.Py_ssize_t, at=cython.longlong
+    first=cython.Py_ssize_t, last=cython.Py_ssize_t, middle=cython.Py_ssize_t, entry=tuple
 )
+cpdef Py_ssize_t before(list log, long long position)
+@cython.locals(first=cython.Py_ssize_t)
 cpdef reached(list log, long long position)

@@ -6,10 +6,10 @@ Sequence numbers are unwrapped: they go on growing where TCP's begin anew at 2^3
 
 from __future__ import annotations
 
-from bisect import bisect_left
-
 from .row_fields import Process
 
+_TURN, _HALF = 1 << 32, 1 << 31
+"""Where sequence numbers begin anew, and half of it."""
 CLIENT, SERVICE = 0, 1
 """Numbers of the ends. Stream 0 flows from the client, stream 1 from the service."""
 
@@ -53,20 +53,26 @@ _MOST_LATE = 4_096
 """Packets behind a hole."""
 
 
-def reached(log: Log, position: int) -> int | None:
-    """Return when a log has the stream up to `position`; None if no row shows it."""
-    last = len(log)
-    if not last or log[last - 1][0] < position:
-        return None
-    first = 0
-    # As bisect_left(log, (position,)), which is a call of Python where this is compiled.
+def before(log: Log, position: int) -> int:
+    """Return how many entries of a log end before `position`.
+
+    As bisect_left(log, (position,)), which is a call of Python where this is compiled.
+    """
+    first, last = 0, len(log)
     while first < last:
         middle = (first + last) // 2
-        if log[middle][0] < position:
+        entry = log[middle]
+        if entry[0] < position:
             first = middle + 1
         else:
             last = middle
-    return log[first][1]
+    return first
+
+
+def reached(log: Log, position: int) -> int | None:
+    """Return when a log has the stream up to `position`; None if no row shows it."""
+    first = before(log, position)
+    return log[first][1] if first < len(log) else None
 
 
 class Reach:
@@ -159,8 +165,8 @@ class Reach:
     def trim(self, position: int) -> None:
         """Drop what is only of bytes before `position`."""
         log = self.log
-        if log and log[0][0] < position:
-            del log[: bisect_left(log, (position,))]
+        if log and before(log, position):
+            del log[: before(log, position)]
             if not log:
                 self.log = NO_LOG
 
@@ -255,9 +261,9 @@ class Flow:
         """Return a sequence number, unwrapped."""
         ref = self.ref
         if ref < 0:
-            self.ref = seq + (1 << 32)
+            self.ref = seq + _TURN
             return self.ref
-        at = ref + ((seq - ref + 0x80000000) & 0xFFFFFFFF) - 0x80000000
+        at = ref + ((seq - ref + _HALF) & (_TURN - 1)) - _HALF
         if at > ref:
             self.ref = at
         return at
@@ -267,7 +273,7 @@ class Flow:
 
         Unlike at(), it does not unwrap later numbers by this one. Some number must be known.
         """
-        return self.ref + ((seq - self.ref + 0x80000000) & 0xFFFFFFFF) - 0x80000000
+        return self.ref + ((seq - self.ref + _HALF) & (_TURN - 1)) - _HALF
 
     @property
     def furthest(self) -> int:
@@ -329,13 +335,13 @@ class Flow:
 
     def trim(self, position: int) -> None:
         """Drop what is only of bytes before `position`."""
-        sends, reads = self.sends, self.reads
-        if sends and sends[0][0] < position:
-            del sends[: bisect_left(sends, (position,))]
-        if reads and reads[0][0] < position:
-            del reads[: bisect_left(reads, (position,))]
-        while len(self.senders) > 1 and self.senders[1][0] < position:
-            del self.senders[0]
+        sends, reads, senders = self.sends, self.reads, self.senders
+        if sends and before(sends, position):
+            del sends[: before(sends, position)]
+        if reads and before(reads, position):
+            del reads[: before(reads, position)]
+        while len(senders) > 1 and senders[1][0] < position:
+            del senders[0]
         self.tx.trim(position)
         self.nic.trim(position)
         self.ip.trim(position)

@@ -3,7 +3,11 @@ cimport cython
 from .connection cimport Connection
 from .exchange cimport Exchange
 from .losses cimport Losses
-from .stream cimport Flow, Reach
+from .stream cimport Flow, Reach, caller, reached
+
+# What is imported has these C types here.
+cdef Py_ssize_t CLIENT, SERVICE, CLIENT_SENT, REQUEST_TX, REQUEST_RX, REQUEST_IP, REQUEST_READY, REQUEST_READ
+cdef Py_ssize_t REPLY_SENT, REPLY_TX, REPLY_RX, REPLY_IP, REPLY_READY, REPLY_READ
 
 cdef class Turns:
     cdef public list finished, _undecided

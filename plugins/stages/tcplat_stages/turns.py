@@ -229,10 +229,11 @@ class Turns:
     def _tell(self, exchange: Exchange) -> None:
         conn = exchange.conn
         request, reply = conn.flows
-        exchange.urgent = (
-            request.take_urgent(exchange.request_begin, exchange.request_end),
-            reply.take_urgent(exchange.reply_begin, exchange.reply_end),
-        )
+        if request.urgent or reply.urgent:
+            exchange.urgent = (
+                request.take_urgent(exchange.request_begin, exchange.request_end),
+                reply.take_urgent(exchange.reply_begin, exchange.reply_end),
+            )
         cut, conn.cut = conn.cut, False
         if self._leaving:
             self.unsampled += 1
@@ -264,12 +265,10 @@ class Turns:
         outcome, outcomes = exchange.outcome, conn.outcomes
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
         if outcome == ANSWERED:
-            total_ns = exchange.split.total_ns
-            conn.longest_ns = max(conn.longest_ns, total_ns)
-            if total_ns > self._longest.get(conn.service, 0) and (
-                len(self._longest) < _MOST_SERVICES or conn.service in self._longest
-            ):
-                self._longest[conn.service] = total_ns
+            total_ns = exchange.divide().total_ns
+            if total_ns > conn.longest_ns:
+                conn.longest_ns = total_ns
+                _note_longest(self._longest, conn)
         self.finished.append(exchange)
 
     def end(self, conn: Connection, why: str) -> None:
@@ -338,6 +337,14 @@ class Turns:
         for exchange in self._undecided:
             _decide(exchange, self._longest.get(exchange.conn.service, 0))
         self._undecided.clear()
+
+
+def _note_longest(longest: dict[tuple[str, int | None], int], conn: Connection) -> None:
+    """Note the longest total of a connection for its service."""
+    if conn.longest_ns > longest.get(conn.service, 0) and (
+        len(longest) < _MOST_SERVICES or conn.service in longest
+    ):
+        longest[conn.service] = conn.longest_ns
 
 
 def _decide(exchange: Exchange, longest_ns: int) -> None:
