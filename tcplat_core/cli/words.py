@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ def print_report(report: RunReport, *, dry_run: bool, quiet: bool) -> None:
         _attached(report)
     elif not quiet:
         summary(report)
+        if report.dropped:
+            terminal.say(_advice(report))
     failures(report.switched_off)
     if not (report.probes or quiet):
         terminal.say(NOTHING_RECORDED)
@@ -53,6 +56,25 @@ def summary(
         )
     if report.late:
         terminal.say(f"{report.late} rows came out of order")
+
+
+_MANY_LOST = 0.01
+"""Part of the events; fewer are those of a burst."""
+
+
+def _advice(report: RunReport) -> str:
+    """Return how more events would have been kept."""
+    came = report.delivered + report.dropped
+    part = report.dropped / came
+    if part < _MANY_LOST:
+        return "events were lost: a larger --ring-size keeps more of a burst"
+    # With a margin: what was lost took no time of the session.
+    fewer = 2 << max(1, math.ceil(math.log2(came / max(report.delivered, 1))))
+    one_in = report.one_in[0] * fewer
+    return (
+        f"{part:.0%} of the events were lost: --sample 1/{one_in} keeps all events of one "
+        f"connection in {one_in}; a larger --ring-size keeps more of a burst"
+    )
 
 
 def _probe_summary(probe: ProbeReport, unread_text: str, *, complete: bool) -> Iterator[str]:

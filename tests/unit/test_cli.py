@@ -22,8 +22,10 @@ from click.testing import CliRunner
 from tcplat_core.cli.main import cli
 from tcplat_core.cli.main import main as cli_main
 from tcplat_core.cli.shared_options import _ports
+from tcplat_core.cli.words import print_report
 from tcplat_core.errors import UsageError
 from tcplat_core.loader.filter import Filter
+from tcplat_core.plugin.report import HookReport, ProbeReport, RunReport
 from tcplat_core.registry.find import Plugins
 from tcplat_core.run.loader_process import LoaderProcess
 from tcplat_core.run.signals import NOTHING_RECORDED, NOTHING_REPLAYED, Signals
@@ -415,7 +417,32 @@ def test_lost_events_are_reported_and_exit_code_stays_0(
 ) -> None:
     overflow(probe)
     assert run("--duration", "10ms") == 0
-    assert " rows, 1 lost (" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert " rows, 1 lost (" in err
+    assert err.endswith("events were lost: a larger --ring-size keeps more of a burst\n")
+
+
+@pytest.mark.parametrize(
+    ("delivered", "dropped", "one_in", "advice"),
+    [
+        (500, 500, (1, 1), "50% of the events were lost: --sample 1/4 keeps all events of one"),
+        (300, 700, (1, 1), "70% of the events were lost: --sample 1/8 keeps"),
+        (970, 30, (8, 8), "3% of the events were lost: --sample 1/32 keeps"),
+        (0, 9, (1, 1), "100% of the events were lost: --sample 1/32 keeps"),
+    ],
+)
+def test_many_lost_events_are_reported_with_the_share_that_would_keep_whole_connections(
+    delivered: int,
+    dropped: int,
+    one_in: tuple[int, int],
+    advice: str,
+    capfd: Capture,
+) -> None:
+    hook = HookReport("send", "f", "kprobe", delivered + dropped, dropped, delivered)
+    probes = {"tcp_client": ProbeReport(hooks=(hook,))}
+    report = RunReport(probes=probes, duration_s=1.0, one_in=one_in)
+    print_report(report, dry_run=False, quiet=False)
+    assert f"tcplat: {advice}" in capfd.readouterr().err
 
 
 def test_fail_on_loss_exits_with_5_on_a_loss(run: Run, probe: FakeProbe, capfd: Capture) -> None:
