@@ -24,7 +24,7 @@ from pathlib import Path
 
 import attrs
 
-from tests.bench import limit, peers, rates, requests
+from tests.bench import limit, offline, peers, rates, requests
 from tests.bench.figure import FULL, QUICK, Figure, Length, table
 from tests.bench.programs import kernel_statistics
 from tests.bench.running import Run, cpu_s, program, pss
@@ -122,6 +122,7 @@ FIGURES: dict[str, Callable[[Length], Iterator[Figure]]] = {
     "B9": idle,
     "B10": delay,
     "B12": functools.partial(requests.beside_empty, requests.COUNTED),
+    "B13": offline.reading,
     **{row.name: functools.partial(limit.measure, row, limit.VARIANTS) for row in limit.ROWS},
 }
 PARTS: dict[str, Callable[[Length], Iterator[Figure]]] = {

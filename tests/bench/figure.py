@@ -71,12 +71,25 @@ class Length:
     """Blocks of each kind, of the servers."""
     block_s: int = 2
     """One block of a server's load; wrk takes whole seconds."""
+    rows: int = 1_000_000
+    """Of the capture that B13 reads."""
+    scans: int = 3
+    """How often each command of B13 reads it."""
     limit_s: int = 10
     """How long a server runs at its limit while lost rows are counted."""
 
 
 FULL = Length()
 QUICK = Length(
-    repeats=3, starts=1, trial_s=1.0, lossless_s=5.0, idle_s=5.0, turns=1, block_s=1, limit_s=3
+    repeats=3,
+    starts=1,
+    trial_s=1.0,
+    lossless_s=5.0,
+    idle_s=5.0,
+    turns=1,
+    block_s=1,
+    rows=200_000,
+    scans=1,
+    limit_s=3,
 )
 """Each row in less than a minute, with more noise."""
