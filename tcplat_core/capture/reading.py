@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -9,9 +10,10 @@ from collections.abc import Iterator, Sequence
 import attrs
 
 from tcplat_core.deliver.router import spare_the_collector
-from tcplat_core.errors import TcplatError
+from tcplat_core.errors import TcplatError, UsageError
 from tcplat_core.event.fields import Event
 from tcplat_core.event.terminal import say as say_it
+from tcplat_core.plugin.outfile import leads_to
 from tcplat_core.plugin.progress import Bar
 from tcplat_core.plugin.report import RunReport, add_reports
 from tcplat_core.plugin.sampling import Sampled, Shares
@@ -72,6 +74,15 @@ class Reader:
     def name(self) -> str:
         """The name that the user gave."""
         return self._source.name
+
+    def check_output(self, path: str) -> None:
+        """Check that a file to be written by whole_file() is not the capture.
+
+        Raises:
+            UsageError: It is, or it cannot be written.
+        """
+        if leads_to(path, os.fstat(self._source.fd)):
+            raise UsageError(f"{self.name} is the input: write to another file")
 
     def items(self) -> Iterator[Item]:
         """Yield batches of rows, and the losses and hosts between them.

@@ -10,12 +10,13 @@ user and root can create entries, and paths are resolved as usual. The rules are
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import sys
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import BinaryIO
 
 import attrs
@@ -165,7 +166,7 @@ class Place:
             owners.add(folder.st_uid)  # only that user can create files there
         kind = "a file"
         if not stat.S_ISREG(found.st_mode):
-            kind = "a pipe" if stat.S_ISFIFO(found.st_mode) else "no file"
+            kind = "a pipe" if stat.S_ISFIFO(found.st_mode) else "a socket or device"
             if os.geteuid() == 0:
                 # The user behind sudo may pass a pipe; root does not write to that user's files.
                 with suppress(ValueError):
@@ -337,6 +338,37 @@ def _refused(path: str, what: str) -> UsageError:
         f"cannot write {path}: it is {what}, in a folder that other users can write to; "
         "use another path"
     )
+
+
+def lock(fd: int, path: str) -> None:
+    """Lock a file until its descriptor is closed: two writers would overwrite each other's lines.
+
+    Raises:
+        UsageError: Another process or sink has locked it.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(f"cannot write {path}: another run writes it; use another path") from error
+    except OSError:
+        pass  # a file system without locks
+
+
+def is_same(one: os.stat_result | None, other: os.stat_result) -> bool:
+    """Return whether both are the same regular file."""
+    return one is not None and stat.S_ISREG(one.st_mode) and os.path.samestat(one, other)
+
+
+def leads_to(path: str, there: os.stat_result) -> bool:
+    """Return whether whole_file() would replace, or write, a regular file.
+
+    Raises:
+        UsageError: `path` cannot be written.
+    """
+    if path == "-":
+        return sys.stdout is not None and is_same(os.fstat(sys.stdout.fileno()), there)
+    with in_words(path), closing(find(path)) as place:
+        return is_same(place.look(), there)
 
 
 @contextmanager

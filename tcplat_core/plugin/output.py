@@ -86,7 +86,9 @@ class Output:
         if path is None:
             if sys.stdout is None:
                 raise UsageError("standard output is closed: give the sink a path=")
-            return cls(sys.stdout.fileno(), stopping, lines)
+            output = cls(sys.stdout.fileno(), stopping, lines)
+            output._hold_back()
+            return output
         place: outfile.Place | None
         with outfile.in_words(path):
             place = outfile.find(path)
@@ -103,12 +105,37 @@ class Output:
         finally:
             if place:
                 place.close()
+        if not output._hold_back():
+            output.begin()
+        return output
+
+    def _hold_back(self) -> bool:
+        """Note an output that is opened in held_back(); return whether it is.
+
+        Raises:
+            UsageError: Another one is the same file.
+        """
         outputs = _held_back.get()
         if outputs is None:
-            output.begin()
-        else:
-            outputs.append(output)
-        return output
+            return False
+        for other in outputs:
+            if self._is_file_of(other):
+                path = self._place.path if self._place else "standard output"
+                self.close()
+                raise UsageError(f"two sinks write to {path}: give each a path of its own")
+        outputs.append(self)
+        return True
+
+    def _is_file_of(self, other: Output) -> bool:
+        """Return whether both write, or will create, the same regular file."""
+        ours, theirs = self._place, other._place
+        if ours is None and theirs is None:
+            return False  # sinks may share standard output
+        if ours is not None and theirs is not None and ours.name == theirs.name:
+            folders = (os.fstat(place.folder) for place in (ours, theirs))
+            return os.path.samestat(*folders)
+        found = theirs.look() if theirs else os.fstat(other.fd)
+        return found is not None and self.is_at(found)
 
     def begin(self) -> None:
         """Create or truncate the file, if that was postponed. Idempotent.
@@ -124,16 +151,17 @@ class Output:
             self._owned = True
             self._check_fd()
             if not self._may_block:
+                outfile.lock(self.fd, place.path)
                 os.ftruncate(self.fd, 0)
         if self._early:
             self.write(self._early)
             self._early.clear()
 
     def is_at(self, found: os.stat_result) -> bool:
-        """Return whether this is the file that is, or will be, written."""
+        """Return whether this is the regular file that is, or will be, written."""
         with contextlib.suppress(OSError):
             ours = self._place.status() if self._place else os.fstat(self.fd)
-            return ours is not None and os.path.samestat(ours, found)
+            return outfile.is_same(ours, found)
         return False
 
     def write(self, data: bytes | bytearray | memoryview) -> None:

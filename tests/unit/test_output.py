@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tcplat_core.errors import ReaderGoneError, TcplatError, UsageError
-from tcplat_core.plugin.output import Output
+from tcplat_core.plugin.output import Output, held_back
 
 BIG = bytes(range(256)) * 4096
 """A megabyte: no pipe takes it at once."""
@@ -106,6 +106,61 @@ def test_dev_null_takes_everything() -> None:
     output = Output.open("/dev/null", always)
     output.write(BIG)
     output.close()
+
+
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize("second", ["out", "./out", "link", "folder/../out"])
+def test_two_sinks_of_a_run_cannot_write_to_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: str, *, exists: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("link").symlink_to("out")
+    if exists:
+        Path("out").write_text("before")
+    with held_back() as outputs:
+        Output.open("out", never)
+        with pytest.raises(UsageError, match="two sinks write to"):
+            Output.open(second, never)
+        Output.open("other", never)
+    for output in outputs:
+        output.close()
+    assert Path("out").exists() == exists
+
+
+def test_sink_with_a_path_cannot_write_to_the_file_of_standard_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out"
+    with path.open("w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        with held_back():
+            Output.open(None, never)
+            Output.open(None, never)  # these may share it
+            with pytest.raises(UsageError, match="two sinks write to"):
+                Output.open(str(path), never)
+
+
+def test_several_sinks_may_write_to_a_device() -> None:
+    with held_back() as outputs:
+        Output.open("/dev/null", never).write(b"x")
+        Output.open("/dev/null", never).write(b"x")
+    for output in outputs:
+        output.close()
+
+
+def test_file_that_another_run_writes_is_refused_and_unchanged(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    first = Output.open(str(path), never)
+    first.write(b"a row\n")
+    with pytest.raises(UsageError, match="another run writes it; use another path"):
+        Output.open(str(path), never)
+    assert path.read_bytes() == b"a row\n"
+    first.close()
+    second = Output.open(str(path), never)
+    second.write(b"another\n")
+    second.close()
+    assert path.read_bytes() == b"another\n"
 
 
 # --- standard output

@@ -240,6 +240,46 @@ def test_standard_input_is_read_as_a_capture() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, GOOD, b"")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("replay", "{path}", "-q", "--sink", "jsonl"),
+        ("replay", "{path}", "-q", "--sink", "jsonl:path={path}"),
+        ("replay", "{path}", "-q", "--sink", "table:path=/dev/null", "--sink", "jsonl:path={link}"),
+        ("report", "{path}", "-q", "-o", "{link}"),
+        ("report", "{link}", "-q", "-o", "{path}"),
+        ("report", "{path}", "-q", "-o", "-"),
+        ("report", "{path}", "-q", "--format", "perfetto", "-o", "{path}"),
+        ("merge", "{path}", "{other}", "-q", "-o", "{path}"),
+        ("merge", "{other}", "{path}", "-q", "-o", "{hard}"),
+    ],
+    ids=" ".join,
+)
+def test_capture_is_never_written_to_while_it_is_read(
+    tmp_path: Path, arguments: Sequence[str]
+) -> None:
+    places = {name: tmp_path / name for name in ("path", "other", "link", "hard")}
+    for name in ("path", "other"):
+        places[name].write_bytes(GOOD)
+    places["link"].symlink_to("path")
+    places["hard"].hardlink_to(places["path"])
+    with places["path"].open("ab") as stdout:  # as by >> in the shell
+        done = subprocess.run(
+            [
+                *(sys.executable, "-I", "-m", "tcplat_core"),
+                *(argument.format(**places) for argument in arguments),
+            ],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            check=False,
+            timeout=60,
+            text=True,
+        )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert " is the input: " in done.stderr
+    assert places["path"].read_bytes() == places["other"].read_bytes() == GOOD
+
+
 def test_rows_with_fields_unlike_the_installed_probes_are_kept(replay: Replayed) -> None:
     class Older(Event):
         gone: int

@@ -4,25 +4,61 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
+import sysconfig
 from pathlib import Path
+
+import pytest
 
 SCRIPT = Path(__file__).parents[2] / "bin/tcplat"
 
 
-def test_loader_variables_of_libc_are_removed_before_python(tmp_path: Path) -> None:
+_REMOVED = ("GCONV_PATH", "LOCPATH", "PYTHONEXECUTABLE", "__PYVENV_LAUNCHER__")
+
+
+def test_variables_that_name_code_are_removed_before_python(tmp_path: Path) -> None:
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "${GCONV_PATH-unset} ${LOCPATH-unset} $KEPT $1"\n')
+    values = " ".join(f"${{{name}-unset}}" for name in _REMOVED)
+    python.write_text(f'#!/bin/sh\necho "{values} $KEPT $1"\n')
     python.chmod(0o755)
     shutil.copy(SCRIPT, tmp_path / "tcplat")
     (tmp_path / "tcplat-start").write_text(f"#!{python}\n")
     done = subprocess.run(
         ["/bin/sh", tmp_path / "tcplat"],
-        env={"GCONV_PATH": "/x", "LOCPATH": "/x", "KEPT": "kept"},
+        env={**dict.fromkeys(_REMOVED, "/x"), "KEPT": "kept"},
         check=True,
         capture_output=True,
         text=True,
     )
-    assert done.stdout == "unset unset kept -I\n"
+    assert done.stdout == "unset unset unset unset kept -I\n"
+
+
+@pytest.mark.parametrize("variable", ["PYTHONEXECUTABLE", "__PYVENV_LAUNCHER__"])
+def test_planted_standard_library_is_not_imported(tmp_path: Path, variable: str) -> None:
+    there = tmp_path / "planted"
+    library = there / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    for folder in ("encodings", "collections", "importlib", "re", "lib-dynload"):
+        source = Path(sysconfig.get_path("stdlib"), folder)
+        shutil.copytree(source, library / folder, ignore=shutil.ignore_patterns("*.so"))
+    for module in Path(sysconfig.get_path("stdlib")).glob("*.py"):
+        shutil.copy(module, library)
+    hit = tmp_path / "hit"
+    with (library / "encodings/__init__.py").open("a") as file:
+        file.write(f"\nopen({str(hit)!r}, 'w').close()\n")
+    (there / "bin").mkdir()
+    (there / "pyvenv.cfg").write_text(f"home = {there}/bin\nversion = 3\n")
+    start = tmp_path / "tcplat-start"
+    start.write_text(f"#!{sys.executable}\nprint('started')\n")
+    shutil.copy(SCRIPT, tmp_path / "tcplat")
+    done = subprocess.run(
+        ["/bin/sh", tmp_path / "tcplat"],
+        env={variable: f"{there}/bin/python3"},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert not hit.exists()
+    assert done.stdout == "started\n"
 
 
 def test_exported_shell_functions_are_not_called(tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ def join_captures(first: str, second: str, output: str, *, quiet: bool) -> None:
         if where == "-" or where.startswith(("unix:", "tcp:")):
             raise UsageError(f"{where} cannot be read twice: keep it in a file")
     readers = [Reader.open(where, quiet=quiet) for where in (first, second)]
+    for reader in readers:
+        reader.check_output(output)
     sightings = PacketMatcher()
     unix_ns: int | None = None
     for host, rows in together(readers[0].batches(), readers[1].batches()):

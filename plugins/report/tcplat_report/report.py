@@ -347,6 +347,7 @@ def write_report(
 ) -> None:
     """Run the command."""
     reader = Reader.open(capture, quiet=quiet)
+    reader.check_output(output)
     if form == "perfetto":
         words = _write_trace(reader, output)
     else:
