@@ -213,6 +213,16 @@ class Replay:
                 self._last_ns = max(self._last_ns, time)
         self._last_ns = max(self._last_ns, last_ns)
 
+    def left(self) -> dict[str, int]:
+        """Return how many events were left in the rings when the run ended, by probe."""
+        found: Counter[str] = Counter()
+        for report in self.capture.reports:
+            for name, probe in report.probes.items():
+                found[name] += sum(
+                    hook.unread for hook in probe.hooks if self._is_chosen(name, hook.point)
+                )
+        return found
+
     def summary(self, report: RunReport) -> Iterator[str]:
         """Yield warnings about a capture: damage, losses, a missing end."""
         if self.capture.left_out:
@@ -292,7 +302,10 @@ def compare(report: RunReport, read: RowsByHook) -> tuple[dict[str, int], int]:
     """
     left = read.copy()
     unread = {
-        name: sum(_adjusted(name, hook, left, Counter(), Counter()).unread for hook in probe.hooks)
+        name: sum(
+            _adjusted(name, hook, left, Counter(), Counter()).unread - hook.unread
+            for hook in probe.hooks
+        )
         for name, probe in report.probes.items()
     }
     return {name: count for name, count in unread.items() if count > 0}, (+left).total()

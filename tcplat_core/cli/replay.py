@@ -102,7 +102,7 @@ def _replay(
     )
     report = one.run()
     if not quiet:
-        summary(report, UNREAD)
+        summary(report, UNREAD, one.left())
         for sentence in one.summary(report):
             terminal.say(sentence)
         if signals.caught and not one.capture.read:

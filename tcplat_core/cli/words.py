@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from tcplat_core.event import terminal
@@ -42,12 +43,22 @@ def _attached(report: RunReport) -> None:
             terminal.write(f"{name}: no {point}: {reason}")
 
 
+LEFT = "more events were in the ring when the run ended"
+
+
 def summary(
-    report: RunReport, unread: str = "more events were in the ring when the run ended"
+    report: RunReport, unread: str = LEFT, left: Mapping[str, int] = MappingProxyType({})
 ) -> None:
-    """Report delivered, lost and missing events."""
+    """Report delivered, lost and missing events.
+
+    Args:
+        report: The report.
+        unread: What the unread events of a probe are.
+        left: Probe -> how many of them are what LEFT says instead.
+    """
     for name, probe in report.probes.items():
-        for words in _probe_summary(probe, unread, complete=not report.incomplete):
+        sentences = _probe_summary(probe, unread, left.get(name, 0), complete=not report.incomplete)
+        for words in sentences:
             terminal.say(f"{name}: {words}")
     if report.sampled:
         terminal.say(
@@ -77,7 +88,9 @@ def _advice(report: RunReport) -> str:
     )
 
 
-def _probe_summary(probe: ProbeReport, unread_text: str, *, complete: bool) -> Iterator[str]:
+def _probe_summary(
+    probe: ProbeReport, unread_text: str, left: int, *, complete: bool
+) -> Iterator[str]:
     if probe.counted is not None:
         yield from _counted_summary(probe.counted)
     if probe.counted is None or probe.delivered or probe.dropped:
@@ -97,9 +110,15 @@ def _probe_summary(probe: ProbeReport, unread_text: str, *, complete: bool) -> I
         yield f"rows of {names} may be missing: the kernel skips a kprobe that interrupts another"
     for func, count in probe.skipped.items():
         yield f"the kernel skipped {func} {count} times: as many rows may be missing"
-    unread = sum(hook.unread for hook in probe.hooks)
-    if unread:
-        yield f"{unread} {unread_text}"
+    yield from _unread(sum(hook.unread for hook in probe.hooks), unread_text, left)
+
+
+def _unread(count: int, text: str, left: int) -> Iterator[str]:
+    left = min(left, count)
+    if left:
+        yield f"{left} {LEFT}"
+    if count > left:
+        yield f"{count - left} {text}"
 
 
 def _rows_missing(probe: ProbeReport) -> dict[str, str]:

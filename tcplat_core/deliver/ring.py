@@ -151,6 +151,14 @@ class Ring:
         ts_ns: int = _U64.unpack_from(self._data, start + _HEADER + self.ts_at)[0]
         return ts_ns
 
+    def oldest_ns(self) -> int:
+        """Return the time of the oldest record, ns; 0 if there is none, or it is not complete."""
+        start = self._position[0] & self.size - 1
+        if not self.pending() or self._words[start // 4] & (_BUSY | _DISCARD):
+            return 0
+        ts_ns: int = _U64.unpack_from(self._data, start + _HEADER + self.ts_at)[0]
+        return ts_ns
+
     def _used(self) -> int:
         return self._produced[0] - self._position[0]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tcplat_core.deliver.sequencer import Sequencer
-from tcplat_core.event.clock import kernel_ns
 from tcplat_core.plugin.aggregates import Distribution
 from tcplat_core.plugin.report import Counted, HookReport, ProbeReport, RunReport
 from tcplat_core.plugin.sampling import Shares
@@ -27,9 +26,13 @@ def _counted(found: Sequence[Distribution]) -> dict[str, Counted]:
 
 
 def report_of(
-    runs: Sequence[ProbeRun], sequencer: Sequencer, duration_s: float, shares: Shares
+    runs: Sequence[ProbeRun],
+    sequencer: Sequencer,
+    duration_s: float,
+    shares: Shares,
+    ended_ns: int,
 ) -> RunReport:
-    """Return the report of a run, from its probes' books."""
+    """Return the report of a run, from its probes' books; `ended_ns`: its programs stopped then."""
     probes = {}
     router, undelivered = sequencer.router, sequencer.undelivered.copy()
     for run in runs:
@@ -45,10 +48,11 @@ def report_of(
             lacking = undelivered[run.spec.name, fired.point, fired.func]
             delivered = max(0, consumed[number] - lacking)
             undelivered[run.spec.name, fired.point, fired.func] -= consumed[number] - delivered
+            left = run.abandoned[number] if run.abandoned else 0
             hooks.append(
                 HookReport(
                     *(fired.point, fired.func, fired.attach),
-                    *(produced, dropped, delivered, unsampled[number]),
+                    *(produced, dropped + left, delivered, unsampled[number]),
                 )
             )
         func, attach = POLLED
@@ -73,7 +77,7 @@ def report_of(
         duration_s=duration_s,
         late=router.late,
         switched_off=dict(router.switched_off),
-        until_ns=0 if router.done else kernel_ns(),
+        until_ns=0 if router.done else ended_ns,
         one_in=shares.union(None),
     )
 

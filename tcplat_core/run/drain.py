@@ -18,7 +18,10 @@ from .pace import POLL_S
 from .probe_run import ProbeRun
 
 SETTLE_S = 0.5
-"""Time limit for the last records after detaching; a run must end within 1 s of Ctrl-C."""
+"""Time limit for records that are reserved and not submitted yet, after detaching; after Ctrl-C for
+all that are in the rings: a run must end within 1 s of it."""
+DRAIN_S = 3.0
+"""Time limit for what is in the rings at the end of a run that the user has not interrupted."""
 
 HELPING = 8
 """Batches taken from one ring before rows are delivered: bounds memory under overload."""
@@ -54,15 +57,28 @@ class Drain:
     sequencer: Sequencer
     _clock: Clock = attrs.field(factory=Clock, init=False)
 
-    def rest(self) -> None:
-        """Take all records after detaching; wait for those reserved and not submitted yet."""
-        deadline = time.monotonic() + SETTLE_S
+    def rest(self, *, hurry: bool) -> None:
+        """Take all records after detaching; wait for those reserved and not submitted yet.
+
+        What is not there in time, or too much to be taken in time, is lost.
+
+        Args:
+            hurry: The user has interrupted the run.
+        """
+        end = time.monotonic() + (SETTLE_S if hurry else DRAIN_S)
+        deadline, before = end, -1
         while not self.sequencer.router.done:
             horizon_ns = self.take(FOREVER)
             for run in self.runs:
                 self._lose(run)
-            settled = all(run.settled() for run in self.runs)
-            if settled or time.monotonic() > deadline:
+            now, taken = time.monotonic(), sum(run.ring.taken.total() for run in self.runs)
+            if taken != before:
+                before, deadline = taken, min(now + SETTLE_S, end)
+            unsettled = [run for run in self.runs if not run.settled()]
+            if not unsettled or now > deadline:
+                for run in unsettled:
+                    for loss in run.abandon():
+                        self.sequencer.lose(loss)
                 self.sequencer.flush()
                 return
             self.sequencer.flush(min(horizon_ns, kernel_ns() - _GUARD_NS))

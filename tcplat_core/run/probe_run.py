@@ -47,6 +47,8 @@ class ProbeRun:
     """The maps that poll() reads."""
     counters: Counters | None
     """The kernel's histograms, if a sink uses them."""
+    abandoned: list[int] = attrs.field(factory=list, init=False)
+    """Records that were left in the ring when the run ended, by hook; they count as dropped."""
     polled: Counter[str] = attrs.field(factory=Counter)
     """Rows that poll() made, by point."""
     poll_error: str = ""
@@ -135,6 +137,23 @@ class ProbeRun:
         ]
         self.reported_lost = counts
         return found
+
+    def abandon(self) -> list[Loss]:
+        """Give up the records that are left in the ring at the end of the run.
+
+        Returns:
+            Them as losses, from the oldest of them on.
+        """
+        since_ns, until_ns, taken = self.ring.oldest_ns(), kernel_ns(), self.ring.taken
+        self.abandoned = [
+            max(0, made - lost - taken[number])
+            for number, (made, lost) in enumerate(self.books.read())
+        ]
+        return [
+            Loss(self.spec.name, fired.point, count, since_ns, until_ns)
+            for fired, count in zip(self.hooks, self.abandoned, strict=True)
+            if count
+        ]
 
     def lost_none(self, now_ns: int) -> bool:
         """Return whether the empty ring proves that nothing was lost before an instant."""

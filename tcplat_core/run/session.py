@@ -147,15 +147,17 @@ class Session:
                 self._begin()
                 self._loop(drain, sleeper, pace)
             sleeper.shut()
+            ended_ns = kernel_ns()
             self._check_interfaces(runs)
             held.close()
             if self.trace:
                 self.trace.relay(self.say)
-            drain.rest()
+            drain.rest(hurry=self.signals.stopping())
             self._poll(drain)
             sequencer.flush()
             show_counted(runs, router, pace.began, final=True)
-            report = report_of(runs, sequencer, time.monotonic() - pace.began, self._shares)
+            lasted_s = time.monotonic() - pace.began
+            report = report_of(runs, sequencer, lasted_s, self._shares, ended_ns)
         if self.dry:
             router.cancel()
             return report

@@ -72,7 +72,7 @@ def test_truncated_capture_is_reported(tmp_path: Path) -> None:
     [
         (10, 10, None),
         (17, 17, "{}: 7 of the run's rows are not in what was read"),
-        (10, 12, "{}: 2 of the run's rows are not in what was read"),
+        (10, 12, None),  # --count left 2 in the ring
         (4, 4, "6 rows are not in its books: a run did not end, or the capture lacks its"),
     ],
 )

@@ -402,9 +402,11 @@ def test_busy_record_is_waited_for(
     assert report.delivered == 2
 
 
-def test_record_that_stays_busy_is_counted_as_unread(
-    play: Play, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def losses_of(sink: RecordingSink) -> list[Loss]:
+    return [one for one in sink.stream if isinstance(one, Loss)]
+
+
+def test_record_that_stays_busy_is_lost(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drain, "SETTLE_S", 0.05)
     probe = play()
     probe.emit("tp_send", ts_ns=1)
@@ -412,7 +414,52 @@ def test_record_that_stays_busy_is_counted_as_unread(
     probe.books.count(probe.programs.index("tp_send"), produced=1)
     sink, report = run_into_a_sink(probe)
     assert times(sink.rows) == [1]
-    assert report.probes["one"].hooks[0].unread == 1
+    hook = report.probes["one"].hooks[0]
+    assert (hook.delivered, hook.dropped, hook.unread) == (1, 1, 0)
+    (loss,) = losses_of(sink)
+    assert (loss.point, loss.count, loss.since_ns) == ("send", 1, 0)
+
+
+def test_records_that_are_not_taken_in_time_are_lost_from_the_oldest_on(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drain, "DRAIN_S", 0.0)
+    monkeypatch.setattr(drain, "HELPING", 1)
+    monkeypatch.setattr(drain, "BATCH", 10)
+    probe = play()
+    for ts_ns in range(1, 101):
+        probe.emit("tp_send", ts_ns=ts_ns)
+    sink, began_ns = RecordingSink(), kernel_ns()
+    report = run(probe, sinks={"it": sink}, duration_s=1e-9)
+    delivered = len(sink.rows)
+    assert times(sink.rows) == list(range(1, delivered + 1))
+    hook = report.probes["one"].hooks[0]
+    assert hook.produced == 100 == delivered + hook.dropped
+    (loss,) = losses_of(sink)
+    assert loss.count == hook.dropped > 0
+    assert loss.since_ns == delivered + 1
+    assert began_ns < report.until_ns <= loss.until_ns
+
+
+def test_full_ring_is_taken_whole_at_the_end_however_long_that_takes(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drain, "SETTLE_S", 0.05)
+    monkeypatch.setattr(drain, "HELPING", 1)
+    monkeypatch.setattr(drain, "BATCH", 10)
+    probe = play()
+    for ts_ns in range(1, 101):
+        probe.emit("tp_send", ts_ns=ts_ns)
+
+    class Slow(RecordingSink):
+        def write(self, batch: Sequence[Event]) -> None:
+            time.sleep(0.02)
+            super().write(batch)
+
+    sink = Slow()
+    report = run(probe, sinks={"it": sink}, duration_s=1e-9)
+    assert len(sink.rows) == report.delivered == 100
+    assert not losses_of(sink)
 
 
 def test_programs_are_detached_before_the_last_rows_are_read(play: Play) -> None:

@@ -132,6 +132,7 @@ def test_text_names_the_group(tmp_path: Path) -> None:
         assert (
             written.text().splitlines()[2] == f"tcp_client connect (SYN to established){expected}"
         )
+        written.sink.close(REPORT)
 
 
 def test_text_counts_what_was_not_measured(tmp_path: Path) -> None:
