@@ -27,7 +27,11 @@ _FORGET = 0.98
 _MOST_STEPS = 3
 """Halvings at a time: the first intervals of a run have only a few events."""
 _FUTILE = 0.02
-"""A halving that saves less than this part of the cost is not followed by another one."""
+"""A halving that saves less than this part of the cost is useless."""
+_USELESS = 3
+"""So many useless halvings in a row are not followed by another one for AGAIN intervals: one may
+only seem so, when what was left in the rings is read meanwhile, or a server got faster by it."""
+_AGAIN = 30
 _LEAD_NS = 20_000_000
 """A share is announced so long before it holds, so that every CPU knows it by then."""
 _TICK_NS = 1 << 10
@@ -55,6 +59,10 @@ class Budget:
     _mixed: bool = attrs.field(default=True, init=False)
     """The interval that ends next says nothing: the run began in it, or the share changed."""
     _steady: int = attrs.field(default=0, init=False)
+    _useless: int = attrs.field(default=0, init=False)
+    """Useless halvings in a row."""
+    _waited: int = attrs.field(default=0, init=False)
+    """Intervals since halving was given up."""
 
     def decide(self, cost: float) -> bool:
         """Take the cost of an interval; return whether `halvings` has changed."""
@@ -65,7 +73,7 @@ class Budget:
         if cost > self.limit:
             self._steady = 0
             return self._thin(cost)
-        self.futile = False
+        self.futile, self._useless, self._waited = False, 0, 0
         wanted = self.halvings > 0 and cost + self._price(cost) < _SPARE * self.limit
         self._steady = self._steady + 1 if wanted else 0
         if self._steady < _STEADY:
@@ -78,9 +86,14 @@ class Budget:
         return min(self._saved.get(self.halvings, cost), cost)
 
     def _thin(self, cost: float) -> bool:
-        if self.futile or self.halvings == self.most:
+        if self.halvings == self.most:
             self.futile = True
             return False
+        if self.futile:
+            self._waited += 1
+            if self._waited < _AGAIN:
+                return False
+        self._waited = 0
         steps = min(_MOST_STEPS, math.ceil(math.log2(cost / self.limit)), self.most - self.halvings)
         self._change(self.halvings + max(1, steps), cost)
         return True
@@ -104,7 +117,9 @@ class Budget:
         parts = [2.0 ** -(step - first) for step in range(first + 1, last + 1)]
         for step, part in zip(range(first + 1, last + 1), parts, strict=True):
             self._saved[step] = saved * part / sum(parts)
-        self.futile = steps > 0 and cost > self.limit and saved < _FUTILE * before
+        useless = steps > 0 and cost > self.limit and saved < _FUTILE * before
+        self._useless = self._useless + 1 if useless else 0
+        self.futile = self._useless >= _USELESS
 
 
 @attrs.define(eq=False)

@@ -78,10 +78,29 @@ def test_thinning_that_saves_nothing_ends_and_is_noted() -> None:
     budget = Budget(LIMIT, 20)
     list(costs(budget, lambda _: 0.04, 0.03, 60))
     assert budget.futile
-    assert 3 <= budget.halvings <= 9
+    assert 3 <= budget.halvings <= 12
     # What it cost is forgotten once it is affordable.
     list(costs(budget, lambda _: 0.001, 0.001, 300))
     assert budget.halvings == 0
+    assert not budget.futile
+
+
+def test_backlog_that_is_read_meanwhile_does_not_end_thinning() -> None:
+    budget, backlog = Budget(LIMIT, 20), [0.0, 0.0, 0.18, 0.18, 0.1]
+    for second in range(40):
+        left = backlog[second] if second < len(backlog) else 0.0
+        budget.decide(0.001 + left + 0.2 * 2.0**-budget.halvings)
+    assert not budget.futile
+    assert 0.001 + 0.2 * 2.0**-budget.halvings <= LIMIT
+
+
+def test_useless_halvings_are_tried_again_after_a_while() -> None:
+    budget = Budget(LIMIT, 20)
+    list(costs(budget, lambda _: 0.04, 0.03, 60))
+    before = budget.halvings
+    # The floor was another program's: it is gone, and a smaller share saves again.
+    list(costs(budget, lambda _: 40.0, 0.001, 60))
+    assert budget.halvings > before
     assert not budget.futile
 
 
@@ -164,7 +183,7 @@ def test_program_that_reads_during_a_change_has_one_share_or_the_other(share_fd:
 def test_user_is_told_once_that_thinning_does_not_help(share_fd: int) -> None:
     said: list[str] = []
     thinner = Thinner(share_fd, MOST // 2, LIMIT, lambda: 0.5, said.append)
-    for _ in range(20):
+    for _ in range(40):
         thinner.check()
     assert len(said) == 1
     assert "more than --max-overhead 2.0%" in said[0]
