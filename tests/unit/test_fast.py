@@ -97,6 +97,10 @@ def batch(
     offset_ns: int = 0,
     texts: SlimTexts | None = None,
 ) -> Records:
+    if texts is None:
+        texts = SlimTexts()
+        for codec in codecs:
+            codec.use(texts)
     return Records(
         codecs,
         b"".join(record for _, record in raw),
@@ -104,7 +108,7 @@ def batch(
         offset_ns,
         0,
         0,
-        texts or SlimTexts(),
+        texts,
     )
 
 
@@ -162,9 +166,9 @@ def some_records(event: type[Event], source: random.Random, count: int) -> list[
 @pytest.mark.parametrize("event", [Event, Everything, Packet])
 def test_slim_rows_have_the_values_of_the_rows(event: type[Event]) -> None:
     source = chance(4712)
-    codec, texts = codec_of(event), SlimTexts()
+    codec = codec_of(event)
     for _ in range(10):
-        rows = batch([codec], some_records(event, source, 50), 17, texts)
+        rows = batch([codec], some_records(event, source, 50), 17, codec.texts)
         slim = slim_rows(rows)
         assert slim is not None
         # A row that is made alone is the same.
@@ -214,6 +218,21 @@ def test_one_row_of_a_batch_is_made_without_the_others() -> None:
     made.clear()
     assert (rows[-1].ifname, rows[3].ifname) == ("if8", "if4")
     assert made == [8, 4]
+
+
+def test_batch_that_is_older_than_the_texts_has_rows_alone() -> None:
+    codec = codec_of(Event)
+    old = batch([codec], [(0, make_record(Event, sport=1, pid=7))])
+    kept = batch([codec], [(0, make_record(Event, sport=2, pid=8))], texts=codec.texts)
+    assert slim_rows(kept)
+    codec.use(SlimTexts())
+    new = batch([codec], [(0, make_record(Event, sport=3, pid=9))], texts=codec.texts)
+    assert slim_rows(new)
+    assert slim_rows(old) is None
+    assert old[0].sport == 1
+    slim = slim_rows(kept)  # it was made before
+    assert slim is not None
+    assert slim.users[slim.numbers[USER]][0] == 8
 
 
 @pytest.mark.parametrize("member", ["ts_ns", "sock"])

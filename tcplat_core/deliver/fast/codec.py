@@ -85,6 +85,8 @@ class Codec:
     handle: int
     slim: bool
     _blocks: Sequence[_Block]
+    texts: SlimTexts = attrs.field(factory=SlimTexts, init=False)
+    """What records.c has the numbers of."""
 
     @classmethod
     def of(
@@ -125,14 +127,15 @@ class Codec:
         weakref.finalize(codec, records_c.codec_free, handle)
         return codec
 
-    def forget(self) -> None:
-        """Have records.c forget all blocks."""
+    def use(self, texts: SlimTexts) -> None:
+        """Have records.c forget all blocks, and learn the numbers of these texts from now on."""
+        self.texts = texts
         records_c = library()
         assert records_c is not None  # noqa: S101 - it has made the handle
         records_c.codec_forget(self.handle)
 
-    def learn(self, which: int, record: bytes, slim: SlimTexts) -> None:
-        """Pass the texts of a block of this record, and their numbers in `slim`, to records.c."""
+    def learn(self, which: int, record: bytes) -> None:
+        """Pass the texts of a block of this record, and their numbers in `texts`, to records.c."""
         block = self._blocks[which]
         value = record[block.at : block.at + block.size]
         values = block.read(value)
@@ -145,7 +148,9 @@ class Codec:
         ends = (ctypes.c_uint32 * len(texts))(*itertools.accumulate(map(len, texts)))
         ids = (ctypes.c_uint32 * IDS)(
             *(
-                slim.number(column, tuple(values[at] if type(at) is int else at for at in parts))
+                self.texts.number(
+                    column, tuple(values[at] if type(at) is int else at for at in parts)
+                )
                 for column, parts in block.ids
             )
         )

@@ -99,8 +99,11 @@ class Records(SlimBatch):
 
     def slim(self) -> SlimRows | None:
         """See :class:`SlimRows`."""
-        if self._slim is None and all(self.codecs[source].slim for source in set(self.sources)):
-            self._slim = self._made_slim()
+        if self._slim is None:
+            codecs = [self.codecs[source] for source in set(self.sources)]
+            # A batch that was kept is older than the texts whose numbers records.c has now.
+            if all(codec.slim and codec.texts is self.texts for codec in codecs):
+                self._slim = self._made_slim()
         return self._slim
 
     def _made_slim(self) -> SlimRows | None:
@@ -165,7 +168,7 @@ class Records(SlimBatch):
         return (ctypes.c_void_p * len(self.codecs))(*(codec.handle for codec in self.codecs))
 
     def _learn(self, progress: Progress) -> None:
-        self._next_codec(progress).learn(progress.block, self._next(progress), self.texts)
+        self._next_codec(progress).learn(progress.block, self._next(progress))
 
     def _next_codec(self, progress: Progress) -> Codec:
         source: int = self.sources[progress.next]
@@ -230,7 +233,7 @@ class RecordBuffer:
     def _forget(self) -> None:
         self._texts = SlimTexts()
         for codec in self.codecs:
-            codec.forget()
+            codec.use(self._texts)
 
     def close(self) -> None:
         """Unmap the rings, and drop the records held back. Idempotent."""
