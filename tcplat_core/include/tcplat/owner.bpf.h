@@ -9,7 +9,8 @@
  * A probe includes this file, and none of its parts. Each part uses those above it:
  *
  *   process       names of processes, and the record of one that owns a socket
- *   store         entries by the socket's address, the negative cache, seeds
+ *   store         entries by the socket's address, looked up in any context, softirq too; the
+ *                 negative cache, seeds
  *   claim         the calling process becomes the owner of an entry
  *   flow          from the two ends of a connection to the entry of its socket
  *   listener      which process listens at a port, and so owns what is not accepted yet
