@@ -7,7 +7,8 @@ TEST_PACKAGES := $(DEMO_PACKAGES) bpfcc-tools bpftool chromium chromium-driver c
 BENCH_PACKAGES := $(TEST_PACKAGES) bpftrace iperf3 kmod redis-server redis-tools wrk
 # pytest rewrites each module's assertions: without the file that it caches them in, at each start.
 export PYTHONDONTWRITEBYTECODE :=
-# Live tests share one kernel, and run one by one.
+# Live tests share one kernel: two at a time, each worker in a network namespace, where that is safe.
+LIVE = TCPLAT_REQUIRE_ROOT=1 $(BIN)/pytest
 UNIT = $(BIN)/pytest -q -n auto --dist worksteal tests/unit plugins tests/vm/test_harness.py
 # Once more, with what is compiled at installation interpreted.
 PURE = TCPLAT_PURE=1 $(BIN)/pytest -q -n auto --dist worksteal plugins/stages/tests
@@ -32,7 +33,8 @@ test: $(VENV)/dev
 	@mountpoint -q /sys/kernel/tracing || mount -t tracefs tracefs /sys/kernel/tracing
 	$(UNIT)
 	$(PURE)
-	TCPLAT_REQUIRE_ROOT=1 $(BIN)/pytest tests/live
+	$(LIVE) -n 2 --dist loadfile -m 'not alone' tests/live
+	$(LIVE) -m alone tests/live
 
 # The same traffic under Debian's kernels, which have kprobes and fentry. A guest takes some 20
 # minutes: the oldest and the newest, and with TCPLAT_LONG=1 what lies in between.

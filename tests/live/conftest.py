@@ -1,8 +1,11 @@
 """Live tests: real TCP over `lo` and over namespaces of the test, seen through a real tcplat.
 
+A worker of pytest-xdist has a network namespace and ports of its own. Tests marked `alone` are not
+for it: they measure time, or look at more than their own rows.
+
 Environment: TCPLAT_ATTACH names the mechanism (auto), TCPLAT_SLOW how many times slower
 this machine is than the reference (1), TCPLAT_REQUIRE_ROOT=1 fails instead of skips without root,
-TCPLAT_LONG=1 lets the readers of test_socket.py read for a minute instead of 10 s.
+TCPLAT_LONG=1 is the long form of some: docs/design/tests.md.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from .harness import (
     Traffic,
     Watched,
     network,
+    set_apart,
 )
 from .packages import wheel as built_wheel
 
@@ -41,6 +45,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _root() -> None:
     if os.geteuid() == 0:
+        worker = os.environ.get("PYTEST_XDIST_WORKER")
+        if worker:
+            set_apart(int(worker[2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
         return
     if os.environ.get("TCPLAT_REQUIRE_ROOT") == "1":
         pytest.fail("live tests need root, and TCPLAT_REQUIRE_ROOT=1 is set")

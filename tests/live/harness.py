@@ -8,6 +8,7 @@ and what tcplat attaches lives as long as its file descriptors.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import json
 import os
@@ -66,6 +67,38 @@ def needs(*programs: str) -> None:
             pytest.skip(f"{program} is not installed")
 
 
+# --- workers of pytest-xdist
+
+_PORTS_FROM, _PORTS_TO = 12_000, 30_000
+"""Below those of other namespaces, and without the ones that tests name."""
+_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_CLONE_NEWNET = 0x40000000
+
+
+def set_apart(worker: int, workers: int) -> None:
+    """Give this process, and what it starts, a network namespace and ports of its own.
+
+    Programs see all namespaces: a run tells the connections of its test by their port.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)  # os.unshare() came with Python 3.12
+    if libc.unshare(_CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "unshare")
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    each = (_PORTS_TO - _PORTS_FROM) // workers
+    first = _PORTS_FROM + worker * each
+    _RANGE.write_text(f"{first} {first + each - 1}")
+    # readline, in the pytest that started this one, has put the terminal's width there.
+    os.environ.pop("COLUMNS", None)
+    os.environ.pop("LINES", None)
+
+
+def outside() -> tuple[str, ...]:
+    """Return the prefix of a command that needs the Internet: a worker's namespace has none."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return ()
+    return ("nsenter", f"--net=/proc/{os.getppid()}/ns/net")
+
+
 # --- the puppets
 
 
@@ -105,7 +138,11 @@ class Puppet:
         puppet = cls(process)
         puppet(_IMPORTS)
         if alone:
-            puppet("subprocess.run(['ip', 'link', 'set', 'lo', 'up'], check=True)")
+            # A namespace begins with the kernel's ports, which every worker's have.
+            puppet(f"""
+subprocess.run(['ip', 'link', 'set', 'lo', 'up'], check=True)
+open({str(_RANGE)!r}, 'w').write({_RANGE.read_text()!r})
+""")
         return puppet
 
     @property
@@ -239,12 +276,12 @@ class Listener:
         self.listening.close()
 
 
-def only(port: int) -> tuple[str, str]:
-    """Return the filter for connections of this port: the same C for each, compiled once.
+def only(*ports: int) -> tuple[str, str]:
+    """Return the filter for connections of these ports: the same C for all, compiled once.
 
     A port alone is a constant in C. A list of more than four is a map, and no one uses the others.
     """
-    return "--port", f"1,2,3,4,{port}"
+    return "--port", ",".join(map(str, [*(1, 2, 3, 4)[: 5 - len(ports)], *ports]))
 
 
 def free_port(ip: int = 4) -> int:
@@ -615,7 +652,7 @@ def reached(state: str, count: int = 1) -> Callable[[list[Row]], bool]:
     return lambda rows: story(rows).count(state) >= count
 
 
-def gone(count: int = 1) -> Callable[[list[Row]], bool]:
+def gone(count: int = 1) -> Callable[[Iterable[Row]], bool]:
     """For wait_for(): so many sockets are closed."""
     return lambda rows: len(at(rows, "close")) >= count
 

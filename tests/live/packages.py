@@ -15,7 +15,7 @@ from pathlib import Path
 
 import attrs
 
-from .harness import patience
+from .harness import outside, patience
 
 ROOT = Path(__file__).parents[2]
 _SOURCES = ("LICENSE", "README.md", "bin", "hatch_build.py", "plugins", "pyproject.toml")
@@ -41,7 +41,7 @@ class Venv:
 
     def pip(self, *what: str | Path) -> None:
         """Install these."""
-        command = [*_PIP, "--python", self.program("python"), "install", *what]
+        command = [*outside(), *_PIP, "--python", self.program("python"), "install", *what]
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=patience(300)
         )
@@ -73,7 +73,7 @@ def wheel() -> Path:
                     shutil.rmtree(older)
             # Not optimized: that is most of the time, and no test here asks how fast it is.
             subprocess.run(
-                [*_PIP, "wheel", "--no-deps", "-w", f"{made}/wheel", tree],
+                [*outside(), *_PIP, "wheel", "--no-deps", "-w", f"{made}/wheel", tree],
                 check=True,
                 timeout=patience(300),
                 env={**os.environ, "CFLAGS": "-O0"},

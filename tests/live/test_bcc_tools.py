@@ -20,6 +20,8 @@ import pytest
 
 from .harness import Listener, Puppet, Tcplat, at, by_sock, completes, eventually, gone, patience
 
+pytestmark = pytest.mark.alone  # it compares the times of two tools
+
 CONNECTIONS = 30
 SENT, ANSWERED = 5 * 1024, 70 * 1024
 

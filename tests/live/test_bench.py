@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 from tests.bench import limit
 from tests.bench.programs import attached, empty_programs, hooks_of
 from tests.bench.servers import Server, free_ports
+
+pytestmark = pytest.mark.alone  # it puts programs at the hooks of the whole host
 
 
 def test_empty_programs_are_at_the_hooks_of_the_run() -> None:

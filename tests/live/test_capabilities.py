@@ -13,6 +13,8 @@ import pytest
 from .harness import Listener, Puppet, Tcplat, at, needs, of_port, reached
 from .test_planted import install
 
+pytestmark = pytest.mark.alone  # it counts the sockets of the whole host whose process is unknown
+
 Start = Callable[..., Tcplat]
 
 FEW = "+bpf,+perfmon,+net_admin"

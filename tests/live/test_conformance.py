@@ -153,6 +153,7 @@ def test_leftover_program_and_map_are_found() -> None:
     assert trial._still_there([(fd, kind, number)]) == []
 
 
+@pytest.mark.alone  # no program of another tcplat may be loaded meanwhile
 def test_check_leaves_the_host_unchanged(tmp_path: Path) -> None:
     needs("bpftool", "ip")
 

@@ -218,6 +218,7 @@ def test_timeout_is_not_a_reset(
     assert (conn["error"], conn["reset_by"], conn["reset_why"]) == ("timed out", None, None)
 
 
+@pytest.mark.alone  # it measures when the silence is noticed
 def test_quiet_connection_is_emitted_live_as_in_a_replay(
     server: Listener,
     puppet: Callable[..., Puppet],

@@ -47,6 +47,7 @@ def connect_often(client: Puppet, server: Listener, times: int) -> None:
     client(f"for _ in range({times}): socket.create_connection({server.address!r}).close()")
 
 
+@pytest.mark.alone  # it measures a duration
 def test_run_ends_after_its_duration(running_tcplat: Start) -> None:
     """Never shorter; longer on a busy machine, but not every time."""
     lasted: list[float] = []
@@ -236,6 +237,7 @@ KILLED: Mapping[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize("what", KILLED)
+@pytest.mark.alone  # it measures how soon all is gone
 def test_kill_at_any_instant_leaves_nothing(
     what: str, measured: Callable[[str], None], tmp_path: Path
 ) -> None:
@@ -254,7 +256,7 @@ def test_kill_at_any_instant_leaves_nothing(
             env={**os.environ, "TMPDIR": str(tmp_path)},
         )
 
-    busy, longest, times = 0, 0.0, 20 if LONG else 8
+    busy, longest, times = 0, 0.0, 20 if LONG else 5
     for _ in range(times):
         one = start()
         time.sleep(random.uniform(0, within_s))  # noqa: S311 - any instant will do
@@ -344,6 +346,7 @@ def test_run_ends_when_all_sinks_are_switched_off(
 # --- quick
 
 
+@pytest.mark.alone  # it measures a delay
 def test_row_reaches_a_pipe_within_200_ms(
     running_tcplat: Start,
     client: Puppet,
@@ -377,6 +380,7 @@ def test_row_reaches_a_pipe_within_200_ms(
     assert 0 < min(delays) <= sorted(delays)[2] <= 200 * SLOW
 
 
+@pytest.mark.alone  # it measures for how long
 def test_idle_run_sleeps(running_tcplat: Start, client: Puppet) -> None:
     run = running_tcplat("-p", str(client.pid))
     eventually(partial(is_asleep, run.pid), "it had nothing to do")
@@ -418,6 +422,7 @@ for one in (serve, ask):
 """
 
 
+@pytest.mark.alone  # it measures times
 def test_rows_of_all_hooks_end_within_40_ms(running_tcplat: Start, client: Puppet) -> None:
     port = listen(client)
     run = running_tcplat("-p", str(client.pid), probes=("tcp_client", "tcp_service"))
@@ -465,6 +470,7 @@ def test_lost_events_are_counted_exactly(
     measured(f"4K ring, 20,000 sends in a burst: {len(outcome.rows)} rows, {dropped} lost")
 
 
+@pytest.mark.alone  # 100,000 events fill the rings of other runs, too
 def test_default_ring_loses_nothing_in_a_burst(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:

@@ -276,6 +276,7 @@ def test_dry_run_prints_the_mechanisms_and_leaves_nothing(
     assert "xdp_port: nic_rx by xdp:xdp" in outcome.stderr
 
 
+@pytest.mark.alone  # the kernel's trace is the host's
 def test_debug_shows_the_c_and_trace_lines(
     client: Puppet, server: Listener, running_tcplat: Callable[..., Tcplat]
 ) -> None:

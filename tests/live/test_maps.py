@@ -120,6 +120,7 @@ for _ in range({times}):
 """
 
 
+@pytest.mark.alone  # there are 64 numbers for the processes of the host
 def test_keyed_counts_are_emitted_during_and_at_the_end(
     start: Callable[..., Tcplat], puppet: Callable[..., Puppet]
 ) -> None:

@@ -29,6 +29,8 @@ from .harness import (
 )
 from .histograms import assert_agrees, found, one, waits
 
+pytestmark = pytest.mark.alone  # it loses nothing of what the whole host does
+
 VERSIONS = (4, 6)
 GUEST = {4: 20_404, 6: 20_406}
 """Ports in a guest, where no one else listens: `xdp_port` is compiled once for all mechanisms."""

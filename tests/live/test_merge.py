@@ -8,8 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from .harness import TCPLAT, Puppet, Row, Tcplat, eventually, network
 from .test_stages import objects_in
+
+pytestmark = pytest.mark.alone  # it compares clocks: the bound is half a round trip
 
 _PORT = 9999
 _NEAR, _FAR = "10.82.0.1", "10.82.0.2"
@@ -80,7 +84,7 @@ def waterfall(capture: Path, out: Path) -> dict[tuple[int, int], Row]:
 
 def test_captures_with_two_clocks_are_merged(
     puppet: Callable[..., Puppet],
-    running_tcplat: Callable[..., Tcplat],
+    start_tcplat: Callable[..., Tcplat],
     measured: Callable[[str], None],
     tmp_path: Path,
 ) -> None:
@@ -89,12 +93,14 @@ def test_captures_with_two_clocks_are_merged(
     network(server, script=_OTHER)
     server(_SERVE)
     runs = [
-        running_tcplat(
+        start_tcplat(
             *("--netns", str(there.pid)),
             probes=(probe, f"dev_xmit:port={_PORT}", f"xdp_port:iface={device},port={_PORT}"),
         )
         for there, probe, device in ((client, "tcp_client", "va"), (server, "tcp_service", "vb"))
     ]
+    for run in runs:  # both compile meanwhile
+        run.wait_ready()
     client.tell(_ASK)
     client.answer()
     for run in runs:

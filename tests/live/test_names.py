@@ -25,6 +25,11 @@ worker.join()
 """
 
 
+def reached_at(server: Listener, state: str, count: int = 1) -> Callable[[list[Row]], bool]:
+    """For wait_for(): of connections to this server alone, in a run that traces all processes."""
+    return lambda rows: reached(state, count)(of_port(rows, server.port))
+
+
 def names(rows: list[Row], point: str) -> list[tuple[str, str | None]]:
     return [(row["comm"], row["thread"]) for row in at(rows, point)]
 
@@ -48,9 +53,9 @@ def test_row_has_the_names_of_process_and_thread(
     read_exactly(peer, 2)
     read_exactly(old, 5)
     peer.close()
-    run.wait_for("the peer's FIN was there", reached("CLOSE_WAIT"))
+    run.wait_for("the peer's FIN was there", reached_at(server, "CLOSE_WAIT"))
     old.close()
-    run.wait_for("both FINs were there", reached("CLOSE_WAIT", 2))
+    run.wait_for("both FINs were there", reached_at(server, "CLOSE_WAIT", 2))
     rows = of_port(run.stop().rows, server.port)
     assert {row["comm"] for row in rows} == {"shop"}
     assert names(rows, "connect") == [("shop", None)]
@@ -93,8 +98,9 @@ def test_changed_process_name_is_followed(
     comm = Path(f"/proc/{client.pid}/comm")
     eventually(lambda: comm.read_text(encoding="ascii") == "after\n", "it had its new name")
     peer.close()
-    run.wait_for("the peer's FIN was there", reached("CLOSE_WAIT"))
+    run.wait_for("the peer's FIN was there", reached_at(server, "CLOSE_WAIT"))
     rows = of_port(run.stop().rows, server.port)
+    client.process.kill()  # sleep(1) does not end with its standard input
     assert names(rows, "send") == [("before", None)]
     assert names(rows[-1:], "state") == [("after", None)]
 
@@ -116,7 +122,7 @@ def test_comm_filter_follows_a_changed_name(
     peer.sendall(b"y")
     client("s.recv(1)")
     peer.close()
-    run.wait_for("the peer's FIN was there", reached("CLOSE_WAIT"))
+    run.wait_for("the peer's FIN was there", reached_at(server, "CLOSE_WAIT"))
     client(CALL.format("before"))
     client("s.close()")
     rows = of_port(run.stop().rows, server.port)
@@ -155,7 +161,9 @@ def test_unaccepted_connection_has_the_listeners_current_name(
                 [
                     row
                     for row in rows
-                    if row["state"] == "TCP_ESTABLISHED" and row["point"] == "state"
+                    if row["state"] == "TCP_ESTABLISHED"
+                    and row["point"] == "state"
+                    and row["sport"] == port
                 ]
             )
             == 2

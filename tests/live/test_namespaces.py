@@ -62,7 +62,10 @@ def test_time_namespace_offset_is_corrected(
     read_exactly(peer, 1)
     peer.close()
     # By the clock of the namespace, the row would be far in the future or in the past.
-    run.wait_for("the peer's FIN was there", reached("CLOSE_WAIT"))
+    run.wait_for(
+        "the peer's FIN was there",
+        lambda rows: reached("CLOSE_WAIT")(of_port(rows, server.port)),
+    )
     after = (time.monotonic_ns(), time.time_ns())
     outcome = stopped(run)
     rows = of_port(outcome.rows, server.port)

@@ -15,6 +15,8 @@ import pytest
 
 from .harness import SLOW, TCPLAT, Listener, Puppet, Tcplat, eventually
 
+pytestmark = pytest.mark.alone  # it fills both CPUs, and measures how soon a run ends
+
 MOST_MIB = 200
 _FLOOD = """
 flood = socket.create_connection({address!r})

@@ -968,6 +968,7 @@ rival
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+@pytest.mark.alone  # 100,000 events fill the rings of other runs, too
 def test_concurrent_callers_of_one_socket_keep_their_own_pids(
     running_tcplat: Start, client: Puppet, server: Listener
 ) -> None:

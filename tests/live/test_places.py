@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from .harness import Puppet, Tcplat, at, by_sock, changed_loader, listen, parse
 from .histograms import assert_agrees, found, one, waits
+
+pytestmark = pytest.mark.alone  # its histograms count the connections of the whole host
 
 ONE_PLACE = """
 defines = Loader._defines

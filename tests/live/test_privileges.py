@@ -59,6 +59,7 @@ def test_session_has_no_capability(running_tcplat: Start) -> None:
     assert Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text() == ""
 
 
+@pytest.mark.alone  # a burst fills the rings of other runs, too
 def test_session_has_neither_bcc_nor_llvm_loaded(
     running_tcplat: Start, client: Puppet, server: Listener, measured: Callable[[str], None]
 ) -> None:
@@ -298,11 +299,13 @@ def quickest(
     )
 
 
+@pytest.mark.alone  # it measures times
 def test_warm_start_is_fast(start_tcplat: Start, measured: Callable[[str], None]) -> None:
     start_once(start_tcplat)
     measured(f"start to ready, warm: {quickest(1.0, start_tcplat)}")
 
 
+@pytest.mark.alone  # it measures times
 def test_cold_start_is_fast_enough(start_tcplat: Start, measured: Callable[[str], None]) -> None:
     """With an empty cache: in a separate mount namespace, so that the real one is kept."""
     needs("unshare", "mount", "clang")

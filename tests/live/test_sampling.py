@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tcplat_core import connection_hash, is_in_share
+from tests.long import LONG
 
 from .harness import (
     ATTACH,
@@ -58,7 +59,7 @@ for _ in range({count}):
     s.close()
 found
 """
-_COUNT = 2000 if SLOW == 1 else 400
+_COUNT = (2000 if LONG else 800) if SLOW == 1 else 400
 _ONE_IN = 8
 _HOSTS = {
     "v4": (4, "127.0.0.1", "127.0.0.1"),
@@ -66,6 +67,16 @@ _HOSTS = {
     "mapped": (6, "::", "::ffff:127.0.0.1"),
 }
 """Family of the sockets, where the service listens, and to where the client connects."""
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[tuple[Puppet, Puppet]]:
+    """Yield a server and a client in a network namespace: the C knows it, and is compiled once."""
+    server = Puppet.start(alone=True)
+    client = Puppet.start(within=server)
+    yield server, client
+    for one in (client, server):
+        one.end()
 
 
 @pytest.fixture
@@ -154,8 +165,9 @@ def services_closed(run: Tcplat, count: int) -> list[Row]:
 
 @pytest.mark.parametrize("where", list(_HOSTS))
 def test_sampled_connections_are_whole_at_every_probe(
-    server: Puppet, client: Puppet, running_tcplat: Callable[..., Tcplat], where: str
+    pair: tuple[Puppet, Puppet], running_tcplat: Callable[..., Tcplat], where: str
 ) -> None:
+    server, client = pair
     ip, listens, calls = _HOSTS[where]
     run = running_tcplat(
         *("--sample", f"1/{_ONE_IN}", "--netns", str(server.pid)),
@@ -229,9 +241,10 @@ for _ in range({count}):
 
 
 def test_failed_connects_are_sampled_as_wholes(
-    server: Puppet, client: Puppet, running_tcplat: Callable[..., Tcplat]
+    pair: tuple[Puppet, Puppet], running_tcplat: Callable[..., Tcplat]
 ) -> None:
     """Refused ones, and ones that are given up before an answer."""
+    server, client = pair
     count = 200
     network(server, script=BLACKHOLE)
     run = running_tcplat("--sample", "1/4", "--netns", str(server.pid), probes=_ALL)
@@ -261,43 +274,45 @@ def test_failed_connects_are_sampled_as_wholes(
 _SHARES = ((8, 8), (2, 8))
 
 
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[tuple[Puppet, Puppet]]:
+    """Yield two processes in a network namespace each, joined by va and vb."""
+    near, far = Puppet.start(alone=True), Puppet.start(alone=True)
+    network(near, script=_PAIR.format(pid=far.pid))
+    network(far, script=_OTHER)
+    yield near, far
+    for one in (near, far):
+        one.end()
+
+
 @pytest.mark.parametrize("shares", _SHARES, ids=lambda shares: f"{shares[0]}-{shares[1]}")
 def test_two_hosts_have_the_same_connections(
     tmp_path: Path,
-    server: Puppet,
+    hosts: tuple[Puppet, Puppet],
     running_tcplat: Callable[..., Tcplat],
     shares: tuple[int, int],
 ) -> None:
-    far = Puppet.start(alone=True)
-    try:
-        network(server, script=_PAIR.format(pid=far.pid))
-        network(far, script=_OTHER)
-        runs = []
-        for name, puppet, device, one_in in zip(
-            ("a", "b"), (server, far), ("va", "vb"), shares, strict=True
-        ):
-            folder = tmp_path / name
-            folder.mkdir()
-            run = running_tcplat(
-                *("--netns", str(puppet.pid), "--sample", f"1/{one_in}"),
-                folder=folder,
-                probes=(*_ALL, f"xdp_port:iface={device},port=all"),
-            )
-            runs.append(run)
-        port = far(_SERVE.format(ip=4, host=_FAR))
-        server.tell(_ASK.format(ip=4, host=_FAR, port=port, count=400))
-        ports = server.answer(120)
-        near, there = (
-            set(filter(in_share((_NEAR, _FAR), port, one_in), ports)) for one_in in shares
+    client, server = hosts
+    runs = []
+    for name, puppet, device, one_in in zip(("a", "b"), hosts, ("va", "vb"), shares, strict=True):
+        folder = tmp_path / name
+        folder.mkdir()
+        run = running_tcplat(
+            *("--netns", str(puppet.pid), "--sample", f"1/{one_in}"),
+            folder=folder,
+            probes=(*_ALL, f"xdp_port:iface={device},port=all"),
         )
-        services_closed(runs[1], len(there))
-        runs[0].wait_for(
-            "the clients were gone",
-            lambda rows: len(at(of(rows, "tcp_client"), "close")) >= len(near),
-        )
-        outcomes = [run.stop() for run in runs]
-    finally:
-        far.end()
+        runs.append(run)
+    port = server(_SERVE.format(ip=4, host=_FAR))
+    client.tell(_ASK.format(ip=4, host=_FAR, port=port, count=400))
+    ports = client.answer(120)
+    near, there = (set(filter(in_share((_NEAR, _FAR), port, one_in), ports)) for one_in in shares)
+    services_closed(runs[1], len(there))
+    runs[0].wait_for(
+        "the clients were gone",
+        lambda rows: len(at(of(rows, "tcp_client"), "close")) >= len(near),
+    )
+    outcomes = [run.stop() for run in runs]
     assert there <= near
     for outcome, expected in zip(outcomes, (near, there), strict=True):
         assert by_client(outcome.rows, port).keys() == expected
@@ -322,6 +337,8 @@ while time.monotonic() < end:
     for s in talking:
         s.recv(10, socket.MSG_WAITALL)
     requests += len(talking)
+    # Ten times what the limit allows, and not more: the rows before it thins have to be read.
+    time.sleep(0.01)
 [requests, [s.getsockname()[1] for s in talking]]
 """
 _HANG_UP = """
@@ -370,6 +387,7 @@ def check_shares(rows: Iterable[Row], shares: Iterable[dict[str, int]], port: in
     assert seen > 1000
 
 
+@pytest.mark.alone  # it measures CPU time
 def test_expensive_run_is_thinned_and_recovers(
     tmp_path: Path, server: Puppet, client: Puppet, running_tcplat: Callable[..., Tcplat]
 ) -> None:
@@ -381,14 +399,18 @@ def test_expensive_run_is_thinned_and_recovers(
         sinks=(f"jsonl:path={capture}", f"stages:path={live},group_by=none"),
     )
     port = server(_SERVE_MANY)
-    client.tell(_TALK.format(port=port, count=64, seconds=8 * SLOW))
+    client.tell(_TALK.format(port=port, count=64, seconds=5 * SLOW))
     requests, ports = client.answer(120)
-    # Nothing happens any more: all connections come back.
-    eventually(
-        lambda: (shares_in(capture) or [{"one_in": 0}])[-1]["one_in"] == 1, "all came back", 180
-    )
+
+    def back() -> int:
+        """Return the share where connections have come back: all, which takes two minutes."""
+        seen = [share["one_in"] for share in shares_in(capture)] or [1]
+        return seen[-1] if seen[-1] <= (1 if LONG else max(seen) // 2) else 0
+
+    # Nothing happens any more.
+    share = eventually(back, "connections came back", 180)
     client(_HANG_UP)
-    more, others = client(_TALK.format(port=port, count=8, seconds=0.1))
+    more, others = client(_TALK.format(port=port, count=64, seconds=0.1))
     client(_HANG_UP)
     run.process.send_signal(signal.SIGINT)
     assert run.process.wait(patience()) == 0
@@ -399,7 +421,8 @@ def test_expensive_run_is_thinned_and_recovers(
     assert report["one_in"] == [1, smallest]
     assert not losses
     check_shares(rows, shares, port)
-    assert {connection(row, port) for row in rows} >= {*ports, *others}
+    expected = filter(in_share(("127.0.0.1", "127.0.0.1"), port, share), [*ports, *others])
+    assert {connection(row, port) for row in rows} >= set(expected)
     # The books: each call is in a row, or counted as left out.
     hooks = report["probes"]["tcp_client"]["hooks"]
     sends = [hook for hook in hooks if hook["point"] == "send"]

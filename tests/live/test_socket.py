@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
@@ -15,11 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.long import LONG
+
 from .harness import Tcplat, eventually, patience
+
+pytestmark = pytest.mark.alone  # its rate is what the machine can handle
 
 RATE = 50_000
 READERS = 50
-SECONDS = 60 if os.environ.get("TCPLAT_LONG") == "1" else 10
+SECONDS = 60 if LONG else 5
 _HERE = Path(__file__).parent
 
 

@@ -19,6 +19,8 @@ from typing import Any
 import attrs
 import pytest
 
+from tests.long import LONG
+
 from .harness import (
     SLOW,
     TCPLAT,
@@ -36,7 +38,8 @@ from .harness import (
 from .test_service import nginx
 from .witness import Tcpdump, by_direction, packet, tcpdump
 
-PORT = 9999
+PORT = 9899
+"""In no other file: a run sees the packets of all namespaces."""
 CLIENT, SERVER = "10.81.1.1", "10.81.2.1"
 _TO_ROUTER = """
 link add ca type veth peer name ra netns {pid}
@@ -55,10 +58,9 @@ link set sa up
 address add 10.81.2.1/24 dev sa
 route add default via 10.81.2.2
 """
-_ALL_PROBES = ("tcp_client", "tcp_service", "dev_xmit:port={port}", "tcp_stats")
 _MEASURED = "+".join(str(PORT + number) for number in range(8))
 """Of all runs of a test: the same C for each, and only() keeps the others' ports out."""
-_OF_ANY_PORT = ("tcp_client", "tcp_service", "dev_xmit", "tcp_stats")
+_PROBES = ("tcp_client", "tcp_service", "dev_xmit", "tcp_stats")
 """Compiled once, whatever the port: only() keeps the others out."""
 _SERVE = """
 listening = socket.create_server(({host!r}, {port}))
@@ -197,7 +199,7 @@ def measure(
         tcplat = running_tcplat(
             *only(port),
             probes=[
-                *(probe.format(port=_MEASURED) for probe in _ALL_PROBES),
+                *("tcp_client", "tcp_service", f"dev_xmit:port={_MEASURED}", "tcp_stats"),
                 f"xdp_port:iface=sa,port={_MEASURED},netns={road.server.pid},mode=generic",
             ],
             sinks=(f"waterfall:format=json,path={path}", f"jsonl:path={tmp_path / 'rows.jsonl'}"),
@@ -229,6 +231,7 @@ def assert_others_stay(before: Measured, after: Measured, moved: str) -> None:
         assert change < max(100 * SLOW, 0.05 * before.least(stage)), stage
 
 
+@pytest.mark.alone  # it measures times
 def test_known_delays_appear_in_their_stage(
     road: Road, measure: Callable[..., Measured], measured: Callable[[str], None]
 ) -> None:
@@ -321,7 +324,7 @@ def test_pid_filter_follows_the_packets_of_a_process(
 
 # --- a real server and a real client
 
-REQUESTS = 10_000
+REQUESTS = 5_000 if LONG else 1_500
 # A request every two milliseconds: the microseconds that curl itself takes do not count then.
 _SLOWLY = """
 limit_req_zone $binary_remote_addr zone=slowly:1m rate=500r/s;
@@ -353,7 +356,8 @@ def curls(folder: Path, port: int, requests: int, *, keep_alive: bool) -> list[d
 
 
 @pytest.mark.parametrize("keep_alive", [True, False])
-def test_stages_of_10000_requests_add_up_and_agree_with_curl(
+@pytest.mark.alone  # it compares times
+def test_stages_of_many_requests_add_up_and_agree_with_curl(
     *,
     keep_alive: bool,
     tmp_path: Path,
@@ -361,14 +365,14 @@ def test_stages_of_10000_requests_add_up_and_agree_with_curl(
     measured: Callable[[str], None],
 ) -> None:
     needs("curl")
-    requests = REQUESTS // 2 if SLOW == 1 else 200
+    requests = REQUESTS if SLOW == 1 else 200
     capture, waterfall = tmp_path / "rows.jsonl", tmp_path / "waterfall"
     port = free_port()
     with nginx(tmp_path, _SLOWLY.format(port=port)) as (_, workers):
         run = running_tcplat(
             *only(port),
             *("--ring-size", "64M"),
-            probes=_OF_ANY_PORT,
+            probes=_PROBES,
             sinks=(f"waterfall:format=json,path={waterfall}", f"jsonl:path={capture}"),
         )
         theirs = curls(tmp_path, port, requests, keep_alive=keep_alive)
@@ -442,7 +446,7 @@ def haproxy(folder: Path, behind: int) -> Iterator[tuple[int, int]]:
         process.wait()
 
 
-@pytest.mark.parametrize("watched", [_OF_ANY_PORT, ("tcp_client", "tcp_service")])
+@pytest.mark.parametrize("watched", [_PROBES, ("tcp_client", "tcp_service")])
 def test_requests_read_by_splice_are_paired(
     watched: tuple[str, ...],
     puppet: Callable[..., Puppet],
@@ -474,7 +478,7 @@ def test_requests_read_by_splice_are_paired(
         assert 5_000 <= exchange["total_us"] <= (ended - began) / 1000
 
 
-@pytest.mark.parametrize("watched", [_OF_ANY_PORT, ("tcp_client",), ("tcp_service",)])
+@pytest.mark.parametrize("watched", [_PROBES, ("tcp_client",), ("tcp_service",)])
 def test_hanging_request_has_the_time_its_client_waited(
     watched: tuple[str, ...],
     puppet: Callable[..., Puppet],
@@ -564,7 +568,7 @@ listening = socket.create_server(({SERVER!r}, {PORT}))
     path = tmp_path / "summary"
     run = running_tcplat(
         *only(PORT),
-        probes=[probe.format(port=PORT) for probe in _ALL_PROBES],
+        probes=_PROBES,
         sinks=(f"summary:format=json,path={path}",),
     )
     with tcpdump(tmp_path / "ca.pcap", "ca", there=road.client) as seen:
@@ -641,8 +645,8 @@ def test_reset_has_sender_and_reason(
     road.server(f"listening = socket.create_server(({SERVER!r}, {PORT}))")
     path = tmp_path / "summary"
     run = running_tcplat(
-        *("--addr", f"{SERVER}/32"),
-        probes=[probe.format(port=f"{PORT}+{PORT + 1}") for probe in _ALL_PROBES],
+        *only(PORT, PORT + 1),
+        probes=_PROBES,
         sinks=(f"summary:format=json,path={path}", f"jsonl:path={tmp_path / 'rows.jsonl'}"),
     )
     # A service that closes without having read.
@@ -688,7 +692,7 @@ def test_live_output_equals_its_replay(
     given = [name + (":" if ":" not in name else ",") + f"path={sinks[name]}" for name in sinks]
     run = start_tcplat(
         *only(PORT),
-        probes=[probe.format(port=PORT) for probe in _ALL_PROBES],
+        probes=_PROBES,
         sinks=(*given, f"jsonl:path={capture}"),
     ).wait_ready()
     road.client.tell(_ASK.format(**serving, times=20, pause=0))

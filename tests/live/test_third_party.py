@@ -259,6 +259,7 @@ def test_third_party_probe_imports_public_names_alone() -> None:
 
 
 @every_ip
+@pytest.mark.alone  # it measures how late timers are
 def test_retransmit_row_has_the_rto_that_ss_shows(
     wire: Wire, retransmits: Callable[..., Tcplat], tcpdump: Callable[..., list[Segment]], ip: int
 ) -> None:

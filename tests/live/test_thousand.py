@@ -34,6 +34,8 @@ from .harness import (
 )
 from .witness import Tcpdump, tcpdump
 
+pytestmark = pytest.mark.alone  # it compares times, and loses nothing of what the whole host does
+
 CONNECTIONS = 1000
 
 _NGINX = """

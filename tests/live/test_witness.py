@@ -29,6 +29,8 @@ from .harness import (
 )
 from .witness import kept_from_programs, tcpdump
 
+pytestmark = pytest.mark.alone  # it compares times, and adds an instance to tracefs
+
 PORT = 9999
 CONNECTIONS = 60
 HOSTS = {4: "10.79.0.2", 6: "fd79::2"}
