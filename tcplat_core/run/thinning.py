@@ -31,7 +31,7 @@ _FUTILE = 0.02
 _USELESS = 3
 """So many useless halvings in a row are not followed by another one for AGAIN intervals: one may
 only seem so, when what was left in the rings is read meanwhile, or a server got faster by it."""
-_AGAIN = 30
+_AGAIN = 60
 _LEAD_NS = 20_000_000
 """A share is announced so long before it holds, so that every CPU knows it by then."""
 _TICK_NS = 1 << 10
