@@ -145,16 +145,16 @@ class Ring:
         # The condition of bpf_ringbuf_reserve().
         if self._used() + self._stride < self.size:
             return 0
-        start = self._produced[0] - self._stride & self.size - 1
-        if self._words[start // 4] & (_BUSY | _DISCARD):
-            return 0
-        ts_ns: int = _U64.unpack_from(self._data, start + _HEADER + self.ts_at)[0]
-        return ts_ns
+        return self._time_at(self._produced[0] - self._stride)
 
     def oldest_ns(self) -> int:
         """Return the time of the oldest record, ns; 0 if there is none, or it is not complete."""
-        start = self._position[0] & self.size - 1
-        if not self.pending() or self._words[start // 4] & (_BUSY | _DISCARD):
+        return self._time_at(self._position[0]) if self.pending() else 0
+
+    def _time_at(self, position: int) -> int:
+        """Return the time of the record at a position, ns; 0 if it is busy or discarded."""
+        start = position & self.size - 1
+        if self._words[start // 4] & (_BUSY | _DISCARD):
             return 0
         ts_ns: int = _U64.unpack_from(self._data, start + _HEADER + self.ts_at)[0]
         return ts_ns

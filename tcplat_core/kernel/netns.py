@@ -144,6 +144,18 @@ def _known() -> str:
     return f"ip netns lists {', '.join(names)}"
 
 
+def unshare() -> None:
+    """Give this process a network namespace of its own.
+
+    Raises:
+        OSError: The kernel refuses.
+    """
+    # os.unshare() came with Python 3.12.
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "no network namespace of its own")
+
+
 def setns(fd: int) -> None:
     """Move this thread into the network namespace behind a file descriptor."""
     # os.setns() came with Python 3.12.

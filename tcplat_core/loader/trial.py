@@ -9,7 +9,6 @@ the host's meets a program on trial.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import mmap
 import os
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 
 from tcplat_core.errors import CannotRunError, TcplatError
+from tcplat_core.kernel import netns
 
 from . import isolation
 from .protocol import Request
@@ -43,8 +43,6 @@ _NO_MAPS = re.compile(
 _GONE_S = 5.0
 """The kernel frees programs and maps a moment after their last fd is closed."""
 XDP_PASS = 2
-_CLONE_NEWNET = 0x40000000
-"""include/uapi/linux/sched.h"""
 _FULL = "when the ring is full"
 
 
@@ -262,13 +260,6 @@ def _whole(tcp: bytes, data: bytes) -> Iterator[tuple[str, bytes]]:
     yield "an empty frame", mac + b"\x08\x00"
 
 
-def _unshare_network() -> None:
-    """Only Python 3.12 has os.unshare()."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(_CLONE_NEWNET):
-        raise OSError(ctypes.get_errno(), "no network namespace of its own")
-
-
 def main() -> None:
     """Try one request and write the outcome."""
     isolation.begin(int(sys.argv[1]))
@@ -283,7 +274,7 @@ def main() -> None:
         if sys.argv[2] == "compile":
             answer = compile_(msgpack.unpackb(data), cache)
         else:
-            _unshare_network()
+            netns.unshare()
             answer = attach(Request.unpack(data), cache)
     finally:
         work.close()

@@ -8,7 +8,6 @@ and what tcplat attaches lives as long as its file descriptors.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import json
 import os
@@ -25,6 +24,8 @@ from typing import IO, Any, Self, TypeVar
 
 import attrs
 import pytest
+
+from tcplat_core.kernel import netns
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -72,7 +73,6 @@ def needs(*programs: str) -> None:
 _PORTS_FROM, _PORTS_TO = 12_000, 30_000
 """Below those of other namespaces, and without the ones that tests name."""
 _RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
-_CLONE_NEWNET = 0x40000000
 
 
 def set_apart(worker: int, workers: int) -> None:
@@ -80,9 +80,7 @@ def set_apart(worker: int, workers: int) -> None:
 
     Programs see all namespaces: a run tells the connections of its test by their port.
     """
-    libc = ctypes.CDLL(None, use_errno=True)  # os.unshare() came with Python 3.12
-    if libc.unshare(_CLONE_NEWNET):
-        raise OSError(ctypes.get_errno(), "unshare")
+    netns.unshare()
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     each = (_PORTS_TO - _PORTS_FROM) // workers
     first = _PORTS_FROM + worker * each

@@ -420,15 +420,21 @@ def test_record_that_stays_busy_is_lost(play: Play, monkeypatch: pytest.MonkeyPa
     assert (loss.point, loss.count, loss.since_ns) == ("send", 1, 0)
 
 
-def test_records_that_are_not_taken_in_time_are_lost_from_the_oldest_on(
-    play: Play, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(drain, "DRAIN_S", 0.0)
+def taken_by_tens(play: Play, monkeypatch: pytest.MonkeyPatch) -> FakeProbe:
+    """Return a probe with 100 records, of which ten are taken at a time."""
     monkeypatch.setattr(drain, "HELPING", 1)
     monkeypatch.setattr(drain, "BATCH", 10)
     probe = play()
     for ts_ns in range(1, 101):
         probe.emit("tp_send", ts_ns=ts_ns)
+    return probe
+
+
+def test_records_that_are_not_taken_in_time_are_lost_from_the_oldest_on(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drain, "DRAIN_S", 0.0)
+    probe = taken_by_tens(play, monkeypatch)
     sink, began_ns = RecordingSink(), kernel_ns()
     report = run(probe, sinks={"it": sink}, duration_s=1e-9)
     delivered = len(sink.rows)
@@ -445,11 +451,7 @@ def test_full_ring_is_taken_whole_at_the_end_however_long_that_takes(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drain, "SETTLE_S", 0.05)
-    monkeypatch.setattr(drain, "HELPING", 1)
-    monkeypatch.setattr(drain, "BATCH", 10)
-    probe = play()
-    for ts_ns in range(1, 101):
-        probe.emit("tp_send", ts_ns=ts_ns)
+    probe = taken_by_tens(play, monkeypatch)
 
     class Slow(RecordingSink):
         def write(self, batch: Sequence[Event]) -> None:

@@ -137,10 +137,7 @@ def _split_inconsistent(stamps: Sequence[int | None], stages: tuple[str, ...]) -
     for number, at in kept:
         in_order[number] = at
     found = split(in_order, stages)
-    if found is NOTHING:
-        found = Split((), 0, 0)
-    found.left_out = left_out
-    return found
+    return Split(found.stages, found.total_ns, found.unexplained_ns, left_out)
 
 
 @functools.cache

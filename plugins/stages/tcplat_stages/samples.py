@@ -19,9 +19,8 @@ def samples(exchange: Exchange) -> list[tuple[str, int]]:
     parts = list(split.stages)
     if split.unexplained_ns:
         parts.append((UNEXPLAINED, split.unexplained_ns))
-    whole = exchange.over_ns is None
     name = TOTAL if exchange.outcome == ANSWERED else exchange.outcome
-    parts.append((name, split.total_ns if whole else exchange.lasted_ns))
+    parts.append((name, exchange.lasted_ns))
     return parts
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_type_hints, overload
@@ -15,7 +14,7 @@ import msgspec
 from tcplat_core.event.fields import SCHEMA_VERSION, Event, fields
 
 from .library import Form, Part, library
-from .slim import FLAGS, HOOK, IFNAME, PIECES, SLIM_NUMBERS, TEXTS, SlimBatch, SlimRows
+from .slim import FLAGS, HOOK, IFNAME, PIECES, SLIM_NUMBERS, TEXTS, SlimBatch, SlimRows, interned
 
 _WIDTH = len(SLIM_NUMBERS) + 5
 """Numbers of a row: those of SLIM_NUMBERS, of texts of its own (two), form, begin and end."""
@@ -116,9 +115,7 @@ class _Column:
             return None
         if not self.names:
             return (value,)
-        found = (getattr(value, name) for name in self.names)
-        # Compared with constants of the same texts: interned, they are the same objects.
-        return tuple(sys.intern(one) if type(one) is str else one for one in found)
+        return interned(getattr(value, name) for name in self.names)
 
 
 class LineReader:

@@ -107,8 +107,7 @@ class Records(SlimBatch):
         return self._slim
 
     def _made_slim(self) -> SlimRows | None:
-        width = _SLIM_WIDTH
-        numbers = (ctypes.c_int64 * (len(self.sources) * width))()
+        numbers = (ctypes.c_int64 * (len(self.sources) * _SLIM_WIDTH))()
         progress = Progress()
         while True:
             status = _library().slim_rows(
@@ -122,7 +121,7 @@ class Records(SlimBatch):
             return None
         view = memoryview(numbers).cast("B").cast("q")
         hooks, users, ends, states, flags, ifnames = self.texts.columns
-        return SlimRows(view, width, hooks, users, ends, states, flags, ifnames, self._row)
+        return SlimRows(view, _SLIM_WIDTH, hooks, users, ends, states, flags, ifnames, self._row)
 
     def _row(self, index: int) -> Event:
         """Return one row, without making the others where slim rows can be made."""

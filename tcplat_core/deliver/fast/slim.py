@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from tcplat_core.event.fields import Event
@@ -81,6 +81,14 @@ class SlimBatch(Sequence[Event]):
         """Return the slim rows; None if they cannot be made."""
 
 
+def interned(values: Iterable[Any]) -> tuple[Any, ...]:
+    """Return values with their texts interned.
+
+    Sinks compare these with constants of the same texts: then they are the same objects.
+    """
+    return tuple(sys.intern(one) if type(one) is str else one for one in values)
+
+
 class SlimTexts:
     """The values that texts of slim rows stand for, each stored once.
 
@@ -94,8 +102,7 @@ class SlimTexts:
 
     def number(self, column: int, values: tuple[Any, ...]) -> int:
         """Return the number of some values: a tuple of them, or the value if there is but one."""
-        # Compared with constants of the same texts: interned, they are the same objects.
-        values = tuple(sys.intern(one) if type(one) is str else one for one in values)
+        values = interned(values)
         numbers = self._numbers[column]
         found = numbers.get(values)
         if found is None:
