@@ -364,6 +364,58 @@ def test_listener_has_one_row_for_each_state(
     assert [row["state"] for row in rows] == ["TCP_LISTEN", "TCP_CLOSE"]
 
 
+_DISCONNECT = """
+import ctypes
+ctypes.CDLL(None).connect(listening.fileno(), struct.pack("=H26x", socket.AF_UNSPEC), 28)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ip", "there", "first"),
+    [
+        (4, "127.0.0.1", "127.0.0.1"),
+        (6, "::1", "::1"),
+        (6, "127.0.0.1", "::ffff:127.0.0.1"),
+    ],
+)
+@pytest.mark.parametrize("probes", [SERVICE, ("--probe", "tcp_client", *SERVICE)])
+def test_client_that_listens_after_a_disconnect_is_a_service(
+    ip: int,
+    there: str,
+    first: str,
+    probes: tuple[str, ...],
+    running_tcplat: Callable[..., Tcplat],
+    puppet: Callable[..., Puppet],
+    client: Puppet,
+) -> None:
+    service, other = puppet(), puppet()
+    before = listen(other, 4 if "." in first else 6)
+    run = running_tcplat(*probes, probes=())
+    service(f"listening = socket.socket(socket.AF_INET{6 if ip == 6 else ''})")
+    service(f"listening.connect({(first, before)!r})")
+    service(_DISCONNECT)
+    service("listening.bind(('', 0)); listening.listen()")
+    port = service("listening.getsockname()[1]")
+    client(f"s = socket.create_connection({(there, port)!r})")
+    service("listening.accept()[0].close()")
+    client("s.close()")
+    service("listening.close()")
+    run.wait_for(
+        "the listener was closed",
+        lambda rows: any(row["old_state"] == "TCP_LISTEN" for row in of_service(rows, port)),
+    )
+    outcome = run.stop()
+    rows = of_service(outcome.rows, port)
+    own = [row for row in at(rows, "state") if "TCP_LISTEN" in (row["state"], row["old_state"])]
+    assert [row["desc"] for row in own] == ["listening", "closed"]
+    nowhere = (ip, "0.0.0.0" if ip == 4 else "::", None)
+    assert {(row["ip"], row["daddr"], row["dport"]) for row in own} == {nowhere}
+    assert {row["pid"] for row in rows} == {service.pid}
+    assert len(at(rows, "rx_ip")) >= 2  # the SYN and the ACK of the handshake at least
+    as_client = [row for row in outcome.rows if row["probe"] == "tcp_client"]
+    assert not [row for row in as_client if (row["pid"], row["sport"]) == (service.pid, port)]
+
+
 def test_connection_handed_on_is_accepted_once(
     running_tcplat: Callable[..., Tcplat], client: Puppet, service: Puppet
 ) -> None:

@@ -291,6 +291,14 @@ static __always_inline int report_state(struct sock *sk, int old, int new, u8 ho
 
 	if (!tcplat_is(s, CLIENT))
 		return 0;
+	/*
+	 * It was disconnected, and is no client any more. By fentry, that it listens is not seen, but
+	 * that it does so no longer.
+	 */
+	if (new == TCP_LISTEN || old == TCP_LISTEN) {
+		tcplat_set_role(sk, TCPLAT_ROLE_LISTENER);
+		return 0;
+	}
 #ifdef TCPLAT_SAMPLE
 	if (new == TCP_SYN_SENT && tcplat_awaits_port(sk, s)) {
 		s->state = new;

@@ -62,6 +62,25 @@ static __always_inline void tcplat_read_addrs(struct tcplat_addrs *to, const str
 	to->ip = tcplat_is_mapped(to->daddr) ? 4 : 6;
 }
 
+/*
+ * The same of a socket that has an entry. Of a listener that was a client before, the kernel still
+ * has the remote address.
+ */
+static __always_inline void tcplat_read_sock(struct tcplat_sock *s, const struct sock *sk)
+{
+	struct tcplat_addrs *addrs = &s->addrs;
+
+	tcplat_read_addrs(addrs, sk);
+	if (s->role != TCPLAT_ROLE_LISTENER)
+		return;
+	if (tcplat_get(sk, __sk_common.skc_family) == TCPLAT_AF_INET) {
+		tcplat_map_v4(addrs->daddr, 0);
+		return;
+	}
+	__builtin_memset(addrs->daddr, 0, 16);
+	addrs->ip = 6;
+}
+
 static __always_inline bool
 tcplat_same_addrs(const struct tcplat_addrs *a, const struct tcplat_addrs *b)
 {

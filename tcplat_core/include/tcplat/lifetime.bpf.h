@@ -79,7 +79,7 @@ static __always_inline struct tcplat_sock *tcplat_set_role(const struct sock *sk
 
 	if (s && (other || s->role != role || role == TCPLAT_ROLE_CLIENT)) {
 		tcplat_unindex(sk, s);
-		s->addrs.sport = 0;
+		s->addrs.sport = s->addrs.dport = 0;
 #ifdef TCPLAT_SAMPLE
 		s->sample = 0;
 #endif
@@ -125,7 +125,7 @@ static __always_inline struct tcplat_sock *tcplat_listen(const struct sock *sk)
 	if (s->in_flows)
 		return s;
 	s->in_flows = 1;
-	tcplat_read_addrs(&s->addrs, sk);
+	tcplat_read_sock(s, sk);
 	port = tcplat_port_of(sk, &s->addrs);
 	pid = s->owner.task >> 32;
 	if (pid) {

@@ -101,7 +101,7 @@ static __always_inline bool tcplat_awaits_port(const struct sock *sk, struct tcp
 static __always_inline bool tcplat_passes(const struct sock *sk, struct tcplat_sock *s)
 {
 	if (!s->addrs.sport)
-		tcplat_read_addrs(&s->addrs, sk);
+		tcplat_read_sock(s, sk);
 	return tcplat_wanted_addrs(&s->addrs);
 }
 

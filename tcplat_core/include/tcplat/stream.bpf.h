@@ -80,7 +80,8 @@ tcplat_make_state(const struct sock *sk, struct tcplat_sock *s, int old, int new
 		return NULL;
 	e->old_state = old;
 	e->state = new;
-	if (new == TCP_CLOSE) {
+	/* A listener has no error but that of a connection which the same socket had before. */
+	if (new == TCP_CLOSE && old != TCP_LISTEN) {
 		e->err = tcplat_get(sk, sk_err);
 		if (!e->err && old == TCP_SYN_SENT)
 			e->err = tcplat_soft_error(sk);
