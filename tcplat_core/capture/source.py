@@ -29,11 +29,13 @@ class Source:
         fd: Open for reading.
         name: The name that the user gave.
         size: Size of a file in bytes; 0 if unknown.
+        stopping: Returns whether the user has ended the reading.
     """
 
     fd: int
     name: str = attrs.field(converter=printable)
     size: int = 0
+    stopping: Callable[[], bool] = lambda: False
     consumed: int = attrs.field(default=0, init=False)
 
     @classmethod
@@ -47,14 +49,14 @@ class Source:
         try:
             if where.startswith("unix:"):
                 made = connect(where.removeprefix("unix:"), stopping)
-                return cls(made.detach(), where)
+                return cls(made.detach(), where, 0, stopping)
             if where.startswith("tcp:"):
-                return cls(connect(_host_and_port(where), stopping).detach(), where)
+                return cls(connect(_host_and_port(where), stopping).detach(), where, 0, stopping)
             if where == "-":
                 if sys.stdin is None:
                     raise UsageError("standard input is closed")
                 fd = sys.stdin.fileno()
-                return cls(fd, "standard input", os.fstat(fd).st_size)
+                return cls(fd, "standard input", os.fstat(fd).st_size, stopping)
             # Without O_NONBLOCK, opening a FIFO without a writer blocks, and Ctrl-C has no effect.
             fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             os.set_blocking(fd, True)
@@ -62,7 +64,7 @@ class Source:
             if stat.S_ISDIR(status.st_mode):
                 os.close(fd)
                 raise UsageError(f"cannot read {where}: Is a directory")
-            return cls(fd, where, status.st_size)
+            return cls(fd, where, status.st_size, stopping)
         except InterruptedError:
             raise
         except (OSError, UnicodeError) as error:
@@ -70,11 +72,14 @@ class Source:
             raise UsageError(f"cannot read {where}: {why}") from error
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield bytes as they come, and b"" if none came for a while."""
+        """Yield bytes as they come, and b"" if none came for a while, or the user wants to end.
+
+        The caller of the decoder gets control then, also if no frame comes of all these bytes.
+        """
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
         while True:
-            if not poll.poll(_WAIT_MS):
+            if self.stopping() or not poll.poll(_WAIT_MS):
                 yield b""
                 continue
             try:

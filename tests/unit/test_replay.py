@@ -18,7 +18,7 @@ import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import IO, Any, get_args, get_origin, get_type_hints
 
 import attrs
 import msgspec
@@ -36,6 +36,7 @@ from tcplat_core.plugin.connecting import connect
 from tcplat_core.plugin.options import parse_choice, read_options
 from tcplat_core.plugin.report import Counted, HookReport, ProbeReport, add_reports
 from tcplat_core.registry.find import Plugins
+from tcplat_core.run.signals import NOTHING_REPLAYED
 from tcplat_core.testing import RecordingSink, make_event
 from tests.long import LONG
 
@@ -628,6 +629,48 @@ def test_ctrl_c_ends_a_replay_cleanly() -> None:
         assert process.wait(20) == 0
     assert end["report"]["delivered"] == 1
     assert "ended before the capture" in end["report"]["incomplete"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("head", "block"),
+    [
+        (b"", b"\0"),
+        (b"", b"\n"),
+        (b'{"v":2,"comm":"', b"a"),
+        (b"\x81\xa1v\x02", b"\xc1"),
+        (b"\x81\xa1v\xdb\xff\xff\xff\xff", b"a"),
+    ],
+    ids=["zeros", "empty lines", "a long line", "no maps", "a long map"],
+)
+def test_signal_ends_a_replay_of_bytes_without_rows(
+    head: bytes, block: bytes, number: signal.Signals
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-I", "-m", "tcplat_core", "replay", "-", "--sink", "jsonl"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+    ) as process:
+        assert process.stdin
+        assert process.stderr
+        process.stdin.write(head + block * (4 << 20))  # more than a pipe holds: it reads
+        feeder = threading.Thread(target=_feed, args=(process.stdin, block * (1 << 16)))
+        feeder.start()
+        process.send_signal(number)
+        try:
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+            feeder.join()
+        assert NOTHING_REPLAYED.encode() in process.stderr.read()
+
+
+def _feed(to: IO[bytes], block: bytes) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        while True:
+            to.write(block)
 
 
 def test_failure_of_the_only_sink_exits_with_1() -> None:
