@@ -125,6 +125,9 @@ class LineReader:
         knows_hook: Whether rows of a hook may be read: probe, point, func, attach.
     """
 
+    _columns: Sequence[_Column] = ()
+    """Of the class for __del__, if a signal interrupts __init__."""
+
     def __init__(self, knows_hook: Callable[[tuple[str, ...]], bool]) -> None:
         records_c = library()
         assert records_c is not None  # noqa: S101 - see line_reader()
@@ -133,8 +136,8 @@ class LineReader:
         self._forms: list[tuple[str, Any, Callable[[bytes], Event]]] = []
         self._decoders: list[Callable[[bytes], Event]] = []
         self._c_forms: Any = None
-        self._columns = [_Column(names) for names in PIECES.values()]
-        self._columns += [_Column((), str), _Column((), str | None)]
+        pieces = [_Column(names) for names in PIECES.values()]
+        self._columns = [*pieces, _Column((), str), _Column((), str | None)]
         handles = (ctypes.c_void_p * _WIDTH)()
         for at, column in enumerate(self._columns):
             column.handle = records_c.reader_new()
