@@ -432,10 +432,10 @@ def _beside(place: Place, old: os.stat_result | None) -> Iterator[BinaryIO]:
     """Create a file in the same folder, and rename it to the place after the block."""
     # At most 255 bytes, even for a long name.
     name = f".{os.fsdecode(os.fsencode(place.name)[:200])}.{os.urandom(6).hex()}"
-    # 0600 at first: a process that opened it with wider rights could read all later writes.
-    with in_words(place.path):
-        fd = place.create(name, 0o600 if old else 0o666)
-    try:
+    try:  # around all of it: a signal may come as soon as the file is there
+        # 0600 at first: a process that opened it with wider rights could read all later writes.
+        with in_words(place.path):
+            fd = place.create(name, 0o600 if old else 0o666)
         with os.fdopen(fd, "wb") as file:
             if old:
                 with suppress(OSError):
