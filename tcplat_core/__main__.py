@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from .errors import CannotRunError
 from .kernel import rights
+from .kernel.end_request import Interrupts
 from .run import privileges
 from .run.standard import keep_taken
 
@@ -30,8 +31,9 @@ def start() -> NoReturn:
 def main() -> NoReturn:
     """Run the command line; with rights only where no other user's code can have run by now."""
     keep_taken()
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # bin/tcplat-start
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # SIG_DFL: bin/tcplat-start.
+    if signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):
+        signal.signal(signal.SIGINT, Interrupts())
     if _held():
         if not sys.flags.isolated:
             print(  # noqa: T201 - click is not to be imported here

@@ -64,14 +64,20 @@ class TerminatedError(BaseException):
         self.number = number
 
 
+class InterruptedByUserError(KeyboardInterrupt):
+    """SIGINT arrived, in a command without an end of its own for it; raised by the handler."""
+
+
 def is_the_users(error: BaseException) -> bool:
     """Return whether a signal from the user caused it, not the plugin code that raised it.
 
     `run` and `replay` handle SIGINT themselves: there a plugin itself raised a KeyboardInterrupt.
     """
+    if isinstance(error, TerminatedError | InterruptedByUserError):
+        return True
     if isinstance(error, KeyboardInterrupt):
         return signal.getsignal(signal.SIGINT) == signal.default_int_handler
-    return isinstance(error, TerminatedError)
+    return False
 
 
 def message(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from tcplat_core.cli import OWN
 from tcplat_core.errors import TcplatError, UsageError
 from tcplat_core.event import terminal
 from tcplat_core.registry.command_group import CommandGroup
-from tcplat_core.run.signals import stopped_early, unblock
+from tcplat_core.run.signals import ignore_at_exit, stopped_early, unblock
 
 from .root import give_up_root
 
@@ -33,6 +33,7 @@ def cli() -> None:
 def main() -> NoReturn:
     """Run the command line; every error that a user can cause is one sentence."""
     try:
+        ignore_at_exit()
         unblock()
         # Passed here: a program that calls a command in its own process keeps its rights.
         cli.main(prog_name="tcplat", standalone_mode=False, obj=give_up_root)

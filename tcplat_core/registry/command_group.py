@@ -17,6 +17,7 @@ import click
 from tcplat_core.errors import (
     REFUSED,
     TOO_MANY_FILES,
+    InterruptedByUserError,
     PluginError,
     ReaderGoneError,
     TcplatError,
@@ -27,6 +28,7 @@ from tcplat_core.errors import (
     of_system_call,
 )
 from tcplat_core.event.terminal import lines
+from tcplat_core.kernel.end_request import ENDING, EndRequest, Interrupts
 from tcplat_core.plugin.progress import wipe
 
 GROUP = "tcplat.commands"
@@ -109,22 +111,29 @@ _AGAIN_S = 0.5
 
 
 class _Termination:
-    """Raises TerminatedError for signals, and once more where it was lost on the way.
+    """Raises an error for signals, and once more where it was lost on the way.
 
     C code that looks something up in a dictionary clears what is raised meanwhile: msgspec's
     decoders do, for keys whose __hash__ is Python.
     """
 
     def __init__(self, numbers: Iterable[int]) -> None:
-        self.numbers = [one for one in numbers if signal.getsignal(one) == signal.SIG_DFL]
-        self.error: TerminatedError | None = None
-        for number in self.numbers:
-            signal.signal(number, self._on_signal)
+        self.request = EndRequest()
+        self.error: TerminatedError | InterruptedByUserError | None = None
+        self.before: dict[int, Interrupts | signal.Handlers] = {}
+        for number in numbers:
+            handler = signal.getsignal(number)
+            if isinstance(handler, Interrupts):  # a request that came already counts, too
+                self.request = handler.request
+            if isinstance(handler, Interrupts) or handler is signal.SIG_DFL:
+                self.before[number] = handler
+                signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        for one in self.numbers:  # a second signal ends the process at once
-            signal.signal(one, signal.SIG_DFL)
-        self.error = TerminatedError(number)
+        if not self.request.is_first(number):
+            return
+        interrupted = number == signal.SIGINT
+        self.error = InterruptedByUserError() if interrupted else TerminatedError(number)
         signal.signal(signal.SIGALRM, self._again)
         signal.setitimer(signal.ITIMER_REAL, _AGAIN_S, _AGAIN_S)
         raise self.error
@@ -140,25 +149,26 @@ class _Termination:
         """Restore the handlers."""
         if self.error:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        for number in self.numbers:
+        for number, handler in self.before.items():
             if signal.getsignal(number) == self._on_signal:
-                signal.signal(number, signal.SIG_DFL)
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def terminated_in_order() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP undo what is half done, and then end the process as they do.
+    """Have signals undo what is half done; SIGTERM and SIGHUP then end the process as they do.
 
     What a command has begun to write, or has drawn on the terminal, would stay. `run` and
     `replay` have ends of their own for these signals, and take them over.
     """
     is_main = threading.current_thread() is threading.main_thread()
-    termination = _Termination((signal.SIGTERM, signal.SIGHUP) if is_main else ())
+    termination = _Termination(ENDING if is_main else ())
     try:
         yield
     except TerminatedError as error:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
+        signal.signal(error.number, signal.SIG_DFL)
         os.kill(os.getpid(), error.number)
     finally:
         termination.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 import attrs
 
 from tcplat_core.event.terminal import say
+from tcplat_core.kernel.end_request import ENDING, EndRequest
 
 _inherited: frozenset[int] = frozenset()
 """Signals that were blocked when this process started."""
@@ -43,6 +45,19 @@ def unblock() -> None:
     _inherited = frozenset(signal.pthread_sigmask(signal.SIG_SETMASK, ()))
 
 
+def ignore_at_exit() -> None:
+    """Ignore signals once all is done: Python restores their defaults before it exits.
+
+    A repeated signal would then kill the process, and its status would be that of a failure.
+    """
+    atexit.register(_ignore)
+
+
+def _ignore() -> None:
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def block_again() -> None:
     """Restore the inherited signal mask, in a child that executes another program."""
     signal.pthread_sigmask(signal.SIG_SETMASK, _inherited)
@@ -50,29 +65,29 @@ def block_again() -> None:
 
 @attrs.define(eq=False)
 class Signals:
-    """SIGINT, SIGTERM and SIGHUP end the run; a second one ends the process at once.
+    """SIGINT, SIGTERM and SIGHUP end the run.
 
-    An inherited "ignore" of SIGHUP is kept.
+    Repetitions within SAME_REQUEST_S are ignored; a later signal ends the process at once. An
+    inherited "ignore" of SIGHUP is kept.
     """
 
     caught: int = 0
     fd: int | None = None
     """Readable after a signal: Python restarts interrupted system calls (PEP 475)."""
+    _request: EndRequest = attrs.field(factory=EndRequest, init=False)
 
     def install(self) -> None:
         """Install the handlers."""
         self.fd, to = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(to, warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in ENDING:
             # nohup(1) ignores it, so that the run outlives the terminal.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        if self.caught:
-            # Exiting closes our file descriptors, which detaches everything.
-            os._exit(128 + number)
-        self.caught = number
+        if self._request.is_first(number):
+            self.caught = number
 
     def stopping(self) -> bool:
         """Return whether a signal came."""

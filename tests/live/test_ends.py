@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tcplat_core.run.signals import NOTHING_RECORDED
 from tests.long import LONG
 
 from .harness import (
@@ -99,7 +100,24 @@ def test_sigint_sigterm_and_sighup_end_the_run_cleanly(
     assert outcome.stderr.count("\n") == 1
 
 
-def test_signal_before_the_start_ends_cleanly(start_tcplat: Start) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("gap_s", [0, 0.002, 0.02, 0.1])
+def test_signal_that_comes_twice_ends_the_run_cleanly(
+    number: int, gap_s: float, running_tcplat: Start, client: Puppet, server: Listener
+) -> None:
+    """As from timeout(1)."""
+    run = running_tcplat("-p", str(client.pid))
+    connect_often(client, server, 10)
+    run.process.send_signal(number)
+    time.sleep(gap_s)
+    outcome = run.stop(number)
+    assert outcome.returncode == 0
+    assert len(at(outcome.rows, "connect")) == 10
+    assert outcome.stderr.startswith("tcplat: tcp_client: ")
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_signal_before_the_start_ends_cleanly(times: int, start_tcplat: Start) -> None:
     run = start_tcplat()
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
 
@@ -115,9 +133,11 @@ def test_signal_before_the_start_ends_cleanly(start_tcplat: Start) -> None:
 
     eventually(loader_runs, "the loader ran")
     assert run.process.poll() is None
+    for _ in range(times - 1):
+        run.process.send_signal(signal.SIGINT)
     outcome = run.stop()
     assert outcome.returncode == 0
-    assert "Traceback" not in outcome.stderr
+    assert outcome.stderr == f"tcplat: {NOTHING_RECORDED}\n"
 
 
 @pytest.mark.parametrize("sink", ["table", "jsonl"])
