@@ -34,11 +34,15 @@ def real(row: Any, name: str) -> float | None:
 
 
 def whole(row: Any, name: str) -> int | None:
-    """Return a field that is a whole number, or None."""
+    """Return a field that is a whole number of 64 bits, signed, or None."""
     if COMPILED and type(row) is Slim:
         return row.own(name)
-    value = getattr(row, name, None)
-    return value if type(value) is int else None
+    return _whole(getattr(row, name, None))
+
+
+def _whole(value: Any) -> int | None:
+    # An unknown probe's field may have any value that JSON and msgpack have.
+    return value if type(value) is int and value.bit_length() < 64 else None  # noqa: PLR2004
 
 
 _Text = TypeVar("_Text", str, str | None)
@@ -136,8 +140,7 @@ class Slim:
         if self.batch is not None and name in ("ack", "window"):
             value = self.numbers[self._at + (ACK if name == "ack" else WINDOW)]
             return None if value in (UNKNOWN, MISSING) else value
-        value = getattr(self, name, None)
-        return value if type(value) is int else None
+        return _whole(getattr(self, name, None))
 
     def shows_window(self) -> bool:
         """Return whether its window is not closed, as far as it is known."""
