@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 import msgspec
 from tcplat_stages.chain import CONNECT_STAGES, CONNECTED, STAGES
+from tcplat_stages.closing import in_words
 from tcplat_stages.connection import Connection, Finished
 from tcplat_stages.duration_histogram import DurationHistogram
 from tcplat_stages.exchange import FAILED, OUTCOMES, Exchange
@@ -252,8 +253,7 @@ class Story:
             "received": conn.bytes_of(SERVICE),
             "retransmits": conn.retransmits,
             "rtt_us": stats.get("srtt_us"),
-            "ended": conn.error
-            or (conn.reset_why or "reset" if conn.reset_by is not None else conn.ended),
+            "ended": _ended(conn),
         }
 
     def as_json(self, name: str, words: list[str]) -> dict[str, Any]:
@@ -340,6 +340,13 @@ class Story:
 
 def _order(item: tuple[str, DurationHistogram]) -> tuple[int, int]:
     return (-1, 0) if item[0] == CONNECT else order(item[0])
+
+
+def _ended(conn: Connection) -> str:
+    """Return how a connection ended, in a few words."""
+    if conn.reset_by is not None:
+        return conn.reset_why or "reset"
+    return in_words(conn.error) if conn.error else conn.ended
 
 
 def write_report(

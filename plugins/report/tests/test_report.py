@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 from tcplat_report import courses, report
@@ -220,6 +221,25 @@ def test_reused_port_has_a_graph_of_its_own(tmp_path: Path) -> None:
     for row in shown["table"]:
         points = shown["courses"][str(row["n"])]["points"]
         assert max(points[2::FIELDS]) < 3 * 1400
+
+
+@pytest.mark.parametrize(
+    ("desc", "words"),
+    [
+        ("timed out", "timed out"),
+        ("EHOSTUNREACH", "no route to host (EHOSTUNREACH)"),
+        ("ECONNRESET", "it aborted"),
+    ],
+)
+def test_table_has_the_error_of_a_connection_in_words(
+    tmp_path: Path, desc: str, words: str
+) -> None:
+    rows = [row for row in joint(Traffic(connections=1)) if row.point != "state"]
+    close = next(row for row in rows if (row.probe, row.point) == ("tcp_client", "close"))
+    failed = {"point": "state", "old_state": "TCP_ESTABLISHED", "desc": desc}
+    rows.insert(rows.index(close), msgspec.structs.replace(close, **failed))
+    (row,) = data(made(tmp_path, iter(rows))[1])["table"]
+    assert row["ended"] == words
 
 
 def test_process_name_never_becomes_markup(tmp_path: Path) -> None:

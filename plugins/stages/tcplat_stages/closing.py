@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 from .chain import CONNECTED
 from .connection import Connection, End
 from .stream import CLIENT, SERVICE
@@ -20,10 +23,20 @@ def note_failure(conn: Connection, index: int, error: str, ts_ns: int) -> None:
         note_reset(conn, 1 - index)
         conn.reset_seen = None
     elif conn.reset_by == index:
-        # A socket that gives up says so to the other end, by a RST that leaves before this row.
-        conn.reset_by = conn.reset_why = None
+        # A socket that gives up says so to the other end, by a RST that leaves before this row,
+        # and the other end may have failed by it already.
+        conn.reset_by = conn.reset_why = conn.error = None
     if conn.error is None:
         conn.error, conn.error_ns = error, ts_ns
+
+
+def in_words(error: str) -> str:
+    """Return a connection's error for people: `error` may be the name of an errno.
+
+    Rows have the name, ``EHOSTUNREACH``, where there is no word of one's own for it (`refused`).
+    """
+    number = getattr(errno, error, None) if error.isupper() else None
+    return error if number is None else f"{os.strerror(number).lower()} ({error})"
 
 
 def note_fin(conn: Connection, index: int) -> None:

@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from .chain import ACCEPTED, HANDSHAKE_DONE, REQUEST_READ
+from .closing import in_words
 from .connection import Connection
 from .exchange import CUT, ONE_WAY, OPEN, UNANSWERED, UNKNOWN, Exchange
 from .stream import CLIENT, SERVICE, Flow, Log, reached
@@ -261,7 +262,7 @@ def _over_at(conn: Connection) -> tuple[int, str] | None:
     if conn.reset_by == SERVICE:
         found.append((conn.reset_ns, "reset by the service"))
     elif conn.error and conn.reset_by is None:
-        found.append((conn.error_ns, conn.error))
+        found.append((conn.error_ns, in_words(conn.error)))
     if conn.fin_ns[SERVICE]:
         found.append((conn.fin_ns[SERVICE], "closed by the service"))
     if not found:

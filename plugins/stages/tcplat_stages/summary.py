@@ -9,6 +9,7 @@ import attrs
 from tcplat_core import micros, printable
 
 from .chain import CONNECT_CALLED, CONNECTED, HANDSHAKE_DONE, SYN_RX
+from .closing import in_words
 from .connection import STATS, Connection, Finished
 from .exchange import ANSWERED, OUTCOMES
 from .formatting import duration, moment, path, stages_json
@@ -208,7 +209,7 @@ def _end(conn: Connection) -> str:
         why = f": {conn.reset_why}" if conn.reset_why else ""
         return f"reset by the {_ENDS[conn.reset_by]}{why}"
     if conn.error:
-        return conn.error
+        return in_words(conn.error)
     if conn.fins:
         return f"closed by the {_ENDS[conn.fins[0]]}"
     return conn.ended

@@ -324,6 +324,22 @@ def test_reset_after_a_timeout_is_not_an_abort(end: int, without: tuple[str, ...
     assert (conn.error, conn.reset_by, conn.reset_why) == ("timed out", None, None)
 
 
+@pytest.mark.parametrize("end", [CLIENT, SERVICE])
+@pytest.mark.parametrize("failed_with", ["ECONNRESET", "EPIPE"])
+def test_timeout_is_the_error_although_its_reset_was_seen_first(end: int, failed_with: str) -> None:
+    history = History()
+    now = talk(history, history.shake_hands() + 500) + 500
+    history.packet(now, "nic_tx", end, history.sent[end], flags="RST|ACK")
+    # On another CPU, the other end is faster than the timer that sent the RST.
+    history.socket(now + 1, 1 - end, "state", **{**RESET, "desc": failed_with})
+    history.socket(now + 2, end, "state", **TIMED_OUT)
+    history.socket(now + 3, 1 - end, "close", state="TCP_CLOSE")
+    history.socket(now + 4, end, "close", state="TCP_CLOSE")
+    for without in ((), ("dev_xmit", "xdp_port", "rx_ip")):
+        _, (conn,) = joined(history.rows(without))
+        assert (conn.error, conn.reset_by, conn.reset_why) == ("timed out", None, None)
+
+
 def test_reset_in_reply_to_a_timed_out_connection_is_not_the_reason() -> None:
     history = History()
     now = talk(history, history.shake_hands() + 500) + 500

@@ -124,6 +124,8 @@ def test_unread_request_is_unanswered_if_the_client_is_not_watched(seen_at: str)
     [
         ({"desc": "ECONNRESET"}, "reset by the service"),
         ({"desc": "timed out"}, "timed out"),
+        ({"desc": "EHOSTUNREACH"}, "no route to host (EHOSTUNREACH)"),
+        ({"desc": "errno 9999"}, "errno 9999"),
     ],
 )
 def test_unanswered_request_names_what_ended_it(how: dict[str, Any], words: str) -> None:

@@ -165,6 +165,28 @@ def test_retransmits_and_zero_windows_are_marked(written: Callable[..., str]) ->
     assert "trouble  client retransmitted 1 · client closed its window 1 times" in text
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        ("refused", "refused"),
+        ("EHOSTUNREACH", "no route to host (EHOSTUNREACH)"),
+        ("EADDRNOTAVAIL", "cannot assign requested address (EADDRNOTAVAIL)"),
+        ("ERRORCODE", "ERRORCODE"),
+    ],
+)
+def test_summary_has_the_error_in_words(
+    written: Callable[..., str], error: str, words: str
+) -> None:
+    history = History()
+    history.socket(0, CLIENT, "connect", sport=None, state="TCP_SYN_SENT")
+    failed = {"old_state": "TCP_SYN_SENT", "state": "TCP_CLOSE", "desc": error}
+    history.socket(1_000, CLIENT, "state", **failed, connect_us=1.0)
+    history.socket(2_000, CLIENT, "close", state="TCP_CLOSE")
+    assert written("summary", history.rows()).splitlines()[0].endswith(f"  {words}")
+    (conn,) = objects(written("summary", history.rows(), format="json"))
+    assert conn["error"] == error
+
+
 def stats(history: History, ts_ns: int, end: int, **figures: int) -> None:
     history.socket(ts_ns, end, "stats", role=("client", "service")[end], **figures)
 
