@@ -33,6 +33,28 @@ def test_variables_that_name_code_are_removed_before_python(tmp_path: Path) -> N
     assert done.stdout == "unset unset unset unset kept -I\n"
 
 
+def test_python_starts_with_as_few_files_as_the_shell(tmp_path: Path) -> None:
+    """The shell keeps the script at 10, and has no other above 9."""
+    shutil.copy(SCRIPT, tmp_path / "tcplat")
+    (tmp_path / "tcplat-start").write_text("#!/bin/echo\n")
+    done = subprocess.run(
+        ["/bin/sh", "-c", 'ulimit -n 11; exec /bin/sh "$0"', str(tmp_path / "tcplat")],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == (f"-I {tmp_path}/tcplat-start\n", "")
+
+
+@pytest.mark.parametrize("first", [None, "", "#!"])
+def test_missing_path_of_python_is_status_3(tmp_path: Path, first: str | None) -> None:
+    shutil.copy(SCRIPT, tmp_path / "tcplat")
+    if first is not None:
+        (tmp_path / "tcplat-start").write_text(first)
+    done = subprocess.run(["/bin/sh", tmp_path / "tcplat"], check=False, capture_output=True)
+    assert done.returncode == 3
+
+
 @pytest.mark.parametrize("variable", ["PYTHONEXECUTABLE", "__PYVENV_LAUNCHER__"])
 def test_planted_standard_library_is_not_imported(tmp_path: Path, variable: str) -> None:
     there = tmp_path / "planted"
