@@ -158,7 +158,10 @@ def test_each_connect_of_one_socket_is_a_separate_connection(
     assert tcplat.stop().returncode == 0
     connections = [one for one in replayed(tcplat.path, "summary") if "conn" in one]
     connections.sort(key=lambda one: one["ts_ns"])
-    assert [one["error"] for one in connections] == ["refused", "refused", "ECONNRESET", None]
+    errors = [one["error"] for one in connections]
+    # Where the service's socket is in FIN_WAIT2 already, tcp_time_wait() has replaced it by one
+    # that has no rows, and no error.
+    assert errors in (["refused", "refused", failed, None] for failed in ("ECONNRESET", None))
     assert [one["reset_by"] for one in connections] == ["service", "service", "client", None]
     assert [one["exchanges"] for one in connections] == [0, 0, 1, 1]
     sent = [(one["bytes_to_service"], one["bytes_to_client"]) for one in connections[2:]]
