@@ -20,6 +20,14 @@ TOO_MANY_FILES = {
     for number in (errno.EMFILE, errno.ENFILE)
 }
 """errno -> cause and remedy."""
+OUT_OF_MEMORY = "out of memory: raise the limit (ulimit -v, or memory.max of the cgroup)"
+_NO_MEMORY = ("MemoryError", "bad_alloc", "out of memory", "Cannot allocate memory")
+"""What Python, libstdc++, LLVM and the C library print."""
+
+
+def lacks_memory(text: str) -> bool:
+    """Return whether a library's or compiler's last words are that memory ran out."""
+    return any(words in text for words in _NO_MEMORY)
 
 
 class TcplatError(Exception):
@@ -174,6 +182,8 @@ def of_system_call(error: OSError) -> TcplatError:
     """Return an error that gives the cause in one sentence and, if known, the remedy."""
     if error.errno in TOO_MANY_FILES:
         return TcplatError(TOO_MANY_FILES[error.errno])
+    if error.errno == errno.ENOMEM:
+        return TcplatError(OUT_OF_MEMORY)
     if error.errno in REFUSED and error.filename is None:
         return refused(_call(error), error.errno)
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""

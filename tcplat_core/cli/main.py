@@ -8,7 +8,7 @@ from typing import NoReturn
 import click
 
 from tcplat_core.cli import OWN
-from tcplat_core.errors import TcplatError, UsageError
+from tcplat_core.errors import OUT_OF_MEMORY, TcplatError, UsageError
 from tcplat_core.event import terminal
 from tcplat_core.registry.command_group import CommandGroup
 from tcplat_core.run.signals import ignore_at_exit, stopped_early, unblock
@@ -52,7 +52,7 @@ def main() -> NoReturn:
         terminal.say(f"{error.format_message()} ({command} --help)")
         sys.exit(UsageError.exit_code)
     except MemoryError:
-        terminal.say("out of memory: raise the limit (ulimit -v, or memory.max of the cgroup)")
+        terminal.say(OUT_OF_MEMORY)
         sys.exit(TcplatError.exit_code)
     except (click.Abort, KeyboardInterrupt):  # the latter: it had been blocked, and was pending
         sys.exit(stopped_early(sys.argv[1:]))

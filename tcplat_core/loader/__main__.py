@@ -7,7 +7,7 @@ import socket
 import sys
 import traceback
 
-from tcplat_core.errors import TcplatError, of_system_call
+from tcplat_core.errors import OUT_OF_MEMORY, TcplatError, of_system_call
 
 from . import isolation
 
@@ -39,6 +39,8 @@ def main() -> None:
         answer = Loader(Request.unpack(data), cache).run()
     except TcplatError as error:
         answer = Refusal(str(error), error.exit_code, _log(error))
+    except MemoryError as error:
+        answer = Refusal(OUT_OF_MEMORY, 1, _log(error))
     except Exception as error:  # noqa: BLE001 - a bug of ours; the session shows it
         known = of_system_call(error) if isinstance(error, OSError) else TcplatError(repr(error))
         answer = Refusal(f"the loader failed: {known}", known.exit_code, _log(error))

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import platform
 import re
+import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +18,13 @@ from typing import Any
 
 import attrs
 
-from tcplat_core.errors import CannotRunError, PluginError
+from tcplat_core.errors import (
+    OUT_OF_MEMORY,
+    CannotRunError,
+    PluginError,
+    TcplatError,
+    lacks_memory,
+)
 from tcplat_core.kernel.bcc import INSTALL, find_bcc
 from tcplat_core.kernel.bpf import CALL, INSTRUCTION, PSEUDO_KFUNC_CALL
 
@@ -202,16 +209,29 @@ def import_bcc() -> Any:
     sys.modules["bcc"] = module
     try:
         spec.loader.exec_module(module)
-    except OSError as error:
+    except Exception as error:
+        if _lacks_memory(error):
+            raise TcplatError(OUT_OF_MEMORY) from error
+        if not isinstance(error, OSError):  # an incomplete package, or for another Python
+            raise CannotRunError(
+                f"bcc in {package} is broken ({type(error).__name__}: {error}): apt install "
+                "--reinstall python3-bpfcc libbpfcc (Fedora: dnf reinstall python3-bcc bcc)"
+            ) from error
         raise CannotRunError(
             f"bcc's library libbcc.so.0 does not load ({error}): {INSTALL}"
         ) from error
-    except Exception as error:  # an incomplete package, or one for another version of Python
-        raise CannotRunError(
-            f"bcc in {package} is broken ({type(error).__name__}: {error}): "
-            "apt install --reinstall python3-bpfcc libbpfcc (Fedora: dnf reinstall python3-bcc bcc)"
-        ) from error
     return module
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Return whether bcc could not be imported because memory ran out.
+
+    The dynamic linker gives no errno. It says the same of a library on a file system that is
+    mounted noexec.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    unmapped = limit != resource.RLIM_INFINITY and "failed to map segment" in str(error)
+    return unmapped or lacks_memory(f"{type(error).__name__}: {error}")
 
 
 @contextmanager

@@ -19,7 +19,15 @@ from typing import IO, TYPE_CHECKING, Self
 
 import attrs
 
-from tcplat_core.errors import NEEDS_ROOT, CannotRunError, PluginError, TcplatError, UsageError
+from tcplat_core.errors import (
+    NEEDS_ROOT,
+    OUT_OF_MEMORY,
+    CannotRunError,
+    PluginError,
+    TcplatError,
+    UsageError,
+    lacks_memory,
+)
 from tcplat_core.kernel.orphan import end_with
 
 from .privileges import SYSTEM_PATH
@@ -105,6 +113,9 @@ class LoaderProcess:
         status = self.process.returncode
         if status == -signal.SIGKILL:
             return f"the loader was killed (SIGKILL), perhaps for lack of memory: see dmesg{last}"
+        # LLVM and libstdc++ print a line or two more.
+        if lacks_memory("\n".join(lines[-3:])):
+            return f"the loader ran {OUT_OF_MEMORY}"
         return f"the loader died (status {status}){last}"
 
     def output(self) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from pathlib import Path
 
 import pytest
 
 from tcplat_core.cli import host_checks
-from tcplat_core.errors import CannotRunError
+from tcplat_core.errors import OUT_OF_MEMORY, CannotRunError, TcplatError
 from tcplat_core.kernel import bcc, bpf
 from tcplat_core.kernel.bcc import find_bcc
 from tcplat_core.loader.compile import import_bcc
@@ -46,6 +47,29 @@ def test_broken_bcc_is_reported_with_its_reason(
         import_bcc()
     assert words in str(error.value)
     assert "apt install" in str(error.value)
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("limited", "init", "words"),
+    [
+        (True, "raise OSError('x.so: failed to map segment from shared object')", OUT_OF_MEMORY),
+        (False, "raise OSError('x.so: failed to map segment from shared object')", "does not load"),
+        (False, "raise OSError(12, 'Cannot allocate memory')", OUT_OF_MEMORY),
+        (False, "raise MemoryError", OUT_OF_MEMORY),
+    ],
+)
+def test_memory_limit_is_not_a_broken_bcc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, limited: bool, init: str, words: str
+) -> None:
+    package(tmp_path, __init__=init)
+    monkeypatch.setattr(bcc, "SYSTEM_FOLDERS", (str(tmp_path),))
+    monkeypatch.delitem(sys.modules, "bcc", raising=False)
+    limit = 1 << 28 if limited else resource.RLIM_INFINITY
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    with pytest.raises(TcplatError) as error:
+        import_bcc()
+    assert words in str(error.value)
 
 
 @needs_root

@@ -847,6 +847,23 @@ def test_error_of_a_dead_loader_has_its_last_output(loader: Loaders) -> None:
 
 
 @pytest.mark.parametrize(
+    "printed",
+    [
+        "terminate called after ...\n  what():  std::bad_alloc",
+        "LLVM ERROR: out of memory\nAllocation failed",
+        "MemoryError: Unable to allocate internal buffer.",
+    ],
+)
+def test_loader_that_died_for_lack_of_memory_names_the_remedy(
+    loader: Loaders, printed: str
+) -> None:
+    process, theirs = loader(f"import sys; sys.stdin.read(); sys.exit({printed!r})")
+    theirs.close()
+    with pytest.raises(TcplatError, match=r"^the loader ran out of memory: raise the limit \("):
+        process.ask(REQUEST, never)
+
+
+@pytest.mark.parametrize(
     ("exit_code", "error"),
     [(1, TcplatError), (2, UsageError), (3, CannotRunError), (4, PluginError), (77, TcplatError)],
 )
