@@ -128,8 +128,8 @@ def test_signal_a_second_later_ends_at_once_and_says_so(code: str, number: int) 
 def test_signal_when_all_is_done_does_not_change_the_status(number: int) -> None:
     code = f"""
         class Late:
-            def __del__(self):  # when Python removes its modules
-                os.kill(os.getpid(), {int(number)})
+            def __del__(self, kill=os.kill, pid=os.getpid()):  # when Python removes its modules
+                kill(pid, {int(number)})
 
         sys.late = Late()
         from tcplat_core.cli.main import main
