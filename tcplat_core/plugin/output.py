@@ -54,11 +54,13 @@ class Output:
         stopping: Returns whether the user has ended the run; called while a write blocks.
         lines: The output is lines: if the disk is full, no partial line is left. Otherwise no
             partial write() is left.
+        alone: What another sink writes in between would make the output unreadable.
     """
 
     fd: int
     stopping: Callable[[], bool]
     lines: bool = True
+    alone: bool = False
     closed: bool = attrs.field(default=False, init=False)
     _may_block: bool = attrs.field(default=False, init=False)
     _owned: bool = attrs.field(default=False, init=False)
@@ -74,20 +76,27 @@ class Output:
         self._may_block = self.fd >= 0 and not stat.S_ISREG(os.fstat(self.fd).st_mode)
 
     @classmethod
-    def open(cls, path: str | None, stopping: Callable[[], bool], *, lines: bool = True) -> Output:
+    def open(
+        cls,
+        path: str | None,
+        stopping: Callable[[], bool],
+        *,
+        lines: bool = True,
+        alone: bool = False,
+    ) -> Output:
         """Open the file at `path`, or standard output if `path` is None.
 
         Checks now whether the file can be written. It is created or truncated now too, except
         while a run creates its sinks: then, when everything is attached.
 
         Raises:
-            UsageError: It cannot be written.
+            UsageError: It cannot be written, or another sink writes there that must not.
         """
         if path is None:
             if sys.stdout is None:
                 raise UsageError("standard output is closed: give the sink a path=")
-            output = cls(sys.stdout.fileno(), stopping, lines)
-            output._hold_back()
+            output = cls(sys.stdout.fileno(), stopping, lines, alone)
+            output._hold_back("standard output")
             return output
         place: outfile.Place | None
         with outfile.in_words(path):
@@ -97,34 +106,47 @@ class Output:
                 found = place.check()
                 if found and not stat.S_ISREG(found.st_mode):
                     # Opened only once: if it were closed in between, the reader would see EOF.
-                    output = cls(place.open(), stopping, lines)
+                    output = cls(place.open(), stopping, lines, alone)
                     output._owned = True
+                    output._hold_back(path)
                     return output
-            output = cls(-1, stopping, lines)
+            output = cls(-1, stopping, lines, alone)
             output._place, place = place, None
         finally:
             if place:
                 place.close()
-        if not output._hold_back():
+        if not output._hold_back(path):
             output.begin()
         return output
 
-    def _hold_back(self) -> bool:
+    def _hold_back(self, where: str) -> bool:
         """Note an output that is opened in held_back(); return whether it is.
 
         Raises:
-            UsageError: Another one is the same file.
+            UsageError: Another one is the same file, or the same stream while one must be alone.
         """
         outputs = _held_back.get()
         if outputs is None:
             return False
         for other in outputs:
-            if self._is_file_of(other):
-                path = self._place.path if self._place else "standard output"
+            why = ""
+            if (self.alone or other.alone) and self._is_stream_of(other):
+                why = ", and one of them a capture, which could not be read back"
+            if why or self._is_file_of(other):
                 self.close()
-                raise UsageError(f"two sinks write to {path}: give each a path of its own")
+                raise UsageError(f"two sinks write to {where}{why}: give each a path of its own")
         outputs.append(self)
         return True
+
+    def _is_stream_of(self, other: Output) -> bool:
+        """Return whether both write to the same standard output, pipe, socket or terminal."""
+        if self._place or other._place:
+            return False
+        if self.fd == other.fd:
+            return True
+        ours, theirs = os.fstat(self.fd), os.fstat(other.fd)
+        readable = not stat.S_ISCHR(ours.st_mode) or os.isatty(self.fd)
+        return readable and os.path.samestat(ours, theirs)
 
     def _is_file_of(self, other: Output) -> bool:
         """Return whether both write, or will create, the same regular file."""

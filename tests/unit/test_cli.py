@@ -118,6 +118,10 @@ def here(loader: FakeLoader, monkeypatch: pytest.MonkeyPatch) -> Callable[..., i
         ),
         ("run --probe tcp_client --probe tcp_client", "--probe tcp_client is given twice"),
         ("run --probe tcp_client --sink table --sink table", "--sink table is given twice"),
+        (
+            "run --probe tcp_client --sink jsonl --sink table",
+            "two sinks write to standard output, and one of them a capture, which could not be",
+        ),
         ("run --probe tcp_client --sink jsonl:path=no/where", "cannot write no/where: No such"),
         ("run --probe tcp_client --sink jsonl:path=/", "cannot write /: Is a directory"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import socket
 import threading
 import time
@@ -141,10 +142,44 @@ def test_sink_with_a_path_cannot_write_to_the_file_of_standard_output(
                 Output.open(str(path), never)
 
 
+@pytest.mark.parametrize("captures", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("paths", [(None, None), (None, "/dev/stdout"), ("pipe", "pipe")])
+@pytest.mark.parametrize("kind", ["file", "pipe", "terminal"])
+def test_capture_shares_no_stream_with_another_sink(
+    captures: tuple[bool, bool],
+    paths: tuple[str | None, str | None],
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
+    main, terminal = pty.openpty()
+    name = {"file": "out", "pipe": "pipe", "terminal": os.ttyname(terminal)}[kind]
+    before = os.dup(1)
+    with Path(name).open("w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        os.dup2(stdout.fileno(), 1)  # for /dev/stdout
+        try:
+            with held_back() as outputs:
+                first, second = paths
+                Output.open(first, never, alone=captures[0])
+                with pytest.raises(UsageError, match="two sinks write to") as refused:
+                    Output.open(second, never, alone=captures[1])
+        finally:
+            os.dup2(before, 1)
+    assert str(refused.value).endswith(": give each a path of its own")
+    for output in outputs:
+        output.close()
+    for fd in (reader, main, terminal, before):
+        os.close(fd)
+
+
 def test_several_sinks_may_write_to_a_device() -> None:
     with held_back() as outputs:
         Output.open("/dev/null", never).write(b"x")
-        Output.open("/dev/null", never).write(b"x")
+        Output.open("/dev/null", never, alone=True).write(b"x")
     for output in outputs:
         output.close()
 

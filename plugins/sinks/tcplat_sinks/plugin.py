@@ -51,7 +51,7 @@ def _msgpack(options: Options, run: RunInfo) -> Sink:
 def _jsonl(options: Options, run: RunInfo) -> Sink:
     from .jsonl import Jsonl  # noqa: PLC0415 - only the sinks in use are imported
 
-    return Jsonl(Output.open(options["path"], run.stopping))
+    return Jsonl(Output.open(options["path"], run.stopping, alone=True))
 
 
 def _table(options: Options, run: RunInfo) -> Sink:
