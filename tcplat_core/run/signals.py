@@ -17,7 +17,7 @@ _inherited: frozenset[int] = frozenset()
 """Signals that were blocked when this process started."""
 
 NOTHING_RECORDED = "stopped before the probes were attached; nothing was recorded"
-NOTHING_REPLAYED = "stopped before anything was read; nothing was replayed"
+NOTHING_REPLAYED = "stopped before any row was read; nothing was replayed"
 
 
 def stopped_early(arguments: Sequence[str]) -> int:
