@@ -6,6 +6,7 @@ import heapq
 import operator
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import attrs
@@ -35,18 +36,28 @@ _BATCH = 10_000
 _TIME = operator.itemgetter(0)
 
 
-def join_captures(first: str, second: str, output: str, *, quiet: bool) -> None:
-    """Run the command.
-
-    Raises:
-        UnboundedError: The packets do not bound the offset of the clocks.
-    """
+def _opened(first: str, second: str, output: str, *, quiet: bool) -> list[Reader]:
     for where in (first, second):
         if where == "-" or where.startswith(("unix:", "tcp:")):
             raise UsageError(f"{where} cannot be read twice: keep it in a file")
     readers = [Reader.open(where, quiet=quiet) for where in (first, second)]
+    if Path(first).samefile(second):
+        raise UsageError(
+            f"{first} and {second} are one file: merge joins the captures of two hosts"
+        )
     for reader in readers:
         reader.check_output(output)
+    return readers
+
+
+def join_captures(first: str, second: str, output: str, *, quiet: bool) -> None:
+    """Run the command.
+
+    Raises:
+        UsageError: A capture cannot be read twice, or both are the same file.
+        UnboundedError: The packets do not bound the offset of the clocks.
+    """
+    readers = _opened(first, second, output, quiet=quiet)
     sightings = PacketMatcher()
     unix_ns: int | None = None
     for host, rows in together(readers[0].batches(), readers[1].batches()):

@@ -379,6 +379,21 @@ def test_packets_forwarded_by_a_namespace_count() -> None:
     assert packet.sightings.corridor.packets == 2
 
 
+@pytest.mark.parametrize("link", [None, Path.symlink_to, Path.hardlink_to])
+def test_file_is_not_merged_with_itself(
+    link: Callable[[Path, Path], None] | None, tmp_path: Path
+) -> None:
+    path = other = write(tmp_path / "a", of_host(Traffic(connections=20), 0))
+    if link:
+        other = tmp_path / "b"
+        link(other, path)
+    with pytest.raises(UsageError, match="are one file: merge joins the captures of two hosts"):
+        CliRunner().invoke(
+            merge, [str(path), str(other), "-o", str(tmp_path / "out")], catch_exceptions=False
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_wire_times_are_printed_with_their_bound(tmp_path: Path) -> None:
     traffic = Traffic(connections=5)
     _, out = merged(tmp_path, of_host(traffic, 0), of_host(traffic, 1, drifting))
