@@ -16,7 +16,7 @@ from tcplat_core.run.signals import NOTHING_REPLAYED, Signals
 from .chosen import chosen_sinks, made_sinks
 from .root import give_up_root
 from .shared_options import COUNT, QUIET, SINKS, filter_of, filter_options
-from .words import failures, nothing, summary
+from .words import failures, nothing, removals, summary
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -108,4 +108,5 @@ def _replay(
         if signals.caught and not one.capture.read:
             terminal.say(NOTHING_REPLAYED)
     failures(one.router.switched_off)
-    return TcplatError.exit_code if one.router.switched_off else 0
+    failed = removals(outputs) or one.router.switched_off
+    return TcplatError.exit_code if failed else 0

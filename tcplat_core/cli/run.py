@@ -26,7 +26,7 @@ from .shared_options import (
     filter_of,
     filter_options,
 )
-from .words import nothing, print_report
+from .words import nothing, print_report, removals
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -181,7 +181,8 @@ class _Run:
         loader = None
         try:
             loader = LoaderProcess.start()
-            report = self._session(loader, child).run()
+            session = self._session(loader, child)
+            report = session.run()
         except TcplatError as error:
             if self.debug:
                 terminal.write("\n".join(getattr(error, "__notes__", [])))
@@ -196,6 +197,8 @@ class _Run:
         print_report(report, dry_run=self.dry_run, quiet=self.quiet)
         # The status of a command that tcplat ended is meaningless.
         ended = child.status if child and not (child.stopped or self.signals.caught) else 0
+        if removals(session.outputs):
+            ended = TcplatError.exit_code
         return _status(report, child, ended or 0, fail_on_loss=self.fail_on_loss)
 
     def _session(self, loader: LoaderProcess, child: TracedCommand | None) -> Session:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from tcplat_core.plugin.hookpoints import SKIPPED_FUNCS
 from tcplat_core.run.signals import NOTHING_RECORDED
 
 if TYPE_CHECKING:
+    from tcplat_core.plugin.output import Output
     from tcplat_core.plugin.report import Counted, ProbeReport, RunReport
 
 
@@ -33,6 +34,14 @@ def failures(switched_off: Mapping[str, str]) -> None:
     """Report the sinks that failed, which make the exit status 1."""
     for sink, reason in switched_off.items():
         terminal.say(f"sink {sink} was switched off: {reason}")
+
+
+def removals(outputs: Iterable[Output]) -> bool:
+    """Report files of sinks that are gone, which makes the exit status 1; return whether any is."""
+    gone = [path for output in outputs if (path := output.removed())]
+    for path in gone:
+        terminal.say(f"{path} is gone: it was removed or replaced while it was written")
+    return bool(gone)
 
 
 def _attached(report: RunReport) -> None:

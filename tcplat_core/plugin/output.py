@@ -66,6 +66,8 @@ class Output:
     _owned: bool = attrs.field(default=False, init=False)
     _place: outfile.Place | None = attrs.field(default=None, init=False)
     """Place of a file that is not created or truncated yet."""
+    _path: str = attrs.field(default="", init=False)
+    """Path of a regular file that is open, or was removed before it was closed."""
     _early: bytearray = attrs.field(factory=bytearray, init=False)
     """Data written before begin()."""
 
@@ -173,6 +175,7 @@ class Output:
             self._owned = True
             self._check_fd()
             if not self._may_block:
+                self._path = "" if place.magic else place.path
                 outfile.lock(self.fd, place.path)
                 os.ftruncate(self.fd, 0)
         if self._early:
@@ -272,6 +275,13 @@ class Output:
             self._place.close()
             self._place = None
         if self._owned:
+            self._path = self.removed()
             os.close(self.fd)
         self._owned = False
         self.closed = True
+
+    def removed(self) -> str:
+        """Return the path if the file was removed or replaced while it was open; else ``""``."""
+        if self._owned and self._path and os.fstat(self.fd).st_nlink:
+            return ""
+        return self._path

@@ -116,6 +116,25 @@ def test_signal_that_comes_twice_ends_the_run_cleanly(
     assert outcome.stderr.startswith("tcplat: tcp_client: ")
 
 
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_capture_removed_during_the_run_is_named_and_exits_with_1(
+    what: str, tmp_path: Path, start_tcplat: Start
+) -> None:
+    folder = tmp_path / "captures"
+    folder.mkdir()
+    path = folder / "out.jsonl"
+    run = start_tcplat(sinks=(f"jsonl:path={path}",)).wait_ready()
+    path.unlink()
+    if what == "folder":
+        folder.rmdir()
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.wait(patience()) == 1
+    said = run.errors.read_text()
+    assert said.endswith(
+        f"tcplat: {path} is gone: it was removed or replaced while it was written\n"
+    )
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_signal_before_the_start_ends_cleanly(times: int, start_tcplat: Start) -> None:
     run = start_tcplat()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -196,6 +197,38 @@ def test_file_that_another_run_writes_is_refused_and_unchanged(tmp_path: Path) -
     second.write(b"another\n")
     second.close()
     assert path.read_bytes() == b"another\n"
+
+
+def test_removed_file_is_noticed(tmp_path: Path) -> None:
+    def written(name: str) -> Output:
+        output = Output.open(str(tmp_path / name), never)
+        output.write(b"a row\n")
+        return output
+
+    kept, linked, moved, gone, replaced = outputs = [
+        *map(written, ("kept", "linked", "moved", "gone", "replaced"))
+    ]
+    (tmp_path / "elsewhere").hardlink_to(tmp_path / "linked")
+    (tmp_path / "linked").unlink()
+    (tmp_path / "moved").rename(tmp_path / "there")
+    (tmp_path / "gone").unlink()
+    (tmp_path / "new").write_text("")
+    (tmp_path / "new").rename(tmp_path / "replaced")
+    for _ in ("open", "closed"):
+        assert [one.removed() for one in (kept, linked, moved)] == ["", "", ""]
+        assert gone.removed() == str(tmp_path / "gone")
+        assert replaced.removed() == str(tmp_path / "replaced")
+        for output in outputs:
+            output.close()
+
+
+def test_file_that_had_no_name_is_not_called_removed() -> None:
+    with tempfile.TemporaryFile() as file:
+        output = Output.open(f"/proc/self/fd/{file.fileno()}", never)
+        output.write(b"a row\n")
+        assert not output.removed()
+        output.close()
+    assert not output.removed()
 
 
 # --- standard output

@@ -675,6 +675,25 @@ def _feed(to: IO[bytes], block: bytes) -> None:
             to.write(block)
 
 
+def test_file_removed_during_a_replay_is_named_and_exits_with_1(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    with subprocess.Popen(
+        [sys.executable, "-I", "-m", "tcplat_core", "replay", "-", "--sink", f"jsonl:path={path}"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdin
+        process.stdin.write(GOOD)
+        process.stdin.flush()
+        until = time.monotonic() + 60
+        while not path.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        path.unlink()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"tcplat: {path} is gone: it was removed or replaced".encode() in err
+
+
 def test_failure_of_the_only_sink_exits_with_1() -> None:
     done = tcplat("replay", "-", "--sink", "jsonl:path=/dev/full", input=GOOD)
     assert done.returncode == 1
