@@ -103,7 +103,7 @@ def split(stamps: Sequence[int | None], stages: tuple[str, ...] = STAGES) -> Spl
     around it are one; of several such, as few as possible. Where nothing is known
     between the two ends of the whole chain, all of the time is unexplained.
     """
-    names = _NAMES if stages is STAGES else _names(stages)
+    names = NAMES if stages is STAGES else _names(stages)
     parts = []
     first = before = -1
     first_ns = at_ns = 0
@@ -147,7 +147,7 @@ def _names(stages: tuple[str, ...]) -> list[list[str]]:
     return [["+".join(stages[first:last]) for last in range(count)] for first in range(count)]
 
 
-_NAMES = _names(STAGES)
+NAMES = _names(STAGES)
 
 
 def _consistent(known: list[tuple[int, int]], wrong: list[int]) -> list[tuple[int, int]]:

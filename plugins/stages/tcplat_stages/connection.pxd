@@ -11,6 +11,8 @@ cdef class End:
 cdef class Connection:
     cdef public object accept_us, ask_by, ask_ns, connect_us, error, ip, waiting
     cdef public object reset_by, reset_why
+    cdef public object fast_path
+    cdef public long long fast_from, fast_pause
     cdef public tuple client, service, doubt, ends, flows, reset_seen
     cdef public long long answered, came, closing_ns, eof_ns, error_ns, first_ns, last_ns, left_ns
     cdef public long long longest_ns, offset_ns, reset_ns
@@ -23,3 +25,4 @@ cdef class Connection:
     cdef public list fin_ns, fins, keys, packet_keys, stamps
     cdef public dict outcomes
     cdef public Exchange replying
+    cpdef leave_fast_path(self)

@@ -135,6 +135,9 @@ class Connection:
         "eof_ns",
         "error",
         "error_ns",
+        "fast_from",
+        "fast_path",
+        "fast_pause",
         "fin_ns",
         "fins",
         "first_ns",
@@ -259,9 +262,20 @@ class Connection:
         """Their replies are sent, and on their way."""
         self.came = -1
         """How far the client's stream had come when the reply that is being sent began."""
+        self.fast_path: Any = None
+        """Takes its rows, while its turns are plain: then its `replying` and the instants of its
+        streams are there."""
+        self.fast_from = 0
+        self.fast_pause = 1
+        """Exchanges from which on it may have one; and between the last one and that."""
         self.doubt: tuple[int, int | None, int] | None = None
         """Where the service sent when more had come that it was not seen to read, when, and how
         far that was: a new reply, if it read it without a row; else more of the old one."""
+
+    def leave_fast_path(self) -> None:
+        """Take it off the fast path, if it is on it."""
+        if self.fast_path is not None:
+            self.fast_path.leave()
 
     @property
     def handshake(self) -> Split:

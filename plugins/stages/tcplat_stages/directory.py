@@ -141,7 +141,9 @@ class Directory:
 
     def find(self, netns: Any, client: Any, service: Any) -> Sequence[Connection]:
         """Return the connections by these addresses, the youngest last."""
-        return self.by_addresses.get(_key(netns, client, service), ())
+        found = self.by_addresses.get(_key(netns, client, service), ())
+        _leave_fast_paths(found)
+        return found
 
     def register(self, conn: Connection, netns: Any) -> None:
         """Add a connection to those that have its addresses."""
@@ -158,6 +160,7 @@ class Directory:
             index: The end whose socket is there; None where a packet is.
         """
         known = self.by_addresses.get(_key(netns, conn.client, conn.service), ())
+        _leave_fast_paths(known)
         if len(known) < 2:  # noqa: PLR2004 - itself
             return
         for one in list(known):
@@ -275,6 +278,12 @@ def likeliest(
         return None
     likely[0].unsure = True
     return likely[0]
+
+
+def _leave_fast_paths(conns: Iterable[Connection]) -> None:
+    """Take connections off the fast path: others have the same addresses, or are looked for."""
+    for conn in conns:
+        conn.leave_fast_path()
 
 
 def _key(netns: Any, client: Any, service: Any) -> Addresses:

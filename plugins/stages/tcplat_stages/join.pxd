@@ -3,10 +3,13 @@ cimport cython
 from .binding cimport Binder, goes_again
 from .connection cimport Connection, End
 from .directory cimport Directory
+from .fast_path cimport FastPath
+from .fast_rows cimport FastPaths
 from .losses cimport Losses
 from .packet_rows cimport PacketRows
 from .routing cimport PacketRouter, is_new
-from .row_fields cimport Slim, opens, shows_window
+from .plain cimport may_begin
+from .row_fields cimport Look, Slim, opens, shows_window
 from .socket_rows cimport SocketRows
 from .turns cimport Turns
 
@@ -24,6 +27,9 @@ cdef class Joiner:
     cdef public SocketRows _sockets
     cdef public PacketRows _packets
     cdef public Slim _slim
+    cdef public FastPaths _fast_paths
+    @cython.locals(look=Look, fast=FastPaths, losses=Losses)
+    cdef bint _take_plain(self, Py_ssize_t index)
     @cython.locals(losses=Losses)
     cpdef _take(self, Slim row)
     @cython.locals(point=str, end=End, conn=Connection)

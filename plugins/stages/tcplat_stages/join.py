@@ -20,13 +20,17 @@ from tcplat_core import Loss, Sampled, connection_hash, ends_ns, is_in_share, sl
 from .binding import Binder, goes_again
 from .connection import Connection, Finished
 from .directory import Directory
+from .fast_path import FastPath
+from .fast_rows import FastPaths
 from .losses import MOVES, PACKETS, STREAM, Losses
 from .packet_rows import PLAIN, PacketRows
+from .plain import may_begin
 from .routing import PacketRouter, is_new
 from .row_fields import BEYOND_NS, COMPILED, Slim, opens, shows_window
+from .samples import Tally
 from .socket_rows import POINTS, SocketRows
 from .stream import CLIENT, SERVICE
-from .turns import END_OF_RUN, UNSAMPLED, Turns, has_come
+from .turns import END_OF_RUN, UNSAMPLED, Turns, end_idle
 
 MOST = 32_768
 """Connections that are kept."""
@@ -63,6 +67,7 @@ class Joiner:
         self._sockets = SocketRows(self.directory, self._binder, self._turns)
         self._packets = PacketRows(self.directory, self._turns)
         self._slim = Slim()
+        self._fast_paths = FastPaths()
 
     @property
     def given_up(self) -> int:
@@ -89,6 +94,10 @@ class Joiner:
         """Messages that were under way where rows were lost: they are not reported."""
         return self._turns.missed
 
+    def count_with(self, tally: Tally) -> None:
+        """Count plain exchanges with a tally; feed() does not return those."""
+        self._turns.tally = tally
+
     def feed(self, rows: Sequence[Any]) -> list[Finished]:
         """Take rows in order of time, and return what became complete by them.
 
@@ -103,7 +112,11 @@ class Joiner:
         slim_batch = slim_rows(rows) if COMPILED else None
         if slim_batch is not None:
             slim.begin(slim_batch)
+            self._fast_paths.begin(slim_batch)
+            plain = self.watch is None
             for index in range(len(rows)):
+                if plain and self._take_plain(index):
+                    continue
                 slim.turn_to(index)
                 self._take(slim)
             slim.begin(None)
@@ -115,6 +128,21 @@ class Joiner:
             else:
                 self._take(row)
         return finished
+
+    def _take_plain(self, index: int) -> bool:
+        """Take a row of a plain turn by its numbers; False if it is none, or not known to be one.
+
+        It is what _take() does, without a look at what the row's connection does not need.
+        """
+        look, fast_paths, losses = self._slim.look, self._fast_paths, self._losses
+        look.turn_to(index)
+        if not fast_paths.may_take(look):
+            return False
+        if look.ts_ns >= self._next_sweep_ns:
+            self._pass(look.ts_ns)
+        if losses.ends and look.ts_ns >= losses.ends[0]:
+            losses.end(look.ts_ns)
+        return fast_paths.take(look, self.directory, losses)
 
     def _take(self, row: Any) -> None:
         """Take a row: of a socket, or a packet."""
@@ -144,6 +172,7 @@ class Joiner:
         if not end.named and row.sport:
             self._binder.learn_port(end, row)
         conn = end.conn
+        conn.leave_fast_path()
         conn.last_ns = ts_ns
         if conn.breaks != self._losses.count:
             self._losses.mark(conn)
@@ -151,6 +180,8 @@ class Joiner:
             self.watch(conn, row)
         self._sockets.take(end, row, ts_ns, point)
         self._losses.row_ns = ts_ns
+        if COMPILED and point in ("send", "recv") and may_begin(conn, self._losses):
+            FastPath(conn, self._turns, self._losses)
 
     def _take_packet(self, row: Any, ts_ns: int) -> None:
         point = row.point
@@ -179,6 +210,7 @@ class Joiner:
             conn = found
         if conn.over:
             return
+        conn.leave_fast_path()
         conn.last_ns = ts_ns
         if conn.breaks != self._losses.count:
             self._losses.mark(conn)
@@ -293,7 +325,7 @@ class Joiner:
             if at > now_ns:
                 due.append(at)
             elif why == "idle":
-                self._end_idle(conn)
+                end_idle(self._turns, conn)
             else:
                 ended.append((conn, why))
         for conn, why in ended:
@@ -306,17 +338,9 @@ class Joiner:
             return conn.last_ns + self._idle_ns + 1, "port reused"
         if conn.closing_ns and not conn.ends[CLIENT].sock and not conn.ends[SERVICE].sock:
             return conn.last_ns + _SECOND_NS, "closed"
-        if conn.replying is not None:
+        if conn.replying is not None or conn.fast_path is not None:
             return conn.last_ns + self._idle_ns + 1, "idle"
         return None, ""
-
-    def _end_idle(self, conn: Connection) -> None:
-        """Complete the reply of a connection that was silent for long, if it has come."""
-        reply = conn.flows[SERVICE]
-        if conn.replying is not None and has_come(conn, reply.sent):
-            if conn.ends[SERVICE].sock:
-                self._turns.settle(conn, "idle")
-            self._turns.end_reply(conn.replying, reply.sent, "idle")
 
 
 def _has_number(row: Any) -> bool:

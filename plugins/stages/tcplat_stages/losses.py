@@ -38,6 +38,7 @@ class Losses:
         row_ns: When the last row was of which something follows.
         count: How often a gap began or ended; each connection knows how often by its last row.
         ends: The ends of the gaps that may not be over yet, in order.
+        until_ns: The end of the last gap; -1 without any.
     """
 
     def __init__(self) -> None:
@@ -46,6 +47,7 @@ class Losses:
         self.ends: list[int] = []
         self._gaps: list[tuple[int, int]] = []
         """Between which instants rows were lost: apart from each other, and in order."""
+        self.until_ns = -1
         self._blurred_ns = -1
         """Up to here the gaps are no longer kept: rows may have been lost anywhere."""
 
@@ -71,6 +73,7 @@ class Losses:
             before = gaps.pop()
             since_ns, until_ns = min(before[0], since_ns), max(before[1], until_ns)
         gaps.append((since_ns, until_ns))
+        self.until_ns = until_ns
         if len(gaps) > _MOST_LOSSES:
             half = len(gaps) // 2
             self._blurred_ns = gaps[half - 1][1]

@@ -1,7 +1,16 @@
 cimport cython
 
+cdef class Look:
+    cdef public long long[::1] numbers
+    cdef public Py_ssize_t width, hook, user, ends, flags
+    cdef public long long ts_ns, seq, bytes, sock, ack, window
+    @cython.locals(at=cython.Py_ssize_t)
+    cpdef turn_to(self, Py_ssize_t index)
+    cpdef bint shows_window(self)
+
 cdef class Slim:
     cdef public object event, batch
+    cdef public Look look
     cdef public long long[::1] numbers
     cdef public Py_ssize_t _at, _index, _width
     cdef public list _hooks, _users, _ends, _states, _flags

@@ -63,6 +63,31 @@ class Process(NamedTuple):
 NO_PROCESS = Process(None, None)
 
 
+class Look:
+    """The numbers of a slim row. One object stands for one row after the other."""
+
+    def __init__(self) -> None:
+        self.numbers: Any = None
+        self.width = 0
+        self.ts_ns = self.seq = self.bytes = self.sock = self.ack = self.window = 0
+        self.hook = self.user = self.ends = self.flags = 0
+
+    def turn_to(self, index: int) -> None:
+        """Stand for the row of this index."""
+        at = index * self.width
+        # Not by a local name: where it is compiled, each takes a reference of the buffer.
+        self.ts_ns = self.numbers[at + TS_NS]
+        self.seq, self.bytes = self.numbers[at + SEQ], self.numbers[at + BYTES]
+        self.sock = self.numbers[at + SOCK]
+        self.ack, self.window = self.numbers[at + ACK], self.numbers[at + WINDOW]
+        self.hook, self.user = self.numbers[at + HOOK], self.numbers[at + USER]
+        self.ends, self.flags = self.numbers[at + ENDS], self.numbers[at + FLAGS]
+
+    def shows_window(self) -> bool:
+        """Return whether its window is not closed, as far as it is known."""
+        return self.window not in (0, UNKNOWN)
+
+
 class Slim:
     """What the joiner reads of a row, as a compiled joiner has it: with no look-up by name.
 
@@ -74,6 +99,7 @@ class Slim:
         self.event: Any = None
         self.numbers: Any = None
         self.batch: SlimRows | None = None
+        self.look = Look()
         self._at = self._index = 0
 
     def load(self, event: Any) -> None:
@@ -101,9 +127,10 @@ class Slim:
         self.batch = batch
         self.event = None
         if batch is None:
-            self.numbers = None
+            self.numbers = self.look.numbers = None
             return
-        self.numbers = batch.numbers
+        self.numbers = self.look.numbers = batch.numbers
+        self.look.width = batch.width
         self._width = batch.width
         self._hooks = batch.hooks
         self._users = batch.users

@@ -8,3 +8,9 @@ from .exchange cimport Exchange
 cpdef list samples(Exchange exchange)
 @cython.locals(histogram=DurationHistogram)
 cpdef count(Exchange exchange, dict histograms, weight)
+
+cdef class Tally:
+    cdef public long long version
+    cdef object _find
+    cpdef list histograms(self, Exchange exchange, long long known)
+    cdef add(self, DurationHistogram histogram, long long ns)

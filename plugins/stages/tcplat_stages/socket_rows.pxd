@@ -42,4 +42,4 @@ cdef class SocketRows:
 @cython.locals(conn=Connection, flow=Flow, ready=Reach, copied=cython.longlong)
 cpdef _ready(End end, Slim row, long long ts_ns)
 @cython.locals(read_ns=cython.longlong, flow=Flow)
-cpdef _think(Connection conn, long long ts_ns)
+cpdef think(Connection conn, long long ts_ns)

@@ -113,7 +113,7 @@ class SocketRows:
                 conn.ask_ns, conn.ask_by = ts_ns, process
                 conn.thought_ns = 0
                 if not missed & (1 << CLIENT | 1 << READS + CLIENT):
-                    _think(conn, ts_ns)
+                    think(conn, ts_ns)
         if len(flow.sends) > LONG:
             prune(conn, index)
 
@@ -205,7 +205,7 @@ def _send_short(end: End, row: Any) -> None:
         conn.thought_ns, conn.thinks_from_ns = 0, conn.thought_from_ns
 
 
-def _think(conn: Connection, ts_ns: int) -> None:
+def think(conn: Connection, ts_ns: int) -> None:
     """Add the time from the client's last read to its request, once for each time it reads."""
     read_ns = conn.flows[SERVICE].read_ns
     conn.thought_ns = ts_ns - read_ns if read_ns > conn.thinks_from_ns else 0

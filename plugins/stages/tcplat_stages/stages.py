@@ -16,7 +16,7 @@ from .exchange import OUTCOMES, Exchange
 from .formatting import duration, moment
 from .hosts import crosses
 from .joined import Joined
-from .samples import TOTAL, count
+from .samples import TOTAL, Tally, count
 from .stream import CLIENT
 
 PERCENTILES = ((50.0, "p50"), (90.0, "p90"), (99.0, "p99"), (99.9, "p99_9"))
@@ -85,6 +85,11 @@ class Stages(Joined):
     _offset_ns: int = attrs.field(default=0, init=False)
     """Unix time minus the rows' clock, as the last row has it."""
     _lost: int = attrs.field(default=0, init=False)
+    _tally: Tally = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._tally = Tally(self._histograms)
+        self.joiner.count_with(self._tally)
 
     def feed(self, batch: Sequence[Event]) -> None:
         """Take rows; at the end of an interval, write its stages."""
@@ -122,6 +127,7 @@ class Stages(Joined):
 
     def write_share(self, share: Sampled) -> None:
         """Say it with the figures; as JSON where it changes."""
+        self._tally.version += 1
         if self.as_json:
             super().write_share(share)
 
@@ -135,19 +141,25 @@ class Stages(Joined):
 
     def write_finished(self, finished: list[Finished]) -> None:
         """Count what is over."""
-        groupings = [GROUPINGS[name] for name in self.group_by]
         groups = self._now
         for one in finished:
             if not isinstance(one, Exchange):
                 continue
-            group = tuple([grouping(one) for grouping in groupings])
+            group = self._group(one)
             found = groups.get(group)
             if found is None:
                 if len(groups) >= _MOST_GROUPS:
-                    group = tuple(OTHERS for _ in groupings)
+                    group = tuple(OTHERS for _ in group)
                 found = groups.setdefault(group, {})
             weight = weight_of(one, self.shares)
             count(one, found, weight)
+
+    def _group(self, exchange: Exchange) -> Group:
+        return tuple([GROUPINGS[name](exchange) for name in self.group_by])
+
+    def _histograms(self, exchange: Exchange) -> dict[str, DurationHistogram] | None:
+        """Return where a plain exchange is counted, if its group has any and its weight is 1."""
+        return self._now.get(self._group(exchange)) if self.shares.one_in is None else None
 
     def _end_intervals(self, ts_ns: int) -> None:
         """Tell of those that are over by now, but for those in which nothing was complete."""
@@ -182,6 +194,7 @@ class Stages(Joined):
             for name, histogram in found.items():
                 there.setdefault(name, DurationHistogram()).merge(histogram)
         self._now = {}
+        self._tally.version += 1
 
     def _write(self, groups: dict[Group, dict[str, DurationHistogram]], when: str) -> None:
         rows = [

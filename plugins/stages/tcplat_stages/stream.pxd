@@ -31,6 +31,7 @@ cdef class Flow:
     cpdef note_read(self, long long finish, ts_ns)
     cpdef skip_urgent(self, long long before, long long at)
     cpdef long long arrived(self)
+    cpdef drop_instants(self)
     @cython.locals(sends=list, reads=list, senders=list)
     cpdef trim(self, long long position)
 

@@ -303,13 +303,17 @@ class Flow:
         self.reads = added(self.reads, finish, ts_ns)
 
     def drop_logs(self) -> None:
-        """Drop the instants; keep how far the stream has come."""
-        self.sends = self.reads = NO_LOG
+        """Drop all instants and senders; keep how far the stream has come."""
+        self.drop_instants()
         self.senders = NO_SENDERS
+        self.urgent = ()
+
+    def drop_instants(self) -> None:
+        """Drop when the stream had come how far."""
+        self.sends = self.reads = NO_LOG
         for reach in (self.tx, self.nic, self.ip, self.ready):
             if reach.log:
                 reach.log = NO_LOG
-        self.urgent = ()
 
     def skip_urgent(self, before: int, at: int) -> None:
         """Rows of calls go on at `at`, and the last one ended at `before`.

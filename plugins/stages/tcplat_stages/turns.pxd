@@ -3,6 +3,7 @@ cimport cython
 from .connection cimport Connection
 from .exchange cimport Exchange
 from .losses cimport Losses
+from .samples cimport Tally
 from .stream cimport Flow, Reach, caller, reached
 
 # What is imported has these C types here.
@@ -11,7 +12,8 @@ cdef Py_ssize_t REPLY_SENT, REPLY_TX, REPLY_RX, REPLY_IP, REPLY_READY, REPLY_REA
 
 cdef class Turns:
     cdef public list finished, _undecided
-    cdef public dict _longest
+    cdef public dict longest
+    cdef public Tally tally
     cdef public long long last_ns, cut, unsampled, untimed, missed
     cdef public bint resampled, _leaving
     cdef public Losses _losses
@@ -32,7 +34,7 @@ cdef class Turns:
     @cython.locals(conn=Connection, flow=Flow, end=cython.longlong, stamps=list, farewell=Exchange)
     cpdef _complete(self, Exchange exchange, str why=*)
     @cython.locals(conn=Connection, request=Flow, reply=Flow, cut=cython.bint, total_ns=cython.longlong, known=cython.int)
-    cpdef _tell(self, Exchange exchange)
+    cpdef tell(self, Exchange exchange)
 
 @cython.locals(request=Flow)
 cpdef _ask_from(Connection conn, long long asked)
@@ -46,3 +48,6 @@ cpdef _arrived(Exchange exchange, long long end)
 cpdef bint has_come(Connection conn, long long end)
 @cython.locals(flow=Flow, needed=cython.longlong)
 cpdef prune(Connection conn, int index)
+@cython.locals(reply=Flow)
+cpdef end_idle(Turns turns, Connection conn)
+cpdef note_longest(dict longest, Connection conn)

@@ -24,6 +24,7 @@ from .exchange import ANSWERED, ONE_WAY, OPEN, UNANSWERED, Exchange
 from .losses import ASKING_ROWS, READS, Losses, tear
 from .outcomes import judge_cut_short, judge_unanswered, pause_in
 from .row_fields import NO_PROCESS
+from .samples import Tally
 from .stream import CLIENT, SERVICE, caller, reached
 
 END_OF_RUN = "end of run"
@@ -53,21 +54,20 @@ class Turns:
         resampled: The sample has changed: what is in its middle may have come back, and its first
             exchange may have begun before.
         untimed: Messages of which only one instant is known.
+        longest: Address and port of a service -> its longest total, ns, of what was answered.
+        tally: Counts plain exchanges, where none of them is needed itself.
         missed: Messages that were under way where rows were lost: they are not reported.
     """
 
     def __init__(self, losses: Losses) -> None:
         self.finished: list[Finished] = []
         self.last_ns = 0
-        self.cut = 0
-        self.unsampled = 0
+        self.cut = self.unsampled = self.untimed = self.missed = 0
         self.resampled = False
         self._leaving = False
-        self.untimed = 0
-        self.missed = 0
         self._losses = losses
-        self._longest: dict[tuple[str, int | None], int] = {}
-        """Address and port of a service -> its longest total, ns, of what was answered."""
+        self.longest: dict[tuple[str, int | None], int] = {}
+        self.tally: Tally | None = None
         self._undecided: list[Exchange] = []
         """Requests that the end of the run cuts short."""
 
@@ -222,11 +222,12 @@ class Turns:
             exchange.stamps[: REQUEST_READ + 1] = instants[: REQUEST_READ + 1]
             exchange.request_end = farewell.request_begin
             farewell.ended = why
-        self._tell(exchange)
+        self.tell(exchange)
         if farewell is not None:
-            self._tell(farewell)
+            self.tell(farewell)
 
-    def _tell(self, exchange: Exchange) -> None:
+    def tell(self, exchange: Exchange) -> None:
+        """Report a message that is over, unless it was not seen whole."""
         conn = exchange.conn
         request, reply = conn.flows
         if request.urgent or reply.urgent:
@@ -268,11 +269,12 @@ class Turns:
             total_ns = exchange.divide().total_ns
             if total_ns > conn.longest_ns:
                 conn.longest_ns = total_ns
-                _note_longest(self._longest, conn)
+                note_longest(self.longest, conn)
         self.finished.append(exchange)
 
     def end(self, conn: Connection, why: str) -> None:
         """Complete what was under way on a connection that is over, as far as it came."""
+        conn.leave_fast_path()
         self._leaving = why == UNSAMPLED
         settle_rst(conn)
         if conn.ends[SERVICE].sock:
@@ -324,9 +326,9 @@ class Turns:
             _arrived(exchange, pause.at)  # it has waited during the pause
         if exchange.outcome == OPEN and why == END_OF_RUN:
             self._undecided.append(exchange)
-        self._tell(exchange)
+        self.tell(exchange)
         if farewell is not None:
-            self._tell(farewell)
+            self.tell(farewell)
 
     def _stopped(self, conn: Connection, why: str) -> tuple[int, str]:
         """Until when a connection was followed, of which no end was seen."""
@@ -335,11 +337,21 @@ class Turns:
     def decide(self) -> None:
         """At the end of the run, judge what is open by how long the service took before."""
         for exchange in self._undecided:
-            _decide(exchange, self._longest.get(exchange.conn.service, 0))
+            _decide(exchange, self.longest.get(exchange.conn.service, 0))
         self._undecided.clear()
 
 
-def _note_longest(longest: dict[tuple[str, int | None], int], conn: Connection) -> None:
+def end_idle(turns: Turns, conn: Connection) -> None:
+    """Complete the reply of a connection that was silent for long, if it has come."""
+    conn.leave_fast_path()
+    reply = conn.flows[SERVICE]
+    if conn.replying is not None and has_come(conn, reply.sent):
+        if conn.ends[SERVICE].sock:
+            turns.settle(conn, "idle")
+        turns.end_reply(conn.replying, reply.sent, "idle")
+
+
+def note_longest(longest: dict[tuple[str, int | None], int], conn: Connection) -> None:
     """Note the longest total of a connection for its service."""
     if conn.longest_ns > longest.get(conn.service, 0) and (
         len(longest) < _MOST_SERVICES or conn.service in longest
