@@ -58,8 +58,8 @@ class FastPaths:
         if batch.hooks is not self._hooks:
             self._hooks, self._codes = batch.hooks, []
         for hook in batch.hooks[len(self._codes) :]:
-            point = hook[1]
-            known = point in POINTS or point in PACKETS
+            point = hook[1] if hook else ""  # null: rows of this hook come as objects
+            known = not hook or point in POINTS or point in PACKETS
             self._codes.append(_CODES.get(point, _OTHER if known else _IGNORED))
 
     def may_take(self, look: Look) -> bool:

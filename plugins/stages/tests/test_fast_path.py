@@ -272,6 +272,15 @@ def shown(histogram: DurationHistogram) -> list[Any]:
     return [*(getattr(histogram, name) for name in names), list(histogram.buckets())]
 
 
+def test_hook_whose_rows_come_as_objects_has_no_text() -> None:
+    rows, texts, joiner = plain(6).rows(["tcp_client/ready"]), SlimTexts(), Joiner()
+    finished = joiner.feed(SlimHistory(rows[:50], texts))
+    # As LineReader has it for what it does not read itself.
+    texts.columns[0][texts.number(0, ("tcp_client", "recv", "", "\u00e9"))] = None
+    finished += joiner.feed(SlimHistory(rows[50:], texts)) + joiner.finish()
+    assert [one.outcome for one in finished if isinstance(one, Exchange)] == ["answered"] * 6
+
+
 def test_connection_that_often_leaves_the_fast_path_is_tried_less_often() -> None:
     history = plain(400)
     rows = history.rows(["tcp_client/ready", "dev_xmit", "xdp_port"])
