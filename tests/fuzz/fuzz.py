@@ -100,7 +100,8 @@ def ways(number: int, path: str, base: str, page: str, reader: str) -> Iterator[
     yield ["diff", *two, *turn([], ["--format", "json"], ["--group-by", "process+remote"])]
     yield ["merge", *two, "-o", "-"]
     if number % 8 == 0:
-        yield ["merge", path, path, "-o", "-"]
+        again = shutil.copyfile(path, f"{path}-again")  # merge refuses one file twice
+        yield ["merge", path, again, "-o", "-"]
         yield ["replay", path, "--sink", "histogram"]
 
 
