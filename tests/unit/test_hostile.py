@@ -336,7 +336,8 @@ def tcplat(folder: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
         (0, ("report", NAME, "-o", "page.html")),
         (0, ("report", NAME, "-o", f"{NAME}.json", "--format", "perfetto")),
         (0, ("diff", NAME, NAME)),
-        (1, ("merge", NAME, NAME)),
+        (1, ("merge", NAME, f"{NAME}.2")),
+        (2, ("merge", NAME, NAME)),
         (2, ("replay", f"{NAME}.gone")),
         (2, ("replay", f"unix:{NAME}")),
         (2, ("replay", f"tcp:{NAME}:1")),
@@ -360,7 +361,8 @@ def test_arguments_are_escaped_on_the_terminal(
     tmp_path: Path, status: int, arguments: tuple[str, ...]
 ) -> None:
     good = line(**of_row()) + b"damaged\n"
-    (tmp_path / NAME).write_bytes(good + line(report={"probes": {}, "duration_s": 1.0}))
+    for name in (NAME, f"{NAME}.2"):
+        (tmp_path / name).write_bytes(good + line(report={"probes": {}, "duration_s": 1.0}))
     assert tcplat(tmp_path, *arguments).returncode == status
 
 

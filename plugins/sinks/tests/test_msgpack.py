@@ -676,10 +676,20 @@ def eventually(holds: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def sockets(path: str) -> list[list[str]]:
+    """Return the fields of the unix sockets at a path, as /proc/net/unix has them."""
+    lines = Path("/proc/net/unix").read_text(encoding="utf-8").splitlines()
+    return [line.split() for line in lines if line.endswith(f" {path}")]
+
+
 def connections(path: str) -> int:
     """Return the connections to a unix socket, accepted or not."""
-    lines = Path("/proc/net/unix").read_text(encoding="utf-8").splitlines()
-    return sum(line.split()[5] == "03" and line.endswith(f" {path}") for line in lines)
+    return sum(fields[5] == "03" for fields in sockets(path))
+
+
+def listens(path: str) -> bool:
+    """Return whether a unix socket accepts connections: it exists a moment before it does."""
+    return any(fields[3] == "00010000" for fields in sockets(path))
 
 
 def capture_of(batch: Sequence[Event]) -> bytes:
@@ -694,7 +704,7 @@ def test_readme_example_reads_the_stream(
     (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert len([line for line in code.splitlines() if line]) <= 10
     writer = tcplat("replay", "-", "--sink", f"msgpack:unix={bench.path},wait=1")
-    eventually(lambda: Path(bench.path).exists())
+    eventually(lambda: listens(bench.path))
     reader = subprocess.Popen(
         [sys.executable, "-c", code, bench.path], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -707,7 +717,7 @@ def test_header_comes_before_rows_and_replay_reads_live(
     bench: Bench, tcplat: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     writer = tcplat("replay", "-", "--sink", f"msgpack:unix={bench.path}")
-    eventually(lambda: Path(bench.path).exists())
+    eventually(lambda: listens(bench.path))
     client = bench.client()
     assert "schema" in client.read(1)[0]
     reader = tcplat("replay", f"unix:{bench.path}", "--sink", "jsonl")
