@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +32,12 @@ worker.join()
 def reached_at(server: Listener, state: str, count: int = 1) -> Callable[[list[Row]], bool]:
     """For wait_for(): of connections to this server alone, in a run that traces all processes."""
     return lambda rows: reached(state, count)(of_port(rows, server.port))
+
+
+def rows_to_close(run: Tcplat, server: Listener) -> list[Row]:
+    """Wait for the close of the only connection to this server; stop, return its rows."""
+    run.wait_for("it was closed", lambda rows: bool(at(of_port(rows, server.port), "close")))
+    return of_port(run.stop().rows, server.port)
 
 
 def names(rows: list[Row], point: str) -> list[tuple[str, str | None]]:
@@ -140,6 +150,41 @@ def test_thread_name_is_not_taken_for_comm(
     run.wait_for("it had sent", lambda rows: bool(at(rows, "send")))
     rows = of_port(run.stop().rows, server.port)
     assert names(rows, "connect") == names(rows, "send") == [("shop", "pool 1")]
+
+
+def needs_io_uring() -> None:
+    """Skip the test where the kernel, or a filter of system calls, refuses io_uring."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall(425, 0, None)  # io_uring_setup(2), the same number everywhere: EFAULT at best
+    error = ctypes.get_errno()
+    if error in (errno.ENOSYS, errno.EPERM):
+        pytest.skip(f"io_uring_setup is refused here: {os.strerror(error)}")
+
+
+@pytest.mark.parametrize("by", ["sqp", "wrk"])
+def test_comm_of_io_uring_request_is_its_process(
+    running_tcplat: Start, client: Puppet, server: Listener, tmp_path: Path, by: str
+) -> None:
+    """The thread of the kernel that does it, iou-sqp-PID or iou-wrk-PID, is in `thread`."""
+    needs_io_uring()
+    program = tmp_path / f"uring-{by}"
+    source = Path(__file__).with_name("uring.c")
+    subprocess.run(["clang", "-O2", "-o", str(program), str(source)], check=True)
+    run, filtered = running_tcplat(), running_tcplat("--comm", program.name)
+    client(f"p = subprocess.Popen({[str(program), by, str(server.port)]!r})")
+    peer = server.accept()
+    read_exactly(peer, 1)
+    peer.sendall(b"y")
+    assert client("p.wait()") == 0
+    rows = rows_to_close(run, server)
+    assert {(row["pid"], row["comm"]) for row in rows} == {(client("p.pid"), program.name)}
+    for point in ("connect", "send", "recv"):
+        [(_, thread)] = names(rows, point)
+        assert thread
+        assert thread.rstrip("0123456789") == f"iou-{by}-"
+    kept = rows_to_close(filtered, server)
+    for key in ("point", "state", "bytes", "pid", "tid", "comm", "thread"):
+        assert [row[key] for row in kept] == [row[key] for row in rows]
 
 
 def test_unaccepted_connection_has_the_listeners_current_name(
