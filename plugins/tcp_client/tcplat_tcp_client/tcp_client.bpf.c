@@ -293,9 +293,10 @@ static __always_inline int report_state(struct sock *sk, int old, int new, u8 ho
 		return 0;
 	/*
 	 * It was disconnected, and is no client any more. By fentry, that it listens is not seen, but
-	 * that it does so no longer.
+	 * that it does so no longer. A new child of a listener changes from TCP_LISTEN as well: there
+	 * the entry is that of an older socket at its address.
 	 */
-	if (new == TCP_LISTEN || old == TCP_LISTEN) {
+	if (new == TCP_LISTEN || (old == TCP_LISTEN && new == TCP_CLOSE)) {
 		tcplat_set_role(sk, TCPLAT_ROLE_LISTENER);
 		return 0;
 	}
