@@ -2,7 +2,7 @@ cimport cython
 
 from .connection cimport Connection
 from .pending cimport Pending
-from .plain cimport has_more, is_at, is_in, lacks, last, near
+from .plain cimport has_more, is_at, is_in, lacks, last
 from .socket_rows cimport think
 from .stream cimport Flow, Reach, added, caller
 from .turns cimport Turns, prune, queued_up_to

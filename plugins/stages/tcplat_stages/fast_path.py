@@ -15,7 +15,7 @@ from .acceptable import LARGEST_WINDOW
 from .connection import Connection
 from .losses import Losses
 from .pending import Pending
-from .plain import NO_INSTANT, has_more, is_at, is_in, lacks, last, near
+from .plain import NO_INSTANT, has_more, is_at, is_in, lacks, last
 from .socket_rows import think
 from .stream import CLIENT, NOT_SEEN, SERVICE, Log, Reach, added, caller
 from .turns import LONG, Turns, prune, queued_up_to
@@ -95,7 +95,7 @@ class FastPath:
     def _take_request(self, ts_ns: int, seq: int, count: int) -> bool:
         """Take a send of the client."""
         conn, flow = self.conn, self._request
-        at = near(flow.ref, seq)
+        at = flow.near(seq)
         if at != flow.sent or has_more(flow, at) or not self._asks():
             return False
         if self._asked_ns >= 0:
@@ -113,7 +113,7 @@ class FastPath:
     def _take_ready(self, ts_ns: int, seq: int, count: int) -> bool:
         """Take a wake-up of the service."""
         flow = self._request
-        copied = near(flow.ref, seq)
+        copied = flow.near(seq)
         finish = copied + count
         reach = flow.ready
         if copied > flow.read or (self._client and finish > flow.sent) or reach is NOT_SEEN:
@@ -131,7 +131,7 @@ class FastPath:
     def _take_read(self, ts_ns: int, seq: int, count: int) -> bool:
         """Take a read of the service."""
         flow = self._request
-        at = near(flow.ref, seq)
+        at = flow.near(seq)
         finish = at + count
         if at != flow.read or (self._client and finish > flow.sent) or lacks(flow, finish):
             return False
@@ -147,7 +147,7 @@ class FastPath:
     def _take_reply(self, ts_ns: int, seq: int, count: int) -> bool:
         """Take a send of the service: it begins a reply, or goes on with one."""
         flow = self._reply
-        at = near(flow.ref, seq)
+        at = flow.near(seq)
         if at != flow.sent or has_more(flow, at):
             return False
         if self._asking and not self._answer(at, ts_ns):
@@ -191,7 +191,7 @@ class FastPath:
     def _take_reply_read(self, ts_ns: int, seq: int, count: int) -> bool:
         """Take a read of the client."""
         flow = self._reply
-        at = near(flow.ref, seq)
+        at = flow.near(seq)
         finish = at + count
         if self._asking or at != flow.read or finish > flow.sent or lacks(flow, finish):
             return False
@@ -220,7 +220,7 @@ class FastPath:
         flow, other = self._request, self._reply
         if index == SERVICE:
             flow, other = other, flow
-        at = near(flow.ref, seq)
+        at = flow.near(seq)
         leaves = code == _NIC_TX
         own = flow.tx_netns if leaves else flow.rx_netns
         if own is None or count < 0 or window == 0 or at > flow.ref + LARGEST_WINDOW:
@@ -235,7 +235,7 @@ class FastPath:
             if finish > flow.sent and (index or self._client):
                 return False
             if ack >= 0:
-                ack = near(other.ref, ack)
+                ack = other.near(ack)
                 if lacks(other, ack):
                     return False
             if index == CLIENT and not self._asks():

@@ -28,9 +28,10 @@ cdef class Joiner:
     cdef public PacketRows _packets
     cdef public Slim _slim
     cdef public FastPaths _fast_paths
-    @cython.locals(look=Look, fast=FastPaths, losses=Losses)
+    @cython.locals(look=Look, fast_paths=FastPaths)
     cdef bint _take_plain(self, Py_ssize_t index)
     @cython.locals(losses=Losses)
+    cdef _come_to(self, long long ts_ns)
     cpdef _take(self, Slim row)
     @cython.locals(point=str, end=End, conn=Connection)
     cpdef _take_of_socket(self, Slim row, long long ts_ns)

@@ -130,30 +130,28 @@ class Joiner:
         return finished
 
     def _take_plain(self, index: int) -> bool:
-        """Take a row of a plain turn by its numbers; False if it is none, or not known to be one.
-
-        It is what _take() does, without a look at what the row's connection does not need.
-        """
-        look, fast_paths, losses = self._slim.look, self._fast_paths, self._losses
+        """Take a row of a plain turn by its numbers, as _take() would; False if it is none."""
+        look, fast_paths = self._slim.look, self._fast_paths
         look.turn_to(index)
         if not fast_paths.may_take(look):
             return False
-        if look.ts_ns >= self._next_sweep_ns:
-            self._pass(look.ts_ns)
-        if losses.ends and look.ts_ns >= losses.ends[0]:
-            losses.end(look.ts_ns)
-        return fast_paths.take(look, self.directory, losses)
+        self._come_to(look.ts_ns)
+        return fast_paths.take(look, self.directory, self._losses)
+
+    def _come_to(self, ts_ns: int) -> None:
+        """End what is over by the instant of the next row."""
+        losses = self._losses
+        if ts_ns >= self._next_sweep_ns:
+            self._pass(ts_ns)
+        if losses.ends and ts_ns >= losses.ends[0]:
+            losses.end(ts_ns)
 
     def _take(self, row: Any) -> None:
         """Take a row: of a socket, or a packet."""
         ts_ns = row.ts_ns
         if ts_ns >= BEYOND_NS:
             return
-        if ts_ns >= self._next_sweep_ns:
-            self._pass(ts_ns)
-        losses = self._losses
-        if losses.ends and ts_ns >= losses.ends[0]:
-            losses.end(ts_ns)
+        self._come_to(ts_ns)
         if row.sock:
             self._take_of_socket(row, ts_ns)
         else:

@@ -5,12 +5,9 @@ from .exchange cimport Exchange
 from .losses cimport Losses
 from .stream cimport Flow, Reach
 
-cdef long long _TURN, _HALF
-
 @cython.locals(pending=Exchange, request=Flow, reply=Flow)
 cpdef bint may_begin(Connection conn, Losses losses)
 cpdef long long last(list log)
-cpdef long long near(long long ref, long long seq)
 cpdef bint is_in(Reach reach, long long position)
 cpdef bint is_at(Flow flow, long long position)
 cpdef bint has_more(Flow flow, long long position)

@@ -10,7 +10,6 @@ from .stream import NOT_SEEN, Flow, Log, Reach
 FIRST = 2
 """Exchanges of a connection before it is on the fast path."""
 NO_INSTANT = -1
-_TURN, _HALF = 1 << 32, 1 << 31
 
 
 def may_begin(  # noqa: C901, PLR0911, PLR0912 - case by case
@@ -95,11 +94,6 @@ def last(log: Log) -> int:
     """Return the last instant of a log."""
     at = log[-1][1] if log else None
     return NO_INSTANT if at is None else at
-
-
-def near(ref: int, seq: int) -> int:
-    """Unwrap a sequence number; see Flow.near()."""
-    return ref + ((seq - ref + _HALF) & (_TURN - 1)) - _HALF
 
 
 def is_in(reach: Reach, position: int) -> bool:
